@@ -1,0 +1,115 @@
+package wire
+
+import "time"
+
+// URLs in orders are paths below the coordinator's data plane ("/data/v1/…"),
+// so that they outlive a change of its address. They carry a ticket that only
+// the addressed device may use, for the stated size and time.
+
+// ChunkStore asks a device to fetch a chunk and make it durable.
+type ChunkStore struct {
+	ID   string `json:"id"`   // Merkle root, hex (see sync/chunk)
+	Size int64  `json:"size"` // bytes
+	URL  string `json:"url"`
+}
+
+// Receipt is the body of a SUCCEEDED chunk.store: the chunk is durable on disk.
+type Receipt struct {
+	ID     string `json:"id"`
+	Size   int64  `json:"size"`
+	Volume string `json:"volume"`
+}
+
+// ChunkServe asks a device to put a chunk it holds to a URL.
+type ChunkServe struct {
+	ID  string `json:"id"`
+	URL string `json:"url"`
+}
+
+// ChunkDrop asks a device to forget chunks. Unknown ids are no error.
+type ChunkDrop struct {
+	IDs []string `json:"ids"`
+}
+
+// Audit asks for proof that chunks are held.
+type Audit struct {
+	Items    []AuditItem `json:"items"`
+	Nonce    string      `json:"nonce"` // hex; makes each audit's answer its own
+	Deadline time.Time   `json:"deadline"`
+}
+
+// AuditItem is one leaf of one chunk, both drawn by the coordinator.
+type AuditItem struct {
+	Chunk string `json:"chunk"`
+	Leaf  int    `json:"leaf"` // index from 0, 4 KiB each
+}
+
+// AuditAnswer is the body of a report on an audit; the leaves are its
+// attachment, as the JSON of []AuditLeaf in the order of the items.
+type AuditAnswer struct {
+	Nonce string   `json:"nonce"`
+	Lost  []string `json:"lost,omitempty"` // chunks that the device confesses to have lost
+}
+
+// AuditLeaf answers one item. A lost chunk's leaves have Lost set and nothing else.
+type AuditLeaf struct {
+	Chunk string   `json:"chunk"`
+	Leaf  int      `json:"leaf"`
+	Lost  bool     `json:"lost,omitempty"`
+	Data  []byte   `json:"data,omitempty"`
+	Path  [][]byte `json:"path,omitempty"` // RFC 6962 inclusion path, leaf to root, 32 bytes each
+}
+
+// JobRun asks a device to run a WebAssembly module over an input.
+type JobRun struct {
+	Module Blob      `json:"module"`
+	Args   []string  `json:"args,omitempty"`
+	Input  string    `json:"input,omitempty"` // id of a chunk that this device holds; becomes standard input
+	Limits JobLimits `json:"limits"`
+}
+
+// Blob is a file fetched over HTTPS and checked against its digest.
+type Blob struct {
+	SHA256 string `json:"sha256"` // lower-case hex
+	Size   int64  `json:"size"`   // bytes
+	URL    string `json:"url"`
+}
+
+// JobLimits bounds a job. Zero means the device's own default; the owner's
+// policy caps every value.
+type JobLimits struct {
+	MemoryBytes int64   `json:"memory_bytes,omitempty"`
+	CPUSeconds  float64 `json:"cpu_seconds,omitempty"`
+	WallSeconds float64 `json:"wall_seconds,omitempty"`
+	OutputBytes int64   `json:"output_bytes,omitempty"`
+}
+
+// JobResult is the body of a report on a job that ran; standard output is the
+// report's attachment.
+type JobResult struct {
+	Module      string  `json:"module"`          // SHA-256 of the module, hex
+	Input       string  `json:"input,omitempty"` // chunk id
+	Output      string  `json:"output"`          // SHA-256 of standard output, hex
+	OutputBytes int64   `json:"output_bytes"`
+	CPUSeconds  float64 `json:"cpu_seconds"`
+	WallSeconds float64 `json:"wall_seconds"`
+	MaxRSSBytes int64   `json:"max_rss_bytes"`
+	Engine      string  `json:"engine"`           // e.g. "wazero/1.12.0 compiler amd64"
+	Stderr      string  `json:"stderr,omitempty"` // the last 4 KiB of standard error
+}
+
+// UpdateInstall offers a release. The device trusts none of this: it reads the
+// signed update metadata itself and installs only what that names.
+type UpdateInstall struct {
+	Version string `json:"version"`
+	Target  string `json:"target"` // name in the TUF targets metadata
+}
+
+// UpdateResult is the body of a report on an update.
+type UpdateResult struct {
+	From      string `json:"from"`
+	To        string `json:"to"`
+	Running   string `json:"running"` // version that reports
+	Slot      string `json:"slot"`    // "a" or "b"
+	Confirmed bool   `json:"confirmed"`
+}
