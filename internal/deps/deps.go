@@ -30,5 +30,4 @@ import (
 	_ "periph.io/x/conn/v3/spi/spireg"
 	_ "periph.io/x/host/v3"
 	_ "periph.io/x/host/v3/sysfs"
-	_ "pgregory.net/rapid"
 )
