@@ -1,0 +1,109 @@
+# Deimos: what can be made. `make` alone lists it.
+#
+# Builds are reproducible: CGO is off, and paths, VCS state and build ids stay
+# out, so that the same sources and the same Go give the same bytes anywhere
+# (`make repro` proves it). Everything lands below $(BIN).
+
+VERSION := 0.1.0
+GO      := go
+BIN     := bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+HOST    := $(addprefix $(BIN)/,deimos deimos-agent deimos-launch)
+ARM64   := $(addprefix $(BIN)/arm64/,deimos-agent deimos-launch)
+ARMV7   := $(addprefix $(BIN)/armv7/,deimos-agent deimos-launch)
+GUESTS  := $(patsubst jobs/guests/%/,$(BIN)/guests/%.wasm,$(wildcard jobs/guests/*/))
+# The two releases that the tour offers: one that works, one that does not.
+TOUR    := $(BIN)/tour/agent-next $(BIN)/tour/agent-broken
+
+##@ Use
+.PHONY: run
+run: $(HOST) $(GUESTS) $(TOUR) ## Build, then the tour of a whole fleet on this machine (ONCE=1 ends after it, FILE=path stores your file)
+	@$(BIN)/deimos dev $(if $(filter-out 0 no false,$(ONCE)),--once) $(if $(FILE),--file "$$FILE")
+export FILE
+
+.PHONY: build
+build: $(HOST) $(ARM64) $(ARMV7) $(GUESTS) $(TOUR) ## Build every program, for this machine, arm64 and armv7, and the guest modules
+
+##@ Check
+.PHONY: test
+test: ## Everything: set-up, format, vet, lint, unit tests, integration, race detector, the arm64 agent, reproducibility
+	@scripts/test
+
+# The stages of `make test`, each runnable alone.
+.PHONY: setup check unit device repro-quick integration
+setup: ## Install what the tests need and this machine lacks (Debian, Ubuntu)
+	@scripts/test setup
+check: ## Format, vet for three architectures, lint
+	@scripts/test format vet lint
+unit: ## Unit tests with the race detector
+	@scripts/test unit
+device: ## Size, form and a run of the shipped device programs under emulation
+	@scripts/test device
+integration: ## The real processes together, and the long tests of the rooms
+	@scripts/test integration
+
+.PHONY: repro
+repro: ## Build the device programs twice, from nothing, in two places, and compare (minutes)
+	@scripts/repro --from-nothing
+
+##@ Else
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(BIN) .tools
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# --- How things are built ---------------------------------------------------
+
+# With an empty build id `go build` links anew each time, so make decides: a
+# program is stale when a source file, the list of them, the version, the flags
+# or the Go release has changed.
+SOURCES := $(shell find . -mindepth 1 \( -name '.*' -o -path './$(BIN)' -o -path ./dev -o -path ./docs \
+             -o -path ./test -o -path ./tools -o -path ./scripts -o -name testdata \) -prune \
+             -o -type f ! -name '*_test.go' ! -name '*.md' ! -name '*[ :\#$$]*' -print | LC_ALL=C sort)
+FLAGS   := -trimpath -buildvcs=false
+LDFLAGS := -s -w -buildid=
+INPUTS   = $(VERSION) $(shell $(GO) env GOVERSION) $(FLAGS) $(LDFLAGS) $(SOURCES)
+STAMP   := $(BIN)/.inputs
+
+.PHONY: FORCE
+$(STAMP): FORCE
+	@mkdir -p $(@D)
+	$(file >$@.new,$(INPUTS))
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# $(call go-build,platform,version,package)
+define go-build
+@echo "build  $@"
+@mkdir -p $(@D)
+@CGO_ENABLED=0 $1 $(GO) build $(FLAGS) -ldflags='$(LDFLAGS) -X main.version=$2' -o $@ ./$3
+endef
+
+# The lowest level of each architecture, whatever the builder's environment says.
+NATIVE := GOOS=linux GOAMD64=v1 GOARM64=v8.0
+
+$(HOST): $(BIN)/%: $(SOURCES) $(STAMP)
+	$(call go-build,$(NATIVE),$(VERSION),cmd/$*)
+
+$(ARM64): $(BIN)/arm64/%: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(VERSION),cmd/$*)
+
+$(ARMV7): $(BIN)/armv7/%: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm GOARM=7,$(VERSION),cmd/$*)
+
+$(GUESTS): $(BIN)/guests/%.wasm: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=wasip1 GOARCH=wasm GOWASM=,$(VERSION),jobs/guests/$*)
+
+$(BIN)/tour/agent-next: $(SOURCES) $(STAMP)
+	$(call go-build,$(NATIVE),0.2.0,cmd/deimos-agent)
+
+$(BIN)/tour/agent-broken: $(SOURCES) $(STAMP)
+	$(call go-build,$(NATIVE),0.3.0,packaging/tour/brokenagent)
