@@ -1,0 +1,72 @@
+// Package sandbox runs one WebAssembly module over one input, in a process of
+// its own that may do nothing else and is killed when it takes more than it
+// was granted.
+//
+// # Parties
+//
+//   - The customer's module and its input are hostile.
+//   - The worker is a child process: the running executable once more, with
+//     the hidden first argument [WorkerArg]. It holds the engine (wazero) and
+//     one job, and ends with it. Nothing is reused between jobs but compiled
+//     code, see below.
+//   - The parent ([Runner]) starts the worker, feeds it, meters it and kills
+//     it. It never parses anything the module wrote, and of the worker's own
+//     words it reads at most a few lines of JSON.
+//
+// A child process and not a goroutine, because wazero has no fuel: a deadline
+// inside the engine costs 3.5 to 9 times the run time, whereas the kernel can
+// stop a process at no cost, meters it exactly, and survives its crash.
+//
+// # What a module sees
+//
+// WASI preview 1 (wasi_snapshot_preview1): arguments ("job" first), standard
+// input, output and error. No environment, no directory, no socket. Both
+// clocks are fakes that start at fixed values and step 1 ms each reading, sleep
+// returns at once, random bytes come from a fixed seed, and input arrives in
+// reads as long as the module asks for: the same module, arguments and input
+// give the same output on every device. The exception is the bit pattern of a
+// NaN, which differs between processors. On 32-bit ARM wazero interprets, 60 to
+// 75 times slower, with the same results.
+//
+// # Descriptors of the worker
+//
+//	0  task, then input    4 bytes of length (big endian), that much JSON, the input
+//	1  output              as the module writes it
+//	2  errors              the module's, and the Go runtime's last words
+//	3  module              opened by the parent; the worker needs no path
+//	4  events              JSON lines from the worker: engine, then how it ended
+//
+// # Bounds
+//
+//	memory   linear memory: a mapping of exactly the limit, whose refusals are
+//	         noted; everything else (call stack, tables, engine) together:
+//	         RLIMIT_DATA, [engineAllowance] above the limit
+//	CPU      the parent reads the child's process clock and kills; RLIMIT_CPU,
+//	         set by the child, stands behind it; compiling counts
+//	wall     the parent kills; starting and compiling count
+//	output   the parent stops reading and kills; standard error: 1 MiB alike
+//	module   32 MiB; input 4 MiB
+//
+// The worker also has an empty environment, "/" as its directory, no inherited
+// descriptor beyond the five, no core dumps, no_new_privs, is not dumpable (its
+// neighbours cannot trace it), offers itself first to the OOM killer, and leads
+// a process group that is killed as a whole. It dies with its parent
+// (PR_SET_PDEATHSIG). Before the module's first instruction it gives up opening
+// descriptors (RLIMIT_NOFILE 0) and writing files (RLIMIT_FSIZE 0).
+//
+// # Compiled code
+//
+// Compiling a Go module takes about a second, so machine code is kept below
+// [Spec.CacheDir] in one directory a module, named by the module's SHA-256: who
+// subverts a worker and the directory's permissions can spoil no code but its
+// own. The least recently used are deleted beyond [Runner.CacheBytes]. An entry
+// that does not load is deleted and compiled anew.
+//
+// # Not done yet
+//
+// seccomp, Landlock and a cgroup are to go where confine.go and [Runner] say.
+// Until then a module that breaks the engine itself is a process of the
+// agent's user without new privileges, files or children's lifetime, but with
+// the kernel's system calls in reach; and if the agent runs as root, it can
+// lift its own rlimits.
+package sandbox

@@ -1,0 +1,52 @@
+package sandbox
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
+)
+
+// Paths of modules built once for all tests.
+var (
+	wordcountModule string
+	sha256Module    string
+	probeModule     string
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == WorkerArg {
+		os.Exit(WorkerMain())
+	}
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "sandbox")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	for _, g := range []struct {
+		path *string
+		src  string
+	}{
+		{&wordcountModule, filepath.Join(wasmtest.Guests(), "wordcount")},
+		{&sha256Module, filepath.Join(wasmtest.Guests(), "sha256sum")},
+		{&probeModule, filepath.Join("testdata", "probe")},
+	} {
+		*g.path = filepath.Join(dir, filepath.Base(g.src)+".wasm")
+		if err := wasmtest.Build(g.src, *g.path); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	sharedCache = filepath.Join(dir, "cache")
+	return m.Run()
+}
+
+// sharedCache keeps compiled code between tests that are not about it.
+var sharedCache string
