@@ -1,0 +1,183 @@
+package engine
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	mqtt "github.com/eclipse/paho.mqtt.golang"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+func TestRefusedAtTheDoor(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		other := newAuthority(t)
+		good, victim := w.ca.device(t), w.ca.device(t)
+		_, key, err := ed25519.GenerateKey(rand.Reader)
+		must(t, err)
+		rsaLike := w.ca.deviceCert(t, victim.id, ecdsaKey(t))
+
+		for name, d := range map[string]device{
+			"no certificate":            {id: good.id},
+			"certificate of another CA": other.device(t),
+			"expired certificate":       w.ca.device(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
+			"certificate not yet valid": w.ca.device(t, func(c *x509.Certificate) {
+				c.NotBefore = time.Now().Add(time.Hour)
+				c.NotAfter = time.Now().Add(2 * time.Hour)
+			}),
+			"server's certificate":       {good.id, w.ca.server(t)},
+			"key that is not the id's":   {victim.id, w.ca.deviceCert(t, victim.id, key)},
+			"key of another kind":        {victim.id, rsaLike},
+			"client id of another":       {victim.id, good.cert},
+			"client id that is longer":   {good.id + "x", good.cert},
+			"client id left out":         {"", good.cert},
+			"common name that is no id":  w.ca.device(t, func(c *x509.Certificate) { c.Subject.CommonName = "*" }),
+			"common name with wildcards": w.ca.device(t, func(c *x509.Certificate) { c.Subject.CommonName = "a.>" }),
+		} {
+			if c, err := w.tryConnect(d); err == nil {
+				c.Disconnect(0)
+				t.Errorf("%s: let in", name)
+			}
+		}
+		if c, err := w.tryConnect(good, func(o *mqtt.ClientOptions) { o.TLSConfig.MaxVersion = tls.VersionTLS12 }); err == nil {
+			c.Disconnect(0)
+			t.Error("TLS 1.2: let in")
+		}
+		w.reg.mu.Lock()
+		asked := len(w.reg.asked)
+		w.reg.mu.Unlock()
+		if asked != 0 {
+			t.Errorf("the registry was asked about %d of them", asked)
+		}
+		// User name and password are no way around the certificate.
+		pub, err := mustKeyring(t, w).public()
+		must(t, err)
+		for _, user := range []string{pub.Coordinator, pub.System, pub.Keeper, pub.Issuer} {
+			d := device{victim.id, good.cert}
+			if c, err := w.tryConnect(d, func(o *mqtt.ClientOptions) { o.SetUsername(user).SetPassword(user) }); err == nil {
+				c.Disconnect(0)
+				t.Errorf("user name %s: let in", user)
+			}
+		}
+		w.reg.retire(victim.id)
+		if c, err := w.tryConnect(victim); err == nil {
+			c.Disconnect(0)
+			t.Error("a device that the registry refuses was let in")
+		}
+		w.connect(t, good)
+	})
+}
+
+// mustKeyring is the keyring of an external world, or any other: there the
+// embedded server's secret is known to nobody.
+func mustKeyring(t *testing.T, w *world) *keyring {
+	t.Helper()
+	secret := w.cfg.Secret
+	if secret == nil {
+		secret = make([]byte, SecretSize)
+	}
+	k, err := newKeyring(secret)
+	must(t, err)
+	return k
+}
+
+// TestConnectionEndsWithTheCertificate: a certificate that runs out ends a
+// connection that was opened before.
+func TestConnectionEndsWithTheCertificate(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		// Whole seconds, as certificates have; far enough for the handshake.
+		end := time.Now().Add(3 * time.Second).Truncate(time.Second)
+		d := w.ca.device(t, func(c *x509.Certificate) { c.NotAfter = end })
+		c, err := w.tryConnect(d)
+		must(t, err)
+		next(t, c.lost, "the end of the connection")
+		if time.Now().Before(end) {
+			t.Error("the connection ended before the certificate did")
+		}
+	})
+}
+
+func TestRetiredDeviceIsCutAndStaysOut(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		d, other := w.ca.device(t), w.ca.device(t)
+		presence := listen(t, w.Conn(), wire.Subject("", wire.ChannelPresence))
+		stay := w.connect(t, other)
+		c := w.connect(t, d, func(o *mqtt.ClientOptions) {
+			o.SetBinaryWill(wire.Topic(d.id, wire.ChannelPresence), []byte("gone"), 0, false)
+		})
+		w.reg.retire(d.id)
+		begun := time.Now()
+		must(t, w.Disconnect(t.Context(), d.id))
+		next(t, c.lost, "the end of the connection")
+		t.Logf("cut off after %s", time.Since(begun).Round(time.Millisecond))
+		next(t, presence, "the last will")
+		if back, err := w.tryConnect(d); err == nil {
+			back.Disconnect(0)
+			t.Error("the retired device is back")
+		}
+		must(t, w.Disconnect(t.Context(), d.id)) // nothing to do
+		stay.publish(t, wire.Topic(other.id, wire.ChannelPresence), 1, false, []byte("here"))
+		if m := next(t, presence, "the other device"); string(m.Data) != "here" {
+			t.Errorf("got %q", m.Data)
+		}
+	})
+}
+
+// TestRetireFindsConnectionsOfOthers: this coordinator has not let the device
+// in itself, or has forgotten.
+func TestRetireFindsConnectionsOfOthers(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		d := w.ca.device(t)
+		c := w.connect(t, d)
+		w.gate.forget(d.id)
+		must(t, w.Disconnect(t.Context(), d.id))
+		next(t, c.lost, "the end of the connection")
+	})
+}
+
+// TestRetireBeatsConnectInFlight: the registry has said yes, then the device is
+// retired, and only then the answer reaches the server.
+func TestRetireBeatsConnectInFlight(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		d := w.ca.device(t)
+		decided, release := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		w.reg.setWait(func(wire.DeviceID) {
+			once.Do(func() { close(decided); <-release })
+		})
+		result := make(chan error, 1)
+		o, c := w.options(d)
+		c.Client = mqtt.NewClient(o)
+		go func() { result <- done(c.Connect()) }()
+		next(t, decided, "the question to the registry")
+
+		w.reg.retire(d.id)
+		must(t, w.Disconnect(t.Context(), d.id))
+		close(release)
+		if err := next(t, result, "the end of the attempt"); err == nil {
+			next(t, c.lost, "the end of the connection")
+		}
+	})
+}
+
+// TestSecondConnectionOfADeviceReplacesTheFirst, and the flood of answers for
+// one device does not grow what is remembered.
+func TestConnectionsRememberedAreBounded(t *testing.T) {
+	g := &gatekeeper{conns: map[wire.DeviceID][]connection{}}
+	for i := range uint64(100) {
+		g.remember("d", connection{"s", i})
+	}
+	want := []connection{{"s", 96}, {"s", 97}, {"s", 98}, {"s", 99}}
+	if got := g.forget("d"); !slices.Equal(got, want) {
+		t.Errorf("remembered %v", got)
+	}
+	if len(g.conns) != 0 {
+		t.Error("not forgotten")
+	}
+}
