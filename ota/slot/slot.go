@@ -211,10 +211,25 @@ func (s *Store) BeginInstall(order string) (Name, error) {
 			return "", err
 		}
 	}
-	if err := os.Remove(s.StagedPath(target)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return "", fmt.Errorf("clear slot %s: %w", target, err)
+	return target, s.clear(target)
+}
+
+// clear removes what earlier installs left beside the agent of a slot.
+func (s *Store) clear(n Name) error {
+	dir := filepath.Join(s.dir, string(n))
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("clear slot %s: %w", n, err)
 	}
-	return target, nil
+	for _, e := range entries {
+		if e.Name() == agentFile {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return fmt.Errorf("clear slot %s: %w", n, err)
+		}
+	}
+	return nil
 }
 
 // MarkTrial moves the staged file into its slot and puts it on trial: from the

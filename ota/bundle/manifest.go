@@ -1,0 +1,303 @@
+// Package bundle describes a release: which parts it has, for which machines,
+// and how a part is packed for the way to the device.
+//
+// A bundle is a directory:
+//
+//	manifest.json     the [Manifest]
+//	parts/<sha256>    packed parts, each named by the SHA-256 of its bytes
+//
+// The manifest is what release keys sign (as a TUF target, see ota/repo). It
+// holds two digests of each part: of the packed form, so that nothing is
+// unpacked that was not meant, and of the raw file, so that what runs is what
+// was built. Nothing else needs a signature.
+//
+// A part may have several forms; a device takes one whose encoding it knows and
+// passes over the others, so that later releases can add some (deltas). Today
+// there is one: the whole file under zstd (RFC 8878).
+//
+// Building is reproducible: the same agents, options and library version give
+// the same bytes.
+package bundle
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/mod/semver"
+)
+
+const (
+	// Format is the newest format of a manifest that this code reads.
+	Format = 1
+
+	// MaxManifest is the largest manifest that is read, in bytes.
+	MaxManifest = 256 << 10
+
+	// MaxPart is the largest raw file a part may claim to be, in bytes.
+	MaxPart = 1 << 30
+
+	// PartAgent is the name of the part that is the agent's binary.
+	PartAgent = "agent"
+
+	// EncodingZstd is the encoding of a whole file under zstd.
+	EncodingZstd = "zstd"
+)
+
+// Manifest is one release.
+type Manifest struct {
+	Format     int       `json:"format"`
+	Version    string    `json:"version"`          // semantic version 2.0.0, without "v" and without build metadata
+	Created    time.Time `json:"created,omitzero"` // informative
+	Notes      string    `json:"notes,omitempty"`
+	Boards     []string  `json:"boards,omitempty"`     // board profiles it is for; empty: all
+	From       string    `json:"from,omitempty"`       // the oldest version that may update to this one; empty: any
+	Percentage *float64  `json:"percentage,omitempty"` // share of devices, 0 to 100; missing: 100
+	Parts      []Part    `json:"parts"`
+}
+
+// Part is one file of a release, for one platform.
+type Part struct {
+	Name string `json:"name"` // [PartAgent]
+	Platform
+	SHA256 string `json:"sha256"` // of the raw file, lower-case hex
+	Size   int64  `json:"size"`   // of the raw file, bytes
+	Forms  []Form `json:"forms"`
+}
+
+// Form is one way a part is packed. It is fetched as "parts/<SHA256>".
+type Form struct {
+	Encoding string `json:"encoding"`
+	SHA256   string `json:"sha256"` // of the packed bytes, lower-case hex
+	Size     int64  `json:"size"`   // packed, bytes
+}
+
+// Platform is what a binary runs on, in Go's words.
+type Platform struct {
+	OS      string `json:"os"`
+	Arch    string `json:"arch"`
+	Variant string `json:"variant,omitempty"` // of arm: GOARM, "5" to "7"
+}
+
+func (p Platform) String() string {
+	s := p.OS + "/" + p.Arch
+	if p.Variant != "" {
+		s += "/v" + p.Variant
+	}
+	return s
+}
+
+// Host is the platform that this very binary was built for. A device asks for
+// no more than what it is known to run.
+func Host() Platform {
+	p := Platform{OS: runtime.GOOS, Arch: runtime.GOARCH}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		p.Variant = armVariant(info)
+	}
+	return p
+}
+
+func armVariant(info *debug.BuildInfo) string {
+	for _, s := range info.Settings {
+		if s.Key == "GOARM" {
+			v, _, _ := strings.Cut(s.Value, ",") // "7,hardfloat"
+			return v
+		}
+	}
+	return ""
+}
+
+// runs tells whether a binary for q runs on p.
+func (p Platform) runs(q Platform) bool {
+	if p.OS != q.OS || p.Arch != q.Arch {
+		return false
+	}
+	have, err1 := strconv.Atoi(p.Variant)
+	need, err2 := strconv.Atoi(q.Variant)
+	return err1 != nil || err2 != nil || need <= have
+}
+
+// Compare orders two versions: -1, 0 or 1. A version that is none is older than all others.
+func Compare(a, b string) int { return semver.Compare("v"+a, "v"+b) }
+
+// CheckVersion tells, as an error, why v may not name a release.
+func CheckVersion(v string) error {
+	if !semver.IsValid("v"+v) || semver.Canonical("v"+v) != "v"+v {
+		return fmt.Errorf("%q is no version: it must look like 1.2.3 or 1.2.3-rc.1", v)
+	}
+	return nil
+}
+
+// ErrNewerFormat is returned for a manifest from the future.
+var ErrNewerFormat = errors.New("the bundle has a newer format than this agent reads; update to a release in between first")
+
+// Parse reads a manifest and checks that it makes sense. It must have been
+// verified before.
+func Parse(raw []byte) (Manifest, error) {
+	var head struct {
+		Format int `json:"format"`
+	}
+	if err := json.Unmarshal(raw, &head); err != nil {
+		return Manifest{}, fmt.Errorf("the manifest cannot be read: %w", err)
+	}
+	if head.Format > Format {
+		return Manifest{}, fmt.Errorf("format %d: %w", head.Format, ErrNewerFormat)
+	}
+	var m Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return Manifest{}, fmt.Errorf("the manifest cannot be read: %w", err)
+	}
+	return m, m.check()
+}
+
+func (m Manifest) check() error {
+	if m.Format != Format {
+		return fmt.Errorf("the manifest's format is %d, expected %d", m.Format, Format)
+	}
+	if err := CheckVersion(m.Version); err != nil {
+		return err
+	}
+	if m.From != "" {
+		if err := CheckVersion(m.From); err != nil {
+			return fmt.Errorf("from: %w", err)
+		}
+	}
+	if m.Percentage != nil && !(*m.Percentage >= 0 && *m.Percentage <= 100) {
+		return fmt.Errorf("the percentage is %v, must be 0 to 100", *m.Percentage)
+	}
+	if len(m.Parts) == 0 {
+		return errors.New("the manifest names no parts")
+	}
+	for _, p := range m.Parts {
+		if err := p.check(); err != nil {
+			return fmt.Errorf("part %s for %s: %w", p.Name, p.Platform, err)
+		}
+	}
+	return nil
+}
+
+func (p Part) check() error {
+	if p.Name == "" || p.OS == "" || p.Arch == "" {
+		return errors.New("a name, an operating system and an architecture are needed")
+	}
+	if err := checkBlob(p.SHA256, p.Size); err != nil {
+		return err
+	}
+	for _, f := range p.Forms {
+		if err := checkBlob(f.SHA256, f.Size); err != nil {
+			return fmt.Errorf("form %s: %w", f.Encoding, err)
+		}
+	}
+	return nil
+}
+
+func checkBlob(sum string, size int64) error {
+	if raw, err := hex.DecodeString(sum); err != nil || len(raw) != sha256.Size || strings.ToLower(sum) != sum {
+		return fmt.Errorf("%q is no SHA-256 in lower-case hex", sum)
+	}
+	if size <= 0 || size > MaxPart {
+		return fmt.Errorf("a size of %d bytes is not allowed (limit %d)", size, MaxPart)
+	}
+	return nil
+}
+
+// Device is who asks whether a release is for it.
+type Device struct {
+	ID       string
+	Board    string
+	Version  string // that runs now
+	Platform Platform
+}
+
+// Why a release is not for a device.
+var (
+	ErrBoard     = errors.New("the release is for other boards")
+	ErrPlatform  = errors.New("the release has no agent for this platform")
+	ErrFrom      = errors.New("this version is too old to update in one step")
+	ErrSame      = errors.New("that version already runs")
+	ErrDowngrade = errors.New("the release is older than what runs")
+	ErrRollout   = errors.New("this device is not in the rollout yet")
+)
+
+// For tells whether the release is for d, and which part and form d should
+// install. The error wraps one of those above.
+func (m Manifest) For(d Device) (Part, Form, error) {
+	none := func(err error, format string, args ...any) (Part, Form, error) {
+		return Part{}, Form{}, fmt.Errorf("%w: %s", err, fmt.Sprintf(format, args...))
+	}
+	switch c := Compare(m.Version, d.Version); {
+	case c == 0:
+		return none(ErrSame, "%s", m.Version)
+	case c < 0:
+		return none(ErrDowngrade, "%s is older than %s", m.Version, d.Version)
+	}
+	if !m.fitsBoard(d.Board) {
+		return none(ErrBoard, "%s is for %s, this is %s", m.Version, strings.Join(m.Boards, ", "), d.Board)
+	}
+	if m.From != "" && Compare(d.Version, m.From) < 0 {
+		return none(ErrFrom, "%s installs from %s on, this is %s", m.Version, m.From, d.Version)
+	}
+	if m.Percentage != nil && RolloutPoint(m.Version, d.ID) >= *m.Percentage {
+		return none(ErrRollout, "%s goes to %v%% of devices", m.Version, *m.Percentage)
+	}
+	part, form, ok := m.Select(PartAgent, d.Platform)
+	if !ok {
+		return none(ErrPlatform, "%s has none for %s", m.Version, d.Platform)
+	}
+	return part, form, nil
+}
+
+func (m Manifest) fitsBoard(board string) bool {
+	for _, b := range m.Boards {
+		if b == board {
+			return true
+		}
+	}
+	return len(m.Boards) == 0
+}
+
+// Select finds the part of that name that suits p best, and the smallest form
+// of it that this code can unpack.
+func (m Manifest) Select(name string, p Platform) (Part, Form, bool) {
+	var best Part
+	var form Form
+	found := false
+	for _, part := range m.Parts {
+		f, ok := part.form()
+		if part.Name != name || !p.runs(part.Platform) || !ok {
+			continue
+		}
+		if !found || part.Variant > best.Variant {
+			best, form, found = part, f, true
+		}
+	}
+	return best, form, found
+}
+
+func (p Part) form() (best Form, found bool) {
+	for _, f := range p.Forms {
+		if f.Encoding == EncodingZstd && (!found || f.Size < best.Size) {
+			best, found = f, true
+		}
+	}
+	return best, found
+}
+
+// RolloutPoint is where a device stands in the rollout of a version, from 0 up
+// to but not including 100: the first 8 bytes of
+// SHA-256(version, 0x00, device), scaled. The device is in if the release's
+// percentage is above it. A device stands elsewhere for each version, so that
+// it is not always the same ones that go first.
+func RolloutPoint(version, device string) float64 {
+	sum := sha256.Sum256([]byte(version + "\x00" + device))
+	const bits = 53 // what a float64 holds exactly
+	return float64(binary.BigEndian.Uint64(sum[:])>>(64-bits)) / (1 << bits) * 100
+}

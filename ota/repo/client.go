@@ -1,0 +1,312 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
+
+	"github.com/deimos-edge/deimos/ota/bundle"
+)
+
+// ErrNoRoot is returned by [NewClient] on a device that has no root to trust.
+var ErrNoRoot = errors.New("this device has no update root to trust; the fleet manager makes one with \"deimos release keys\", and the device gets it when it enrols")
+
+// ClientOptions is what a [Client] needs.
+type ClientOptions struct {
+	Dir    string // where trusted metadata is kept
+	Root   []byte // the root that the device enrolled with
+	Source Source
+	Limits Limits
+	Log    *slog.Logger
+}
+
+// Client reads one repository for one device. It is not safe for concurrent use.
+type Client struct {
+	o       ClientOptions
+	trusted *trustedmetadata.TrustedMetadata // nil before Refresh
+	now     time.Time
+}
+
+// NewClient pins the root at the first use of Dir; a different one is refused
+// later, because only its own keys may replace a root.
+func NewClient(o ClientOptions) (*Client, error) {
+	if len(o.Root) == 0 {
+		return nil, ErrNoRoot
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	o.Limits = o.Limits.orDefault()
+	c := &Client{o: o}
+	if err := os.MkdirAll(o.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("keep update metadata: %w", err)
+	}
+	return c, c.pin()
+}
+
+func (c *Client) pin() error {
+	const file = "enrolled.root.json"
+	pinned, err := os.ReadFile(c.local(file))
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		if _, err := c.startFrom(c.o.Root); err != nil {
+			return err
+		}
+		return bundle.WriteFile(c.local(file), c.o.Root, 0o644)
+	case err != nil:
+		return err
+	case !bytes.Equal(pinned, c.o.Root):
+		return &Error{Condition: OtherRoot, File: rootFile,
+			Reason: fmt.Sprintf("the device enrolled with another update root; if it really changed fleets, remove %s", c.o.Dir)}
+	}
+	return nil
+}
+
+// startFrom begins with a root that needs no other to vouch for it.
+func (c *Client) startFrom(raw []byte) (*trustedmetadata.TrustedMetadata, error) {
+	var t *trustedmetadata.TrustedMetadata
+	err := guarded(func() (err error) {
+		t, err = trustedmetadata.New(raw)
+		return err
+	})
+	if err == nil {
+		err = checkRoot(t.Root)
+	}
+	if err != nil {
+		return nil, explain(rootFile, err, c.now)
+	}
+	return t, nil
+}
+
+// checkRoot asks more than TUF: two keys for a new root, and consistent snapshots.
+func checkRoot(root *metadata.Metadata[metadata.RootType]) error {
+	if r := root.Signed.Roles[metadata.ROOT]; r == nil || r.Threshold < 2 {
+		return errors.New("one key alone may replace it, at least two must be needed")
+	}
+	if !root.Signed.ConsistentSnapshot {
+		return errors.New("it does not use consistent snapshots")
+	}
+	return nil
+}
+
+// guarded calls into go-tuf, which dereferences what a hostile, well-signed file
+// may lack. A stolen timestamp key must not be able to crash the fleet.
+func guarded(f func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("it lacks something that every such file has: %v", r)
+		}
+	}()
+	return f()
+}
+
+func (c *Client) local(name string) string { return filepath.Join(c.o.Dir, name) }
+
+// Refresh brings the metadata up to date. now is the time as the device best
+// knows it; what expired before that is refused. Errors are of type [*Error]
+// unless ctx ended or the disk failed.
+func (c *Client) Refresh(ctx context.Context, now time.Time) error {
+	c.trusted, c.now = nil, now
+	t, err := c.loadRoot()
+	if err != nil {
+		return err
+	}
+	t.RefTime = now
+	if err := c.followRoots(ctx, t); err != nil {
+		return err
+	}
+	if err := c.refreshTimestamp(ctx, t); err != nil {
+		return err
+	}
+	if err := c.refreshSnapshot(ctx, t); err != nil {
+		return err
+	}
+	if err := c.refreshTargets(ctx, t); err != nil {
+		return err
+	}
+	c.trusted = t
+	return nil
+}
+
+// loadRoot starts from the newest root seen, or, if that is damaged, from the
+// one of the enrolment: the chain leads to the same place.
+func (c *Client) loadRoot() (*trustedmetadata.TrustedMetadata, error) {
+	raw, err := os.ReadFile(c.local(rootFile))
+	if err == nil {
+		t, err := c.startFrom(raw)
+		if err == nil {
+			return t, nil
+		}
+		c.o.Log.Warn("the stored update root is damaged; starting from the enrolled one", "reason", err)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	return c.startFrom(c.o.Root)
+}
+
+func (c *Client) followRoots(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
+	for range maxRotations {
+		file := metadataPath(metadata.ROOT, t.Root.Signed.Version+1)
+		raw, err := c.fetch(ctx, file, maxRoot)
+		if conditionOf(err) == Missing {
+			return nil // this is the newest
+		}
+		if err != nil {
+			return err
+		}
+		err = guarded(func() error {
+			root, err := t.UpdateRoot(raw)
+			if err != nil {
+				return err
+			}
+			return checkRoot(root)
+		})
+		if err != nil {
+			return explain(file, err, c.now)
+		}
+		if err := c.keep(rootFile, raw); err != nil {
+			return err
+		}
+	}
+	return &Error{Condition: Malformed, File: rootFile, Reason: fmt.Sprintf("more than %d new roots at once", maxRotations)}
+}
+
+func (c *Client) refreshTimestamp(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
+	const name = "timestamp.json"
+	file := metadataPath(metadata.TIMESTAMP, 0)
+	// The stored one protects against older ones, even if it has expired itself.
+	if raw, err := os.ReadFile(c.local(name)); err == nil {
+		err := guarded(func() error { _, err := t.UpdateTimestamp(raw); return err })
+		if err != nil && !errors.Is(err, &metadata.ErrExpiredMetadata{}) {
+			c.o.Log.Warn("the stored timestamp is not used", "reason", explain(file, err, c.now))
+		}
+	}
+	raw, err := c.fetch(ctx, file, maxTimestamp)
+	if err != nil {
+		return err
+	}
+	err = guarded(func() error {
+		if _, err := t.UpdateTimestamp(raw); err != nil {
+			return err
+		}
+		if t.Timestamp.Signed.Meta["snapshot.json"] == nil {
+			return errors.New("it names no snapshot")
+		}
+		return nil
+	})
+	if errors.Is(err, &metadata.ErrEqualVersionNumber{}) {
+		return nil // nothing new; its expiry is checked with the snapshot
+	}
+	if err != nil {
+		return explain(file, err, c.now)
+	}
+	return c.keep(name, raw)
+}
+
+func (c *Client) refreshSnapshot(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
+	const name = "snapshot.json"
+	meta := t.Timestamp.Signed.Meta[name]
+	update := func(raw []byte, trusted bool) error {
+		return guarded(func() error { _, err := t.UpdateSnapshot(raw, trusted); return err })
+	}
+	if raw, err := os.ReadFile(c.local(name)); err == nil && update(raw, true) == nil {
+		return nil
+	}
+	file := metadataPath(metadata.SNAPSHOT, meta.Version)
+	raw, err := c.fetch(ctx, file, signedLength(meta, maxSnapshot))
+	if err != nil {
+		return err
+	}
+	if err := update(raw, false); err != nil {
+		return explain(file, err, c.now)
+	}
+	return c.keep(name, raw)
+}
+
+func (c *Client) refreshTargets(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
+	const name = "targets.json"
+	meta := t.Snapshot.Signed.Meta[name]
+	if meta == nil {
+		return &Error{Condition: Malformed, File: metadataPath(metadata.SNAPSHOT, t.Snapshot.Signed.Version), Reason: "it names no targets"}
+	}
+	update := func(raw []byte) error {
+		return guarded(func() error { _, err := t.UpdateTargets(raw); return err })
+	}
+	if raw, err := os.ReadFile(c.local(name)); err == nil && update(raw) == nil {
+		return nil
+	}
+	file := metadataPath(metadata.TARGETS, meta.Version)
+	raw, err := c.fetch(ctx, file, signedLength(meta, maxTargets))
+	if err != nil {
+		return err
+	}
+	if err := update(raw); err != nil {
+		return explain(file, err, c.now)
+	}
+	return c.keep(name, raw)
+}
+
+func signedLength(meta *metadata.MetaFiles, most int64) int64 {
+	if meta.Length > 0 {
+		return min(meta.Length, most)
+	}
+	return most
+}
+
+func (c *Client) keep(name string, raw []byte) error {
+	if err := bundle.WriteFile(c.local(name), raw, 0o644); err != nil {
+		return fmt.Errorf("keep update metadata: %w", err)
+	}
+	return nil
+}
+
+// Targets are the names of all targets, after [Client.Refresh].
+func (c *Client) Targets() []string {
+	if c.trusted == nil {
+		return nil
+	}
+	var names []string
+	for name := range c.trusted.Targets[metadata.TARGETS].Signed.Targets {
+		names = append(names, name)
+	}
+	return names
+}
+
+// Manifest fetches and checks the manifest of a release, after [Client.Refresh].
+func (c *Client) Manifest(ctx context.Context, name string) (bundle.Manifest, error) {
+	if c.trusted == nil {
+		return bundle.Manifest{}, errors.New("the update metadata has not been refreshed")
+	}
+	target := c.trusted.Targets[metadata.TARGETS].Signed.Targets[name]
+	if target == nil {
+		return bundle.Manifest{}, &Error{Condition: Missing, File: name, Reason: "the signed metadata names no such release"}
+	}
+	file := targetPath(name, target.Hashes["sha256"].String())
+	if target.Length <= 0 || target.Length > bundle.MaxManifest {
+		return bundle.Manifest{}, &Error{Condition: Size, File: file, Reason: fmt.Sprintf("a manifest of %d bytes is not allowed", target.Length)}
+	}
+	raw, err := c.fetch(ctx, file, target.Length)
+	if err != nil {
+		return bundle.Manifest{}, err
+	}
+	if err := target.VerifyLengthHashes(raw); err != nil {
+		return bundle.Manifest{}, explain(file, err, c.now)
+	}
+	m, err := bundle.Parse(raw)
+	if err != nil {
+		return m, &Error{Condition: Malformed, File: name, Reason: err.Error(), Err: err}
+	}
+	if TargetName(m.Version) != name {
+		return m, &Error{Condition: Malformed, File: name, Reason: "it says that it is version " + strings.TrimSpace(m.Version)}
+	}
+	return m, nil
+}

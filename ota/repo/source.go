@@ -1,0 +1,98 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Source is where a repository is read from. Open returns the file at a path
+// like "metadata/timestamp.json" from a byte offset on; a file that is not
+// there is an error that wraps [fs.ErrNotExist].
+type Source interface {
+	Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error)
+}
+
+// Dir is a repository in a directory, such as a USB stick.
+type Dir string
+
+// Open implements [Source].
+func (d Dir) Open(_ context.Context, path string, offset int64) (io.ReadCloser, error) {
+	if !fs.ValidPath(path) {
+		return nil, fmt.Errorf("%q is no path in a repository", path)
+	}
+	root, err := os.OpenRoot(string(d)) // a stick may hold links that lead elsewhere
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	f, err := root.Open(filepath.FromSlash(path))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// HTTP is a repository behind a web server.
+type HTTP struct {
+	Client *http.Client // may have no timeout of its own: every use here is bounded
+	Base   string       // URL of the repository's directory
+}
+
+// Open implements [Source].
+func (h HTTP) Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error) {
+	u, err := url.JoinPath(h.Base, path)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept-Encoding", "identity") // ranges count the bytes that are signed
+	if offset > 0 {
+		req.Header.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
+	}
+	res, err := h.Client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	body, err := from(res, offset)
+	if err != nil {
+		res.Body.Close()
+		return nil, fmt.Errorf("%s: %w", u, err)
+	}
+	return body, nil
+}
+
+// from is the body of an answer, starting at offset.
+func from(res *http.Response, offset int64) (io.ReadCloser, error) {
+	switch res.StatusCode {
+	case http.StatusOK:
+		if offset == 0 {
+			return res.Body, nil
+		}
+		_, err := io.CopyN(io.Discard, res.Body, offset) // a server without ranges
+		return res.Body, err
+	case http.StatusPartialContent:
+		if !strings.HasPrefix(res.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)) {
+			return nil, fmt.Errorf("asked from byte %d on, the server sent %q", offset, res.Header.Get("Content-Range"))
+		}
+		return res.Body, nil
+	case http.StatusNotFound, http.StatusGone:
+		return nil, fs.ErrNotExist
+	}
+	return nil, errors.New("the server answers " + res.Status)
+}
