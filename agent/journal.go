@@ -1,0 +1,179 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+)
+
+// journal is the agent's memory of orders, in a small Badger store of its own:
+// the terminal report of each order, kept until the order expires, so that a
+// repeat is answered and not done again; and whether the coordinator has
+// acknowledged it, so that no result is lost.
+//
+// Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time.
+type journal struct {
+	db *badger.DB
+}
+
+// entry is a finished order.
+type entry struct {
+	Order   string    `json:"order"`
+	Seq     uint64    `json:"seq"`
+	Expires time.Time `json:"expires"`
+	Report  []byte    `json:"report"` // the sealed envelope, sent as it is every time
+	Acked   bool      `json:"acked"`
+}
+
+const orderPrefix = "order/"
+
+func openJournal(dir string) (*journal, error) {
+	opts := badger.DefaultOptions(dir).
+		WithLogger(nil).
+		WithMetricsEnabled(false).
+		WithDetectConflicts(false).
+		WithMemTableSize(4 << 20).
+		WithNumMemtables(1).
+		WithNumLevelZeroTables(2).
+		WithNumLevelZeroTablesStall(4).
+		WithNumCompactors(2).
+		WithBlockCacheSize(0).
+		WithCompression(0).
+		WithIndexCacheSize(1 << 20).
+		WithValueLogFileSize(16 << 20).
+		WithSyncWrites(false) // put syncs itself and checks that it worked
+	db, err := badger.Open(opts)
+	if err != nil {
+		return nil, fmt.Errorf("the agent's journal in %s cannot be opened: %w", dir, err)
+	}
+	return &journal{db: db}, nil
+}
+
+func (j *journal) close() error { return j.db.Close() }
+
+// put keeps e; when it returns nil, e has reached the disk.
+func (j *journal) put(e entry) error {
+	raw, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	if err := j.db.Update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+e.Order), raw) }); err != nil {
+		return fmt.Errorf("the journal cannot be written: %w", err)
+	}
+	if err := j.db.Sync(); err != nil {
+		return fmt.Errorf("the journal cannot be synced to disk: %w", err)
+	}
+	return nil
+}
+
+// get finds a finished order; ok is false for one that is not known.
+func (j *journal) get(order string) (e entry, ok bool, err error) {
+	err = j.db.View(func(tx *badger.Txn) error {
+		item, err := tx.Get([]byte(orderPrefix + order))
+		if errors.Is(err, badger.ErrKeyNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		ok = true
+		return item.Value(func(v []byte) error { return json.Unmarshal(v, &e) })
+	})
+	if err != nil {
+		return entry{}, false, fmt.Errorf("the journal cannot be read: %w", err)
+	}
+	return e, ok, nil
+}
+
+// acked notes that the coordinator has the report. It need not be durable: the
+// worst that a lost note does is one report too many.
+func (j *journal) acked(order string, seq uint64) error {
+	e, ok, err := j.get(order)
+	if err != nil || !ok || e.Acked || e.Seq != seq {
+		return err
+	}
+	e.Acked = true
+	raw, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return j.db.Update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+order), raw) })
+}
+
+// each calls f for every finished order.
+func (j *journal) each(f func(entry)) error {
+	return j.db.View(func(tx *badger.Txn) error {
+		it := tx.NewIterator(badger.IteratorOptions{Prefix: []byte(orderPrefix), PrefetchValues: true, PrefetchSize: 64})
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			var e entry
+			if err := it.Item().Value(func(v []byte) error { return json.Unmarshal(v, &e) }); err != nil {
+				return err
+			}
+			f(e)
+		}
+		return nil
+	})
+}
+
+// forget drops what expired before now. An order that is not acknowledged is
+// kept: its result is still owed.
+func (j *journal) forget(now time.Time) error {
+	var old []string
+	if err := j.each(func(e entry) {
+		if e.Acked && e.Expires.Before(now) {
+			old = append(old, e.Order)
+		}
+	}); err != nil {
+		return err
+	}
+	if len(old) == 0 {
+		return nil
+	}
+	wb := j.db.NewWriteBatch()
+	defer wb.Cancel()
+	for _, id := range old {
+		if err := wb.Delete([]byte(orderPrefix + id)); err != nil {
+			return err
+		}
+	}
+	return wb.Flush()
+}
+
+var floorKey = []byte("floor")
+
+// floor is the newest trusted time that was saved; zero if there is none.
+func (j *journal) floor() (t time.Time, err error) {
+	err = j.db.View(func(tx *badger.Txn) error {
+		item, err := tx.Get(floorKey)
+		if errors.Is(err, badger.ErrKeyNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return item.Value(t.UnmarshalBinary)
+	})
+	return t, err
+}
+
+func (j *journal) saveFloor(t time.Time) error {
+	raw, err := t.UTC().Truncate(time.Second).MarshalBinary()
+	if err != nil {
+		return err
+	}
+	return j.db.Update(func(tx *badger.Txn) error { return tx.Set(floorKey, raw) })
+}
+
+// unacked lists reports that the coordinator has not acknowledged.
+func (j *journal) unacked() (out []entry, err error) {
+	err = j.each(func(e entry) {
+		if !e.Acked {
+			out = append(out, e)
+		}
+	})
+	return out, err
+}

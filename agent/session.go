@@ -1,0 +1,250 @@
+package agent
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	mqtt "github.com/eclipse/paho.mqtt.golang"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// session keeps one MQTT connection to one of the fleet's brokers. It knows
+// nothing of orders: it hands on what arrives, and sends what it is given while
+// there is a connection. What is lost in between is sent again by whoever owes
+// it, so everything here is QoS 0 and nothing is stored: a broker's or a
+// client's queue would only be a second, worse memory.
+type session struct {
+	link
+	out    chan message
+	online atomic.Bool
+
+	mu    sync.Mutex
+	nonce string // of the hello that waits for its welcome; empty if none does
+}
+
+// link is what a session needs of the rest of the agent.
+type link struct {
+	id      Identity
+	brokers []string
+	tls     *tls.Config
+	clock   *Clock
+	log     *slog.Logger
+	// hello fills the part of a hello that is not the session's own.
+	hello func() wire.Presence
+	// receive takes a message of the order topic that is no welcome.
+	receive func(raw []byte) error
+	// welcomed is called after each verified welcome.
+	welcomed func()
+	trusted  func() ed25519.PublicKey
+}
+
+type message struct {
+	channel wire.Channel
+	raw     []byte
+}
+
+const (
+	connectTimeout = 20 * time.Second
+	keepAlive      = 30 * time.Second
+	welcomeWait    = 10 * time.Second // then hello is said again
+	minBackoff     = 500 * time.Millisecond
+	maxBackoff     = time.Minute
+	inbox          = 256 // messages taken from the broker and not yet looked at
+	outbox         = 256 // messages given by the agent and not yet sent
+)
+
+func newSession(l link) *session { return &session{link: l, out: make(chan message, outbox)} }
+
+// publish queues a message. With no room, or no connection, it is dropped:
+// see the type's comment.
+func (s *session) publish(c wire.Channel, raw []byte) {
+	if !s.online.Load() && c != wire.ChannelPresence {
+		return
+	}
+	select {
+	case s.out <- message{c, raw}:
+	default:
+	}
+}
+
+// run connects, and connects again with a growing, jittered wait, until ctx ends.
+func (s *session) run(ctx context.Context) {
+	wait := minBackoff
+	for attempt := 0; ctx.Err() == nil; attempt++ {
+		broker := s.brokers[attempt%len(s.brokers)]
+		began := time.Now()
+		err := s.once(ctx, broker)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > time.Minute {
+			wait = minBackoff // it worked for a while: this is a new fault
+		}
+		pause := wait/2 + mrand.N(wait) // a fleet must not come back as one
+		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond), "error", err)
+		wait = min(2*wait, maxBackoff)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+// once holds one connection until it breaks or ctx ends.
+func (s *session) once(ctx context.Context, broker string) error {
+	nonce := newNonce()
+	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, nonce))
+	if err != nil {
+		return err
+	}
+	lost := make(chan error, 1)
+	in := make(chan []byte, inbox)
+	opts := mqtt.NewClientOptions().
+		AddBroker(broker).
+		SetClientID(string(s.id.ID)).
+		SetTLSConfig(s.tls.Clone()).
+		SetCleanSession(true).
+		SetAutoReconnect(false). // run does it, with jitter and over all brokers
+		SetConnectTimeout(connectTimeout).
+		SetWriteTimeout(connectTimeout).
+		SetKeepAlive(keepAlive).
+		SetPingTimeout(keepAlive/2).
+		SetBinaryWill(wire.Topic(s.id.ID, wire.ChannelPresence), will, 0, false).
+		SetConnectionLostHandler(func(_ mqtt.Client, err error) { lost <- err })
+	c := mqtt.NewClient(opts)
+	if err := wait(ctx, c.Connect()); err != nil {
+		c.Disconnect(0)
+		return fmt.Errorf("connect: %w", err)
+	}
+	defer c.Disconnect(250)
+	topic := wire.Topic(s.id.ID, wire.ChannelOrder)
+	if err := wait(ctx, c.Subscribe(topic, 0, func(_ mqtt.Client, m mqtt.Message) {
+		select {
+		case in <- m.Payload():
+		default: // full: the coordinator sends it again
+		}
+	})); err != nil {
+		return fmt.Errorf("subscribe: %w", err)
+	}
+	s.online.Store(true)
+	defer s.online.Store(false)
+	return s.pump(ctx, c, nonce, in, lost)
+}
+
+// pump moves messages both ways and says hello until it is answered.
+func (s *session) pump(ctx context.Context, c mqtt.Client, nonce string, in <-chan []byte, lost <-chan error) error {
+	s.greet(nonce)
+	again := time.NewTicker(welcomeWait)
+	defer again.Stop()
+	for {
+		select {
+		case err := <-lost:
+			return err
+		case <-ctx.Done():
+			s.goodbye(c)
+			return ctx.Err()
+		case <-again.C:
+			s.mu.Lock()
+			waiting := s.nonce != ""
+			s.mu.Unlock()
+			if waiting {
+				s.greet(newNonce())
+			}
+		case raw := <-in:
+			if err := s.take(raw); err != nil {
+				s.log.Warn(err.Error())
+			}
+		case m := <-s.out:
+			t := c.Publish(wire.Topic(s.id.ID, m.channel), 0, false, m.raw)
+			if err := wait(ctx, t); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("publish: %w", err)
+			}
+		}
+	}
+}
+
+// take sorts a message from the coordinator.
+func (s *session) take(raw []byte) error {
+	typ, payload, err := wire.Open(raw, s.trusted())
+	if err != nil || typ != wire.TypeWelcome {
+		return s.receive(raw)
+	}
+	var w wire.Welcome
+	if err := json.Unmarshal(payload, &w); err != nil {
+		return fmt.Errorf("a signed welcome cannot be read: %w", err)
+	}
+	s.mu.Lock()
+	mine := w.Device == s.id.ID && w.Nonce != "" && w.Nonce == s.nonce
+	if mine {
+		s.nonce = ""
+	}
+	s.mu.Unlock()
+	if !mine {
+		return errors.New("a welcome to another hello was ignored")
+	}
+	if !s.clock.Trust(w.Time) {
+		return fmt.Errorf("the coordinator's time %s is before what this device knows for sure; its clock must be set", w.Time.Format(time.RFC3339))
+	}
+	s.welcomed()
+	return nil
+}
+
+func (s *session) greet(nonce string) {
+	s.mu.Lock()
+	s.nonce = nonce
+	s.mu.Unlock()
+	raw, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(true, nonce))
+	if err != nil {
+		s.log.Error("hello cannot be signed", "error", err)
+		return
+	}
+	s.publish(wire.ChannelPresence, raw)
+}
+
+// goodbye says offline before the connection is closed in good order, because a
+// broker sends the last will only when it is not.
+func (s *session) goodbye(c mqtt.Client) {
+	raw, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, newNonce()))
+	if err == nil {
+		c.Publish(wire.Topic(s.id.ID, wire.ChannelPresence), 0, false, raw).WaitTimeout(time.Second)
+	}
+}
+
+func (s *session) presence(online bool, nonce string) wire.Presence {
+	p := s.hello()
+	p.Device, p.Online, p.Nonce = s.id.ID, online, nonce
+	p.At, p.TimeConfidence = s.clock.Read()
+	return p
+}
+
+// wait bounds a paho token by ctx and by connectTimeout.
+func wait(ctx context.Context, t mqtt.Token) error {
+	timer := time.NewTimer(connectTimeout)
+	defer timer.Stop()
+	select {
+	case <-t.Done():
+		return t.Error()
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return errors.New("the broker does not answer")
+	}
+}
+
+func newNonce() string {
+	var b [16]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}

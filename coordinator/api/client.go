@@ -1,0 +1,273 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Context is where an operator's coordinator is and how to get in. "deimos
+// serve" writes one for its own machine.
+type Context struct {
+	URL   string `json:"url"`   // https://host:port
+	Token string `json:"token"` // operator token
+	CA    string `json:"ca"`    // PEM
+}
+
+// LoadContext reads a context file.
+func LoadContext(path string) (Context, error) {
+	var c Context
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("there is no context file %s: it is written by \"deimos serve\"; copy it here, or name it with --context or DEIMOS_CONTEXT", path)
+	}
+	if err != nil {
+		return c, fmt.Errorf("the context file cannot be read: %w", err)
+	}
+	if err := json.Unmarshal(raw, &c); err != nil || c.URL == "" || c.Token == "" || c.CA == "" {
+		return c, fmt.Errorf("the context file %s is damaged: copy it again from the coordinator's folder", path)
+	}
+	return c, nil
+}
+
+// Client talks to one coordinator. Its methods can be called concurrently.
+type Client struct {
+	base  *url.URL
+	token string
+	http  *http.Client
+}
+
+// maxAnswer bounds what is read of an answer, in bytes.
+const maxAnswer = 64 << 20
+
+// NewClient trusts only the context's authority.
+func NewClient(c Context) (*Client, error) {
+	base, err := url.Parse(c.URL)
+	if err != nil || base.Scheme != "https" {
+		return nil, fmt.Errorf("%q is no coordinator address, it looks like https://host:8443", c.URL)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM([]byte(c.CA)) {
+		return nil, errors.New("the context holds no valid authority: copy it again from the coordinator's folder")
+	}
+	return &Client{base: base, token: c.Token, http: &http.Client{
+		Transport: &http.Transport{
+			TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13},
+			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+			ResponseHeaderTimeout: 5 * time.Minute, // the longest call waits for a device
+			MaxIdleConnsPerHost:   16,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}, nil
+}
+
+// Error is an answer that is a refusal.
+type Error struct {
+	Status int
+	wire.APIError
+}
+
+func (e *Error) Error() string { return e.Reason }
+
+// call makes one request. body may be nil, []byte, or anything JSON can hold.
+func (c *Client) call(ctx context.Context, method, path string, query url.Values, body any) ([]byte, error) {
+	var r io.Reader
+	kind := "application/octet-stream"
+	switch b := body.(type) {
+	case nil:
+	case []byte:
+		r = bytes.NewReader(b)
+	default:
+		raw, err := json.Marshal(b)
+		if err != nil {
+			return nil, err
+		}
+		r, kind = bytes.NewReader(raw), "application/json"
+	}
+	u := c.base.JoinPath("/api/v1", path)
+	u.RawQuery = query.Encode()
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), r)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+c.token)
+	req.Header.Set("Content-Type", kind)
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil {
+		return nil, fmt.Errorf("the coordinator's answer was cut off: %w", err)
+	}
+	if len(raw) > maxAnswer {
+		return nil, fmt.Errorf("the coordinator's answer is larger than %d bytes", maxAnswer)
+	}
+	if resp.StatusCode >= 300 {
+		e := &Error{Status: resp.StatusCode}
+		if json.Unmarshal(raw, &e.APIError) != nil || e.Reason == "" {
+			e.Reason = fmt.Sprintf("the coordinator answered %s to %s %s", resp.Status, method, path)
+		}
+		return nil, e
+	}
+	return raw, nil
+}
+
+// explain turns a transport error into what a person can act on.
+func (c *Client) explain(err error) error {
+	var unknown x509.UnknownAuthorityError
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.As(err, &unknown):
+		return fmt.Errorf("the server at %s is not the coordinator of this context (another authority signed its certificate)", c.base.Host)
+	}
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return fmt.Errorf("the coordinator at %s cannot be reached (%v): is it running, and is the address right?", c.base.Host, op.Err)
+	}
+	return fmt.Errorf("the coordinator at %s: %w", c.base.Host, err)
+}
+
+func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
+	var v T
+	raw, err := c.call(ctx, method, path, query, body)
+	if err != nil {
+		return v, err
+	}
+	if err := json.Unmarshal(raw, &v); err != nil {
+		return v, fmt.Errorf("the coordinator's answer to %s %s cannot be read: %w", method, path, err)
+	}
+	return v, nil
+}
+
+// CreateToken makes a fleet token.
+func (c *Client) CreateToken(ctx context.Context, r TokenRequest) (Token, error) {
+	return ask[Token](ctx, c, http.MethodPost, "tokens", nil, r)
+}
+
+// Devices lists the fleet.
+func (c *Client) Devices(ctx context.Context) ([]Device, error) {
+	return ask[[]Device](ctx, c, http.MethodGet, "devices", nil, nil)
+}
+
+// Device shows one device.
+func (c *Client) Device(ctx context.Context, id string) (Device, error) {
+	return ask[Device](ctx, c, http.MethodGet, "devices/"+url.PathEscape(id), nil, nil)
+}
+
+// PutChunk stores a chunk on replicas devices and returns when each has given
+// its receipt.
+func (c *Client) PutChunk(ctx context.Context, id string, data []byte, replicas int) (Placement, error) {
+	return ask[Placement](ctx, c, http.MethodPut, "chunks/"+id, url.Values{"replicas": {strconv.Itoa(replicas)}}, data)
+}
+
+// GetChunk fetches a chunk from a device. The caller verifies it.
+func (c *Client) GetChunk(ctx context.Context, id string) ([]byte, error) {
+	return c.call(ctx, http.MethodGet, "chunks/"+id, nil, nil)
+}
+
+// Objects lists the stored files.
+func (c *Client) Objects(ctx context.Context) ([]Object, error) {
+	return ask[[]Object](ctx, c, http.MethodGet, "objects", nil, nil)
+}
+
+// Object shows one stored file.
+func (c *Client) Object(ctx context.Context, name string) (Object, error) {
+	return ask[Object](ctx, c, http.MethodGet, "objects/"+url.PathEscape(name), nil, nil)
+}
+
+// PutObject names chunks that were put before.
+func (c *Client) PutObject(ctx context.Context, o Object) (Object, error) {
+	return ask[Object](ctx, c, http.MethodPut, "objects/"+url.PathEscape(o.Name), nil, o)
+}
+
+// RemoveObject forgets a file; devices drop the chunks that no other file has.
+func (c *Client) RemoveObject(ctx context.Context, name string) error {
+	_, err := c.call(ctx, http.MethodDelete, "objects/"+url.PathEscape(name), nil, nil)
+	return err
+}
+
+// PutModule uploads a WebAssembly module unless it is there, and returns its SHA-256.
+func (c *Client) PutModule(ctx context.Context, module []byte) (string, error) {
+	sum := sha256.Sum256(module)
+	id := hex.EncodeToString(sum[:])
+	_, err := c.call(ctx, http.MethodHead, "modules/"+id, nil, nil)
+	var e *Error
+	if errors.As(err, &e) && e.Status == http.StatusNotFound {
+		_, err = c.call(ctx, http.MethodPut, "modules/"+id, nil, module)
+	}
+	return id, err
+}
+
+// RunJob runs a job and waits for its result.
+func (c *Client) RunJob(ctx context.Context, r JobRequest) (Job, error) {
+	return ask[Job](ctx, c, http.MethodPost, "jobs", nil, r)
+}
+
+// Audit challenges a device and waits for the outcome.
+func (c *Client) Audit(ctx context.Context, r AuditRequest) (Audit, error) {
+	return ask[Audit](ctx, c, http.MethodPost, "audits", nil, r)
+}
+
+// Audits lists past challenges, oldest first.
+func (c *Client) Audits(ctx context.Context) ([]Audit, error) {
+	return ask[[]Audit](ctx, c, http.MethodGet, "audits", nil, nil)
+}
+
+// PutRepoFile uploads one file of the update repository, e.g.
+// "metadata/timestamp.json".
+func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) error {
+	var parts []string
+	for p := range strings.SplitSeq(path, "/") {
+		parts = append(parts, url.PathEscape(p))
+	}
+	_, err := c.call(ctx, http.MethodPut, "repo/"+strings.Join(parts, "/"), nil, data)
+	return err
+}
+
+// Offer sends update orders.
+func (c *Client) Offer(ctx context.Context, r OfferRequest) ([]Order, error) {
+	return ask[[]Order](ctx, c, http.MethodPost, "offers", nil, r)
+}
+
+// longPoll is how long one request waits for an order's end.
+const longPoll = 20 * time.Second
+
+// Order shows an order, after waiting up to wait for its end.
+func (c *Client) Order(ctx context.Context, device wire.DeviceID, id string, wait time.Duration) (Order, error) {
+	return ask[Order](ctx, c, http.MethodGet, "orders/"+string(device)+"/"+url.PathEscape(id),
+		url.Values{"wait": {strconv.FormatFloat(wait.Seconds(), 'f', 1, 64)}}, nil)
+}
+
+// AwaitOrder waits until an order has ended. onChange, if not nil, sees each
+// answer on the way.
+func (c *Client) AwaitOrder(ctx context.Context, device wire.DeviceID, id string, onChange func(Order)) (Order, error) {
+	for {
+		o, err := c.Order(ctx, device, id, longPoll)
+		if err != nil || o.State.Terminal() {
+			return o, err
+		}
+		if onChange != nil {
+			onChange(o)
+		}
+	}
+}

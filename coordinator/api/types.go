@@ -1,0 +1,196 @@
+// Package api is the operator's side of a coordinator: the types of its HTTPS
+// API and a client for it. The command line uses only this.
+//
+// The API lives below /api/v1 on the coordinator's HTTPS address. Every request
+// carries "Authorization: Bearer <operator token>". Every answer with a status
+// of 400 or above has a [wire.APIError] as its body. Sizes are bytes, times are
+// RFC 3339 in UTC, binary fields are base64 (encoding/json's).
+//
+//	POST   /tokens                 TokenRequest → Token
+//	GET    /devices                → []Device
+//	GET    /devices/{id}           → Device
+//	PUT    /chunks/{id}            bytes → Placement; ?replicas=N, default 2
+//	GET    /chunks/{id}            → bytes, fetched from a device that holds it
+//	GET    /objects                → []Object
+//	PUT    /objects/{name}         Object → Object
+//	GET    /objects/{name}         → Object
+//	DELETE /objects/{name}
+//	HEAD   /modules/{sha256}       200 if it is there
+//	PUT    /modules/{sha256}       bytes
+//	POST   /jobs                   JobRequest → Job
+//	POST   /audits                 AuditRequest → Audit
+//	GET    /audits                 → []Audit
+//	PUT    /repo/{path}            bytes of one file of the update repository
+//	POST   /offers                 OfferRequest → []Order
+//	GET    /orders/{device}/{id}   → Order; ?wait=SECONDS waits for its end
+package api
+
+import (
+	"encoding/json"
+	"time"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// DeviceRecord is what the coordinator keeps of a device.
+type DeviceRecord struct {
+	ID        wire.DeviceID   `json:"id"`
+	PublicKey []byte          `json:"public_key"` // raw Ed25519
+	Group     string          `json:"group,omitempty"`
+	Enrolled  time.Time       `json:"enrolled"`
+	Retired   bool            `json:"retired,omitempty"`
+	CertUntil time.Time       `json:"certificate_until"`
+	Agent     string          `json:"agent"` // version
+	OS        string          `json:"os"`
+	Arch      string          `json:"arch"`
+	Board     string          `json:"board"`
+	Slot      string          `json:"slot,omitempty"`
+	Capacity  int64           `json:"capacity"` // bytes that may hold chunks
+	Used      int64           `json:"used"`     // bytes of chunks held
+	Inventory json.RawMessage `json:"inventory,omitempty"`
+}
+
+// Device is a device's record and how it is now.
+type Device struct {
+	DeviceRecord
+	Online    bool            `json:"online"`
+	LastSeen  time.Time       `json:"last_seen,omitzero"`
+	Telemetry json.RawMessage `json:"telemetry,omitempty"`
+}
+
+// TokenRequest asks for a fleet token.
+type TokenRequest struct {
+	Group        string `json:"group,omitempty"`
+	Uses         int    `json:"uses"`          // 0 means 1
+	ValidSeconds int64  `json:"valid_seconds"` // 0 means a day
+}
+
+// Token is a fleet token. It is shown this one time; the coordinator keeps a hash.
+type Token struct {
+	Token   string    `json:"token"`
+	Group   string    `json:"group,omitempty"`
+	Uses    int       `json:"uses"`
+	Expires time.Time `json:"expires"`
+}
+
+// Chunk is one piece of an object.
+type Chunk struct {
+	ID   string `json:"id"`
+	Size int64  `json:"size"`
+}
+
+// Holder is a device that has given a receipt for a chunk.
+type Holder struct {
+	Device  wire.DeviceID `json:"device"`
+	Volume  string        `json:"volume"`
+	Order   string        `json:"order"` // whose signed report is the receipt
+	Receipt []byte        `json:"receipt,omitempty"`
+	Lost    bool          `json:"lost,omitempty"` // it has confessed or been shown to have lost it
+	Since   time.Time     `json:"since"`
+}
+
+// Placement is where a chunk is.
+type Placement struct {
+	Chunk
+	Holders []Holder `json:"holders"`
+}
+
+// Object is a stored file: its pieces in their order, and a digest of the whole.
+type Object struct {
+	Name    string    `json:"name"`
+	Size    int64     `json:"size"`
+	SHA256  string    `json:"sha256"` // of the whole file, hex
+	Chunks  []Chunk   `json:"chunks"`
+	Created time.Time `json:"created,omitzero"`
+}
+
+// JobRequest asks for a run of a module over one chunk.
+type JobRequest struct {
+	Module string         `json:"module"` // SHA-256, uploaded before
+	Args   []string       `json:"args,omitempty"`
+	Object string         `json:"object"`
+	Chunk  int            `json:"chunk"`            // index in the object
+	Device wire.DeviceID  `json:"device,omitempty"` // empty: any that holds the chunk
+	Limits wire.JobLimits `json:"limits,omitzero"`
+}
+
+// Job is a finished job.
+type Job struct {
+	Order  string         `json:"order"`
+	Device wire.DeviceID  `json:"device"`
+	Result wire.JobResult `json:"result"`
+	Output []byte         `json:"output"`
+	Report []byte         `json:"report"` // the device's signed report, a DSSE envelope
+}
+
+// AuditKind tells the two challenges apart.
+type AuditKind string
+
+// The kinds of challenge.
+const (
+	StorageAudit AuditKind = "storage"
+	ComputeAudit AuditKind = "compute"
+)
+
+// AuditRequest asks for one challenge now.
+type AuditRequest struct {
+	Kind   AuditKind     `json:"kind"`
+	Device wire.DeviceID `json:"device"`
+	Leaves int           `json:"leaves,omitempty"` // storage; 0 means 44, which finds a 10% loss in 99 of 100 cases
+	Module string        `json:"module,omitempty"` // compute: SHA-256, uploaded before
+	Args   []string      `json:"args,omitempty"`
+}
+
+// AuditOutcome is how a challenge ended. The three that matter are kept apart:
+// a device that cannot be reached has not lied, and one that lied was reached.
+type AuditOutcome string
+
+// The outcomes of a challenge.
+const (
+	AuditPending     AuditOutcome = "pending"
+	AuditRight       AuditOutcome = "right"
+	AuditWrong       AuditOutcome = "wrong"       // an answer that does not verify
+	AuditLost        AuditOutcome = "lost"        // storage: an honest confession
+	AuditUnreachable AuditOutcome = "unreachable" // no answer in time, or an honest failure
+	AuditVoid        AuditOutcome = "void"        // never judged, through no fault of the device
+)
+
+// Audit is one challenge and its outcome, with the evidence.
+type Audit struct {
+	ID      string        `json:"id"`
+	Kind    AuditKind     `json:"kind"`
+	Device  wire.DeviceID `json:"device"`
+	Order   string        `json:"order"`
+	At      time.Time     `json:"at"`
+	Outcome AuditOutcome  `json:"outcome"`
+	Reason  string        `json:"reason,omitempty"`
+	Leaves  int           `json:"leaves,omitempty"` // asked
+	Right   int           `json:"right,omitempty"`  // leaves that verified
+	Chunks  []string      `json:"chunks,omitempty"` // those asked about
+	Lost    []string      `json:"lost,omitempty"`   // chunks confessed
+	Wrong   []string      `json:"wrong,omitempty"`  // chunks with a leaf that did not verify
+	// Commitment is SHA-256(salt ‖ SHA-256 of the expected output), fixed
+	// before the order was sent; Salt opens it.
+	Commitment string `json:"commitment,omitempty"`
+	Salt       string `json:"salt,omitempty"`
+	Expected   string `json:"expected,omitempty"` // SHA-256 of the expected output, hex
+	Got        string `json:"got,omitempty"`
+	Report     []byte `json:"report,omitempty"` // the device's signed report
+}
+
+// OfferRequest offers a published release to devices.
+type OfferRequest struct {
+	Version string          `json:"version"`
+	Target  string          `json:"target"`
+	Devices []wire.DeviceID `json:"devices,omitempty"` // empty: every device that is not retired
+}
+
+// Order is an order and what became of it.
+type Order struct {
+	Order    wire.Order  `json:"order"`
+	State    wire.State  `json:"state"`
+	Progress float64     `json:"progress,omitempty"`
+	Result   wire.Report `json:"result,omitzero"`
+	Report   []byte      `json:"report,omitempty"` // the device's signed report of that state
+	Updated  time.Time   `json:"updated"`
+}

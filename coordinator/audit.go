@@ -1,0 +1,333 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/big"
+	mrand "math/rand/v2"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// audits challenges devices: for bytes that they should hold, and for jobs
+// whose answer is known.
+type audits struct {
+	rows    *table[api.Audit]
+	storage *storage
+	compute *compute
+	outbox  *outbox
+	staging *staging
+	// answer runs a module here. It is nil where no engine is linked in.
+	answer Compute
+}
+
+// Compute runs a module over an input and returns its standard output; the
+// coordinator uses it to know the answer of a compute challenge beforehand.
+type Compute func(ctx context.Context, module []byte, args []string, input []byte) ([]byte, error)
+
+const (
+	auditLife = time.Minute
+	// defaultLeaves finds a device that has lost 10% in 99 of 100 audits:
+	// 1 - 0.9^44 = 0.9903.
+	defaultLeaves = 44
+	maxLeaves     = 512
+)
+
+// run makes one challenge and waits for its outcome, which is kept.
+func (a *audits) run(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	if _, err := a.storage.reg.device(r.Device); err != nil {
+		return api.Audit{}, err
+	}
+	switch r.Kind {
+	case api.StorageAudit:
+		return a.runStorage(ctx, r)
+	case api.ComputeAudit:
+		return a.runCompute(ctx, r)
+	}
+	return api.Audit{}, refuse(http.StatusBadRequest, "bad_kind", "a challenge is of the kind storage or compute, not %q", r.Kind)
+}
+
+func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
+	n := cmp.Or(r.Leaves, defaultLeaves)
+	if n < 1 || n > maxLeaves {
+		return api.Audit{}, refuse(http.StatusBadRequest, "bad_leaves", "a challenge has 1 to %d leaves", maxLeaves)
+	}
+	held := a.storage.held(r.Device)
+	if len(held) == 0 {
+		return api.Audit{}, refuse(http.StatusConflict, "holds_nothing", "device %s holds no chunk, so there is nothing to prove", r.Device)
+	}
+	items, err := draw(held, n)
+	if err != nil {
+		return api.Audit{}, err
+	}
+	nonce := make([]byte, 16)
+	rand.Read(nonce)
+	body := wire.Audit{Items: items, Nonce: hex.EncodeToString(nonce), Deadline: a.outbox.now().UTC().Add(auditLife)}
+	rec := api.Audit{Kind: api.StorageAudit, Device: r.Device, Leaves: n}
+	for _, it := range items {
+		if !slices.Contains(rec.Chunks, it.Chunk) {
+			rec.Chunks = append(rec.Chunks, it.Chunk)
+		}
+	}
+	order, err := a.outbox.submit(ctx, r.Device, wire.KindAudit, body, auditLife)
+	if err != nil {
+		return rec, err
+	}
+	if rec, err = a.begin(ctx, rec, order.ID); err != nil {
+		return rec, err
+	}
+	v, err := a.outbox.await(ctx, order, nil)
+	if err != nil {
+		return rec, err
+	}
+	sizes := make(map[string]int64, len(held))
+	for _, c := range held {
+		sizes[c.ID] = c.Size
+	}
+	if err := a.judgeStorage(ctx, &rec, body, sizes, v); err != nil {
+		return rec, err
+	}
+	if err := a.storage.lost(ctx, r.Device, slices.Concat(rec.Lost, rec.Wrong)); err != nil {
+		return rec, err
+	}
+	return a.save(ctx, rec)
+}
+
+// draw picks n leaves, each byte held having the same chance.
+func draw(held []api.Chunk, n int) ([]wire.AuditItem, error) {
+	var total int64
+	for _, c := range held {
+		total += int64(chunk.LeafCount(c.Size))
+	}
+	items := make([]wire.AuditItem, n)
+	for i := range items {
+		k, err := rand.Int(rand.Reader, big.NewInt(total))
+		if err != nil {
+			return nil, err
+		}
+		at := k.Int64()
+		for _, c := range held {
+			leaves := int64(chunk.LeafCount(c.Size))
+			if at < leaves {
+				items[i] = wire.AuditItem{Chunk: c.ID, Leaf: int(at)}
+				break
+			}
+			at -= leaves
+		}
+	}
+	// One chunk's leaves side by side, so that the device reads it once.
+	slices.SortFunc(items, func(x, y wire.AuditItem) int {
+		return cmp.Or(cmp.Compare(x.Chunk, y.Chunk), cmp.Compare(x.Leaf, y.Leaf))
+	})
+	return items, nil
+}
+
+// judgeStorage settles a storage challenge from the signed answer, with nothing
+// but each chunk's root and size.
+func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Audit, sizes map[string]int64, v OrderRecord) error {
+	rec.Report = v.Report
+	if v.State != wire.Succeeded {
+		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		return nil
+	}
+	wrong := func(format string, args ...any) {
+		rec.Outcome, rec.Reason = api.AuditWrong, fmt.Sprintf(format, args...)
+	}
+	var ans wire.AuditAnswer
+	if err := json.Unmarshal(v.Result.Body, &ans); err != nil || ans.Nonce != asked.Nonce {
+		wrong("the answer is not to this challenge")
+		return nil
+	}
+	raw, err := attachmentOf(ctx, a.staging, v.Result)
+	var refused *refusal
+	if errors.As(err, &refused) {
+		wrong("%s", refused.Reason)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var leaves []wire.AuditLeaf
+	if err := json.Unmarshal(raw, &leaves); err != nil || len(leaves) != len(asked.Items) {
+		wrong("the answer has not one leaf for each that was asked for")
+		return nil
+	}
+	judgeLeaves(rec, asked.Items, leaves, sizes)
+	return nil
+}
+
+func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[string]int64) {
+	note := func(list *[]string, id string) {
+		if !slices.Contains(*list, id) {
+			*list = append(*list, id)
+		}
+	}
+	for i, l := range leaves {
+		it := asked[i]
+		id, err := chunk.ParseID(it.Chunk)
+		if err == nil && l.Lost {
+			note(&rec.Lost, it.Chunk)
+			continue
+		}
+		if err == nil {
+			err = chunk.VerifyLeaf(id, sizes[it.Chunk], it.Leaf, l.Data, l.Path)
+		}
+		if err != nil {
+			note(&rec.Wrong, it.Chunk)
+			continue
+		}
+		rec.Right++
+	}
+	switch {
+	case len(rec.Wrong) > 0:
+		rec.Outcome, rec.Reason = api.AuditWrong, fmt.Sprintf("leaves of %d chunks do not verify", len(rec.Wrong))
+	case len(rec.Lost) > 0:
+		rec.Outcome, rec.Reason = api.AuditLost, fmt.Sprintf("the device says that it has lost %d chunks", len(rec.Lost))
+	default:
+		rec.Outcome = api.AuditRight
+	}
+}
+
+// runCompute sends a job whose answer is known: a customer's module over a
+// chunk that the device holds. The coordinator gets the same chunk from another
+// holder and runs the job itself first. What the device sees is a job order
+// like any other.
+func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
+	rec := api.Audit{Kind: api.ComputeAudit, Device: r.Device}
+	if a.answer == nil {
+		return rec, refuse(http.StatusNotImplemented, wire.CodeNotSupported, "this coordinator has no engine to know answers with")
+	}
+	input, data, err := a.knownInput(ctx, r.Device)
+	if err != nil {
+		return rec, err
+	}
+	module, err := a.staging.get(ctx, blobRef{moduleBlob, r.Module}.String())
+	if err != nil {
+		return rec, refuse(http.StatusNotFound, "no_module", "module %s is not here; upload it first", r.Module)
+	}
+	out, err := a.answer(ctx, module, r.Args, data)
+	if err != nil {
+		return rec, refuse(http.StatusUnprocessableEntity, "no_answer_known", "the job fails here too, so it is no challenge: %v", err)
+	}
+	expected := sha256.Sum256(out)
+	salt := make([]byte, 16)
+	rand.Read(salt)
+	rec.Chunks = []string{input}
+	rec.Commitment = commitment(salt, expected[:])
+	// The commitment is on record before the device can know of the job.
+	if rec, err = a.begin(ctx, rec, ""); err != nil {
+		return rec, err
+	}
+	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, wire.JobLimits{})
+	if err != nil {
+		return rec, err
+	}
+	v, err := a.outbox.await(ctx, order, nil)
+	if err != nil {
+		return rec, err
+	}
+	rec.Order, rec.Report = order.ID, v.Report
+	rec.Salt, rec.Expected = hex.EncodeToString(salt), hex.EncodeToString(expected[:])
+	a.judgeCompute(ctx, &rec, v)
+	return a.save(ctx, rec)
+}
+
+func commitment(salt, outputSum []byte) string {
+	sum := sha256.Sum256(slices.Concat(salt, outputSum))
+	return hex.EncodeToString(sum[:])
+}
+
+func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, v OrderRecord) {
+	if v.State != wire.Succeeded {
+		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		return
+	}
+	j, err := a.compute.collect(ctx, v)
+	if err != nil {
+		rec.Outcome, rec.Reason = api.AuditWrong, err.Error()
+		return
+	}
+	rec.Got = j.Result.Output
+	if subtle.ConstantTimeCompare([]byte(rec.Got), []byte(rec.Expected)) == 1 {
+		rec.Outcome = api.AuditRight
+		return
+	}
+	rec.Outcome, rec.Reason = api.AuditWrong, "the device signed another result than the job has"
+}
+
+// knownInput picks a chunk that d holds and somebody else can give us.
+func (a *audits) knownInput(ctx context.Context, d wire.DeviceID) (string, []byte, error) {
+	var last error
+	held := a.storage.held(d)
+	mrand.Shuffle(len(held), func(i, j int) { held[i], held[j] = held[j], held[i] })
+	for _, c := range held {
+		data, err := a.storage.read(ctx, c.ID, d)
+		if err == nil {
+			return c.ID, data, nil
+		}
+		if last = err; ctx.Err() != nil {
+			break
+		}
+	}
+	if last == nil {
+		last = errors.New("it holds none")
+	}
+	return "", nil, refuse(http.StatusConflict, "no_known_input",
+		"a compute challenge needs a chunk that device %s holds and another online device too: %v", d, last)
+}
+
+// begin keeps a challenge that is about to be sent, or has just been.
+func (a *audits) begin(ctx context.Context, rec api.Audit, order string) (api.Audit, error) {
+	rec.ID, rec.Order, rec.At, rec.Outcome = ulid.Make().String(), order, a.outbox.now().UTC(), api.AuditPending
+	return a.save(ctx, rec)
+}
+
+func (a *audits) save(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	return a.rows.change(ctx, rec.ID, func(v *api.Audit, _ bool) error {
+		*v = rec
+		return nil
+	})
+}
+
+// void ends challenges that nobody waits for any more: the coordinator was
+// stopped before their answer was judged. They count for nothing.
+func (a *audits) void(ctx context.Context) error {
+	old := a.outbox.now().Add(-callLimit)
+	for _, rec := range a.list() {
+		if rec.Outcome != api.AuditPending || rec.At.After(old) {
+			continue
+		}
+		rec.Outcome, rec.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
+		if _, err := a.save(ctx, rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// list is every challenge, oldest first.
+func (a *audits) list() []api.Audit {
+	out := []api.Audit{}
+	a.rows.each(func(_ string, v api.Audit) bool {
+		out = append(out, v)
+		return true
+	})
+	slices.SortFunc(out, func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) })
+	return out
+}

@@ -1,0 +1,220 @@
+package coordinator
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/renameio/v2"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// authority holds the coordinator's secrets: the CA that makes devices members
+// and servers believable, the key that signs orders, the key of the data
+// plane's tickets. They are files in one folder, made at the first start.
+// Coordinators that share a fleet share a copy of that folder.
+type authority struct {
+	caCert    *x509.Certificate
+	caPEM     []byte
+	caKey     crypto.Signer
+	orderKey  ed25519.PrivateKey
+	ticketKey []byte
+}
+
+const (
+	deviceCertLife = 30 * 24 * time.Hour
+	serverCertLife = 365 * 24 * time.Hour
+	caLife         = 20 * 365 * 24 * time.Hour
+	// backdate lets a device whose clock is a little slow use a new certificate.
+	backdate = time.Hour
+)
+
+func openAuthority(dir string) (*authority, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("the folder for the coordinator's keys cannot be made: %w", err)
+	}
+	var a authority
+	caKey, err := loadKey(filepath.Join(dir, "ca.key"), func() (any, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) })
+	if err != nil {
+		return nil, err
+	}
+	a.caKey = caKey
+	orderKey, err := loadKey(filepath.Join(dir, "orders.key"), func() (any, error) {
+		_, k, err := ed25519.GenerateKey(rand.Reader)
+		return k, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	var ok bool
+	if a.orderKey, ok = orderKey.(ed25519.PrivateKey); !ok {
+		return nil, fmt.Errorf("%s must be an Ed25519 key, it is %T", filepath.Join(dir, "orders.key"), orderKey)
+	}
+	if a.ticketKey, err = loadOrMake(filepath.Join(dir, "tickets.key"), func() ([]byte, error) {
+		k := make([]byte, 32)
+		rand.Read(k)
+		return k, nil
+	}); err != nil {
+		return nil, err
+	}
+	if a.caPEM, err = loadOrMake(filepath.Join(dir, "ca.pem"), a.selfSign); err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(a.caPEM)
+	if block == nil {
+		return nil, fmt.Errorf("%s is damaged: restore the folder from a backup", filepath.Join(dir, "ca.pem"))
+	}
+	if a.caCert, err = x509.ParseCertificate(block.Bytes); err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w", filepath.Join(dir, "ca.pem"), err)
+	}
+	if !publicOf(a.caKey).Equal(a.caCert.PublicKey) {
+		return nil, fmt.Errorf("ca.key and ca.pem in %s do not belong together: restore the folder from a backup", dir)
+	}
+	return &a, nil
+}
+
+func publicOf(k crypto.Signer) interface{ Equal(crypto.PublicKey) bool } {
+	return k.Public().(interface{ Equal(crypto.PublicKey) bool })
+}
+
+// loadOrMake reads a secret file, or makes it durable at the first start.
+func loadOrMake(path string, make func() ([]byte, error)) ([]byte, error) {
+	raw, err := os.ReadFile(path)
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return raw, err
+	}
+	if raw, err = make(); err != nil {
+		return nil, err
+	}
+	if err := renameio.WriteFile(path, raw, 0o600); err != nil {
+		return nil, fmt.Errorf("a key cannot be saved: %w", err)
+	}
+	return raw, nil
+}
+
+func loadKey(path string, generate func() (any, error)) (crypto.Signer, error) {
+	raw, err := loadOrMake(path, func() ([]byte, error) {
+		k, err := generate()
+		if err != nil {
+			return nil, err
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(k)
+		if err != nil {
+			return nil, err
+		}
+		return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(raw)
+	if block == nil {
+		return nil, fmt.Errorf("%s is damaged: restore it from a backup", path)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w", path, err)
+	}
+	s, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("%s holds a %T, which cannot sign", path, k)
+	}
+	return s, nil
+}
+
+func (a *authority) selfSign() ([]byte, error) {
+	now := time.Now()
+	t := &x509.Certificate{
+		SerialNumber:          serial(),
+		Subject:               pkix.Name{CommonName: "Deimos fleet authority"},
+		NotBefore:             now.Add(-backdate),
+		NotAfter:              now.Add(caLife),
+		IsCA:                  true,
+		MaxPathLenZero:        true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, t, a.caKey.Public(), a.caKey)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
+}
+
+// serverCertificate is good for these names and addresses. The chain holds the
+// authority too: enrolling devices find the one their token pins in it.
+func (a *authority) serverCertificate(names []string) (tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	now := time.Now()
+	t := &x509.Certificate{
+		SerialNumber: serial(),
+		Subject:      pkix.Name{CommonName: "Deimos coordinator"},
+		NotBefore:    now.Add(-backdate),
+		NotAfter:     now.Add(serverCertLife),
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, n := range names {
+		if ip := net.ParseIP(n); ip != nil {
+			t.IPAddresses = append(t.IPAddresses, ip)
+		} else {
+			t.DNSNames = append(t.DNSNames, n)
+		}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, a.caCert, key.Public(), a.caKey)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der, a.caCert.Raw}, PrivateKey: key}, nil
+}
+
+// deviceCertificate makes the key of a checked request a member of the fleet.
+func (a *authority) deviceCertificate(key ed25519.PublicKey) (certPEM []byte, notAfter time.Time, err error) {
+	now := time.Now()
+	t := &x509.Certificate{
+		SerialNumber: serial(),
+		Subject:      pkix.Name{CommonName: string(wire.IDOf(key))},
+		NotBefore:    now.Add(-backdate),
+		NotAfter:     now.Add(deviceCertLife),
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, a.caCert, key, a.caKey)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), t.NotAfter, nil
+}
+
+// pool holds the authority alone: nobody else makes members.
+func (a *authority) pool() *x509.CertPool {
+	p := x509.NewCertPool()
+	p.AddCert(a.caCert)
+	return p
+}
+
+func serial() *big.Int {
+	n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
+	if err != nil {
+		panic(err) // crypto/rand does not fail
+	}
+	return n
+}

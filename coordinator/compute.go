@@ -1,0 +1,140 @@
+package coordinator
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// compute has devices run jobs over chunks that they hold.
+type compute struct {
+	storage *storage
+	staging *staging
+	outbox  *outbox
+	reg     *registry
+	auth    *authority
+}
+
+const jobLife = 15 * time.Minute // from order to report, waiting included
+
+// run carries out an operator's job and waits for it.
+func (c *compute) run(ctx context.Context, r api.JobRequest) (api.Job, error) {
+	o, err := c.storage.object(r.Object)
+	if err != nil {
+		return api.Job{}, err
+	}
+	if r.Chunk < 0 || r.Chunk >= len(o.Chunks) {
+		return api.Job{}, refuse(http.StatusBadRequest, "no_such_chunk", "%q has chunks 0 to %d, not %d", r.Object, len(o.Chunks)-1, r.Chunk)
+	}
+	input := o.Chunks[r.Chunk].ID
+	device, err := c.holder(input, r.Device)
+	if err != nil {
+		return api.Job{}, err
+	}
+	return c.runOn(ctx, device, r.Module, r.Args, input, r.Limits)
+}
+
+// holder picks a device that is there and holds the chunk, or checks the one asked for.
+func (c *compute) holder(id string, want wire.DeviceID) (wire.DeviceID, error) {
+	rec, ok := c.storage.chunks.get(id)
+	if !ok {
+		return "", refuse(http.StatusNotFound, wire.CodeNotFound, "no device is known to hold chunk %s", id)
+	}
+	var there []wire.DeviceID
+	for _, h := range rec.Holders {
+		if !h.Lost && c.reg.online(h.Device) && (want == "" || want == h.Device) {
+			there = append(there, h.Device)
+		}
+	}
+	switch {
+	case len(there) > 0:
+		return there[rand.IntN(len(there))], nil
+	case want != "":
+		return "", refuse(http.StatusConflict, "not_a_holder", "device %s is offline or does not hold the input chunk %s", want, id)
+	}
+	return "", refuse(http.StatusServiceUnavailable, "no_holder_online", "no device that holds the input chunk %s is online", id)
+}
+
+// runOn sends the job order and collects its result. Customers' jobs and
+// challenges both come through here: on the wire they are the same.
+func (c *compute) runOn(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (api.Job, error) {
+	order, err := c.send(ctx, d, module, args, input, limits)
+	if err != nil {
+		return api.Job{}, err
+	}
+	v, err := c.outbox.await(ctx, order, nil)
+	if err != nil {
+		return api.Job{}, err
+	}
+	return c.collect(ctx, v)
+}
+
+func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
+	ref, err := parseBlobRef(string(moduleBlob), module)
+	if err != nil {
+		return wire.Order{}, refuse(http.StatusBadRequest, "bad_module", "%v", err)
+	}
+	code, err := c.staging.get(ctx, ref.String())
+	if errors.Is(err, errNotStaged) {
+		return wire.Order{}, refuse(http.StatusNotFound, "no_module", "module %s is not here; upload it first", module)
+	}
+	if err != nil {
+		return wire.Order{}, err
+	}
+	size := int64(len(code))
+	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: c.outbox.now().Add(jobLife)})
+	return c.outbox.submit(ctx, d, wire.KindJobRun, wire.JobRun{
+		Module: wire.Blob{SHA256: module, Size: size, URL: u},
+		Args:   args, Input: input, Limits: limits,
+	}, jobLife)
+}
+
+// collect takes the result of a finished job order apart and checks that its
+// parts belong together.
+func (c *compute) collect(ctx context.Context, v OrderRecord) (api.Job, error) {
+	j := api.Job{Order: v.Order.ID, Device: v.Order.Device, Report: v.Report}
+	if err := succeeded(v); err != nil {
+		return j, err
+	}
+	if err := json.Unmarshal(v.Result.Body, &j.Result); err != nil {
+		return j, fmt.Errorf("device %s reports a result that cannot be read: %w", j.Device, err)
+	}
+	var err error
+	if j.Output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
+		return j, err
+	}
+	if sum := sha256.Sum256(j.Output); hex.EncodeToString(sum[:]) != j.Result.Output {
+		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed for another output than it sent", j.Device)
+	}
+	return j, nil
+}
+
+// attachmentOf gets a report's attachment, from inside it or from the data
+// plane, and checks it against the signed digest.
+func attachmentOf(ctx context.Context, s *staging, r wire.Report) ([]byte, error) {
+	a := r.Attachment
+	if a == nil {
+		return nil, nil
+	}
+	data := a.Inline
+	if data == nil && a.Size > 0 {
+		var err error
+		if data, err = s.get(ctx, attachmentName(r.Order)); err != nil {
+			return nil, fmt.Errorf("the result of order %s: %w", r.Order, err)
+		}
+	}
+	sum := sha256.Sum256(data)
+	if int64(len(data)) != a.Size || hex.EncodeToString(sum[:]) != a.SHA256 {
+		return nil, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed for another attachment than it sent", r.Device)
+	}
+	return data, nil
+}

@@ -1,0 +1,457 @@
+// Package coordinator is the fleet's side of Deimos: it takes devices in, keeps
+// the orders it gives them until they are answered, places chunks and jobs, and
+// challenges the devices to prove that they did what they signed for.
+//
+// # Trust
+//
+// A coordinator can place bytes and sandboxed jobs, nothing more. It cannot
+// change firmware: release keys are not here, and the update repository is
+// handed out as it was signed elsewhere. Devices believe an order because of
+// its signature, never because of who delivered it.
+//
+// # State
+//
+// All state is in JetStream (package engine): devices, fleet tokens (hashed),
+// orders with their signed reports, chunk and object records, challenges. The
+// folder given as [Config.Dir] holds the secret keys and, with the embedded
+// engine, JetStream's files. A second coordinator on the same external NATS,
+// with a copy of the keys, is a peer: changes are made by compare-and-set, and
+// each has a copy of the records that a watch keeps up to date.
+//
+// # What is not here yet
+//
+// Objects are replicated, not erasure-coded, and stored as they are given; lost
+// replicas are noted and not yet rebuilt; challenges are made when an operator
+// asks. Certificates are not renewed and there is one operator token.
+package coordinator
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/engine"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Config says how a coordinator runs.
+type Config struct {
+	Dir       string        // keys and state
+	Listen    string        // HTTPS address, host:port; port 0 takes a free one
+	MQTT      string        // MQTT address, host:port; with NATS set, the port devices find the external listener on
+	NATS      string        // URL of an external NATS server; empty: embedded
+	Advertise []string      // host names or addresses that devices use; empty: the one they enrol by
+	Beat      time.Duration // heartbeat interval of devices; 0: a minute
+	Compute   Compute       // knows the answers of compute challenges; may be nil
+	Log       *slog.Logger
+}
+
+// Coordinator is a running coordinator.
+type Coordinator struct {
+	cfg  Config
+	log  *slog.Logger
+	auth *authority
+	eng  *engine.Engine
+	now  func() time.Time
+
+	reg      *registry
+	tokens   *table[TokenRecord]
+	outbox   *outbox
+	storage  *storage
+	compute  *compute
+	audits   *audits
+	releases *releases
+	staging  *staging
+
+	operatorHash [32]byte
+	httpPort     string
+	mqttPort     string
+	server       *http.Server
+	subs         []*nats.Subscription
+	failed       chan error
+	closers      []func()
+
+	// ready is nil until devices may be let in: the engine asks before the
+	// registry is open.
+	ready atomic.Pointer[registry]
+}
+
+// ContextFile is the operator's way in, below [Config.Dir].
+const ContextFile = "operator.json"
+
+const (
+	stagingLife = 24 * time.Hour
+	stagingMax  = 16 << 30 // bytes
+	auditKept   = 365 * 24 * time.Hour
+	closeLimit  = 10 * time.Second
+	startLimit  = 60 * time.Second
+	intake      = 4096 // messages of devices that wait to be looked at
+	workers     = 8    // that look at them
+)
+
+// Start brings a coordinator up. ctx bounds the start only; see [Coordinator.Close].
+func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	if cfg.Beat == 0 {
+		cfg.Beat = time.Minute
+	}
+	c := &Coordinator{cfg: cfg, log: cfg.Log, now: time.Now, failed: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	if c.auth, err = openAuthority(filepath.Join(cfg.Dir, "keys")); err != nil {
+		return nil, err
+	}
+	cert, err := c.auth.serverCertificate(c.names())
+	if err != nil {
+		return nil, fmt.Errorf("the server certificate cannot be made: %w", err)
+	}
+	// The HTTPS port is taken first: it is the one that a second coordinator
+	// on this machine would trip over.
+	ln, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, portError("HTTPS", cfg.Listen, err)
+	}
+	c.closers = append(c.closers, func() { ln.Close() })
+	_, c.httpPort, _ = net.SplitHostPort(ln.Addr().String())
+	if err := c.startEngine(ctx, cert); err != nil {
+		return nil, err
+	}
+	if err := c.openState(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.operatorContext(ln.Addr()); err != nil {
+		return nil, err
+	}
+	if err := c.listen(); err != nil {
+		return nil, err
+	}
+	c.ready.Store(c.reg)
+	c.serve(ln, cert)
+	return c, nil
+}
+
+func portError(what, addr string, err error) error {
+	return fmt.Errorf("the %s address %s cannot be opened: %w; stop what uses it or choose another", what, addr, err)
+}
+
+// names are what the server certificate is good for.
+func (c *Coordinator) names() []string {
+	names := append([]string{"localhost", "127.0.0.1", "::1"}, c.cfg.Advertise...)
+	if h, err := os.Hostname(); err == nil {
+		names = append(names, h)
+	}
+	if host, _, err := net.SplitHostPort(c.cfg.Listen); err == nil && host != "" && host != "0.0.0.0" && host != "::" {
+		names = append(names, host)
+	} else if addrs, err := net.InterfaceAddrs(); err == nil {
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok && !n.IP.IsLinkLocalUnicast() {
+				names = append(names, n.IP.String())
+			}
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+func (c *Coordinator) startEngine(ctx context.Context, cert tls.Certificate) error {
+	secret, err := loadOrMake(filepath.Join(c.cfg.Dir, "keys", "engine.secret"), engine.NewSecret)
+	if err != nil {
+		return err
+	}
+	ec := engine.Config{
+		URL: c.cfg.NATS, Secret: secret, Log: c.log, Sync: orderSync,
+		Authorize: func(ctx context.Context, id wire.DeviceID, cert *x509.Certificate) error {
+			r := c.ready.Load()
+			if r == nil {
+				return errors.New("the coordinator is starting")
+			}
+			return r.authorize(ctx, id, cert)
+		},
+	}
+	if c.cfg.NATS == "" {
+		ec.Dir, ec.MQTTListen = filepath.Join(c.cfg.Dir, "nats"), c.cfg.MQTT
+		ec.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: c.auth.pool()}
+	} else {
+		ec.DialTLS = &tls.Config{RootCAs: c.auth.pool()}
+	}
+	if c.eng, err = engine.Start(ctx, ec); err != nil {
+		return err
+	}
+	addr := c.cfg.MQTT
+	if c.cfg.NATS == "" {
+		addr = c.eng.MQTTAddr()
+	}
+	if _, c.mqttPort, err = net.SplitHostPort(addr); err != nil {
+		return fmt.Errorf("%q is no address for MQTT: %w", addr, err)
+	}
+	return nil
+}
+
+// orderSync bounds what a power cut can take of what was acknowledged to an
+// operator. A device's report that is lost with it comes again, because the
+// order that it answers is pending again.
+const orderSync = time.Second
+
+// openState opens every bucket and the services on them.
+func (c *Coordinator) openState(ctx context.Context) error {
+	c.reg = &registry{log: c.log, now: c.now, live: make(map[wire.DeviceID]*live)}
+	c.outbox = &outbox{key: c.auth.orderKey, publish: c.publish, online: c.reg.online, now: c.now, log: c.log, pending: make(map[string]*sending)}
+	c.storage = &storage{outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
+		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
+	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute}
+	err := errors.Join(
+		bucket(ctx, c, "devices", &c.reg.rows, nil),
+		bucket(ctx, c, "tokens", &c.tokens, nil),
+		bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track),
+		bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk),
+		bucket(ctx, c, "objects", &c.storage.objects, nil),
+		bucket(ctx, c, "audits", &c.audits.rows, nil, func(k *jetstream.KeyValueConfig) { k.TTL = auditKept }),
+	)
+	if err != nil {
+		return err
+	}
+	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL, o.MaxBytes = stagingLife, stagingMax })
+	if err != nil {
+		return err
+	}
+	repo, err := c.eng.Objects(ctx, "repo")
+	if err != nil {
+		return err
+	}
+	c.staging = newStaging(files)
+	c.storage.staging, c.audits.staging = c.staging, c.staging
+	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
+	c.audits.compute = c.compute
+	c.releases = &releases{files: repo, cache: newStaging(repo), outbox: c.outbox, reg: c.reg}
+	return c.audits.void(ctx)
+}
+
+// bucket opens one kind of record.
+func bucket[T any](ctx context.Context, c *Coordinator, name string, into **table[T], onEach func(string, T, bool), edit ...func(*jetstream.KeyValueConfig)) error {
+	kv, err := c.eng.KV(ctx, name, edit...)
+	if err != nil {
+		return err
+	}
+	t, err := openTable(ctx, kv, strings.TrimSuffix(name, "s"), onEach)
+	if err != nil {
+		return err
+	}
+	*into = t
+	c.closers = append(c.closers, t.close)
+	return nil
+}
+
+// operatorContext makes the operator's token at the first start, and writes
+// where this coordinator is now.
+func (c *Coordinator) operatorContext(addr net.Addr) error {
+	path := filepath.Join(c.cfg.Dir, ContextFile)
+	host, port, err := net.SplitHostPort(addr.String())
+	if err != nil {
+		return err
+	}
+	if ip := net.ParseIP(host); ip == nil || ip.IsUnspecified() {
+		host = "localhost"
+	}
+	ctx := api.Context{URL: "https://" + net.JoinHostPort(host, port), CA: string(c.auth.caPEM)}
+	if old, err := api.LoadContext(path); err == nil {
+		ctx.Token = old.Token
+	} else {
+		secret := make([]byte, 32)
+		rand.Read(secret)
+		ctx.Token = base64.RawURLEncoding.EncodeToString(secret)
+	}
+	c.operatorHash = sha256.Sum256([]byte(ctx.Token))
+	raw, err := json.MarshalIndent(ctx, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := renameio.WriteFile(path, append(raw, '\n'), 0o600); err != nil {
+		return fmt.Errorf("the operator's context cannot be saved: %w", err)
+	}
+	return nil
+}
+
+func (c *Coordinator) publish(d wire.DeviceID, raw []byte) error {
+	return c.eng.Conn().Publish(wire.Subject(d, wire.ChannelOrder), raw)
+}
+
+// listen takes in what devices say. Reports and hellos go to one coordinator of
+// a group; beats and presence change memory, so everybody hears them.
+func (c *Coordinator) listen() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	msgs := make(chan *nats.Msg, intake)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for {
+				select {
+				case m := <-msgs:
+					c.hear(ctx, m)
+				case <-ctx.Done():
+					return
+				}
+			}
+		})
+	}
+	wg.Go(func() { c.outbox.run(ctx) })
+	wg.Go(func() {
+		t := time.NewTicker(c.cfg.Beat)
+		defer t.Stop()
+		for {
+			select {
+			case <-t.C:
+				c.reg.expire(missedBeats * c.cfg.Beat)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	c.closers = append(c.closers, func() { cancel(); wg.Wait() })
+	nc := c.eng.Conn()
+	for _, ch := range []wire.Channel{wire.ChannelBeat, wire.ChannelPresence} {
+		s, err := nc.ChanSubscribe(wire.Subject("", ch), msgs)
+		if err != nil {
+			return fmt.Errorf("listening to devices: %w", err)
+		}
+		c.subs = append(c.subs, s)
+	}
+	s, err := nc.ChanQueueSubscribe(wire.Subject("", wire.ChannelReport), "coordinators", msgs)
+	if err != nil {
+		return fmt.Errorf("listening to devices: %w", err)
+	}
+	c.subs = append(c.subs, s)
+	return nc.Flush()
+}
+
+// hear takes one message of a device. What is not signed by the device whose
+// topic it came on is dropped.
+func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
+	id, ch, err := wire.ParseSubject(m.Subject)
+	if err == nil {
+		switch ch {
+		case wire.ChannelReport:
+			err = c.hearReport(ctx, id, m.Data)
+		case wire.ChannelPresence:
+			err = c.hearPresence(ctx, id, m.Data)
+		case wire.ChannelBeat:
+			var b wire.Beat
+			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
+				c.reg.beat(b)
+			}
+		}
+	}
+	if err != nil && ctx.Err() == nil {
+		c.log.Warn("a device's message was not taken", "subject", m.Subject, "error", err)
+	}
+}
+
+func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []byte) error {
+	r, err := openFrom[wire.Report](c.reg, id, wire.TypeReport, raw)
+	if err != nil {
+		return err
+	}
+	if r.Device != id {
+		return fmt.Errorf("a report of device %s came on the topic of %s", r.Device, id)
+	}
+	return c.outbox.report(ctx, r, raw)
+}
+
+func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []byte) error {
+	p, err := openFrom[wire.Presence](c.reg, id, wire.TypePresence, raw)
+	if err != nil {
+		return err
+	}
+	if p.Device != id {
+		return fmt.Errorf("a hello of device %s came on the topic of %s", p.Device, id)
+	}
+	hello, err := c.reg.presence(ctx, p)
+	if err != nil || !hello {
+		return err
+	}
+	w, err := wire.Seal(c.auth.orderKey, wire.TypeWelcome, wire.Welcome{Device: id, Nonce: p.Nonce, Time: c.now().UTC()})
+	if err != nil {
+		return err
+	}
+	if err := c.publish(id, w); err != nil {
+		return err
+	}
+	c.outbox.hello(id)
+	return nil
+}
+
+func (c *Coordinator) serve(ln net.Listener, cert tls.Certificate) {
+	c.server = &http.Server{
+		Handler:           c.routes(),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       5 * time.Minute, // an upload over a slow link
+		IdleTimeout:       2 * time.Minute,
+		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug), // other people's broken handshakes
+		TLSConfig: &tls.Config{
+			MinVersion:   tls.VersionTLS13,
+			Certificates: []tls.Certificate{cert},
+			ClientCAs:    c.auth.pool(),
+			ClientAuth:   tls.VerifyClientCertIfGiven,
+		},
+	}
+	go func() {
+		if err := c.server.ServeTLS(ln, "", ""); !errors.Is(err, http.ErrServerClosed) {
+			c.failed <- fmt.Errorf("the HTTPS server ended: %w", err)
+		}
+	}()
+}
+
+// Failed gives the reason if the coordinator ends by itself.
+func (c *Coordinator) Failed() <-chan error { return c.failed }
+
+// URL is the address of API, enrolment and data plane on this machine.
+func (c *Coordinator) URL() string { return "https://" + net.JoinHostPort("localhost", c.httpPort) }
+
+// Broker is the MQTT listener's port.
+func (c *Coordinator) Broker() string { return c.mqttPort }
+
+// Close ends everything in good order, within a bound.
+func (c *Coordinator) Close() {
+	if c.server != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
+		if c.server.Shutdown(ctx) != nil {
+			c.server.Close()
+		}
+		cancel()
+	}
+	for _, s := range c.subs {
+		_ = s.Unsubscribe() // fails only when the connection is gone, which is the aim
+	}
+	for _, f := range slices.Backward(c.closers) {
+		f()
+	}
+	if c.eng != nil {
+		if err := c.eng.Close(); err != nil {
+			c.log.Warn("the engine did not end in good order", "error", err)
+		}
+	}
+}

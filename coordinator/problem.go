@@ -1,0 +1,47 @@
+package coordinator
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// refusal is an error that a person or a program outside may see.
+type refusal struct {
+	status int
+	wire.APIError
+}
+
+func (r *refusal) Error() string { return r.Reason }
+
+func refuse(status int, code, format string, args ...any) *refusal {
+	return &refusal{status, wire.APIError{Code: code, Reason: fmt.Sprintf(format, args...)}}
+}
+
+// writeError answers a request with err. What is no refusal and no device's
+// problem is our own fault: it is logged, and the answer says no more than that.
+func writeError(w http.ResponseWriter, log *slog.Logger, err error) {
+	var r *refusal
+	var p *wire.Problem
+	switch {
+	case errors.As(err, &r):
+	case errors.As(err, &p):
+		r = refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
+	case errors.Is(err, errNotFound):
+		r = refuse(http.StatusNotFound, wire.CodeNotFound, "there is no such thing")
+	default:
+		log.Error("a request failed", "error", err)
+		r = refuse(http.StatusInternalServerError, wire.CodeInternal, "the coordinator could not do this: %v", err)
+	}
+	writeJSON(w, r.status, r.APIError)
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // the peer went away: nobody is left to tell
+}

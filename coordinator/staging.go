@@ -1,0 +1,154 @@
+package coordinator
+
+import (
+	"container/list"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+)
+
+// staging is where chunks, modules and attachments wait between an operator and
+// a device, for a day at most. It is a JetStream object store, so that any
+// coordinator of the fleet can serve what another one took in, with a small
+// memory cache before it, because what was just put is fetched next.
+type staging struct {
+	bucket jetstream.ObjectStore
+	fill   singleflight.Group
+
+	mu    sync.Mutex
+	bytes int64
+	index map[string]*list.Element
+	order *list.List // of *blob, most recently used first
+}
+
+type blob struct {
+	name string
+	data []byte
+}
+
+const (
+	stagingCache  = 64 << 20 // bytes
+	maxModule     = 32 << 20 // bytes
+	maxAttachment = 16 << 20 // bytes
+)
+
+func newStaging(bucket jetstream.ObjectStore) *staging {
+	return &staging{bucket: bucket, index: make(map[string]*list.Element), order: list.New()}
+}
+
+// putBlob takes in a chunk or a module after checking it against its id.
+func (s *staging) putBlob(ctx context.Context, ref blobRef, data []byte) error {
+	if err := verifyBlob(ref, data); err != nil {
+		return err
+	}
+	return s.put(ctx, ref.String(), data)
+}
+
+func verifyBlob(ref blobRef, data []byte) error {
+	var got string
+	switch ref.kind {
+	case chunkBlob, servedBlob:
+		if len(data) == 0 || len(data) > chunk.MaxSize {
+			return fmt.Errorf("a chunk has 1 to %d bytes, this has %d", chunk.MaxSize, len(data))
+		}
+		got = chunk.Sum(data).String()
+	case moduleBlob:
+		sum := sha256.Sum256(data)
+		got = hex.EncodeToString(sum[:])
+	}
+	if got != ref.id {
+		return fmt.Errorf("these bytes are %s %s, not %s", ref.kind, got, ref.id)
+	}
+	return nil
+}
+
+func attachmentName(order string) string { return "attachment/" + order }
+
+// put keeps data, which belongs to the staging area from now on.
+func (s *staging) put(ctx context.Context, name string, data []byte) error {
+	if _, err := s.bucket.PutBytes(ctx, name, data); err != nil {
+		return fmt.Errorf("staging %s: %w", name, err)
+	}
+	s.remember(name, data)
+	return nil
+}
+
+// errNotStaged is returned for a blob that is not here, or not any more.
+var errNotStaged = errors.New("not staged")
+
+// get returns a blob whole. The bytes are shared: do not change them.
+func (s *staging) get(ctx context.Context, name string) ([]byte, error) {
+	if data, ok := s.recall(name); ok {
+		return data, nil
+	}
+	v, err, _ := s.fill.Do(name, func() (any, error) {
+		// Others wait for this too: it must not end with the first one's request.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+		defer cancel()
+		data, err := s.bucket.GetBytes(ctx, name)
+		if errors.Is(err, jetstream.ErrObjectNotFound) {
+			return nil, errNotStaged
+		}
+		if err != nil {
+			return nil, fmt.Errorf("staging %s: %w", name, err)
+		}
+		s.remember(name, data)
+		return data, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v.([]byte), nil
+}
+
+// drop forgets a blob; one that is not there is no error.
+func (s *staging) drop(ctx context.Context, name string) error {
+	s.mu.Lock()
+	if e, ok := s.index[name]; ok {
+		s.evict(e)
+	}
+	s.mu.Unlock()
+	if err := s.bucket.Delete(ctx, name); err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+		return fmt.Errorf("staging %s: %w", name, err)
+	}
+	return nil
+}
+
+func (s *staging) recall(name string) ([]byte, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e, ok := s.index[name]
+	if !ok {
+		return nil, false
+	}
+	s.order.MoveToFront(e)
+	return e.Value.(*blob).data, true
+}
+
+func (s *staging) remember(name string, data []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e, ok := s.index[name]; ok {
+		s.evict(e)
+	}
+	s.index[name] = s.order.PushFront(&blob{name, data})
+	s.bytes += int64(len(data))
+	for s.bytes > stagingCache && s.order.Len() > 1 {
+		s.evict(s.order.Back())
+	}
+}
+
+// evict drops a cache entry. s.mu is held.
+func (s *staging) evict(e *list.Element) {
+	b := s.order.Remove(e).(*blob)
+	delete(s.index, b.name)
+	s.bytes -= int64(len(b.data))
+}

@@ -1,0 +1,257 @@
+package coordinator
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// storeTimeout bounds every single call to the state store.
+const storeTimeout = 15 * time.Second
+
+// errNotFound is returned for a key that has no record.
+var errNotFound = errors.New("not found")
+
+// table is one kind of record in a JetStream key-value bucket, with a copy of
+// all of it in memory that a watch keeps up to date. Every coordinator of a
+// fleet has such a copy; changes are made by compare-and-set on the bucket, so
+// that two of them cannot undo each other.
+type table[T any] struct {
+	kv   jetstream.KeyValue
+	what string // for messages, e.g. "device"
+
+	mu      sync.RWMutex
+	rows    map[string]row[T]
+	watch   jetstream.KeyWatcher
+	done    chan struct{}
+	waiters map[string][]chan struct{} // closed when the key changes
+	onEach  func(key string, v T, gone bool)
+}
+
+type row[T any] struct {
+	v   T
+	rev uint64
+}
+
+// openTable fills the copy before it returns. onEach, if not nil, sees each
+// record once at the start and after each change, in the order of changes and
+// never concurrently. It must not call the table's writing methods.
+func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool)) (*table[T], error) {
+	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), waiters: make(map[string][]chan struct{}), done: make(chan struct{}), onEach: onEach}
+	w, err := kv.WatchAll(context.WithoutCancel(ctx))
+	if err != nil {
+		return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, err)
+	}
+	t.watch = w
+	for loading := true; loading; {
+		select {
+		case e, open := <-w.Updates():
+			if !open {
+				return nil, fmt.Errorf("the coordinator's %s records cannot be read: the state store went away", what)
+			}
+			if e == nil { // the marker for "that was all there is"
+				loading = false
+				break
+			}
+			t.apply(e)
+		case <-ctx.Done():
+			_ = w.Stop() // the reason for giving up is ctx's
+			return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, ctx.Err())
+		}
+	}
+	go t.follow()
+	return t, nil
+}
+
+func (t *table[T]) follow() {
+	defer close(t.done)
+	for e := range t.watch.Updates() {
+		if e != nil {
+			t.apply(e)
+		}
+	}
+}
+
+// close ends the watch.
+func (t *table[T]) close() {
+	_ = t.watch.Stop() // fails only when the connection is gone, which is the aim
+	select {
+	case <-t.done:
+	case <-time.After(storeTimeout):
+	}
+}
+
+// apply takes one change into the copy. A record that cannot be decoded counts
+// as absent: it was written by a newer version, or damaged.
+func (t *table[T]) apply(e jetstream.KeyValueEntry) {
+	var v T
+	gone := e.Operation() != jetstream.KeyValuePut || json.Unmarshal(e.Value(), &v) != nil
+	t.mu.Lock()
+	if old, ok := t.rows[e.Key()]; ok && old.rev >= e.Revision() {
+		t.mu.Unlock()
+		return // our own write, already taken
+	}
+	if gone {
+		delete(t.rows, e.Key())
+	} else {
+		t.rows[e.Key()] = row[T]{v, e.Revision()}
+	}
+	t.announce(e.Key(), v, gone)
+	t.mu.Unlock()
+}
+
+// announce tells who waits. t.mu is held.
+func (t *table[T]) announce(key string, v T, gone bool) {
+	for _, c := range t.waiters[key] {
+		close(c)
+	}
+	delete(t.waiters, key)
+	if t.onEach != nil {
+		t.onEach(key, v, gone)
+	}
+}
+
+// get reads from the copy.
+func (t *table[T]) get(key string) (T, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	r, ok := t.rows[key]
+	return r.v, ok
+}
+
+// each calls f on every record of the copy until it returns false.
+func (t *table[T]) each(f func(key string, v T) bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for k, r := range t.rows {
+		if !f(k, r.v) {
+			return
+		}
+	}
+}
+
+// changed is closed when the record of key changes next.
+func (t *table[T]) changed(key string) <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c := make(chan struct{})
+	t.waiters[key] = append(t.waiters[key], c)
+	return c
+}
+
+// errUnchanged is what a change function returns to leave the record alone.
+var errUnchanged = errors.New("unchanged")
+
+// change reads, changes and writes one record by compare-and-set, again and
+// again until nobody came between. f gets the zero value and exists false for a
+// record that is not there; its error ends the attempt and is returned, except
+// errUnchanged, which is success without a write.
+func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists bool) error) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	for try := 0; ; try++ {
+		v, rev, exists, err := t.load(ctx, key, try > 0)
+		if err != nil {
+			return v, err
+		}
+		if err := f(&v, exists); errors.Is(err, errUnchanged) {
+			return v, nil
+		} else if err != nil {
+			return v, err
+		}
+		raw, err := json.Marshal(v)
+		if err != nil {
+			return v, err
+		}
+		if exists {
+			rev, err = t.kv.Update(ctx, key, raw, rev)
+		} else {
+			rev, err = t.kv.Create(ctx, key, raw)
+		}
+		if err == nil {
+			t.took(key, v, rev)
+			return v, nil
+		}
+		if !isConflict(err) {
+			return v, fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, err)
+		}
+	}
+}
+
+// load reads from the copy first, because conflicts are rare, and from the
+// bucket after one. Values are decoded afresh: f may change what it gets.
+func (t *table[T]) load(ctx context.Context, key string, fresh bool) (v T, rev uint64, exists bool, err error) {
+	if !fresh {
+		t.mu.RLock()
+		r, ok := t.rows[key]
+		t.mu.RUnlock()
+		if ok {
+			raw, err := json.Marshal(r.v)
+			if err == nil {
+				err = json.Unmarshal(raw, &v)
+			}
+			return v, r.rev, true, err
+		}
+	}
+	e, err := t.kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) || errors.Is(err, jetstream.ErrKeyDeleted) {
+		return v, 0, false, nil
+	}
+	if err != nil {
+		return v, 0, false, fmt.Errorf("the %s record %s cannot be read: %w", t.what, key, err)
+	}
+	if err := json.Unmarshal(e.Value(), &v); err != nil {
+		return v, 0, false, fmt.Errorf("the %s record %s is damaged: %w", t.what, key, err)
+	}
+	return v, e.Revision(), true, nil
+}
+
+// took notes our own write in the copy, so that we read what we wrote.
+func (t *table[T]) took(key string, v T, rev uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old, ok := t.rows[key]; ok && old.rev >= rev {
+		return
+	}
+	t.rows[key] = row[T]{v, rev}
+	t.announce(key, v, false)
+}
+
+// remove deletes a record if cond still holds for it.
+func (t *table[T]) remove(ctx context.Context, key string, cond func(v T) bool) error {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	for try := 0; ; try++ {
+		v, rev, exists, err := t.load(ctx, key, try > 0)
+		if err != nil {
+			return err
+		}
+		if !exists || !cond(v) {
+			return errNotFound
+		}
+		err = t.kv.Delete(ctx, key, jetstream.LastRevision(rev))
+		if err == nil {
+			t.mu.Lock()
+			if r, ok := t.rows[key]; ok && r.rev == rev {
+				delete(t.rows, key)
+				t.announce(key, v, true)
+			}
+			t.mu.Unlock()
+			return nil
+		}
+		if !isConflict(err) {
+			return fmt.Errorf("the %s record %s cannot be removed: %w", t.what, key, err)
+		}
+	}
+}
+
+func isConflict(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, jetstream.ErrKeyExists) ||
+		errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence
+}

@@ -1,0 +1,514 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// chunkRecord is where a chunk is and which objects need it. The coordinator
+// keeps its root and size, never its bytes.
+type chunkRecord struct {
+	ID      string       `json:"id"`
+	Size    int64        `json:"size"`
+	Holders []api.Holder `json:"holders"`
+	Refs    []string     `json:"refs,omitempty"` // keys of object records
+}
+
+// alive counts the holders that have not lost it.
+func (c chunkRecord) alive() int {
+	n := 0
+	for _, h := range c.Holders {
+		if !h.Lost {
+			n++
+		}
+	}
+	return n
+}
+
+// storage places chunks on devices and gets them back.
+type storage struct {
+	chunks  *table[chunkRecord]
+	objects *table[api.Object]
+	staging *staging
+	outbox  *outbox
+	reg     *registry
+	auth    *authority
+	log     *slog.Logger
+
+	placing keyed // one placement of a chunk at a time
+	reading singleflight.Group
+
+	mu    sync.Mutex
+	holds map[wire.DeviceID]map[string]int64 // chunk id → size, of what each device should hold
+	where map[string][]wire.DeviceID         // the same, seen from the chunk
+}
+
+const (
+	storeLife  = 10 * time.Minute // of a chunk.store order
+	storeWait  = time.Minute      // until another device is asked as well
+	serveLife  = 2 * time.Minute
+	serveWait  = 15 * time.Second // until the next holder is asked
+	dropLife   = 7 * 24 * time.Hour
+	maxReplica = 16
+	// defaultReplicas lets one device be down.
+	defaultReplicas = 2
+)
+
+// trackChunk keeps holds; it is the chunk table's onEach.
+func (s *storage) trackChunk(id string, c chunkRecord, gone bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.where[id] {
+		delete(s.holds[d], id)
+	}
+	delete(s.where, id)
+	if gone {
+		return
+	}
+	for _, h := range c.Holders {
+		if h.Lost {
+			continue
+		}
+		if s.holds[h.Device] == nil {
+			s.holds[h.Device] = make(map[string]int64)
+		}
+		s.holds[h.Device][id] = c.Size
+		s.where[id] = append(s.where[id], h.Device)
+	}
+}
+
+// held lists what a device should hold, in a fixed order.
+func (s *storage) held(d wire.DeviceID) []api.Chunk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]api.Chunk, 0, len(s.holds[d]))
+	for id, size := range s.holds[d] {
+		out = append(out, api.Chunk{ID: id, Size: size})
+	}
+	slices.SortFunc(out, func(a, b api.Chunk) int { return cmp.Compare(a.ID, b.ID) })
+	return out
+}
+
+// place makes sure that replicas devices hold the chunk, and returns when each
+// has given its receipt. data is checked against id first.
+func (s *storage) place(ctx context.Context, id string, data []byte, replicas int) (chunkRecord, error) {
+	if replicas < 1 || replicas > maxReplica {
+		return chunkRecord{}, refuse(http.StatusBadRequest, "bad_replicas", "replicas must be 1 to %d", maxReplica)
+	}
+	ref, err := parseBlobRef(string(chunkBlob), id)
+	if err == nil {
+		err = verifyBlob(ref, data)
+	}
+	if err != nil {
+		return chunkRecord{}, refuse(http.StatusBadRequest, wire.CodeMismatch, "%v", err)
+	}
+	defer s.placing.lock(id)()
+	if c, ok := s.chunks.get(id); ok && c.alive() >= replicas {
+		return c, nil
+	}
+	if err := s.staging.put(ctx, ref.String(), data); err != nil {
+		return chunkRecord{}, err
+	}
+	// Once it is placed, reads come from devices: the staged copy must not
+	// hide that they cannot.
+	defer func() {
+		if err := s.staging.drop(context.WithoutCancel(ctx), ref.String()); err != nil {
+			s.log.Warn("a staged chunk stays until it expires", "chunk", id, "error", err)
+		}
+	}()
+	return s.spread(ctx, ref, int64(len(data)), replicas)
+}
+
+// spread asks devices until enough have given a receipt or none is left to ask.
+func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas int) (chunkRecord, error) {
+	c, err := s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
+		if exists {
+			return errUnchanged
+		}
+		*c = chunkRecord{ID: ref.id, Size: size}
+		return nil
+	})
+	if err != nil {
+		return c, err
+	}
+	// A device that still has to drop this chunk is not asked to store it: the
+	// two orders may arrive in any order.
+	asked := s.dropping(ref.id)
+	for _, h := range c.Holders {
+		if !h.Lost {
+			asked = append(asked, h.Device)
+		}
+	}
+	var failed error
+	for c.alive() < replicas {
+		missing := replicas - c.alive()
+		next := s.candidates(size, asked, missing)
+		if len(next) < missing {
+			return c, s.tooFew(replicas, c.alive()+len(next), failed)
+		}
+		asked = append(asked, next...)
+		results := make(chan error, len(next))
+		for _, d := range next {
+			go func() { results <- s.storeOn(ctx, d, ref, size) }()
+		}
+		for range next {
+			if err := <-results; err != nil {
+				failed = err
+				s.log.Warn("a device did not take a chunk; asking another", "chunk", ref.id, "error", err)
+			}
+		}
+		if ctx.Err() != nil {
+			return c, ctx.Err()
+		}
+		c, _ = s.chunks.get(ref.id)
+	}
+	return c, nil
+}
+
+func (s *storage) tooFew(want, have int, last error) error {
+	reason := fmt.Sprintf("%d devices with room are needed, %d can be found", want, have)
+	if last != nil {
+		reason += fmt.Sprintf(" (one said: %v)", last)
+	}
+	return refuse(http.StatusServiceUnavailable, "too_few_devices", "%s; add devices, or store fewer copies with --replicas", reason)
+}
+
+// dropping lists devices that were told to drop a chunk and have not yet.
+func (s *storage) dropping(id string) []wire.DeviceID {
+	var out []wire.DeviceID
+	for _, v := range s.outbox.unfinished(wire.KindChunkDrop) {
+		if b, err := wire.DecodeBody[wire.ChunkDrop](v.Order); err == nil && slices.Contains(b.IDs, id) {
+			out = append(out, v.Order.Device)
+		}
+	}
+	return out
+}
+
+// candidates are up to n devices that are there, have room, and were not asked
+// yet: those with most free space first, equals shuffled.
+func (s *storage) candidates(size int64, not []wire.DeviceID, n int) []wire.DeviceID {
+	list := s.reg.list()
+	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+	slices.SortStableFunc(list, func(a, b api.Device) int {
+		// In whole 256 MiB, so that a few chunks do not decide.
+		return int((b.Capacity-b.Used)>>28) - int((a.Capacity-a.Used)>>28)
+	})
+	var out []wire.DeviceID
+	for _, d := range list {
+		if len(out) == n {
+			break
+		}
+		if d.Online && !d.Retired && d.Capacity-d.Used >= size && !slices.Contains(not, d.ID) {
+			out = append(out, d.ID)
+		}
+	}
+	return out
+}
+
+// storeOn asks one device and keeps its receipt.
+func (s *storage) storeOn(ctx context.Context, d wire.DeviceID, ref blobRef, size int64) error {
+	u := s.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: s.outbox.now().Add(storeLife)})
+	o, err := s.outbox.submit(ctx, d, wire.KindChunkStore, wire.ChunkStore{ID: ref.id, Size: size, URL: u}, storeLife)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	v, err := s.outbox.await(ctx, o, nil)
+	if err != nil {
+		return fmt.Errorf("device %s has not answered: %w", d, err)
+	}
+	if err := succeeded(v); err != nil {
+		return fmt.Errorf("device %s: %w", d, err)
+	}
+	var r wire.Receipt
+	if err := json.Unmarshal(v.Result.Body, &r); err != nil || r.ID != ref.id || r.Size != size {
+		return fmt.Errorf("device %s gave a receipt for something else", d)
+	}
+	_, err = s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
+		if !exists {
+			*c = chunkRecord{ID: ref.id, Size: size}
+		}
+		c.Holders = slices.DeleteFunc(c.Holders, func(h api.Holder) bool { return h.Device == d })
+		c.Holders = append(c.Holders, api.Holder{Device: d, Volume: r.Volume, Order: o.ID, Since: s.outbox.now().UTC()})
+		return nil
+	})
+	return err
+}
+
+// read fetches a chunk from a device that holds it, the next if one fails. What
+// it returns has been checked against the id.
+func (s *storage) read(ctx context.Context, id string, not ...wire.DeviceID) ([]byte, error) {
+	c, ok := s.chunks.get(id)
+	if !ok {
+		return nil, refuse(http.StatusNotFound, wire.CodeNotFound, "no device is known to hold chunk %s", id)
+	}
+	// Readers of the same chunk share one fetch.
+	got := s.reading.DoChan(id+fmt.Sprint(not), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), serveLife)
+		defer cancel()
+		return s.readAny(ctx, c, not)
+	})
+	select {
+	case r := <-got:
+		data, _ := r.Val.([]byte)
+		return data, r.Err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceID) ([]byte, error) {
+	holders := slices.Clone(c.Holders)
+	rand.Shuffle(len(holders), func(i, j int) { holders[i], holders[j] = holders[j], holders[i] })
+	tried := 0
+	var last error
+	for _, h := range holders {
+		if h.Lost || slices.Contains(not, h.Device) || !s.reg.online(h.Device) {
+			continue
+		}
+		tried++
+		data, err := s.readFrom(ctx, h.Device, c)
+		if err == nil {
+			return data, nil
+		}
+		last = err
+		s.log.Warn("a device did not serve a chunk; asking the next", "chunk", c.ID, "error", err)
+		if p := wire.ProblemOf(err); p.Code == wire.CodeLost || p.Code == wire.CodeNotFound {
+			if err := s.lost(ctx, h.Device, []string{c.ID}); err != nil {
+				s.log.Warn("a loss could not be noted", "chunk", c.ID, "error", err)
+			}
+		}
+	}
+	if tried == 0 {
+		return nil, refuse(http.StatusServiceUnavailable, "no_holder_online",
+			"none of the %d devices that hold chunk %s is online; try again when one is (\"deimos device list\")", len(holders), c.ID)
+	}
+	return nil, refuse(http.StatusServiceUnavailable, "unreadable", "chunk %s cannot be read now; the last device said: %v", c.ID, last)
+}
+
+// readFrom has one device put the chunk on the data plane.
+func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
+	ref := blobRef{servedBlob, c.ID}
+	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: ref, size: c.Size, expires: s.outbox.now().Add(serveLife)})
+	o, err := s.outbox.submit(ctx, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, serveLife)
+	if err != nil {
+		return nil, err
+	}
+	wait, cancel := context.WithTimeout(ctx, serveWait)
+	defer cancel()
+	v, err := s.outbox.await(wait, o, nil)
+	if err != nil {
+		return nil, fmt.Errorf("device %s has not answered: %w", d, err)
+	}
+	if err := succeeded(v); err != nil {
+		return nil, err
+	}
+	data, err := s.staging.get(ctx, ref.String())
+	if err != nil {
+		return nil, fmt.Errorf("device %s says that it served chunk %s, but it is not here: %w", d, c.ID, err)
+	}
+	if err := s.staging.drop(ctx, ref.String()); err != nil {
+		return nil, err
+	}
+	return data, nil
+}
+
+// lost notes that a device does not have chunks any more.
+func (s *storage) lost(ctx context.Context, d wire.DeviceID, ids []string) error {
+	for _, id := range ids {
+		_, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
+			i := slices.IndexFunc(c.Holders, func(h api.Holder) bool { return h.Device == d && !h.Lost })
+			if !exists || i < 0 {
+				return errUnchanged
+			}
+			c.Holders[i].Lost = true
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// objectKey makes any name fit the state store.
+func objectKey(name string) string { return base64.RawURLEncoding.EncodeToString([]byte(name)) }
+
+const maxName = 512 // bytes
+
+// putObject names chunks that are placed. A name that is taken is refused,
+// unless it is for the very same content, which is a repeat.
+func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, error) {
+	if err := checkObject(o); err != nil {
+		return o, err
+	}
+	key := objectKey(o.Name)
+	if old, ok := s.objects.get(key); ok {
+		if old.SHA256 == o.SHA256 && old.Size == o.Size {
+			return old, nil
+		}
+		return old, refuse(http.StatusConflict, "exists", "there is another object %q; remove it first (\"deimos object rm\") or choose another name", o.Name)
+	}
+	// The chunks are claimed before the object is there: a crash between leaves
+	// a claim too many, never an object whose chunks may be dropped.
+	for _, ch := range o.Chunks {
+		_, err := s.chunks.change(ctx, ch.ID, func(c *chunkRecord, exists bool) error {
+			switch {
+			case !exists || c.alive() == 0:
+				return refuse(http.StatusConflict, "chunk_missing", "chunk %s is on no device; store the file again", ch.ID)
+			case c.Size != ch.Size:
+				return refuse(http.StatusBadRequest, "bad_object", "chunk %s has %d bytes, not %d", ch.ID, c.Size, ch.Size)
+			case slices.Contains(c.Refs, key):
+				return errUnchanged
+			}
+			c.Refs = append(c.Refs, key)
+			return nil
+		})
+		if err != nil {
+			return o, err
+		}
+	}
+	o.Created = s.outbox.now().UTC()
+	return s.objects.change(ctx, key, func(v *api.Object, exists bool) error {
+		if exists {
+			return refuse(http.StatusConflict, "exists", "an object %q was made meanwhile", o.Name)
+		}
+		*v = o
+		return nil
+	})
+}
+
+func checkObject(o api.Object) error {
+	if o.Name == "" || len(o.Name) > maxName {
+		return refuse(http.StatusBadRequest, "bad_object", "an object's name has 1 to %d bytes", maxName)
+	}
+	var sum int64
+	for _, c := range o.Chunks {
+		if _, err := chunk.ParseID(c.ID); err != nil || c.Size < 1 || c.Size > chunk.MaxSize {
+			return refuse(http.StatusBadRequest, "bad_object", "the object's list of chunks is not valid")
+		}
+		sum += c.Size
+	}
+	if sum != o.Size {
+		return refuse(http.StatusBadRequest, "bad_object", "the chunks have %d bytes together, the object is said to have %d", sum, o.Size)
+	}
+	return nil
+}
+
+func (s *storage) object(name string) (api.Object, error) {
+	o, ok := s.objects.get(objectKey(name))
+	if !ok {
+		return o, refuse(http.StatusNotFound, wire.CodeNotFound, "there is no object %q; \"deimos object ls\" shows all", name)
+	}
+	return o, nil
+}
+
+// listObjects is every object, sorted by name.
+func (s *storage) listObjects() []api.Object {
+	out := []api.Object{}
+	s.objects.each(func(_ string, o api.Object) bool {
+		out = append(out, o)
+		return true
+	})
+	slices.SortFunc(out, func(a, b api.Object) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+// removeObject forgets an object, and has devices drop the chunks that no other
+// object needs.
+func (s *storage) removeObject(ctx context.Context, name string) error {
+	o, err := s.object(name)
+	if err != nil {
+		return err
+	}
+	key := objectKey(name)
+	if err := s.objects.remove(ctx, key, func(v api.Object) bool { return v.SHA256 == o.SHA256 }); err != nil {
+		return err
+	}
+	drops := make(map[wire.DeviceID][]string)
+	for _, ch := range o.Chunks {
+		c, err := s.chunks.change(ctx, ch.ID, func(c *chunkRecord, exists bool) error {
+			if !exists || !slices.Contains(c.Refs, key) {
+				return errUnchanged
+			}
+			c.Refs = slices.DeleteFunc(c.Refs, func(r string) bool { return r == key })
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if len(c.Refs) > 0 {
+			continue
+		}
+		err = s.chunks.remove(ctx, ch.ID, func(c chunkRecord) bool { return len(c.Refs) == 0 })
+		if errors.Is(err, errNotFound) {
+			continue // gone already, or claimed by a new object meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		for _, h := range c.Holders {
+			drops[h.Device] = append(drops[h.Device], ch.ID)
+		}
+	}
+	for d, ids := range drops {
+		for part := range slices.Chunk(ids, 500) { // well below a message's size
+			if _, err := s.outbox.submit(ctx, d, wire.KindChunkDrop, wire.ChunkDrop{IDs: part}, dropLife); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// keyed is a lock for each key.
+type keyed struct {
+	mu    sync.Mutex
+	locks map[string]*keyLock
+}
+
+type keyLock struct {
+	mu   sync.Mutex
+	refs int
+}
+
+// lock takes the lock of key and returns what gives it back.
+func (k *keyed) lock(key string) (unlock func()) {
+	k.mu.Lock()
+	if k.locks == nil {
+		k.locks = make(map[string]*keyLock)
+	}
+	l := k.locks[key]
+	if l == nil {
+		l = &keyLock{}
+		k.locks[key] = l
+	}
+	l.refs++
+	k.mu.Unlock()
+	l.mu.Lock()
+	return func() {
+		l.mu.Unlock()
+		k.mu.Lock()
+		if l.refs--; l.refs == 0 {
+			delete(k.locks, key)
+		}
+		k.mu.Unlock()
+	}
+}
