@@ -5,6 +5,7 @@ package slot
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync/atomic"
 
@@ -12,9 +13,13 @@ import (
 )
 
 // Built with the tag "crashpoints", a process kills itself with SIGKILL at the
-// nth of these points, n from DEIMOS_CRASH_AT. Tests run n = 1, 2, … until the
-// process survives, so that they meet every point there is.
+// nth of these points, n from DEIMOS_CRASH_AT, if its program is called
+// DEIMOS_CRASH_IN. Tests run n = 1, 2, … until the process survives, so that
+// they meet every point there is.
 var crashCount, crashAt = new(atomic.Int64), func() int64 {
+	if filepath.Base(os.Args[0]) != os.Getenv("DEIMOS_CRASH_IN") {
+		return 0
+	}
 	n, _ := strconv.ParseInt(os.Getenv("DEIMOS_CRASH_AT"), 10, 64)
 	return n
 }()

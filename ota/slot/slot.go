@@ -128,6 +128,7 @@ func (s State) Version() string { return s.Images[s.Current].Version }
 type Installing struct {
 	Order string `json:"order"`
 	Slot  Name   `json:"slot"`
+	From  string `json:"from"` // the version that installs
 }
 
 // Trial is a version that has not been confirmed yet.
@@ -194,15 +195,16 @@ func (s *Store) StagedPath(n Name) string { return filepath.Join(s.dir, string(n
 
 // BeginInstall picks the slot to install into, which is never the current one.
 // The new agent then goes to [Store.StagedPath], and [Store.MarkTrial] follows.
-// An earlier install that did not get that far is forgotten.
-func (s *Store) BeginInstall(order string) (Name, error) {
+// An earlier install that did not get that far is forgotten. from is the
+// version that runs, for the record.
+func (s *Store) BeginInstall(order, from string) (Name, error) {
 	var target Name
 	begin := func(st *State) error {
 		if st.Trial != nil {
 			return ErrBusy
 		}
 		target = st.Current.Other()
-		st.Installing = &Installing{Order: order, Slot: target}
+		st.Installing = &Installing{Order: order, Slot: target, From: from}
 		return nil
 	}
 	// Twice, so that the older generation does not name the target as current.
@@ -248,7 +250,7 @@ func (s *Store) MarkTrial(order string, image Image) error {
 			return fmt.Errorf("move the new agent into slot %s: %w", in.Slot, err)
 		}
 		st.setImage(in.Slot, image)
-		st.Trial = &Trial{Order: order, Slot: in.Slot, From: st.Version(), Version: image.Version, Tries: Tries}
+		st.Trial = &Trial{Order: order, Slot: in.Slot, From: in.From, Version: image.Version, Tries: Tries}
 		st.Installing = nil
 		return nil
 	})
