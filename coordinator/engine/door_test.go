@@ -5,12 +5,13 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"slices"
+	"encoding/pem"
 	"sync"
 	"testing"
 	"time"
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
+	"github.com/nats-io/jwt/v2"
 
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -129,18 +130,6 @@ func TestRetiredDeviceIsCutAndStaysOut(t *testing.T) {
 	})
 }
 
-// TestRetireFindsConnectionsOfOthers: this coordinator has not let the device
-// in itself, or has forgotten.
-func TestRetireFindsConnectionsOfOthers(t *testing.T) {
-	bothModes(t, func(t *testing.T, w *world) {
-		d := w.ca.device(t)
-		c := w.connect(t, d)
-		w.gate.forget(d.id)
-		must(t, w.Disconnect(t.Context(), d.id))
-		next(t, c.lost, "the end of the connection")
-	})
-}
-
 // TestRetireBeatsConnectInFlight: the registry has said yes, then the device is
 // retired, and only then the answer reaches the server.
 func TestRetireBeatsConnectInFlight(t *testing.T) {
@@ -166,18 +155,38 @@ func TestRetireBeatsConnectInFlight(t *testing.T) {
 	})
 }
 
-// TestSecondConnectionOfADeviceReplacesTheFirst, and the flood of answers for
-// one device does not grow what is remembered.
-func TestConnectionsRememberedAreBounded(t *testing.T) {
-	g := &gatekeeper{conns: map[wire.DeviceID][]connection{}}
-	for i := range uint64(100) {
-		g.remember("d", connection{"s", i})
+// TestIdentify asks about what TLS would refuse before, and about a
+// certificate that has run out since its TLS session began.
+func TestIdentify(t *testing.T) {
+	ca := newAuthority(t)
+	d := ca.device(t)
+	text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: d.cert.Certificate[0]}))
+	request := func(edit func(*jwt.AuthorizationRequestClaims)) *jwt.AuthorizationRequestClaims {
+		r := jwt.NewAuthorizationRequestClaims("U")
+		r.ClientInformation = jwt.ClientInformation{Type: "mqtt", MQTT: string(d.id)}
+		r.TLS = &jwt.ClientTLS{VerifiedChains: []jwt.StringList{{text}}}
+		edit(r)
+		return r
 	}
-	want := []connection{{"s", 96}, {"s", 97}, {"s", 98}, {"s", 99}}
-	if got := g.forget("d"); !slices.Equal(got, want) {
-		t.Errorf("remembered %v", got)
+	now := time.Now()
+	id, _, err := identify(request(func(*jwt.AuthorizationRequestClaims) {}), now)
+	must(t, err)
+	if id != d.id {
+		t.Errorf("%s was taken for %s", d.id, id)
 	}
-	if len(g.conns) != 0 {
-		t.Error("not forgotten")
+	for words, r := range map[string]*jwt.AuthorizationRequestClaims{
+		"not by \"nats\"":     request(func(r *jwt.AuthorizationRequestClaims) { r.ClientInformation.Type = "nats" }),
+		"no verified":         request(func(r *jwt.AuthorizationRequestClaims) { r.TLS = nil }),
+		"no verified client":  request(func(r *jwt.AuthorizationRequestClaims) { r.TLS = &jwt.ClientTLS{Certs: jwt.StringList{text}} }),
+		"cannot be read":      request(func(r *jwt.AuthorizationRequestClaims) { r.TLS.VerifiedChains[0][0] = "x" }),
+		"as MQTT client id":   request(func(r *jwt.AuthorizationRequestClaims) { r.ClientInformation.MQTT = "" }),
+		"MQTT client id, not": request(func(r *jwt.AuthorizationRequestClaims) { r.ClientInformation.MQTT += "x" }),
+	} {
+		_, _, err := identify(r, now)
+		wantSentence(t, err, words)
+	}
+	for _, at := range []time.Time{now.Add(2 * time.Hour), now.Add(-3 * time.Hour)} {
+		_, _, err := identify(request(func(*jwt.AuthorizationRequestClaims) {}), at)
+		wantSentence(t, err, "is valid from")
 	}
 }

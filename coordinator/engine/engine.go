@@ -109,9 +109,12 @@ type Config struct {
 	// after its context ends.
 	Authorize func(ctx context.Context, id wire.DeviceID, cert *x509.Certificate) error
 
-	// Sync is how long an acknowledged write may stay out of reach of a power
-	// cut: JetStream calls fsync that often. Zero means before each
-	// acknowledgement. The death of the process alone never loses one.
+	// Sync is how long an acknowledged write may be lost to a power cut:
+	// JetStream calls fsync that often. Zero means before each acknowledgement.
+	// The death of the process alone never loses one. Measured on a virtual
+	// disk that makes 2,400 fsyncs a second, 1 KiB values, one writer: zero gives
+	// 1,200 writes a second (median 0.2 ms), a second gives 25,000 (0.03 ms), a
+	// minute no more than that. See BenchmarkKVPut.
 	// An external server has its own in [ServerConfig].
 	Sync time.Duration
 

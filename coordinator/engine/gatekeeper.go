@@ -26,10 +26,6 @@ const (
 	// back at once the rest waits in the subscription, and whoever has waited
 	// longer than the server does is not worked on any more.
 	calloutWorkers = 64
-
-	// maxConnsKept is how many connections of one device are remembered. There
-	// is one at a time, but for a new one that replaces it.
-	maxConnsKept = 4
 )
 
 var errNotReady = errors.New("the message server is being prepared; come again in a second")
@@ -48,21 +44,13 @@ type gatekeeper struct {
 	work   sync.WaitGroup
 
 	mu     sync.Mutex
-	closed bool                           // no more work begins
-	conns  map[wire.DeviceID][]connection // oldest first, at most maxConnsKept
-}
-
-// connection is how the system account names a client's connection.
-type connection struct {
-	server string // server id
-	cid    uint64
+	closed bool // no more work begins
 }
 
 func startGatekeeper(nc *nats.Conn, issuer nkeys.KeyPair, authorize func(context.Context, wire.DeviceID, *x509.Certificate) error, ready func() bool, log *slog.Logger) (*gatekeeper, error) {
 	g := &gatekeeper{
 		issuer: issuer, authorize: authorize, ready: ready, log: log,
 		slots: make(chan struct{}, calloutWorkers),
-		conns: map[wire.DeviceID][]connection{},
 	}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	var err error
@@ -136,10 +124,6 @@ func (g *gatekeeper) admit(req *jwt.AuthorizationRequestClaims) (string, error) 
 	if !g.ready() {
 		return refuse(id, errNotReady)
 	}
-	// Remembered before the question is asked: whoever retires the device first
-	// makes Authorize say no and then ends the connections remembered here, so
-	// that no order of events leaves a connection behind.
-	g.remember(id, connection{req.Server.ID, req.ClientInformation.ID})
 	ctx, cancel := context.WithTimeout(g.ctx, authTimeout)
 	defer cancel()
 	if err := g.authorize(ctx, id, cert); err != nil {
@@ -206,25 +190,6 @@ func deviceUser(nkey string, id wire.DeviceID, cert *x509.Certificate) *jwt.User
 	// subscriptions above QoS 0. Each would be a JetStream consumer.
 	u.Permissions.Sub.Deny = jwt.StringList{"$MQTT.>"}
 	return u
-}
-
-func (g *gatekeeper) remember(id wire.DeviceID, c connection) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	kept := g.conns[id]
-	if len(kept) >= maxConnsKept {
-		kept = kept[len(kept)-maxConnsKept+1:]
-	}
-	g.conns[id] = append(kept[:len(kept):len(kept)], c)
-}
-
-// forget returns what is remembered of a device, for the last time.
-func (g *gatekeeper) forget(id wire.DeviceID) []connection {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	c := g.conns[id]
-	delete(g.conns, id)
-	return c
 }
 
 func (g *gatekeeper) close() error {

@@ -87,13 +87,15 @@ func (l *serverLog) say(level slog.Level, format string, v []any) {
 // aboutConnection tells a line about one client ("192.0.2.7:4711 - mid:12 -
 // …") or one attempt to log in from one about the server.
 func aboutConnection(text string) bool {
-	return strings.Contains(text, " - mid:") || strings.Contains(text, " - cid:") || authCallout(text)
+	return strings.Contains(text, " - mid:") || strings.Contains(text, " - cid:") || authCallout(text) ||
+		strings.HasPrefix(text, "Could not register auth callout user")
 }
 
 // uninteresting lines are either anybody's doing, like a failed TLS handshake,
 // or a repetition of what the auth callout has logged itself.
 func uninteresting(text string) bool {
 	return strings.Contains(text, "TLS handshake error") || authCallout(text) ||
+		strings.Contains(text, "auth callout user: connection closed") ||
 		strings.Contains(text, "authentication error") || strings.Contains(text, "unable to connect: authentication")
 }
 

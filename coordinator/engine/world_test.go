@@ -214,8 +214,14 @@ type world struct {
 // bothModes runs a test against the embedded and against an external server.
 func bothModes(t *testing.T, test func(t *testing.T, w *world)) {
 	t.Helper()
-	t.Run("embedded", func(t *testing.T) { test(t, embedded(t)) })
-	t.Run("external", func(t *testing.T) { test(t, external(t)) })
+	t.Run("embedded", func(t *testing.T) {
+		t.Parallel()
+		test(t, embedded(t))
+	})
+	t.Run("external", func(t *testing.T) {
+		t.Parallel()
+		test(t, external(t))
+	})
 }
 
 func newWorld(t testing.TB) *world {
@@ -301,7 +307,7 @@ func (x *extServer) start(t testing.TB) {
 	must(t, f.Close())
 
 	x.cmd = exec.Command(os.Args[0])
-	x.cmd.Env = append(os.Environ(), envServer+"="+path)
+	x.cmd.Env = append(os.Environ(), envServer+"="+path, "GORACE=atexit_sleep_ms=0")
 	if testing.Verbose() {
 		x.cmd.Stderr = os.Stderr
 	}
