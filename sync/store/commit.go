@@ -1,0 +1,459 @@
+package store
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/dgraph-io/badger/v4"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+const (
+	maxBatchBytes    = 16 << 20 // chunks that share one sync
+	maxBatchRequests = 1024
+	maxDropsAtOnce   = 1000 // ids in one transaction
+)
+
+// request is one change that waits for the committer, or with neither data nor
+// drops the question whether a chunk is durable.
+type request struct {
+	id    chunk.ID
+	data  []byte     // put
+	drops []chunk.ID // drop
+	done  chan error // takes one answer without blocking
+
+	err error // the committer's
+}
+
+// Put makes a chunk durable and returns nil only then. data must hash to id
+// and must not be changed afterwards, even if ctx ends before Put is done. A
+// chunk that is already held and verifies is not written again; one that was
+// lost is.
+//
+// Problems: [wire.CodeMismatch], [wire.CodeNoSpace], [wire.CodeReadOnly].
+func (v *Volume) Put(ctx context.Context, id chunk.ID, data []byte) error {
+	if err := chunk.CheckSize(int64(len(data))); err != nil {
+		return wire.RejectedBecause(wire.CodeMismatch, "chunk %s cannot be stored: %v", id, err)
+	}
+	if got := chunk.Sum(data); got != id {
+		return wire.FailedBecause(wire.CodeMismatch, "the bytes are those of chunk %s, not of %s", got, id)
+	}
+	// Reading finds a loss, which the committer then mends.
+	if _, err := v.Get(ctx, id); err != nil && ctx.Err() != nil {
+		return err
+	}
+	return v.submit(ctx, &request{id: id, data: data})
+}
+
+// Confirm reads a chunk, verifies it and returns its size if it is durable: a
+// nil error is worth as much as Put's. Errors as for [Volume.Get], and
+// [wire.CodeReadOnly] for a chunk whose sync failed.
+func (v *Volume) Confirm(ctx context.Context, id chunk.ID) (size int64, err error) {
+	data, err := v.Get(ctx, id)
+	if err != nil {
+		return 0, err
+	}
+	return int64(len(data)), v.submit(ctx, &request{id: id})
+}
+
+// Drop forgets chunks, durably. Ids that are not held are no error. It works on
+// a disk below its floor, but not on a volume that is read-only.
+func (v *Volume) Drop(ctx context.Context, ids []chunk.ID) error {
+	for len(ids) > 0 {
+		n := min(len(ids), maxDropsAtOnce)
+		if err := v.submit(ctx, &request{drops: ids[:n:n]}); err != nil {
+			return err
+		}
+		ids = ids[n:]
+	}
+	return nil
+}
+
+// dropHeld is Drop that leaves a volume alone that holds none of the ids, so
+// that a broken volume does not fail what is no business of its.
+func (v *Volume) dropHeld(ctx context.Context, ids []chunk.ID) error {
+	var there []chunk.ID
+	for _, id := range ids {
+		if _, ok := v.versionOf(id); ok {
+			there = append(there, id)
+		}
+	}
+	return v.Drop(ctx, there)
+}
+
+func (v *Volume) submit(ctx context.Context, r *request) error {
+	if err := v.enter(); err != nil {
+		return err
+	}
+	defer v.ops.Done()
+	r.done = make(chan error, 1)
+	select {
+	case v.queue <- r:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	select {
+	case err := <-r.done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// commitLoop is the committer. It ends when stop is closed, which Close does
+// after the last submit has returned.
+func (v *Volume) commitLoop() {
+	defer close(v.stopped)
+	for {
+		select {
+		case r := <-v.queue:
+			v.commit(v.gather(r))
+		case <-v.stop:
+			return
+		}
+	}
+}
+
+// gather adds to first whoever waits already.
+func (v *Volume) gather(first *request) []*request {
+	batch, bytes := []*request{first}, len(first.data)
+	for bytes < maxBatchBytes && len(batch) < maxBatchRequests {
+		select {
+		case r := <-v.queue:
+			batch, bytes = append(batch, r), bytes+len(r.data)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// commit carries a batch out: write all, sync once, answer all.
+func (v *Volume) commit(batch []*request) {
+	s := stage{v: v}
+	if err := s.look(batch); err != nil {
+		for _, r := range batch {
+			r.done <- wire.FailedBecause(wire.CodeInternal, "the index of volume %s cannot be read: %v", v.id, err)
+		}
+		return
+	}
+	for _, r := range batch {
+		r.err = s.add(r)
+	}
+	if err := s.finish(); err != nil {
+		reason := fmt.Sprintf("writing failed: %v", err)
+		v.noteFailedSync(reason, s.put)
+		for _, r := range batch {
+			if r.err == nil {
+				r.err = s.failed(r, reason)
+			}
+		}
+	} else {
+		s.apply()
+	}
+	for _, r := range batch {
+		r.done <- r.err
+	}
+}
+
+// noteFailedSync latches the volume and leaves word for the next start.
+func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
+	v.latch(reason)
+	v.mu.Lock()
+	for _, id := range put {
+		v.suspect[id] = true
+	}
+	v.mu.Unlock()
+	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
+	boot, err := v.opt.hooks.bootID()
+	if err == nil {
+		err = writeDurably(filepath.Join(v.dir, syncFailedFile), boot+"\n")
+	}
+	if err != nil {
+		v.opt.Log.Error("the failed write could not be noted on disk", "volume", v.id, "err", err)
+	}
+}
+
+// stage is a batch on its way: what it has written so far, and what that will
+// mean for the counters once it is durable.
+type stage struct {
+	v        *Volume
+	room     int64 // bytes left above the floor; read at the first put
+	roomErr  error
+	roomRead bool
+	state    map[chunk.ID]held // of the ids that the batch names, as it goes
+	put      []chunk.ID
+	unlost   []chunk.ID
+	used     int64 // changes of the counters
+	dead     int64
+	chunks   int
+
+	txns []*badger.Txn
+	mu   sync.Mutex // guards err while Badger writes
+	err  error
+}
+
+// held is what is known of a chunk before it is changed.
+type held struct {
+	size int64
+	ok   bool // indexed
+	lost bool
+	mine bool // written by this batch
+}
+
+// look finds out, before the first write, what is held of all that the batch
+// names: Badger would make a later read wait for the writes before it.
+func (s *stage) look(batch []*request) error {
+	s.state = map[chunk.ID]held{}
+	err := s.v.view(func(txn *badger.Txn) error {
+		for _, r := range batch {
+			ids := r.drops
+			if ids == nil {
+				ids = []chunk.ID{r.id}
+			}
+			for _, id := range ids {
+				item, err := txn.Get(keyOf(indexPrefix, id))
+				if errors.Is(err, badger.ErrKeyNotFound) {
+					continue
+				}
+				if err != nil {
+					return err
+				}
+				_, size, err := readIndex(item)
+				if err != nil {
+					return err
+				}
+				s.state[id] = held{size: size, ok: true}
+			}
+		}
+		return nil
+	})
+	s.v.mu.Lock()
+	defer s.v.mu.Unlock()
+	for id, h := range s.state {
+		_, h.lost = s.v.lost[id]
+		s.state[id] = h
+	}
+	return err
+}
+
+func (s *stage) add(r *request) error {
+	switch {
+	case r.data != nil:
+		return s.addPut(r)
+	case r.drops != nil:
+		return s.addDrops(r)
+	default:
+		return s.confirm(r.id)
+	}
+}
+
+// confirm answers for a chunk that was read and verified just before.
+func (s *stage) confirm(id chunk.ID) error {
+	h := s.state[id]
+	if !h.ok {
+		return notFound(id)
+	}
+	if h.lost {
+		return wire.FailedBecause(wire.CodeLost, "chunk %s is lost", id)
+	}
+	return s.v.doubt(id)
+}
+
+// doubt is the error for a chunk whose sync failed, if it did.
+func (v *Volume) doubt(id chunk.ID) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.allSuspect || v.suspect[id] {
+		return wire.FailedBecause(wire.CodeReadOnly, "chunk %s can be read, but may not survive: %s", id, v.readOnly)
+	}
+	return nil
+}
+
+func (v *Volume) writable() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.readOnly != "" {
+		return wire.FailedBecause(wire.CodeReadOnly, "volume %s takes no more chunks: %s", v.id, v.readOnly)
+	}
+	return nil
+}
+
+func (s *stage) addPut(r *request) error {
+	h := s.state[r.id]
+	if h.ok && !h.lost {
+		return s.v.doubt(r.id)
+	}
+	if err := s.v.writable(); err != nil {
+		return err
+	}
+	size := int64(len(r.data))
+	if err := s.takeRoom(size); err != nil {
+		return err
+	}
+	s.write(func(txn *badger.Txn) error {
+		index := binary.BigEndian.AppendUint32(nil, uint32(size))
+		return errors.Join(
+			txn.Set(keyOf(chunkPrefix, r.id), r.data),
+			txn.Set(keyOf(indexPrefix, r.id), index),
+		)
+	})
+	if h.ok { // the lost bytes stay behind
+		s.dead += h.size
+		s.used -= h.size
+		s.chunks--
+	}
+	s.used += size
+	s.chunks++
+	s.put = append(s.put, r.id)
+	s.unlost = append(s.unlost, r.id)
+	s.state[r.id] = held{size: size, ok: true, mine: true}
+	return nil
+}
+
+func (s *stage) addDrops(r *request) error {
+	if err := s.v.writable(); err != nil {
+		return err
+	}
+	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool { return !s.state[id].ok })
+	slices.SortFunc(there, func(a, b chunk.ID) int { return slices.Compare(a[:], b[:]) })
+	there = slices.Compact(there)
+	if len(there) == 0 {
+		return nil
+	}
+	if err := makeRoom(s.v.dir, s.v.opt.hooks); err != nil {
+		return err
+	}
+	for _, id := range there {
+		h := s.state[id]
+		s.used -= h.size
+		s.dead += h.size
+		s.chunks--
+		s.state[id] = held{}
+	}
+	s.unlost = append(s.unlost, there...)
+	s.write(func(txn *badger.Txn) error {
+		for _, id := range there {
+			if err := errors.Join(txn.Delete(keyOf(chunkPrefix, id)), txn.Delete(keyOf(indexPrefix, id))); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return nil
+}
+
+// write prepares a transaction; finish hands it on. An error fails the batch as
+// a whole.
+func (s *stage) write(fill func(*badger.Txn) error) {
+	txn := s.v.db.NewTransaction(true)
+	s.txns = append(s.txns, txn)
+	if err := fill(txn); err != nil {
+		s.fail(err)
+	}
+}
+
+func (s *stage) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = errors.Join(s.err, err)
+}
+
+// finish writes what is prepared and makes it durable. Badger carries
+// transactions out in the order that they come; all exist before the first is
+// committed, because a new one waits for the writes before it.
+func (s *stage) finish() error {
+	if s.err != nil {
+		for _, txn := range s.txns {
+			txn.Discard()
+		}
+		return s.err
+	}
+	var writes sync.WaitGroup
+	for _, txn := range s.txns {
+		writes.Add(1)
+		txn.CommitWith(func(err error) {
+			defer writes.Done()
+			if err != nil {
+				s.fail(err)
+			}
+		})
+	}
+	writes.Wait()
+	if s.err != nil || len(s.txns) == 0 {
+		return s.err
+	}
+	return s.v.syncer.sync()
+}
+
+// failed is the answer to a request of a batch that did not become durable. A
+// chunk that was held before is none of the batch's business.
+func (s *stage) failed(r *request, reason string) error {
+	if r.drops == nil && !s.state[r.id].mine {
+		return nil
+	}
+	return wire.FailedBecause(wire.CodeReadOnly, "volume %s could not make the change durable and takes no more: %s", s.v.id, reason)
+}
+
+// apply makes the batch count.
+func (s *stage) apply() {
+	s.v.mu.Lock()
+	defer s.v.mu.Unlock()
+	s.v.used += s.used
+	s.v.dead += s.dead
+	s.v.chunks += s.chunks
+	for _, id := range s.unlost {
+		delete(s.v.lost, id)
+	}
+}
+
+// takeRoom reserves space for a chunk of this batch.
+func (s *stage) takeRoom(size int64) error {
+	if !s.roomRead {
+		s.room, s.roomErr = s.v.room()
+		s.roomRead = true
+	}
+	if s.roomErr != nil {
+		return wire.FailedBecause(wire.CodeReadOnly, "the free space of volume %s cannot be read: %v", s.v.id, s.roomErr)
+	}
+	if err := s.v.fits(size, s.room, s.used+s.dead); err != nil {
+		return err
+	}
+	s.room -= size + recordOverhead
+	return nil
+}
+
+// fits tells whether size more bytes may be written, with so much room above
+// the floor, and so much taken already but not counted yet.
+func (v *Volume) fits(size, room, staged int64) error {
+	if size+recordOverhead > room {
+		return wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s has reached its free-space floor: free space there, or lower the floor", v.id)
+	}
+	v.mu.Lock()
+	occupied := v.used + v.dead + staged
+	v.mu.Unlock()
+	if v.opt.Capacity > 0 && occupied+size > v.opt.Capacity {
+		return wire.FailedBecause(wire.CodeNoSpace, "volume %s has reached its capacity of %d MiB", v.id, v.opt.Capacity>>20)
+	}
+	return nil
+}
+
+// CanTake tells whether a chunk of size bytes would be accepted now, so that
+// nobody fetches what cannot be kept. Errors as for [Volume.Put].
+func (v *Volume) CanTake(size int64) error {
+	if err := v.writable(); err != nil {
+		return err
+	}
+	room, err := v.room()
+	if err != nil {
+		return wire.FailedBecause(wire.CodeReadOnly, "the free space of volume %s cannot be read: %v", v.id, err)
+	}
+	return v.fits(size, room, 0)
+}

@@ -1,0 +1,492 @@
+package store
+
+import (
+	"container/heap"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Names below a volume's directory.
+const (
+	idFile         = "VOLUME"
+	ballastFile    = "ballast"
+	syncFailedFile = "SYNC_FAILED"
+	chunksDir      = "chunks"
+)
+
+// Open opens the volume in dir, or makes a new one if dir is empty or missing
+// and no particular id is asked for. Before it returns it has read the chunks
+// of the newest value log, which a crash can have hurt; see [Volume.Lost].
+//
+// It refuses, with a sentence, a directory that another process has open, that
+// holds anything but a volume, or that holds another volume than the one asked
+// for (a disk that was swapped, or is not mounted).
+func Open(dir string, opt Options) (*Volume, error) {
+	opt.hooks = opt.hooks.orReal()
+	if opt.Log == nil {
+		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	capacity, err := process.take(opt.Capacity)
+	if err != nil {
+		return nil, err
+	}
+	opt.Capacity = capacity
+	v, err := open(dir, opt)
+	if err != nil {
+		process.giveBack(capacity)
+		return nil, err
+	}
+	return v, nil
+}
+
+func open(dir string, opt Options) (_ *Volume, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("the directory for chunks cannot be made: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	id, fresh, err := identify(dir, opt.ID)
+	if err != nil {
+		return nil, err
+	}
+	if err := makeRoom(dir, opt.hooks); err != nil {
+		return nil, err
+	}
+	v := &Volume{
+		dir: dir, id: id, opt: opt, lock: lock,
+		queue: make(chan *request), stop: make(chan struct{}), stopped: make(chan struct{}),
+		readers: make(chan struct{}, maxReaders),
+		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
+	}
+	v.checkEarlierSync()
+	path := filepath.Join(dir, chunksDir)
+	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
+	}
+	if err := guardNewestLog(path); err != nil {
+		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
+	}
+	if v.db, err = openBadger(path, opt, v.diskSize()); err != nil {
+		return nil, err
+	}
+	v.syncer = syncer{dir: path, db: v.db, hooks: opt.hooks}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, v.db.Close())
+		}
+	}()
+	if err := v.agreeOnID(fresh); err != nil {
+		return nil, err
+	}
+	newest, err := v.rebuild()
+	if err != nil {
+		return nil, err
+	}
+	v.readAll(context.Background(), newest)
+	v.keepBallast()
+	go v.commitLoop()
+	return v, nil
+}
+
+// lockDir takes the directory for this process until the file is closed. The
+// kernel gives it back if the process dies.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("the directory for chunks cannot be opened: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
+		}
+		return nil, fmt.Errorf("the store in %s cannot be locked: %w", dir, err)
+	}
+	return f, nil
+}
+
+// identify reads the volume's id, or makes one where a new volume may begin.
+func identify(dir, want string) (id string, fresh bool, err error) {
+	raw, err := os.ReadFile(filepath.Join(dir, idFile))
+	switch {
+	case err == nil:
+		parsed, err := ulid.ParseStrict(strings.TrimSpace(string(raw)))
+		if err != nil {
+			return "", false, fmt.Errorf("%s is damaged and holds no volume id: %w", filepath.Join(dir, idFile), err)
+		}
+		if id = parsed.String(); want != "" && id != want {
+			return "", false, fmt.Errorf("this is another volume: %s holds %s, expected %s; was a disk swapped?", dir, id, want)
+		}
+		return id, false, nil
+	case !errors.Is(err, fs.ErrNotExist):
+		return "", false, fmt.Errorf("the id of the volume in %s cannot be read: %w", dir, err)
+	case want != "":
+		return "", false, fmt.Errorf("volume %s is not in %s: is its disk mounted?", want, dir)
+	}
+	if err := mustBeEmpty(dir); err != nil {
+		return "", false, err
+	}
+	made, err := ulid.New(ulid.Timestamp(time.Now()), rand.Reader)
+	if err != nil {
+		return "", false, err
+	}
+	return made.String(), true, nil
+}
+
+// mustBeEmpty keeps a new volume out of a directory with somebody's data. A
+// volume whose making was cut short has chunks/ and no id, and may go on.
+func mustBeEmpty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("the directory for chunks cannot be read: %w", err)
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case "lost+found", ballastFile, chunksDir:
+		default:
+			return fmt.Errorf("%s holds other data (%q) and no volume: choose an empty directory", dir, e.Name())
+		}
+	}
+	return nil
+}
+
+// needed is what Badger may write besides chunks before it can be stopped, in
+// bytes: the pages of a log, and a flushed memtable.
+const needed = ballastBytes / 2
+
+// makeRoom sees to it that Badger has what is needed to open, to drop chunks or
+// to close, and gives the ballast up for it. Without, the kernel would kill the
+// process at a write to a file that has no block on disk.
+func makeRoom(dir string, h hooks) error {
+	have, err := freeAt(dir, h)
+	if err != nil || have >= needed {
+		return err
+	}
+	if err := os.Remove(filepath.Join(dir, ballastFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return wire.FailedBecause(wire.CodeNoSpace, "the disk of %s is full, and the ballast cannot be removed: %v", dir, err)
+	}
+	if have, err = freeAt(dir, h); err != nil {
+		return err
+	}
+	if have < needed {
+		return wire.FailedBecause(wire.CodeNoSpace, "the disk of %s is full: %d KiB are free, its chunks need %d MiB; delete something else there", dir, have>>10, needed>>20)
+	}
+	return nil
+}
+
+func freeAt(dir string, h hooks) (int64, error) {
+	var st unix.Statfs_t
+	if err := h.statfs(dir, &st); err != nil {
+		return 0, wire.FailedBecause(wire.CodeReadOnly, "the free space of %s cannot be read: %v", dir, err)
+	}
+	return free(&st), nil
+}
+
+// keepBallast puts the ballast back when there is ample room for it.
+func (v *Volume) keepBallast() {
+	path := filepath.Join(v.dir, ballastFile)
+	if _, err := os.Stat(path); err == nil {
+		return
+	}
+	if room, err := v.room(); err != nil || room < ballastBytes+chunk.MaxSize {
+		return
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		return
+	}
+	err = unix.Fallocate(int(f.Fd()), 0, 0, ballastBytes)
+	if err = errors.Join(err, f.Close()); err != nil {
+		os.Remove(path) // no ballast is better than a hollow one
+		v.opt.Log.Warn("no space could be set aside for the day the disk is full", "volume", v.id, "err", err)
+	}
+}
+
+// checkEarlierSync latches the volume if a sync failed since the machine booted.
+func (v *Volume) checkEarlierSync() {
+	path := filepath.Join(v.dir, syncFailedFile)
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	now, bootErr := v.opt.hooks.bootID()
+	if err := errors.Join(err, bootErr); err != nil {
+		v.latchAll(fmt.Sprintf("an earlier sync failed, and whether the machine has restarted since cannot be told: %v", err))
+		return
+	}
+	if strings.TrimSpace(string(raw)) == now {
+		v.latchAll("a sync failed since the machine started, so what lies on disk is not known: check the disk and restart the machine")
+		return
+	}
+	if err := os.Remove(path); err != nil {
+		v.latch(fmt.Sprintf("the disk refuses changes: %v", err))
+	}
+}
+
+// guardNewestLog puts an empty value log after the newest one. Badger cuts the
+// newest log at its first damaged record when it opens, and with it every whole
+// chunk behind; all older logs it leaves alone, and it never appends to one. It
+// deletes the empty log itself the next time. What it would have cut for good
+// reason, the space that is set aside in a log but not written, is cut here.
+func guardNewestLog(dir string) error {
+	logs, err := filesOf(dir, ".vlog")
+	if err != nil || len(logs) == 0 {
+		return err
+	}
+	newest := logs[len(logs)-1]
+	if err := cutUnwritten(newest); err != nil {
+		return err
+	}
+	n, err := strconv.ParseUint(strings.TrimSuffix(filepath.Base(newest), ".vlog"), 10, 32)
+	if err != nil {
+		return fmt.Errorf("%s has no number: %w", newest, err)
+	}
+	// The header: key id 0 (no encryption) and an initial vector that is not used.
+	header := make([]byte, logHeader)
+	if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%06d.vlog", n+1)), header, 0o600); err != nil {
+		return err
+	}
+	return nil
+}
+
+const logHeader = 20 // bytes at the beginning of a value log
+
+// cutUnwritten cuts the hole off the end of a sparse file. Where the file
+// system cannot tell holes, nothing is cut.
+func cutUnwritten(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	var end int64
+	for at := int64(0); at < info.Size(); {
+		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) { // nothing but a hole from here
+			break
+		}
+		if err != nil {
+			return nil
+		}
+		if end, err = unix.Seek(int(f.Fd()), data, unix.SEEK_HOLE); err != nil {
+			return nil
+		}
+		at = end
+	}
+	if end < logHeader || end == info.Size() {
+		return nil
+	}
+	return f.Truncate(end)
+}
+
+func (v *Volume) diskSize() int64 {
+	if v.opt.Capacity > 0 {
+		return v.opt.Capacity
+	}
+	var st unix.Statfs_t
+	if v.opt.hooks.statfs(v.dir, &st) != nil {
+		return 0
+	}
+	return int64(st.Blocks) * int64(st.Bsize)
+}
+
+func openBadger(dir string, opt Options, size int64) (db *badger.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the chunks in %s cannot be opened, their files are damaged or the disk fails: %v", dir, p)
+		}
+	}()
+	db, err = badger.Open(tuning(dir, size, opt.Log))
+	switch {
+	case errors.Is(err, syscall.EWOULDBLOCK):
+		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
+	case errors.Is(err, syscall.ENOSPC):
+		return nil, fmt.Errorf("the disk of %s is full: delete something else there (%w)", dir, err)
+	case err != nil:
+		return nil, fmt.Errorf("the chunks in %s cannot be opened: %w; if the disk is sound, move the directory away and begin a new volume, the fleet holds copies", dir, err)
+	}
+	return db, nil
+}
+
+// agreeOnID compares the id of the directory with the one among the chunks, and
+// writes down a new one: into Badger first, so that VOLUME means a whole volume.
+func (v *Volume) agreeOnID(fresh bool) error {
+	var held []byte
+	err := v.db.View(func(txn *badger.Txn) error {
+		item, err := txn.Get(keyOfVolume)
+		if err != nil {
+			return err
+		}
+		held, err = item.ValueCopy(nil)
+		return err
+	})
+	switch {
+	case errors.Is(err, badger.ErrKeyNotFound):
+		if !fresh {
+			return fmt.Errorf("this is another volume: %s says %s, but the chunks beside it belong to none; was %s replaced?", filepath.Join(v.dir, idFile), v.id, chunksDir)
+		}
+	case err != nil:
+		return fmt.Errorf("the id of the volume in %s cannot be read: %w", v.dir, err)
+	case fresh: // its making was cut short, or the file was deleted: the chunks keep their id
+		v.id = string(held)
+	case string(held) != v.id:
+		return fmt.Errorf("this is another volume: %s says %s, the chunks beside it belong to %s; were directories mixed up?", filepath.Join(v.dir, idFile), v.id, held)
+	}
+	if !fresh {
+		return nil
+	}
+	err = v.db.Update(func(txn *badger.Txn) error { return txn.Set(keyOfVolume, []byte(v.id)) })
+	if err = errors.Join(err, v.syncer.sync()); err == nil {
+		err = writeDurably(filepath.Join(v.dir, idFile), v.id+"\n")
+	}
+	if err != nil {
+		return fmt.Errorf("a new volume cannot be made in %s: %w", v.dir, err)
+	}
+	return nil
+}
+
+// rebuild counts the chunks from the index alone, and returns those that can
+// lie in the newest value log: the last ones written, up to a log's length.
+func (v *Volume) rebuild() ([]chunk.ID, error) {
+	window := newestWindow{limit: logSize(v.diskSize()) + 2*chunk.MaxSize}
+	err := v.eachIndexed(context.Background(), func(id chunk.ID, size int64, version uint64) error {
+		v.chunks++
+		v.used += size
+		window.add(entry{id, size, version})
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the index of the chunks in %s cannot be read: %w", v.dir, err)
+	}
+	v.dead = max(0, v.occupied()-v.used-int64(v.chunks)*recordOverhead)
+	return window.ids(), nil
+}
+
+// occupied is what the value logs take on disk. They are sparse until full.
+func (v *Volume) occupied() int64 {
+	logs, err := filesOf(filepath.Join(v.dir, chunksDir), ".vlog")
+	if err != nil {
+		return 0
+	}
+	var sum int64
+	for _, path := range logs {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil {
+			sum += max(0, st.Blocks*512-4096) // less the header's page
+		}
+	}
+	return sum
+}
+
+// eachIndexed walks the index in the order of ids. The version rises with time.
+func (v *Volume) eachIndexed(ctx context.Context, fn func(id chunk.ID, size int64, version uint64) error) error {
+	return v.view(func(txn *badger.Txn) error {
+		opt := badger.DefaultIteratorOptions
+		opt.PrefetchValues = false
+		opt.Prefix = []byte{indexPrefix}
+		it := txn.NewIterator(opt)
+		defer it.Close()
+		for it.Rewind(); it.Valid(); it.Next() {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			item := it.Item()
+			id, size, err := readIndex(item)
+			if err != nil {
+				return err
+			}
+			if err := fn(id, size, item.Version()); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func readIndex(item *badger.Item) (id chunk.ID, size int64, err error) {
+	key := item.Key()
+	if len(key) != 1+len(id) {
+		return id, 0, fmt.Errorf("an index key has %d bytes", len(key))
+	}
+	copy(id[:], key[1:])
+	err = item.Value(func(val []byte) error {
+		if len(val) != 4 {
+			return fmt.Errorf("the index entry of %s has %d bytes", id, len(val))
+		}
+		size = int64(binary.BigEndian.Uint32(val))
+		return nil
+	})
+	return id, size, err
+}
+
+type entry struct {
+	id      chunk.ID
+	size    int64
+	version uint64
+}
+
+// newestWindow keeps the newest entries whose sizes add up to limit, in a heap
+// with the oldest on top.
+type newestWindow struct {
+	limit   int64
+	bytes   int64
+	entries []entry
+}
+
+func (w *newestWindow) Len() int           { return len(w.entries) }
+func (w *newestWindow) Less(i, j int) bool { return w.entries[i].version < w.entries[j].version }
+func (w *newestWindow) Swap(i, j int)      { w.entries[i], w.entries[j] = w.entries[j], w.entries[i] }
+func (w *newestWindow) Push(x any)         { w.entries = append(w.entries, x.(entry)) }
+func (w *newestWindow) Pop() any {
+	last := w.entries[len(w.entries)-1]
+	w.entries = w.entries[:len(w.entries)-1]
+	return last
+}
+
+func (w *newestWindow) add(e entry) {
+	heap.Push(w, e)
+	w.bytes += e.size
+	for w.bytes-w.entries[0].size >= w.limit {
+		w.bytes -= heap.Pop(w).(entry).size
+	}
+}
+
+// ids empties the window, newest first.
+func (w *newestWindow) ids() []chunk.ID {
+	ids := make([]chunk.ID, len(w.entries))
+	for i := len(ids) - 1; i >= 0; i-- {
+		ids[i] = heap.Pop(w).(entry).id
+	}
+	return ids
+}

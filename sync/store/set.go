@@ -1,0 +1,199 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Set is all volumes of a device. A chunk lies on one of them; should it lie on
+// several (a disk came back), any whole copy will do. Errors are those of the
+// methods of [Volume] that have the same names.
+type Set struct {
+	volumes []*Volume
+}
+
+// NewSet takes the volumes over; [Set.Close] closes them.
+func NewSet(volumes ...*Volume) *Set { return &Set{volumes: volumes} }
+
+// Volumes returns the volumes, in the order that NewSet was given.
+func (s *Set) Volumes() []*Volume { return slices.Clone(s.volumes) }
+
+// Put makes a chunk durable on the volume that holds it already, or else on the
+// one with most free space that takes it. It returns that volume's id.
+func (s *Set) Put(ctx context.Context, id chunk.ID, data []byte) (volume string, err error) {
+	err = errNoVolume
+	for _, v := range s.order(id) {
+		err = v.Put(ctx, id, data)
+		if err == nil {
+			return v.ID(), nil
+		}
+		if !another(err) {
+			return "", err
+		}
+	}
+	return "", err
+}
+
+var errNoVolume = wire.RejectedBecause(wire.CodeNoSpace, "this device has no volume for chunks: give it a directory on a disk")
+
+// another tells whether a put that failed may succeed on another volume.
+func another(err error) bool {
+	switch wire.ProblemOf(err).Code {
+	case wire.CodeNoSpace, wire.CodeReadOnly:
+		return true
+	}
+	return false
+}
+
+// order is which volumes to try for a chunk: who has it first, then by free space.
+func (s *Set) order(id chunk.ID) []*Volume {
+	type candidate struct {
+		v    *Volume
+		has  bool
+		free int64
+	}
+	all := make([]candidate, len(s.volumes))
+	for i, v := range s.volumes {
+		all[i] = candidate{v, v.Has(id), v.Stats().Free}
+	}
+	slices.SortStableFunc(all, func(a, b candidate) int {
+		if a.has != b.has {
+			if a.has {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(b.free, a.free)
+	})
+	order := make([]*Volume, len(all))
+	for i, c := range all {
+		order[i] = c.v
+	}
+	return order
+}
+
+// CanTake tells whether any volume would take a chunk of size bytes now.
+func (s *Set) CanTake(size int64) error {
+	var err error = errNoVolume
+	for _, v := range s.volumes {
+		if err = v.CanTake(size); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// Confirm tells on which volume a chunk is durable and whole, and its size.
+func (s *Set) Confirm(ctx context.Context, id chunk.ID) (volume string, size int64, err error) {
+	err = s.first(id, func(v *Volume) error {
+		volume = v.ID()
+		size, err = v.Confirm(ctx, id)
+		return err
+	})
+	return volume, size, err
+}
+
+// Get reads and verifies a chunk.
+func (s *Set) Get(ctx context.Context, id chunk.ID) (data []byte, err error) {
+	err = s.first(id, func(v *Volume) error {
+		data, err = v.Get(ctx, id)
+		return err
+	})
+	return data, err
+}
+
+// Tree reads and verifies a chunk, ready to prove its leaves.
+func (s *Set) Tree(ctx context.Context, id chunk.ID) (tree *chunk.Tree, err error) {
+	err = s.first(id, func(v *Volume) error {
+		tree, err = v.Tree(ctx, id)
+		return err
+	})
+	return tree, err
+}
+
+// Leaf reads and verifies a chunk and proves one leaf.
+func (s *Set) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, path [][]byte, err error) {
+	err = s.first(id, func(v *Volume) error {
+		data, path, err = v.Leaf(ctx, id, leaf)
+		return err
+	})
+	return data, path, err
+}
+
+// first tries the volumes until one succeeds. If none does, the answer of one
+// that knows the chunk outweighs "not found".
+func (s *Set) first(id chunk.ID, try func(*Volume) error) error {
+	failed := notFound(id)
+	for _, v := range s.volumes {
+		err := try(v)
+		if err == nil {
+			return nil
+		}
+		if wire.ProblemOf(err).Code != wire.CodeNotFound {
+			failed = err
+		}
+	}
+	return failed
+}
+
+// Drop forgets chunks on every volume. It goes on after an error.
+func (s *Set) Drop(ctx context.Context, ids []chunk.ID) error {
+	var failed error
+	for _, v := range s.volumes {
+		if err := v.dropHeld(ctx, ids); err != nil && failed == nil {
+			failed = err
+		}
+	}
+	return failed
+}
+
+// Has tells whether any volume holds the chunk and does not know it to be lost.
+func (s *Set) Has(id chunk.ID) bool {
+	return slices.ContainsFunc(s.volumes, func(v *Volume) bool { return v.Has(id) })
+}
+
+// List calls fn for every chunk of every volume, volume by volume.
+func (s *Set) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
+	for _, v := range s.volumes {
+		if err := v.List(ctx, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Stats returns the figures of each volume.
+func (s *Set) Stats() []Stats {
+	all := make([]Stats, len(s.volumes))
+	for i, v := range s.volumes {
+		all[i] = v.Stats()
+	}
+	return all
+}
+
+// Lost lists what is lost on one volume and not whole on another.
+func (s *Set) Lost() []Loss {
+	var all []Loss
+	for _, v := range s.volumes {
+		for _, l := range v.Lost() {
+			if !s.Has(l.ID) {
+				all = append(all, l)
+			}
+		}
+	}
+	return all
+}
+
+// Close closes every volume.
+func (s *Set) Close() error {
+	var err error
+	for _, v := range s.volumes {
+		err = errors.Join(err, v.Close())
+	}
+	return err
+}

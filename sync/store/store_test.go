@@ -1,0 +1,896 @@
+package store
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+const childEnv = "DEIMOS_TEST_STORE_CHILD"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		childThatPuts(dir)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// random returns a source whose seed is printed if the test fails.
+func random(t testing.TB) *rand.Rand {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+func someChunk(rng *rand.Rand, size int) (chunk.ID, []byte) {
+	data := make([]byte, size)
+	for i := 0; i < size; i += 8 {
+		var word [8]byte
+		for j, x := 0, rng.Uint64(); j < 8; j, x = j+1, x>>8 {
+			word[j] = byte(x)
+		}
+		copy(data[i:], word[:])
+	}
+	return chunk.Sum(data), data
+}
+
+// noFloor leaves the test independent of how full this machine's disk is.
+var noFloor = Options{FloorBytes: -1}
+
+func open1(t testing.TB, dir string, opt Options) *Volume {
+	t.Helper()
+	v, err := Open(dir, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { v.Close() })
+	return v
+}
+
+func mustPut(t testing.TB, v *Volume, id chunk.ID, data []byte) {
+	t.Helper()
+	if err := v.Put(t.Context(), id, data); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustHold(t testing.TB, v *Volume, id chunk.ID, data []byte) {
+	t.Helper()
+	got, err := v.Get(t.Context(), id)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("chunk %s: %d bytes, %v", id, len(got), err)
+	}
+}
+
+func mustFail(t testing.TB, err error, code string) {
+	t.Helper()
+	if err == nil || wire.ProblemOf(err).Code != code {
+		t.Fatalf("got %v, want a problem with the code %s", err, code)
+	}
+}
+
+func mustClose(t testing.TB, v *Volume) {
+	t.Helper()
+	if err := v.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flip changes one byte of a chunk where it lies on disk.
+func flip(t testing.TB, dir string, data []byte, at int) {
+	t.Helper()
+	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range logs {
+		raw := written(t, path)
+		if i := bytes.Index(raw, data); i >= 0 {
+			overwrite(t, path, int64(i+at), raw[i+at]^0x10)
+			return
+		}
+	}
+	t.Fatal("the chunk is in no value log")
+}
+
+// written is the beginning of a log, which is larger by a hole of 128 MiB while
+// it is open. The tests here write less than a MiB.
+func written(t testing.TB, path string) []byte {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+func overwrite(t testing.TB, path string, at int64, b byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{b}, at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestPutSurvivesReopening(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	held := map[chunk.ID][]byte{}
+	for _, size := range []int{1, smallValue - 1, smallValue, 4096, 4097, 1 << 20, chunk.MaxSize} {
+		id, data := someChunk(rng, size)
+		held[id] = data
+		for range 2 { // the second changes nothing
+			mustPut(t, v, id, data)
+		}
+	}
+	before := v.Stats()
+	mustClose(t, v)
+	v = open1(t, dir, Options{FloorBytes: -1, ID: v.ID()})
+	after := v.Stats()
+	if after.Used != before.Used || after.Chunks != len(held) || after.Lost != 0 {
+		t.Fatalf("before %+v, after %+v", before, after)
+	}
+	for id, data := range held {
+		mustHold(t, v, id, data)
+		if size, err := v.Confirm(t.Context(), id); err != nil || size != int64(len(data)) {
+			t.Fatalf("confirm: %d, %v", size, err)
+		}
+		if !v.Has(id) {
+			t.Fatal("a held chunk is denied")
+		}
+	}
+}
+
+func TestPutRefusesWhatIsNotTheChunk(t *testing.T) {
+	v := open1(t, t.TempDir(), noFloor)
+	id, data := someChunk(random(t), 5000)
+	mustFail(t, v.Put(t.Context(), id, data[:4999]), wire.CodeMismatch)
+	mustFail(t, v.Put(t.Context(), chunk.Sum(nil), nil), wire.CodeMismatch)
+	big := make([]byte, chunk.MaxSize+1)
+	mustFail(t, v.Put(t.Context(), chunk.Sum(big), big), wire.CodeMismatch)
+	_, err := v.Get(t.Context(), id)
+	mustFail(t, err, wire.CodeNotFound)
+	if s := v.Stats(); s.Chunks != 0 || s.Used != 0 {
+		t.Fatalf("something was kept: %+v", s)
+	}
+}
+
+func TestReceiptOnlyAfterSync(t *testing.T) {
+	returned := make(chan struct{})
+	var armed, early atomic.Bool
+	opt := noFloor
+	opt.hooks.sync = func(db *badger.DB) error {
+		if armed.Load() {
+			select {
+			case <-returned:
+				early.Store(true)
+			case <-time.After(100 * time.Millisecond): // a wrong Put has long returned
+			}
+		}
+		return db.Sync()
+	}
+	v := open1(t, t.TempDir(), opt)
+	armed.Store(true)
+	id, data := someChunk(random(t), 100_000)
+	mustPut(t, v, id, data)
+	close(returned)
+	mustClose(t, v) // waits for a sync that is still under way
+	if early.Load() {
+		t.Fatal("Put returned before the sync did")
+	}
+}
+
+func TestConfirmWaitsForTheSyncOfThePut(t *testing.T) {
+	syncing, release := make(chan struct{}), make(chan struct{})
+	var armed atomic.Bool
+	opt := noFloor
+	opt.hooks.sync = func(db *badger.DB) error {
+		if armed.CompareAndSwap(true, false) {
+			close(syncing)
+			<-release
+			return errors.New("injected")
+		}
+		return db.Sync()
+	}
+	v := open1(t, t.TempDir(), opt)
+	armed.Store(true)
+	id, data := someChunk(random(t), 100_000)
+	put := make(chan error, 1)
+	go func() { put <- v.Put(t.Context(), id, data) }()
+	<-syncing
+	confirmed := make(chan error, 1)
+	go func() { _, err := v.Confirm(t.Context(), id); confirmed <- err }()
+	close(release)
+	mustFail(t, <-put, wire.CodeReadOnly)
+	mustFail(t, <-confirmed, wire.CodeReadOnly)
+}
+
+func TestFailedSyncGivesNoReceiptAndLatches(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	var fail atomic.Bool
+	boot := "one"
+	opt := noFloor
+	opt.hooks.sync = func(db *badger.DB) error {
+		if fail.Load() {
+			return unix.EIO
+		}
+		return db.Sync()
+	}
+	opt.hooks.bootID = func() (string, error) { return boot, nil }
+	v := open1(t, dir, opt)
+	good, goodData := someChunk(rng, 50_000)
+	bad, badData := someChunk(rng, 50_000)
+	next, nextData := someChunk(rng, 50_000)
+	mustPut(t, v, good, goodData)
+
+	fail.Store(true)
+	mustFail(t, v.Put(t.Context(), bad, badData), wire.CodeReadOnly)
+	fail.Store(false) // the kernel says success the next time
+	mustFail(t, v.Put(t.Context(), bad, badData), wire.CodeReadOnly)
+	mustFail(t, v.Put(t.Context(), next, nextData), wire.CodeReadOnly)
+	mustFail(t, v.Drop(t.Context(), []chunk.ID{good}), wire.CodeReadOnly)
+	_, err := v.Confirm(t.Context(), bad)
+	mustFail(t, err, wire.CodeReadOnly)
+	if v.Stats().ReadOnly == "" {
+		t.Fatal("the figures do not say why puts are refused")
+	}
+	mustHold(t, v, good, goodData)
+	if err := v.Put(t.Context(), good, goodData); err != nil {
+		t.Fatalf("what was durable before is doubted: %v", err)
+	}
+
+	// The page cache outlives the process, and so does the doubt.
+	mustClose(t, v)
+	v = open1(t, dir, opt)
+	mustFail(t, v.Put(t.Context(), bad, badData), wire.CodeReadOnly)
+	mustFail(t, v.Put(t.Context(), good, goodData), wire.CodeReadOnly)
+	mustHold(t, v, good, goodData)
+	mustClose(t, v)
+
+	boot = "two"
+	v = open1(t, dir, opt)
+	mustPut(t, v, bad, badData)
+	mustPut(t, v, next, nextData)
+}
+
+func TestRotatedLogsAndDirectoryAreSynced(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"00009.mem", "00010.mem", "00011.mem", "000001.vlog"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var synced []string
+	var logErr error
+	s := syncer{dir: dir, hooks: hooks{
+		sync: func(*badger.DB) error { synced = append(synced, "badger"); return nil },
+		fsync: func(path string) error {
+			synced = append(synced, filepath.Base(path))
+			return logErr
+		},
+	}}
+	check := func(want ...string) {
+		t.Helper()
+		synced = nil
+		if err := s.sync(); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(synced, want) {
+			t.Fatalf("synced %v, want %v", synced, want)
+		}
+	}
+	all := []string{"badger", "00009.mem", "00010.mem", filepath.Base(dir)}
+	check(all...)
+	check(all...) // the directory changed a moment ago: its time cannot be trusted
+	old := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(dir, old, old); err != nil {
+		t.Fatal(err)
+	}
+	check(all...)
+	check("badger")
+	if err := os.Remove(filepath.Join(dir, "00009.mem")); err != nil {
+		t.Fatal(err)
+	}
+	check("badger", "00010.mem", filepath.Base(dir))
+	logErr = unix.EIO
+	if err := s.sync(); !errors.Is(err, unix.EIO) {
+		t.Fatalf("an error of a rotated log is hidden: %v", err)
+	}
+}
+
+func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
+	for _, where := range []string{"while open", "closed, older log", "closed, newest log"} {
+		t.Run(where, func(t *testing.T) {
+			rng, dir := random(t), t.TempDir()
+			v := open1(t, dir, noFloor)
+			reopen := func() { mustClose(t, v); v = open1(t, dir, noFloor) }
+			var ids []chunk.ID
+			var datas [][]byte
+			for range 4 {
+				id, data := someChunk(rng, 30_000)
+				mustPut(t, v, id, data)
+				ids, datas = append(ids, id), append(datas, data)
+			}
+			wantLost := []chunk.ID{ids[1]}
+			switch where {
+			case "while open":
+				flip(t, dir, datas[1], rng.IntN(30_000))
+			case "closed, older log":
+				reopen() // begins a new log
+				mustClose(t, v)
+				flip(t, dir, datas[1], rng.IntN(30_000))
+				v = open1(t, dir, noFloor)
+			case "closed, newest log":
+				mustClose(t, v)
+				flip(t, dir, datas[1], rng.IntN(30_000))
+				v = open1(t, dir, noFloor)
+				if got := lostIDs(v); !sameIDs(got, wantLost) {
+					t.Fatalf("known to be lost before anyone asked: %v, want %v", got, wantLost)
+				}
+			}
+			for i, id := range ids {
+				if slices.Contains(wantLost, id) {
+					_, err := v.Get(t.Context(), id)
+					mustFail(t, err, wire.CodeLost)
+					_, _, err = v.Leaf(t.Context(), id, 0)
+					mustFail(t, err, wire.CodeLost)
+					_, err = v.Confirm(t.Context(), id)
+					mustFail(t, err, wire.CodeLost)
+					if v.Has(id) {
+						t.Fatal("a lost chunk is claimed")
+					}
+					continue
+				}
+				mustHold(t, v, id, datas[i])
+			}
+			if got := lostIDs(v); !sameIDs(got, wantLost) {
+				t.Fatalf("listed as lost: %v, want %v", got, wantLost)
+			}
+			if s := v.Stats(); s.Lost != len(wantLost) || s.Chunks != 4 {
+				t.Fatalf("%+v", s)
+			}
+			checked, err := v.Check(t.Context())
+			if err != nil || checked.Chunks != 4 || len(checked.Lost) != len(wantLost) || checked.Bytes != int64(4-len(wantLost))*30_000 {
+				t.Fatalf("check says %+v, %v", checked, err)
+			}
+			// Putting it again mends it, for good.
+			for i, id := range ids {
+				mustPut(t, v, id, datas[i])
+			}
+			reopen()
+			for i, id := range ids {
+				mustHold(t, v, id, datas[i])
+			}
+			if s := v.Stats(); s.Lost != 0 || s.Chunks != 4 || s.Used != 4*30_000 {
+				t.Fatalf("after mending: %+v", s)
+			}
+		})
+	}
+}
+
+func TestCheckFindsRotInOldLogs(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	flip(t, dir, data, 29_999)
+	checked, err := v.Check(t.Context())
+	if err != nil || len(checked.Lost) != 1 || checked.Lost[0].ID != id || checked.Lost[0].Size != 30_000 {
+		t.Fatalf("%+v, %v", checked, err)
+	}
+}
+
+func lostIDs(v *Volume) []chunk.ID {
+	var ids []chunk.ID
+	for _, l := range v.Lost() {
+		ids = append(ids, l.ID)
+	}
+	return ids
+}
+
+func sameIDs(a, b []chunk.ID) bool {
+	byID := func(x, y chunk.ID) int { return bytes.Compare(x[:], y[:]) }
+	return slices.Equal(slices.SortedFunc(slices.Values(a), byID), slices.SortedFunc(slices.Values(b), byID))
+}
+
+// A damaged record header makes Badger keep a lock that closing needs, unless
+// checksums are verified first.
+func TestDamagedRecordHeaderIsLostAndClosingWorks(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw := written(t, logs[len(logs)-1])
+	key := bytes.Index(raw, keyOf(chunkPrefix, id))
+	if key < 0 {
+		t.Fatal("the record is not in the newest log")
+	}
+	// The header ends before the key: …, value length (3 bytes), expiry (1 byte).
+	overwrite(t, logs[len(logs)-1], int64(key-2), 0x7f)
+	_, err = v.Get(t.Context(), id)
+	mustFail(t, err, wire.CodeLost)
+	mustClose(t, v)
+}
+
+func TestLogCutUnderTheVolumeIsLostNotACrash(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 300_000)
+	mustPut(t, v, id, data)
+	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(logs[len(logs)-1], 4096); err != nil {
+		t.Fatal(err)
+	}
+	_, err = v.Get(t.Context(), id)
+	mustFail(t, err, wire.CodeLost)
+	mustFail(t, v.Put(t.Context(), id, data), wire.CodeReadOnly)
+	if err := v.Close(); err == nil {
+		t.Fatal("Badger cannot have been closed, and nobody is told")
+	}
+}
+
+// Whatever byte rots while the volume is closed: it opens or says why not, and
+// serves the right bytes or none.
+func TestAnyFlippedByteServesRightBytesOrNone(t *testing.T) {
+	rng := random(t)
+	for range 6 {
+		dir := t.TempDir()
+		v := open1(t, dir, noFloor)
+		held := map[chunk.ID][]byte{}
+		for i := range 8 {
+			id, data := someChunk(rng, 1+rng.IntN(6000))
+			held[id] = data
+			mustPut(t, v, id, data)
+			if i == 3 {
+				mustClose(t, v)
+				v = open1(t, dir, noFloor)
+			}
+		}
+		mustClose(t, v)
+		var files []string
+		for _, ending := range []string{".vlog", ".mem", ".sst"} {
+			found, err := filesOf(filepath.Join(dir, chunksDir), ending)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files = append(files, found...)
+		}
+		path := files[rng.IntN(len(files))]
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := rng.IntN(len(raw))
+		t.Logf("byte %d of %s", at, filepath.Base(path))
+		overwrite(t, path, int64(at), raw[at]^byte(1+rng.IntN(255)))
+		v, err = Open(dir, noFloor)
+		if err != nil {
+			t.Logf("refused: %v", err)
+			continue
+		}
+		for id, data := range held {
+			got, err := v.Get(t.Context(), id)
+			if err == nil && !bytes.Equal(got, data) {
+				t.Fatal("wrong bytes were served")
+			}
+		}
+		v.Close()
+	}
+}
+
+func TestCountersStayExactWithoutAWalk(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	held := map[chunk.ID][]byte{}
+	pool := map[chunk.ID][]byte{}
+	for range 12 {
+		id, data := someChunk(rng, 1+rng.IntN(20_000))
+		pool[id] = data
+	}
+	for round := range 120 {
+		for id, data := range pool { // a random one
+			if rng.IntN(3) == 0 {
+				other, _ := someChunk(rng, 9) // never held
+				if err := v.Drop(t.Context(), []chunk.ID{id, other, id}); err != nil {
+					t.Fatal(err)
+				}
+				delete(held, id)
+			} else {
+				mustPut(t, v, id, data)
+				held[id] = data
+			}
+			break
+		}
+		if round%40 == 39 {
+			mustClose(t, v)
+			v = open1(t, dir, noFloor)
+		}
+		var used int64
+		for _, data := range held {
+			used += int64(len(data))
+		}
+		if s := v.Stats(); s.Chunks != len(held) || s.Used != used || s.Dead < 0 {
+			t.Fatalf("round %d: %+v, want %d chunks of %d bytes", round, s, len(held), used)
+		}
+	}
+	listed := 0
+	err := v.List(t.Context(), func(id chunk.ID, size int64, lost bool) error {
+		listed++
+		if data, ok := held[id]; !ok || size != int64(len(data)) || lost {
+			return fmt.Errorf("%s is listed with %d bytes, lost %v", id, size, lost)
+		}
+		return nil
+	})
+	if err != nil || listed != len(held) {
+		t.Fatalf("%d listed, %d held: %v", listed, len(held), err)
+	}
+	for id := range pool {
+		if _, ok := held[id]; !ok {
+			_, err := v.Get(t.Context(), id)
+			mustFail(t, err, wire.CodeNotFound)
+		}
+	}
+}
+
+func TestPutsAndDropsFromManySides(t *testing.T) {
+	rng := random(t)
+	v := open1(t, t.TempDir(), noFloor)
+	type piece struct {
+		id   chunk.ID
+		data []byte
+	}
+	pieces := make([]piece, 24)
+	for i := range pieces {
+		pieces[i].id, pieces[i].data = someChunk(rng, 1+rng.IntN(50_000))
+	}
+	var all sync.WaitGroup
+	for w := range 6 {
+		all.Go(func() {
+			for i := range pieces {
+				p := pieces[(i+w*4)%len(pieces)]
+				if err := v.Put(t.Context(), p.id, p.data); err != nil {
+					t.Error(err)
+				}
+				if w == 0 && i%3 == 0 {
+					if err := v.Drop(t.Context(), []chunk.ID{p.id}); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	checked, err := v.Check(t.Context())
+	if err != nil || len(checked.Lost) != 0 {
+		t.Fatalf("%+v, %v", checked, err)
+	}
+	if s := v.Stats(); s.Chunks != checked.Chunks || s.Used != checked.Bytes {
+		t.Fatalf("counted %+v, read %+v", s, checked)
+	}
+}
+
+func TestFloorAndCapacityAreRespected(t *testing.T) {
+	rng := random(t)
+	var freeBlocks atomic.Uint64
+	freeBlocks.Store(1 << 20)
+	opt := Options{FloorBytes: 100 << 20, Capacity: 300_000}
+	opt.hooks.statfs = func(_ string, st *unix.Statfs_t) error {
+		*st = unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21, Bavail: freeBlocks.Load()}
+		return nil
+	}
+	v := open1(t, t.TempDir(), opt)
+	first, firstData := someChunk(rng, 100_000)
+	second, secondData := someChunk(rng, 100_000)
+	mustPut(t, v, first, firstData)
+
+	freeBlocks.Store((100<<20 + 50_000) / 4096)
+	mustFail(t, v.Put(t.Context(), second, secondData), wire.CodeNoSpace)
+	mustFail(t, v.CanTake(100_000), wire.CodeNoSpace)
+	if err := v.Put(t.Context(), first, firstData); err != nil {
+		t.Fatalf("what is held takes no space: %v", err)
+	}
+	freeBlocks.Store(1 << 20)
+	mustPut(t, v, second, secondData)
+	if s := v.Stats(); s.Capacity != 300_000 || s.Free != 100_000 || s.Used != 200_000 {
+		t.Fatalf("%+v", s)
+	}
+	third, thirdData := someChunk(rng, 100_001)
+	mustFail(t, v.Put(t.Context(), third, thirdData), wire.CodeNoSpace)
+	// Dropping gives nothing back while the bytes still lie there, and the figures say so.
+	if err := v.Drop(t.Context(), []chunk.ID{first}); err != nil {
+		t.Fatal(err)
+	}
+	if s := v.Stats(); s.Used != 100_000 || s.Dead != 100_000 || s.Free != 100_000 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+		t.Skipf("no file system of our own here: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	rng, store := random(t), filepath.Join(dir, "store")
+	const floor = 4 << 20
+	opt := Options{FloorBytes: floor}
+	v := open1(t, store, opt)
+	held := map[chunk.ID][]byte{}
+	for {
+		id, data := someChunk(rng, chunk.DefaultSize)
+		err := v.Put(t.Context(), id, data)
+		if err != nil {
+			mustFail(t, err, wire.CodeNoSpace)
+			break
+		}
+		held[id] = data
+	}
+	left, err := freeAt(dir, hooks{}.orReal())
+	if err != nil || left < floor-(64<<10) || len(held) < 20 {
+		t.Fatalf("%d chunks, %d bytes left above a floor of %d: %v", len(held), left, floor, err)
+	}
+	// Somebody else fills the rest.
+	fill, err := os.Create(filepath.Join(dir, "fill"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fill.Close()
+	block := make([]byte, 64<<10)
+	for err == nil {
+		_, err = fill.Write(block)
+	}
+	for id := range held {
+		if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
+			t.Fatalf("dropping on a full disk: %v", err)
+		}
+		delete(held, id)
+		break
+	}
+	mustClose(t, v)
+	v = open1(t, store, opt)
+	for id, data := range held {
+		mustHold(t, v, id, data)
+	}
+	if s := v.Stats(); s.Lost != 0 || s.Chunks != len(held) {
+		t.Fatalf("%+v", s)
+	}
+	mustClose(t, v)
+	for err = nil; err == nil; { // now without ballast
+		_, err = fill.Write(block)
+	}
+	if _, err := Open(store, opt); err == nil || !strings.Contains(err.Error(), "full") {
+		t.Fatalf("opened on a disk that is full to the brim: %v", err)
+	}
+}
+
+func TestSecondOpenIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	v := open1(t, dir, noFloor)
+	if _, err := Open(dir, noFloor); err == nil || !strings.Contains(err.Error(), "another process uses this store") {
+		t.Fatalf("got %v", err)
+	}
+	out, err := child(t, dir).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "another process uses this store") {
+		t.Fatalf("another process: %v, %s", err, out)
+	}
+	mustClose(t, v)
+	mustClose(t, open1(t, dir, noFloor))
+}
+
+func TestAnotherVolumeIsRefused(t *testing.T) {
+	a, b := t.TempDir(), t.TempDir()
+	va, vb := open1(t, a, noFloor), open1(t, b, noFloor)
+	mustClose(t, va)
+	mustClose(t, vb)
+	refused := func(dir, id, sentence string) {
+		t.Helper()
+		if _, err := Open(dir, Options{FloorBytes: -1, ID: id}); err == nil || !strings.Contains(err.Error(), sentence) {
+			t.Fatalf("got %v, want %q", err, sentence)
+		}
+	}
+	refused(b, va.ID(), "this is another volume")
+	refused(t.TempDir(), va.ID(), "is its disk mounted?")
+	if err := os.WriteFile(filepath.Join(b, idFile), []byte(va.ID()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused(b, "", "this is another volume")
+	if err := os.WriteFile(filepath.Join(b, idFile), []byte("rubbish"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused(b, "", "damaged")
+	if err := os.Remove(filepath.Join(b, idFile)); err != nil { // its making was cut short
+		t.Fatal(err)
+	}
+	if again := open1(t, b, noFloor); again.ID() != vb.ID() {
+		t.Fatalf("the volume became %s, was %s", again.ID(), vb.ID())
+	}
+	foreign := t.TempDir()
+	if err := os.WriteFile(filepath.Join(foreign, "holiday.jpg"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused(foreign, "", "other data")
+}
+
+func TestClosedVolumeSaysSo(t *testing.T) {
+	v := open1(t, t.TempDir(), noFloor)
+	id, data := someChunk(random(t), 10)
+	mustPut(t, v, id, data)
+	mustClose(t, v)
+	mustClose(t, v)
+	_, err := v.Get(t.Context(), id)
+	mustFail(t, err, wire.CodeInterrupted)
+	mustFail(t, v.Put(t.Context(), id, data), wire.CodeInterrupted)
+	if v.Has(id) {
+		t.Fatal("a closed volume claims a chunk")
+	}
+}
+
+func TestContextBoundsWaiting(t *testing.T) {
+	syncing, release := make(chan struct{}), make(chan struct{})
+	var armed atomic.Bool
+	opt := noFloor
+	opt.hooks.sync = func(db *badger.DB) error {
+		if armed.CompareAndSwap(true, false) {
+			close(syncing)
+			<-release // the disk hangs
+		}
+		return db.Sync()
+	}
+	v := open1(t, t.TempDir(), opt)
+	armed.Store(true)
+	id, data := someChunk(random(t), 10)
+	ctx, cancel := context.WithCancel(t.Context())
+	put := make(chan error, 1)
+	go func() { put <- v.Put(ctx, id, data) }()
+	<-syncing
+	cancel()
+	if err := <-put; !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	close(release)
+}
+
+func Test32BitsHaveALimit(t *testing.T) {
+	a := newAddressSpace(32)
+	if got, err := a.take(0); err != nil || got != addressable32 {
+		t.Fatalf("%d, %v", got, err)
+	}
+	if _, err := a.take(0); err == nil {
+		t.Fatal("a second volume got address space that is not there")
+	}
+	a.giveBack(addressable32)
+	if got, err := a.take(600 << 20); err != nil || got != 600<<20 {
+		t.Fatalf("%d, %v", got, err)
+	}
+	if _, err := a.take(600 << 20); err == nil || !strings.Contains(err.Error(), "32-bit") {
+		t.Fatalf("got %v", err)
+	}
+	if got, err := newAddressSpace(64).take(1 << 50); err != nil || got != 1<<50 {
+		t.Fatalf("%d, %v", got, err)
+	}
+}
+
+func child(t testing.TB, dir string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), childEnv+"="+dir)
+	return cmd
+}
+
+// childThatPuts puts random chunks from four sides and prints the seed and size
+// of each once Put has returned.
+func childThatPuts(dir string) {
+	v, err := Open(dir, noFloor)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	var mu sync.Mutex
+	for w := range uint64(4) {
+		go func() {
+			for i := uint64(0); ; i++ {
+				rng := rand.New(rand.NewPCG(w, i))
+				size := 1 + rng.IntN(200_000)
+				id, data := someChunk(rng, size)
+				if err := v.Put(context.Background(), id, data); err != nil {
+					fmt.Println(err)
+					os.Exit(1)
+				}
+				mu.Lock()
+				fmt.Println(id, size)
+				mu.Unlock()
+			}
+		}()
+	}
+	select {}
+}
+
+func TestKilledInTheMiddleOfPuts(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	receipts := map[string]int{}
+	for range 3 {
+		cmd := child(t, dir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		for n := 20 + rng.IntN(60); n > 0 && lines.Scan(); n-- {
+			readReceipt(t, lines.Text(), receipts)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		for lines.Scan() { // what it had still said
+			readReceipt(t, lines.Text(), receipts)
+		}
+		cmd.Wait()
+		v := open1(t, dir, noFloor)
+		for text, size := range receipts {
+			id, err := chunk.ParseID(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := v.Confirm(t.Context(), id); err != nil || got != int64(size) {
+				t.Fatalf("a chunk with a receipt: %d of %d bytes, %v", got, size, err)
+			}
+		}
+		if s := v.Stats(); s.Chunks < len(receipts) {
+			t.Fatalf("%d receipts, %+v", len(receipts), s)
+		}
+		mustClose(t, v)
+	}
+	t.Logf("%d receipts kept", len(receipts))
+}
+
+func readReceipt(t *testing.T, line string, into map[string]int) {
+	t.Helper()
+	var id string
+	var size int
+	if n, _ := fmt.Sscanf(line, "%64s %d", &id, &size); n != 2 || len(id) != 64 {
+		t.Fatalf("the child says %q", line)
+	}
+	into[id] = size
+}

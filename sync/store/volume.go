@@ -1,0 +1,461 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+const (
+	chunkPrefix = 'c'
+	indexPrefix = 'i'
+
+	maxReaders = 16               // reads at once; what hangs on a dead disk stops here
+	closeLimit = 30 * time.Second // each step of closing
+)
+
+var keyOfVolume = []byte{'v'}
+
+func keyOf(prefix byte, id chunk.ID) []byte {
+	return append([]byte{prefix}, id[:]...)
+}
+
+// Volume is the chunks of one directory. Its methods may be called from any
+// number of goroutines. Errors of methods are [*wire.Problem]s, or the
+// context's own error.
+type Volume struct {
+	dir     string
+	id      string
+	opt     Options
+	lock    *os.File // holds the directory's flock
+	db      *badger.DB
+	syncer  syncer // the committer's, once it runs
+	queue   chan *request
+	stop    chan struct{} // closed: the committer ends
+	stopped chan struct{} // closed: it has ended
+	readers chan struct{} // one token a read under way
+	ops     sync.WaitGroup
+	// stumbled says that a read has left Badger with a lock that it never gives back.
+	stumbled atomic.Bool
+
+	mu       sync.Mutex // guards all below
+	closed   bool
+	used     int64 // bytes of indexed chunks
+	dead     int64 // bytes of dropped and rewritten ones, about
+	chunks   int
+	lost     map[chunk.ID]Loss
+	readOnly string // why; empty: writable
+	// suspect chunks were written but their sync failed; allSuspect says that
+	// of everything, after a restart that left the kernel running.
+	suspect    map[chunk.ID]bool
+	allSuspect bool
+}
+
+// Loss is a chunk that should be here and cannot be read or does not verify.
+type Loss struct {
+	ID     chunk.ID
+	Size   int64 // bytes, from the index
+	Reason string
+	Found  time.Time
+}
+
+// Stats are figures of a volume. Only the file system's free space is looked up
+// for them; nothing is walked.
+type Stats struct {
+	Volume   string // id
+	Dir      string
+	Capacity int64  // bytes that may hold chunks, used and dead ones included
+	Used     int64  // bytes of chunks held, lost ones included until dropped
+	Dead     int64  // bytes that dropped and rewritten chunks still occupy, about
+	Free     int64  // bytes that puts may still take
+	Chunks   int    // held, lost ones included
+	Lost     int    // of these, known to be lost
+	ReadOnly string // why puts are refused; empty if they are not
+}
+
+// ID is the volume's id, a ULID made with it.
+func (v *Volume) ID() string { return v.id }
+
+// Dir is the directory that the volume lies in.
+func (v *Volume) Dir() string { return v.dir }
+
+// enter begins an operation; the caller must call ops.Done.
+func (v *Volume) enter() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.closed {
+		return wire.FailedBecause(wire.CodeInterrupted, "the store is closed; ask again when the agent has restarted")
+	}
+	v.ops.Add(1)
+	return nil
+}
+
+func notFound(id chunk.ID) error {
+	return wire.FailedBecause(wire.CodeNotFound, "chunk %s is not held here", id)
+}
+
+// Get reads a chunk from disk and verifies it. [wire.CodeNotFound] if it was
+// never here or was dropped, [wire.CodeLost] if it should be here but is not
+// whole.
+func (v *Volume) Get(ctx context.Context, id chunk.ID) ([]byte, error) {
+	t, err := v.Tree(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return t.Data(), nil
+}
+
+// Leaf reads a chunk from disk, verifies it, and proves one leaf; a leaf beyond
+// the chunk is [wire.CodeBadBody]. For several leaves use [Volume.Tree].
+func (v *Volume) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, path [][]byte, err error) {
+	t, err := v.Tree(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if data, path, err = t.Prove(leaf); err != nil {
+		return nil, nil, wire.RejectedBecause(wire.CodeBadBody, "chunk %s: %v", id, err)
+	}
+	return data, path, nil
+}
+
+// Tree reads a chunk from disk, verifies it, and returns it ready to prove its
+// leaves. Nothing of it is kept. Errors as for [Volume.Get].
+func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
+	if err := v.enter(); err != nil {
+		return nil, err
+	}
+	select {
+	case v.readers <- struct{}{}:
+	case <-ctx.Done():
+		v.ops.Done()
+		return nil, context.Cause(ctx)
+	}
+	type result struct {
+		tree *chunk.Tree
+		err  error
+	}
+	// On its own goroutine, because a read of mapped memory on a hung disk
+	// cannot be interrupted. It ends when the disk answers.
+	answer := make(chan result, 1)
+	go func() {
+		defer v.ops.Done()
+		defer func() { <-v.readers }()
+		t, err := v.readVerified(id)
+		answer <- result{t, err}
+	}()
+	select {
+	case r := <-answer:
+		return r.tree, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// readVerified reads a chunk and remembers it as lost if it does not verify.
+func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
+	version, size, data, err := v.readRaw(id)
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil, notFound(id)
+	}
+	if err != nil {
+		return nil, v.lose(id, size, version, err.Error())
+	}
+	if len(data) == 0 {
+		return nil, v.lose(id, size, version, "its bytes are gone or damaged on disk")
+	}
+	if int64(len(data)) != size {
+		return nil, v.lose(id, size, version, fmt.Sprintf("%d of %d bytes are left", len(data), size))
+	}
+	t, err := chunk.NewTree(data)
+	if err != nil {
+		return nil, v.lose(id, size, version, err.Error())
+	}
+	if t.ID() != id {
+		return nil, v.lose(id, size, version, "its bytes have changed on disk")
+	}
+	v.mu.Lock()
+	delete(v.lost, id) // it was put again while its loss was being noted
+	v.mu.Unlock()
+	return t, nil
+}
+
+// readRaw returns what Badger has for a chunk, in memory of its own. The error
+// is ErrKeyNotFound only if the chunk is not even indexed. A fault of the
+// mapped memory, or Badger stumbling over damaged data, becomes an error.
+func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, err error) {
+	err = v.view(func(txn *badger.Txn) error {
+		index, err := txn.Get(keyOf(indexPrefix, id))
+		if err != nil {
+			return err
+		}
+		version = index.Version()
+		if _, size, err = readIndex(index); err != nil {
+			return err
+		}
+		item, err := txn.Get(keyOf(chunkPrefix, id))
+		if err != nil {
+			return fmt.Errorf("it is indexed, but its record cannot be found: %v", err)
+		}
+		data, err = item.ValueCopy(nil)
+		return err
+	})
+	return version, size, data, err
+}
+
+// view is Badger's View with faults and stumbles turned into errors. After one,
+// Badger holds a lock for ever that rotating or closing a log needs: the volume
+// takes no more writes, and Close does not wait for it.
+func (v *Volume) view(fn func(*badger.Txn) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the disk cannot be read there: %v", p)
+			v.latch(fmt.Sprintf("a read failed (%v): check the disk and restart", p))
+			v.stumbled.Store(true)
+		}
+	}()
+	return v.db.View(fn)
+}
+
+// lose remembers a loss, unless the chunk was rewritten or dropped since it was
+// read, and returns it as an error.
+func (v *Volume) lose(id chunk.ID, size int64, version uint64, reason string) error {
+	now, ok := v.versionOf(id)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, known := v.lost[id]; !known && ok && now == version {
+		v.lost[id] = Loss{ID: id, Size: size, Reason: reason, Found: time.Now()}
+	}
+	return wire.FailedBecause(wire.CodeLost, "chunk %s is lost: %s", id, reason)
+}
+
+// versionOf is the version of a chunk's index entry, from memory or the LSM tree.
+func (v *Volume) versionOf(id chunk.ID) (version uint64, ok bool) {
+	err := v.view(func(txn *badger.Txn) error {
+		item, err := txn.Get(keyOf(indexPrefix, id))
+		if err == nil {
+			version = item.Version()
+		}
+		return err
+	})
+	return version, !errors.Is(err, badger.ErrKeyNotFound)
+}
+
+// Has tells whether the chunk is held and not known to be lost. It does not
+// read the chunk.
+func (v *Volume) Has(id chunk.ID) bool {
+	if v.enter() != nil {
+		return false
+	}
+	defer v.ops.Done()
+	_, ok := v.versionOf(id)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	_, lost := v.lost[id]
+	return ok && !lost
+}
+
+// List calls fn for every chunk held, in the order of ids, until fn or ctx says
+// stop. It reads the index only; size is in bytes. fn must not write to the volume.
+func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
+	if err := v.enter(); err != nil {
+		return err
+	}
+	defer v.ops.Done()
+	return v.eachIndexed(ctx, func(id chunk.ID, size int64, _ uint64) error {
+		v.mu.Lock()
+		_, lost := v.lost[id]
+		v.mu.Unlock()
+		return fn(id, size, lost)
+	})
+}
+
+// Lost lists the chunks known to be lost, earliest found first. A chunk leaves
+// the list when it is put again or dropped.
+func (v *Volume) Lost() []Loss {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	all := make([]Loss, 0, len(v.lost))
+	for _, l := range v.lost {
+		all = append(all, l)
+	}
+	slices.SortFunc(all, func(a, b Loss) int {
+		if c := a.Found.Compare(b.Found); c != 0 {
+			return c
+		}
+		return slices.Compare(a.ID[:], b.ID[:])
+	})
+	return all
+}
+
+// Checked is the result of [Volume.Check].
+type Checked struct {
+	Chunks int   // read, lost ones included
+	Bytes  int64 // that verified
+	Lost   []Loss
+}
+
+// Check reads and verifies every chunk. What is not whole shows in [Volume.Lost]
+// as soon as it is found. It reads as fast as the disk does, one chunk at a
+// time, until done or ctx ends.
+func (v *Volume) Check(ctx context.Context) (Checked, error) {
+	var ids []chunk.ID
+	err := v.List(ctx, func(id chunk.ID, _ int64, _ bool) error {
+		ids = append(ids, id)
+		return nil
+	})
+	if err != nil {
+		return Checked{}, err
+	}
+	return v.readAll(ctx, ids)
+}
+
+func (v *Volume) readAll(ctx context.Context, ids []chunk.ID) (Checked, error) {
+	var sum Checked
+	for _, id := range ids {
+		data, err := v.Get(ctx, id)
+		switch {
+		case err == nil:
+			sum.Bytes += int64(len(data))
+		case ctx.Err() != nil:
+			return sum, context.Cause(ctx)
+		case wire.ProblemOf(err).Code == wire.CodeNotFound: // dropped meanwhile
+			continue
+		case wire.ProblemOf(err).Code == wire.CodeLost:
+			sum.Lost = append(sum.Lost, v.lossOf(id, err))
+		default:
+			return sum, err
+		}
+		sum.Chunks++
+	}
+	return sum, nil
+}
+
+func (v *Volume) lossOf(id chunk.ID, err error) Loss {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if l, ok := v.lost[id]; ok {
+		return l
+	}
+	return Loss{ID: id, Reason: err.Error(), Found: time.Now()}
+}
+
+// Stats returns the volume's figures.
+func (v *Volume) Stats() Stats {
+	space, err := v.room()
+	if err != nil {
+		space = 0
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	occupied := v.used + v.dead
+	if v.opt.Capacity > 0 {
+		space = min(space, max(0, v.opt.Capacity-occupied))
+	}
+	return Stats{
+		Volume: v.id, Dir: v.dir,
+		Capacity: occupied + space, Used: v.used, Dead: v.dead, Free: space,
+		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: v.readOnly,
+	}
+}
+
+// room is how much may be written before the floor is reached, in bytes.
+func (v *Volume) room() (int64, error) {
+	var st unix.Statfs_t
+	if err := v.opt.hooks.statfs(v.dir, &st); err != nil {
+		return 0, err
+	}
+	return max(0, free(&st)-v.floor(&st)), nil
+}
+
+func (v *Volume) floor(st *unix.Statfs_t) int64 {
+	switch {
+	case v.opt.FloorBytes > 0:
+		return v.opt.FloorBytes
+	case v.opt.FloorBytes < 0:
+		return 0
+	}
+	return max(defaultFloor, int64(st.Blocks)*int64(st.Bsize)/100)
+}
+
+// free is what an ordinary user may still write, in bytes.
+func free(st *unix.Statfs_t) int64 { return int64(st.Bavail) * int64(st.Bsize) }
+
+// latch makes the volume read-only for good. The first reason stays.
+func (v *Volume) latch(reason string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.readOnly == "" {
+		v.readOnly = reason
+	}
+}
+
+// latchAll is latch, and doubts the durability of everything held.
+func (v *Volume) latchAll(reason string) {
+	v.latch(reason)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.allSuspect = true
+}
+
+// Close waits for what is under way, closes the files and gives the directory
+// back. A disk that hangs does not hold it up for ever: it then returns an
+// error, and the directory stays locked until the process ends.
+func (v *Volume) Close() error {
+	v.mu.Lock()
+	if v.closed {
+		v.mu.Unlock()
+		return nil
+	}
+	v.closed = true
+	v.mu.Unlock()
+	if !within(closeLimit, v.ops.Wait) {
+		return fmt.Errorf("volume %s is not closed: its disk has not answered for %s", v.id, closeLimit)
+	}
+	close(v.stop)
+	if !within(closeLimit, func() { <-v.stopped }) {
+		return fmt.Errorf("volume %s is not closed: a write has not ended for %s", v.id, closeLimit)
+	}
+	if v.stumbled.Load() {
+		return fmt.Errorf("volume %s is not closed: a read of its disk failed; the directory is free when the process ends", v.id)
+	}
+	if err := makeRoom(v.dir, v.opt.hooks); err != nil {
+		return fmt.Errorf("volume %s is not closed, though all its chunks are safe: %w", v.id, err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- v.db.Close() }()
+	select {
+	case err := <-closed:
+		process.giveBack(v.opt.Capacity)
+		if err := errors.Join(err, v.lock.Close()); err != nil {
+			return fmt.Errorf("volume %s closed with an error: %w", v.id, err)
+		}
+		return nil
+	case <-time.After(closeLimit):
+		return fmt.Errorf("volume %s is not closed: its files have not closed for %s", v.id, closeLimit)
+	}
+}
+
+// within tells whether fn returned in time. If not, fn goes on.
+func within(limit time.Duration, fn func()) bool {
+	done := make(chan struct{})
+	go func() { fn(); close(done) }()
+	select {
+	case <-done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
