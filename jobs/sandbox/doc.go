@@ -21,11 +21,11 @@
 //
 // WASI preview 1 (wasi_snapshot_preview1): arguments ("job" first), standard
 // input, output and error. No environment, no directory, no socket. Both
-// clocks are fakes that start at fixed values and step 1 ms each reading, sleep
-// returns at once, random bytes come from a fixed seed, and input arrives in
-// reads as long as the module asks for: the same module, arguments and input
-// give the same output on every device. The exception is the bit pattern of a
-// NaN, which differs between processors. On 32-bit ARM wazero interprets, 60 to
+// clocks are one fake that starts at a fixed time, steps 1 µs with each reading
+// and jumps over every sleep; random bytes come from a fixed seed, and input
+// arrives in reads as long as the module asks for: the same module, arguments
+// and input give the same output on every device. The exception is the bit
+// pattern of a NaN, which differs between processors. On 32-bit ARM wazero interprets, 60 to
 // 75 times slower, with the same results.
 //
 // # Descriptors of the worker

@@ -20,6 +20,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == WorkerArg {
 		os.Exit(WorkerMain())
 	}
+	if len(os.Args) > 1 && os.Args[1] == orphanArg {
+		orphanParent()
+	}
 	os.Exit(testMain(m))
 }
 

@@ -25,7 +25,8 @@ const (
 	MaxMemory = 1 << 30  // bytes of linear memory; fits a 32-bit address space too
 
 	maxStderr  = 1 << 20        // bytes of standard error, then the worker is killed
-	stderrTail = 4 << 10        // bytes of it that are kept
+	stderrTail = 4 << 10        // bytes of it that are reported
+	stderrKept = 64 << 10       // bytes of it that are kept meanwhile: a crash of the engine has a long stack
 	maxWall    = 24 * time.Hour // of one job
 	pageBytes  = 64 << 10       // of WebAssembly
 )
@@ -79,22 +80,38 @@ func (r *Runner) Run(ctx context.Context, s Spec) (Result, error) {
 		return Result{}, err
 	}
 	var res Result
+	err = spend(func() error {
+		res, err = r.do(ctx, s, module, code)
+		return err
+	})
+	return res, err
+}
+
+// spend runs f on a thread that ends with it. The thread gives up gaining
+// privileges, which a child inherits, and a child's parent-death signal is tied
+// to the thread that started it, so that f must outlive its children. What
+// else a child can inherit from its thread (Landlock) is to be added here.
+func spend(f func() error) error {
+	var err error
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		// Never unlocked: the thread is spent with the job. It gives up gaining
-		// privileges, which its child inherits, and the kernel's parent-death
-		// signal is tied to it, so that it has to outlive the child. What else
-		// a child inherits from its thread (Landlock) can be added here.
-		runtime.LockOSThread()
+		runtime.LockOSThread() // never unlocked, so that nothing else gets the thread
+		if unix.Gettid() == unix.Getpid() {
+			// The Go runtime cannot end the main thread. While this holds it,
+			// the next try gets another.
+			err = spend(f)
+			runtime.UnlockOSThread()
+			return
+		}
 		if err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			err = failure(WorkerFailed, "the worker cannot be denied new privileges: %v", err)
 			return
 		}
-		res, err = r.do(ctx, s, module, code)
+		err = f()
 	}()
 	<-done
-	return res, err
+	return err
 }
 
 // do is Run on the thread that is spent with it.
@@ -194,7 +211,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 	c := &child{
 		exited: make(chan struct{}),
 		stdout: newCollector(s.Limits.OutputBytes, 0),
-		stderr: newCollector(maxStderr, stderrTail),
+		stderr: newCollector(maxStderr, stderrKept),
 		events: make(chan []event, 1),
 	}
 	exe := r.Executable
@@ -325,7 +342,8 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	}
 	_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL) // whatever else is in the group
 	_ = c.cmd.Wait()                                // how it ended is read from the state below
-	res := Result{MaxRSS: c.rss, Stderr: strings.ToValidUTF8(string(c.stderr.bytes()), "\uFFFD")}
+	stderr := c.stderr.bytes()
+	res := Result{MaxRSS: c.rss, Stderr: lastText(stderr, stderrTail)}
 	state := c.cmd.ProcessState
 	res.CPU = state.UserTime() + state.SystemTime()
 	told := false
@@ -347,7 +365,7 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	case c.stderr.isOver():
 		return res, stderrError()
 	case !told:
-		return res, c.crash(res, l)
+		return res, c.crash(res, lastCrash(stderr), l)
 	case c.end.Cause != "":
 		return res, &Error{Cause: c.end.Cause, ExitCode: c.end.ExitCode, Reason: withLastWords(c.end, res.Stderr)}
 	}
@@ -355,20 +373,42 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	return res, nil
 }
 
-// crash explains a worker that died without a word.
-func (c *child) crash(res Result, l wire.JobLimits) error {
+// crash explains a worker that died without a word; said is what the Go
+// runtime wrote about it.
+func (c *child) crash(res Result, said string, l wire.JobLimits) error {
 	status, _ := c.cmd.ProcessState.Sys().(syscall.WaitStatus)
 	switch {
 	case res.CPU >= seconds(l.CPUSeconds):
 		return cpuError(l)
-	case strings.Contains(res.Stderr, "out of memory") || strings.Contains(res.Stderr, "cannot allocate memory"):
-		return failure(LimitMemory, "the job needed more memory for its call stack and tables than %s beyond its limit of %s",
+	case strings.Contains(said, "out of memory") || strings.Contains(said, "cannot allocate memory"):
+		return failure(LimitMemory, "the job needed more than %s for its call stack and tables, beyond its memory limit of %s",
 			bytesText(engineAllowance), bytesText(l.MemoryBytes))
 	case status.Signaled() && status.Signal() == syscall.SIGKILL:
 		return failure(WorkerFailed, "the worker was killed from outside, most likely because the machine ran out of memory")
 	default:
-		return failure(WorkerFailed, "the worker crashed (%v): %s", c.cmd.ProcessState, firstLine(res.Stderr))
+		return failure(WorkerFailed, "the worker crashed (%v): %s", c.cmd.ProcessState, said)
 	}
+}
+
+// lastCrash finds the line with which the Go runtime begins to tell of a
+// crash. A module can write such a line too, but not make the worker die with it.
+func lastCrash(stderr []byte) string {
+	var found string
+	for line := range strings.Lines(string(stderr)) {
+		if strings.HasPrefix(line, "fatal error: ") || strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "SIG") {
+			found = line
+		}
+	}
+	return firstLine(strings.ToValidUTF8(found, "\uFFFD"))
+}
+
+// lastText is the end of what a module wrote, at most n bytes of valid UTF-8.
+func lastText(b []byte, n int) string {
+	text := strings.ToValidUTF8(string(b[max(0, len(b)-n):]), "\uFFFD")
+	for len(text) > n { // each byte that was replaced took three
+		text = strings.ToValidUTF8(text[len(text)-n:], "")
+	}
+	return text
 }
 
 // withLastWords adds the last line of standard error to a module's failure.

@@ -12,7 +12,6 @@ import (
 	"io"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/tetratelabs/wazero"
@@ -45,7 +44,6 @@ const (
 // exit code of the process: 0 if how the job ended could be told on descriptor
 // 4, whatever the end was.
 func WorkerMain() int {
-	debug.SetTraceback("none") // of a crash, one line; the stack is the engine's
 	events := os.NewFile(eventFD, "events")
 	say := json.NewEncoder(events)
 	w := &worker{say: say}
@@ -94,7 +92,7 @@ func (w *worker) work() ending {
 	if err := w.conf.tighten(t); err != nil {
 		return failed(failure(WorkerFailed, "the worker could not give up its rights: %v", err))
 	}
-	end := run(rt, code, t, input)
+	end := execute(rt, code, t, input)
 	end.CacheBroken = w.cacheBroken
 	return end
 }
@@ -146,8 +144,8 @@ func compileWith(module []byte, config wazero.RuntimeConfig) (wazero.Runtime, wa
 	return rt, code, err
 }
 
-// run instantiates the module and calls its _start.
-func run(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte) (end ending) {
+// execute instantiates the module and calls its _start.
+func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte) (end ending) {
 	memory := &boundedMemory{limit: t.Memory}
 	ctx := experimental.WithMemoryAllocator(context.Background(), memory)
 	out := bufio.NewWriterSize(os.Stdout, 64<<10)
@@ -170,7 +168,11 @@ func run(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte) (e
 	}
 	// Reader and writers are wrapped: of a plain *os.File wazero would show the
 	// module the real file's times and kind.
+	clock := &fakeClock{now: clockStart}
 	config := wazero.NewModuleConfig().
+		WithWalltime(clock.walltime, sys.ClockResolution(clockStep)).
+		WithNanotime(clock.nanotime, sys.ClockResolution(clockStep)).
+		WithNanosleep(clock.sleep).
 		WithName("").
 		WithArgs(append([]string{"job"}, t.Args...)...).
 		WithStdin(bytes.NewReader(input)).
