@@ -76,8 +76,7 @@ STAMP   := $(BIN)/.inputs
 
 .PHONY: FORCE
 $(STAMP): FORCE
-	@mkdir -p $(@D)
-	$(file >$@.new,$(INPUTS))
+	$(shell mkdir -p $(@D))$(file >$@.new,$(INPUTS))
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # $(call go-build,platform,version,package)
