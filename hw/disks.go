@@ -14,13 +14,7 @@ import (
 const diskReaders = 32
 
 func (p *prober) disks(ctx context.Context) (func(*Inventory), notes) {
-	var names []string
-	for _, name := range p.list("sys/block") {
-		if isDisk(p.tree, name) {
-			names = append(names, name)
-		}
-	}
-
+	names := p.list("sys/block")
 	type found struct {
 		disk    Disk
 		missing notes
@@ -66,19 +60,26 @@ func isDisk(t tree, name string) bool {
 }
 
 // disk reads one disk: first what the kernel knows, then, if it is awake, what
-// the disk says. Either may hang without hurting the other.
+// the disk says. Either may hang without hurting the other. It is false for
+// what is no disk.
 func (p *prober) disk(ctx context.Context, name string) (Disk, notes, bool) {
 	type facts struct {
 		disk    Disk
 		missing notes
+		ok      bool
 	}
 	var missing notes
 	f, err := within(ctx, p.limit, p.root+" disk "+name, func() facts {
+		if !isDisk(p.tree, name) {
+			return facts{}
+		}
 		d, missing := readDisk(p.tree, name)
-		return facts{d, missing}
+		return facts{d, missing, true}
 	})
 	if err != nil {
 		missing.add("disks", NoteTimeout, name, err.Error())
+	}
+	if !f.ok {
 		return Disk{}, missing, false
 	}
 	type health struct {

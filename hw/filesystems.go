@@ -115,18 +115,19 @@ func onThisMachine(mounts []mount, nodev map[string]bool) []Filesystem {
 		if m.point != "/" && (nodev[m.fstype] || strings.HasPrefix(m.fstype, "fuse.") || image) {
 			continue
 		}
+		whole := m.root == "/"
 		i := slices.IndexFunc(found, func(f Filesystem) bool { return f.dev == m.dev && f.Source == m.source })
 		if i < 0 {
 			found = append(found, Filesystem{
 				Mount: m.point, Source: m.source, Type: m.fstype, ReadOnly: m.readOnly,
-				dev: m.dev, mounts: []string{m.point},
+				dev: m.dev, mounts: []string{m.point}, whole: whole,
 			})
 			continue
 		}
 		f := &found[i]
 		f.mounts = appendNew(f.mounts, []string{m.point})
-		if len(m.point) < len(f.Mount) {
-			f.Mount = m.point
+		if better := whole && !f.whole; better || (whole == f.whole && len(m.point) < len(f.Mount)) {
+			f.Mount, f.whole = m.point, whole
 		}
 		f.ReadOnly = f.ReadOnly && m.readOnly // a read-only view does not make the filesystem so
 	}

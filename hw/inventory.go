@@ -118,7 +118,7 @@ type Health struct {
 
 // Filesystem is a mounted filesystem on this machine's own storage.
 type Filesystem struct {
-	Mount    string `json:"mount"`  // the shortest of its mount points
+	Mount    string `json:"mount"`  // the shortest of its mount points that show all of it
 	Source   string `json:"source"` // as mounted
 	Disk     string `json:"disk,omitempty"`
 	Type     string `json:"type"`
@@ -129,6 +129,7 @@ type Filesystem struct {
 
 	dev    string
 	mounts []string
+	whole  bool // Mount shows all of it, not one directory
 }
 
 // Interface is one network interface other than loopback.

@@ -48,7 +48,7 @@ func activeTrigger(s string) string {
 
 func (p *prober) buses(ctx context.Context) (func(*Inventory), notes) {
 	var missing notes
-	chips, buses := p.gpioChips(), slices.Concat(p.i2cBuses(), p.spiPorts(), p.oneWireBuses())
+	chips, buses := p.gpioChips(), append([]Bus{}, slices.Concat(p.i2cBuses(), p.spiPorts(), p.oneWireBuses())...)
 	if p.live() {
 		extra, err := within(ctx, p.limit, "periph", func() periphFound { return askPeriph(chips, buses) })
 		if err != nil {

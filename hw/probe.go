@@ -51,6 +51,10 @@ func Probe(ctx context.Context, o Options) (*Inventory, error) {
 	if err != nil {
 		return nil, err
 	}
+	return p.probe(ctx, limit)
+}
+
+func (p *prober) probe(ctx context.Context, limit time.Duration) (*Inventory, error) {
 	inv := &Inventory{
 		Format: Format, Taken: time.Now().UTC().Truncate(time.Second), Board: p.board,
 		CPU:   CPU{Crypto: []string{}},
@@ -88,7 +92,7 @@ func newProber(o Options) (*prober, time.Duration, error) {
 	if limit <= 0 {
 		limit = DefaultLimit
 	}
-	p := &prober{tree: tree{root}, board: o.Board, limit: limit / 3, user: os.Geteuid(), env: rootEnv(root)}
+	p := &prober{tree: tree{root: root}, board: o.Board, limit: limit / 3, user: os.Geteuid(), env: rootEnv(root)}
 	if p.board.Name == "" {
 		p.board = board.Detect(root)
 	}

@@ -212,7 +212,7 @@ func processTimes() cpuTimes {
 
 // ownMemory reads RssAnon and VmRSS of proc_pid_status(5).
 func ownMemory() (rss, anonymous uint64) {
-	raw, err := tree{"/"}.bytes("proc/self/status")
+	raw, err := tree{root: "/"}.bytes("proc/self/status")
 	if err != nil {
 		return 0, 0
 	}

@@ -20,7 +20,10 @@ const maxFile = 1 << 20
 var errNotRegular = errors.New("is not a regular file")
 
 // tree reads the kernel's files below a root directory.
-type tree struct{ root string }
+type tree struct {
+	root string
+	slow func(name string) // called before each read, if set; tests hang here as a device would
+}
 
 // live tells whether this is the running machine and not a recorded one.
 func (t tree) live() bool { return t.root == "/" }
@@ -31,6 +34,9 @@ func (t tree) path(name string) string { return filepath.Join(t.root, name) }
 // in a recorded tree is an error and not the end of the probe. A read of a
 // real device's attribute can still hang in the kernel: see within.
 func (t tree) bytes(name string) ([]byte, error) {
+	if t.slow != nil {
+		t.slow(name)
+	}
 	p := t.path(name)
 	fd, err := retry(func() (int, error) { return unix.Open(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) })
 	if err != nil {
