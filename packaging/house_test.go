@@ -321,19 +321,24 @@ func TestMapAndRulesNameTheSameRooms(t *testing.T) {
 }
 
 func TestAgentHasNoPartOfTheCoordinator(t *testing.T) {
+	var wrong []string
 	for _, arch := range []string{"amd64", "arm64", "arm"} {
-		report(t, agentRule(closure(t, arch, "cmd/deimos-agent")))
+		wrong = append(wrong, agentRule(closure(t, arch, "cmd/deimos-agent"))...)
 	}
+	report(t, wrong)
 }
 
 func TestLauncherIsStandardLibraryAndSlotsOnly(t *testing.T) {
+	var wrong []string
 	for _, arch := range []string{"amd64", "arm64", "arm"} {
-		report(t, launchRule(closure(t, arch, "cmd/deimos-launch")))
+		wrong = append(wrong, launchRule(closure(t, arch, "cmd/deimos-launch"))...)
 	}
+	report(t, wrong)
 }
 
 func TestEveryProgramHasAVersionToSet(t *testing.T) {
 	programs := 0
+	var wrong []string
 	for _, p := range everyPackage(t) {
 		pkg, _ := ours(p.ImportPath)
 		if p.Name != "main" || !within(pkg, "cmd") && pkg != "packaging/tour/brokenagent" {
@@ -348,8 +353,9 @@ func TestEveryProgramHasAVersionToSet(t *testing.T) {
 			}
 			files = append(files, f)
 		}
-		report(t, versionRule(pkg, files))
+		wrong = append(wrong, versionRule(pkg, files)...)
 	}
+	report(t, wrong)
 	if programs == 0 {
 		t.Error("there is no program to look at")
 	}
