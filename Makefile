@@ -15,7 +15,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 HOST    := $(addprefix $(BIN)/,deimos deimos-agent deimos-launch)
 ARM64   := $(addprefix $(BIN)/arm64/,deimos-agent deimos-launch)
 ARMV7   := $(addprefix $(BIN)/armv7/,deimos-agent deimos-launch)
-GUESTS  := $(patsubst jobs/guests/%/,$(BIN)/guests/%.wasm,$(wildcard jobs/guests/*/))
+GUESTS  := $(patsubst jobs/guests/%/,$(BIN)/guests/%.wasm,$(filter-out %/testdata/,$(wildcard jobs/guests/*/)))
 # The two releases that the tour offers: one that works, one that does not.
 TOUR    := $(BIN)/tour/agent-next $(BIN)/tour/agent-broken
 
