@@ -36,6 +36,14 @@ type BuildOptions struct {
 	From       string
 	Percentage *float64
 	Agents     []Agent
+	Fast       bool // quarter the time to build, 10% more bytes: for trying things out
+}
+
+func (o BuildOptions) level() zstd.EncoderLevel {
+	if o.Fast {
+		return zstd.SpeedDefault
+	}
+	return zstd.SpeedBestCompression
 }
 
 // Agent is one agent binary.
@@ -59,7 +67,7 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	}
 	seen := map[Platform]string{}
 	for _, a := range o.Agents {
-		part, err := pack(ctx, dir, a)
+		part, err := pack(ctx, dir, a, o.level())
 		if err != nil {
 			return m, fmt.Errorf("pack %s: %w", a.Path, err)
 		}
@@ -102,7 +110,7 @@ func Open(dir string) (Manifest, []byte, error) {
 func PartPath(sum string) string { return partsDir + "/" + sum }
 
 // pack compresses one agent into dir.
-func pack(ctx context.Context, dir string, a Agent) (Part, error) {
+func pack(ctx context.Context, dir string, a Agent, level zstd.EncoderLevel) (Part, error) {
 	platform := a.Platform
 	if platform == (Platform{}) {
 		var err error
@@ -124,7 +132,7 @@ func pack(ctx context.Context, dir string, a Agent) (Part, error) {
 
 	raw, packed := newCounter(), newCounter()
 	enc, err := zstd.NewWriter(io.MultiWriter(out, packed),
-		zstd.WithEncoderLevel(zstd.SpeedBestCompression),
+		zstd.WithEncoderLevel(level),
 		zstd.WithEncoderConcurrency(1), // for the same bytes on any machine
 		zstd.WithWindowSize(windowSize))
 	if err != nil {

@@ -236,7 +236,7 @@ func (s *Store) clear(n Name) error {
 
 // MarkTrial moves the staged file into its slot and puts it on trial: from the
 // next start on, the launcher tries it. The staged file must be whole, checked
-// and synced; image describes it.
+// and synced. image describes it; a digest that is given must match.
 func (s *Store) MarkTrial(order string, image Image) error {
 	return s.update(func(st *State) error {
 		in := st.Installing
@@ -245,6 +245,15 @@ func (s *Store) MarkTrial(order string, image Image) error {
 			return ErrBusy
 		case in == nil || in.Order != order:
 			return ErrNotInstalling
+		}
+		sum, err := digest(s.StagedPath(in.Slot))
+		switch {
+		case err != nil:
+			return fmt.Errorf("read the new agent: %w", err)
+		case image.SHA256 == "":
+			image.SHA256 = sum
+		case image.SHA256 != sum:
+			return fmt.Errorf("the new agent was damaged on its way to the disk (SHA-256 %.12s…, expected %.12s…)", sum, image.SHA256)
 		}
 		if err := moveIntoPlace(s.StagedPath(in.Slot), s.Path(in.Slot)); err != nil {
 			return fmt.Errorf("move the new agent into slot %s: %w", in.Slot, err)
