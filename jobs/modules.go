@@ -61,10 +61,9 @@ func openModuleCache(dir string, maxBytes int64) (*moduleCache, error) {
 // want the same at the same time fetch it once. The file stays until release.
 func (c *moduleCache) get(ctx context.Context, b wire.Blob, fetch func(context.Context, wire.Blob, io.Writer) error) (path string, release func(), err error) {
 	u := c.hold(b.SHA256)
-	release = func() { c.release(b.SHA256) }
 	defer func() {
 		if err != nil {
-			release()
+			c.release(b.SHA256)
 		}
 	}()
 	select {
@@ -73,7 +72,7 @@ func (c *moduleCache) get(ctx context.Context, b wire.Blob, fetch func(context.C
 	case <-ctx.Done():
 		return "", nil, fmt.Errorf("the job was stopped while its module was fetched: %w", context.Cause(ctx))
 	}
-	path = c.path(b.SHA256)
+	path, release = c.path(b.SHA256), func() { c.release(b.SHA256) }
 	if st, err := os.Stat(path); err == nil && st.Size() == b.Size {
 		now := time.Now()
 		_ = os.Chtimes(path, now, now) // only spoils the order of deleting

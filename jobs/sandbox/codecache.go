@@ -27,11 +27,10 @@ func (r *Runner) openCodeCache(s Spec, module *os.File) (codeCache, error) {
 	}
 	digest := s.Digest
 	if !isDigest(digest) {
-		h := sha256.New()
-		if _, err := io.Copy(h, io.NewSectionReader(module, 0, MaxModule)); err != nil {
+		var err error
+		if digest, err = moduleDigest(module); err != nil {
 			return codeCache{}, failure(WorkerFailed, "the module cannot be read: %v", err)
 		}
-		digest = hex.EncodeToString(h.Sum(nil))
 	}
 	root, err := filepath.Abs(s.CacheDir) // the worker's directory is another
 	if err != nil {
@@ -40,11 +39,20 @@ func (r *Runner) openCodeCache(s Spec, module *os.File) (codeCache, error) {
 	dir := filepath.Join(root, digest)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		// A full or broken disk must not stop jobs that need none.
-		return codeCache{max: r.CacheBytes}, nil
+		return codeCache{}, nil
 	}
 	now := time.Now()
 	_ = os.Chtimes(dir, now, now) // only spoils the order of deleting
 	return codeCache{dir: dir, max: orDefault(r.CacheBytes, defaultCacheBytes)}, nil
+}
+
+// moduleDigest hashes a module, and leaves it at its beginning.
+func moduleDigest(module *os.File) (string, error) {
+	h := sha256.New()
+	if _, err := io.Copy(h, io.NewSectionReader(module, 0, MaxModule)); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // done deletes this module's code if it was broken, and the least recently

@@ -76,13 +76,21 @@ func count(text string) counts {
 		rest = rest[n:]
 	}
 	for w, n := range seen {
-		c.Top = append(c.Top, word{w, n})
+		c.Top = insert(c.Top, word{w, n})
 	}
-	slices.SortFunc(c.Top, func(a, b word) int {
+	return c
+}
+
+// insert puts w in its place among the most frequent, if it has one there.
+func insert(top []word, w word) []word {
+	i, _ := slices.BinarySearchFunc(top, w, func(a, b word) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Word, b.Word))
 	})
-	c.Top = c.Top[:min(len(c.Top), topWords)]
-	return c
+	if i == topWords {
+		return top
+	}
+	top = slices.Insert(top, i, w)
+	return top[:min(len(top), topWords)]
 }
 
 // leading is how many of the first bytes of s are as asked.

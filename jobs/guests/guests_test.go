@@ -1,0 +1,216 @@
+//go:build linux
+
+// Package guests tests the guest modules that ship: each is built as it ships,
+// run as a device runs it, and held to a native tool.
+package guests
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
+)
+
+var (
+	built  string         // folder of the modules
+	runner sandbox.Runner // with a worker that is no test binary
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	var err error
+	if built, err = os.MkdirTemp("", "guests"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(built)
+	for _, g := range []string{"wordcount", "sha256sum"} {
+		if err := wasmtest.Build(filepath.Join(wasmtest.Guests(), g), filepath.Join(built, g+".wasm")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	runner.Executable = filepath.Join(built, "worker")
+	if err := wasmtest.Worker(runtime.GOARCH, runner.Executable); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+func run(t testing.TB, guest string, in []byte) []byte {
+	t.Helper()
+	res, err := runner.Run(t.Context(), sandbox.Spec{
+		Module: filepath.Join(built, guest+".wasm"), Input: in, CacheDir: filepath.Join(built, "cache"),
+	})
+	if err != nil {
+		t.Fatalf("%s: %v (stderr %q)", guest, err, res.Stderr)
+	}
+	return res.Output
+}
+
+// native runs a tool of this machine over the same input, in the C locale.
+func native(t *testing.T, in []byte, tool string, args ...string) []string {
+	t.Helper()
+	path, err := exec.LookPath(tool)
+	if err != nil {
+		t.Skipf("%s is not installed", tool)
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Env = []string{"LC_ALL=C"}
+	cmd.Stdin = bytes.NewReader(in)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(string(out))
+}
+
+// inputs are real and awkward ones, none above the size of a chunk.
+func inputs(t *testing.T) map[string][]byte {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	noise := make([]byte, 100_000+r.IntN(1000))
+	for i := range noise {
+		noise[i] = byte(r.IntN(256))
+	}
+	source, err := os.ReadFile(filepath.Join(runtime.GOROOT(), "src", "net", "http", "server.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	executable, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return map[string][]byte{
+		"empty":       nil,
+		"no newline":  []byte("one"),
+		"only spaces": []byte(" \t\n\v\f\r\n"),
+		"umlauts":     []byte("Tür für Tür\n"),
+		"text":        source,
+		"executable":  executable[:1<<20],
+		"noise":       noise,
+	}
+}
+
+func TestSha256sumAgreesWithTheNativeTool(t *testing.T) {
+	for what, in := range inputs(t) {
+		want := native(t, in, "sha256sum")[0] + "\n"
+		if got := string(run(t, "sha256sum", in)); got != want {
+			t.Errorf("%s: got %q, want %q", what, got, want)
+		}
+	}
+}
+
+type count struct {
+	Bytes, Lines, Words int
+	Top                 []struct {
+		Word  string
+		Count int
+	}
+}
+
+func wordcount(t testing.TB, in []byte) (c count) {
+	t.Helper()
+	if err := json.Unmarshal(run(t, "wordcount", in), &c); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestWordcountAgreesWithTheNativeTool(t *testing.T) {
+	for what, in := range inputs(t) {
+		c := wordcount(t, in)
+		wc := native(t, in, "wc", "-lwc") // prints lines, words, bytes
+		if got := []string{strconv.Itoa(c.Lines), strconv.Itoa(c.Bytes)}; got[0] != wc[0] || got[1] != wc[2] {
+			t.Errorf("%s: %s lines, %s bytes; wc says %s, %s", what, got[0], got[1], wc[0], wc[2])
+		}
+		// In the C locale GNU wc takes no notice of bytes that are not
+		// printable; with each of them made an x, the words are ours.
+		printable := slices.Clone(in)
+		for i, b := range printable {
+			if b < ' ' && !(b >= '\t' && b <= '\r') || b > '~' {
+				printable[i] = 'x'
+			}
+		}
+		if want := native(t, printable, "wc", "-w")[0]; strconv.Itoa(c.Words) != want {
+			t.Errorf("%s: %d words; wc says %s", what, c.Words, want)
+		}
+	}
+}
+
+func TestWordcountListsTheMostFrequentInAFixedOrder(t *testing.T) {
+	in := []byte("b a b ü a c \xff\xff \xff\xff \xff\xff d e f g h i j k " + strings.Repeat("x", 65))
+	c := wordcount(t, in)
+	var got []string
+	for _, w := range c.Top {
+		got = append(got, fmt.Sprint(w.Word, w.Count))
+	}
+	if want := []string{"a2", "b2", "c1", "d1", "e1", "f1", "g1", "h1", "i1", "j1"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if c.Words != 18 {
+		t.Errorf("%d words", c.Words)
+	}
+}
+
+func TestWordcountCopesWithTheWorstChunk(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes seconds; run without -short")
+	}
+	// 4 MiB of words as short and as different as possible.
+	var in []byte
+	for i := 0; len(in) < sandbox.MaxInput-8; i++ {
+		in = append(strconv.AppendInt(in, int64(i), 36), ' ')
+	}
+	if c := wordcount(t, in); c.Bytes != len(in) || c.Words < 700_000 {
+		t.Errorf("%d bytes, %d words", c.Bytes, c.Words)
+	}
+}
+
+// BenchmarkJob is a job from its start to its result: cold compiles the
+// module, warm finds its machine code on disk. It reports the median.
+func BenchmarkJob(b *testing.B) {
+	in := bytes.Repeat([]byte("the quick brown fox jumps over the lazy dog\n"), 1<<20/44)
+	for _, guest := range []string{"wordcount", "sha256sum"} {
+		for _, size := range []int{0, len(in)} {
+			for _, mode := range []string{"cold", "warm"} {
+				b.Run(fmt.Sprintf("%s/%dKiB/%s", guest, size>>10, mode), func(b *testing.B) {
+					spec := sandbox.Spec{Module: filepath.Join(built, guest+".wasm"), Input: in[:size], CacheDir: b.TempDir()}
+					if mode == "cold" {
+						spec.CacheDir = ""
+					} else if _, err := runner.Run(b.Context(), spec); err != nil {
+						b.Fatal(err)
+					}
+					var walls []time.Duration
+					for b.Loop() {
+						res, err := runner.Run(b.Context(), spec)
+						if err != nil {
+							b.Fatal(err)
+						}
+						walls = append(walls, res.Wall)
+					}
+					slices.Sort(walls)
+					b.ReportMetric(float64(walls[len(walls)/2].Microseconds())/1000, "p50-ms")
+				})
+			}
+		}
+	}
+}
