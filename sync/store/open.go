@@ -89,7 +89,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
-	if err := guardNewestLog(path); err != nil {
+	if err := errors.Join(mendLogHeaders(path), guardNewestLog(path)); err != nil {
 		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
 	}
 	if v.db, err = openBadger(path, opt, v.diskSize()); err != nil {
@@ -276,6 +276,39 @@ func guardNewestLog(dir string) error {
 }
 
 const logHeader = 20 // bytes at the beginning of a value log
+
+// mendLogHeaders puts the key id in the headers of value logs right. It is always
+// 0, since nothing here is encrypted by Badger, which refuses to open all chunks
+// for a single flipped bit in one of them.
+func mendLogHeaders(dir string) error {
+	logs, err := filesOf(dir, ".vlog")
+	if err != nil {
+		return err
+	}
+	for _, path := range logs {
+		if err := mendLogHeader(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func mendLogHeader(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var keyID [8]byte
+	if _, err := f.ReadAt(keyID[:], 0); err != nil {
+		return nil // too short, or unreadable: Badger will say
+	}
+	if keyID == [8]byte{} {
+		return nil
+	}
+	_, err = f.WriteAt(make([]byte, len(keyID)), 0)
+	return err
+}
 
 // cutUnwritten cuts the hole off the end of a sparse file. Where the file
 // system cannot tell holes, nothing is cut.

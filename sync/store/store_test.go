@@ -465,6 +465,20 @@ func TestLogCutUnderTheVolumeIsLostNotACrash(t *testing.T) {
 	}
 }
 
+func TestAFlippedBitInALogHeaderCostsNothing(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	mustClose(t, v)
+	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
+	if err != nil || len(logs) == 0 {
+		t.Fatal(logs, err)
+	}
+	overwrite(t, logs[0], int64(rng.IntN(8)), 4)
+	mustHold(t, open1(t, dir, noFloor), id, data)
+}
+
 // Whatever byte rots while the volume is closed: it opens or says why not, and
 // serves the right bytes or none.
 func TestAnyFlippedByteServesRightBytesOrNone(t *testing.T) {
