@@ -190,3 +190,19 @@ func TestIdentify(t *testing.T) {
 		wantSentence(t, err, "is valid from")
 	}
 }
+
+// TestCallerCannotWeakenTLS, neither by its configuration nor by one that it
+// makes for each connection.
+func TestCallerCannotWeakenTLS(t *testing.T) {
+	ca := newAuthority(t)
+	c := requireClientCert(&tls.Config{ClientCAs: ca.pool(), GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		return &tls.Config{MinVersion: tls.VersionTLS10, ClientAuth: tls.NoClientCert}, nil
+	}})
+	inner, err := c.GetConfigForClient(nil)
+	must(t, err)
+	for _, c := range []*tls.Config{c, inner} {
+		if c.MinVersion != tls.VersionTLS13 || c.ClientAuth != tls.RequireAndVerifyClientCert || !c.ClientCAs.Equal(ca.pool()) {
+			t.Errorf("weakened to %#x, %v", c.MinVersion, c.ClientAuth)
+		}
+	}
+}

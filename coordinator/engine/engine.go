@@ -49,6 +49,12 @@
 //
 // # Not done yet
 //
+// JetStream never serves a damaged record, but it hides the damage: the key is
+// "not found", and if the process had crashed, so are the keys written after it
+// to the same file. Only a bucket whose description is damaged is refused here.
+// Who must know that nothing is missing keeps a count of its own, until a scrub
+// does it.
+//
 // A cluster of external servers: the configuration lacks routes, and MQTT's
 // streams have one replica. An external server in operator (JWT) mode.
 package engine

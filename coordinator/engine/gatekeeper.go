@@ -26,6 +26,9 @@ const (
 	// back at once the rest waits in the subscription, and whoever has waited
 	// longer than the server does is not worked on any more.
 	calloutWorkers = 64
+
+	// authorizeTimeout leaves time to tell the server, which waits authTimeout.
+	authorizeTimeout = authTimeout - time.Second
 )
 
 var errNotReady = errors.New("the message server is being prepared; come again in a second")
@@ -124,7 +127,7 @@ func (g *gatekeeper) admit(req *jwt.AuthorizationRequestClaims) (string, error) 
 	if !g.ready() {
 		return refuse(id, errNotReady)
 	}
-	ctx, cancel := context.WithTimeout(g.ctx, authTimeout)
+	ctx, cancel := context.WithTimeout(g.ctx, authorizeTimeout)
 	defer cancel()
 	if err := g.authorize(ctx, id, cert); err != nil {
 		return refuse(id, err)

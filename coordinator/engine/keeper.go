@@ -47,10 +47,10 @@ func mqttStreams() []jetstream.StreamConfig {
 		},
 		{ // QoS 2 is rejected; MQTT wants the stream all the same
 			Name: "$MQTT_qos2in", Subjects: []string{"$MQTT.qos2.in.>"}, Retention: jetstream.LimitsPolicy,
-			MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true, MaxMsgSize: 1, MaxBytes: 1 << 20,
+			MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true, MaxBytes: 1 << 20,
 		},
 		{
-			Name: "$MQTT_out", Subjects: []string{"$MQTT.out.>"}, Retention: jetstream.InterestPolicy, MaxMsgSize: 1, MaxBytes: 1 << 20,
+			Name: "$MQTT_out", Subjects: []string{"$MQTT.out.>"}, Retention: jetstream.InterestPolicy, MaxBytes: 1 << 20,
 		},
 	}
 }

@@ -75,6 +75,9 @@ func localOptions(c Config, keys *keyring) (*server.Options, error) {
 	if c.Dir == "" {
 		return nil, errors.New("the engine needs a directory for its state (Config.Dir)")
 	}
+	if c.Sync < 0 {
+		return nil, fmt.Errorf("the engine cannot sync every %s; zero means at once", c.Sync)
+	}
 	host, port, err := splitListen(c.MQTTListen)
 	if err != nil {
 		return nil, err
@@ -107,11 +110,16 @@ func requireClientCert(c *tls.Config) *tls.Config {
 	c = c.Clone()
 	c.MinVersion = tls.VersionTLS13
 	c.ClientAuth = tls.RequireAndVerifyClientCert
+	cas := c.ClientCAs
 	if inner := c.GetConfigForClient; inner != nil {
 		c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
 			got, err := inner(h)
 			if got == nil || err != nil {
 				return nil, err
+			}
+			if got.ClientCAs == nil { // to Go that means every CA of the system
+				got = got.Clone()
+				got.ClientCAs = cas
 			}
 			return requireClientCert(got), nil
 		}

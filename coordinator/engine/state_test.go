@@ -21,6 +21,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/time/rate"
 
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -151,6 +152,8 @@ func TestBadConfigIsASentence(t *testing.T) {
 	good.TLS = &tls.Config{Certificates: []tls.Certificate{w.ca.server(t)}, ClientCAs: w.ca.pool()}
 	file := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(file, nil, 0o600))
+	occupied := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(occupied, "jetstream"), nil, 0o600))
 	for name, c := range map[string]struct {
 		edit  func(*Config)
 		words string
@@ -161,6 +164,8 @@ func TestBadConfigIsASentence(t *testing.T) {
 		"no port":               {func(c *Config) { c.MQTTListen = "127.0.0.1" }, "host:port"},
 		"port out of range":     {func(c *Config) { c.MQTTListen = "127.0.0.1:70000" }, "65535"},
 		"somebody else's host":  {func(c *Config) { c.MQTTListen = "192.0.2.1:8883" }, "192.0.2.1:8883"},
+		"negative sync":         {func(c *Config) { c.Sync = -1 }, "sync"},
+		"state is a file":       {func(c *Config) { c.Dir = occupied }, occupied},
 		"no TLS":                {func(c *Config) { c.TLS = nil }, "certificate"},
 		"no CA of the devices":  {func(c *Config) { c.TLS = &tls.Config{Certificates: c.TLS.Certificates} }, "CA"},
 		"short secret":          {func(c *Config) { c.Secret = []byte("hunter2") }, "32 bytes"},
@@ -395,4 +400,102 @@ func (l *lockedBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
+}
+
+// TestRefusalIsLoggedOnce, with its reason; what strangers do without a
+// certificate is not worth a line.
+func TestRefusalIsLoggedOnce(t *testing.T) {
+	w := newWorld(t)
+	var out lockedBuffer
+	w.cfg.Log = slog.New(slog.NewTextHandler(&out, nil))
+	w.cfg.Dir = t.TempDir()
+	w.cfg.MQTTListen = "127.0.0.1:0"
+	w.cfg.TLS = &tls.Config{Certificates: []tls.Certificate{w.ca.server(t)}, ClientCAs: w.ca.pool()}
+	w.start(t)
+	w.addr = w.MQTTAddr()
+	d := w.ca.device(t)
+	w.reg.retire(d.id)
+	for _, d := range []device{d, {id: "x"}, newAuthority(t).device(t)} {
+		if _, err := w.tryConnect(d); err == nil {
+			t.Fatal("let in")
+		}
+	}
+	must(t, w.Close())
+	if text := out.String(); strings.Count(text, "\n") != 1 || !strings.Contains(text, string(d.id)) || !strings.Contains(text, "retired") {
+		t.Errorf("the log says\n%s", text)
+	}
+}
+
+// TestLogIsNotFloodedByDevices, and says what it left out.
+func TestLogIsNotFloodedByDevices(t *testing.T) {
+	var out lockedBuffer
+	l := newServerLog(slog.New(slog.NewTextHandler(&out, nil)))
+	for range 10_000 {
+		l.Errorf("192.0.2.1:4711 - mid:%d - %q - Publish Violation", 7, "id")
+	}
+	lines := strings.Count(out.String(), "\n")
+	if lines == 0 || lines > 1000 {
+		t.Errorf("%d lines", lines)
+	}
+	l.limit = rate.NewLimiter(1, 1)
+	l.Errorf("192.0.2.1:4711 - mid:%d - %q - Publish Violation", 7, "id")
+	dropped := 0
+	for _, part := range strings.Split(out.String(), "similar_dropped=")[1:] {
+		var n int
+		_, err := fmt.Sscan(part, &n)
+		must(t, err)
+		dropped += n
+	}
+	if dropped+lines != 10_000 {
+		t.Errorf("%d lines, which tell of %d others", lines, dropped)
+	}
+	l.Errorf("the disk is full")
+	if !strings.Contains(out.String(), "level=ERROR msg=\"the disk is full\"") {
+		t.Error("an error of the server itself is missing")
+	}
+}
+
+// TestDamagedRecordIsNotServed: with one flipped byte, what is read is right or
+// an error. JetStream drops the record, and after a crash those behind it in the
+// same file too, without a word: see "Not done yet" of the package.
+func TestDamagedRecordIsNotServed(t *testing.T) {
+	for _, crashed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("crashed=%v", crashed), func(t *testing.T) {
+			w := embedded(t)
+			value := func(i int) string { return fmt.Sprintf("<value of order %03d>", i) }
+			kv, err := w.KV(t.Context(), "outbox")
+			must(t, err)
+			for i := range 20 {
+				_, err = kv.Put(t.Context(), fmt.Sprint(i), []byte(value(i)))
+				must(t, err)
+			}
+			must(t, w.Close())
+			msgs := filepath.Join(w.cfg.Dir, "jetstream", accountCoordinator, "streams", "KV_outbox", "msgs")
+			raw, err := os.ReadFile(filepath.Join(msgs, "1.blk"))
+			must(t, err)
+			at := bytes.Index(raw, []byte(value(7)))
+			if at < 0 {
+				t.Fatal("the value is not in the file")
+			}
+			raw[at+3] ^= 1
+			must(t, os.WriteFile(filepath.Join(msgs, "1.blk"), raw, 0o600))
+			if crashed {
+				must(t, os.Remove(filepath.Join(msgs, "index.db")))
+			}
+			w.start(t)
+			kv, err = w.KV(t.Context(), "outbox")
+			must(t, err)
+			for i := range 20 {
+				v, err := kv.Get(t.Context(), fmt.Sprint(i))
+				switch {
+				case err == nil && string(v.Value()) != value(i):
+					t.Errorf("%d is served as %q", i, v.Value())
+				case err == nil && i == 7:
+					t.Error("the damaged record is served")
+				case err != nil && i < 7:
+					t.Errorf("%d is not damaged: %v", i, err)
+				}
+			}
+		})
+	}
 }
