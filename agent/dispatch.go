@@ -16,8 +16,7 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// ErrRestart is what a handler returns (wrapped or not) when the agent has to
-// start again before the order can be reported on; see [Route].
+// ErrRestart is what [Run] returns when it wants to be started again at once.
 var ErrRestart = errors.New("the agent has to restart")
 
 // Route says how one kind of order is carried out. The table of routes is the
@@ -28,14 +27,19 @@ type Route struct {
 	AtOnce int
 	// Limit is how long one may take once it runs.
 	Limit time.Duration
-	// Restarts tells an error that means ErrRestart, for rooms that have one of
-	// their own; nil for most.
-	Restarts error
+	// Restart is the error by which the handler says that the agent has to start
+	// again before the order can be reported on. Later is the one by which it
+	// says that somebody else will conclude the order. Both nil for most.
+	Restart, Later error
 }
 
 // maxInFlight bounds orders that run or wait. What is above is not answered:
 // the coordinator sends it again later.
 const maxInFlight = 1024
+
+// keepConcluded is how long the report of an order is kept whose expiry is not
+// known any more.
+const keepConcluded = 30 * 24 * time.Hour
 
 // duties is what a dispatcher needs of the rest of the agent.
 type duties struct {
@@ -43,7 +47,10 @@ type duties struct {
 	trusted func() ed25519.PublicKey // key that signs orders
 	clock   *Clock
 	journal *journal
-	routes  map[wire.Kind]Route
+	// epoch is the number below this life's first report of any order; a later
+	// life's is higher, so that its reports are newer than those of this one.
+	epoch  uint64
+	routes map[wire.Kind]Route
 	// publish sends a sealed report; it may be lost, the outbox sends it again.
 	publish func(envelope []byte)
 	// attach puts a large attachment where the coordinator finds it.
@@ -144,13 +151,13 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	if err := o.CheckFor(d.id.ID, d.clock.Now()); err != nil {
 		// Not kept: after its expiry nobody asks for it again.
 		p := wire.ProblemOf(err)
-		d.say(wire.Report{Order: o.ID, Seq: 1, State: p.State, Code: p.Code, Reason: p.Reason})
+		d.say(wire.Report{Order: o.ID, Seq: d.epoch + 1, State: p.State, Code: p.Code, Reason: p.Reason})
 		return nil
 	}
 	if len(d.inFlight) >= maxInFlight {
 		return fmt.Errorf("order %s has to wait: %d orders are under way", o.ID, maxInFlight)
 	}
-	p := &progress{}
+	p := &progress{seq: d.epoch}
 	d.inFlight[o.ID] = p
 	d.step(p, wire.Report{Order: o.ID, State: wire.Queued})
 	d.wg.Go(func() { d.carryOut(ctx, o, p) })
@@ -166,12 +173,20 @@ func (d *dispatcher) carryOut(ctx context.Context, o wire.Order, p *progress) {
 		// The agent is ending. The coordinator will send the order again.
 		d.drop(o.ID)
 		return
-	case errors.Is(err, ErrRestart) || route.Restarts != nil && errors.Is(err, route.Restarts):
+	case route.Restart != nil && errors.Is(err, route.Restart):
 		d.drop(o.ID)
 		d.restart()
 		return
+	case route.Later != nil && errors.Is(err, route.Later):
+		d.drop(o.ID)
+		return
 	}
-	d.finish(o, p, d.terminal(ctx, o, out, err))
+	d.finish(o.ID, o.Expires, p, d.terminal(ctx, o.ID, out, err))
+}
+
+// conclude reports on an order that a former life of the agent was given.
+func (d *dispatcher) conclude(order string, out wire.Outcome, problem error) {
+	d.finish(order, d.clock.Now().Add(keepConcluded), &progress{seq: d.epoch}, d.terminal(context.Background(), order, out, problem))
 }
 
 // effect waits for a place and calls the handler under its limit.
@@ -212,15 +227,15 @@ func (d *dispatcher) effect(ctx context.Context, o wire.Order, p *progress) (wir
 }
 
 // terminal makes the final report of an order.
-func (d *dispatcher) terminal(ctx context.Context, o wire.Order, out wire.Outcome, err error) wire.Report {
-	r := wire.Report{Order: o.ID, State: wire.Succeeded}
+func (d *dispatcher) terminal(ctx context.Context, order string, out wire.Outcome, err error) wire.Report {
+	r := wire.Report{Order: order, State: wire.Succeeded}
 	if err == nil {
 		err = d.fill(ctx, &r, out)
 	}
 	if err != nil {
 		p := wire.ProblemOf(err)
-		r = wire.Report{Order: o.ID, State: p.State, Code: p.Code, Reason: p.Reason}
-		d.log.Warn("order not done", "order", o.ID, "kind", o.Kind, "state", p.State, "code", p.Code, "reason", p.Reason)
+		r = wire.Report{Order: order, State: p.State, Code: p.Code, Reason: p.Reason}
+		d.log.Warn("order not done", "order", order, "state", p.State, "code", p.Code, "reason", p.Reason)
 	}
 	return r
 }
@@ -248,25 +263,25 @@ func (d *dispatcher) fill(ctx context.Context, r *wire.Report, out wire.Outcome)
 }
 
 // finish makes a terminal report durable, then sends it until it is acknowledged.
-func (d *dispatcher) finish(o wire.Order, p *progress, r wire.Report) {
+func (d *dispatcher) finish(order string, expires time.Time, p *progress, r wire.Report) {
 	d.mu.Lock()
 	r.Seq = p.seq + 1
 	d.mu.Unlock()
 	raw, err := d.seal(r)
 	if err != nil {
-		raw, err = d.seal(wire.Report{Order: o.ID, Seq: r.Seq, State: wire.Failed, Code: wire.CodeInternal, Reason: err.Error()})
+		raw, err = d.seal(wire.Report{Order: order, Seq: r.Seq, State: wire.Failed, Code: wire.CodeInternal, Reason: err.Error()})
 	}
-	e := entry{Order: o.ID, Seq: r.Seq, Expires: o.Expires, Report: raw}
+	e := entry{Order: order, Seq: r.Seq, Expires: expires, Report: raw}
 	if err == nil {
 		err = d.journal.put(e) // outside the lock: it waits for the disk
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.inFlight, o.ID)
+	delete(d.inFlight, order)
 	if err != nil {
 		// Unreported: the coordinator sends the order again and it is done
 		// again, which handlers bear.
-		d.log.Error("an order is done but its report cannot be kept; free some disk space", "order", o.ID, "error", err)
+		d.log.Error("an order is done but its report cannot be kept; free some disk space", "order", order, "error", err)
 		return
 	}
 	d.owe(e)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,7 +15,8 @@ import (
 // repeat is answered and not done again; and whether the coordinator has
 // acknowledged it, so that no result is lost.
 //
-// Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time.
+// Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time;
+// "epoch" → how often the agent was started.
 type journal struct {
 	db *badger.DB
 }
@@ -43,7 +45,11 @@ func openJournal(dir string) (*journal, error) {
 		WithBlockCacheSize(0).
 		WithCompression(0).
 		WithIndexCacheSize(1 << 20).
-		WithValueLogFileSize(16 << 20).
+		// Every value stays in the tree, where compaction drops old ones: a value
+		// log would have to be collected. 256 KiB is above the largest entry and
+		// below Badger's bound for this MemTableSize.
+		WithValueThreshold(256 << 10).
+		WithValueLogFileSize(1 << 20).
 		WithSyncWrites(false) // put syncs itself and checks that it worked
 	db, err := badger.Open(opts)
 	if err != nil {
@@ -166,6 +172,41 @@ func (j *journal) saveFloor(t time.Time) error {
 		return err
 	}
 	return j.db.Update(func(tx *badger.Txn) error { return tx.Set(floorKey, raw) })
+}
+
+var epochKey = []byte("epoch")
+
+// reportsAnEpoch is how many reports an order can have in one life of the agent;
+// epochs are multiples of it. Epochs stay exact as JSON numbers (2^53) for 2^33 lives.
+const reportsAnEpoch = 1 << 20
+
+// nextEpoch counts the agent's lives, durably.
+func (j *journal) nextEpoch() (uint64, error) {
+	var n uint64
+	err := j.db.Update(func(tx *badger.Txn) error {
+		item, err := tx.Get(epochKey)
+		switch {
+		case err == nil:
+			err = item.Value(func(v []byte) error {
+				n = binary.BigEndian.Uint64(v)
+				return nil
+			})
+		case errors.Is(err, badger.ErrKeyNotFound):
+			err = nil
+		}
+		if err != nil {
+			return err
+		}
+		n++
+		return tx.Set(epochKey, binary.BigEndian.AppendUint64(nil, n))
+	})
+	if err == nil {
+		err = j.db.Sync()
+	}
+	if err != nil {
+		return 0, fmt.Errorf("the journal cannot be written: %w", err)
+	}
+	return n * reportsAnEpoch, nil
 }
 
 // unacked lists reports that the coordinator has not acknowledged.

@@ -104,8 +104,8 @@ func (s *session) run(ctx context.Context) {
 
 // once holds one connection until it breaks or ctx ends.
 func (s *session) once(ctx context.Context, broker string) error {
-	nonce := newNonce()
-	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, nonce))
+	id := newNonce()
+	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, id))
 	if err != nil {
 		return err
 	}
@@ -140,12 +140,12 @@ func (s *session) once(ctx context.Context, broker string) error {
 	}
 	s.online.Store(true)
 	defer s.online.Store(false)
-	return s.pump(ctx, c, nonce, in, lost)
+	return s.pump(ctx, c, id, in, lost)
 }
 
 // pump moves messages both ways and says hello until it is answered.
-func (s *session) pump(ctx context.Context, c mqtt.Client, nonce string, in <-chan []byte, lost <-chan error) error {
-	s.greet(nonce)
+func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan []byte, lost <-chan error) error {
+	s.greet(id)
 	again := time.NewTicker(welcomeWait)
 	defer again.Stop()
 	for {
@@ -153,14 +153,14 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, nonce string, in <-ch
 		case err := <-lost:
 			return err
 		case <-ctx.Done():
-			s.goodbye(c)
+			s.goodbye(c, id)
 			return ctx.Err()
 		case <-again.C:
 			s.mu.Lock()
 			waiting := s.nonce != ""
 			s.mu.Unlock()
 			if waiting {
-				s.greet(newNonce())
+				s.greet(id)
 			}
 		case raw := <-in:
 			if err := s.take(raw); err != nil {
@@ -192,7 +192,7 @@ func (s *session) take(raw []byte) error {
 	}
 	s.mu.Unlock()
 	if !mine {
-		return errors.New("a welcome to another hello was ignored")
+		return nil // to an older hello, or the second of two coordinators
 	}
 	if !s.clock.Trust(w.Time) {
 		return fmt.Errorf("the coordinator's time %s is before what this device knows for sure; its clock must be set", w.Time.Format(time.RFC3339))
@@ -201,11 +201,12 @@ func (s *session) take(raw []byte) error {
 	return nil
 }
 
-func (s *session) greet(nonce string) {
+func (s *session) greet(id string) {
+	p := s.presence(true, id)
 	s.mu.Lock()
-	s.nonce = nonce
+	s.nonce = p.Nonce
 	s.mu.Unlock()
-	raw, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(true, nonce))
+	raw, err := wire.Seal(s.id.key, wire.TypePresence, p)
 	if err != nil {
 		s.log.Error("hello cannot be signed", "error", err)
 		return
@@ -215,16 +216,16 @@ func (s *session) greet(nonce string) {
 
 // goodbye says offline before the connection is closed in good order, because a
 // broker sends the last will only when it is not.
-func (s *session) goodbye(c mqtt.Client) {
-	raw, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, newNonce()))
+func (s *session) goodbye(c mqtt.Client, id string) {
+	raw, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, id))
 	if err == nil {
 		c.Publish(wire.Topic(s.id.ID, wire.ChannelPresence), 0, false, raw).WaitTimeout(time.Second)
 	}
 }
 
-func (s *session) presence(online bool, nonce string) wire.Presence {
+func (s *session) presence(online bool, id string) wire.Presence {
 	p := s.hello()
-	p.Device, p.Online, p.Nonce = s.id.ID, online, nonce
+	p.Device, p.Online, p.Session, p.Nonce = s.id.ID, online, id, newNonce()
 	p.At, p.TimeConfidence = s.clock.Read()
 	return p
 }

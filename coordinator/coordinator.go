@@ -97,6 +97,9 @@ type Coordinator struct {
 	ready atomic.Pointer[registry]
 }
 
+// secretFile, with the keys, is what coordinators of one NATS server share.
+const secretFile = "engine.secret"
+
 // ContextFile is the operator's way in, below [Config.Dir].
 const ContextFile = "operator.json"
 
@@ -179,7 +182,7 @@ func (c *Coordinator) names() []string {
 }
 
 func (c *Coordinator) startEngine(ctx context.Context, cert tls.Certificate) error {
-	secret, err := loadOrMake(filepath.Join(c.cfg.Dir, "keys", "engine.secret"), engine.NewSecret)
+	secret, err := loadOrMake(filepath.Join(c.cfg.Dir, "keys", secretFile), engine.NewSecret)
 	if err != nil {
 		return err
 	}

@@ -106,14 +106,17 @@ func (o *outbox) submit(ctx context.Context, d wire.DeviceID, kind wire.Kind, bo
 	return order, nil
 }
 
-// report takes a verified report of a device and answers it with an ack once it
-// is kept. A report on an order that this device was never given is an error.
+// report takes a verified report of a device and answers a terminal one with an
+// ack once it is kept. A terminal state is final; before it, the newest counts.
+// A report on an order that is not known (any more) is acknowledged too, or the
+// device would send it for ever.
 func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) error {
 	_, err := o.rows.change(ctx, orderKeyOf(r.Device, r.Order), func(v *OrderRecord, exists bool) error {
 		switch {
 		case !exists:
-			return fmt.Errorf("device %s reports on order %s, which it was not given", r.Device, r.Order)
-		case v.State.Terminal() || r.Seq <= v.Seq:
+			o.log.Warn("a device reports on an order that is not known", "device", r.Device, "order", r.Order, "state", r.State)
+			return errUnchanged
+		case v.State.Terminal(), !r.State.Terminal() && r.Seq <= v.Seq:
 			return errUnchanged
 		}
 		v.State, v.Seq, v.Progress, v.Result, v.Report, v.Updated = r.State, r.Seq, r.Progress, r, envelope, o.now().UTC()

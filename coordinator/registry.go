@@ -33,8 +33,7 @@ type registry struct {
 type live struct {
 	online    bool
 	lastSeen  time.Time
-	claimed   time.Time // the device's own time of its last presence, to tell old from new
-	nonce     string    // of the last hello
+	session   string // of the last hello
 	capacity  int64
 	used      int64
 	telemetry json.RawMessage
@@ -96,14 +95,12 @@ func openFrom[T any](r *registry, id wire.DeviceID, t wire.PayloadType, raw []by
 func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) {
 	r.mu.Lock()
 	l := r.liveOf(p.Device)
-	// A last will was signed when its session began: one that comes after the
-	// hello of a newer session must not take that one down.
-	stale := !p.Online && p.At.Before(l.claimed)
-	if !stale {
-		l.online, l.lastSeen, l.claimed = p.Online, r.now(), p.At
-		if p.Online {
-			l.nonce, l.capacity, l.used = p.Nonce, p.Capacity, p.Used
-		}
+	// The last will of an old session may come after the hello of a new one.
+	if p.Online || p.Session == l.session {
+		l.online, l.lastSeen = p.Online, r.now()
+	}
+	if p.Online {
+		l.session, l.capacity, l.used = p.Session, p.Capacity, p.Used
 	}
 	r.mu.Unlock()
 	if !p.Online {

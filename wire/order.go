@@ -68,7 +68,7 @@ const (
 type Report struct {
 	Order          string          `json:"order"`
 	Device         DeviceID        `json:"device"`
-	Seq            uint64          `json:"seq"` // counts this order's reports from 1
+	Seq            uint64          `json:"seq"` // grows from report to report of an order, across restarts of the device
 	State          State           `json:"state"`
 	Progress       float64         `json:"progress,omitempty"` // 0 to 1, while RUNNING
 	Code           string          `json:"code,omitempty"`     // stable, for machines; FAILED and REJECTED have one

@@ -9,6 +9,7 @@ import (
 type Presence struct {
 	Device          DeviceID   `json:"device"`
 	Online          bool       `json:"online"`
+	Session         string     `json:"session"` // hex, 16 bytes, new for every connection; a last will counts for its own session only
 	Nonce           string     `json:"nonce"`   // hex, 16 bytes, new for every hello; the welcome repeats it
 	BootID          string     `json:"boot_id"` // the kernel's, tells a reboot from a reconnect
 	Agent           string     `json:"agent"`   // version

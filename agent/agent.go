@@ -1,0 +1,461 @@
+// Package agent is the daemon on the device. It makes the device's key, enrols,
+// keeps the session with the broker, and has orders carried out by the rooms
+// that know how: sync, jobs and ota. It ties them together and knows nothing of
+// their work.
+//
+// # What always holds
+//
+//   - An order is acted on only if the coordinator's key signed it, for this
+//     device, and it has not expired.
+//   - The terminal report of an order is on disk before it is sent, and is sent
+//     until the coordinator acknowledges it. A repeat of the order is answered
+//     with the same bytes.
+//   - The device only dials out. It opens no port.
+//   - State lives below one folder, and one process at a time has it.
+//
+// # State
+//
+//	agent.lock              flock: one agent at a time
+//	identity/key.pem        the device's key
+//	identity/membership.json what enrolment gave: certificate, authority, addresses
+//	journal/                finished orders, unacknowledged reports, clock floor
+//	volumes/main/           chunks, unless the configuration names other places
+//	jobs/                   cached modules
+//	slots/, update/         see ota
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/jobs"
+	"github.com/deimos-edge/deimos/ota"
+	"github.com/deimos-edge/deimos/ota/repo"
+	"github.com/deimos-edge/deimos/sync/orders"
+	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/sync/transfer"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// ErrNotEnrolled says that the agent has neither an enrolment nor what it takes
+// to get one.
+var ErrNotEnrolled = errors.New("this device is in no fleet yet: start it with --coordinator https://HOST:8443 and --token TOKEN (a fleet manager makes one with \"deimos token create\")")
+
+// Agent is a device's daemon.
+type Agent struct {
+	cfg   Config
+	log   *slog.Logger
+	id    Identity
+	board board.Board
+	inv   *hw.Inventory
+	boot  string // the kernel's boot id
+	began time.Time
+
+	member  *Membership
+	clock   *Clock
+	journal *journal
+	chunks  *store.Set
+	move    *transfer.Client
+	update  *ota.Service
+	orders  *dispatcher
+	session *session
+	sampler *hw.Sampler
+
+	restart chan struct{} // closed when a handler asked for a restart
+	once    sync.Once
+}
+
+const (
+	probeLimit   = 10 * time.Second
+	stopLimit    = 10 * time.Second
+	forgetEvery  = time.Hour
+	enrolMin     = time.Second
+	enrolMax     = time.Minute
+	storeLimit   = 9 * time.Minute
+	serveLimit   = 2 * time.Minute
+	auditLimit   = time.Minute
+	jobLimit     = 25 * time.Hour // the job's own limits and the owner's bind first
+	updateLimit  = 24 * time.Hour // a slow link is no fault
+	storesAtOnce = 4
+)
+
+// Run is the agent's whole life. It returns nil when ctx ends, ErrRestart when
+// it wants to be started again, and another error, which is a sentence for the
+// owner, when it cannot go on.
+func Run(ctx context.Context, cfg Config) (err error) {
+	lock, err := cfg.makeState()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	a := &Agent{cfg: cfg, log: cfg.Log, began: time.Now(), restart: make(chan struct{})}
+	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
+		return err
+	}
+	a.log = a.log.With("device", a.id.ID)
+	if err := a.know(ctx); err != nil {
+		return err
+	}
+	if a.journal, err = openJournal(cfg.path("journal")); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, a.journal.close()) }()
+	floor, err := a.journal.floor()
+	if err != nil {
+		return err
+	}
+	a.clock = NewClock(floor)
+	if err := a.join(ctx); err != nil {
+		return err
+	}
+	a.clock.Raise(a.member.issued())
+	if err := a.openVolumes(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, a.chunks.Close()) }()
+	if err := a.furnish(); err != nil {
+		return err
+	}
+	return a.live(ctx)
+}
+
+// know finds out what machine this is.
+func (a *Agent) know(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	a.board = board.Detect("/")
+	inv, err := hw.Probe(ctx, hw.Options{Board: a.board})
+	if err != nil {
+		return fmt.Errorf("this machine cannot be probed: %w", err)
+	}
+	a.inv = inv
+	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("the kernel does not tell its boot id: %w", err)
+	}
+	a.boot = strings.TrimSpace(string(raw))
+	a.sampler, err = hw.NewSampler(hw.SampleOptions{Data: a.cfg.StateDir})
+	return err
+}
+
+// join makes sure that the device is a member: from its disk, or by enrolling,
+// for which it tries until it succeeds or is refused.
+func (a *Agent) join(ctx context.Context) error {
+	dir := a.cfg.path("identity")
+	var err error
+	if a.member, err = loadMembership(dir); err != nil || a.member != nil {
+		return err
+	}
+	if a.cfg.Coordinator == "" || a.cfg.Token == "" {
+		return ErrNotEnrolled
+	}
+	tok, err := wire.ParseFleetToken(a.cfg.Token)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	inv, err := json.Marshal(a.inv)
+	if err != nil {
+		return err
+	}
+	req := wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.board.Name, Inventory: inv}
+	for wait := enrolMin; ; wait = min(2*wait, enrolMax) {
+		a.member, err = enrol(ctx, a.id, a.cfg.Coordinator, tok, req, a.clock.Now)
+		switch {
+		case err == nil:
+			a.log.Info("enrolled", "coordinator", a.cfg.Coordinator)
+			return a.member.save(dir)
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, ErrRefused), errors.Is(err, ErrUntrusted):
+			return err
+		}
+		pause := wait/2 + rand.N(wait)
+		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", a.cfg.Coordinator, "in", pause.Round(time.Millisecond), "error", plain(err))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+	}
+}
+
+// plain drops what wraps a network error without telling a person more.
+func plain(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+// openVolumes opens what can be opened: one broken disk must not take the
+// others down with it. None at all is an error.
+func (a *Agent) openVolumes() error {
+	var open []*store.Volume
+	var failed error
+	for _, v := range a.cfg.Volumes {
+		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
+		if err != nil {
+			failed = errors.Join(failed, err)
+			continue
+		}
+		open = append(open, vol)
+	}
+	if len(open) == 0 {
+		return failed
+	}
+	if failed != nil {
+		a.log.Error("a volume is not available; its chunks count as lost until it is", "error", failed)
+	}
+	a.chunks = store.NewSet(open...)
+	return nil
+}
+
+// furnish builds the rooms and the table of routes.
+func (a *Agent) furnish() error {
+	tlsConf, err := a.member.tlsConfig(a.id, a.clock.Now)
+	if err != nil {
+		return err
+	}
+	web := &http.Client{Transport: &http.Transport{
+		TLSClientConfig:       tlsConf,
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+		TLSHandshakeTimeout:   10 * time.Second,
+		ResponseHeaderTimeout: 30 * time.Second,
+		MaxIdleConnsPerHost:   storesAtOnce,
+		IdleConnTimeout:       90 * time.Second,
+	}}
+	a.move = &transfer.Client{HTTP: web, Base: func() []string { return a.member.DataPlane }}
+	data := orders.New(a.chunks, a.move, a.log)
+	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
+	if err != nil {
+		return err
+	}
+	a.update, err = ota.New(ota.Options{
+		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, Version: a.cfg.Version,
+		Device: a.id.ID, Board: a.board.Name,
+		Root: func() []byte { return a.member.UpdateRoot },
+		Source: func() (repo.Source, error) {
+			return repo.HTTP{Client: web, Base: a.member.DataPlane[0] + "/data/v1/repo"}, nil
+		},
+		Now: a.clock.Now,
+		Log: a.log,
+	})
+	if err != nil {
+		return err
+	}
+	handle := data.Handlers()
+	epoch, err := a.journal.nextEpoch()
+	if err != nil {
+		return err
+	}
+	a.orders, err = newDispatcher(duties{
+		id: a.id, trusted: a.member.orderKey, clock: a.clock, journal: a.journal, epoch: epoch,
+		routes: map[wire.Kind]Route{
+			wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
+			wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
+			wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
+			wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
+			wire.KindJobRun:        {Handle: work.Run, AtOnce: max(1, a.cfg.Jobs.Effective().Slots), Limit: jobLimit},
+			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
+		},
+		publish: func(raw []byte) { a.session.publish(wire.ChannelReport, raw) },
+		attach: func(ctx context.Context, order string, data []byte) error {
+			return a.move.Put(ctx, "/data/v1/attachment/"+order, data, "application/octet-stream")
+		},
+		restart: func() { a.once.Do(func() { close(a.restart) }) },
+		log:     a.log,
+	})
+	if err != nil {
+		return err
+	}
+	a.session = newSession(link{
+		id: a.id, brokers: a.member.Brokers, tls: brokerTLS(tlsConf), clock: a.clock, log: a.log,
+		hello: a.hello, trusted: a.member.orderKey, welcomed: a.welcomed,
+	})
+	return nil
+}
+
+// brokerTLS is the data plane's TLS without HTTP/2's protocol negotiation.
+func brokerTLS(c *tls.Config) *tls.Config {
+	c = c.Clone()
+	c.NextProtos = nil
+	return c
+}
+
+// live runs until ctx ends or a restart is asked for, then stops in good order.
+func (a *Agent) live(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	a.session.receive = func(raw []byte) error { return a.orders.receive(ctx, raw) }
+	if err := a.settle(); err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { a.session.run(ctx) })
+	wg.Go(func() { a.orders.resend(ctx) })
+	wg.Go(func() { a.beat(ctx) })
+	wg.Go(func() { a.housekeep(ctx) })
+	wg.Go(func() { a.checkChunks(ctx) })
+	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.board.Name, "slot", a.cfg.Slot)
+	again := false
+	select {
+	case <-ctx.Done():
+	case <-a.restart:
+		again = true
+	}
+	cancel()
+	done := make(chan struct{})
+	go func() { wg.Wait(); a.orders.wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(stopLimit):
+		return errors.New("some work did not end in time; it will be done again")
+	}
+	if again {
+		return ErrRestart
+	}
+	return nil
+}
+
+// settle reports how an update ended that was under way when the agent was
+// started, once.
+func (a *Agent) settle() error {
+	s, err := a.update.Settled()
+	if err != nil || s == nil {
+		return err
+	}
+	if _, known, err := a.journal.get(s.Order); known || err != nil {
+		return err
+	}
+	var problem error
+	if s.Problem != nil {
+		problem = s.Problem
+	}
+	a.orders.conclude(s.Order, s.Outcome, problem)
+	return nil
+}
+
+// welcomed is called when broker and coordinator have answered: with the
+// volumes open, this agent is healthy.
+func (a *Agent) welcomed() {
+	now := a.clock.Now()
+	if err := a.journal.saveFloor(now); err != nil {
+		a.log.Warn("the time cannot be saved", "error", err)
+	}
+	trial, err := a.update.OnTrial()
+	if err == nil && trial {
+		if err = a.update.Confirm(); err == nil {
+			a.log.Info("this version is confirmed", "version", a.cfg.Version, "slot", a.cfg.Slot)
+			err = a.settle()
+		}
+	}
+	if err != nil {
+		a.log.Error("the update cannot be settled", "error", err)
+	}
+	a.log.Info("online", "broker_time", now.Format(time.RFC3339))
+	a.orders.reconnected()
+}
+
+// room is how much may hold chunks, used included, and how much does.
+func (a *Agent) room() (capacity, used int64) {
+	for _, s := range a.chunks.Stats() {
+		used += s.Used
+		capacity += s.Used
+		if s.ReadOnly == "" {
+			capacity += s.Free
+		}
+	}
+	return capacity, used
+}
+
+func (a *Agent) hello() wire.Presence {
+	p := wire.Presence{
+		BootID: a.boot, Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH,
+		Board: a.board.Name, Slot: a.cfg.Slot, InventoryDigest: a.inv.Digest(),
+	}
+	p.Capacity, p.Used = a.room()
+	return p
+}
+
+// beat sends heartbeats, jittered by a tenth so that a fleet's do not fall together.
+func (a *Agent) beat(ctx context.Context) {
+	every := time.Duration(max(1, a.member.BeatSeconds)) * time.Second
+	for {
+		wait := every - every/20 + rand.N(every/10+1)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		t, err := a.sampler.Sample(ctx)
+		if err != nil {
+			a.log.Debug("telemetry is incomplete", "error", err)
+		}
+		raw, err := json.Marshal(t)
+		if err != nil {
+			a.log.Error("telemetry cannot be encoded", "error", err)
+			continue
+		}
+		b := wire.Beat{Device: a.id.ID, Uptime: time.Since(a.began).Seconds(), Telemetry: raw}
+		b.At, b.TimeConfidence = a.clock.Read()
+		b.Capacity, b.Used = a.room()
+		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)
+		if err != nil {
+			a.log.Error("a heartbeat cannot be signed", "error", err)
+			continue
+		}
+		a.session.publish(wire.ChannelBeat, env)
+	}
+}
+
+// housekeep forgets finished orders that nobody will ask for again.
+func (a *Agent) housekeep(ctx context.Context) {
+	t := time.NewTicker(forgetEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		now, sure := a.clock.Read()
+		if sure != wire.ClockTrusted {
+			continue // a wrong clock must not make it forget
+		}
+		err := errors.Join(a.journal.forget(now), a.journal.saveFloor(now))
+		if err != nil {
+			a.log.Warn("the journal cannot be tidied", "error", err)
+		}
+	}
+}
+
+// checkChunks reads every chunk once after the start: Badger cuts a damaged
+// log without a word, and a loss must be known before somebody asks.
+func (a *Agent) checkChunks(ctx context.Context) {
+	for _, v := range a.chunks.Volumes() {
+		r, err := v.Check(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			a.log.Error("a volume cannot be checked", "volume", v.Dir(), "error", err)
+			continue
+		}
+		a.log.Info("volume checked", "volume", v.Dir(), "result", r)
+	}
+}

@@ -1,0 +1,99 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/deimos-edge/deimos/jobs/policy"
+)
+
+// Config is what the owner tells the agent, from a TOML file and the command
+// line:
+//
+//	coordinator = "https://fleet.example.org:8443"
+//	token = "deimos_…"          # needed once, to enrol
+//
+//	[[volume]]                  # at least one; the command line has a default
+//	dir = "/mnt/disk1"
+//	capacity_bytes = 0          # 0: up to the floor
+//	floor_bytes = 0             # left free; 0: 512 MiB or 1%, whichever is more
+//
+//	[jobs]                      # see jobs/policy
+//	enabled = true
+type Config struct {
+	Coordinator string         `toml:"coordinator"`
+	Token       string         `toml:"token"`
+	Volumes     []VolumeConfig `toml:"volume"`
+	Jobs        policy.Policy  `toml:"jobs"`
+
+	StateDir string       `toml:"-"` // key, enrolment, journal, slots
+	Version  string       `toml:"-"` // of this agent
+	Slot     string       `toml:"-"` // that it was started from; empty without the launcher
+	Log      *slog.Logger `toml:"-"`
+}
+
+// VolumeConfig is one place for chunks. Each disk should have its own.
+type VolumeConfig struct {
+	Dir      string `toml:"dir"`
+	Capacity int64  `toml:"capacity_bytes"`
+	Floor    int64  `toml:"floor_bytes"`
+}
+
+// LoadConfig reads a configuration file; without a path, it returns the
+// defaults. A key that is not known is an error: it is most likely misspelt,
+// and an owner's limit must not be ignored in silence.
+func LoadConfig(path string) (Config, error) {
+	c := Config{Jobs: policy.Default()}
+	if path == "" {
+		return c, nil
+	}
+	meta, err := toml.DecodeFile(path, &c)
+	var parse toml.ParseError
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return c, fmt.Errorf("there is no configuration file %s", path)
+	case errors.As(err, &parse):
+		return c, fmt.Errorf("the configuration file %s, line %d: %s", path, parse.Position.Line, parse.Message)
+	case err != nil:
+		return c, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		var keys []string
+		for _, k := range unknown {
+			keys = append(keys, k.String())
+		}
+		return c, fmt.Errorf("the configuration file %s has keys that mean nothing: %s", path, strings.Join(keys, ", "))
+	}
+	return c, nil
+}
+
+// ErrState begins the sentence about a state folder that cannot be used.
+var ErrState = errors.New("the state folder cannot")
+
+func (c Config) path(parts ...string) string {
+	return filepath.Join(append([]string{c.StateDir}, parts...)...)
+}
+
+// makeState makes the state folder and takes its lock, so that two agents
+// cannot both be this device on one machine. Closing the file gives it back.
+func (c Config) makeState() (*os.File, error) {
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("%w be made: %w; choose another with --state", ErrState, err)
+	}
+	f, err := os.OpenFile(c.path("agent.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("%w be written: %w; choose another with --state", ErrState, err)
+	}
+	if err := flock(f); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%w be used: another agent runs with %s; stop it first", ErrState, c.StateDir)
+	}
+	return f, nil
+}

@@ -1,0 +1,107 @@
+// Command deimos-agent is the firmware agent of a Deimos device.
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
+	"github.com/deimos-edge/deimos/ota/slot"
+)
+
+// version is set by the build.
+var version = "0.0.0-dev"
+
+const about = `The agent of a Deimos device: it stores chunks, runs sandboxed jobs, proves both, and updates itself.
+
+Start with "deimos-agent probe" to see what this machine has. To join a fleet:
+
+  deimos-agent run --coordinator https://HOST:8443 --token TOKEN`
+
+type commands struct {
+	Run     runCmd     `cmd:"" help:"Join the fleet and serve it until stopped."`
+	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
+	Version versionCmd `cmd:"" help:"Show the version."`
+}
+
+func main() {
+	// A job's worker is this program again; it must not parse our flags.
+	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg {
+		os.Exit(sandbox.WorkerMain())
+	}
+	cli.Parse("deimos-agent", about, &commands{})
+}
+
+type runCmd struct {
+	State       string   `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder for key, enrolment, journal and chunks (${default})."`
+	Config      string   `env:"DEIMOS_CONFIG" placeholder:"FILE" help:"Configuration file (TOML)."`
+	Coordinator string   `env:"DEIMOS_COORDINATOR" placeholder:"URL" help:"Where to enrol, https://HOST:8443."`
+	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, needed once to enrol."`
+	Volume      []string `placeholder:"DIR" help:"Folder for chunks, one a disk; may be repeated. Default: STATE/volumes/main."`
+	Floor       int64    `placeholder:"BYTES" help:"Bytes that chunks leave free on each volume's disk. Default: 512 MiB or 1%, whichever is more."`
+	cli.LogFlags
+}
+
+func (r *runCmd) Run(ctx context.Context) error {
+	cfg, err := agent.LoadConfig(r.Config)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitConfig, Err: err}
+	}
+	if r.Coordinator != "" {
+		cfg.Coordinator = r.Coordinator
+	}
+	if r.Token != "" {
+		cfg.Token = r.Token
+	}
+	for _, dir := range r.Volume {
+		cfg.Volumes = append(cfg.Volumes, agent.VolumeConfig{Dir: dir, Floor: r.Floor})
+	}
+	if len(cfg.Volumes) == 0 {
+		cfg.Volumes = []agent.VolumeConfig{{Dir: filepath.Join(r.State, "volumes", "main"), Floor: r.Floor}}
+	}
+	cfg.StateDir, cfg.Version, cfg.Slot = r.State, version, os.Getenv(slot.Env)
+	cfg.Log = cli.Logger(r.LogFormat, r.LogLevel)
+	return exitCode(agent.Run(ctx, cfg))
+}
+
+// exitCode tells a launcher, a service manager or a script what kind of end it was.
+func exitCode(err error) error {
+	switch {
+	case err == nil, errors.Is(err, context.Canceled):
+		return nil
+	case errors.Is(err, agent.ErrRestart):
+		os.Exit(cli.ExitRestart) // not a failure: nothing to say
+	case errors.Is(err, agent.ErrRefused), errors.Is(err, agent.ErrUntrusted):
+		return &cli.Error{Code: cli.ExitNoPerm, Err: err}
+	case errors.Is(err, agent.ErrNotEnrolled):
+		return &cli.Error{Code: cli.ExitConfig, Err: err}
+	case errors.Is(err, agent.ErrState):
+		return &cli.Error{Code: cli.ExitNoCreate, Err: err}
+	}
+	return err
+}
+
+type probeCmd struct {
+	cli.Output
+}
+
+func (p *probeCmd) Run(ctx context.Context) error {
+	inv, err := hw.Probe(ctx, hw.Options{Board: board.Detect("/")})
+	if err != nil {
+		return err
+	}
+	return p.Print(inv, func(w io.Writer) error { return hw.WriteTable(w, inv) })
+}
+
+type versionCmd struct {
+	cli.Output
+}
+
+func (v *versionCmd) Run() error { return cli.PrintVersion(v.Output, "deimos-agent", version) }

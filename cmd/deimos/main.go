@@ -1,0 +1,154 @@
+// Command deimos is the coordinator of a Deimos fleet and the command line for it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
+)
+
+// version is set by the build.
+var version = "0.0.0-dev"
+
+const about = `The coordinator of a Deimos fleet, and the command line for it.
+
+  deimos dev                    a whole fleet on this machine, with a tour
+  deimos serve --dir fleet      the coordinator
+  deimos token create           let a device in
+  deimos object put FILE        store a file on the fleet`
+
+type commands struct {
+	Context string `env:"DEIMOS_CONTEXT" placeholder:"FILE" help:"Where the coordinator is and how to get in; \"deimos serve\" writes it as operator.json. Default: ~/.config/deimos/operator.json."`
+
+	Serve   serveCmd   `cmd:"" help:"Run the coordinator."`
+	Dev     devCmd     `cmd:"" help:"Run a whole fleet on this machine and walk through it."`
+	Token   tokenCmd   `cmd:"" help:"Fleet tokens: let devices in."`
+	Device  deviceCmd  `cmd:"" help:"Devices of the fleet."`
+	Object  objectCmd  `cmd:"" help:"Files stored on the fleet."`
+	Job     jobCmd     `cmd:"" help:"Run WebAssembly modules where the data is."`
+	Audit   auditCmd   `cmd:"" help:"Challenge devices to prove what they hold and compute."`
+	Release releaseCmd `cmd:"" help:"Make, publish and offer agent updates."`
+	Order   orderCmd   `cmd:"" help:"Orders to devices, and what became of them."`
+	Version versionCmd `cmd:"" help:"Show the version."`
+}
+
+func main() {
+	// The coordinator runs modules itself to know the answers of challenges.
+	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg {
+		os.Exit(sandbox.WorkerMain())
+	}
+	var c commands
+	cli.Parse("deimos", about, &c, &c)
+}
+
+// client opens the coordinator of the chosen context.
+func (c *commands) client() (*api.Client, error) {
+	path := c.Context
+	if path == "" {
+		dir, err := os.UserConfigDir()
+		if err != nil {
+			return nil, errors.New("there is no home folder to find the context in; name it with --context")
+		}
+		path = filepath.Join(dir, "deimos", "operator.json")
+	}
+	ctx, err := api.LoadContext(path)
+	if err != nil {
+		return nil, &cli.Error{Code: cli.ExitConfig, Err: err}
+	}
+	return api.NewClient(ctx)
+}
+
+type versionCmd struct{ cli.Output }
+
+func (v *versionCmd) Run() error { return cli.PrintVersion(v.Output, "deimos", version) }
+
+type tokenCmd struct {
+	Create tokenCreateCmd `cmd:"" help:"Make a token by which devices enrol. It is shown this once."`
+}
+
+type tokenCreateCmd struct {
+	Group string        `help:"Group that the devices join." placeholder:"NAME"`
+	Uses  int           `default:"1" help:"How many devices may use it (${default})."`
+	Valid time.Duration `default:"24h" help:"How long it can be used (${default})."`
+	cli.Output
+}
+
+func (t *tokenCreateCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	tok, err := c.CreateToken(ctx, api.TokenRequest{Group: t.Group, Uses: t.Uses, ValidSeconds: int64(t.Valid / time.Second)})
+	if err != nil {
+		return err
+	}
+	return t.Print(tok, func(w io.Writer) error {
+		_, err := fmt.Fprintln(w, tok.Token) // alone, so that a script can take it
+		return err
+	})
+}
+
+type deviceCmd struct {
+	List deviceListCmd `cmd:"" help:"List the devices."`
+	Show deviceShowCmd `cmd:"" help:"Show one device."`
+}
+
+type deviceListCmd struct{ cli.Output }
+
+func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	list, err := c.Devices(ctx)
+	if err != nil {
+		return err
+	}
+	return d.Print(list, func(w io.Writer) error {
+		if len(list) == 0 {
+			_, err := fmt.Fprintln(w, "No device has enrolled yet. Make a token with \"deimos token create\".")
+			return err
+		}
+		var rows []string
+		for _, v := range list {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s of %s\t%s",
+				v.ID, state(v), v.Agent, v.Board, v.Group, cli.Bytes(v.Used), cli.Bytes(v.Capacity), cli.Ago(v.LastSeen)))
+		}
+		return cli.Table(w, "DEVICE\tSTATE\tAGENT\tBOARD\tGROUP\tUSED\tSEEN", rows)
+	})
+}
+
+func state(d api.Device) string {
+	switch {
+	case d.Retired:
+		return "retired"
+	case d.Online:
+		return "online"
+	}
+	return "offline"
+}
+
+type deviceShowCmd struct {
+	ID string `arg:"" help:"Device id."`
+	cli.Output
+}
+
+func (d *deviceShowCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	v, err := c.Device(ctx, d.ID)
+	if err != nil {
+		return err
+	}
+	return d.Print(v, func(w io.Writer) error { return writeDevice(w, v) })
+}

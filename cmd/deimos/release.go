@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/ota/bundle"
+	"github.com/deimos-edge/deimos/ota/repo"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+type releaseCmd struct {
+	Keys    releaseKeysCmd    `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
+	Build   releaseBuildCmd   `cmd:"" help:"Pack agent binaries into a bundle."`
+	Publish releasePublishCmd `cmd:"" help:"Sign a bundle into the update repository and upload it."`
+	Offer   releaseOfferCmd   `cmd:"" help:"Offer a published release to devices."`
+}
+
+type releaseKeysCmd struct {
+	Init releaseKeysInitCmd `cmd:"" help:"Make the keys of a new fleet."`
+}
+
+type releaseKeysInitCmd struct {
+	Keys      string `required:"" type:"path" placeholder:"DIR" help:"New folder for the keys."`
+	RootKeys  int    `default:"3" help:"How many root keys (${default})."`
+	Threshold int    `default:"2" help:"How many of them must sign (${default})."`
+}
+
+func (r *releaseKeysInitCmd) Run() error {
+	if err := repo.Init(r.Keys, repo.InitOptions{RootKeys: r.RootKeys, Threshold: r.Threshold, Now: time.Now()}); err != nil {
+		return err
+	}
+	fmt.Printf("%d root keys, of which %d must sign, and one key each for targets, snapshot and timestamp are in %s.\n"+
+		"Next, before devices enrol: deimos release publish --keys %s --repo DIR\n", r.RootKeys, r.Threshold, r.Keys, r.Keys)
+	return nil
+}
+
+type releaseBuildCmd struct {
+	Version    string   `required:"" help:"Version of the release, as in 1.2.3."`
+	Agent      []string `required:"" type:"existingfile" placeholder:"FILE" help:"Agent binary; one for each platform. The platform is read from the binary."`
+	Out        string   `required:"" type:"path" placeholder:"DIR" help:"Folder for the bundle."`
+	Notes      string   `help:"What is new, for owners."`
+	Board      []string `help:"Board that it fits; may be repeated. Default: all."`
+	From       string   `help:"Oldest version that can be updated to it." placeholder:"VERSION"`
+	Percentage float64  `default:"100" help:"Share of the fleet that takes it (${default})."`
+	cli.Output
+}
+
+func (r *releaseBuildCmd) Run(ctx context.Context) error {
+	o := bundle.BuildOptions{Version: r.Version, Notes: r.Notes, Boards: r.Board, From: r.From, Percentage: &r.Percentage}
+	for _, path := range r.Agent {
+		o.Agents = append(o.Agents, bundle.Agent{Path: path})
+	}
+	m, err := bundle.Build(ctx, r.Out, o)
+	if err != nil {
+		return err
+	}
+	return r.Print(m, func(w io.Writer) error {
+		var rows []string
+		for _, p := range m.Parts {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s", p.Name, p.Platform, cli.Bytes(p.Size), cli.Short(p.SHA256)))
+		}
+		fmt.Fprintf(w, "release %s in %s\n", m.Version, r.Out)
+		return cli.Table(w, "PART\tPLATFORM\tSIZE\tSHA256", rows)
+	})
+}
+
+type releasePublishCmd struct {
+	Keys   string `required:"" type:"existingdir" placeholder:"DIR" help:"Folder of the keys."`
+	Repo   string `required:"" type:"path" placeholder:"DIR" help:"Folder of the update repository; made if missing."`
+	Bundle string `type:"existingdir" placeholder:"DIR" help:"Bundle to add. Without one, the metadata is signed afresh."`
+	Local  bool   `help:"Do not upload."`
+	cli.Output
+}
+
+func (r *releasePublishCmd) Run(ctx context.Context, all *commands) error {
+	var c *api.Client
+	if !r.Local {
+		var err error
+		if c, err = all.client(); err != nil {
+			return err
+		}
+	}
+	p, err := repo.Publish(repo.PublishOptions{Keys: r.Keys, Repo: r.Repo, Bundle: r.Bundle, Now: time.Now()})
+	if err != nil {
+		return err
+	}
+	if !r.Local {
+		if err := upload(ctx, c, r.Repo); err != nil {
+			return err
+		}
+	}
+	return r.Print(p, func(w io.Writer) error {
+		if p.Target != "" {
+			fmt.Fprintf(w, "signed %s\n", p.Target)
+		}
+		_, err := fmt.Fprintf(w, "the metadata expires at %s; publish again before\n", p.Expires.UTC().Format(time.RFC3339))
+		return err
+	})
+}
+
+// upload sends a repository to the coordinator in the order in which it stays
+// consistent for readers: what is named before what names it.
+func upload(ctx context.Context, c *api.Client, dir string) error {
+	var files []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		files = append(files, filepath.ToSlash(rel))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("the repository cannot be read: %w", err)
+	}
+	rank := func(path string) int {
+		for i, end := range []string{".root.json", ".targets.json", ".snapshot.json", "timestamp.json"} {
+			if strings.HasPrefix(path, "metadata/") && strings.HasSuffix(path, end) {
+				return i + 1
+			}
+		}
+		return 0
+	}
+	slices.SortStableFunc(files, func(a, b string) int { return rank(a) - rank(b) })
+	for _, path := range files {
+		raw, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(path)))
+		if err != nil {
+			return fmt.Errorf("the repository cannot be read: %w", err)
+		}
+		if err := c.PutRepoFile(ctx, path, raw); err != nil {
+			return fmt.Errorf("upload of %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+type releaseOfferCmd struct {
+	Version string        `arg:"" help:"Published version."`
+	Device  []string      `placeholder:"ID" help:"Device to offer it to; may be repeated. Default: all."`
+	Wait    time.Duration `help:"Wait up to this long for the outcome."`
+	cli.Output
+}
+
+func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	q := api.OfferRequest{Version: r.Version, Target: repo.TargetName(r.Version)}
+	for _, d := range r.Device {
+		q.Devices = append(q.Devices, wire.DeviceID(d))
+	}
+	list, err := c.Offer(ctx, q)
+	if err != nil {
+		return err
+	}
+	if r.Wait > 0 {
+		wait, cancel := context.WithTimeout(ctx, r.Wait)
+		defer cancel()
+		for i, o := range list {
+			v, err := c.AwaitOrder(wait, o.Order.Device, o.Order.ID, nil)
+			if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+				return err
+			}
+			if err == nil {
+				list[i] = v
+			}
+		}
+	}
+	if err := r.Print(list, func(w io.Writer) error {
+		var rows []string
+		for _, o := range list {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s", o.Order.Device, o.Order.ID, o.State, o.Result.Reason))
+		}
+		return cli.Table(w, "DEVICE\tORDER\tSTATE\tREASON", rows)
+	}); err != nil {
+		return err
+	}
+	for _, o := range list {
+		if o.State.Terminal() && o.State != wire.Succeeded {
+			return fmt.Errorf("device %s did not take %s: %s", o.Order.Device, r.Version, o.Result.Reason)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
+	"github.com/deimos-edge/deimos/packaging/tour"
+)
+
+type serveCmd struct {
+	Dir       string        `default:"deimos" env:"DEIMOS_DIR" type:"path" placeholder:"DIR" help:"Folder for keys and state (${default})."`
+	Listen    string        `default:":8443" env:"DEIMOS_LISTEN" placeholder:"ADDR" help:"HTTPS address for operators, enrolment and data (${default})."`
+	MQTT      string        `default:":8883" env:"DEIMOS_MQTT" placeholder:"ADDR" help:"MQTT address for devices (${default}). With --nats: the address where devices find that server's MQTT listener."`
+	NATS      string        `env:"DEIMOS_NATS" placeholder:"URL" help:"Use this NATS server instead of the embedded one; \"deimos serve --print-nats-config\" shows its configuration."`
+	Advertise []string      `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
+	Beat      time.Duration `default:"1m" help:"Heartbeat interval of devices (${default})."`
+
+	PrintNATSConfig bool `name:"print-nats-config" help:"Print the configuration of an external NATS server for this coordinator's keys, and end."`
+	cli.LogFlags
+}
+
+func (s *serveCmd) Run(ctx context.Context) error {
+	cfg := coordinator.Config{
+		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, Beat: s.Beat,
+		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel),
+	}
+	if s.PrintNATSConfig {
+		return coordinator.WriteNATSConfig(os.Stdout, cfg)
+	}
+	c, err := coordinator.Start(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	context := filepath.Join(s.Dir, coordinator.ContextFile)
+	fmt.Printf("%s at %s, MQTT on port %s\n\nTo use it from this machine:\n  export DEIMOS_CONTEXT=%s\n  deimos token create\n",
+		tour.Ready, c.URL(), c.Broker(), context)
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-c.Failed():
+		return err
+	}
+}
+
+// compute runs a module here, in the same sandbox that devices use.
+func compute(ctx context.Context, module []byte, args []string, input []byte) ([]byte, error) {
+	f, err := os.CreateTemp("", "deimos-module-*.wasm")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(module)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return nil, err
+	}
+	var r sandbox.Runner
+	out, err := r.Run(ctx, sandbox.Spec{Module: f.Name(), Args: args, Input: input})
+	return out.Output, err
+}
+
+type devCmd struct {
+	Dir  string `type:"path" placeholder:"DIR" help:"Empty folder for the fleet. Default: a new one, removed at the end."`
+	File string `type:"existingfile" placeholder:"FILE" help:"File to store. Default: the agent's own binary."`
+	Once bool   `help:"End after the tour."`
+	Bin  string `type:"existingdir" placeholder:"DIR" help:"Folder with the programs that \"make build\" made. Default: the one that this program is in."`
+}
+
+func (d *devCmd) Run(ctx context.Context) error {
+	bin := d.Bin
+	if bin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return fmt.Errorf("this program cannot find itself: %w; name its folder with --bin", err)
+		}
+		bin = filepath.Dir(self)
+	}
+	return tour.Run(ctx, tour.Options{Bin: bin, Dir: d.Dir, File: d.File, Once: d.Once, Out: os.Stdout})
+}

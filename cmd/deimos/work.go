@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+type jobCmd struct {
+	Run jobRunCmd `cmd:"" help:"Run a module over a chunk of a stored file, on a device that holds it."`
+}
+
+type jobRunCmd struct {
+	Module string        `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
+	Input  string        `required:"" placeholder:"NAME" help:"Stored file to run over."`
+	Chunk  int           `default:"0" help:"Which chunk of it, from 0."`
+	Device string        `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
+	Arg    []string      `help:"Argument for the module; may be repeated."`
+	Memory int64         `placeholder:"BYTES" help:"Most memory the module may use."`
+	Wall   time.Duration `placeholder:"DURATION" help:"Longest time it may take."`
+	cli.Output
+}
+
+func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	module, err := putModule(ctx, c, j.Module)
+	if err != nil {
+		return err
+	}
+	job, err := c.RunJob(ctx, api.JobRequest{
+		Module: module, Args: j.Arg, Object: j.Input, Chunk: j.Chunk, Device: wire.DeviceID(j.Device),
+		Limits: wire.JobLimits{MemoryBytes: j.Memory, WallSeconds: j.Wall.Seconds()},
+	})
+	if err != nil {
+		return err
+	}
+	return j.Print(job, func(w io.Writer) error {
+		fmt.Fprintf(os.Stderr, "device %s, %.2f s of CPU, %s, output sha256 %s, signed\n",
+			job.Device, job.Result.CPUSeconds, job.Result.Engine, cli.Short(job.Result.Output))
+		_, err := w.Write(job.Output)
+		return err
+	})
+}
+
+func putModule(ctx context.Context, c *api.Client, path string) (string, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("the module cannot be read: %w", err)
+	}
+	return c.PutModule(ctx, raw)
+}
+
+type auditCmd struct {
+	Storage auditStorageCmd `cmd:"" help:"Have a device prove that it holds its chunks."`
+	Compute auditComputeCmd `cmd:"" help:"Give a device a job whose answer is known."`
+	List    auditListCmd    `cmd:"" help:"List past challenges."`
+}
+
+type auditStorageCmd struct {
+	Device string `arg:"" help:"Device id."`
+	Leaves int    `default:"44" help:"How many 4 KiB pieces to ask for; 44 find a loss of 10% in 99 of 100 cases."`
+	cli.Output
+}
+
+func (a *auditStorageCmd) Run(ctx context.Context, all *commands) error {
+	return runAudit(ctx, all, a.Output, api.AuditRequest{Kind: api.StorageAudit, Device: wire.DeviceID(a.Device), Leaves: a.Leaves}, "")
+}
+
+type auditComputeCmd struct {
+	Device string   `arg:"" help:"Device id."`
+	Module string   `required:"" type:"existingfile" placeholder:"FILE" help:"WebAssembly file to run, best one that customers run too."`
+	Arg    []string `help:"Argument for the module; may be repeated."`
+	cli.Output
+}
+
+func (a *auditComputeCmd) Run(ctx context.Context, all *commands) error {
+	return runAudit(ctx, all, a.Output, api.AuditRequest{Kind: api.ComputeAudit, Device: wire.DeviceID(a.Device), Args: a.Arg}, a.Module)
+}
+
+// runAudit fails for a device that did not prove itself, after printing why.
+func runAudit(ctx context.Context, all *commands, out cli.Output, r api.AuditRequest, module string) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	if module != "" {
+		if r.Module, err = putModule(ctx, c, module); err != nil {
+			return err
+		}
+	}
+	a, err := c.Audit(ctx, r)
+	if err != nil {
+		return err
+	}
+	if err := out.Print(a, func(w io.Writer) error { return writeAudit(w, a) }); err != nil {
+		return err
+	}
+	if a.Outcome != api.AuditRight {
+		return fmt.Errorf("the device did not prove itself (%s): %s", a.Outcome, a.Reason)
+	}
+	return nil
+}
+
+func writeAudit(w io.Writer, a api.Audit) error {
+	fmt.Fprintf(w, "challenge  %s (%s)\ndevice     %s\norder      %s\noutcome    %s\n", a.ID, a.Kind, a.Device, a.Order, a.Outcome)
+	if a.Reason != "" {
+		fmt.Fprintf(w, "because    %s\n", a.Reason)
+	}
+	switch a.Kind {
+	case api.StorageAudit:
+		fmt.Fprintf(w, "proof      %d of %d leaves verified, from %d chunks\n", a.Right, a.Leaves, len(a.Chunks))
+		for _, id := range a.Lost {
+			fmt.Fprintf(w, "lost       %s\n", id)
+		}
+		for _, id := range a.Wrong {
+			fmt.Fprintf(w, "wrong      %s\n", id)
+		}
+	case api.ComputeAudit:
+		fmt.Fprintf(w, "committed  %s before the job was sent\nexpected   %s\ngot        %s\n", a.Commitment, a.Expected, a.Got)
+	}
+	return nil
+}
+
+type auditListCmd struct{ cli.Output }
+
+func (a *auditListCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	list, err := c.Audits(ctx)
+	if err != nil {
+		return err
+	}
+	return a.Print(list, func(w io.Writer) error {
+		var rows []string
+		for _, v := range list {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", v.ID, v.Kind, v.Device, v.Outcome, cli.Ago(v.At), v.Reason))
+		}
+		return cli.Table(w, "CHALLENGE\tKIND\tDEVICE\tOUTCOME\tWHEN\tREASON", rows)
+	})
+}
+
+type orderCmd struct {
+	Show orderShowCmd `cmd:"" help:"Show an order and the device's report."`
+}
+
+type orderShowCmd struct {
+	Device string        `arg:"" help:"Device id."`
+	Order  string        `arg:"" help:"Order id."`
+	Wait   time.Duration `help:"Wait up to this long for its end."`
+	cli.Output
+}
+
+func (o *orderShowCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	var v api.Order
+	if o.Wait > 0 {
+		ctx, cancel := context.WithTimeout(ctx, o.Wait)
+		defer cancel()
+		v, err = c.AwaitOrder(ctx, wire.DeviceID(o.Device), o.Order, nil)
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = nil // what there is, is what was asked for
+		}
+	}
+	if o.Wait == 0 || err == nil && v.State == "" {
+		v, err = c.Order(ctx, wire.DeviceID(o.Device), o.Order, 0)
+	}
+	if err != nil {
+		return err
+	}
+	return o.Print(v, func(w io.Writer) error {
+		fmt.Fprintf(w, "order    %s\nkind     %s\ndevice   %s\nissued   %s\nexpires  %s\nstate    %s\n", v.Order.ID, v.Order.Kind, v.Order.Device,
+			v.Order.Issued.Format(time.RFC3339), v.Order.Expires.Format(time.RFC3339), v.State)
+		if v.Result.Reason != "" {
+			fmt.Fprintf(w, "because  %s (%s)\n", v.Result.Reason, v.Result.Code)
+		}
+		if len(v.Result.Body) > 0 {
+			fmt.Fprintf(w, "result   %s\n", v.Result.Body)
+		}
+		return nil
+	})
+}
+
+// writeDevice shows a device to a person.
+func writeDevice(w io.Writer, d api.Device) error {
+	row := func(k, format string, args ...any) {
+		if v := strings.TrimSpace(fmt.Sprintf(format, args...)); v != "" {
+			fmt.Fprintf(w, "%-12s %s\n", k, v)
+		}
+	}
+	row("device", "%s", d.ID)
+	row("state", "%s, seen %s", state(d), cli.Ago(d.LastSeen))
+	row("group", "%s", d.Group)
+	row("agent", "%s on %s/%s", d.Agent, d.OS, d.Arch)
+	row("slot", "%s", d.Slot)
+	row("board", "%s", d.Board)
+	row("storage", "%s of %s used", cli.Bytes(d.Used), cli.Bytes(d.Capacity))
+	row("enrolled", "%s", d.Enrolled.Format(time.RFC3339))
+	row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
+	return nil
+}

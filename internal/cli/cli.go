@@ -1,0 +1,204 @@
+// Package cli is what the two command lines share: how data is printed, how a
+// failure ends a program, how sizes and times are said to people.
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/alecthomas/kong"
+)
+
+// Exit codes, after sysexits.h where that has one. The launcher of the agent
+// relies on them: it does not start again what ends with 64 to 78, except 75.
+const (
+	ExitFailed   = 1
+	ExitUsage    = 64 // the command line is wrong
+	ExitNoCreate = 73 // state cannot be made or is in use
+	ExitRestart  = 75 // start me again (ota/slot.ExitRestart)
+	ExitNoPerm   = 77 // refused: a token, a certificate
+	ExitConfig   = 78 // the configuration is wrong or incomplete
+)
+
+// Error is an error with an exit code of its own.
+type Error struct {
+	Code int
+	Err  error
+}
+
+func (e *Error) Error() string { return e.Err.Error() }
+func (e *Error) Unwrap() error { return e.Err }
+
+// Exit ends the program: with 0 for nil, else with one sentence on standard
+// error and the error's code.
+func Exit(name string, err error) {
+	if err == nil {
+		os.Exit(0)
+	}
+	code := ExitFailed
+	var e *Error
+	if errors.As(err, &e) {
+		code = e.Code
+	}
+	if errors.Is(err, context.Canceled) {
+		os.Exit(130) // the person knows: it was their Ctrl-C
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+	os.Exit(code)
+}
+
+// Parse reads the command line into grammar and runs the command it names; the
+// command's Run gets a context that ends with Ctrl-C or SIGTERM, and binds.
+func Parse(name, about string, grammar any, binds ...any) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// A second Ctrl-C ends a program that does not end well.
+	context.AfterFunc(ctx, stop)
+	p, err := kong.New(grammar,
+		kong.Name(name), kong.Description(about), kong.UsageOnError(),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
+		kong.BindTo(ctx, (*context.Context)(nil)),
+		kong.Bind(binds...),
+	)
+	if err != nil {
+		Exit(name, err)
+	}
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{"--help"}
+	}
+	k, err := p.Parse(args)
+	if err != nil {
+		Exit(name, &Error{ExitUsage, fmt.Errorf("%w; see \"%s --help\"", err, name)})
+	}
+	Exit(name, k.Run())
+}
+
+// Output is the -o flag.
+type Output struct {
+	Format string `name:"output" short:"o" enum:"table,json" default:"table" help:"How to print: ${enum}."`
+}
+
+// JSON tells whether the caller wants JSON.
+func (o Output) JSON() bool { return o.Format == "json" }
+
+// Print writes v as JSON, or calls table.
+func (o Output) Print(v any, table func(w io.Writer) error) error {
+	if o.JSON() {
+		enc := json.NewEncoder(os.Stdout)
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	}
+	return table(os.Stdout)
+}
+
+// Table aligns rows under a head; cells are separated by tabs.
+func Table(w io.Writer, head string, rows []string) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, head)
+	for _, r := range rows {
+		fmt.Fprintln(t, r)
+	}
+	return t.Flush()
+}
+
+// Version is what a program says about itself.
+type Version struct {
+	Version string `json:"version"`
+	OS      string `json:"os"`
+	Arch    string `json:"arch"`
+	Go      string `json:"go"`
+}
+
+// PrintVersion answers a version command.
+func PrintVersion(o Output, name, version string) error {
+	v := Version{version, runtime.GOOS, runtime.GOARCH, runtime.Version()}
+	return o.Print(v, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s %s (%s/%s, %s)\n", name, v.Version, v.OS, v.Arch, v.Go)
+		return err
+	})
+}
+
+// Bytes says a size to a person.
+func Bytes(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/unit, 0
+	for f >= unit && i < 4 {
+		f /= unit
+		i++
+	}
+	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[i])
+}
+
+// Ago says a time to a person.
+func Ago(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	d := time.Since(t)
+	switch {
+	case d < 2*time.Second:
+		return "now"
+	case d < time.Minute:
+		return fmt.Sprintf("%ds ago", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm ago", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh ago", int(d.Hours()))
+	}
+	return t.UTC().Format("2006-01-02")
+}
+
+// Short shortens a digest for a table.
+func Short(hex string) string {
+	if len(hex) > 12 {
+		return hex[:12]
+	}
+	return hex
+}
+
+// Logger logs to standard error: for people on a terminal, as JSON lines elsewhere.
+func Logger(format, level string) *slog.Logger {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		l = slog.LevelInfo
+	}
+	opts := &slog.HandlerOptions{Level: l}
+	if format == "auto" && !Terminal(os.Stderr) || format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	// A person wants the time of day, not the date and a zone.
+	opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey && len(groups) == 0 {
+			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
+		}
+		return a
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// LogFlags are the flags of what runs for long.
+type LogFlags struct {
+	LogFormat string `enum:"auto,text,json" default:"auto" env:"DEIMOS_LOG_FORMAT" help:"Log as ${enum}; auto is text on a terminal, JSON elsewhere."`
+	LogLevel  string `enum:"debug,info,warn,error" default:"info" env:"DEIMOS_LOG_LEVEL" help:"Log from this level on: ${enum}."`
+}
+
+// Terminal tells whether a person watches f.
+func Terminal(f *os.File) bool {
+	s, err := f.Stat()
+	return err == nil && s.Mode()&os.ModeCharDevice != 0 && !strings.HasSuffix(f.Name(), "null")
+}

@@ -1,0 +1,523 @@
+package tour
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// probe has the agent look at this machine, without any coordinator.
+func (t *tour) probe(ctx context.Context) ([]string, error) {
+	raw, err := t.exec(ctx, "deimos-agent", "probe", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var inv hw.Inventory
+	if err := json.Unmarshal(raw, &inv); err != nil {
+		return nil, fmt.Errorf("the inventory cannot be read: %w", err)
+	}
+	if inv.Memory.Total == 0 || len(inv.Filesystems) == 0 {
+		return nil, errors.New("the inventory has neither memory nor a filesystem")
+	}
+	var disk uint64
+	for _, d := range inv.Disks {
+		disk += d.Size
+	}
+	return []string{
+		fmt.Sprintf("%s, board %s", inv.CPU.Model, inv.Board.Name),
+		fmt.Sprintf("%d cores, %s of memory, %d disks (%s), %d network interfaces, %d sensors, %d LEDs",
+			inv.CPU.Cores, cli.Bytes(int64(inv.Memory.Total)), len(inv.Disks), cli.Bytes(int64(disk)), len(inv.Network), len(inv.Sensors), len(inv.LEDs)),
+	}, nil
+}
+
+// enrol starts the coordinator and three devices, and waits until all are online.
+func (t *tour) enrol(ctx context.Context) ([]string, error) {
+	ready, cancel := context.WithTimeout(ctx, readyLimit)
+	defer cancel()
+	var err error
+	t.serve, err = t.starter.start(ready, "the coordinator", t.path("logs", "coordinator.log"), Ready,
+		t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s")
+	if err != nil {
+		return nil, err
+	}
+	// The release keys come first: a device learns whom to believe when it enrols.
+	if err := t.cli(ctx, nil, "release", "keys", "init", "--keys", t.path("release-keys")); err != nil {
+		return nil, err
+	}
+	if err := t.publish(ctx, ""); err != nil {
+		return nil, err
+	}
+	var tok api.Token
+	if err := t.cli(ctx, &tok, "token", "create", "--group", "tour", "--uses", fmt.Sprint(fleetSize)); err != nil {
+		return nil, err
+	}
+	t.token = tok.Token
+	for n := range fleetSize {
+		t.devices = append(t.devices, &device{n: n + 1})
+		if err := t.startDevice(ctx, t.devices[n]); err != nil {
+			return nil, err
+		}
+	}
+	if err := until(ctx, readyLimit, "all devices coming online", func() (bool, error) {
+		fleet, err := t.devicesNow(ctx)
+		online := 0
+		for _, d := range fleet {
+			if d.Online {
+				online++
+			}
+		}
+		return online == fleetSize, errors.Join(err, t.fallen())
+	}); err != nil {
+		return nil, err
+	}
+	return t.learnIDs(ctx)
+}
+
+// learnIDs matches each agent's own key with what the coordinator lists.
+func (t *tour) learnIDs(ctx context.Context) ([]string, error) {
+	fleet, err := t.devicesNow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	lines := []string{"one token, three keys made on the devices, mutual TLS 1.3 to broker and data plane"}
+	for _, d := range t.devices {
+		raw, err := os.ReadFile(d.state(t, "identity", "membership.json"))
+		if err != nil {
+			return nil, err
+		}
+		var m struct{ Device string }
+		if err := json.Unmarshal(raw, &m); err != nil {
+			return nil, err
+		}
+		v, ok := fleet[m.Device]
+		if !ok || wire.IDOf(v.PublicKey) != wire.DeviceID(m.Device) {
+			return nil, fmt.Errorf("the coordinator does not list device %s under its own key", m.Device)
+		}
+		d.id = m.Device
+		lines = append(lines, fmt.Sprintf("device %d  %s  agent %s, slot %s, online", d.n, d.id, v.Agent, v.Slot))
+	}
+	return lines, nil
+}
+
+// state is a path in a device's state folder.
+func (d *device) state(t *tour, parts ...string) string {
+	return t.path(append([]string{fmt.Sprintf("device-%d", d.n)}, parts...)...)
+}
+
+// startDevice starts a device's launcher, as a service manager would.
+func (t *tour) startDevice(ctx context.Context, d *device) error {
+	raw, err := os.ReadFile(t.path("coordinator", "operator.json"))
+	if err != nil {
+		return err
+	}
+	var c api.Context
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return err
+	}
+	d.proc, err = t.starter.start(ctx, fmt.Sprintf("device %d", d.n), t.path("logs", fmt.Sprintf("device-%d.log", d.n)), "",
+		t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", "20s", "--",
+		"run", "--state", d.state(t), "--coordinator", c.URL, "--token", t.token)
+	return err
+}
+
+// fallen tells of a process that should run and does not.
+func (t *tour) fallen() error {
+	for _, p := range append([]*process{t.serve}, t.processes()...) {
+		select {
+		case <-p.done:
+			return fmt.Errorf("%s ended by itself: %s", p.name, p.lastWords())
+		default:
+		}
+	}
+	return nil
+}
+
+func (t *tour) processes() []*process {
+	var out []*process
+	for _, d := range t.devices {
+		if d != t.victim && d.proc != nil {
+			out = append(out, d.proc)
+		}
+	}
+	return out
+}
+
+// store puts the file and checks every receipt's signature.
+func (t *tour) store(ctx context.Context) ([]string, error) {
+	if err := t.cli(ctx, &t.object, "object", "put", t.File, "--name", objectName); err != nil {
+		return nil, err
+	}
+	fleet, err := t.devicesNow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	receipts := 0
+	for _, p := range t.object.Placements {
+		holders := map[wire.DeviceID]bool{}
+		for _, h := range p.Holders {
+			if err := checkReceipt(p.Chunk, h, fleet[string(h.Device)]); err != nil {
+				return nil, err
+			}
+			holders[h.Device] = true
+			receipts++
+		}
+		if len(holders) < 2 {
+			return nil, fmt.Errorf("chunk %s is on %d devices, it should be on two", p.ID, len(holders))
+		}
+	}
+	return []string{
+		fmt.Sprintf("%s in %d chunks, Merkle root of the first %s", cli.Bytes(t.object.Size), len(t.object.Chunks), cli.Short(t.object.Chunks[0].ID)),
+		fmt.Sprintf("%d receipts, each signed by its device after a checked sync; every signature verified", receipts),
+	}, nil
+}
+
+// checkReceipt verifies that the device's own key signed for this very chunk.
+func checkReceipt(c api.Chunk, h api.Holder, d api.Device) error {
+	r, err := wire.OpenAs[wire.Report](h.Receipt, ed25519.PublicKey(d.PublicKey), wire.TypeReport)
+	if err != nil {
+		return fmt.Errorf("the receipt of device %s for chunk %s: %w", h.Device, c.ID, err)
+	}
+	var receipt wire.Receipt
+	if err := json.Unmarshal(r.Body, &receipt); err != nil {
+		return err
+	}
+	if r.State != wire.Succeeded || r.Device != h.Device || receipt.ID != c.ID || receipt.Size != c.Size {
+		return fmt.Errorf("device %s gave a receipt for something else than chunk %s", h.Device, c.ID)
+	}
+	return nil
+}
+
+// readBack kills the device with the most chunks and reads everything without it.
+func (t *tour) readBack(ctx context.Context) ([]string, error) {
+	held := map[*device]int{}
+	for _, p := range t.object.Placements {
+		for _, d := range t.holders(p) {
+			held[d]++
+		}
+	}
+	t.victim = slices.MaxFunc(t.devices, func(a, b *device) int { return held[a] - held[b] })
+	t.victim.proc.kill() // with SIGKILL: a cut cable asks nobody
+	if err := until(ctx, readyLimit, "the coordinator noticing that a device is gone", func() (bool, error) {
+		fleet, err := t.devicesNow(ctx)
+		return err == nil && !fleet[t.victim.id].Online, err
+	}); err != nil {
+		return nil, err
+	}
+	out := t.path("read-back")
+	if err := t.cli(ctx, nil, "object", "get", objectName, "--out", out); err != nil {
+		return nil, err
+	}
+	want, err := fileSHA256(t.File)
+	if err != nil {
+		return nil, err
+	}
+	got, err := fileSHA256(out)
+	if err != nil {
+		return nil, err
+	}
+	if got != want {
+		return nil, fmt.Errorf("the file came back with SHA-256 %s, it was stored with %s", got, want)
+	}
+	return []string{
+		fmt.Sprintf("device %d, which holds %d of %d chunks, was killed and is offline", t.victim.n, held[t.victim], len(t.object.Chunks)),
+		fmt.Sprintf("came back whole from the other two: sha256 %s, the same as the file's", cli.Short(got)),
+	}, nil
+}
+
+// jobs runs both guests over the first chunk and compares with our own count.
+func (t *tour) jobs(ctx context.Context) ([]string, error) {
+	data, err := t.chunkOf(0)
+	if err != nil {
+		return nil, err
+	}
+	count, err := t.runJob(ctx, "wordcount")
+	if err != nil {
+		return nil, err
+	}
+	var words struct{ Bytes, Lines, Words int }
+	if err := json.Unmarshal(count.Output, &words); err != nil {
+		return nil, fmt.Errorf("the word count cannot be read: %w", err)
+	}
+	lines := bytes.Count(data, []byte("\n"))
+	fields := len(bytes.FieldsFunc(data, func(r rune) bool { return r < 0x80 && strings.ContainsRune(" \t\n\v\f\r", r) }))
+	if words.Bytes != len(data) || words.Lines != lines || words.Words != fields {
+		return nil, fmt.Errorf("the device counted %+v, it is %d bytes, %d lines, %d words", words, len(data), lines, fields)
+	}
+	hash, err := t.runJob(ctx, "sha256sum")
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(data)
+	if got := strings.TrimSpace(string(hash.Output)); got != hex.EncodeToString(sum[:]) {
+		return nil, fmt.Errorf("the device hashed to %s, it is %x", got, sum)
+	}
+	return []string{
+		fmt.Sprintf("words   %d words, %d lines in %s; the same counted here (device %d, %.2f s of CPU)", words.Words, words.Lines, cli.Bytes(int64(len(data))), t.number(count.Device), count.Result.CPUSeconds),
+		fmt.Sprintf("hash    %s; the same hashed here (device %d, %.2f s of CPU)", cli.Short(hex.EncodeToString(sum[:])), t.number(hash.Device), hash.Result.CPUSeconds),
+		fmt.Sprintf("both results signed by their devices; engine %s in a process of its own", hash.Result.Engine),
+	}, nil
+}
+
+// runJob runs a guest over the first chunk and checks the result's signature.
+func (t *tour) runJob(ctx context.Context, guest string) (api.Job, error) {
+	var j api.Job
+	if err := t.cli(ctx, &j, "job", "run", t.guest(guest), "--input", objectName); err != nil {
+		return j, err
+	}
+	var d api.Device
+	if err := t.cli(ctx, &d, "device", "show", string(j.Device)); err != nil {
+		return j, err
+	}
+	r, err := wire.OpenAs[wire.Report](j.Report, ed25519.PublicKey(d.PublicKey), wire.TypeReport)
+	if err != nil {
+		return j, fmt.Errorf("the result of device %s: %w", j.Device, err)
+	}
+	sum := sha256.Sum256(j.Output)
+	if r.Attachment == nil || r.Attachment.SHA256 != hex.EncodeToString(sum[:]) {
+		return j, fmt.Errorf("device %s signed for another output", j.Device)
+	}
+	return j, nil
+}
+
+func (t *tour) guest(name string) string { return filepath.Join(t.bin, "guests", name+".wasm") }
+
+func (t *tour) number(id wire.DeviceID) int {
+	for _, d := range t.devices {
+		if d.id == string(id) {
+			return d.n
+		}
+	}
+	return 0
+}
+
+// auditStorage has an honest device prove itself, then flips single bytes on the
+// disk of the stopped one and challenges it when it is back.
+func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
+	honest := t.other(t.victim)
+	var good api.Audit
+	if err := t.cli(ctx, &good, "audit", "storage", honest.id); err != nil {
+		return nil, err
+	}
+	if good.Right != good.Leaves || good.Right == 0 {
+		return nil, fmt.Errorf("the honest device proved %d of %d leaves", good.Right, good.Leaves)
+	}
+	flipped, err := t.tamper()
+	if err != nil {
+		return nil, err
+	}
+	d := t.victim
+	if err := t.startDevice(ctx, d); err != nil {
+		return nil, err
+	}
+	if err := t.untilOnline(ctx, d); err != nil {
+		return nil, err
+	}
+	t.victim = nil
+	var bad api.Audit
+	if err := t.cli(ctx, &bad, "audit", "storage", d.id, "--leaves", "256"); err == nil {
+		return nil, fmt.Errorf("device %d proved what it cannot have any more", d.n)
+	}
+	if bad.Outcome != api.AuditLost && bad.Outcome != api.AuditWrong {
+		return nil, fmt.Errorf("the tampered device ended as %q: %s", bad.Outcome, bad.Reason)
+	}
+	return []string{
+		fmt.Sprintf("device %d proved %d of %d random 4 KiB leaves, checked with root and size alone", honest.n, good.Right, good.Leaves),
+		fmt.Sprintf("flipped one byte in %d chunks on device %d's disk, and started it again", flipped, d.n),
+		fmt.Sprintf("device %d, asked for %d leaves: outcome %q, %d chunks confessed, %d answered wrong", d.n, bad.Leaves, bad.Outcome, len(bad.Lost), len(bad.Wrong)),
+	}, nil
+}
+
+func (t *tour) untilOnline(ctx context.Context, d *device) error {
+	return until(ctx, readyLimit, fmt.Sprintf("device %d coming online", d.n), func() (bool, error) {
+		fleet, err := t.devicesNow(ctx)
+		return err == nil && fleet[d.id].Online, errors.Join(err, t.fallen())
+	})
+}
+
+// other is a running device that is not d.
+func (t *tour) other(d *device) *device {
+	i := slices.IndexFunc(t.devices, func(o *device) bool { return o != d && o != t.victim })
+	return t.devices[i]
+}
+
+// tamper flips one byte in a fifth of the chunks on the stopped device's disk,
+// one at least, so that a challenge of 256 leaves cannot miss them. It finds
+// the chunks by their content: values stand in the log as they are.
+func (t *tour) tamper() (int, error) {
+	var mine []int
+	for i, p := range t.object.Placements {
+		if slices.Contains(t.holders(p), t.victim) {
+			mine = append(mine, i)
+		}
+	}
+	rand.Shuffle(len(mine), func(i, j int) { mine[i], mine[j] = mine[j], mine[i] })
+	want := (len(mine) + 4) / 5
+	logs, err := filepath.Glob(t.victim.state(t, "volumes", "main", "*", "*.vlog"))
+	if err != nil || len(logs) == 0 {
+		logs, err = filepath.Glob(t.victim.state(t, "volumes", "main", "*.vlog"))
+	}
+	if err != nil || len(logs) == 0 {
+		return 0, fmt.Errorf("device %d has no value log to tamper with: %v", t.victim.n, err)
+	}
+	flipped := 0
+	for _, i := range mine {
+		if flipped == want {
+			break
+		}
+		data, err := t.chunkOf(i)
+		if err != nil {
+			return flipped, err
+		}
+		for _, log := range logs {
+			ok, err := flipByte(log, data)
+			if err != nil {
+				return flipped, err
+			}
+			if ok {
+				flipped++
+				break
+			}
+		}
+	}
+	if flipped == 0 {
+		return 0, fmt.Errorf("none of device %d's chunks were found on its disk", t.victim.n)
+	}
+	return flipped, nil
+}
+
+// flipByte changes one byte in the middle of data where it stands in a file.
+func flipByte(path string, data []byte) (bool, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return false, err
+	}
+	at := bytes.Index(raw, data)
+	if at < 0 {
+		return false, nil
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return false, err
+	}
+	off := at + len(data)/2
+	_, err = f.WriteAt([]byte{raw[off] ^ 1}, int64(off))
+	return err == nil, errors.Join(err, f.Close())
+}
+
+// auditCompute gives a device a job whose answer is known, and checks that the
+// answer was fixed before.
+func (t *tour) auditCompute(ctx context.Context) ([]string, error) {
+	var last error
+	for _, d := range t.devices {
+		var a api.Audit
+		if last = t.cli(ctx, &a, "audit", "compute", d.id, "--module", t.guest("sha256sum")); last != nil {
+			continue // this one may share no chunk with another any more
+		}
+		salt, err1 := hex.DecodeString(a.Salt)
+		expected, err2 := hex.DecodeString(a.Expected)
+		sum := sha256.Sum256(slices.Concat(salt, expected))
+		if err := errors.Join(err1, err2); err != nil || hex.EncodeToString(sum[:]) != a.Commitment {
+			return nil, errors.New("the opened commitment is not the one that was made")
+		}
+		return []string{
+			fmt.Sprintf("the coordinator got a chunk of device %d from another holder and ran the job itself", d.n),
+			fmt.Sprintf("committed to %s before the order, which is a job order like any other", cli.Short(a.Commitment)),
+			fmt.Sprintf("device %d answered %s: outcome %q, and the commitment opens", d.n, cli.Short(a.Got), a.Outcome),
+		}, nil
+	}
+	return nil, last
+}
+
+// update installs a good release and then one that does not come up.
+func (t *tour) update(ctx context.Context) ([]string, error) {
+	d := t.devices[1]
+	fleet, err := t.devicesNow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	before := fleet[d.id]
+	if err := t.release(ctx, "0.2.0", "agent-next"); err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	var good []api.Order
+	if err := t.cli(ctx, &good, "release", "offer", "0.2.0", "--device", d.id, "--wait", "60s"); err != nil {
+		return nil, err
+	}
+	took := time.Since(began)
+	after, err := t.running(ctx, d, "0.2.0")
+	if err != nil {
+		return nil, err
+	}
+	if err := t.release(ctx, "0.3.0", "agent-broken"); err != nil {
+		return nil, err
+	}
+	began = time.Now()
+	var bad []api.Order
+	err = t.cli(ctx, &bad, "release", "offer", "0.3.0", "--device", d.id, "--wait", "120s")
+	if err == nil || len(bad) != 1 || bad[0].State != wire.Failed || bad[0].Result.Code != wire.CodeRolledBack {
+		return nil, fmt.Errorf("the bad release should have been rolled back, but: %v", errors.Join(err, errors.New("the order is "+stateOf(bad))))
+	}
+	back := time.Since(began)
+	if _, err := t.running(ctx, d, "0.2.0"); err != nil {
+		return nil, err
+	}
+	return []string{
+		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside the old one, confirmed: device %d went %s/%s → %s/%s in %.1f s",
+			d.n, before.Agent, before.Slot, after.Agent, after.Slot, took.Seconds()),
+		fmt.Sprintf("0.3.0   signed alike, but does not come up: %s", bad[0].Result.Reason),
+		fmt.Sprintf("        back on 0.2.0 by itself after %.1f s, online", back.Seconds()),
+	}, nil
+}
+
+func stateOf(list []api.Order) string {
+	if len(list) != 1 {
+		return "missing"
+	}
+	return string(list[0].State) + " " + list[0].Result.Code
+}
+
+// running waits until a device is online with a version.
+func (t *tour) running(ctx context.Context, d *device, version string) (api.Device, error) {
+	var v api.Device
+	err := until(ctx, readyLimit, fmt.Sprintf("device %d running %s", d.n, version), func() (bool, error) {
+		fleet, err := t.devicesNow(ctx)
+		v = fleet[d.id]
+		return err == nil && v.Online && v.Agent == version, err
+	})
+	return v, err
+}
+
+// release builds, signs and publishes an agent binary.
+func (t *tour) release(ctx context.Context, version, agent string) error {
+	dir := t.path("releases", version)
+	if err := t.cli(ctx, nil, "release", "build", "--version", version, "--agent", filepath.Join(t.bin, "tour", agent), "--out", dir); err != nil {
+		return err
+	}
+	return t.publish(ctx, dir)
+}
+
+// publish signs with the keys of the tour and uploads.
+func (t *tour) publish(ctx context.Context, bundle string) error {
+	args := []string{"release", "publish", "--keys", t.path("release-keys"), "--repo", t.path("repo")}
+	if bundle != "" {
+		args = append(args, "--bundle", bundle)
+	}
+	return t.cli(ctx, nil, args...)
+}
