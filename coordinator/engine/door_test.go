@@ -88,6 +88,30 @@ func mustKeyring(t *testing.T, w *world) *keyring {
 	return k
 }
 
+// TestNobodyIsLetInBeforeTheServerIsPrepared: while MQTT's streams are not as
+// they should be, as after the restart of an external server.
+func TestNobodyIsLetInBeforeTheServerIsPrepared(t *testing.T) {
+	bothModes(t, func(t *testing.T, w *world) {
+		d := w.ca.device(t)
+		w.keep.ok.Store(false)
+		if c, err := w.tryConnect(d); err == nil {
+			c.Disconnect(0)
+			t.Error("let in")
+		}
+		w.keep.again()
+		for deadline := time.Now().Add(patience); ; {
+			c, err := w.tryConnect(d)
+			if err == nil {
+				c.Disconnect(0)
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 // TestConnectionEndsWithTheCertificate: a certificate that runs out ends a
 // connection that was opened before.
 func TestConnectionEndsWithTheCertificate(t *testing.T) {

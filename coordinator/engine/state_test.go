@@ -137,7 +137,7 @@ func TestPortInUseIsNamed(t *testing.T) {
 	w.cfg.MQTTListen = busy.Addr().String()
 	w.cfg.TLS = &tls.Config{Certificates: []tls.Certificate{w.ca.server(t)}, ClientCAs: w.ca.pool()}
 	_, err = Start(t.Context(), w.cfg)
-	wantSentence(t, err, "cannot listen for devices", busy.Addr().String())
+	wantSentence(t, err, "cannot listen for devices", busy.Addr().String(), "another program does")
 
 	// Nothing is left behind: the same directory works at another address.
 	w.cfg.MQTTListen = "127.0.0.1:0"
