@@ -62,7 +62,8 @@ func TestFilesystemOnEncryptedVolumeIsFoundOnItsDisk(t *testing.T) {
 	put(t, root, "sys/block/sda/sda2/dev", "8:2")
 	put(t, root, "sys/dev/block/253:1/slaves/dm-0/dev", "253:0") // LVM on
 	put(t, root, "sys/dev/block/253:0/slaves/sda2/dev", "8:2")   // encryption on a partition
-	put(t, root, "sys/dev/block/253:9/slaves/dm-9/dev", "253:9") // a loop, which must end
+	put(t, root, "sys/dev/block/253:9/slaves/dm-8/dev", "253:8") // a loop, which must end
+	put(t, root, "sys/dev/block/253:8/slaves/dm-9/dev", "253:9")
 	put(t, root, "proc/self/mountinfo", "1 0 253:1 / /data rw - ext4 /dev/mapper/vg-data rw\n2 0 253:9 / /loop rw - ext4 /dev/mapper/x rw\n")
 	inv := probe(t, Options{Root: root})
 	if len(inv.Filesystems) != 2 || inv.Filesystems[0].Disk != "sda" || !slices.Contains(inv.Disks[0].Partitions[0].Mounts, "/data") {
@@ -294,6 +295,16 @@ func TestTableFitsWhateverIsInIt(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Logf("seed %d", seed)
+	}
+}
+
+func TestLongTextsDoNotPushOutWhatMatters(t *testing.T) {
+	long := strings.Repeat("long ", 30)
+	inv := &Inventory{Disks: []Disk{{Name: "sda", Size: 1e12, Bus: "sata", Model: long, Serial: long, Health: &Health{Warnings: []string{"failing"}}}}}
+	var out bytes.Buffer
+	must(t, WriteTable(&out, inv))
+	if !strings.Contains(out.String(), "failing") || !strings.Contains(out.String(), "1.0 TB") {
+		t.Errorf("the size or the warning is gone:\n%s", &out)
 	}
 }
 
