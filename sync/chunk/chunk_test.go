@@ -199,6 +199,21 @@ func TestVerifyLeafRefusesAnyChange(t *testing.T) {
 	}
 }
 
+// A leaf may be right and the size that goes with the id wrong: then the last
+// leaf gives it away.
+func TestVerifyLeafRefusesAnotherSize(t *testing.T) {
+	data := someBytes(random(t), 3*chunk.LeafSize+100)
+	leafBytes, path, err := chunk.Prove(data, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{-1, 1, 99, chunk.LeafSize, -chunk.LeafSize} {
+		if err := chunk.VerifyLeaf(chunk.Sum(data), int64(len(data))+size, 3, leafBytes, path); !errors.Is(err, chunk.ErrProof) {
+			t.Errorf("a size off by %d is accepted", size)
+		}
+	}
+}
+
 // An inner node passed off as a leaf is RFC 6962's reason for its prefixes.
 func TestNodeIsNoLeaf(t *testing.T) {
 	data := make([]byte, 2*chunk.LeafSize)

@@ -208,13 +208,15 @@ func freeAt(dir string, h hooks) (int64, error) {
 	return free(&st), nil
 }
 
-// keepBallast puts the ballast back when there is ample room for it.
+// keepBallast puts the ballast back when there is room. It may take the upper
+// half of the floor: opening and dropping matter more.
 func (v *Volume) keepBallast() {
 	path := filepath.Join(v.dir, ballastFile)
 	if _, err := os.Stat(path); err == nil {
 		return
 	}
-	if room, err := v.room(); err != nil || room < ballastBytes+chunk.MaxSize {
+	var st unix.Statfs_t
+	if v.opt.hooks.statfs(v.dir, &st) != nil || free(&st)-ballastBytes < v.floor(&st)/2 {
 		return
 	}
 	f, err := os.Create(path)

@@ -397,6 +397,25 @@ func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
 	}
 }
 
+// Badger's checksum is of what it was given, not of what belongs to the id.
+func TestWrongBytesWithAGoodChecksumAreLost(t *testing.T) {
+	rng := random(t)
+	v := open1(t, t.TempDir(), noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	for _, size := range []int{30_000, 29_999} {
+		_, other := someChunk(rng, size)
+		err := v.db.Update(func(txn *badger.Txn) error { return txn.Set(keyOf(chunkPrefix, id), other) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = v.Get(t.Context(), id)
+		mustFail(t, err, wire.CodeLost)
+		mustPut(t, v, id, data)
+		mustHold(t, v, id, data)
+	}
+}
+
 func TestCheckFindsRotInOldLogs(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, noFloor)
@@ -670,6 +689,12 @@ func TestFullDisk(t *testing.T) {
 	opt := Options{FloorBytes: floor}
 	v := open1(t, store, opt)
 	held := map[chunk.ID][]byte{}
+	var small []chunk.ID
+	for range 60 {
+		id, data := someChunk(rng, 100)
+		mustPut(t, v, id, data)
+		held[id], small = data, append(small, id)
+	}
 	for {
 		id, data := someChunk(rng, chunk.DefaultSize)
 		err := v.Put(t.Context(), id, data)
@@ -680,41 +705,61 @@ func TestFullDisk(t *testing.T) {
 		held[id] = data
 	}
 	left, err := freeAt(dir, hooks{}.orReal())
-	if err != nil || left < floor-(64<<10) || len(held) < 20 {
+	if err != nil || left < floor-(64<<10) || len(held) < 80 {
 		t.Fatalf("%d chunks, %d bytes left above a floor of %d: %v", len(held), left, floor, err)
 	}
-	// Somebody else fills the rest.
-	fill, err := os.Create(filepath.Join(dir, "fill"))
-	if err != nil {
-		t.Fatal(err)
+	somebodyFillsIt := func() (undo func()) {
+		f, err := os.Create(filepath.Join(dir, "fill"))
+		for _, size := range []int{1 << 20, 4096} {
+			for block := make([]byte, size); err == nil; {
+				_, err = f.Write(block)
+			}
+			err = nil
+		}
+		f.Close()
+		return func() {
+			if err := os.Remove(filepath.Join(dir, "fill")); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	defer fill.Close()
-	block := make([]byte, 64<<10)
-	for err == nil {
-		_, err = fill.Write(block)
+	holdsAll := func() {
+		t.Helper()
+		for id, data := range held {
+			mustHold(t, v, id, data)
+		}
+		if s := v.Stats(); s.Lost != 0 || s.Chunks != len(held) {
+			t.Fatalf("%+v", s)
+		}
 	}
-	for id := range held {
+	undo := somebodyFillsIt()
+	mustClose(t, v) // with what the ballast gives
+	v = open1(t, store, opt)
+	holdsAll()
+	mustClose(t, v)
+	undo()
+	v = open1(t, store, opt) // sets the ballast aside again
+	undo = somebodyFillsIt()
+	for _, id := range small { // enough of them to need new pages
 		if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
 			t.Fatalf("dropping on a full disk: %v", err)
 		}
 		delete(held, id)
-		break
 	}
+	holdsAll()
 	mustClose(t, v)
-	v = open1(t, store, opt)
-	for id, data := range held {
-		mustHold(t, v, id, data)
+	refill, err := os.OpenFile(filepath.Join(dir, "fill"), os.O_APPEND|os.O_WRONLY, 0)
+	for block := make([]byte, 4096); err == nil; { // now there is no ballast
+		_, err = refill.Write(block)
 	}
-	if s := v.Stats(); s.Lost != 0 || s.Chunks != len(held) {
-		t.Fatalf("%+v", s)
-	}
-	mustClose(t, v)
-	for err = nil; err == nil; { // now without ballast
-		_, err = fill.Write(block)
-	}
+	refill.Close()
 	if _, err := Open(store, opt); err == nil || !strings.Contains(err.Error(), "full") {
 		t.Fatalf("opened on a disk that is full to the brim: %v", err)
 	}
+	undo()
+	v = open1(t, store, opt)
+	holdsAll()
+	mustClose(t, v)
 }
 
 func TestSecondOpenIsRefused(t *testing.T) {
