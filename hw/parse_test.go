@@ -300,11 +300,26 @@ func TestTableFitsWhateverIsInIt(t *testing.T) {
 
 func TestLongTextsDoNotPushOutWhatMatters(t *testing.T) {
 	long := strings.Repeat("long ", 30)
-	inv := &Inventory{Disks: []Disk{{Name: "sda", Size: 1e12, Bus: "sata", Model: long, Serial: long, Health: &Health{Warnings: []string{"failing"}}}}}
+	inv := &Inventory{Disks: []Disk{{Name: "sda", Size: 1e12, Bus: "sata", Model: long, Serial: long, Mounts: []string{"/srv"}, Health: &Health{Warnings: []string{"failing"}}}}}
 	var out bytes.Buffer
 	must(t, WriteTable(&out, inv))
-	if !strings.Contains(out.String(), "failing") || !strings.Contains(out.String(), "1.0 TB") {
+	if !strings.Contains(out.String(), "failing") || !strings.Contains(out.String(), "1.0 TB") || !strings.Contains(out.String(), "MOUNTED AT\n") {
 		t.Errorf("the size or the warning is gone:\n%s", &out)
+	}
+}
+
+func TestHealthReadsAsAPersonWouldSayIt(t *testing.T) {
+	for want, d := range map[string]Disk{
+		"no complaints 41.0 °C 3% 338 days":        {Health: &Health{Temperature: new(41.0), Wear: new(3.0), PowerOnHours: new(uint64(8123))}},
+		"hot; 1 unreadable sector; 2 media errors": {Health: &Health{Warnings: []string{"hot"}, Pending: new(uint64(1)), MediaErrors: new(uint64(2))}},
+		"asleep, not asked":                        {Power: PowerAsleep, Health: &Health{Warnings: []string{"old"}}},
+		"not known":                                {},
+	} {
+		var out bytes.Buffer
+		must(t, WriteTable(&out, &Inventory{Disks: []Disk{d}}))
+		if !strings.Contains(strings.Join(strings.Fields(out.String()), " "), want) {
+			t.Errorf("%q is not in:\n%s", want, &out)
+		}
 	}
 }
 

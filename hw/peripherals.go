@@ -147,7 +147,7 @@ type periphFound struct {
 }
 
 // askPeriph registers periph's drivers, once in the life of the process, and
-// lists what they found. This is what host.Init of periph does, with only the
+// lists what they found; periph keeps the GPIO chips open from then on. This is what host.Init of periph does, with only the
 // drivers linked that go through the kernel; those of single boards map
 // registers, which a probe must not. The GPIO driver prints to the log of the
 // process if it may not open a chip, so it is not begun then.

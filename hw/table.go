@@ -24,6 +24,7 @@ func WriteTable(w io.Writer, inv *Inventory) error {
 	t.processor(inv)
 	t.memory(inv)
 	t.disks(inv)
+	t.diskHealth(inv)
 	t.filesystems(inv)
 	t.network(inv)
 	t.sensors(inv)
@@ -205,13 +206,55 @@ func (t *table) disks(inv *Inventory) {
 	t.section("DISKS")
 	var rows [][]string
 	for _, d := range inv.Disks {
-		rows = append(rows, []string{d.Name, decimal(d.Size), diskKind(d), d.Model, d.Serial, strings.Join(d.Mounts, ", "), healthText(d)})
+		rows = append(rows, []string{d.Name, decimal(d.Size), diskKind(d), d.Model, d.Serial, strings.Join(d.Mounts, ", ")})
 		for _, p := range d.Partitions {
-			rows = append(rows, []string{"  " + p.Name, decimal(p.Size), "", "", "", strings.Join(p.Mounts, ", "), ""})
+			rows = append(rows, []string{"  " + p.Name, decimal(p.Size), "", "", "", strings.Join(p.Mounts, ", ")})
 		}
 	}
 	t.rows([]column{{title: "NAME"}, {title: "SIZE", right: true}, {title: "KIND"}, {title: "MODEL", wide: true},
-		{title: "SERIAL", wide: true}, {title: "MOUNTED AT", wide: true}, {title: "HEALTH", wide: true}}, rows)
+		{title: "SERIAL", wide: true}, {title: "MOUNTED AT", wide: true}}, rows)
+}
+
+// diskHealth is a table of its own: what a disk complains about must not be
+// cut off by a long model name.
+func (t *table) diskHealth(inv *Inventory) {
+	t.section("DISK HEALTH")
+	var rows [][]string
+	for _, d := range inv.Disks {
+		if d.Power == PowerAsleep {
+			rows = append(rows, []string{d.Name, "asleep, not asked", "", "", ""})
+		} else if d.Health != nil {
+			rows = append(rows, healthRow(d.Name, d.Health))
+		}
+	}
+	if len(rows) == 0 {
+		t.line("  not known")
+		return
+	}
+	t.rows([]column{{title: "NAME"}, {title: "SAYS", wide: true}, {title: "TEMPERATURE", right: true},
+		{title: "WORN", right: true}, {title: "SWITCHED ON FOR", right: true}}, rows)
+}
+
+func healthRow(name string, h *Health) []string {
+	says := slices.Clone(h.Warnings)
+	complain := func(n *uint64, what string) {
+		if n != nil && *n > 0 {
+			says = append(says, plural(int(min(*n, math.MaxInt32)), what))
+		}
+	}
+	complain(h.Pending, "unreadable sector")
+	complain(h.MediaErrors, "media error")
+	row := []string{name, firstOf(strings.Join(says, "; "), "no complaints"), "", "", ""}
+	if h.Temperature != nil {
+		row[2] = reading(*h.Temperature, "°C")
+	}
+	if h.Wear != nil {
+		row[3] = fmt.Sprintf("%.0f%%", *h.Wear)
+	}
+	if h.PowerOnHours != nil {
+		row[4] = duration(time.Duration(*h.PowerOnHours) * time.Hour)
+	}
+	return row
 }
 
 func diskKind(d Disk) string {
@@ -228,42 +271,6 @@ func diskKind(d Disk) string {
 		kind += ", read-only"
 	}
 	return kind
-}
-
-func healthText(d Disk) string {
-	if d.Power == PowerAsleep {
-		return "asleep"
-	}
-	h := d.Health
-	if h == nil {
-		return ""
-	}
-	var parts []string
-	switch {
-	case len(h.Warnings) > 0:
-		parts = append(parts, strings.Join(h.Warnings, "; "))
-	case count(h.Pending) > 0:
-		parts = append(parts, plural(int(min(*h.Pending, math.MaxInt32)), "unreadable sector"))
-	default:
-		parts = append(parts, "no complaints")
-	}
-	if h.Temperature != nil {
-		parts = append(parts, fmt.Sprintf("%.0f °C", *h.Temperature))
-	}
-	if h.Wear != nil {
-		parts = append(parts, fmt.Sprintf("%.0f%% worn", *h.Wear))
-	}
-	if h.PowerOnHours != nil {
-		parts = append(parts, duration(time.Duration(*h.PowerOnHours)*time.Hour)+" on")
-	}
-	return strings.Join(parts, ", ")
-}
-
-func count(v *uint64) uint64 {
-	if v == nil {
-		return 0
-	}
-	return *v
 }
 
 func (t *table) filesystems(inv *Inventory) {
