@@ -147,10 +147,11 @@ type periphFound struct {
 }
 
 // askPeriph registers periph's drivers, once in the life of the process, and
-// lists what they found; periph keeps the GPIO chips open from then on. This is what host.Init of periph does, with only the
-// drivers linked that go through the kernel; those of single boards map
-// registers, which a probe must not. The GPIO driver prints to the log of the
-// process if it may not open a chip, so it is not begun then.
+// lists what they found; periph keeps the GPIO chips open from then on. This is
+// what host.Init of periph does, with only the drivers linked that go through
+// the kernel; those of single boards map registers, which a probe must not. The
+// GPIO driver prints to the log of the process if it may not open a chip, so it
+// is not begun then.
 func askPeriph(chips []GPIOChip, buses []Bus) periphFound {
 	var f periphFound
 	if len(chips)+len(buses) == 0 || slices.ContainsFunc(chips, func(c GPIOChip) bool { return c.Access == AccessDenied }) {
