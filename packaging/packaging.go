@@ -13,6 +13,6 @@
 // nothing, and over invented ones that break it, where it must speak. A rule
 // that has gone blind therefore fails, too.
 //
-// Below it: tour/ has what the one-machine tour needs and nobody else does.
+// Below it: tour/, the tour of a whole fleet on one machine (`deimos dev`).
 // Debian packages, systemd units and the QEMU image are to come.
 package packaging
