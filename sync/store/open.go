@@ -18,6 +18,9 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/options"
+	"github.com/dgraph-io/badger/v4/table"
+	"github.com/dgraph-io/ristretto/v2/z"
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
@@ -45,17 +48,7 @@ func Open(dir string, opt Options) (*Volume, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	capacity, err := process.take(opt.Capacity)
-	if err != nil {
-		return nil, err
-	}
-	opt.Capacity = capacity
-	v, err := open(dir, opt)
-	if err != nil {
-		process.giveBack(capacity)
-		return nil, err
-	}
-	return v, nil
+	return open(dir, opt)
 }
 
 func open(dir string, opt Options) (_ *Volume, err error) {
@@ -75,6 +68,14 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if opt.Capacity, err = process.take(opt.Capacity); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			process.giveBack(opt.Capacity)
+		}
+	}()
 	if err := makeRoom(dir, opt.hooks); err != nil {
 		return nil, err
 	}
@@ -279,15 +280,18 @@ func guardNewestLog(dir string) error {
 
 const logHeader = 20 // bytes at the beginning of a value log
 
-// mendLogHeaders puts the key id in the headers of value logs right. It is always
-// 0, since nothing here is encrypted by Badger, which refuses to open all chunks
+// mendLogHeaders puts the key id in the headers of logs right. It is always 0, since nothing here is encrypted by Badger, which refuses to open all chunks
 // for a single flipped bit in one of them.
 func mendLogHeaders(dir string) error {
-	logs, err := filesOf(dir, ".vlog")
+	values, err := filesOf(dir, ".vlog")
 	if err != nil {
 		return err
 	}
-	for _, path := range logs {
+	mems, err := filesOf(dir, ".mem")
+	if err != nil {
+		return err
+	}
+	for _, path := range append(values, mems...) {
 		if err := mendLogHeader(path); err != nil {
 			return err
 		}
@@ -362,16 +366,65 @@ func openBadger(dir string, opt Options, size int64) (db *badger.DB, err error) 
 			err = fmt.Errorf("the chunks in %s cannot be opened, their files are damaged or the disk fails: %v", dir, p)
 		}
 	}()
-	db, err = badger.Open(tuning(dir, size, opt.Log))
+	tuned := tuning(dir, size, opt.Log)
+	if err := checkTables(dir, tuned); err != nil {
+		return nil, err
+	}
+	db, err = badger.Open(tuned)
 	switch {
 	case errors.Is(err, syscall.EWOULDBLOCK):
 		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
 	case errors.Is(err, syscall.ENOSPC):
 		return nil, fmt.Errorf("the disk of %s is full: delete something else there (%w)", dir, err)
 	case err != nil:
-		return nil, fmt.Errorf("the chunks in %s cannot be opened: %w; if the disk is sound, move the directory away and begin a new volume, the fleet holds copies", dir, err)
+		return nil, fmt.Errorf("the chunks in %s cannot be opened: %w; %s", dir, err, beginAnew)
 	}
 	return db, nil
+}
+
+// checkTables reads the tables of the index before Badger does: at a damaged one
+// Badger crashes the process, from a goroutine of its own, or skips keys.
+func checkTables(dir string, tuned badger.Options) error {
+	f, err := os.Open(filepath.Join(dir, badger.ManifestFilename))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("the index of the chunks in %s cannot be read: %w", dir, err)
+	}
+	defer f.Close()
+	manifest, _, err := badger.ReplayManifestFile(f, tuned.ExternalMagicVersion, tuned)
+	if err != nil {
+		return fmt.Errorf("the index of the chunks in %s is damaged: %w; %s", dir, err, beginAnew)
+	}
+	for id := range manifest.Tables { // others were never finished, Badger deletes them
+		path := table.NewFilename(id, dir)
+		if err := checkTable(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("the index of the chunks in %s is damaged: %s: %w; %s", dir, filepath.Base(path), err, beginAnew)
+		}
+	}
+	return nil
+}
+
+const beginAnew = "if the disk is sound, move the directory away and begin a new volume, the fleet holds copies"
+
+func checkTable(path string) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = errors.New("it cannot be read")
+		}
+	}()
+	file, err := z.OpenMmapFile(path, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close(-1)) }()
+	t, err := table.OpenTable(file, table.Options{ReadOnly: true, ChkMode: options.NoVerification})
+	if err != nil {
+		return err
+	}
+	return t.VerifyChecksum()
 }
 
 // agreeOnID compares the id of the directory with the one among the chunks, and

@@ -466,7 +466,8 @@ func TestDamagedRecordHeaderIsLostAndClosingWorks(t *testing.T) {
 
 func TestLogCutUnderTheVolumeIsLostNotACrash(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, noFloor)
+	// It cannot be closed, and keeps its share of a 32-bit process.
+	v := open1(t, dir, Options{FloorBytes: -1, Capacity: 16 << 20})
 	id, data := someChunk(rng, 300_000)
 	mustPut(t, v, id, data)
 	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
@@ -495,6 +496,35 @@ func TestAFlippedBitInALogHeaderCostsNothing(t *testing.T) {
 		t.Fatal(logs, err)
 	}
 	overwrite(t, logs[0], int64(rng.IntN(8)), 4)
+	mustHold(t, open1(t, dir, noFloor), id, data)
+}
+
+func TestADamagedIndexIsRefusedNotACrash(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 3000)
+	mustPut(t, v, id, data)
+	mustClose(t, v)
+	tables, err := filesOf(filepath.Join(dir, chunksDir), ".sst")
+	if err != nil || len(tables) == 0 {
+		t.Fatal(tables, err)
+	}
+	whole, err := os.ReadFile(tables[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := len(whole) - 60; at < len(whole); at++ { // where its parts are described
+		overwrite(t, tables[0], int64(at), whole[at]^byte(1<<rng.IntN(8)))
+		if v, err := Open(dir, noFloor); err == nil {
+			mustHold(t, v, id, data)
+			mustClose(t, v)
+		} else if !strings.Contains(err.Error(), "damaged") {
+			t.Fatalf("byte %d: %v", at, err)
+		}
+		if err := os.WriteFile(tables[0], whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	mustHold(t, open1(t, dir, noFloor), id, data)
 }
 
@@ -778,8 +808,9 @@ func TestSecondOpenIsRefused(t *testing.T) {
 
 func TestAnotherVolumeIsRefused(t *testing.T) {
 	a, b := t.TempDir(), t.TempDir()
-	va, vb := open1(t, a, noFloor), open1(t, b, noFloor)
+	va := open1(t, a, noFloor)
 	mustClose(t, va)
+	vb := open1(t, b, noFloor)
 	mustClose(t, vb)
 	refused := func(dir, id, sentence string) {
 		t.Helper()
