@@ -64,6 +64,7 @@ type Agent struct {
 	inv   *hw.Inventory
 	boot  string // the kernel's boot id
 	began time.Time
+	rest  func(context.Context, time.Duration) error
 
 	member  *Membership
 	clock   *Clock
@@ -102,7 +103,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	a := &Agent{cfg: cfg, log: cfg.Log, began: time.Now(), restart: make(chan struct{})}
+	a := &Agent{cfg: cfg, log: cfg.Log, began: time.Now(), rest: rest, restart: make(chan struct{})}
 	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
 		return err
 	}
@@ -120,6 +121,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	a.clock = NewClock(floor)
 	if err := a.join(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil // asked to end before it was a member
+		}
 		return err
 	}
 	a.clock.Raise(a.member.issued())
@@ -157,7 +161,7 @@ func (a *Agent) know(ctx context.Context) error {
 func (a *Agent) join(ctx context.Context) error {
 	dir := a.cfg.path("identity")
 	var err error
-	if a.member, err = loadMembership(dir); err != nil || a.member != nil {
+	if a.member, err = loadMembership(dir, a.id); err != nil || a.member != nil {
 		return err
 	}
 	if a.cfg.Coordinator == "" || a.cfg.Token == "" {
@@ -185,11 +189,19 @@ func (a *Agent) join(ctx context.Context) error {
 		}
 		pause := wait/2 + rand.N(wait)
 		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", a.cfg.Coordinator, "in", pause.Round(time.Millisecond), "error", plain(err))
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
+		if err := a.rest(ctx, pause); err != nil {
+			return err
 		}
+	}
+}
+
+// rest waits for d; it returns an error if ctx ends before.
+func rest(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
 	}
 }
 
@@ -324,7 +336,7 @@ func (a *Agent) live(ctx context.Context) error {
 	select {
 	case <-done:
 	case <-time.After(stopLimit):
-		return errors.New("some work did not end in time; it will be done again")
+		a.log.Warn("some work did not end in time; it will be done again", "waited", stopLimit)
 	}
 	if again {
 		return ErrRestart

@@ -1,6 +1,9 @@
 package agent
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"sync"
 	"time"
 
@@ -66,4 +69,32 @@ func (c *Clock) Trust(t time.Time) bool {
 	}
 	c.anchor, c.at, c.trusted = t, c.system(), true
 	return true
+}
+
+// learn raises the floor by a certificate that a TLS handshake refused because
+// by this clock it is not valid yet, and tells whether it did. That roots signed
+// it proves that its time has begun. A device without a battery for its clock,
+// that was off while a server's certificate was renewed, gets in only by this.
+func (c *Clock) learn(refused error, roots *x509.CertPool) bool {
+	var bad *tls.CertificateVerificationError
+	if !errors.As(refused, &bad) || len(bad.UnverifiedCertificates) == 0 {
+		return false
+	}
+	leaf := bad.UnverifiedCertificates[0]
+	if !c.Now().Before(leaf.NotBefore) {
+		return false
+	}
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: leaf.NotBefore}); err != nil {
+		return false
+	}
+	c.Raise(leaf.NotBefore)
+	return true
+}
+
+// later is the later of two times.
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -47,8 +48,8 @@ type duties struct {
 	trusted func() ed25519.PublicKey // key that signs orders
 	clock   *Clock
 	journal *journal
-	// epoch is the number below this life's first report of any order; a later
-	// life's is higher, so that its reports are newer than those of this one.
+	// epoch is the number below this life's first report; a later life's is
+	// higher, so that its reports are newer than those of this one.
 	epoch  uint64
 	routes map[wire.Kind]Route
 	// publish sends a sealed report; it may be lost, the outbox sends it again.
@@ -67,15 +68,10 @@ type dispatcher struct {
 	wg    sync.WaitGroup
 
 	mu       sync.Mutex
-	inFlight map[string]*progress // by order id
-	owed     map[string]*debt     // unacknowledged terminal reports, by order id
-	changed  chan struct{}        // capacity 1: owed has changed
-}
-
-// progress is where a running order stands.
-type progress struct {
-	seq  uint64
-	last wire.Report
+	seq      uint64                  // of the last report; one count for all orders, as an order may begin again
+	inFlight map[string]*wire.Report // by order id: the last report, for who asks again
+	owed     map[string]*debt        // unacknowledged terminal reports, by order id
+	changed  chan struct{}           // capacity 1: owed has changed
 }
 
 // debt is a terminal report that the coordinator has not acknowledged.
@@ -89,7 +85,8 @@ func newDispatcher(u duties) (*dispatcher, error) {
 	d := &dispatcher{
 		duties:   u,
 		lanes:    make(map[wire.Kind]chan struct{}, len(u.routes)),
-		inFlight: make(map[string]*progress),
+		seq:      u.epoch,
+		inFlight: make(map[string]*wire.Report),
 		owed:     make(map[string]*debt),
 		changed:  make(chan struct{}, 1),
 	}
@@ -136,8 +133,8 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if p, ok := d.inFlight[o.ID]; ok {
-		d.say(p.last)
+	if last, ok := d.inFlight[o.ID]; ok {
+		d.say(*last)
 		return nil
 	}
 	done, ok, err := d.journal.get(o.ID)
@@ -148,49 +145,60 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 		d.publish(done.Report)
 		return nil
 	}
-	if err := o.CheckFor(d.id.ID, d.clock.Now()); err != nil {
-		// Not kept: after its expiry nobody asks for it again.
+	now, sure := d.clock.Read()
+	if err := o.CheckFor(d.id.ID, now); err != nil {
 		p := wire.ProblemOf(err)
-		d.say(wire.Report{Order: o.ID, Seq: d.epoch + 1, State: p.State, Code: p.Code, Reason: p.Reason})
+		if p.Code == wire.CodeExpired && sure != wire.ClockTrusted {
+			// Perhaps it is this clock that is ahead, and a terminal report would
+			// be final. The welcome sets the clock, and the order comes again.
+			return fmt.Errorf("order %s expired at %s by a clock that is not sure of the time, and was ignored", o.ID, o.Expires.UTC().Format(time.RFC3339))
+		}
+		// Not kept: after its expiry nobody asks for it again.
+		d.seq++
+		d.say(wire.Report{Order: o.ID, Seq: d.seq, State: p.State, Code: p.Code, Reason: p.Reason})
 		return nil
 	}
 	if len(d.inFlight) >= maxInFlight {
 		return fmt.Errorf("order %s has to wait: %d orders are under way", o.ID, maxInFlight)
 	}
-	p := &progress{seq: d.epoch}
-	d.inFlight[o.ID] = p
-	d.step(p, wire.Report{Order: o.ID, State: wire.Queued})
-	d.wg.Go(func() { d.carryOut(ctx, o, p) })
+	last := new(wire.Report)
+	d.inFlight[o.ID] = last
+	d.step(last, wire.Report{Order: o.ID, State: wire.Queued})
+	d.wg.Go(func() { d.carryOut(ctx, o, last) })
 	return nil
 }
 
 // carryOut runs an order to its terminal report.
-func (d *dispatcher) carryOut(ctx context.Context, o wire.Order, p *progress) {
-	out, err := d.effect(ctx, o, p)
+func (d *dispatcher) carryOut(ctx context.Context, o wire.Order, last *wire.Report) {
+	out, err := d.effect(ctx, o, last)
 	route := d.routes[o.Kind]
 	switch {
 	case err != nil && ctx.Err() != nil:
-		// The agent is ending. The coordinator will send the order again.
-		d.drop(o.ID)
+		d.abandon(o.ID)
 		return
 	case route.Restart != nil && errors.Is(err, route.Restart):
-		d.drop(o.ID)
+		d.abandon(o.ID)
 		d.restart()
 		return
 	case route.Later != nil && errors.Is(err, route.Later):
-		d.drop(o.ID)
+		d.abandon(o.ID)
 		return
 	}
-	d.finish(o.ID, o.Expires, p, d.terminal(ctx, o.ID, out, err))
+	r := d.terminal(ctx, o.ID, out, err)
+	if err == nil && r.State != wire.Succeeded && ctx.Err() != nil {
+		d.abandon(o.ID) // not the result is at fault, its attachment had no time
+		return
+	}
+	d.finish(o.Expires, r)
 }
 
 // conclude reports on an order that a former life of the agent was given.
 func (d *dispatcher) conclude(order string, out wire.Outcome, problem error) {
-	d.finish(order, d.clock.Now().Add(keepConcluded), &progress{seq: d.epoch}, d.terminal(context.Background(), order, out, problem))
+	d.finish(d.clock.Now().Add(keepConcluded), d.terminal(context.Background(), order, out, problem))
 }
 
 // effect waits for a place and calls the handler under its limit.
-func (d *dispatcher) effect(ctx context.Context, o wire.Order, p *progress) (wire.Outcome, error) {
+func (d *dispatcher) effect(ctx context.Context, o wire.Order, last *wire.Report) (wire.Outcome, error) {
 	route, ok := d.routes[o.Kind]
 	if !ok {
 		return wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind)
@@ -202,6 +210,8 @@ func (d *dispatcher) effect(ctx context.Context, o wire.Order, p *progress) (wir
 	case d.lanes[o.Kind] <- struct{}{}:
 		defer func() { <-d.lanes[o.Kind] }()
 	case <-waiting.Done():
+	}
+	if waiting.Err() != nil { // also where both were ready: not begun after its expiry
 		return wire.Outcome{}, context.Cause(waiting)
 	}
 	limit := min(route.Limit, o.Expires.Sub(d.clock.Now()))
@@ -210,20 +220,32 @@ func (d *dispatcher) effect(ctx context.Context, o wire.Order, p *progress) (wir
 	defer cancel()
 
 	d.mu.Lock()
-	d.step(p, wire.Report{Order: o.ID, State: wire.Running})
+	d.step(last, wire.Report{Order: o.ID, State: wire.Running})
 	d.mu.Unlock()
-	out, err := route.Handle(running, o, func(done float64) {
+	out, err := d.handle(running, o, func(done float64) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		// A percent at a time is enough for a person to watch.
-		if done >= p.last.Progress+0.01 {
-			d.step(p, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
+		// A percent at a time is enough for a person to watch. Nothing after the end.
+		if d.inFlight[o.ID] == last && done >= last.Progress+0.01 {
+			d.step(last, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
 		}
 	})
 	if err != nil && running.Err() != nil && ctx.Err() == nil {
 		return wire.Outcome{}, context.Cause(running)
 	}
 	return out, err
+}
+
+// handle calls the handler. A panic in it is the failure of this order: the
+// other orders go on, and the coordinator hears of it.
+func (d *dispatcher) handle(ctx context.Context, o wire.Order, progress func(float64)) (out wire.Outcome, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			d.log.Error("a handler panicked; this is a bug, please report it", "order", o.ID, "kind", o.Kind, "panic", v, "stack", string(debug.Stack()))
+			out, err = wire.Outcome{}, wire.FailedBecause(wire.CodeInternal, "the agent has a bug: carrying out a %s order panicked (%v); its log holds the details", o.Kind, v)
+		}
+	}()
+	return d.routes[o.Kind].Handle(ctx, o, progress)
 }
 
 // terminal makes the final report of an order.
@@ -263,9 +285,11 @@ func (d *dispatcher) fill(ctx context.Context, r *wire.Report, out wire.Outcome)
 }
 
 // finish makes a terminal report durable, then sends it until it is acknowledged.
-func (d *dispatcher) finish(order string, expires time.Time, p *progress, r wire.Report) {
+func (d *dispatcher) finish(expires time.Time, r wire.Report) {
+	order := r.Order
 	d.mu.Lock()
-	r.Seq = p.seq + 1
+	d.seq++
+	r.Seq = d.seq
 	d.mu.Unlock()
 	raw, err := d.seal(r)
 	if err != nil {
@@ -288,18 +312,19 @@ func (d *dispatcher) finish(order string, expires time.Time, p *progress, r wire
 	d.publish(raw)
 }
 
-// drop forgets a running order without a report.
-func (d *dispatcher) drop(order string) {
+// abandon forgets a running order without a report: the coordinator will send
+// it again, or somebody else concludes it.
+func (d *dispatcher) abandon(order string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.inFlight, order)
 }
 
 // step numbers and sends a report that is not terminal. d.mu is held.
-func (d *dispatcher) step(p *progress, r wire.Report) {
-	p.seq++
-	r.Seq = p.seq
-	p.last = r
+func (d *dispatcher) step(last *wire.Report, r wire.Report) {
+	d.seq++
+	r.Seq = d.seq
+	*last = r
 	d.say(r)
 }
 

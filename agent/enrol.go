@@ -37,7 +37,7 @@ var ErrUntrusted = errors.New("this is not the coordinator that the token belong
 const membershipFile = "membership.json"
 
 // loadMembership returns nil without error where the device never enrolled.
-func loadMembership(dir string) (*Membership, error) {
+func loadMembership(dir string, id Identity) (*Membership, error) {
 	path := filepath.Join(dir, membershipFile)
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -49,6 +49,12 @@ func loadMembership(dir string) (*Membership, error) {
 	var m Membership
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return nil, fmt.Errorf("the enrolment %s is damaged: remove it and start the agent with a fleet token: %w", path, err)
+	}
+	if m.Device != "" && m.Device != id.ID {
+		return nil, fmt.Errorf("the enrolment %s is that of device %s, but this device's key makes it %s: restore that key, or remove the enrolment and start the agent with a fleet token", path, m.Device, id.ID)
+	}
+	if err := m.fits(id); err != nil {
+		return nil, fmt.Errorf("the enrolment %s cannot be used: remove it and start the agent with a fleet token: %w", path, err)
 	}
 	return &m, nil
 }
@@ -120,7 +126,10 @@ func enrol(ctx context.Context, id Identity, base string, tok wire.FleetToken, r
 	hr.Header.Set("Content-Type", "application/json")
 	tr := &http.Transport{TLSClientConfig: pinned(tok.Fingerprint, u.Hostname(), now)}
 	defer tr.CloseIdleConnections()
-	resp, err := (&http.Client{Transport: tr}).Do(hr)
+	c := &http.Client{Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse // the token is for this address and no other
+	}}
+	resp, err := c.Do(hr)
 	if err != nil {
 		return nil, err
 	}
@@ -154,16 +163,27 @@ func (m *Membership) check(id Identity, tok wire.FleetToken) error {
 	if ca == nil || wire.Fingerprint(ca.Bytes) != tok.Fingerprint {
 		return ErrUntrusted
 	}
+	if err := m.fits(id); err != nil {
+		return fmt.Errorf("the coordinator's answer cannot be used; is it newer than this agent? %w", err)
+	}
+	return nil
+}
+
+// fits tells whether an enrolment is whole and for this device's key.
+func (m *Membership) fits(id Identity) error {
 	block, _ := pem.Decode(m.Certificate)
 	if block == nil || m.Device != id.ID || len(m.OrderKey) != ed25519.PublicKeySize || len(m.Brokers) == 0 || len(m.DataPlane) == 0 {
-		return errors.New("the coordinator's answer is incomplete; is it newer than this agent?")
+		return errors.New("it lacks a part, or is for another device")
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(m.CA) {
+		return errors.New("it holds no valid authority")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return fmt.Errorf("the coordinator's certificate for this device cannot be read: %w", err)
+		return fmt.Errorf("its certificate for this device cannot be read: %w", err)
 	}
 	if !id.key.Public().(ed25519.PublicKey).Equal(cert.PublicKey) {
-		return errors.New("the coordinator's certificate is for another key")
+		return errors.New("its certificate is for another key")
 	}
 	return nil
 }
@@ -187,7 +207,11 @@ func pinned(fp [16]byte, host string, now func() time.Time) *tls.Config {
 			if !found {
 				return ErrUntrusted
 			}
-			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: now()})
+			leaf := cs.PeerCertificates[0]
+			// A new device may not know the time. That the authority has signed the
+			// certificate proves that its time has begun.
+			at := later(now(), leaf.NotBefore)
+			_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: at})
 			if err != nil {
 				return fmt.Errorf("the coordinator's certificate is not valid: %w", err)
 			}

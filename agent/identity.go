@@ -73,12 +73,7 @@ func writeDurably(path string, data []byte) error {
 	if err := renameio.WriteFile(path, data, 0o600); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return syncDir(filepath.Dir(path))
 }
 
 // csr is a certificate request that proves possession of the key.

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"sync"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
@@ -18,7 +20,11 @@ import (
 // Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time;
 // "epoch" → how often the agent was started.
 type journal struct {
-	db *badger.DB
+	db  *badger.DB
+	dir string
+	// mu makes one write at a time. Badger's Sync leaves out the log of a
+	// memtable that another write has just rotated out.
+	mu sync.Mutex
 }
 
 // entry is a finished order.
@@ -55,7 +61,7 @@ func openJournal(dir string) (*journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the agent's journal in %s cannot be opened: %w", dir, err)
 	}
-	return &journal{db: db}, nil
+	return &journal{db: db, dir: dir}, nil
 }
 
 func (j *journal) close() error { return j.db.Close() }
@@ -66,13 +72,40 @@ func (j *journal) put(e entry) error {
 	if err != nil {
 		return err
 	}
-	if err := j.db.Update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+e.Order), raw) }); err != nil {
+	return j.durably(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+e.Order), raw) })
+}
+
+// update changes the journal; a power cut may undo it.
+func (j *journal) update(change func(*badger.Txn) error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.db.Update(change)
+}
+
+// durably changes the journal; when it returns nil, the change has reached the disk.
+func (j *journal) durably(change func(*badger.Txn) error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err := j.db.Update(change); err != nil {
 		return fmt.Errorf("the journal cannot be written: %w", err)
 	}
-	if err := j.db.Sync(); err != nil {
+	err := j.db.Sync()
+	if err == nil {
+		err = syncDir(j.dir) // of a log that is new; Badger does it some time later
+	}
+	if err != nil {
 		return fmt.Errorf("the journal cannot be synced to disk: %w", err)
 	}
 	return nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
 }
 
 // get finds a finished order; ok is false for one that is not known.
@@ -106,7 +139,7 @@ func (j *journal) acked(order string, seq uint64) error {
 	if err != nil {
 		return err
 	}
-	return j.db.Update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+order), raw) })
+	return j.update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+order), raw) })
 }
 
 // each calls f for every finished order.
@@ -139,6 +172,8 @@ func (j *journal) forget(now time.Time) error {
 	if len(old) == 0 {
 		return nil
 	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	wb := j.db.NewWriteBatch()
 	defer wb.Cancel()
 	for _, id := range old {
@@ -171,19 +206,20 @@ func (j *journal) saveFloor(t time.Time) error {
 	if err != nil {
 		return err
 	}
-	return j.db.Update(func(tx *badger.Txn) error { return tx.Set(floorKey, raw) })
+	return j.update(func(tx *badger.Txn) error { return tx.Set(floorKey, raw) })
 }
 
 var epochKey = []byte("epoch")
 
-// reportsAnEpoch is how many reports an order can have in one life of the agent;
-// epochs are multiples of it. Epochs stay exact as JSON numbers (2^53) for 2^33 lives.
-const reportsAnEpoch = 1 << 20
+// reportsAnEpoch is how many reports there can be in one life of the agent (a
+// hundred a second for a year); epochs are multiples of it. They stay exact in
+// any reader of JSON (2^53) for two million lives, and in Go's for four billion.
+const reportsAnEpoch = 1 << 32
 
 // nextEpoch counts the agent's lives, durably.
 func (j *journal) nextEpoch() (uint64, error) {
 	var n uint64
-	err := j.db.Update(func(tx *badger.Txn) error {
+	err := j.durably(func(tx *badger.Txn) error {
 		item, err := tx.Get(epochKey)
 		switch {
 		case err == nil:
@@ -200,11 +236,8 @@ func (j *journal) nextEpoch() (uint64, error) {
 		n++
 		return tx.Set(epochKey, binary.BigEndian.AppendUint64(nil, n))
 	})
-	if err == nil {
-		err = j.db.Sync()
-	}
 	if err != nil {
-		return 0, fmt.Errorf("the journal cannot be written: %w", err)
+		return 0, err
 	}
 	return n * reportsAnEpoch, nil
 }

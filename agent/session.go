@@ -29,6 +29,7 @@ type session struct {
 	link
 	out    chan message
 	online atomic.Bool
+	again  time.Duration // without a welcome for so long, hello is said again
 
 	mu    sync.Mutex
 	nonce string // of the hello that waits for its welcome; empty if none does
@@ -58,14 +59,16 @@ type message struct {
 const (
 	connectTimeout = 20 * time.Second
 	keepAlive      = 30 * time.Second
-	welcomeWait    = 10 * time.Second // then hello is said again
+	welcomeWait    = 10 * time.Second
 	minBackoff     = 500 * time.Millisecond
 	maxBackoff     = time.Minute
 	inbox          = 256 // messages taken from the broker and not yet looked at
 	outbox         = 256 // messages given by the agent and not yet sent
 )
 
-func newSession(l link) *session { return &session{link: l, out: make(chan message, outbox)} }
+func newSession(l link) *session {
+	return &session{link: l, out: make(chan message, outbox), again: welcomeWait}
+}
 
 // publish queues a message. With no room, or no connection, it is dropped:
 // see the type's comment.
@@ -114,6 +117,7 @@ func (s *session) once(ctx context.Context, broker string) error {
 	opts := mqtt.NewClientOptions().
 		AddBroker(broker).
 		SetClientID(string(s.id.ID)).
+		SetProtocolVersion(4). // MQTT 3.1.1; without this, every failure is tried again as 3.1
 		SetTLSConfig(s.tls.Clone()).
 		SetCleanSession(true).
 		SetAutoReconnect(false). // run does it, with jitter and over all brokers
@@ -126,27 +130,65 @@ func (s *session) once(ctx context.Context, broker string) error {
 	c := mqtt.NewClient(opts)
 	if err := wait(ctx, c.Connect()); err != nil {
 		c.Disconnect(0)
+		if s.clock.learn(err, s.tls.RootCAs) {
+			s.log.Info("the clock was behind the broker's certificate, and is set to its beginning", "time", s.clock.Now().Format(time.RFC3339))
+		}
 		return fmt.Errorf("connect: %w", err)
 	}
 	defer c.Disconnect(250)
-	topic := wire.Topic(s.id.ID, wire.ChannelOrder)
-	if err := wait(ctx, c.Subscribe(topic, 0, func(_ mqtt.Client, m mqtt.Message) {
-		select {
-		case in <- m.Payload():
-		default: // full: the coordinator sends it again
-		}
-	})); err != nil {
+	if err := s.subscribe(ctx, c, in); err != nil {
 		return fmt.Errorf("subscribe: %w", err)
 	}
+	s.discard()
 	s.online.Store(true)
 	defer s.online.Store(false)
 	return s.pump(ctx, c, id, in, lost)
 }
 
+const refusedByBroker = 0x80 // MQTT 3.1.1, section 3.9.3
+
+func (s *session) subscribe(ctx context.Context, c mqtt.Client, in chan<- []byte) error {
+	topic := wire.Topic(s.id.ID, wire.ChannelOrder)
+	t := c.Subscribe(topic, 0, func(_ mqtt.Client, m mqtt.Message) { deliver(in, m.Payload()) })
+	if err := wait(ctx, t); err != nil {
+		return err
+	}
+	// To the library a refusal is no error, and the device would be deaf.
+	if t.(*mqtt.SubscribeToken).Result()[topic] == refusedByBroker {
+		return fmt.Errorf("the broker does not let this device read %s; its access rules must allow it", topic)
+	}
+	return nil
+}
+
+// deliver takes a message from the broker without waiting. What is larger than
+// the protocol allows is not even kept for a moment.
+func deliver(in chan<- []byte, raw []byte) {
+	if len(raw) > wire.MaxMessage {
+		return
+	}
+	select {
+	case in <- raw:
+	default: // full: the coordinator sends it again
+	}
+}
+
+// discard empties the outbox of what an earlier connection left: a hello of
+// that one, and reports that are sent again anyway. They would stand before, or
+// in the place of, this connection's hello.
+func (s *session) discard() {
+	for {
+		select {
+		case <-s.out:
+		default:
+			return
+		}
+	}
+}
+
 // pump moves messages both ways and says hello until it is answered.
 func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan []byte, lost <-chan error) error {
 	s.greet(id)
-	again := time.NewTicker(welcomeWait)
+	again := time.NewTicker(s.again)
 	defer again.Stop()
 	for {
 		select {
