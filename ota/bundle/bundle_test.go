@@ -165,6 +165,11 @@ func TestUnpackNeedsBothDigests(t *testing.T) {
 	path, _ := agentFile(t, 1<<10)
 	dir, m := build(t, path)
 	part, form := m.Parts[0], m.Parts[0].Forms[0]
+	form.SHA256 = strings.Repeat("0", 64)
+	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
+		t.Errorf("wrong packed digest: %v", err)
+	}
+	part, form = m.Parts[0], m.Parts[0].Forms[0]
 	part.SHA256 = strings.Repeat("0", 64)
 	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
 		t.Errorf("wrong raw digest: %v", err)

@@ -34,8 +34,9 @@
 //     power cut costs one of three tries. An orderly stop costs none.
 //   - A state is on disk, file and directory synced, before a method returns.
 //   - Once an install has begun, neither generation of the state names its
-//     slot as the one to start. So not even falling back to the older
-//     generation can start a version that nobody has tried.
+//     slot as the one to start: beginning is a generation of its own, and the
+//     one before it has the same current slot and no trial. So not even falling
+//     back to the older one can start a version that nobody has tried.
 //   - Both generations damaged: slot A, and a warning that says so.
 //
 // Time limits of a try are the launcher's, on its monotonic clock: a device's
@@ -199,19 +200,16 @@ func (s *Store) StagedPath(n Name) string { return filepath.Join(s.dir, string(n
 // version that runs, for the record.
 func (s *Store) BeginInstall(order, from string) (Name, error) {
 	var target Name
-	begin := func(st *State) error {
+	err := s.update(func(st *State) error {
 		if st.Trial != nil {
 			return ErrBusy
 		}
 		target = st.Current.Other()
 		st.Installing = &Installing{Order: order, Slot: target, From: from}
 		return nil
-	}
-	// Twice, so that the older generation does not name the target as current.
-	for range 2 {
-		if err := s.update(begin); err != nil {
-			return "", err
-		}
+	})
+	if err != nil {
+		return "", err
 	}
 	return target, s.clear(target)
 }

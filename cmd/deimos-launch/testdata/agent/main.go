@@ -18,6 +18,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/deimos-edge/deimos/ota/slot"
 )
@@ -29,7 +30,7 @@ func main() {
 		return
 	}
 	if len(os.Args) > 1 && os.Args[1] == "sleep" { // a grandchild
-		select {}
+		time.Sleep(time.Hour)
 	}
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM)
