@@ -71,8 +71,8 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 				}
 			}
 		}
-		_, err := fmt.Fprintf(w, "%s: %s in %d chunks on %d devices, %d signed receipts\nsha256 %s\n",
-			o.Name, cli.Bytes(o.Size), len(o.Chunks), len(devices), receipts, o.SHA256)
+		_, err := fmt.Fprintf(w, "%s: %s in %s on %s, %s\nsha256 %s\n",
+			o.Name, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), cli.Count(len(devices), "device"), cli.Count(receipts, "signed receipt"), o.SHA256)
 		return err
 	})
 }
@@ -136,7 +136,7 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
 	return g.Print(o, func(w io.Writer) error {
-		_, err := fmt.Fprintf(w, "%s: %s in %d chunks, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), len(o.Chunks), o.SHA256)
+		_, err := fmt.Fprintf(w, "%s: %s in %s, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), o.SHA256)
 		return err
 	})
 }

@@ -119,7 +119,7 @@ func writeAudit(w io.Writer, a api.Audit) error {
 	}
 	switch a.Kind {
 	case api.StorageAudit:
-		fmt.Fprintf(w, "proof      %d of %d leaves verified, from %d chunks\n", a.Right, a.Leaves, len(a.Chunks))
+		fmt.Fprintf(w, "proof      %d of %d leaves verified, from %s\n", a.Right, a.Leaves, cli.Count(len(a.Chunks), "chunk"))
 		for _, id := range a.Lost {
 			fmt.Fprintf(w, "lost       %s\n", id)
 		}

@@ -144,6 +144,14 @@ func Bytes(n int64) string {
 	return fmt.Sprintf("%.1f %ciB", f, "KMGTP"[i])
 }
 
+// Count says how many to a person: "1 chunk", "2 chunks".
+func Count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
 // Ago says a time to a person.
 func Ago(t time.Time) string {
 	if t.IsZero() {

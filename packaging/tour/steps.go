@@ -41,8 +41,9 @@ func (t *tour) probe(ctx context.Context) ([]string, error) {
 	}
 	return []string{
 		fmt.Sprintf("%s, board %s", inv.CPU.Model, inv.Board.Name),
-		fmt.Sprintf("%d cores, %s of memory, %d disks (%s), %d network interfaces, %d sensors, %d LEDs",
-			inv.CPU.Cores, cli.Bytes(int64(inv.Memory.Total)), len(inv.Disks), cli.Bytes(int64(disk)), len(inv.Network), len(inv.Sensors), len(inv.LEDs)),
+		fmt.Sprintf("%s, %s of memory, %s (%s), %s, %s, %s",
+			cli.Count(inv.CPU.Cores, "core"), cli.Bytes(int64(inv.Memory.Total)), cli.Count(len(inv.Disks), "disk"), cli.Bytes(int64(disk)),
+			cli.Count(len(inv.Network), "network interface"), cli.Count(len(inv.Sensors), "sensor"), cli.Count(len(inv.LEDs), "LED")),
 	}, nil
 }
 
@@ -182,7 +183,7 @@ func (t *tour) store(ctx context.Context) ([]string, error) {
 		}
 	}
 	return []string{
-		fmt.Sprintf("%s in %d chunks, Merkle root of the first %s", cli.Bytes(t.object.Size), len(t.object.Chunks), cli.Short(t.object.Chunks[0].ID)),
+		fmt.Sprintf("%s in %s, Merkle root of the first %s", cli.Bytes(t.object.Size), cli.Count(len(t.object.Chunks), "chunk"), cli.Short(t.object.Chunks[0].ID)),
 		fmt.Sprintf("%d receipts, each signed by its device after a checked sync; every signature verified", receipts),
 	}, nil
 }
@@ -338,8 +339,8 @@ func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
 	}
 	return []string{
 		fmt.Sprintf("device %d proved %d of %d random 4 KiB leaves, checked with root and size alone", honest.n, good.Right, good.Leaves),
-		fmt.Sprintf("flipped one byte in %d chunks on device %d's disk, and started it again", flipped, d.n),
-		fmt.Sprintf("device %d, asked for %d leaves: outcome %q, %d chunks confessed, %d answered wrong", d.n, bad.Leaves, bad.Outcome, len(bad.Lost), len(bad.Wrong)),
+		fmt.Sprintf("flipped one byte in each of %s on device %d's disk, and started it again", cli.Count(flipped, "chunk"), d.n),
+		fmt.Sprintf("device %d, asked for %d leaves: outcome %q, %s confessed, %d answered wrong", d.n, bad.Leaves, bad.Outcome, cli.Count(len(bad.Lost), "chunk"), len(bad.Wrong)),
 	}, nil
 }
 
@@ -481,8 +482,8 @@ func (t *tour) update(ctx context.Context) ([]string, error) {
 	return []string{
 		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside the old one, confirmed: device %d went %s/%s → %s/%s in %.1f s",
 			d.n, before.Agent, before.Slot, after.Agent, after.Slot, took.Seconds()),
-		fmt.Sprintf("0.3.0   signed alike, but does not come up: %s", bad[0].Result.Reason),
-		fmt.Sprintf("        back on 0.2.0 by itself after %.1f s, online", back.Seconds()),
+		fmt.Sprintf("0.3.0   signed alike, but does not come up; back on 0.2.0 by itself after %.1f s; the device reports:", back.Seconds()),
+		fmt.Sprintf("        %q", bad[0].Result.Reason),
 	}, nil
 }
 
