@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/big"
 	mrand "math/rand/v2"
 	"net/http"
@@ -33,6 +34,7 @@ type audits struct {
 	staging *staging
 	// answer runs a module here. It is nil where no engine is linked in.
 	answer Compute
+	limit  time.Duration // for one challenge, its answer included
 }
 
 // Compute runs a module over an input and returns its standard output; the
@@ -49,7 +51,7 @@ const (
 
 // run makes one challenge and waits for its outcome, which is kept.
 func (a *audits) run(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
-	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	ctx, cancel := context.WithTimeout(ctx, a.limit)
 	defer cancel()
 	if _, err := a.storage.reg.device(r.Device); err != nil {
 		return api.Audit{}, err
@@ -94,14 +96,14 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	}
 	v, err := a.outbox.await(ctx, order, nil)
 	if err != nil {
-		return rec, err
+		return a.unanswered(ctx, rec, err)
 	}
 	sizes := make(map[string]int64, len(held))
 	for _, c := range held {
 		sizes[c.ID] = c.Size
 	}
 	if err := a.judgeStorage(ctx, &rec, body, sizes, v); err != nil {
-		return rec, err
+		return a.unjudged(ctx, rec, err)
 	}
 	if err := a.storage.lost(ctx, r.Device, slices.Concat(rec.Lost, rec.Wrong)); err != nil {
 		return rec, err
@@ -109,11 +111,27 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	return a.save(ctx, rec)
 }
 
+// unanswered ends a challenge whose answer did not come within the time for it.
+func (a *audits) unanswered(ctx context.Context, rec api.Audit, err error) (api.Audit, error) {
+	if !errors.Is(err, context.DeadlineExceeded) {
+		return rec, err // the coordinator is being stopped; see void
+	}
+	rec.Outcome, rec.Reason = api.AuditUnreachable, "the device did not answer in time"
+	return a.save(context.WithoutCancel(ctx), rec)
+}
+
+// unjudged ends a challenge that failed on our side: no device pays for that.
+func (a *audits) unjudged(ctx context.Context, rec api.Audit, cause error) (api.Audit, error) {
+	rec.Outcome, rec.Reason = api.AuditVoid, fmt.Sprintf("the coordinator could not judge the answer: %v", cause)
+	_, err := a.save(context.WithoutCancel(ctx), rec)
+	return rec, errors.Join(cause, err)
+}
+
 // draw picks n leaves, each byte held having the same chance.
 func draw(held []api.Chunk, n int) ([]wire.AuditItem, error) {
 	var total int64
 	for _, c := range held {
-		total += int64(chunk.LeafCount(c.Size))
+		total += c.Size
 	}
 	items := make([]wire.AuditItem, n)
 	for i := range items {
@@ -121,21 +139,24 @@ func draw(held []api.Chunk, n int) ([]wire.AuditItem, error) {
 		if err != nil {
 			return nil, err
 		}
-		at := k.Int64()
-		for _, c := range held {
-			leaves := int64(chunk.LeafCount(c.Size))
-			if at < leaves {
-				items[i] = wire.AuditItem{Chunk: c.ID, Leaf: int(at)}
-				break
-			}
-			at -= leaves
-		}
+		items[i] = leafAt(held, k.Int64())
 	}
 	// One chunk's leaves side by side, so that the device reads it once.
 	slices.SortFunc(items, func(x, y wire.AuditItem) int {
 		return cmp.Or(cmp.Compare(x.Chunk, y.Chunk), cmp.Compare(x.Leaf, y.Leaf))
 	})
 	return items, nil
+}
+
+// leafAt is the leaf that byte number at of everything held is in.
+func leafAt(held []api.Chunk, at int64) wire.AuditItem {
+	for _, c := range held {
+		if at < c.Size {
+			return wire.AuditItem{Chunk: c.ID, Leaf: int(at / chunk.LeafSize)}
+		}
+		at -= c.Size
+	}
+	panic("coordinator: a byte beyond all that is held") // at is drawn below the sum of sizes
 }
 
 // judgeStorage settles a storage challenge from the signed answer, with nothing
@@ -217,9 +238,9 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return rec, err
 	}
-	module, err := a.staging.get(ctx, blobRef{moduleBlob, r.Module}.String())
+	module, err := a.compute.module(ctx, r.Module)
 	if err != nil {
-		return rec, refuse(http.StatusNotFound, "no_module", "module %s is not here; upload it first", r.Module)
+		return rec, err
 	}
 	out, err := a.answer(ctx, module, r.Args, data)
 	if err != nil {
@@ -236,15 +257,18 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	}
 	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, wire.JobLimits{})
 	if err != nil {
-		return rec, err
+		return a.unjudged(ctx, rec, err)
 	}
+	rec.Order = order.ID
+	rec.Salt, rec.Expected = hex.EncodeToString(salt), hex.EncodeToString(expected[:])
 	v, err := a.outbox.await(ctx, order, nil)
 	if err != nil {
-		return rec, err
+		return a.unanswered(ctx, rec, err)
 	}
-	rec.Order, rec.Report = order.ID, v.Report
-	rec.Salt, rec.Expected = hex.EncodeToString(salt), hex.EncodeToString(expected[:])
-	a.judgeCompute(ctx, &rec, v)
+	rec.Report = v.Report
+	if err := a.judgeCompute(ctx, &rec, v); err != nil {
+		return a.unjudged(ctx, rec, err)
+	}
 	return a.save(ctx, rec)
 }
 
@@ -253,22 +277,28 @@ func commitment(salt, outputSum []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, v OrderRecord) {
+// judgeCompute settles a compute challenge. Its error is the coordinator's own.
+func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, v OrderRecord) error {
 	if v.State != wire.Succeeded {
 		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
-		return
+		return nil
 	}
 	j, err := a.compute.collect(ctx, v)
-	if err != nil {
-		rec.Outcome, rec.Reason = api.AuditWrong, err.Error()
-		return
+	var refused *refusal
+	switch {
+	case errors.As(err, &refused):
+		rec.Outcome, rec.Reason = api.AuditWrong, refused.Reason
+		return nil
+	case err != nil:
+		return err
 	}
 	rec.Got = j.Result.Output
 	if subtle.ConstantTimeCompare([]byte(rec.Got), []byte(rec.Expected)) == 1 {
 		rec.Outcome = api.AuditRight
-		return
+		return nil
 	}
 	rec.Outcome, rec.Reason = api.AuditWrong, "the device signed another result than the job has"
+	return nil
 }
 
 // knownInput picks a chunk that d holds and somebody else can give us.
@@ -305,20 +335,41 @@ func (a *audits) save(ctx context.Context, rec api.Audit) (api.Audit, error) {
 	})
 }
 
-// void ends challenges that nobody waits for any more: the coordinator was
-// stopped before their answer was judged. They count for nothing.
-func (a *audits) void(ctx context.Context) error {
-	old := a.outbox.now().Add(-callLimit)
+// void ends challenges begun before a time that nobody waits for any more: the
+// coordinator was stopped before their answer was judged. They count for nothing.
+func (a *audits) void(ctx context.Context, before time.Time) error {
 	for _, rec := range a.list() {
-		if rec.Outcome != api.AuditPending || rec.At.After(old) {
+		if rec.Outcome != api.AuditPending || rec.At.After(before) {
 			continue
 		}
-		rec.Outcome, rec.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
-		if _, err := a.save(ctx, rec); err != nil {
+		_, err := a.rows.change(ctx, rec.ID, func(v *api.Audit, exists bool) error {
+			if !exists || v.Outcome != api.AuditPending {
+				return errUnchanged
+			}
+			v.Outcome, v.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
+			return nil
+		})
+		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// sweep voids what another coordinator of the fleet left behind, until ctx ends.
+func (a *audits) sweep(ctx context.Context, log *slog.Logger) {
+	t := time.NewTicker(voidSweep)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			if err := a.void(ctx, a.outbox.now().Add(-2*a.limit)); err != nil && ctx.Err() == nil {
+				log.Warn("challenges that were given up stay pending", "error", err)
+			}
+		}
+	}
 }
 
 // list is every challenge, oldest first.

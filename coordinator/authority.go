@@ -37,6 +37,7 @@ type authority struct {
 }
 
 const (
+	ticketKeySize  = 32 // bytes
 	deviceCertLife = 30 * 24 * time.Hour
 	serverCertLife = 365 * 24 * time.Hour
 	caLife         = 20 * 365 * 24 * time.Hour
@@ -47,6 +48,9 @@ const (
 func openAuthority(dir string) (*authority, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("the folder for the coordinator's keys cannot be made: %w", err)
+	}
+	if err := checkComplete(dir); err != nil {
+		return nil, err
 	}
 	var a authority
 	caKey, err := loadKey(filepath.Join(dir, "ca.key"), func() (any, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) })
@@ -66,11 +70,14 @@ func openAuthority(dir string) (*authority, error) {
 		return nil, fmt.Errorf("%s must be an Ed25519 key, it is %T", filepath.Join(dir, "orders.key"), orderKey)
 	}
 	if a.ticketKey, err = loadOrMake(filepath.Join(dir, "tickets.key"), func() ([]byte, error) {
-		k := make([]byte, 32)
+		k := make([]byte, ticketKeySize)
 		rand.Read(k)
 		return k, nil
 	}); err != nil {
 		return nil, err
+	}
+	if len(a.ticketKey) != ticketKeySize {
+		return nil, fmt.Errorf("%s is damaged: it has %d bytes instead of %d; restore it from a backup, or remove the file to make a new one", filepath.Join(dir, "tickets.key"), len(a.ticketKey), ticketKeySize)
 	}
 	if a.caPEM, err = loadOrMake(filepath.Join(dir, "ca.pem"), a.selfSign); err != nil {
 		return nil, err
@@ -88,6 +95,21 @@ func openAuthority(dir string) (*authority, error) {
 	return &a, nil
 }
 
+// checkComplete refuses a folder of which a part is missing: a new order key or
+// authority would be one that no device knows. The certificate is made last, so
+// without it the first start may have been cut off.
+func checkComplete(dir string) error {
+	if _, err := os.Stat(filepath.Join(dir, "ca.pem")); err != nil {
+		return nil
+	}
+	for _, name := range []string{"ca.key", "orders.key"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s is missing: restore the folder from a backup, devices know no other key", filepath.Join(dir, name))
+		}
+	}
+	return nil
+}
+
 func publicOf(k crypto.Signer) interface{ Equal(crypto.PublicKey) bool } {
 	return k.Public().(interface{ Equal(crypto.PublicKey) bool })
 }
@@ -95,8 +117,11 @@ func publicOf(k crypto.Signer) interface{ Equal(crypto.PublicKey) bool } {
 // loadOrMake reads a secret file, or makes it durable at the first start.
 func loadOrMake(path string, make func() ([]byte, error)) ([]byte, error) {
 	raw, err := os.ReadFile(path)
-	if err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return raw, err
+	if err == nil {
+		return raw, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("a key cannot be read, check the folder's owner and permissions: %w", err)
 	}
 	if raw, err = make(); err != nil {
 		return nil, err

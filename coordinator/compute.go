@@ -79,17 +79,11 @@ func (c *compute) runOn(ctx context.Context, d wire.DeviceID, module string, arg
 }
 
 func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
-	ref, err := parseBlobRef(string(moduleBlob), module)
-	if err != nil {
-		return wire.Order{}, refuse(http.StatusBadRequest, "bad_module", "%v", err)
-	}
-	code, err := c.staging.get(ctx, ref.String())
-	if errors.Is(err, errNotStaged) {
-		return wire.Order{}, refuse(http.StatusNotFound, "no_module", "module %s is not here; upload it first", module)
-	}
+	code, err := c.module(ctx, module)
 	if err != nil {
 		return wire.Order{}, err
 	}
+	ref := blobRef{moduleBlob, module}
 	size := int64(len(code))
 	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: c.outbox.now().Add(jobLife)})
 	return c.outbox.submit(ctx, d, wire.KindJobRun, wire.JobRun{
@@ -98,17 +92,36 @@ func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args
 	}, jobLife)
 }
 
+// module gets a module that was uploaded before.
+func (c *compute) module(ctx context.Context, id string) ([]byte, error) {
+	ref, err := parseBlobRef(string(moduleBlob), id)
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "bad_module", "%v", err)
+	}
+	code, err := c.staging.get(ctx, ref.String())
+	if errors.Is(err, errNotStaged) {
+		return nil, refuse(http.StatusNotFound, "no_module", "module %s is not here; upload it first", id)
+	}
+	return code, err
+}
+
 // collect takes the result of a finished job order apart and checks that its
-// parts belong together.
+// parts belong together. What is the device's fault is a refusal.
 func (c *compute) collect(ctx context.Context, v OrderRecord) (api.Job, error) {
 	j := api.Job{Order: v.Order.ID, Device: v.Order.Device, Report: v.Report}
 	if err := succeeded(v); err != nil {
 		return j, err
 	}
 	if err := json.Unmarshal(v.Result.Body, &j.Result); err != nil {
-		return j, fmt.Errorf("device %s reports a result that cannot be read: %w", j.Device, err)
+		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s reports a result that cannot be read: %v", j.Device, err)
 	}
-	var err error
+	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
+	if err != nil {
+		return j, err
+	}
+	if j.Result.Module != asked.Module.SHA256 || j.Result.Input != asked.Input {
+		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed the result of another job", j.Device)
+	}
 	if j.Output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
 		return j, err
 	}
@@ -128,7 +141,11 @@ func attachmentOf(ctx context.Context, s *staging, r wire.Report) ([]byte, error
 	data := a.Inline
 	if data == nil && a.Size > 0 {
 		var err error
-		if data, err = s.get(ctx, attachmentName(r.Order)); err != nil {
+		data, err = s.get(ctx, attachmentName(r.Order))
+		if errors.Is(err, errNotStaged) {
+			return nil, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed for an attachment that it never sent", r.Device)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("the result of order %s: %w", r.Order, err)
 		}
 	}

@@ -35,6 +35,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -64,7 +65,9 @@ type Config struct {
 	Advertise []string      // host names or addresses that devices use; empty: the one they enrol by
 	Beat      time.Duration // heartbeat interval of devices; 0: a minute
 	Compute   Compute       // knows the answers of compute challenges; may be nil
-	Log       *slog.Logger
+	Log       *slog.Logger  // nil drops everything
+
+	now func() time.Time // for tests; nil is time.Now
 }
 
 // Coordinator is a running coordinator.
@@ -91,6 +94,9 @@ type Coordinator struct {
 	subs         []*nats.Subscription
 	failed       chan error
 	closers      []func()
+	// life ends with Close, and with it whatever waits for a device.
+	life context.Context
+	end  context.CancelFunc
 
 	// ready is nil until devices may be let in: the engine asks before the
 	// registry is open.
@@ -107,7 +113,9 @@ const (
 	stagingLife = 24 * time.Hour
 	stagingMax  = 16 << 30 // bytes
 	auditKept   = 365 * 24 * time.Hour
-	closeLimit  = 10 * time.Second
+	closeLimit  = 10 * time.Second // for answers to calls that are under way
+	minBeat     = time.Second
+	voidSweep   = time.Minute
 	startLimit  = 60 * time.Second
 	intake      = 4096 // messages of devices that wait to be looked at
 	workers     = 8    // that look at them
@@ -120,7 +128,17 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	if cfg.Beat == 0 {
 		cfg.Beat = time.Minute
 	}
-	c := &Coordinator{cfg: cfg, log: cfg.Log, now: time.Now, failed: make(chan error, 1)}
+	if cfg.Beat < minBeat {
+		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	c := &Coordinator{cfg: cfg, log: cfg.Log, now: cfg.now, failed: make(chan error, 1)}
+	if c.now == nil {
+		c.now = time.Now
+	}
+	c.life, c.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -224,9 +242,9 @@ const orderSync = time.Second
 func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg = &registry{log: c.log, now: c.now, live: make(map[wire.DeviceID]*live)}
 	c.outbox = &outbox{key: c.auth.orderKey, publish: c.publish, online: c.reg.online, now: c.now, log: c.log, pending: make(map[string]*sending)}
-	c.storage = &storage{outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
+	c.storage = &storage{life: c.life, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
-	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute}
+	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
 	err := errors.Join(
 		bucket(ctx, c, "devices", &c.reg.rows, nil),
 		bucket(ctx, c, "tokens", &c.tokens, nil),
@@ -251,7 +269,10 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
 	c.audits.compute = c.compute
 	c.releases = &releases{files: repo, cache: newStaging(repo), outbox: c.outbox, reg: c.reg}
-	return c.audits.void(ctx)
+	if c.cfg.NATS == "" {
+		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one
+	}
+	return nil
 }
 
 // bucket opens one kind of record.
@@ -281,12 +302,15 @@ func (c *Coordinator) operatorContext(addr net.Addr) error {
 		host = "localhost"
 	}
 	ctx := api.Context{URL: "https://" + net.JoinHostPort(host, port), CA: string(c.auth.caPEM)}
-	if old, err := api.LoadContext(path); err == nil {
-		ctx.Token = old.Token
-	} else {
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		secret := make([]byte, 32)
 		rand.Read(secret)
 		ctx.Token = base64.RawURLEncoding.EncodeToString(secret)
+	} else if old, err := api.LoadContext(path); err == nil {
+		ctx.Token = old.Token
+	} else {
+		// A new token would lock out every operator, without a word.
+		return fmt.Errorf("the operator's context %s cannot be read: put an operator's copy back, or remove the file to get a new token (the old one then ends): %w", path, err)
 	}
 	c.operatorHash = sha256.Sum256([]byte(ctx.Token))
 	raw, err := json.MarshalIndent(ctx, "", "  ")
@@ -322,6 +346,7 @@ func (c *Coordinator) listen() error {
 		})
 	}
 	wg.Go(func() { c.outbox.run(ctx) })
+	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() {
 		t := time.NewTicker(c.cfg.Beat)
 		defer t.Stop()
@@ -412,6 +437,7 @@ func (c *Coordinator) serve(ln net.Listener, cert tls.Certificate) {
 		Handler:           c.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       5 * time.Minute, // an upload over a slow link
+		BaseContext:       func(net.Listener) context.Context { return c.life },
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug), // other people's broken handshakes
 		TLSConfig: &tls.Config{
@@ -428,6 +454,18 @@ func (c *Coordinator) serve(ln net.Listener, cert tls.Certificate) {
 	}()
 }
 
+// outlive is for work that must come to its end though who asked for it has
+// left. It ends with the coordinator.
+func (c *Coordinator) outlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	return outlive(ctx, c.life)
+}
+
+func outlive(ctx, life context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(life, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
 // Failed gives the reason if the coordinator ends by itself.
 func (c *Coordinator) Failed() <-chan error { return c.failed }
 
@@ -437,8 +475,11 @@ func (c *Coordinator) URL() string { return "https://" + net.JoinHostPort("local
 // Broker is the MQTT listener's port.
 func (c *Coordinator) Broker() string { return c.mqttPort }
 
-// Close ends everything in good order, within a bound.
+// Close ends everything in good order, within a bound. Calls that wait for a
+// device are ended first: what they began is in the outbox and goes on after the
+// next start.
 func (c *Coordinator) Close() {
+	c.end()
 	if c.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
 		if c.server.Shutdown(ctx) != nil {

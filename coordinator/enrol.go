@@ -16,7 +16,7 @@ import (
 const (
 	maxEnrol        = 1 << 20 // bytes; the inventory is most of it
 	defaultTokenUse = 1
-	maxTokenUse     = 1_000_000
+	maxTokenUse     = 20_000 // the record lists them: see maxRecord
 	defaultTokenTTL = 24 * time.Hour
 	maxTokenTTL     = 366 * 24 * time.Hour
 )
@@ -44,6 +44,9 @@ func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
 		return refuse(http.StatusBadRequest, "bad_csr", "a device key must be Ed25519, this is %T", csr.PublicKey)
 	}
 	id := wire.IDOf(key)
+	if err := c.reg.mayEnrol(id); err != nil { // before a use is spent
+		return err
+	}
 	hash := tok.Hash()
 	rec, err := spend(r.Context(), c.tokens, hex.EncodeToString(hash[:]), id, c.now())
 	if err != nil {
@@ -94,7 +97,7 @@ func (c *Coordinator) addresses(r *http.Request) (brokers, planes []string) {
 
 // createToken makes a fleet token and keeps its hash.
 func (c *Coordinator) createToken(r *http.Request, q api.TokenRequest) (api.Token, error) {
-	uses, ttl := q.Uses, time.Duration(q.ValidSeconds)*time.Second
+	uses, ttl := q.Uses, time.Duration(min(max(q.ValidSeconds, -1), int64(maxTokenTTL/time.Second)+1))*time.Second
 	if uses == 0 {
 		uses = defaultTokenUse
 	}

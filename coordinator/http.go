@@ -9,7 +9,9 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,7 +23,7 @@ import (
 
 const (
 	maxRequest   = 1 << 20         // bytes of a JSON request
-	maxObject    = 64 << 20        // bytes of an object's record: a million chunks
+	maxObject    = 2 << 20         // bytes of an object's record, white space included
 	callLimit    = 4 * time.Minute // for an operator's call, waiting for devices included
 	maxOrderWait = 30 * time.Second
 )
@@ -107,7 +109,9 @@ func (c *Coordinator) routes() http.Handler {
 	operator("POST "+v1+"/jobs", answer(func(r *http.Request, q api.JobRequest) (api.Job, error) { return c.compute.run(r.Context(), q) }))
 	operator("POST "+v1+"/audits", answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
 		// A challenge that has begun is judged, whoever asked for it has left or not.
-		return c.audits.run(context.WithoutCancel(r.Context()), q)
+		ctx, cancel := c.outlive(r.Context())
+		defer cancel()
+		return c.audits.run(ctx, q)
 	}))
 	operator("GET "+v1+"/audits", func(w http.ResponseWriter, _ *http.Request) error {
 		writeJSON(w, http.StatusOK, c.audits.list())
@@ -118,8 +122,36 @@ func (c *Coordinator) routes() http.Handler {
 		return c.releases.offer(r.Context(), q)
 	}))
 	operator("GET "+v1+"/orders/{device}/{id}", c.getOrder)
-	return mux
+	return explained(mux)
 }
+
+// explained answers for paths and methods that there are not, in the form of
+// every other refusal.
+func explained(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, pattern := mux.Handler(r); pattern != "" {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		rec := statusOnly{header: w.Header(), status: http.StatusOK}
+		mux.ServeHTTP(&rec, r)
+		if rec.status == http.StatusMethodNotAllowed { // Allow is set
+			writeJSON(w, rec.status, wire.APIError{Code: "bad_method", Reason: fmt.Sprintf("%s cannot be asked for here", r.Method)})
+			return
+		}
+		writeJSON(w, http.StatusNotFound, wire.APIError{Code: wire.CodeNotFound, Reason: "there is nothing at this address"})
+	})
+}
+
+// statusOnly is a ResponseWriter that keeps the header and drops the body.
+type statusOnly struct {
+	header http.Header
+	status int
+}
+
+func (s *statusOnly) Header() http.Header         { return s.header }
+func (s *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
+func (s *statusOnly) WriteHeader(status int)      { s.status = status }
 
 // answer makes a handler of a call with a JSON request and a JSON answer.
 func answer[Q, A any](call func(r *http.Request, q Q) (A, error)) handler {
@@ -228,8 +260,11 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request, d wire.Dev
 	if err != nil {
 		return err
 	}
-	if err := c.staging.putBlob(r.Context(), ref, data); err != nil {
+	if err := verifyBlob(ref, data); err != nil {
 		return refuse(http.StatusUnprocessableEntity, wire.CodeMismatch, "%v", err)
+	}
+	if err := c.staging.put(r.Context(), ref.String(), data); err != nil {
+		return err // ours, not the device's: it must not think that its chunk is damaged
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
@@ -292,7 +327,8 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	p := api.Placement{Chunk: api.Chunk{ID: rec.ID, Size: rec.Size}, Holders: rec.Holders}
+	// A copy: the record in memory is everybody's.
+	p := api.Placement{Chunk: api.Chunk{ID: rec.ID, Size: rec.Size}, Holders: slices.Clone(rec.Holders)}
 	for i, h := range p.Holders {
 		if v, ok := c.outbox.rows.get(orderKeyOf(h.Device, h.Order)); ok {
 			p.Holders[i].Receipt = v.Report
@@ -365,10 +401,11 @@ func (c *Coordinator) getOrder(w http.ResponseWriter, r *http.Request) error {
 	d, id := wire.DeviceID(r.PathValue("device")), r.PathValue("id")
 	if s := r.URL.Query().Get("wait"); s != "" {
 		seconds, err := strconv.ParseFloat(s, 64)
-		if err != nil {
+		if err != nil || !(seconds >= 0) {
 			return refuse(http.StatusBadRequest, "bad_wait", "wait must be a number of seconds, not %q", s)
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), min(time.Duration(seconds*float64(time.Second)), maxOrderWait))
+		seconds = min(seconds, maxOrderWait.Seconds())
+		ctx, cancel := context.WithTimeout(r.Context(), time.Duration(seconds*float64(time.Second)))
 		defer cancel()
 		_, err = c.outbox.await(ctx, wire.Order{ID: id, Device: d}, nil)
 		if err != nil && !errors.Is(err, context.DeadlineExceeded) {

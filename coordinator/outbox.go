@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -111,6 +113,9 @@ func (o *outbox) submit(ctx context.Context, d wire.DeviceID, kind wire.Kind, bo
 // A report on an order that is not known (any more) is acknowledged too, or the
 // device would send it for ever.
 func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) error {
+	if !r.State.Terminal() && r.State != wire.Queued && r.State != wire.Running {
+		return fmt.Errorf("device %s reports the state %q on order %s, which is none", r.Device, r.State, r.Order)
+	}
 	_, err := o.rows.change(ctx, orderKeyOf(r.Device, r.Order), func(v *OrderRecord, exists bool) error {
 		switch {
 		case !exists:
@@ -136,12 +141,14 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 func (o *outbox) await(ctx context.Context, order wire.Order, onProgress func(OrderRecord)) (OrderRecord, error) {
 	key := orderKeyOf(order.Device, order.ID)
 	for {
-		changed := o.rows.changed(key)
+		changed, leave := o.rows.changed(key)
 		v, ok := o.rows.get(key)
 		if !ok {
+			leave()
 			return v, errNotFound
 		}
 		if v.State.Terminal() {
+			leave()
 			return v, nil
 		}
 		if onProgress != nil {
@@ -150,6 +157,7 @@ func (o *outbox) await(ctx context.Context, order wire.Order, onProgress func(Or
 		select {
 		case <-changed:
 		case <-ctx.Done():
+			leave()
 			return v, ctx.Err()
 		}
 	}
@@ -229,6 +237,7 @@ func (o *outbox) sendDue() {
 		list = append(list, due{id, orderKeyOf(s.device, id)})
 	}
 	o.mu.Unlock()
+	slices.SortFunc(list, func(a, b due) int { return cmp.Compare(a.id, b.id) }) // the oldest first
 	for _, e := range list {
 		v, ok := o.rows.get(e.key)
 		if !ok || v.State.Terminal() {

@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,6 +32,10 @@ func writeError(w http.ResponseWriter, log *slog.Logger, err error) {
 	case errors.As(err, &r):
 	case errors.As(err, &p):
 		r = refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
+	case errors.Is(err, context.Canceled):
+		return // whoever asked has left, or the coordinator is being stopped
+	case errors.Is(err, context.DeadlineExceeded):
+		r = refuse(http.StatusGatewayTimeout, "no_answer", "this was not done in the time that a call has; what was begun goes on, ask again later")
 	case errors.Is(err, errNotFound):
 		r = refuse(http.StatusNotFound, wire.CodeNotFound, "there is no such thing")
 	default:

@@ -65,12 +65,24 @@ func (r *registry) authorize(_ context.Context, id wire.DeviceID, cert *x509.Cer
 	return nil
 }
 
+func errRetired(id wire.DeviceID) error {
+	return refuse(403, "retired", "device %s was retired and cannot enrol again", id)
+}
+
+// mayEnrol refuses a device that has been sent away.
+func (r *registry) mayEnrol(id wire.DeviceID) error {
+	if d, ok := r.rows.get(string(id)); ok && d.Retired {
+		return errRetired(id)
+	}
+	return nil
+}
+
 // enrolled adds a device, or renews what is known of one with the same key.
 func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord) error {
 	_, err := r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
 		if exists {
 			if v.Retired {
-				return refuse(403, "retired", "device %s was retired and cannot enrol again", d.ID)
+				return errRetired(d.ID)
 			}
 			d.Enrolled = v.Enrolled
 		}

@@ -30,10 +30,13 @@ const (
 	offerLife   = 7 * 24 * time.Hour
 	maxRepoFile = 64 << 20 // bytes
 	maxRepoPath = 256
+	// mutableRepoFile is the only file of the repository whose content changes
+	// (see ota/repo).
+	mutableRepoFile = "metadata/timestamp.json"
 )
 
 func checkRepoPath(p string) error {
-	ok := p != "" && len(p) <= maxRepoPath && path.Clean(p) == p && !strings.HasPrefix(p, "/") && !strings.HasPrefix(p, "..")
+	ok := p != "" && p != "." && len(p) <= maxRepoPath && path.Clean(p) == p && !strings.HasPrefix(p, "/") && !strings.HasPrefix(p, "..")
 	for _, c := range p {
 		ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("._-+/", c))
 	}
@@ -54,7 +57,11 @@ func (r *releases) get(ctx context.Context, name string) ([]byte, error) {
 	if err := checkRepoPath(name); err != nil {
 		return nil, err
 	}
-	data, err := r.cache.get(ctx, name)
+	from := r.cache
+	if name == mutableRepoFile {
+		from = newStaging(r.files) // another coordinator may have put a newer one
+	}
+	data, err := from.get(ctx, name)
 	if errors.Is(err, errNotStaged) {
 		return nil, refuse(http.StatusNotFound, wire.CodeNotFound, "the update repository has no %s", name)
 	}
@@ -103,7 +110,7 @@ func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, 
 		}
 	}
 	out := make([]api.Order, 0, len(devices))
-	for _, d := range slices.Compact(devices) {
+	for _, d := range slices.Compact(slices.Sorted(slices.Values(devices))) {
 		o, err := r.outbox.submit(ctx, d, wire.KindUpdateInstall, wire.UpdateInstall{Version: q.Version, Target: q.Target}, offerLife)
 		if err != nil {
 			return out, err

@@ -44,14 +44,7 @@ func newStaging(bucket jetstream.ObjectStore) *staging {
 	return &staging{bucket: bucket, index: make(map[string]*list.Element), order: list.New()}
 }
 
-// putBlob takes in a chunk or a module after checking it against its id.
-func (s *staging) putBlob(ctx context.Context, ref blobRef, data []byte) error {
-	if err := verifyBlob(ref, data); err != nil {
-		return err
-	}
-	return s.put(ctx, ref.String(), data)
-}
-
+// verifyBlob checks a chunk or a module against its id.
 func verifyBlob(ref blobRef, data []byte) error {
 	var got string
 	switch ref.kind {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"sync"
 	"time"
 
@@ -13,6 +14,9 @@ import (
 
 // storeTimeout bounds every single call to the state store.
 const storeTimeout = 15 * time.Second
+
+// maxRecord is what fits a message of NATS with its default limit of 1 MiB, in bytes.
+const maxRecord = 1<<20 - 1<<10
 
 // errNotFound is returned for a key that has no record.
 var errNotFound = errors.New("not found")
@@ -27,10 +31,19 @@ type table[T any] struct {
 
 	mu      sync.RWMutex
 	rows    map[string]row[T]
+	removed map[string]uint64 // key → revision that we deleted, until the watch says so too
+	seen    uint64            // newest revision that the watch has given
 	watch   jetstream.KeyWatcher
 	done    chan struct{}
-	waiters map[string][]chan struct{} // closed when the key changes
+	waiters map[string]*waiter
 	onEach  func(key string, v T, gone bool)
+}
+
+// waiter is closed when its key changes. It is shared, and goes when the last
+// of those who wait leaves.
+type waiter struct {
+	c chan struct{}
+	n int
 }
 
 type row[T any] struct {
@@ -42,7 +55,8 @@ type row[T any] struct {
 // record once at the start and after each change, in the order of changes and
 // never concurrently. It must not call the table's writing methods.
 func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool)) (*table[T], error) {
-	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), waiters: make(map[string][]chan struct{}), done: make(chan struct{}), onEach: onEach}
+	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]),
+		removed: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach}
 	w, err := kv.WatchAll(context.WithoutCancel(ctx))
 	if err != nil {
 		return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, err)
@@ -92,9 +106,16 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	var v T
 	gone := e.Operation() != jetstream.KeyValuePut || json.Unmarshal(e.Value(), &v) != nil
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.seen = max(t.seen, e.Revision())
 	if old, ok := t.rows[e.Key()]; ok && old.rev >= e.Revision() {
-		t.mu.Unlock()
 		return // our own write, already taken
+	}
+	if rev, ok := t.removed[e.Key()]; ok {
+		if e.Revision() <= rev {
+			return // what we have deleted since
+		}
+		delete(t.removed, e.Key())
 	}
 	if gone {
 		delete(t.rows, e.Key())
@@ -102,15 +123,14 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 		t.rows[e.Key()] = row[T]{v, e.Revision()}
 	}
 	t.announce(e.Key(), v, gone)
-	t.mu.Unlock()
 }
 
 // announce tells who waits. t.mu is held.
 func (t *table[T]) announce(key string, v T, gone bool) {
-	for _, c := range t.waiters[key] {
-		close(c)
+	if w, ok := t.waiters[key]; ok {
+		close(w.c)
+		delete(t.waiters, key)
 	}
-	delete(t.waiters, key)
 	if t.onEach != nil {
 		t.onEach(key, v, gone)
 	}
@@ -135,13 +155,24 @@ func (t *table[T]) each(f func(key string, v T) bool) {
 	}
 }
 
-// changed is closed when the record of key changes next.
-func (t *table[T]) changed(key string) <-chan struct{} {
+// changed is closed when the record of key changes next. Who does not wait any
+// longer calls leave.
+func (t *table[T]) changed(key string) (c <-chan struct{}, leave func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c := make(chan struct{})
-	t.waiters[key] = append(t.waiters[key], c)
-	return c
+	w := t.waiters[key]
+	if w == nil {
+		w = &waiter{c: make(chan struct{})}
+		t.waiters[key] = w
+	}
+	w.n++
+	return w.c, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if w.n--; w.n == 0 && t.waiters[key] == w {
+			delete(t.waiters, key)
+		}
+	}
 }
 
 // errUnchanged is what a change function returns to leave the record alone.
@@ -167,6 +198,9 @@ func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists b
 		raw, err := json.Marshal(v)
 		if err != nil {
 			return v, err
+		}
+		if len(raw) > maxRecord {
+			return v, refuse(http.StatusRequestEntityTooLarge, "too_large", "this would make a %s record of %d bytes, at most %d can be kept", t.what, len(raw), maxRecord)
 		}
 		if exists {
 			rev, err = t.kv.Update(ctx, key, raw, rev)
@@ -215,7 +249,12 @@ func (t *table[T]) load(ctx context.Context, key string, fresh bool) (v T, rev u
 func (t *table[T]) took(key string, v T, rev uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if old, ok := t.rows[key]; ok && old.rev >= rev {
+	// What the watch has passed it has either told us or seen replaced: a record
+	// that was deleted meanwhile must not come back.
+	if old, ok := t.rows[key]; rev <= t.seen || ok && old.rev >= rev {
+		return
+	}
+	if gone, ok := t.removed[key]; ok && gone >= rev {
 		return
 	}
 	t.rows[key] = row[T]{v, rev}
@@ -236,18 +275,30 @@ func (t *table[T]) remove(ctx context.Context, key string, cond func(v T) bool) 
 		}
 		err = t.kv.Delete(ctx, key, jetstream.LastRevision(rev))
 		if err == nil {
-			t.mu.Lock()
-			if r, ok := t.rows[key]; ok && r.rev == rev {
-				delete(t.rows, key)
-				t.announce(key, v, true)
-			}
-			t.mu.Unlock()
+			t.forget(key, v, rev)
 			return nil
 		}
 		if !isConflict(err) {
 			return fmt.Errorf("the %s record %s cannot be removed: %w", t.what, key, err)
 		}
 	}
+}
+
+// forget takes our own deletion of revision rev into the copy.
+func (t *table[T]) forget(key string, v T, rev uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, ok := t.rows[key]
+	switch {
+	case ok && r.rev > rev:
+		return // made anew by somebody else, and the watch has told us
+	case ok:
+		delete(t.rows, key)
+	case t.seen > rev:
+		return // the watch is past the record, and may be past its end
+	}
+	t.removed[key] = rev
+	t.announce(key, v, true)
 }
 
 func isConflict(err error) bool {

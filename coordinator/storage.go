@@ -11,8 +11,11 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sync/singleflight"
 
@@ -43,6 +46,7 @@ func (c chunkRecord) alive() int {
 
 // storage places chunks on devices and gets them back.
 type storage struct {
+	life    context.Context // of the coordinator
 	chunks  *table[chunkRecord]
 	objects *table[api.Object]
 	staging *staging
@@ -51,7 +55,9 @@ type storage struct {
 	auth    *authority
 	log     *slog.Logger
 
-	placing keyed // one placement of a chunk at a time
+	placing keyed // one placement or removal of a chunk at a time
+	naming  keyed // one change of an object's name at a time
+	serving keyed // one fetch of a chunk at a time: what is served has one name
 	reading singleflight.Group
 
 	mu    sync.Mutex
@@ -65,6 +71,8 @@ const (
 	serveLife  = 2 * time.Minute
 	serveWait  = 15 * time.Second // until the next holder is asked
 	dropLife   = 7 * 24 * time.Hour
+	dropWait   = 5 * time.Second // for a drop, before its device is passed over
+	dropPart   = 500             // chunks in one order: well below a message's size
 	maxReplica = 16
 	// defaultReplicas lets one device be down.
 	defaultReplicas = 2
@@ -147,9 +155,7 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 	if err != nil {
 		return c, err
 	}
-	// A device that still has to drop this chunk is not asked to store it: the
-	// two orders may arrive in any order.
-	asked := s.dropping(ref.id)
+	var asked []wire.DeviceID
 	for _, h := range c.Holders {
 		if !h.Lost {
 			asked = append(asked, h.Device)
@@ -158,7 +164,7 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 	var failed error
 	for c.alive() < replicas {
 		missing := replicas - c.alive()
-		next := s.candidates(size, asked, missing)
+		next := s.free(ctx, ref.id, size, asked, missing)
 		if len(next) < missing {
 			return c, s.tooFew(replicas, c.alive()+len(next), failed)
 		}
@@ -189,12 +195,55 @@ func (s *storage) tooFew(want, have int, last error) error {
 	return refuse(http.StatusServiceUnavailable, "too_few_devices", "%s; add devices, or store fewer copies with --replicas", reason)
 }
 
-// dropping lists devices that were told to drop a chunk and have not yet.
-func (s *storage) dropping(id string) []wire.DeviceID {
-	var out []wire.DeviceID
+// free are n candidates for a chunk, or less if there are not as many. A device
+// that still has to drop this chunk is not asked to store it, because the two
+// orders may arrive in any order; where no other is left, the drop is waited for.
+func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.DeviceID, n int) []wire.DeviceID {
+	ctx, cancel := context.WithTimeout(ctx, dropWait)
+	defer cancel()
+	for {
+		drops := s.dropping(id)
+		not := slices.Clone(asked)
+		for _, o := range drops {
+			not = append(not, o.Device)
+		}
+		next := s.candidates(size, not, n)
+		if len(next) == n || !s.awaitAny(ctx, drops) {
+			return next
+		}
+	}
+}
+
+// awaitAny returns true when one of the orders to devices that are there has ended.
+func (s *storage) awaitAny(ctx context.Context, orders []wire.Order) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan bool, len(orders))
+	n := 0
+	for _, o := range orders {
+		if !s.reg.online(o.Device) {
+			continue
+		}
+		n++
+		go func() {
+			_, err := s.outbox.await(ctx, o, nil)
+			ended <- err == nil
+		}()
+	}
+	for range n {
+		if <-ended {
+			return true
+		}
+	}
+	return false
+}
+
+// dropping lists the orders to drop a chunk that are not done yet.
+func (s *storage) dropping(id string) []wire.Order {
+	var out []wire.Order
 	for _, v := range s.outbox.unfinished(wire.KindChunkDrop) {
 		if b, err := wire.DecodeBody[wire.ChunkDrop](v.Order); err == nil && slices.Contains(b.IDs, id) {
-			out = append(out, v.Order.Device)
+			out = append(out, v.Order)
 		}
 	}
 	return out
@@ -228,9 +277,9 @@ func (s *storage) storeOn(ctx context.Context, d wire.DeviceID, ref blobRef, siz
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, storeWait)
+	wait, cancel := context.WithTimeout(ctx, storeWait)
 	defer cancel()
-	v, err := s.outbox.await(ctx, o, nil)
+	v, err := s.outbox.await(wait, o, nil)
 	if err != nil {
 		return fmt.Errorf("device %s has not answered: %w", d, err)
 	}
@@ -261,7 +310,9 @@ func (s *storage) read(ctx context.Context, id string, not ...wire.DeviceID) ([]
 	}
 	// Readers of the same chunk share one fetch.
 	got := s.reading.DoChan(id+fmt.Sprint(not), func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), serveLife)
+		ctx, cancel := outlive(ctx, s.life)
+		defer cancel()
+		ctx, cancel = context.WithTimeout(ctx, serveLife)
 		defer cancel()
 		return s.readAny(ctx, c, not)
 	})
@@ -305,6 +356,10 @@ func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceI
 
 // readFrom has one device put the chunk on the data plane.
 func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
+	defer s.serving.lock(c.ID)()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	ref := blobRef{servedBlob, c.ID}
 	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: ref, size: c.Size, expires: s.outbox.now().Add(serveLife)})
 	o, err := s.outbox.submit(ctx, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, serveLife)
@@ -360,6 +415,8 @@ func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, erro
 		return o, err
 	}
 	key := objectKey(o.Name)
+	// A removal of the same name takes off its claims: they must not be ours.
+	defer s.naming.lock(key)()
 	if old, ok := s.objects.get(key); ok {
 		if old.SHA256 == o.SHA256 && old.Size == o.Size {
 			return old, nil
@@ -399,6 +456,12 @@ func checkObject(o api.Object) error {
 	if o.Name == "" || len(o.Name) > maxName {
 		return refuse(http.StatusBadRequest, "bad_object", "an object's name has 1 to %d bytes", maxName)
 	}
+	if !utf8.ValidString(o.Name) || strings.ContainsFunc(o.Name, unicode.IsControl) {
+		return refuse(http.StatusBadRequest, "bad_object", "an object's name is UTF-8 without control characters")
+	}
+	if len(o.Chunks) > api.MaxChunks {
+		return refuse(http.StatusRequestEntityTooLarge, "too_large", "an object has at most %d chunks, this has %d: cut the file in parts", api.MaxChunks, len(o.Chunks))
+	}
 	var sum int64
 	for _, c := range o.Chunks {
 		if _, err := chunk.ParseID(c.ID); err != nil || c.Size < 1 || c.Size > chunk.MaxSize {
@@ -434,17 +497,39 @@ func (s *storage) listObjects() []api.Object {
 // removeObject forgets an object, and has devices drop the chunks that no other
 // object needs.
 func (s *storage) removeObject(ctx context.Context, name string) error {
+	key := objectKey(name)
+	defer s.naming.lock(key)()
 	o, err := s.object(name)
 	if err != nil {
 		return err
 	}
-	key := objectKey(name)
 	if err := s.objects.remove(ctx, key, func(v api.Object) bool { return v.SHA256 == o.SHA256 }); err != nil {
 		return err
 	}
+	for part := range slices.Chunk(o.Chunks, dropPart) {
+		if err := s.release(ctx, key, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// release takes an object's claim off chunks, and has those dropped that nobody
+// claims any more. Nobody can place one of them until the order to drop it is
+// in the outbox, where dropping finds it.
+func (s *storage) release(ctx context.Context, key string, chunks []api.Chunk) error {
+	ids := make([]string, len(chunks))
+	for i, ch := range chunks {
+		ids[i] = ch.ID
+	}
+	slices.Sort(ids) // one order of locking for all
+	ids = slices.Compact(ids)
+	for _, id := range ids {
+		defer s.placing.lock(id)()
+	}
 	drops := make(map[wire.DeviceID][]string)
-	for _, ch := range o.Chunks {
-		c, err := s.chunks.change(ctx, ch.ID, func(c *chunkRecord, exists bool) error {
+	for _, id := range ids {
+		c, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
 			if !exists || !slices.Contains(c.Refs, key) {
 				return errUnchanged
 			}
@@ -457,7 +542,7 @@ func (s *storage) removeObject(ctx context.Context, name string) error {
 		if len(c.Refs) > 0 {
 			continue
 		}
-		err = s.chunks.remove(ctx, ch.ID, func(c chunkRecord) bool { return len(c.Refs) == 0 })
+		err = s.chunks.remove(ctx, id, func(c chunkRecord) bool { return len(c.Refs) == 0 })
 		if errors.Is(err, errNotFound) {
 			continue // gone already, or claimed by a new object meanwhile
 		}
@@ -465,14 +550,12 @@ func (s *storage) removeObject(ctx context.Context, name string) error {
 			return err
 		}
 		for _, h := range c.Holders {
-			drops[h.Device] = append(drops[h.Device], ch.ID)
+			drops[h.Device] = append(drops[h.Device], id)
 		}
 	}
 	for d, ids := range drops {
-		for part := range slices.Chunk(ids, 500) { // well below a message's size
-			if _, err := s.outbox.submit(ctx, d, wire.KindChunkDrop, wire.ChunkDrop{IDs: part}, dropLife); err != nil {
-				return err
-			}
+		if _, err := s.outbox.submit(ctx, d, wire.KindChunkDrop, wire.ChunkDrop{IDs: ids}, dropLife); err != nil {
+			return err
 		}
 	}
 	return nil

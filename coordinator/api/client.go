@@ -131,6 +131,15 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 	return raw, nil
 }
 
+// segment makes any text one part of a path: dots too, or "." and ".." would
+// lead elsewhere.
+func segment(s string) string {
+	if s == "." || s == ".." {
+		return strings.ReplaceAll(s, ".", "%2E")
+	}
+	return url.PathEscape(s)
+}
+
 // explain turns a transport error into what a person can act on.
 func (c *Client) explain(err error) error {
 	var unknown x509.UnknownAuthorityError
@@ -171,7 +180,7 @@ func (c *Client) Devices(ctx context.Context) ([]Device, error) {
 
 // Device shows one device.
 func (c *Client) Device(ctx context.Context, id string) (Device, error) {
-	return ask[Device](ctx, c, http.MethodGet, "devices/"+url.PathEscape(id), nil, nil)
+	return ask[Device](ctx, c, http.MethodGet, "devices/"+segment(id), nil, nil)
 }
 
 // PutChunk stores a chunk on replicas devices and returns when each has given
@@ -192,17 +201,17 @@ func (c *Client) Objects(ctx context.Context) ([]Object, error) {
 
 // Object shows one stored file.
 func (c *Client) Object(ctx context.Context, name string) (Object, error) {
-	return ask[Object](ctx, c, http.MethodGet, "objects/"+url.PathEscape(name), nil, nil)
+	return ask[Object](ctx, c, http.MethodGet, "objects/"+segment(name), nil, nil)
 }
 
 // PutObject names chunks that were put before.
 func (c *Client) PutObject(ctx context.Context, o Object) (Object, error) {
-	return ask[Object](ctx, c, http.MethodPut, "objects/"+url.PathEscape(o.Name), nil, o)
+	return ask[Object](ctx, c, http.MethodPut, "objects/"+segment(o.Name), nil, o)
 }
 
 // RemoveObject forgets a file; devices drop the chunks that no other file has.
 func (c *Client) RemoveObject(ctx context.Context, name string) error {
-	_, err := c.call(ctx, http.MethodDelete, "objects/"+url.PathEscape(name), nil, nil)
+	_, err := c.call(ctx, http.MethodDelete, "objects/"+segment(name), nil, nil)
 	return err
 }
 
@@ -238,7 +247,7 @@ func (c *Client) Audits(ctx context.Context) ([]Audit, error) {
 func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) error {
 	var parts []string
 	for p := range strings.SplitSeq(path, "/") {
-		parts = append(parts, url.PathEscape(p))
+		parts = append(parts, segment(p))
 	}
 	_, err := c.call(ctx, http.MethodPut, "repo/"+strings.Join(parts, "/"), nil, data)
 	return err
@@ -254,7 +263,7 @@ const longPoll = 20 * time.Second
 
 // Order shows an order, after waiting up to wait for its end.
 func (c *Client) Order(ctx context.Context, device wire.DeviceID, id string, wait time.Duration) (Order, error) {
-	return ask[Order](ctx, c, http.MethodGet, "orders/"+string(device)+"/"+url.PathEscape(id),
+	return ask[Order](ctx, c, http.MethodGet, "orders/"+segment(string(device))+"/"+segment(id),
 		url.Values{"wait": {strconv.FormatFloat(wait.Seconds(), 'f', 1, 64)}}, nil)
 }
 

@@ -95,6 +95,10 @@ type Placement struct {
 	Holders []Holder `json:"holders"`
 }
 
+// MaxChunks is how many chunks an object can have; its record must fit the
+// coordinator's state store. With chunks of 1 MiB that is 10,000 MiB.
+const MaxChunks = 10_000
+
 // Object is a stored file: its pieces in their order, and a digest of the whole.
 type Object struct {
 	Name    string    `json:"name"`

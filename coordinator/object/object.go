@@ -48,6 +48,10 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas 
 			_ = g.Wait() // the file's error is the one to tell
 			return o, nil, fmt.Errorf("the file cannot be read: %w", err)
 		}
+		if len(o.Chunks) == api.MaxChunks {
+			_ = g.Wait() // the size is the reason to tell
+			return o, nil, fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", api.MaxChunks)
+		}
 		data = append([]byte(nil), data...) // the splitter uses its buffer again
 		o.Chunks = append(o.Chunks, api.Chunk{ID: id.String(), Size: int64(len(data))})
 		o.Size += int64(len(data))
