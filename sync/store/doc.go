@@ -60,7 +60,8 @@
 // safe to call as it is: it deletes the old log before the moved values are
 // synced (an open iterator would hold the file until then), and stops at the
 // first bad record, so that the whole ones behind are deleted with it. There is
-// no paced scrub. A damaged index table keeps the volume from opening, and a
+// no paced scrub. A damaged index table keeps the volume from opening (with a
+// sentence; the index could be rebuilt from the value logs), and a
 // damaged log of a memtable that was not flushed (only after a crash) takes the
 // index entries behind it, whose chunks are then not found instead of lost. A
 // hung disk is only bounded by the caller's context.
