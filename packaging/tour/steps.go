@@ -19,6 +19,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -52,8 +53,10 @@ func (t *tour) enrol(ctx context.Context) ([]string, error) {
 	ready, cancel := context.WithTimeout(ctx, readyLimit)
 	defer cancel()
 	var err error
-	t.serve, err = t.starter.start(ready, "the coordinator", t.path("logs", "coordinator.log"), Ready,
-		t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s")
+	t.serve, err = t.starter.Start(ready, proc.Command{
+		Name: "the coordinator", Log: t.path("logs", "coordinator.log"), Ready: Ready,
+		Argv: []string{t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s"},
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -131,26 +134,26 @@ func (t *tour) startDevice(ctx context.Context, d *device) error {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return err
 	}
-	d.proc, err = t.starter.start(ctx, fmt.Sprintf("device %d", d.n), t.path("logs", fmt.Sprintf("device-%d.log", d.n)), "",
-		t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", "20s", "--",
-		"run", "--state", d.state(t), "--coordinator", c.URL, "--token", t.token)
+	d.proc, err = t.starter.Start(ctx, proc.Command{
+		Name: fmt.Sprintf("device %d", d.n), Log: t.path("logs", fmt.Sprintf("device-%d.log", d.n)),
+		Argv: []string{t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", "20s", "--",
+			"run", "--state", d.state(t), "--coordinator", c.URL, "--token", t.token},
+	})
 	return err
 }
 
 // fallen tells of a process that should run and does not.
 func (t *tour) fallen() error {
-	for _, p := range append([]*process{t.serve}, t.processes()...) {
-		select {
-		case <-p.done:
-			return fmt.Errorf("%s ended by itself: %s", p.name, p.lastWords())
-		default:
+	for _, p := range append([]*proc.Process{t.serve}, t.processes()...) {
+		if p.Ended() {
+			return fmt.Errorf("%s ended by itself: %s", p.Name, p.LastWords())
 		}
 	}
 	return nil
 }
 
-func (t *tour) processes() []*process {
-	var out []*process
+func (t *tour) processes() []*proc.Process {
+	var out []*proc.Process
 	for _, d := range t.devices {
 		if d != t.victim && d.proc != nil {
 			out = append(out, d.proc)
@@ -172,7 +175,7 @@ func (t *tour) store(ctx context.Context) ([]string, error) {
 	for _, p := range t.object.Placements {
 		holders := map[wire.DeviceID]bool{}
 		for _, h := range p.Holders {
-			if err := checkReceipt(p.Chunk, h, fleet[string(h.Device)]); err != nil {
+			if err := CheckReceipt(p.Chunk, h, fleet[string(h.Device)]); err != nil {
 				return nil, err
 			}
 			holders[h.Device] = true
@@ -188,8 +191,8 @@ func (t *tour) store(ctx context.Context) ([]string, error) {
 	}, nil
 }
 
-// checkReceipt verifies that the device's own key signed for this very chunk.
-func checkReceipt(c api.Chunk, h api.Holder, d api.Device) error {
+// CheckReceipt verifies that the device's own key signed for this very chunk.
+func CheckReceipt(c api.Chunk, h api.Holder, d api.Device) error {
 	r, err := wire.OpenAs[wire.Report](h.Receipt, ed25519.PublicKey(d.PublicKey), wire.TypeReport)
 	if err != nil {
 		return fmt.Errorf("the receipt of device %s for chunk %s: %w", h.Device, c.ID, err)
@@ -213,7 +216,7 @@ func (t *tour) readBack(ctx context.Context) ([]string, error) {
 		}
 	}
 	t.victim = slices.MaxFunc(t.devices, func(a, b *device) int { return held[a] - held[b] })
-	t.victim.proc.kill() // with SIGKILL: a cut cable asks nobody
+	t.victim.proc.Kill() // with SIGKILL: a cut cable asks nobody
 	if err := until(ctx, readyLimit, "the coordinator noticing that a device is gone", func() (bool, error) {
 		fleet, err := t.devicesNow(ctx)
 		return err == nil && !fleet[t.victim.id].Online, err
@@ -386,7 +389,7 @@ func (t *tour) tamper() (int, error) {
 			return flipped, err
 		}
 		for _, log := range logs {
-			ok, err := flipByte(log, data)
+			ok, err := FlipByte(log, data)
 			if err != nil {
 				return flipped, err
 			}
@@ -402,8 +405,8 @@ func (t *tour) tamper() (int, error) {
 	return flipped, nil
 }
 
-// flipByte changes one byte in the middle of data where it stands in a file.
-func flipByte(path string, data []byte) (bool, error) {
+// FlipByte changes one byte in the middle of data where it stands in a file.
+func FlipByte(path string, data []byte) (bool, error) {
 	raw, err := os.ReadFile(path)
 	if err != nil {
 		return false, err

@@ -18,6 +18,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
@@ -38,8 +39,8 @@ type tour struct {
 	Options
 	bin     string
 	madeDir bool // Dir is ours to remove
-	starter *starter
-	serve   *process
+	starter *proc.Starter
+	serve   *proc.Process
 	devices []*device
 	token   string
 
@@ -52,7 +53,7 @@ type tour struct {
 type device struct {
 	n    int
 	id   string
-	proc *process
+	proc *proc.Process
 }
 
 // putResult is what "deimos object put -o json" prints.
@@ -81,8 +82,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	if err != nil {
 		return err
 	}
-	t.starter = newStarter()
-	defer t.starter.end()
+	t.starter = proc.NewStarter()
+	defer t.starter.End()
 	defer func() {
 		t.stopAll()
 		err = t.tidy(err)
@@ -98,8 +99,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	case <-ctx.Done():
 		fmt.Fprintln(t.Out, "\nStopping the fleet.")
 		return nil
-	case <-t.serve.done:
-		return fmt.Errorf("the coordinator ended by itself: %s", t.serve.lastWords())
+	case <-t.serve.Done():
+		return fmt.Errorf("the coordinator ended by itself: %s", t.serve.LastWords())
 	}
 }
 
@@ -221,7 +222,7 @@ func (t *tour) stopAll() {
 	for _, d := range t.devices {
 		go func() {
 			if d.proc != nil {
-				d.proc.stop()
+				d.proc.Stop(stopLimit)
 			}
 			done <- struct{}{}
 		}()
@@ -230,7 +231,7 @@ func (t *tour) stopAll() {
 		<-done
 	}
 	if t.serve != nil {
-		t.serve.stop()
+		t.serve.Stop(stopLimit)
 	}
 }
 
