@@ -150,15 +150,17 @@ func diskBelow(t tree, dev string, depth int) string {
 	if depth > 8 { // the kernel allows fewer layers
 		return ""
 	}
-	for _, below := range t.list(at + "/slaves") {
-		if next := t.word(at + "/slaves/" + below + "/dev"); next != "" && next != dev {
-			if deeper := diskBelow(t, next, depth+1); deeper != "" {
-				return deeper
-			}
-		}
-		return below
+	parts := t.list(at + "/slaves")
+	if len(parts) == 0 {
+		return ""
 	}
-	return ""
+	below := parts[0]
+	if next := t.word(at + "/slaves/" + below + "/dev"); next != "" && next != dev {
+		if deeper := diskBelow(t, next, depth+1); deeper != "" {
+			return deeper
+		}
+	}
+	return below
 }
 
 // Usage is how full a filesystem is, in bytes.
