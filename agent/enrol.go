@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
@@ -144,7 +145,7 @@ func enrol(ctx context.Context, id Identity, base string, tok wire.FleetToken, r
 		if e.Reason == "" {
 			e.Reason = "it answered " + resp.Status
 		}
-		if resp.StatusCode >= 400 && resp.StatusCode < 500 && resp.StatusCode != http.StatusTooManyRequests {
+		if resp.StatusCode >= 400 && resp.StatusCode < 500 && resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusRequestTimeout {
 			return nil, fmt.Errorf("%w: %s", ErrRefused, e.Reason)
 		}
 		return nil, errors.New(e.Reason)
@@ -175,8 +176,22 @@ func (m *Membership) fits(id Identity) error {
 	if block == nil || m.Device != id.ID || len(m.OrderKey) != ed25519.PublicKeySize || len(m.Brokers) == 0 || len(m.DataPlane) == 0 {
 		return errors.New("it lacks a part, or is for another device")
 	}
-	if !x509.NewCertPool().AppendCertsFromPEM(m.CA) {
-		return errors.New("it holds no valid authority")
+	for _, u := range m.Brokers {
+		if !strings.HasPrefix(u, "ssl://") {
+			return fmt.Errorf("its broker %s is not reached by TLS", u)
+		}
+	}
+	for _, u := range m.DataPlane {
+		if !strings.HasPrefix(u, "https://") {
+			return fmt.Errorf("its data plane %s is not reached by TLS", u)
+		}
+	}
+	ca, rest := pem.Decode(m.CA)
+	if ca == nil || len(bytes.TrimSpace(rest)) > 0 {
+		return errors.New("it must hold one authority") // more would be trusted without having been pinned
+	}
+	if _, err := x509.ParseCertificate(ca.Bytes); err != nil {
+		return fmt.Errorf("its authority cannot be read: %w", err)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
