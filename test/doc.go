@@ -1,0 +1,24 @@
+// Package test is the tests of the whole: a coordinator, devices and the
+// command line as processes, the binaries that users start, found in
+// $DEIMOS_BIN (default ../bin, as "make build" leaves them).
+//
+// Each file is one kind of claim:
+//
+//   - line_test.go: what a fleet is for, from enrolment to a rolled-back update,
+//     on the embedded NATS and on a stock nats-server;
+//   - attack_test.go: what somebody with the broker in hand can send to a
+//     device, and what a device with a good key can tell the coordinator;
+//   - crash_test.go: agents and the coordinator killed in the middle of work;
+//   - fault_test.go: what goes wrong at users' and owners' hands, and the
+//     sentence and the exit code that they get for it.
+//
+// fleet_test.go starts and ends a fleet. Whatever a test does, its processes
+// end with it: TestMain makes this process the reaper of all that descends from
+// it, and fails if anything does at the end. Tests wait for events or poll with
+// a deadline; where chance has a part, the seed is logged, and
+// DEIMOS_TEST_SEED repeats it. A negative ("nothing happened") is followed by a
+// fence: a valid order that succeeds, after which there is nothing to wait for.
+//
+// Not here: power cuts (sync/store has them), real boards, other architectures
+// than this machine's.
+package test
