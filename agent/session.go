@@ -190,6 +190,7 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 	s.greet(id)
 	again := time.NewTicker(s.again)
 	defer again.Stop()
+	told := false
 	for {
 		select {
 		case err := <-lost:
@@ -202,6 +203,10 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 			waiting := s.nonce != ""
 			s.mu.Unlock()
 			if waiting {
+				if !told {
+					s.log.Warn("the broker is reached, but no coordinator answers through it; does it run, and do the broker's access rules let this device read " + wire.Topic(s.id.ID, wire.ChannelOrder) + "?")
+					told = true
+				}
 				s.greet(id)
 			}
 		case raw := <-in:
