@@ -70,9 +70,21 @@ type origin struct {
 	fetched map[string]int
 	chunks  map[string][]byte
 	reading func(ctx context.Context) // called while a chunk is read
+
+	flood   string // a file without an end
+	flooded int64  // bytes of it that were taken
 }
 
-func (o *origin) Fetch(_ context.Context, url string, maxSize int64, w io.Writer) error {
+func (o *origin) Fetch(_ context.Context, url string, _ int64, w io.Writer) error {
+	for piece := make([]byte, 64<<10); url == o.flood; {
+		if o.flooded > 64<<20 {
+			return errors.New("nobody stops it")
+		}
+		n, err := w.Write(piece)
+		if o.flooded += int64(n); err != nil {
+			return err
+		}
+	}
 	o.mu.Lock()
 	file, ok := o.files[url]
 	o.fetched[url]++
@@ -80,7 +92,8 @@ func (o *origin) Fetch(_ context.Context, url string, maxSize int64, w io.Writer
 	if !ok {
 		return errors.New("404")
 	}
-	// In pieces, as from a network. What is too long is left to the caller to notice.
+	// In pieces, as from a network. What is too long is left to the caller to
+	// notice, as from a fetcher that does not keep its word.
 	for piece := range slices.Chunk(file, 64<<10) {
 		if _, err := w.Write(piece); err != nil {
 			return err
@@ -239,6 +252,17 @@ func TestModuleOtherThanNamedIsNeitherRunNorKept(t *testing.T) {
 				t.Errorf("left on disk: %v, %v", left, err)
 			}
 		})
+	}
+}
+
+// TestFetchThatNeverEndsIsCut has a data plane that sends until it is stopped.
+func TestFetchThatNeverEndsIsCut(t *testing.T) {
+	s, o, _ := device(t, policy.Default())
+	o.flood = "/flood"
+	_, err := do(t, s, wire.JobRun{Module: blob(idle, "/flood")})
+	wantProblem(t, err, wire.Failed, wire.CodeMismatch, "longer than the order says")
+	if o.flooded > int64(len(idle))+1<<20 {
+		t.Errorf("took %d bytes for a module of %d", o.flooded, len(idle))
 	}
 }
 

@@ -68,10 +68,13 @@ func TestWorkerIsConfinedBeforeTheModuleRuns(t *testing.T) {
 	eventually(t, "the job running", func() bool {
 		return strings.Contains(procFile(pid, "limits"), "Max open files            0 ")
 	})
-	limits := procFile(pid, "limits")
-	for _, want := range []string{"Max core file size        0 ", "Max file size             0 ", "Max cpu time              31 "} {
-		if !strings.Contains(limits, want) {
-			t.Errorf("no %q among\n%s", want, limits)
+	for what, want := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_FSIZE: 0, unix.RLIMIT_NOFILE: 0, unix.RLIMIT_CPU: 31} {
+		var got unix.Rlimit
+		if err := unix.Prlimit(pid, what, nil, &got); err != nil {
+			t.Fatal(err)
+		}
+		if got.Cur != want || got.Max != want {
+			t.Errorf("resource %d is limited to %d and at most %d, want %d", what, got.Cur, got.Max, want)
 		}
 	}
 	var data unix.Rlimit

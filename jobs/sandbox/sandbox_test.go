@@ -71,6 +71,14 @@ func TestEndlessLoopEndsAtTheCPULimit(t *testing.T) {
 	}
 }
 
+// TestCPULimitHoldsWithoutTheChild watches a worker that has set itself another
+// limit.
+func TestCPULimitHoldsWithoutTheChild(t *testing.T) {
+	c := started(t, Spec{Module: endless.file(t), Limits: wire.JobLimits{CPUSeconds: 600}})
+	err := c.supervise(t.Context(), wire.JobLimits{CPUSeconds: 0.2, WallSeconds: 300})
+	wantCause(t, err, LimitCPU, wire.Failed, wire.CodeLimit)
+}
+
 // TestCPULimitHoldsWithoutTheParent leaves a worker alone, as a parent that
 // hangs would.
 func TestCPULimitHoldsWithoutTheParent(t *testing.T) {
@@ -179,7 +187,10 @@ func TestBadModulesAreToldApartFromBadJobs(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			_, err := run(t, Spec{Module: path})
-			wantCause(t, err, BadModule, wire.Failed, CodeBadModule)
+			e := wantCause(t, err, BadModule, wire.Failed, CodeBadModule)
+			if what == "no _start" && !strings.Contains(e.Reason, "build it as a WASI command") {
+				t.Errorf("the reason is %q", e.Reason)
+			}
 		})
 	}
 }
