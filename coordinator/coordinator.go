@@ -47,7 +47,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -242,7 +241,7 @@ const orderSync = time.Second
 func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg = &registry{log: c.log, now: c.now, live: make(map[wire.DeviceID]*live)}
 	c.outbox = &outbox{key: c.auth.orderKey, publish: c.publish, online: c.reg.online, now: c.now, log: c.log, pending: make(map[string]*sending)}
-	c.storage = &storage{life: c.life, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
+	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
 	err := errors.Join(
@@ -317,7 +316,7 @@ func (c *Coordinator) operatorContext(addr net.Addr) error {
 	if err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(path, append(raw, '\n'), 0o600); err != nil {
+	if err := replaceFile(path, append(raw, '\n'), 0o600); err != nil {
 		return fmt.Errorf("the operator's context cannot be saved: %w", err)
 	}
 	return nil

@@ -7,8 +7,6 @@ import (
 	"io"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
-
 	"github.com/deimos-edge/deimos/coordinator/engine"
 )
 
@@ -44,10 +42,10 @@ func WriteNATSConfig(w io.Writer, cfg Config) error {
 	}
 	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	if err := renameio.WriteFile(sc.CertFile, certPEM, 0o644); err != nil {
+	if err := replaceFile(sc.CertFile, certPEM, 0o644); err != nil {
 		return fmt.Errorf("the certificate of the NATS server cannot be saved: %w", err)
 	}
-	if err := renameio.WriteFile(sc.KeyFile, keyPEM, 0o600); err != nil {
+	if err := replaceFile(sc.KeyFile, keyPEM, 0o600); err != nil {
 		return fmt.Errorf("the key of the NATS server cannot be saved: %w", err)
 	}
 	return engine.WriteServerConfig(w, sc)

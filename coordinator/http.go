@@ -408,7 +408,7 @@ func (c *Coordinator) getOrder(w http.ResponseWriter, r *http.Request) error {
 		ctx, cancel := context.WithTimeout(r.Context(), time.Duration(seconds*float64(time.Second)))
 		defer cancel()
 		_, err = c.outbox.await(ctx, wire.Order{ID: id, Device: d}, nil)
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errNotFound) {
 			return err
 		}
 	}

@@ -46,6 +46,7 @@ func (c chunkRecord) alive() int {
 
 // storage places chunks on devices and gets them back.
 type storage struct {
+	wait    time.Duration   // for a device to serve a chunk; serveWait
 	life    context.Context // of the coordinator
 	chunks  *table[chunkRecord]
 	objects *table[api.Object]
@@ -366,7 +367,7 @@ func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) 
 	if err != nil {
 		return nil, err
 	}
-	wait, cancel := context.WithTimeout(ctx, serveWait)
+	wait, cancel := context.WithTimeout(ctx, s.wait)
 	defer cancel()
 	v, err := s.outbox.await(wait, o, nil)
 	if err != nil {

@@ -166,6 +166,7 @@ type device struct {
 	chunks map[string][]byte
 	odd    map[wire.Kind]func(wire.Order) *reply
 	done   map[string][]byte // order → its sealed terminal report
+	busy   map[string]bool
 	seq    uint64
 }
 
@@ -224,7 +225,7 @@ func (w *world) enrolled(t testing.TB) *device {
 	t.Helper()
 	d := &device{t: t, w: w, key: newKey(t), capacity: 1 << 30,
 		welcomes: make(chan wire.Welcome, 64), acks: make(chan wire.Ack, 1024), orders: make(chan wire.Order, 1024),
-		chunks: map[string][]byte{}, odd: map[wire.Kind]func(wire.Order) *reply{}, done: map[string][]byte{}}
+		chunks: map[string][]byte{}, odd: map[wire.Kind]func(wire.Order) *reply{}, done: map[string][]byte{}, busy: map[string]bool{}}
 	status, m, refused := w.postEnrol(t, wire.EnrolRequest{
 		CSR: csr(t, d.key), Token: w.newToken(t, api.TokenRequest{}), Agent: "1.0.0", OS: "linux", Arch: "arm64", Board: "test"})
 	if status != http.StatusOK {
@@ -285,6 +286,11 @@ func (d *device) hello() {
 // leave goes offline in good order.
 func (d *device) leave() {
 	if d.mqtt == nil || !d.mqtt.IsConnected() {
+		return
+	}
+	if d.w.life.Err() != nil { // the coordinator was first to go
+		d.mqtt.Disconnect(0)
+		d.work.Wait()
 		return
 	}
 	d.say(wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Session: d.session, Nonce: newNonce()})
@@ -361,8 +367,17 @@ func (d *device) holds(id string) bool {
 // carryOut does an order once, and answers repeats from memory.
 func (d *device) carryOut(o wire.Order) {
 	d.mu.Lock()
-	old, odd := d.done[o.ID], d.odd[o.Kind]
+	old, odd, busy := d.done[o.ID], d.odd[o.Kind], d.busy[o.ID]
+	d.busy[o.ID] = true
 	d.mu.Unlock()
+	if busy && old == nil {
+		return
+	}
+	defer func() {
+		d.mu.Lock()
+		delete(d.busy, o.ID)
+		d.mu.Unlock()
+	}()
 	if old != nil {
 		d.mqtt.Publish(wire.Topic(d.id, wire.ChannelReport), 0, false, old)
 		return
@@ -583,3 +598,5 @@ func wantRefusal(t testing.TB, err error, status int, code string) {
 		t.Errorf("%q is no sentence", e.Reason)
 	}
 }
+
+func (d *device) pub() ed25519.PublicKey { return d.key.Public().(ed25519.PublicKey) }

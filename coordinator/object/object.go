@@ -26,6 +26,9 @@ import (
 // atOnce is how many chunks are under way together.
 const atOnce = 4
 
+// maxChunks is api.MaxChunks, but for tests.
+var maxChunks = api.MaxChunks
+
 // ErrDamaged is returned when what came back is not what was stored.
 var ErrDamaged = errors.New("what came back is not what was stored")
 
@@ -48,9 +51,9 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas 
 			_ = g.Wait() // the file's error is the one to tell
 			return o, nil, fmt.Errorf("the file cannot be read: %w", err)
 		}
-		if len(o.Chunks) == api.MaxChunks {
+		if len(o.Chunks) == maxChunks {
 			_ = g.Wait() // the size is the reason to tell
-			return o, nil, fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", api.MaxChunks)
+			return o, nil, fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", maxChunks)
 		}
 		data = append([]byte(nil), data...) // the splitter uses its buffer again
 		o.Chunks = append(o.Chunks, api.Chunk{ID: id.String(), Size: int64(len(data))})

@@ -1,0 +1,316 @@
+package coordinator
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// offer gives a device an order that needs nothing else.
+func (w *world) offer(t testing.TB, d *device) wire.Order {
+	t.Helper()
+	out, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: "agent", Devices: []wire.DeviceID{d.id}})
+	must(t, err)
+	return out[0].Order
+}
+
+func (w *world) record(t testing.TB, o wire.Order) OrderRecord {
+	t.Helper()
+	v, ok := w.outbox.rows.get(orderKeyOf(o.Device, o.ID))
+	if !ok {
+		t.Fatalf("order %s is not known", o.ID)
+	}
+	return v
+}
+
+func (w *world) ended(t testing.TB, o wire.Order) OrderRecord {
+	t.Helper()
+	v, err := w.outbox.await(testContext(t), o, nil)
+	must(t, err)
+	return v
+}
+
+// orderOf takes deliveries until one of this order comes.
+func (d *device) orderOf(id string) wire.Order {
+	d.t.Helper()
+	for {
+		if o := next(d.t, d.orders, "order "+id); o.ID == id {
+			return o
+		}
+	}
+}
+
+func (d *device) ackOf(id string) wire.Ack {
+	d.t.Helper()
+	for {
+		if a := next(d.t, d.acks, "the ack of "+id); a.Order == id {
+			return a
+		}
+	}
+}
+
+func TestOrdersSurviveARestartAndGoOutOnHello(t *testing.T) {
+	dir := t.TempDir()
+	w := open(t, dir)
+	d := w.enrolled(t)
+	first, second := w.offer(t, d), w.offer(t, d)
+	w.Close()
+
+	w = open(t, dir)
+	defer w.Close()
+	d.on(wire.KindUpdateInstall, func(wire.Order) *reply { return &reply{state: wire.Succeeded} })
+	d.connect(w)
+	defer d.leave()
+	if a, b := next(t, d.orders, "the first order"), next(t, d.orders, "the second order"); a.ID != first.ID || b.ID != second.ID {
+		t.Errorf("sent %s and %s, given were %s and %s", a.ID, b.ID, first.ID, second.ID)
+	}
+	for _, o := range []wire.Order{first, second} {
+		if v := w.ended(t, o); v.State != wire.Succeeded || v.Order.Issued != o.Issued {
+			t.Errorf("%+v", v)
+		}
+		if a := d.ackOf(o.ID); a.Device != d.id {
+			t.Errorf("%+v", a)
+		}
+	}
+}
+
+func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	d.on(wire.KindUpdateInstall, silent)
+	o := w.offer(t, d)
+	d.orderOf(o.ID)
+	for range 3 { // nothing happens on the device's side
+		w.advance(2 * lastRetry)
+		d.orderOf(o.ID)
+	}
+	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, Progress: 0.5})
+	eventually(t, "it runs", func() bool { v := w.record(t, o); return v.State == wire.Running && v.Progress == 0.5 })
+	w.advance(2 * lastRetry)
+	d.orderOf(o.ID)
+	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 2, State: wire.Succeeded})
+	d.ackOf(o.ID)
+	if n := len(w.outbox.unfinished(wire.KindUpdateInstall)); n != 0 {
+		t.Errorf("%d orders are still to be sent", n)
+	}
+	// Another order's arrival shows that the pipe was not merely slow.
+	w.advance(2 * lastRetry)
+	w.outbox.sendDue()
+	fence := w.offer(t, d)
+	for {
+		got := next(t, d.orders, "the fence")
+		if got.ID == fence.ID {
+			break
+		}
+		t.Error("an order that had been answered was sent again")
+	}
+}
+
+// Reports that must have no effect: each is followed by one that has, on the
+// same connection, so that the test knows when the first has been looked at.
+func TestReportsOfOthersHaveNoEffect(t *testing.T) {
+	w := aWorld(t)
+	d, other := w.device(t), w.device(t)
+	d.on(wire.KindUpdateInstall, silent)
+	other.on(wire.KindUpdateInstall, silent)
+	o := w.offer(t, d)
+	d.orderOf(o.ID)
+	done := wire.Report{Order: o.ID, Device: d.id, Seq: 9, State: wire.Succeeded}
+
+	seal := func(key *device, typ wire.PayloadType, r wire.Report) []byte {
+		raw, err := wire.Seal(key.key, typ, r)
+		must(t, err)
+		return raw
+	}
+	claims := done
+	claims.Device = other.id
+	for name, bad := range map[string]struct {
+		from *device
+		raw  []byte
+	}{
+		"signed by another":             {d, seal(other, wire.TypeReport, done)},
+		"on another's topic":            {other, seal(d, wire.TypeReport, done)},
+		"signed as something else":      {d, seal(d, wire.TypeBeat, done)},
+		"for another device":            {d, seal(d, wire.TypeReport, claims)},
+		"by another on another's order": {other, seal(other, wire.TypeReport, claims)},
+		"garbage":                       {d, []byte("{}")},
+		"an unknown state":              {d, seal(d, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 9, State: "DONE"})},
+		"no state":                      {d, seal(d, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 9})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bad.from.publish(wire.ChannelReport, bad.raw)
+			bad.from.fence(t)
+			if v := w.record(t, o); v.State != wire.Queued || v.Seq != 0 || v.Report != nil {
+				t.Errorf("order is %s with seq %d", v.State, v.Seq)
+			}
+		})
+	}
+	d.publish(wire.ChannelReport, seal(d, wire.TypeReport, done))
+	if v := w.ended(t, o); v.State != wire.Succeeded {
+		t.Errorf("the good one: %+v", v)
+	}
+}
+
+// fence gives each worker of the coordinator its turn, so that what this device
+// has sent before has been looked at.
+func (d *device) fence(t testing.TB) {
+	t.Helper()
+	for range workers + 1 {
+		id := "fence" + newNonce()
+		d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: id, Device: d.id, Seq: 1, State: wire.Failed})
+		d.ackOf(id) // an unknown order is acknowledged
+	}
+}
+
+func TestReportsOnUnknownOrdersAreAcknowledged(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: "01UNKNOWN", Device: d.id, Seq: 7, State: wire.Succeeded})
+	if a := d.ackOf("01UNKNOWN"); a.Seq != 7 || a.Device != d.id {
+		t.Errorf("%+v", a)
+	}
+	if _, ok := w.outbox.rows.get(orderKeyOf(d.id, "01UNKNOWN")); ok {
+		t.Error("a device made an order by reporting on it")
+	}
+}
+
+func TestTheNewestReportCountsAndATerminalOneIsFinal(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	d.on(wire.KindUpdateInstall, silent)
+	o := w.offer(t, d)
+	d.orderOf(o.ID)
+	say := func(seq uint64, s wire.State, progress float64, code string) {
+		raw, err := wire.Seal(d.key, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: seq, State: s, Progress: progress, Code: code})
+		must(t, err)
+		// By hand: the coordinator's workers could change the order of two messages.
+		w.hear(testContext(t), &nats.Msg{Subject: wire.Subject(d.id, wire.ChannelReport), Data: raw})
+	}
+	want := func(s wire.State, seq uint64) {
+		t.Helper()
+		if v := w.record(t, o); v.State != s || v.Seq != seq {
+			t.Errorf("order is %s with seq %d, want %s %d", v.State, v.Seq, s, seq)
+		}
+	}
+	say(5, wire.Running, 0.5, "")
+	say(4, wire.Queued, 0, "")
+	say(5, wire.Running, 0.1, "")
+	want(wire.Running, 5)
+	if p := w.record(t, o).Progress; p != 0.5 {
+		t.Errorf("progress went back to %v", p)
+	}
+	// A device that lost its counter in a restart must still be able to end.
+	say(1, wire.Failed, 0, "broken")
+	want(wire.Failed, 1)
+	say(9, wire.Succeeded, 0, "")
+	say(10, wire.Running, 0.9, "")
+	want(wire.Failed, 1)
+	if v := w.record(t, o); v.Result.Code != "broken" {
+		t.Errorf("the result became %+v", v.Result)
+	}
+}
+
+// The ack promises that the device may forget: so the report must be in the
+// state store before.
+func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	d.on(wire.KindUpdateInstall, silent)
+	o := w.offer(t, d)
+	d.orderOf(o.ID)
+	raw, err := wire.Seal(d.key, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Succeeded})
+	must(t, err)
+	acked := make(chan bool, 1)
+	publish := w.outbox.publish
+	deaf := &outbox{rows: w.outbox.rows, key: w.outbox.key, now: w.outbox.now, log: w.log, publish: func(id wire.DeviceID, raw []byte) error {
+		e, err := w.outbox.rows.kv.Get(testContext(t), orderKeyOf(o.Device, o.ID))
+		acked <- err == nil && strings.Contains(string(e.Value()), string(wire.Succeeded))
+		return publish(id, raw)
+	}}
+	r, err := wire.OpenAs[wire.Report](raw, d.pub(), wire.TypeReport)
+	must(t, err)
+	must(t, deaf.report(testContext(t), r, raw))
+	if !next(t, acked, "the ack") {
+		t.Error("the ack went out before the report was in the store")
+	}
+	// Without a store there is no ack at all.
+	d.leave()
+	must(t, w.eng.Close())
+	if err := deaf.report(testContext(t), wire.Report{Order: "01OTHER", Device: d.id, State: wire.Succeeded}, raw); err == nil {
+		t.Error("a report was taken though the store is gone")
+	}
+	if len(acked) != 0 {
+		t.Error("it was acknowledged though the store is gone")
+	}
+}
+
+func TestSilenceTimesOut(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	d.on(wire.KindUpdateInstall, silent)
+	o := w.offer(t, d)
+	d.orderOf(o.ID)
+	w.advance(offerLife + silence/2)
+	w.outbox.timeOut(testContext(t))
+	if v := w.record(t, o); v.State != wire.Queued {
+		t.Errorf("%s before the silence is over", v.State)
+	}
+	w.advance(silence)
+	v := w.ended(t, o)
+	if v.State != wire.TimedOut || v.Result.Code != "no_answer" || !strings.Contains(v.Result.Reason, "deimos device show") {
+		t.Errorf("%+v", v)
+	}
+	// The answer that comes after all is acknowledged and changes nothing.
+	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 3, State: wire.Succeeded})
+	d.ackOf(o.ID)
+	if v := w.record(t, o); v.State != wire.TimedOut {
+		t.Errorf("a terminal state became %s", v.State)
+	}
+	// And in the end all of it is forgotten.
+	w.advance(retention + time.Hour)
+	w.outbox.forget(testContext(t))
+	if _, ok := w.outbox.rows.get(orderKeyOf(o.Device, o.ID)); ok {
+		t.Error("an old order is kept for ever")
+	}
+}
+
+func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	hold := make(chan struct{})
+	d.on(wire.KindUpdateInstall, func(wire.Order) *reply { <-hold; return &reply{state: wire.Rejected, code: wire.CodePolicy} })
+	o := w.offer(t, d)
+	got, err := w.op.Order(testContext(t), d.id, o.ID, 0)
+	if err != nil || got.State != wire.Queued {
+		t.Errorf("%+v %v", got, err)
+	}
+	close(hold)
+	got, err = w.op.AwaitOrder(testContext(t), d.id, o.ID, nil)
+	if err != nil || got.State != wire.Rejected || got.Result.Code != wire.CodePolicy {
+		t.Errorf("%+v %v", got, err)
+	}
+	if _, err := wire.OpenAs[wire.Report](got.Report, d.pub(), wire.TypeReport); err != nil {
+		t.Errorf("the evidence: %v", err)
+	}
+	for _, id := range []string{"01NONE", "..", "a/b", "*", ">"} {
+		_, err = w.op.Order(testContext(t), d.id, id, time.Second)
+		wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+	}
+	if n := len(w.outbox.rows.waiters); n != 0 {
+		t.Errorf("%d waiters are left behind", n)
+	}
+	// An offer is for all of the named devices or for none, and once for each.
+	_, err = w.op.Offer(testContext(t), api.OfferRequest{Version: "2", Target: "x", Devices: []wire.DeviceID{d.id, "aaaaaaaaaaaaaaaaaaaaaaaa"}})
+	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+	e := w.enrolled(t)
+	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2", Target: "x", Devices: []wire.DeviceID{d.id, e.id, d.id}})
+	if err != nil || len(many) != 2 {
+		t.Errorf("%d orders for 2 devices (%v)", len(many), err)
+	}
+}
