@@ -68,9 +68,10 @@ func makeKey(dir, path string) ([]byte, error) {
 }
 
 // writeDurably replaces a small file so that a power cut leaves the old one or
-// the new one: file synced, renamed, directory synced.
+// the new one: file synced, renamed, directory synced. The temporary copy is
+// beside it, because a crash must not leave a key among everybody's temporary files.
 func writeDurably(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))

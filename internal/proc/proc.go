@@ -122,7 +122,7 @@ func (s *Starter) Start(ctx context.Context, c Command) (*Process, error) {
 	case <-p.done:
 		return nil, fmt.Errorf("%s ended at once: %s", p.Name, p.LastWords())
 	case <-ctx.Done():
-		p.Kill()
+		p.Stop(termLimit)
 		return nil, ctx.Err()
 	}
 }
