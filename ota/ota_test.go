@@ -534,8 +534,8 @@ func TestUpdateKilledAtEveryPoint(t *testing.T) {
 	for n := first; killed([]string{"DEIMOS_CRASH_IN=deimos-agent", "DEIMOS_CRASH_AT=" + strconv.Itoa(n)}, "crash point"); n += step {
 		points++
 	}
-	if points < 10/step {
-		t.Errorf("only %d crash points", points)
+	if points < 2 {
+		t.Errorf("only %d crash points: was the agent built with them?", points)
 	}
 	for _, progress := range []string{"progress 0.05", "progress 0.3", "progress 0.6", "progress 0.8", "progress 0.95"} {
 		if !killed(nil, progress) {
