@@ -102,7 +102,7 @@ func TestLeastRecentlyUsedCodeGoesFirst(t *testing.T) {
 		_, err = os.Stat(filepath.Join(cache, h))
 		return err == nil
 	}
-	if _, err := (&Runner{CacheBytes: 2*one + one/2}).Run(t.Context(), c); err != nil {
+	if _, err := (&Runner{Executable: runner.Executable, CacheBytes: 2*one + one/2}).Run(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
 	if !kept(a) || kept(b) || !kept(c) {

@@ -162,6 +162,13 @@ func TestWorkerWithoutATaskSaysSo(t *testing.T) {
 	}
 }
 
+func TestThisExecutableIsTheWorkerByDefault(t *testing.T) {
+	res, err := (&Runner{}).Run(t.Context(), Spec{Module: wasm{}.file(t)})
+	if err != nil {
+		t.Fatalf("%v (stderr %q)", err, res.Stderr)
+	}
+}
+
 func TestMissingExecutableIsAWorkerFailure(t *testing.T) {
 	_, err := (&Runner{Executable: "/does/not/exist"}).Run(t.Context(), Spec{Module: endless.file(t)})
 	wantCause(t, err, WorkerFailed, wire.Failed, wire.CodeInternal)
@@ -184,7 +191,7 @@ func started(t *testing.T, s Spec) *child {
 	ended := make(chan struct{})
 	go func() {
 		err := spend(func() error {
-			c, err := (&Runner{}).start(s, module, "")
+			c, err := runner.start(s, module, "")
 			kids <- c
 			if err == nil {
 				<-c.exited

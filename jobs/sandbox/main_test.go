@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
@@ -48,8 +49,16 @@ func testMain(m *testing.M) int {
 		}
 	}
 	sharedCache = filepath.Join(dir, "cache")
+	runner.Executable = filepath.Join(dir, "worker")
+	if err := wasmtest.Worker(runtime.GOARCH, runner.Executable); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	return m.Run()
 }
 
 // sharedCache keeps compiled code between tests that are not about it.
 var sharedCache string
+
+// runner's worker is built without the race detector, whose memory would count.
+var runner Runner

@@ -25,7 +25,7 @@ func run(t testing.TB, s Spec) (Result, error) {
 	if s.CacheDir == "" {
 		s.CacheDir = sharedCache
 	}
-	return (&Runner{}).Run(t.Context(), s)
+	return runner.Run(t.Context(), s)
 }
 
 // mustRun fails the test unless the job succeeds.
@@ -314,7 +314,7 @@ func TestCancelStopsTheJobWithItsCause(t *testing.T) {
 	first := make(chan struct{})
 	go func() { <-first; cancel(why) }()
 	close(first)
-	_, err := (&Runner{}).Run(ctx, Spec{Module: endless.file(t)})
+	_, err := runner.Run(ctx, Spec{Module: endless.file(t)})
 	if wire.ProblemOf(err) != why {
 		t.Errorf("got %v, want the cause of the cancel", err)
 	}
@@ -353,12 +353,12 @@ func TestJobsAtTheSameTimeKeepApartAndLeaveNothing(t *testing.T) {
 	for i := range jobs {
 		go func() {
 			in := bytes.Repeat([]byte{byte('a' + i)}, 200_000)
-			res, err := (&Runner{}).Run(t.Context(), Spec{Module: probeModule, Args: []string{"echo"}, Input: in, CacheDir: sharedCache})
+			res, err := runner.Run(t.Context(), Spec{Module: probeModule, Args: []string{"echo"}, Input: in, CacheDir: sharedCache})
 			if err == nil && !bytes.Equal(res.Output, in) {
 				err = fmt.Errorf("job %d got another's bytes", i)
 			}
 			if i%3 == 0 {
-				_, _ = (&Runner{}).Run(t.Context(), Spec{Module: loop, Limits: wire.JobLimits{CPUSeconds: 0.05}})
+				_, _ = runner.Run(t.Context(), Spec{Module: loop, Limits: wire.JobLimits{CPUSeconds: 0.05}})
 			}
 			errs <- err
 		}()

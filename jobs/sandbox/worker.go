@@ -113,9 +113,21 @@ func readModule(digest string) ([]byte, error) {
 	return module, nil
 }
 
-// compile makes the module ready to run. If compiled code cannot be loaded
-// from or stored in the cache, it does without, and remembers that.
+// compile makes the module ready to run.
 func (w *worker) compile(module []byte, cacheDir string) (wazero.Runtime, wazero.CompiledModule, error) {
+	rt, code, err := w.load(module, cacheDir)
+	if err != nil {
+		return nil, nil, failure(BadModule, "the module is not valid WebAssembly: %s", firstLine(err.Error()))
+	}
+	if code.ExportedFunctions()["_start"] == nil {
+		return nil, nil, failure(BadModule, "the module exports no function _start; build it as a WASI command")
+	}
+	return rt, code, nil
+}
+
+// load compiles. If compiled code cannot be loaded from or stored in the
+// cache, it does without, and remembers that.
+func (w *worker) load(module []byte, cacheDir string) (wazero.Runtime, wazero.CompiledModule, error) {
 	if cacheDir != "" {
 		if cache, err := wazero.NewCompilationCacheWithDir(cacheDir); err == nil {
 			rt, code, err := compileWith(module, wazero.NewRuntimeConfig().WithCompilationCache(cache))
@@ -123,17 +135,10 @@ func (w *worker) compile(module []byte, cacheDir string) (wazero.Runtime, wazero
 				return rt, code, nil
 			}
 		}
-		w.cacheBroken = true
 	}
 	rt, code, err := compileWith(module, wazero.NewRuntimeConfig())
-	if err != nil {
-		w.cacheBroken = false // it is the module
-		return nil, nil, failure(BadModule, "the module is not valid WebAssembly: %s", firstLine(err.Error()))
-	}
-	if start := code.ExportedFunctions()["_start"]; start == nil {
-		return nil, nil, failure(BadModule, "the module exports no function _start; build it as a WASI command")
-	}
-	return rt, code, nil
+	w.cacheBroken = err == nil && cacheDir != "" // else it is the module
+	return rt, code, err
 }
 
 func compileWith(module []byte, config wazero.RuntimeConfig) (wazero.Runtime, wazero.CompiledModule, error) {
