@@ -206,9 +206,12 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 	f.enrol(2, false)
 	a := newAttacker(f)
 	d, other := f.devices[0], f.devices[1]
-	data := randomBytes(rng, 100_000)
-	o := f.put("prey", data)
-	prey := wire.ChunkDrop{IDs: []string{o.Chunks[0].ID}}
+	var prey wire.ChunkDrop // a new one for each attack
+	hunt := func() {
+		t.Helper()
+		name := ulid.Make().String()
+		prey = wire.ChunkDrop{IDs: []string{f.put(name, randomBytes(rng, 100_000)).Chunks[0].ID}}
+	}
 	_, stranger, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -278,6 +281,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 		}, wire.CodeUnknownKind},
 	} {
 		f.sub(c.name, func(t *testing.T) {
+			hunt()
 			order, raw := c.envelope()
 			a.send(d, raw)
 			if c.code != "" {
@@ -296,6 +300,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 		t.Fatal("the agent has ended")
 	}
 	// The same order, valid: what was tried above would have worked.
+	hunt()
 	valid := a.order(d, wire.KindChunkDrop, prey, nil)
 	a.send(d, a.seal(a.orderKey, valid))
 	if r, _ := a.terminal(d, valid.ID, 0); r.State != wire.Succeeded {
