@@ -9,3 +9,9 @@ have_race() {
 qemu_arm64() {
 	command -v qemu-aarch64-static || command -v qemu-aarch64
 }
+
+# Prints Mosquitto, the broker that the agent's session is tested against; it
+# stands where only root looks.
+mosquitto_broker() {
+	command -v mosquitto || PATH=$PATH:/usr/sbin:/usr/local/sbin command -v mosquitto
+}
