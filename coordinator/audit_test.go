@@ -107,7 +107,7 @@ func TestStorageChallenges(t *testing.T) {
 					return c.bend(d, a, l)
 				})
 			})
-			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.StorageAudit, Device: d.id, Leaves: 60})
+			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.StorageAudit, Device: d.id, Leaves: 40})
 			must(t, err)
 			if a.Outcome != c.want {
 				t.Fatalf("%s (%s), want %s", a.Outcome, a.Reason, c.want)
@@ -115,7 +115,7 @@ func TestStorageChallenges(t *testing.T) {
 			if r, err := wire.OpenAs[wire.Report](a.Report, d.pub(), wire.TypeReport); err != nil || r.Order != a.Order {
 				t.Errorf("the evidence: %v", err)
 			}
-			if c.want == api.AuditRight && (a.Right != 60 || len(a.Wrong)+len(a.Lost) != 0) {
+			if c.want == api.AuditRight && (a.Right != 40 || len(a.Wrong)+len(a.Lost) != 0) {
 				t.Errorf("%d right, wrong %v, lost %v", a.Right, a.Wrong, a.Lost)
 			}
 			for _, id := range chunks {

@@ -40,7 +40,7 @@ func TestConcurrentChangesLoseNothing(t *testing.T) {
 	kv := aBucket(t)
 	// Two coordinators, eight writers in each.
 	tables := []*table[note]{aTable(t, kv, nil), aTable(t, kv, nil)}
-	const writers, each = 16, 10
+	const writers, each = 16, 5
 	var wg sync.WaitGroup
 	for i := range writers {
 		wg.Go(func() {

@@ -119,7 +119,7 @@ func randomBytes(t *testing.T, n int) []byte {
 	return b
 }
 
-const several = 6*chunk.DefaultSize + 5 // bytes: more chunks than are under way at once
+const several = 5*chunk.DefaultSize + 5 // bytes: more chunks than are under way at once
 
 func TestWhatIsPutComesBack(t *testing.T) {
 	s, c := newShelf(t)
