@@ -140,6 +140,7 @@ func TestReportsOfOthersHaveNoEffect(t *testing.T) {
 	}{
 		"signed by another":             {d, seal(other, wire.TypeReport, done)},
 		"on another's topic":            {other, seal(d, wire.TypeReport, done)},
+		"in another's name":             {other, seal(other, wire.TypeReport, done)},
 		"signed as something else":      {d, seal(d, wire.TypeBeat, done)},
 		"for another device":            {d, seal(d, wire.TypeReport, claims)},
 		"by another on another's order": {other, seal(other, wire.TypeReport, claims)},
