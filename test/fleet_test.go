@@ -81,7 +81,7 @@ func findPrograms() (err error) {
 }
 
 // leftBehind names the processes that descend from this one and still run a
-// moment after everything was stopped.
+// moment after everything was stopped, and ends them.
 func leftBehind() (left []string) {
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		left = left[:0]
@@ -89,7 +89,13 @@ func leftBehind() (left []string) {
 			cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 			left = append(left, fmt.Sprintf("%d %s", pid, bytes.ReplaceAll(cmdline, []byte{0}, []byte{' '})))
 		}
-		if len(left) == 0 || time.Now().After(deadline) {
+		if len(left) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			for _, pid := range descendants(os.Getpid()) {
+				_ = unix.Kill(pid, unix.SIGKILL) // it may have ended meanwhile
+			}
 			return left
 		}
 	}
