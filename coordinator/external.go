@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"net/url"
 	"path/filepath"
 
 	"github.com/deimos-edge/deimos/coordinator/engine"
@@ -36,8 +37,17 @@ func WriteNATSConfig(w io.Writer, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	var listen string // engine's default unless --nats says where
+	if cfg.NATS != "" {
+		u, err := url.Parse(cfg.NATS)
+		if err != nil || u.Host == "" {
+			return fmt.Errorf("%q is no address of a NATS server, it looks like tls://host:4222", cfg.NATS)
+		}
+		listen = u.Host
+	}
 	sc := engine.ServerConfig{
-		Secret: secret, MQTTListen: cfg.MQTT, StoreDir: filepath.Join(dir, "nats"), Sync: orderSync,
+		ClientListen: listen,
+		Secret:       secret, MQTTListen: cfg.MQTT, StoreDir: filepath.Join(dir, "nats"), Sync: orderSync,
 		CertFile: filepath.Join(keys, "nats.pem"), KeyFile: filepath.Join(keys, "nats.key"), CAFile: filepath.Join(keys, "ca.pem"),
 	}
 	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})

@@ -444,7 +444,6 @@ type machine struct {
 	t    *testing.T
 	dir  string
 	args []string
-	env  []string
 }
 
 func (f *fleet) machine() *machine {

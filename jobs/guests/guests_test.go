@@ -91,7 +91,7 @@ func inputs(t *testing.T) map[string][]byte {
 	for i := range noise {
 		noise[i] = byte(r.IntN(256))
 	}
-	source, err := os.ReadFile(filepath.Join(runtime.GOROOT(), "src", "net", "http", "server.go"))
+	source, err := os.ReadFile("guests_test.go") // real text, this very file
 	if err != nil {
 		t.Fatal(err)
 	}
