@@ -314,7 +314,11 @@ func TestRemovingDropsOnlyWhatNobodyElseNeeds(t *testing.T) {
 func TestPuttingAgainWhileADropIsPendingLosesNothing(t *testing.T) {
 	w := aWorld(t)
 	ctx := testContext(t)
-	slow, quick := w.device(t), w.device(t)
+	slow := w.enrolled(t)
+	slow.capacity = 1 << 50 // it would be the first choice
+	slow.connect(w)
+	t.Cleanup(slow.leave)
+	quick := w.device(t)
 	data := someBytes(1000)
 	id := chunk.Sum(data).String()
 	w.putFile(t, "again", data, 2)
