@@ -40,7 +40,9 @@
 //
 //	memory   linear memory: a mapping of exactly the limit, whose refusals are
 //	         noted; everything else (call stack, tables, engine) together:
-//	         RLIMIT_DATA, [engineAllowance] above the limit
+//	         RLIMIT_DATA, [engineAllowance] above the limit. There the Go runtime
+//	         crashes; now and then it does not say that memory was the reason,
+//	         and the job ends as [WorkerFailed] instead of [LimitMemory]
 //	CPU      the parent reads the child's process clock and kills; RLIMIT_CPU,
 //	         set by the child, stands behind it; compiling counts
 //	wall     the parent kills; starting and compiling count
@@ -57,10 +59,11 @@
 // # Compiled code
 //
 // Compiling a Go module takes about a second, so machine code is kept below
-// [Spec.CacheDir] in one directory a module, named by the module's SHA-256: who
-// subverts a worker and the directory's permissions can spoil no code but its
-// own. The least recently used are deleted beyond [Runner.CacheBytes]. An entry
-// that does not load is deleted and compiled anew.
+// [Spec.CacheDir] in one directory a module, named by the module's SHA-256, so
+// that Landlock can give a worker its own module's and no other. The worker
+// writes it before the module runs, and can write nothing after. The least
+// recently used are deleted beyond [Runner.CacheBytes]. An entry that does not
+// load is deleted and compiled anew.
 //
 // # Not done yet
 //

@@ -52,7 +52,7 @@ type Result struct {
 	ExitCode int    // the module's
 	CPU      time.Duration
 	Wall     time.Duration // from before the worker starts until it is gone
-	MaxRSS   int64         // bytes, of the worker; 0 if it was killed too early to say
+	MaxRSS   int64         // bytes, of the worker; 0 if it died without saying
 	Engine   string        // as in "wazero/1.12.0 compiler amd64"; empty if it was not reached
 }
 
