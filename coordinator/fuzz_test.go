@@ -16,6 +16,7 @@ import (
 
 // fuzzCall sends a body to the handlers without a network. Whatever it is, the
 // answer is a success or a refusal in words, and never the coordinator's fault.
+// What runs beside it makes coverage vary: fuzz with -fuzzminimizetime 5x.
 func fuzzCall(t *testing.T, w *world, method, path, token string, body []byte) {
 	t.Helper()
 	r := httptest.NewRequest(method, path, bytes.NewReader(body)).WithContext(testContext(t))
