@@ -37,8 +37,9 @@
 // order and sends it again until the device's signed terminal [Report] has
 // arrived. The device keeps that report until the order expires, answers every
 // repeat from it, and sends it again until the coordinator's [Ack] names it.
-// Reports of one order are numbered ([Report.Seq]); a lower number never
-// overwrites a higher one, and a terminal state is final.
+// Reports are numbered ([Report.Seq]). Of those that are not terminal, a lower
+// number never overwrites a higher one; a terminal one always counts, also of a
+// device whose count began anew because its journal was lost, and is final.
 //
 // Unknown fields are ignored, so that either side can be newer. An unknown kind
 // of order is answered with REJECTED and the code [CodeUnknownKind].

@@ -483,10 +483,10 @@ func (t *tour) update(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	return []string{
-		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside the old one, confirmed: device %d went %s/%s → %s/%s in %.1f s",
+		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside, confirmed: device %d went %s/%s → %s/%s in %.1f s",
 			d.n, before.Agent, before.Slot, after.Agent, after.Slot, took.Seconds()),
 		fmt.Sprintf("0.3.0   signed alike, but does not come up; back on 0.2.0 by itself after %.1f s; the device reports:", back.Seconds()),
-		fmt.Sprintf("        %q", bad[0].Result.Reason),
+		"        " + strings.Replace(bad[0].Result.Reason, "; ", ";\n                 ", 1),
 	}, nil
 }
 

@@ -132,8 +132,20 @@ func prepare(o Options) (*tour, error) {
 		return nil, err
 	}
 	fmt.Fprintf(t.Out, "A Deimos fleet on this machine: one coordinator, %d devices, every one a process.\n", fleetSize)
-	fmt.Fprintf(t.Out, "  folder  %s\n  stores  %s (%s)\n\n", t.Dir, t.File, cli.Bytes(info.Size()))
+	fmt.Fprintf(t.Out, "  folder  %s\n  stores  %s (%s)\n\n", t.Dir, near(t.File), cli.Bytes(info.Size()))
 	return t, nil
+}
+
+// near says a path the short way, from the folder that the person is in.
+func near(path string) string {
+	wd, err := os.Getwd()
+	if err != nil {
+		return path
+	}
+	if rel, err := filepath.Rel(wd, path); err == nil && len(rel) < len(path) {
+		return rel
+	}
+	return path
 }
 
 func emptyDir(dir string) error {
@@ -199,6 +211,7 @@ func (t *tour) walk(ctx context.Context) error {
 
 // farewell says what can be done now.
 func (t *tour) farewell() {
+	deimos := near(t.program("deimos"))
 	fmt.Fprintf(t.Out, `
 The fleet stays up until Ctrl-C. In another terminal:
 
@@ -210,8 +223,7 @@ The fleet stays up until Ctrl-C. In another terminal:
 
 Logs are in %s.
 `, t.path("coordinator", "operator.json"),
-		t.program("deimos"), t.program("deimos"), t.program("deimos"), filepath.Join(t.bin, "guests", "wordcount.wasm"),
-		t.program("deimos"), t.devices[1].id, t.path("logs"))
+		deimos, deimos, deimos, near(filepath.Join(t.bin, "guests", "wordcount.wasm")), deimos, t.devices[1].id, t.path("logs"))
 }
 
 func (t *tour) program(name string) string { return filepath.Join(t.bin, name) }
