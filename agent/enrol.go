@@ -19,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -68,7 +69,7 @@ func (m *Membership) save(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return writeDurably(filepath.Join(dir, membershipFile), raw)
+	return durable.WriteFile(filepath.Join(dir, membershipFile), raw, 0o600)
 }
 
 // orderKey is the key that signs the coordinator's orders.

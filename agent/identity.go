@@ -12,8 +12,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
-
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -64,17 +63,7 @@ func makeKey(dir, path string) ([]byte, error) {
 		return nil, err
 	}
 	raw := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	return raw, writeDurably(path, raw)
-}
-
-// writeDurably replaces a small file so that a power cut leaves the old one or
-// the new one: file synced, renamed, directory synced. The temporary copy is
-// beside it, because a crash must not leave a key among everybody's temporary files.
-func writeDurably(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
+	return raw, durable.WriteFile(path, raw, 0o600)
 }
 
 // csr is a certificate request that proves possession of the key.

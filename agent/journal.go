@@ -5,11 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
+
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 // journal is the agent's memory of orders, in a small Badger store of its own:
@@ -91,21 +92,12 @@ func (j *journal) durably(change func(*badger.Txn) error) error {
 	}
 	err := j.db.Sync()
 	if err == nil {
-		err = syncDir(j.dir) // of a log that is new; Badger does it some time later
+		err = durable.SyncDir(j.dir) // of a log that is new; Badger does it some time later
 	}
 	if err != nil {
 		return fmt.Errorf("the journal cannot be synced to disk: %w", err)
 	}
 	return nil
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // get finds a finished order; ok is false for one that is not known.

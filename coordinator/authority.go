@@ -19,8 +19,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -126,17 +125,10 @@ func loadOrMake(path string, make func() ([]byte, error)) ([]byte, error) {
 	if raw, err = make(); err != nil {
 		return nil, err
 	}
-	if err := replaceFile(path, raw, 0o600); err != nil {
+	if err := durable.WriteFile(path, raw, 0o600); err != nil {
 		return nil, fmt.Errorf("a key cannot be saved: %w", err)
 	}
 	return raw, nil
-}
-
-// replaceFile replaces a file atomically. Its temporary copy is beside it:
-// renameio may choose a folder for everybody's temporary files, where a crash
-// would leave a key.
-func replaceFile(path string, data []byte, mode fs.FileMode) error {
-	return renameio.WriteFile(path, data, mode, renameio.WithTempDir(filepath.Dir(path)))
 }
 
 func loadKey(path string, generate func() (any, error)) (crypto.Signer, error) {

@@ -52,6 +52,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/engine"
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -316,7 +317,7 @@ func (c *Coordinator) operatorContext(addr net.Addr) error {
 	if err != nil {
 		return err
 	}
-	if err := replaceFile(path, append(raw, '\n'), 0o600); err != nil {
+	if err := durable.WriteFile(path, append(raw, '\n'), 0o600); err != nil {
 		return fmt.Errorf("the operator's context cannot be saved: %w", err)
 	}
 	return nil

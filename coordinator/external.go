@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/deimos-edge/deimos/coordinator/engine"
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 // WriteNATSConfig prints what a stock nats-server has to be started with to
@@ -52,10 +53,10 @@ func WriteNATSConfig(w io.Writer, cfg Config) error {
 	}
 	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	if err := replaceFile(sc.CertFile, certPEM, 0o644); err != nil {
+	if err := durable.WriteFile(sc.CertFile, certPEM, 0o644); err != nil {
 		return fmt.Errorf("the certificate of the NATS server cannot be saved: %w", err)
 	}
-	if err := replaceFile(sc.KeyFile, keyPEM, 0o600); err != nil {
+	if err := durable.WriteFile(sc.KeyFile, keyPEM, 0o600); err != nil {
 		return fmt.Errorf("the key of the NATS server cannot be saved: %w", err)
 	}
 	return engine.WriteServerConfig(w, sc)

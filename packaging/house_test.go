@@ -35,13 +35,13 @@ var mayImport = map[string][]string{
 	"board":              {"wire"},
 	"hw":                 {"board", "wire"},
 	"sync/chunk":         {"wire"},
-	"sync/store":         {"sync/chunk", "wire"},
+	"sync/store":         {"sync/chunk", "wire", "internal/durable"},
 	"sync/transfer":      {"wire"},
 	"sync/orders":        {"sync/chunk", "sync/store", "sync/transfer", "wire"},
 	"jobs":               {"wire"},
-	"ota":                {"wire"},
-	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire"},
-	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo"},
+	"ota":                {"wire", "internal/durable"},
+	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/durable"},
+	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo", "internal/durable"},
 	"coordinator/engine": {"wire"},
 	"coordinator/api":    {"wire", "sync/chunk"},
 	"coordinator/object": {"coordinator/api", "wire", "sync/chunk"},
@@ -49,10 +49,10 @@ var mayImport = map[string][]string{
 	"internal/cli":       {""},
 	"packaging":          {""},
 	// On no map: the tests of the whole, what runs processes for them and for
-	// the tour, and what holds the module graph together.
-	"test":          {""},
-	"internal/proc": {},
-	"internal/deps": {},
+	// the tour, and how files are replaced.
+	"test":             {""},
+	"internal/proc":    {},
+	"internal/durable": {},
 }
 
 // goPackage is the part of `go list -json` that the rules look at.

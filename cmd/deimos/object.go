@@ -121,7 +121,7 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 		return err
 	}
 	// The file appears whole and verified, or not at all.
-	f, err := renameio.NewPendingFile(path, renameio.WithPermissions(0o644))
+	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithPermissions(0o644))
 	if err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}

@@ -16,6 +16,8 @@ import (
 
 	"github.com/google/renameio/v2"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 const (
@@ -85,7 +87,7 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	if err != nil {
 		return m, err
 	}
-	return m, WriteFile(filepath.Join(dir, manifestFile), append(raw, '\n'), 0o644)
+	return m, durable.WriteFile(filepath.Join(dir, manifestFile), append(raw, '\n'), 0o644)
 }
 
 // Open reads the manifest of a bundle in a directory, with the bytes that are signed.
@@ -150,7 +152,7 @@ func pack(ctx context.Context, dir string, a Agent, level zstd.EncoderLevel) (Pa
 	if err := os.Rename(out.Name(), path); err != nil {
 		return Part{}, err
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 		return Part{}, err
 	}
 	return Part{Name: PartAgent, Platform: platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
@@ -228,45 +230,7 @@ func Unpack(ctx context.Context, src io.Reader, part Part, form Form, path strin
 	if err := dst.CloseAtomicallyReplace(); err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	return syncDir(filepath.Dir(path))
-}
-
-// WriteFile replaces a file so that after a power cut either the old or the
-// new content is there, whole.
-func WriteFile(path string, data []byte, mode os.FileMode) error {
-	if err := renameio.WriteFile(path, data, mode, renameio.IgnoreUmask()); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path)) // renameio syncs the file only
-}
-
-// CopyFile is [WriteFile] with the content of another file.
-func CopyFile(path, from string, mode os.FileMode) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	dst, err := renameio.NewPendingFile(path, renameio.WithPermissions(mode), renameio.IgnoreUmask())
-	if err != nil {
-		return err
-	}
-	defer func() { _ = dst.Cleanup() }()
-	if _, err := io.Copy(dst, src); err != nil {
-		return err
-	}
-	if err := dst.CloseAtomicallyReplace(); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // counter hashes and counts what goes through.

@@ -14,6 +14,7 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/ota/bundle"
 )
 
@@ -61,7 +62,7 @@ func (c *Client) pin() error {
 		if _, err := c.startFrom(c.o.Root); err != nil {
 			return err
 		}
-		return bundle.WriteFile(c.local(file), c.o.Root, 0o644)
+		return durable.WriteFile(c.local(file), c.o.Root, 0o644)
 	case err != nil:
 		return err
 	case !bytes.Equal(pinned, c.o.Root):
@@ -263,7 +264,7 @@ func signedLength(meta *metadata.MetaFiles, most int64) int64 {
 }
 
 func (c *Client) keep(name string, raw []byte) error {
-	if err := bundle.WriteFile(c.local(name), raw, 0o644); err != nil {
+	if err := durable.WriteFile(c.local(name), raw, 0o644); err != nil {
 		return fmt.Errorf("keep update metadata: %w", err)
 	}
 	return nil

@@ -15,7 +15,7 @@ import (
 	"github.com/sigstore/sigstore/pkg/signature"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
-	"github.com/deimos-edge/deimos/ota/bundle"
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 const day = 24 * time.Hour
@@ -83,7 +83,7 @@ func Init(dir string, o InitOptions) error {
 	if err != nil {
 		return err
 	}
-	return bundle.WriteFile(filepath.Join(dir, rootFile), raw, 0o644)
+	return durable.WriteFile(filepath.Join(dir, rootFile), raw, 0o644)
 }
 
 // newKeys makes the key files and the root that all root keys have signed.

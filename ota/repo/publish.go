@@ -11,6 +11,7 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/ota/bundle"
 )
 
@@ -157,7 +158,7 @@ func (p *publisher) addBundle() (string, error) {
 			}
 		}
 	}
-	if err := bundle.WriteFile(p.path(targetPath(name, target.Hashes["sha256"].String())), raw, 0o644); err != nil {
+	if err := durable.WriteFile(p.path(targetPath(name, target.Hashes["sha256"].String())), raw, 0o644); err != nil {
 		return "", fmt.Errorf("write the manifest: %w", err)
 	}
 	p.targets.Signed.Targets[name] = target
@@ -174,7 +175,7 @@ func (p *publisher) addPart(part bundle.Part, form bundle.Form) error {
 	if size != form.Size || sum != form.SHA256 {
 		return fmt.Errorf("part %s for %s is not what the manifest says; build the bundle again", part.Name, part.Platform)
 	}
-	return bundle.CopyFile(p.path(bundle.PartPath(form.SHA256)), from, 0o644)
+	return durable.CopyFile(p.path(bundle.PartPath(form.SHA256)), from, 0o644)
 }
 
 // write signs everything afresh, the next version each, timestamp last.
@@ -197,7 +198,7 @@ func (p *publisher) write() error {
 	if err != nil {
 		return err
 	}
-	if err := bundle.WriteFile(p.path(metadataPath(metadata.ROOT, p.root.Signed.Version)), root, 0o644); err != nil {
+	if err := durable.WriteFile(p.path(metadataPath(metadata.ROOT, p.root.Signed.Version)), root, 0o644); err != nil {
 		return err
 	}
 	p.timestamp.Signed.Version++
@@ -223,7 +224,7 @@ func writeRole[T metadata.Roles](p *publisher, m *metadata.Metadata[T], role str
 	if err != nil {
 		return nil, err
 	}
-	if err := bundle.WriteFile(p.path(metadataPath(role, version)), raw, 0o644); err != nil {
+	if err := durable.WriteFile(p.path(metadataPath(role, version)), raw, 0o644); err != nil {
 		return nil, fmt.Errorf("write %s: %w", role, err)
 	}
 	return fileInfo(raw, version), nil

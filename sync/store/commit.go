@@ -11,6 +11,7 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -175,7 +176,7 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
 	boot, err := v.opt.hooks.bootID()
 	if err == nil {
-		err = writeDurably(filepath.Join(v.dir, syncFailedFile), boot+"\n")
+		err = durable.WriteFile(filepath.Join(v.dir, syncFailedFile), []byte(boot+"\n"), 0o600)
 	}
 	if err != nil {
 		v.opt.Log.Error("the failed write could not be noted on disk", "volume", v.id, "err", err)

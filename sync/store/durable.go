@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
-	"github.com/google/renameio/v2"
 )
 
 // syncer makes everything written to a Badger directory durable. It belongs to
@@ -127,14 +126,6 @@ func fsync(path string) error {
 		return fmt.Errorf("sync %s: %w", path, err)
 	}
 	return nil
-}
-
-// writeDurably replaces a small file so that it is whole whenever the power goes.
-func writeDurably(path, content string) error {
-	if err := renameio.WriteFile(path, []byte(content), 0o600); err != nil {
-		return err
-	}
-	return fsync(filepath.Dir(path))
 }
 
 func bootID() (string, error) {

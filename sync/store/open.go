@@ -24,6 +24,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -456,7 +457,7 @@ func (v *Volume) agreeOnID(fresh bool) error {
 	}
 	err = v.db.Update(func(txn *badger.Txn) error { return txn.Set(keyOfVolume, []byte(v.id)) })
 	if err = errors.Join(err, v.syncer.sync()); err == nil {
-		err = writeDurably(filepath.Join(v.dir, idFile), v.id+"\n")
+		err = durable.WriteFile(filepath.Join(v.dir, idFile), []byte(v.id+"\n"), 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("a new volume cannot be made in %s: %w", v.dir, err)

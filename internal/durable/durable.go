@@ -1,0 +1,62 @@
+// Package durable replaces files so that a power cut leaves the old content or
+// the new one, whole: written aside, synced, renamed, directory synced.
+//
+// It wraps renameio, which does the first three, but not the last, and which by
+// itself may write aside in the machine's common temporary folder, where a
+// crash would leave a secret behind.
+package durable
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+)
+
+// WriteFile replaces the file at path. The mode holds whatever the umask is.
+func WriteFile(path string, data []byte, mode fs.FileMode) error {
+	return replace(path, mode, func(w io.Writer) error {
+		_, err := w.Write(data)
+		return err
+	})
+}
+
+// CopyFile is [WriteFile] with the content of another file.
+func CopyFile(path, from string, mode fs.FileMode) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	return replace(path, mode, func(w io.Writer) error {
+		_, err := io.Copy(w, src)
+		return err
+	})
+}
+
+func replace(path string, mode fs.FileMode, fill func(io.Writer) error) error {
+	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithPermissions(mode), renameio.IgnoreUmask())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Cleanup() }() // after success there is nothing left to clean
+	if err := fill(f); err != nil {
+		return err
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil {
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir makes what was created, renamed or removed in a folder last.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
