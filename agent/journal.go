@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
 )
@@ -21,8 +23,9 @@ import (
 // Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time;
 // "epoch" → how often the agent was started.
 type journal struct {
-	db  *badger.DB
-	dir string
+	db    *badger.DB
+	dir   string
+	leave int64 // bytes left free on the disk
 	// mu makes one write at a time. Badger's Sync leaves out the log of a
 	// memtable that another write has just rotated out.
 	mu sync.Mutex
@@ -39,7 +42,32 @@ type entry struct {
 
 const orderPrefix = "order/"
 
+// journalFloor is what the journal leaves free on its disk, in bytes. Badger
+// writes through mapped memory, where a full disk is a SIGBUS that ends the
+// agent instead of an error: with a margin for what it compacts, it is asked
+// before each write.
+const journalFloor = 32 << 20
+
+// room is an error if the disk is too full to write.
+func (j *journal) room() error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(j.dir, &st); err != nil {
+		return fmt.Errorf("the journal's disk cannot be asked for its free space: %w", err)
+	}
+	if free := int64(st.Bavail) * int64(st.Bsize); free < j.leave {
+		return fmt.Errorf("the disk of %s is full: %d MiB are free, the agent needs %d; free some space", j.dir, free>>20, j.leave>>20)
+	}
+	return nil
+}
+
 func openJournal(dir string) (*journal, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("the journal's folder cannot be made: %w", err)
+	}
+	j := &journal{dir: dir, leave: journalFloor}
+	if err := j.room(); err != nil {
+		return nil, err
+	}
 	opts := badger.DefaultOptions(dir).
 		WithLogger(nil).
 		WithMetricsEnabled(false).
@@ -58,11 +86,11 @@ func openJournal(dir string) (*journal, error) {
 		WithValueThreshold(256 << 10).
 		WithValueLogFileSize(1 << 20).
 		WithSyncWrites(false) // put syncs itself and checks that it worked
-	db, err := badger.Open(opts)
-	if err != nil {
+	var err error
+	if j.db, err = badger.Open(opts); err != nil {
 		return nil, fmt.Errorf("the agent's journal in %s cannot be opened: %w", dir, err)
 	}
-	return &journal{db: db, dir: dir}, nil
+	return j, nil
 }
 
 func (j *journal) close() error { return j.db.Close() }
@@ -80,6 +108,9 @@ func (j *journal) put(e entry) error {
 func (j *journal) update(change func(*badger.Txn) error) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if err := j.room(); err != nil {
+		return err
+	}
 	return j.db.Update(change)
 }
 
@@ -87,6 +118,9 @@ func (j *journal) update(change func(*badger.Txn) error) error {
 func (j *journal) durably(change func(*badger.Txn) error) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if err := j.room(); err != nil {
+		return err
+	}
 	if err := j.db.Update(change); err != nil {
 		return fmt.Errorf("the journal cannot be written: %w", err)
 	}
@@ -166,6 +200,9 @@ func (j *journal) forget(now time.Time) error {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if err := j.room(); err != nil {
+		return err // it also takes space to forget
+	}
 	wb := j.db.NewWriteBatch()
 	defer wb.Cancel()
 	for _, id := range old {

@@ -75,7 +75,8 @@ func (l *launcher) run(c choice) ending {
 
 func (l *launcher) command(c choice) *exec.Cmd {
 	cmd := exec.Command(l.slots.Path(c.slot), l.args...)
-	cmd.Env = append(os.Environ(), slot.Env+"="+string(c.slot))
+	// The agent keeps its state where its slots are, without being told twice.
+	cmd.Env = append(os.Environ(), slot.Env+"="+string(c.slot), "DEIMOS_STATE="+l.stateDir)
 	if c.trial {
 		cmd.Env = append(cmd.Env, slot.EnvConfirmWithin+"="+l.confirmWithin.String())
 	}

@@ -137,7 +137,7 @@ func (t *tour) startDevice(ctx context.Context, d *device) error {
 	d.proc, err = t.starter.Start(ctx, proc.Command{
 		Name: fmt.Sprintf("device %d", d.n), Log: t.path("logs", fmt.Sprintf("device-%d.log", d.n)),
 		Argv: []string{t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", "20s", "--",
-			"run", "--state", d.state(t), "--coordinator", c.URL, "--token", t.token},
+			"run", "--coordinator", c.URL, "--token", t.token},
 	})
 	return err
 }

@@ -1,0 +1,38 @@
+package agent
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+// Without the check, a full disk ends the process with SIGBUS.
+func TestAFullDiskIsASentenceAndNotTheEnd(t *testing.T) {
+	dir := t.TempDir()
+	j, err := openJournal(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.close()
+	e := entry{Order: "one", Seq: 1, Expires: time.Now().Add(time.Hour), Report: []byte("report")}
+	if err := j.put(e); err != nil {
+		t.Fatal(err)
+	}
+	j.leave = 1 << 62 // no disk has that much free
+	e.Order = "two"
+	for what, err := range map[string]error{
+		"put":   j.put(e),
+		"acked": j.acked("one", 1),
+		"floor": j.saveFloor(time.Now()),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "free some space") {
+			t.Errorf("%s on a full disk: %v", what, err)
+		}
+	}
+	if _, ok, err := j.get("two"); ok || err != nil {
+		t.Errorf("what was refused is there: %v %v", ok, err)
+	}
+	if _, ok, err := j.get("one"); !ok || err != nil {
+		t.Errorf("what was kept is gone: %v %v", ok, err)
+	}
+}
