@@ -256,7 +256,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL, o.MaxBytes = stagingLife, stagingMax })
+	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL = stagingLife })
 	if err != nil {
 		return err
 	}
@@ -265,10 +265,13 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		return err
 	}
 	c.staging = newStaging(files)
+	c.staging.free, c.staging.most = c.eng.Free, stagingMax
 	c.storage.staging, c.audits.staging = c.staging, c.staging
 	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
 	c.audits.compute = c.compute
-	c.releases = &releases{files: repo, cache: newStaging(repo), outbox: c.outbox, reg: c.reg}
+	cache := newStaging(repo)
+	cache.free = c.eng.Free
+	c.releases = &releases{files: repo, cache: cache, outbox: c.outbox, reg: c.reg}
 	if c.cfg.NATS == "" {
 		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one
 	}

@@ -7,12 +7,16 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
+	"net/http"
 	"sync"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // staging is where chunks, modules and attachments wait between an operator and
@@ -22,6 +26,14 @@ import (
 type staging struct {
 	bucket jetstream.ObjectStore
 	fill   singleflight.Group
+
+	// Our own limit, because one that JetStream knows is space that it counts as
+	// taken (see engine). Both may be left out.
+	free func() (bytes int64, ok bool) // of the disk below the bucket
+	most int64                         // bytes
+	door sync.Mutex                    // guards arriving
+	// arriving is what is being put and not in the bucket's size for sure.
+	arriving int64
 
 	mu    sync.Mutex
 	bytes int64
@@ -67,11 +79,52 @@ func attachmentName(order string) string { return "attachment/" + order }
 
 // put keeps data, which belongs to the staging area from now on.
 func (s *staging) put(ctx context.Context, name string, data []byte) error {
+	done, err := s.admit(ctx, int64(len(data)))
+	if err != nil {
+		return err
+	}
+	defer done()
 	if _, err := s.bucket.PutBytes(ctx, name, data); err != nil {
+		err = engine.StoreError(err)
+		if errors.Is(err, engine.ErrNoSpace) {
+			return refuse(http.StatusInsufficientStorage, wire.CodeNoSpace, "%v", err)
+		}
 		return fmt.Errorf("staging %s: %w", name, err)
 	}
 	s.remember(name, data)
 	return nil
+}
+
+// admit refuses what would leave too little of the disk: JetStream stops for
+// good when there is nothing left, and then records cannot be written either.
+// The bucket may have half of what it holds and what is free together.
+func (s *staging) admit(ctx context.Context, size int64) (done func(), err error) {
+	st, err := s.bucket.Status(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("staging: %w", engine.StoreError(err))
+	}
+	s.door.Lock()
+	defer s.door.Unlock()
+	held, limit := int64(st.Size())+s.arriving, int64(math.MaxInt64)
+	if s.most > 0 {
+		limit = s.most
+	}
+	if s.free != nil {
+		if free, ok := s.free(); ok {
+			limit = min(limit, (int64(st.Size())+free)/2)
+		}
+	}
+	if size > limit-held {
+		return nil, refuse(http.StatusInsufficientStorage, wire.CodeNoSpace,
+			"the coordinator has no room for %d bytes more: it holds %d MiB for devices and may hold %d MiB; free space on its disk, or wait until devices have fetched theirs",
+			size, held>>20, limit>>20)
+	}
+	s.arriving += size
+	return func() {
+		s.door.Lock()
+		defer s.door.Unlock()
+		s.arriving -= size
+	}, nil
 }
 
 // errNotStaged is returned for a blob that is not here, or not any more.

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/deimos-edge/deimos/coordinator/engine"
 )
 
 // storeTimeout bounds every single call to the state store.
@@ -212,7 +214,7 @@ func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists b
 			return v, nil
 		}
 		if !isConflict(err) {
-			return v, fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, err)
+			return v, fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, engine.StoreError(err))
 		}
 	}
 }
@@ -279,7 +281,7 @@ func (t *table[T]) remove(ctx context.Context, key string, cond func(v T) bool) 
 			return nil
 		}
 		if !isConflict(err) {
-			return fmt.Errorf("the %s record %s cannot be removed: %w", t.what, key, err)
+			return fmt.Errorf("the %s record %s cannot be removed: %w", t.what, key, engine.StoreError(err))
 		}
 	}
 }

@@ -107,6 +107,9 @@ func renderConfig(w io.Writer, c ServerConfig, keys *keyring) error {
 	if c.MaxDevices <= 0 {
 		c.MaxDevices = defaultMaxDevices
 	}
+	if c.MaxStore <= 0 {
+		c.MaxStore = noReservation
+	}
 	v := confValues{
 		ServerConfig: c,
 		Keys:         pub,
@@ -166,9 +169,7 @@ tls {
 jetstream {
   store_dir: {{q .StoreDir}}
   sync_interval: {{q .SyncText}}
-{{- if .MaxStore}}
   max_file_store: {{.MaxStore}}
-{{- end}}
   max_memory_store: {{.Memory}}
 }
 

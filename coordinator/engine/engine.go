@@ -124,8 +124,8 @@ type Config struct {
 	// An external server has its own in [ServerConfig].
 	Sync time.Duration
 
-	// MaxStore bounds JetStream's files in bytes; zero means three quarters of
-	// what the disk has free. Embedded server only.
+	// MaxStore bounds JetStream's files in bytes; zero means that only the disk
+	// does, see [Engine.Free]. Embedded server only.
 	MaxStore int64
 
 	// MaxDevices bounds connections; zero means 100,000. Embedded server only.
@@ -273,7 +273,7 @@ func (e *Engine) KV(ctx context.Context, bucket string, edit ...func(*jetstream.
 	}
 	kv, err := e.js.CreateOrUpdateKeyValue(ctx, cfg)
 	if err != nil {
-		return nil, fmt.Errorf("open bucket %q: %w", bucket, err)
+		return nil, fmt.Errorf("open bucket %q: %w", bucket, StoreError(err))
 	}
 	return kv, nil
 }
@@ -286,7 +286,7 @@ func (e *Engine) Objects(ctx context.Context, bucket string, edit ...func(*jetst
 	}
 	os, err := e.js.CreateOrUpdateObjectStore(ctx, cfg)
 	if err != nil {
-		return nil, fmt.Errorf("open bucket of objects %q: %w", bucket, err)
+		return nil, fmt.Errorf("open bucket of objects %q: %w", bucket, StoreError(err))
 	}
 	return os, nil
 }
