@@ -164,7 +164,7 @@ func leafAt(held []api.Chunk, at int64) wire.AuditItem {
 func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Audit, sizes map[string]int64, v OrderRecord) error {
 	rec.Report = v.Report
 	if v.State != wire.Succeeded {
-		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		noProof(rec, v)
 		return nil
 	}
 	wrong := func(format string, args ...any) {
@@ -191,6 +191,15 @@ func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Au
 	}
 	judgeLeaves(rec, asked.Items, leaves, sizes)
 	return nil
+}
+
+// noProof settles a challenge whose order did not succeed: what the device has
+// signed is a refusal, what the outbox gave up on is silence.
+func noProof(rec *api.Audit, v OrderRecord) {
+	rec.Outcome, rec.Reason = api.AuditRefused, v.Result.Reason
+	if v.State == wire.TimedOut && v.Result.Code == codeNoAnswer {
+		rec.Outcome = api.AuditUnreachable
+	}
 }
 
 func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[string]int64) {
@@ -269,6 +278,9 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err := a.judgeCompute(ctx, &rec, v); err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
+	if err := a.storage.lost(ctx, r.Device, rec.Lost); err != nil {
+		return rec, err
+	}
 	return a.save(ctx, rec)
 }
 
@@ -280,7 +292,11 @@ func commitment(salt, outputSum []byte) string {
 // judgeCompute settles a compute challenge. Its error is the coordinator's own.
 func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, v OrderRecord) error {
 	if v.State != wire.Succeeded {
-		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		noProof(rec, v)
+		// The input is the one chunk that the device may confess to have lost.
+		if c := v.Result.Code; rec.Outcome == api.AuditRefused && (c == wire.CodeLost || c == wire.CodeNotFound) {
+			rec.Outcome, rec.Lost = api.AuditLost, rec.Chunks
+		}
 		return nil
 	}
 	j, err := a.compute.collect(ctx, v)

@@ -191,15 +191,49 @@ func TestSilenceIsNoLie(t *testing.T) {
 			t.Errorf("%s cut short: %s on record", kind, kept.Outcome)
 		}
 	}
-	d.on(wire.KindAudit, func(wire.Order) *reply { return failed(wire.CodeInternal) })
-	w.audits.limit = callLimit
-	if a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.StorageAudit, Device: d.id}); err != nil || a.Outcome != api.AuditUnreachable {
-		t.Errorf("an honest failure: %s %v", a.Outcome, err)
-	}
 	for _, id := range chunks {
 		if len(holders(w.chunkRecord(t, id).Holders)) != 2 {
 			t.Error("silence was taken for a loss")
 		}
+	}
+}
+
+func TestARefusalIsNoSilence(t *testing.T) {
+	w := aWorld(t)
+	d, other, _ := auditScene(t, w)
+	module, err := w.op.PutModule(testContext(t), []byte("module"))
+	must(t, err)
+	for name, c := range map[string]struct {
+		kind   api.AuditKind
+		answer reply
+		want   api.AuditOutcome
+	}{
+		"storage fails":          {api.StorageAudit, *failed(wire.CodeInternal), api.AuditRefused},
+		"storage is rejected":    {api.StorageAudit, reply{state: wire.Rejected, code: wire.CodePolicy}, api.AuditRefused},
+		"compute fails":          {api.ComputeAudit, *failed(wire.CodeLimit), api.AuditRefused},
+		"compute is rejected":    {api.ComputeAudit, reply{state: wire.Rejected, code: wire.CodePolicy}, api.AuditRefused},
+		"the input is lost":      {api.ComputeAudit, *failed(wire.CodeLost), api.AuditLost},
+		"the input is not there": {api.ComputeAudit, *failed(wire.CodeNotFound), api.AuditLost},
+	} {
+		t.Run(name, func(t *testing.T) {
+			answer := func(wire.Order) *reply { return &c.answer }
+			d.on(wire.KindAudit, answer)
+			d.on(wire.KindJobRun, answer)
+			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: c.kind, Device: d.id, Module: module})
+			if err != nil || a.Outcome != c.want || a.Reason == "" {
+				t.Fatalf("%s (%s) %v, want %s", a.Outcome, a.Reason, err, c.want)
+			}
+			for _, id := range a.Chunks {
+				want := []wire.DeviceID{other.id, d.id}
+				if c.want == api.AuditLost {
+					want = want[:1]
+				}
+				slices.Sort(want)
+				if got := holders(w.chunkRecord(t, id).Holders); !slices.Equal(got, want) {
+					t.Errorf("chunk %s is held by %v, want %v", id, got, want)
+				}
+			}
+		})
 	}
 }
 

@@ -65,6 +65,9 @@ const (
 	retention = 30 * 24 * time.Hour
 )
 
+// codeNoAnswer is the code of an order that the coordinator gave up on.
+const codeNoAnswer = "no_answer"
+
 // orderKey: the device first, so that a device's orders are found together.
 func orderKeyOf(d wire.DeviceID, id string) string { return string(d) + "." + id }
 
@@ -267,7 +270,7 @@ func (o *outbox) timeOut(ctx context.Context) {
 				return errUnchanged
 			}
 			v.State, v.Updated = wire.TimedOut, now.UTC()
-			v.Result = wire.Report{Order: v.Order.ID, Device: v.Order.Device, State: wire.TimedOut, Code: "no_answer",
+			v.Result = wire.Report{Order: v.Order.ID, Device: v.Order.Device, State: wire.TimedOut, Code: codeNoAnswer,
 				Reason: "the device did not answer in time; see \"deimos device show\" for when it was last seen"}
 			return nil
 		})

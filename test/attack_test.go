@@ -535,7 +535,7 @@ func TestLiar(t *testing.T) {
 		i.lieTo(wire.KindJobRun, func(wire.Order) wire.Report {
 			return wire.Report{State: wire.Rejected, Code: wire.CodePolicy, Reason: "the owner does not allow jobs"}
 		})
-		i.checkCaught(t, api.AuditUnreachable, "audit", "compute", string(d.id), "--module", guest("sha256sum"))
+		i.checkCaught(t, api.AuditRefused, "audit", "compute", string(d.id), "--module", guest("sha256sum"))
 	})
 
 	honest := func(o wire.Order) (wire.AuditAnswer, []wire.AuditLeaf) {

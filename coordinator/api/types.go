@@ -145,8 +145,9 @@ type AuditRequest struct {
 	Args   []string      `json:"args,omitempty"`
 }
 
-// AuditOutcome is how a challenge ended. The three that matter are kept apart:
-// a device that cannot be reached has not lied, and one that lied was reached.
+// AuditOutcome is how a challenge ended. They are kept apart: a device that
+// cannot be reached has not lied, one that lied was reached, and one that
+// answers with a refusal has proved nothing but that it is there.
 type AuditOutcome string
 
 // The outcomes of a challenge.
@@ -154,8 +155,9 @@ const (
 	AuditPending     AuditOutcome = "pending"
 	AuditRight       AuditOutcome = "right"
 	AuditWrong       AuditOutcome = "wrong"       // an answer that does not verify
-	AuditLost        AuditOutcome = "lost"        // storage: an honest confession
-	AuditUnreachable AuditOutcome = "unreachable" // no answer in time, or an honest failure
+	AuditLost        AuditOutcome = "lost"        // an honest confession
+	AuditRefused     AuditOutcome = "refused"     // an answer that is neither proof nor confession: the device could not or would not
+	AuditUnreachable AuditOutcome = "unreachable" // no answer in time
 	AuditVoid        AuditOutcome = "void"        // never judged, through no fault of the device
 )
 
