@@ -87,6 +87,7 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 			rec.Chunks = append(rec.Chunks, it.Chunk)
 		}
 	}
+	claim := a.storage.claims(r.Device, rec.Chunks)
 	order, err := a.outbox.submit(ctx, r.Device, wire.KindAudit, body, auditLife)
 	if err != nil {
 		return rec, err
@@ -102,7 +103,7 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	for _, c := range held {
 		sizes[c.ID] = c.Size
 	}
-	if err := a.judgeStorage(ctx, &rec, body, sizes, v); err != nil {
+	if err := a.judgeStorage(ctx, &rec, body, sizes, claim, v); err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
 	if err := a.storage.lost(ctx, r.Device, slices.Concat(rec.Lost, rec.Wrong)); err != nil {
@@ -161,7 +162,7 @@ func leafAt(held []api.Chunk, at int64) wire.AuditItem {
 
 // judgeStorage settles a storage challenge from the signed answer, with nothing
 // but each chunk's root and size.
-func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Audit, sizes map[string]int64, v OrderRecord) error {
+func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Audit, sizes map[string]int64, claim claims, v OrderRecord) error {
 	rec.Report = v.Report
 	if v.State != wire.Succeeded {
 		noProof(rec, v)
@@ -189,7 +190,7 @@ func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Au
 		wrong("the answer has not one leaf for each that was asked for")
 		return nil
 	}
-	judgeLeaves(rec, asked.Items, leaves, sizes)
+	judgeLeaves(rec, asked.Items, leaves, sizes, a.storage.released(rec.Device, claim))
 	return nil
 }
 
@@ -202,7 +203,10 @@ func noProof(rec *api.Audit, v OrderRecord) {
 	}
 }
 
-func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[string]int64) {
+// judgeLeaves counts leaves. Chunks that the device was released from meanwhile
+// count for nothing, whether it has dropped them by then or not; a leaf that is
+// made up is a lie about those too.
+func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[string]int64, released map[string]bool) {
 	note := func(list *[]string, id string) {
 		if !slices.Contains(*list, id) {
 			*list = append(*list, id)
@@ -212,7 +216,9 @@ func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf
 		it := asked[i]
 		id, err := chunk.ParseID(it.Chunk)
 		if err == nil && l.Lost {
-			note(&rec.Lost, it.Chunk)
+			if !released[it.Chunk] {
+				note(&rec.Lost, it.Chunk)
+			}
 			continue
 		}
 		if err == nil {
@@ -222,17 +228,23 @@ func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf
 			note(&rec.Wrong, it.Chunk)
 			continue
 		}
-		rec.Right++
+		if !released[it.Chunk] {
+			rec.Right++
+		}
 	}
 	switch {
 	case len(rec.Wrong) > 0:
 		rec.Outcome, rec.Reason = api.AuditWrong, fmt.Sprintf("leaves of %d chunks do not verify", len(rec.Wrong))
 	case len(rec.Lost) > 0:
 		rec.Outcome, rec.Reason = api.AuditLost, fmt.Sprintf("the device says that it has lost %d chunks", len(rec.Lost))
+	case rec.Right == 0:
+		rec.Outcome, rec.Reason = api.AuditVoid, releasedReason
 	default:
 		rec.Outcome = api.AuditRight
 	}
 }
+
+const releasedReason = "what the device was asked about was removed from it meanwhile; ask again"
 
 // runCompute sends a job whose answer is known: a customer's module over a
 // chunk that the device holds. The coordinator gets the same chunk from another
@@ -264,6 +276,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if rec, err = a.begin(ctx, rec, ""); err != nil {
 		return rec, err
 	}
+	claim := a.storage.claims(r.Device, rec.Chunks)
 	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, wire.JobLimits{})
 	if err != nil {
 		return a.unjudged(ctx, rec, err)
@@ -275,7 +288,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 		return a.unanswered(ctx, rec, err)
 	}
 	rec.Report = v.Report
-	if err := a.judgeCompute(ctx, &rec, v); err != nil {
+	if err := a.judgeCompute(ctx, &rec, claim, v); err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
 	if err := a.storage.lost(ctx, r.Device, rec.Lost); err != nil {
@@ -290,12 +303,15 @@ func commitment(salt, outputSum []byte) string {
 }
 
 // judgeCompute settles a compute challenge. Its error is the coordinator's own.
-func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, v OrderRecord) error {
+func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, claim claims, v OrderRecord) error {
 	if v.State != wire.Succeeded {
 		noProof(rec, v)
 		// The input is the one chunk that the device may confess to have lost.
 		if c := v.Result.Code; rec.Outcome == api.AuditRefused && (c == wire.CodeLost || c == wire.CodeNotFound) {
 			rec.Outcome, rec.Lost = api.AuditLost, rec.Chunks
+			if len(a.storage.released(rec.Device, claim)) > 0 {
+				rec.Outcome, rec.Reason, rec.Lost = api.AuditVoid, releasedReason, nil
+			}
 		}
 		return nil
 	}

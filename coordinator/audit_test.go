@@ -237,6 +237,64 @@ func TestARefusalIsNoSilence(t *testing.T) {
 	}
 }
 
+// What is removed from a device in the middle of a challenge is no loss.
+func TestWhatWasDroppedMeanwhileIsNoLoss(t *testing.T) {
+	w := aWorld(t)
+	ctx := testContext(t)
+	d, _ := w.device(t), w.device(t)
+	module, err := w.op.PutModule(ctx, []byte("module"))
+	must(t, err)
+	data, kept := someBytes(20_000), someBytes(20_000)
+	id := chunk.Sum(data).String()
+	remove := func() {
+		if err := w.op.RemoveObject(ctx, "meanwhile"); err != nil {
+			t.Error(err)
+		}
+		eventually(t, "the chunk is dropped", func() bool { return !d.holds(id) })
+	}
+	again := func() { w.putFile(t, "meanwhile", data, 2) }
+	for _, c := range []struct {
+		name      string
+		kind      api.AuditKind
+		alone     bool
+		meanwhile func()
+		want      api.AuditOutcome
+	}{
+		{"nothing else, storage", api.StorageAudit, true, remove, api.AuditVoid},
+		{"nothing else, compute", api.ComputeAudit, true, remove, api.AuditVoid},
+		{"something else", api.StorageAudit, false, remove, api.AuditRight},
+		{"put back before the answer is judged", api.StorageAudit, false, func() { remove(); again() }, api.AuditRight},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			again()
+			if !c.alone {
+				w.putFile(t, "kept", kept, 2)
+				defer func() { must(t, w.op.RemoveObject(ctx, "kept")) }()
+			}
+			d.on(wire.KindAudit, func(o wire.Order) *reply {
+				c.meanwhile()
+				return d.prove(o, func(_ *wire.AuditAnswer, l []wire.AuditLeaf) []wire.AuditLeaf {
+					for i := range l { // as if all had been read before it was put back
+						l[i].Lost = l[i].Lost || l[i].Chunk == id
+					}
+					return l
+				})
+			})
+			d.on(wire.KindJobRun, func(wire.Order) *reply { c.meanwhile(); return failed(wire.CodeNotFound) })
+			a, err := w.op.Audit(ctx, api.AuditRequest{Kind: c.kind, Device: d.id, Leaves: 200, Module: module})
+			if err != nil || a.Outcome != c.want || len(a.Lost) > 0 {
+				t.Errorf("%s (%s) lost %v, %v; want %s", a.Outcome, a.Reason, a.Lost, err, c.want)
+			}
+			if r, ok := w.storage.chunks.get(id); ok {
+				if len(holders(r.Holders)) != 2 {
+					t.Error("the new claim was taken for lost")
+				}
+				must(t, w.op.RemoveObject(ctx, "meanwhile"))
+			}
+		})
+	}
+}
+
 // An answer whose leaves are signed for and never sent is no way out.
 func TestAWithheldAttachmentIsWrong(t *testing.T) {
 	w := aWorld(t)

@@ -114,6 +114,49 @@ func (s *storage) held(d wire.DeviceID) []api.Chunk {
 	return out
 }
 
+// claims are what a device has signed for: chunk id → store order. Another
+// order is another claim, even on the same chunk.
+type claims map[string]string
+
+// claims lists a device's for some chunks.
+func (s *storage) claims(d wire.DeviceID, ids []string) claims {
+	out := make(claims, len(ids))
+	for _, id := range ids {
+		out[id] = s.claim(d, id)
+	}
+	return out
+}
+
+// claim is "" where there is none. One that the device has lost still is one.
+func (s *storage) claim(d wire.DeviceID, id string) string {
+	c, _ := s.chunks.get(id)
+	for _, h := range c.Holders {
+		if h.Device == d {
+			return h.Order
+		}
+	}
+	return ""
+}
+
+// released tells which chunks a device need not have any more since it had been
+// asked for them: their record is gone, or an order to drop them is out.
+func (s *storage) released(d wire.DeviceID, before claims) map[string]bool {
+	out := make(map[string]bool)
+	for id, order := range before {
+		if order == "" || s.claim(d, id) != order {
+			out[id] = true
+		}
+	}
+	for _, v := range s.outbox.unfinished(wire.KindChunkDrop) {
+		if b, err := wire.DecodeBody[wire.ChunkDrop](v.Order); err == nil && v.Order.Device == d {
+			for _, id := range b.IDs {
+				out[id] = true
+			}
+		}
+	}
+	return out
+}
+
 // place makes sure that replicas devices hold the chunk, and returns when each
 // has given its receipt. data is checked against id first.
 func (s *storage) place(ctx context.Context, id string, data []byte, replicas int) (chunkRecord, error) {
