@@ -156,20 +156,44 @@ func (a *Agent) know(ctx context.Context) error {
 	return err
 }
 
-// join makes sure that the device is a member: from its disk, or by enrolling,
-// for which it tries until it succeeds or is refused.
+// join makes sure that the device is a member: from its disk, or by enrolling
+// (anew, if its certificate has ended), for which it tries until it succeeds or
+// is refused.
 func (a *Agent) join(ctx context.Context) error {
 	dir := a.cfg.path("identity")
 	var err error
-	if a.member, err = loadMembership(dir, a.id); err != nil || a.member != nil {
+	if a.member, err = loadMembership(dir, a.id); err != nil {
 		return err
+	}
+	if a.member != nil && !a.clock.Now().After(a.member.ends()) {
+		return nil
+	}
+	if a.member != nil {
+		// It may be this clock that is wrong: without a new enrolment it goes on
+		// with the old one.
+		a.log.Error("by this device's clock its certificate has ended; if that is so, start the agent with a new fleet token (\"deimos token create\")",
+			"ended", a.member.ends().Format(time.RFC3339))
+		if a.cfg.Token == "" || a.cfg.Coordinator == "" {
+			return nil
+		}
+		old := a.member
+		if err := a.enrolNow(ctx, dir); err != nil {
+			a.log.Error("the device could not enrol anew", "error", err)
+			a.member = old
+		}
+		return ctx.Err()
 	}
 	if a.cfg.Coordinator == "" || a.cfg.Token == "" {
 		return ErrNotEnrolled
 	}
+	return a.enrolNow(ctx, dir)
+}
+
+// enrolNow enrols with the configured token and keeps the answer.
+func (a *Agent) enrolNow(ctx context.Context, dir string) error {
 	tok, err := wire.ParseFleetToken(a.cfg.Token)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrRefused, err)
+		return err
 	}
 	inv, err := json.Marshal(a.inv)
 	if err != nil {
@@ -184,7 +208,7 @@ func (a *Agent) join(ctx context.Context) error {
 			return a.member.save(dir)
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case errors.Is(err, ErrRefused), errors.Is(err, ErrUntrusted):
+		case errors.Is(err, ErrRefused), errors.Is(err, ErrUntrusted), errors.Is(err, ErrAddress):
 			return err
 		}
 		pause := wait/2 + rand.N(wait)

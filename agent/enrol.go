@@ -33,6 +33,9 @@ type Membership struct {
 // Trying again with the same token is of no use.
 var ErrRefused = errors.New("the coordinator refused this device")
 
+// ErrAddress says that the configured address cannot be a coordinator's.
+var ErrAddress = errors.New("this is no address of a coordinator")
+
 // ErrUntrusted says that whoever answered is not the coordinator of the token.
 var ErrUntrusted = errors.New("this is not the coordinator that the token belongs to")
 
@@ -94,13 +97,19 @@ func (m *Membership) tlsConfig(id Identity, now func() time.Time) (*tls.Config, 
 }
 
 // issued is when the certificate began to be valid: the clock cannot be earlier.
-func (m *Membership) issued() time.Time {
+func (m *Membership) issued() time.Time { return m.certificate().NotBefore }
+
+// ends is when the certificate stops to be valid.
+func (m *Membership) ends() time.Time { return m.certificate().NotAfter }
+
+// certificate is the device's own; an empty one if it cannot be read.
+func (m *Membership) certificate() *x509.Certificate {
 	if block, _ := pem.Decode(m.Certificate); block != nil {
 		if c, err := x509.ParseCertificate(block.Bytes); err == nil {
-			return c.NotBefore
+			return c
 		}
 	}
-	return time.Time{}
+	return &x509.Certificate{}
 }
 
 // enrol asks the coordinator at base (https://host:port) once to take this
@@ -109,7 +118,7 @@ func (m *Membership) issued() time.Time {
 func enrol(ctx context.Context, id Identity, base string, tok wire.FleetToken, req wire.EnrolRequest, now func() time.Time) (*Membership, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%w: %q is no coordinator address, it looks like https://host:8443", ErrRefused, base)
+		return nil, fmt.Errorf("%w: %q; it looks like https://host:8443", ErrAddress, base)
 	}
 	if req.CSR, err = id.csr(); err != nil {
 		return nil, err

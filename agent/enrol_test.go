@@ -217,7 +217,7 @@ func TestRefusalSaysTheCoordinatorsSentence(t *testing.T) {
 
 func TestBadAddressIsNoReasonToTryAgain(t *testing.T) {
 	for _, base := range []string{"", "localhost:8443", "http://localhost:8443", "https://", "https://%zz"} {
-		if _, err := ask(newIdentity(t), base, newAuthority(t).token()); !errors.Is(err, ErrRefused) {
+		if _, err := ask(newIdentity(t), base, newAuthority(t).token()); !errors.Is(err, ErrAddress) {
 			t.Errorf("%q: %v", base, err)
 		}
 	}
@@ -361,7 +361,7 @@ func TestRefusedOrUntrustedIsNotTriedAgain(t *testing.T) {
 	}{
 		"refused":   {openFront(t, ours.server("127.0.0.1"), deny), ours.token().String(), ErrRefused},
 		"untrusted": {openFront(t, theirs.server("127.0.0.1"), deny), ours.token().String(), ErrUntrusted},
-		"no token":  {openFront(t, ours.server("127.0.0.1"), deny), "deimos_oops", ErrRefused},
+		"no token":  {openFront(t, ours.server("127.0.0.1"), deny), "deimos_oops", wire.ErrToken},
 		"nothing":   {openFront(t, ours.server("127.0.0.1"), deny), "", ErrNotEnrolled},
 	} {
 		a := joining(t, id, tc.front.URL, tc.token)

@@ -48,11 +48,11 @@ func TestAgentEndsWithASentence(t *testing.T) {
 		says []string
 	}{
 		{"no coordinator and no token", nil, cli.ExitConfig, []string{"--coordinator", "--token"}},
-		{"a token that is none", func(string) []string { return []string{"--coordinator", url, "--token", "hunter2"} }, cli.ExitNoPerm, []string{"no fleet token"}},
+		{"a token that is none", func(string) []string { return []string{"--coordinator", url, "--token", "hunter2"} }, cli.ExitUsage, []string{"no fleet token"}},
 		{"a token that nobody made", func(string) []string { return []string{"--coordinator", url, "--token", unknown.String()} }, cli.ExitNoPerm, []string{"refused", "deimos token create"}},
 		{"a token that is used up", func(string) []string { return []string{"--coordinator", url, "--token", f.token} }, cli.ExitNoPerm, []string{"refused", "used up"}},
 		{"a token of another coordinator", func(string) []string { return []string{"--coordinator", url, "--token", foreign.String()} }, cli.ExitNoPerm, []string{"not the coordinator that the token belongs to"}},
-		{"an address without https", func(string) []string { return []string{"--coordinator", "http://" + f.https, "--token", f.token} }, cli.ExitNoPerm, []string{"https://"}},
+		{"an address without https", func(string) []string { return []string{"--coordinator", "http://" + f.https, "--token", f.token} }, cli.ExitUsage, []string{"https://"}},
 		{"a flag that there is not", func(string) []string { return []string{"--bogus"} }, cli.ExitUsage, []string{"--bogus"}},
 		{"a configuration that is not there", func(string) []string { return []string{"--config", f.path("nowhere.toml")} }, cli.ExitConfig, []string{"nowhere.toml"}},
 		{"a misspelt configuration", func(string) []string {
@@ -243,15 +243,15 @@ func TestOperatorsFaults(t *testing.T) {
 		code int
 		says []string
 	}{
-		{"HTTPS port in use", serve(f.path("c2"), taken.Addr().String(), "127.0.0.1:0"), cli.ExitFailed, []string{port, "in use"}},
-		{"MQTT port in use", serve(f.path("c3"), "127.0.0.1:0", taken.Addr().String()), cli.ExitFailed, []string{port, "another program"}},
-		{"a second coordinator on the folder", serve(f.path("coordinator"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitFailed, []string{f.path("coordinator")}},
-		{"a folder below a file", serve(filepath.Join(f.write("f", nil), "c"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitFailed, []string{"not a directory"}},
-		{"a NATS server that is not there", append(serve(f.path("c4"), "127.0.0.1:0", "127.0.0.1:1"), "--nats", "tls://"+freeAddress(t)), cli.ExitFailed, []string{"cannot reach the message server"}},
+		{"HTTPS port in use", serve(f.path("c2"), taken.Addr().String(), "127.0.0.1:0"), cli.ExitNoCreate, []string{port, "in use"}},
+		{"MQTT port in use", serve(f.path("c3"), "127.0.0.1:0", taken.Addr().String()), cli.ExitNoCreate, []string{port, "another program"}},
+		{"a second coordinator on the folder", serve(f.path("coordinator"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{f.path("coordinator")}},
+		{"a folder below a file", serve(filepath.Join(f.write("f", nil), "c"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{"not a directory"}},
+		{"a NATS server that is not there", append(serve(f.path("c4"), "127.0.0.1:0", "127.0.0.1:1"), "--nats", "tls://"+freeAddress(t)), cli.ExitNoCreate, []string{"cannot reach the message server"}},
 		{"no context", []string{program("deimos"), "--context", f.path("nowhere.json"), "device", "list"}, cli.ExitConfig, []string{"nowhere.json", "deimos serve"}},
 		{"a damaged context", []string{program("deimos"), "--context", f.write("damaged.json", []byte("{}")), "device", "list"}, cli.ExitConfig, []string{"damaged.json", "copy it again"}},
-		{"a coordinator that is not there", []string{program("deimos"), "--context", other, "device", "list"}, cli.ExitFailed, []string{"cannot be reached", "is it running"}},
-		{"a wrong operator token", []string{program("deimos"), "--context", forged, "device", "list"}, cli.ExitFailed, []string{"token"}},
+		{"a coordinator that is not there", []string{program("deimos"), "--context", other, "device", "list"}, cli.ExitNoServer, []string{"cannot be reached", "is it running"}},
+		{"a wrong operator token", []string{program("deimos"), "--context", forged, "device", "list"}, cli.ExitNoPerm, []string{"token"}},
 		{"an unknown device", deimos("device", "show", nobody), cli.ExitFailed, []string{nobody}},
 		{"a challenge for an unknown device", deimos("audit", "storage", nobody), cli.ExitFailed, []string{nobody}},
 		{"an offer to an unknown device", deimos("release", "offer", "9.9.9", "--device", nobody), cli.ExitFailed, nil},

@@ -21,7 +21,6 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/proc"
-	"github.com/deimos-edge/deimos/packaging/tour"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -248,7 +247,7 @@ func (f *fleet) serveArgs(more ...string) []string {
 
 func (f *fleet) startServe() {
 	f.t.Helper()
-	f.serve = f.start(proc.Command{Name: "the coordinator", Log: f.path("logs", "coordinator.log"), Ready: tour.Ready, Argv: f.serveArgs()})
+	f.serve = f.start(proc.Command{Name: "the coordinator", Log: f.path("logs", "coordinator.log"), Ready: api.Ready, Argv: f.serveArgs()})
 	c, err := api.LoadContext(f.path("coordinator", "operator.json"))
 	if err == nil {
 		f.client, err = api.NewClient(c)

@@ -27,7 +27,9 @@
 //	deimos/1/<device>/presence   device       Presence (hello, and the last will)
 //
 // The broker between them is trusted with nothing but delivery: it can drop,
-// delay, repeat and reorder, and none of that has an effect beyond lateness.
+// delay, repeat and reorder. For orders and reports none of that has an effect
+// beyond lateness; a repeated beat or hello can make a device look online that
+// is not.
 //
 // # Life of an order
 //

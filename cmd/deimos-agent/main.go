@@ -14,6 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // version is set by the build.
@@ -36,7 +37,7 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg {
 		os.Exit(sandbox.WorkerMain())
 	}
-	cli.Parse("deimos-agent", about, &commands{})
+	cli.Parse("deimos-agent", about, &commands{}, coded)
 }
 
 type runCmd struct {
@@ -68,16 +69,18 @@ func (r *runCmd) Run(ctx context.Context) error {
 	}
 	cfg.StateDir, cfg.Version, cfg.Slot = r.State, version, os.Getenv(slot.Env)
 	cfg.Log = cli.Logger(r.LogFormat, r.LogLevel)
-	return exitCode(agent.Run(ctx, cfg))
+	return agent.Run(ctx, cfg)
 }
 
-// exitCode tells a launcher, a service manager or a script what kind of end it was.
-func exitCode(err error) error {
+// coded tells a launcher, a service manager or a script what kind of end it was.
+func coded(err error) error {
 	switch {
 	case err == nil, errors.Is(err, context.Canceled):
 		return nil
 	case errors.Is(err, agent.ErrRestart):
 		os.Exit(cli.ExitRestart) // not a failure: nothing to say
+	case errors.Is(err, wire.ErrToken), errors.Is(err, agent.ErrAddress):
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	case errors.Is(err, agent.ErrRefused), errors.Is(err, agent.ErrUntrusted):
 		return &cli.Error{Code: cli.ExitNoPerm, Err: err}
 	case errors.Is(err, agent.ErrNotEnrolled):

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -46,7 +47,20 @@ func main() {
 		os.Exit(sandbox.WorkerMain())
 	}
 	var c commands
-	cli.Parse("deimos", about, &c, &c)
+	cli.Parse("deimos", about, &c, coded, &c)
+}
+
+// coded gives what a coordinator could not be asked, or would not do for this
+// operator, an exit code that scripts can tell apart.
+func coded(err error) error {
+	var refused *api.Error
+	switch {
+	case errors.Is(err, api.ErrUnreachable):
+		return &cli.Error{Code: cli.ExitNoServer, Err: err}
+	case errors.As(err, &refused) && (refused.Status == http.StatusUnauthorized || refused.Status == http.StatusForbidden):
+		return &cli.Error{Code: cli.ExitNoPerm, Err: err}
+	}
+	return err
 }
 
 // client opens the coordinator of the chosen context.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator"
+	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/packaging/tour"
@@ -35,12 +36,12 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	}
 	c, err := coordinator.Start(ctx, cfg)
 	if err != nil {
-		return err
+		return &cli.Error{Code: cli.ExitNoCreate, Err: err}
 	}
 	defer c.Close()
 	context := filepath.Join(s.Dir, coordinator.ContextFile)
 	fmt.Printf("%s at %s, MQTT on port %s\n\nTo use it from this machine:\n  export DEIMOS_CONTEXT=%s\n  deimos token create\n",
-		tour.Ready, c.URL(), c.Broker(), context)
+		api.Ready, c.URL(), c.Broker(), context)
 	select {
 	case <-ctx.Done():
 		return nil

@@ -24,9 +24,11 @@ type jobRunCmd struct {
 	Chunk  int           `default:"0" help:"Which chunk of it, from 0."`
 	Device string        `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
 	Arg    []string      `help:"Argument for the module; may be repeated."`
-	Memory int64         `placeholder:"BYTES" help:"Most memory the module may use."`
-	Wall   time.Duration `placeholder:"DURATION" help:"Longest time it may take."`
-	cli.Output
+	Memory int64         `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
+	CPU    time.Duration `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
+	Wall   time.Duration `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
+	Output int64         `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
+	Print  cli.Output    `embed:""`
 }
 
 func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
@@ -40,14 +42,17 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 	}
 	job, err := c.RunJob(ctx, api.JobRequest{
 		Module: module, Args: j.Arg, Object: j.Input, Chunk: j.Chunk, Device: wire.DeviceID(j.Device),
-		Limits: wire.JobLimits{MemoryBytes: j.Memory, WallSeconds: j.Wall.Seconds()},
+		Limits: wire.JobLimits{MemoryBytes: j.Memory, CPUSeconds: j.CPU.Seconds(), WallSeconds: j.Wall.Seconds(), OutputBytes: j.Output},
 	})
 	if err != nil {
 		return err
 	}
-	return j.Print(job, func(w io.Writer) error {
-		fmt.Fprintf(os.Stderr, "device %s, %.2f s of CPU, %s, output sha256 %s, signed\n",
+	return j.Print.Print(job, func(w io.Writer) error {
+		fmt.Fprintf(cli.Plain(os.Stderr), "device %s, %.2f s of CPU, %s, output sha256 %s, signed\n",
 			job.Device, job.Result.CPUSeconds, job.Result.Engine, cli.Short(job.Result.Output))
+		if !cli.Terminal(os.Stdout) {
+			w = os.Stdout // a program gets the output as it is
+		}
 		_, err := w.Write(job.Output)
 		return err
 	})
@@ -117,12 +122,12 @@ func writeAudit(w io.Writer, a api.Audit) error {
 	if a.Reason != "" {
 		fmt.Fprintf(w, "because    %s\n", a.Reason)
 	}
+	for _, id := range a.Lost {
+		fmt.Fprintf(w, "lost       %s\n", id)
+	}
 	switch a.Kind {
 	case api.StorageAudit:
 		fmt.Fprintf(w, "proof      %d of %d leaves verified, from %s\n", a.Right, a.Leaves, cli.Count(len(a.Chunks), "chunk"))
-		for _, id := range a.Lost {
-			fmt.Fprintf(w, "lost       %s\n", id)
-		}
 		for _, id := range a.Wrong {
 			fmt.Fprintf(w, "wrong      %s\n", id)
 		}

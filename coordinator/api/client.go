@@ -31,6 +31,9 @@ type Context struct {
 	CA    string `json:"ca"`    // PEM
 }
 
+// Ready begins the line that "deimos serve" prints when it can be used.
+const Ready = "The coordinator is ready"
+
 // LoadContext reads a context file.
 func LoadContext(path string) (Context, error) {
 	var c Context
@@ -46,6 +49,9 @@ func LoadContext(path string) (Context, error) {
 	}
 	return c, nil
 }
+
+// ErrUnreachable is in the error of a call that found no coordinator.
+var ErrUnreachable = errors.New("cannot be reached")
 
 // Client talks to one coordinator. Its methods can be called concurrently.
 type Client struct {
@@ -151,7 +157,7 @@ func (c *Client) explain(err error) error {
 	}
 	var op *net.OpError
 	if errors.As(err, &op) {
-		return fmt.Errorf("the coordinator at %s cannot be reached (%v): is it running, and is the address right?", c.base.Host, op.Err)
+		return fmt.Errorf("the coordinator at %s %w (%v): is it running, and is the address right?", c.base.Host, ErrUnreachable, op.Err)
 	}
 	return fmt.Errorf("the coordinator at %s: %w", c.base.Host, err)
 }

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/alecthomas/kong"
 )
@@ -25,6 +26,7 @@ import (
 const (
 	ExitFailed   = 1
 	ExitUsage    = 64 // the command line is wrong
+	ExitNoServer = 69 // the coordinator cannot be reached
 	ExitNoCreate = 73 // state cannot be made or is in use
 	ExitRestart  = 75 // start me again (ota/slot.ExitRestart)
 	ExitNoPerm   = 77 // refused: a token, a certificate
@@ -54,13 +56,14 @@ func Exit(name string, err error) {
 	if errors.Is(err, context.Canceled) {
 		os.Exit(130) // the person knows: it was their Ctrl-C
 	}
-	fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+	fmt.Fprintf(Plain(os.Stderr), "%s: %v\n", name, err)
 	os.Exit(code)
 }
 
-// Parse reads the command line into grammar and runs the command it names; the
-// command's Run gets a context that ends with Ctrl-C or SIGTERM, and binds.
-func Parse(name, about string, grammar any, binds ...any) {
+// Parse reads the command line into grammar, runs the command it names and ends
+// the program; the command's Run gets a context that ends with Ctrl-C or
+// SIGTERM, and binds. coded gives an error its exit code (see [Error]).
+func Parse(name, about string, grammar any, coded func(error) error, binds ...any) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// A second Ctrl-C ends a program that does not end well.
@@ -82,7 +85,7 @@ func Parse(name, about string, grammar any, binds ...any) {
 	if err != nil {
 		Exit(name, &Error{ExitUsage, fmt.Errorf("%w; see \"%s --help\"", err, name)})
 	}
-	Exit(name, k.Run())
+	Exit(name, coded(k.Run()))
 }
 
 // Output is the -o flag.
@@ -100,7 +103,30 @@ func (o Output) Print(v any, table func(w io.Writer) error) error {
 		enc.SetIndent("", "  ")
 		return enc.Encode(v)
 	}
-	return table(os.Stdout)
+	return table(Plain(os.Stdout))
+}
+
+// Plain is a writer of text for a terminal: what devices say of themselves goes
+// through here, and must not steer it. Control characters but new lines and
+// tabs become "?".
+func Plain(w io.Writer) io.Writer { return plain{w} }
+
+type plain struct{ w io.Writer }
+
+func (p plain) Write(b []byte) (int, error) {
+	if _, err := io.WriteString(p.w, harmless(string(b))); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+func harmless(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // Table aligns rows under a head; cells are separated by tabs.

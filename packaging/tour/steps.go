@@ -54,7 +54,7 @@ func (t *tour) enrol(ctx context.Context) ([]string, error) {
 	defer cancel()
 	var err error
 	t.serve, err = t.starter.Start(ready, proc.Command{
-		Name: "the coordinator", Log: t.path("logs", "coordinator.log"), Ready: Ready,
+		Name: "the coordinator", Log: t.path("logs", "coordinator.log"), Ready: api.Ready,
 		Argv: []string{t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s"},
 	})
 	if err != nil {
@@ -313,7 +313,7 @@ func (t *tour) number(id wire.DeviceID) int {
 // auditStorage has an honest device prove itself, then flips single bytes on the
 // disk of the stopped one and challenges it when it is back.
 func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
-	honest := t.other(t.victim)
+	honest := t.holder()
 	var good api.Audit
 	if err := t.cli(ctx, &good, "audit", "storage", honest.id); err != nil {
 		return nil, err
@@ -340,10 +340,15 @@ func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
 	if bad.Outcome != api.AuditLost && bad.Outcome != api.AuditWrong {
 		return nil, fmt.Errorf("the tampered device ended as %q: %s", bad.Outcome, bad.Reason)
 	}
+	// Storing the same file again brings every chunk back to two good copies.
+	if err := t.cli(ctx, &t.object, "object", "put", t.File, "--name", objectName); err != nil {
+		return nil, err
+	}
 	return []string{
 		fmt.Sprintf("device %d proved %d of %d random 4 KiB leaves, checked with root and size alone", honest.n, good.Right, good.Leaves),
 		fmt.Sprintf("flipped one byte in each of %s on device %d's disk, and started it again", cli.Count(flipped, "chunk"), d.n),
 		fmt.Sprintf("device %d, asked for %d leaves: outcome %q, %s confessed, %d answered wrong", d.n, bad.Leaves, bad.Outcome, cli.Count(len(bad.Lost), "chunk"), len(bad.Wrong)),
+		"stored the file again: every chunk has two good copies once more",
 	}, nil
 }
 
@@ -354,10 +359,17 @@ func (t *tour) untilOnline(ctx context.Context, d *device) error {
 	})
 }
 
-// other is a running device that is not d.
-func (t *tour) other(d *device) *device {
-	i := slices.IndexFunc(t.devices, func(o *device) bool { return o != d && o != t.victim })
-	return t.devices[i]
+// holder is a running device that holds something. Every chunk is on two, so
+// there is one.
+func (t *tour) holder() *device {
+	for _, p := range t.object.Placements {
+		for _, d := range t.holders(p) {
+			if d != t.victim {
+				return d
+			}
+		}
+	}
+	return t.devices[0]
 }
 
 // tamper flips one byte in a fifth of the chunks on the stopped device's disk,

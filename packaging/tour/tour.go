@@ -22,9 +22,6 @@ import (
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
-// Ready begins the line that a coordinator prints when it can be used.
-const Ready = "The coordinator is ready"
-
 // Options says how to walk.
 type Options struct {
 	Bin  string    // folder with our programs, bin/ as "make build" leaves it
@@ -119,8 +116,8 @@ func prepare(o Options) (*tour, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the file to store cannot be read: %w", err)
 	}
-	if !info.Mode().IsRegular() || info.Size() == 0 {
-		return nil, fmt.Errorf("%s is no file with something in it; choose another with --file", t.File)
+	if !info.Mode().IsRegular() || info.Size() < chunk.LeafSize {
+		return nil, fmt.Errorf("%s is no file of at least %d bytes, which the challenges of the tour need; choose another with --file", t.File, chunk.LeafSize)
 	}
 	if o.Dir == "" {
 		t.madeDir = true
@@ -223,7 +220,7 @@ The fleet stays up until Ctrl-C. In another terminal:
 
 Logs are in %s.
 `, t.path("coordinator", "operator.json"),
-		deimos, deimos, deimos, near(filepath.Join(t.bin, "guests", "wordcount.wasm")), deimos, t.devices[1].id, t.path("logs"))
+		deimos, deimos, deimos, near(filepath.Join(t.bin, "guests", "wordcount.wasm")), deimos, t.holder().id, t.path("logs"))
 }
 
 func (t *tour) program(name string) string { return filepath.Join(t.bin, name) }
@@ -256,7 +253,7 @@ func (t *tour) tidy(err error) error {
 		return err
 	}
 	if err != nil && !errors.Is(err, context.Canceled) {
-		return fmt.Errorf("%w\nThe logs are in %s", err, t.path("logs"))
+		return fmt.Errorf("%w\nThe fleet's folder is left as it was: %s; its logs are in %s", err, t.Dir, t.path("logs"))
 	}
 	return err
 }
