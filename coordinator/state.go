@@ -35,6 +35,7 @@ type table[T any] struct {
 	rows    map[string]row[T]
 	removed map[string]uint64 // key → revision that we deleted, until the watch says so too
 	seen    uint64            // newest revision that the watch has given
+	loaded  bool              // the watch has given all there was, and gives news
 	watch   jetstream.KeyWatcher
 	done    chan struct{}
 	waiters map[string]*waiter
@@ -80,6 +81,9 @@ func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, o
 			return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, ctx.Err())
 		}
 	}
+	t.mu.Lock()
+	t.loaded = true
+	t.mu.Unlock()
 	go t.follow()
 	return t, nil
 }
@@ -109,6 +113,9 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	gone := e.Operation() != jetstream.KeyValuePut || json.Unmarshal(e.Value(), &v) != nil
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.loaded && e.Revision() <= t.seen {
+		return // the watch gives news in the order of revisions: this is none
+	}
 	t.seen = max(t.seen, e.Revision())
 	if old, ok := t.rows[e.Key()]; ok && old.rev >= e.Revision() {
 		return // our own write, already taken

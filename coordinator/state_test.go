@@ -187,6 +187,15 @@ func TestLateNewsDoesNotBringRecordsBack(t *testing.T) {
 	if v, ok := tab.get("m"); ok {
 		t.Errorf("a record that we deleted came back: %+v", v)
 	}
+	eventually(t, "the watch has given the deletion too", func() bool {
+		tab.mu.RLock()
+		defer tab.mu.RUnlock()
+		return tab.seen > e.Revision()
+	})
+	tab.apply(e)
+	if v, ok := tab.get("m"); ok {
+		t.Errorf("a record came back after the word of its deletion: %+v", v)
+	}
 }
 
 func TestADamagedRecordIsAnErrorAndStopsNothingElse(t *testing.T) {
