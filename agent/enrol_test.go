@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"io"
 	"log"
@@ -429,5 +430,44 @@ func TestEnrolmentGivesUpOnASilentServer(t *testing.T) {
 	cancel()
 	if err := await(t, "the end", done); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+// A device that was away for longer than its certificate comes back with a new
+// token; with none, or a refused one, it goes on with what it has, because it
+// may be its own clock that is wrong.
+func TestAnEndedCertificateIsEnrolledAnew(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	answer := func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(ca.reply(id)) }
+	deny := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }
+	for what, tc := range map[string]struct {
+		answer http.HandlerFunc
+		token  string
+		renews bool
+	}{
+		"a good token": {answer, ca.token().String(), true},
+		"a spent one":  {deny, ca.token().String(), false},
+		"none":         {deny, "", false},
+	} {
+		t.Run(what, func(t *testing.T) {
+			f := openFront(t, ca.server("127.0.0.1"), tc.answer)
+			a := joining(t, id, f.URL, tc.token)
+			old := Membership{Coordinator: f.URL, EnrolReply: ca.reply(id)}
+			der := ca.issueUntil(time.Now().Add(-time.Minute), id.key.Public(), string(id.ID), x509.ExtKeyUsageClientAuth)
+			old.Certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+			if err := old.save(a.cfg.path("identity")); err != nil {
+				t.Fatal(err)
+			}
+			a.rest = func(context.Context, time.Duration) error { return context.Canceled }
+			if err := a.join(t.Context()); err != nil {
+				t.Fatalf("%v", err)
+			}
+			if a.member == nil {
+				t.Fatal("it is no member any more")
+			}
+			if renewed := string(a.member.Certificate) != string(old.Certificate); renewed != tc.renews {
+				t.Errorf("renewed: %v, want %v", renewed, tc.renews)
+			}
+		})
 	}
 }

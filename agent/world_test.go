@@ -73,10 +73,14 @@ func (a *authority) pool() *x509.CertPool {
 
 // issue signs a certificate; names are host names or IP addresses.
 func (a *authority) issue(pub crypto.PublicKey, cn string, use x509.ExtKeyUsage, names ...string) []byte {
+	return a.issueUntil(time.Now().Add(time.Hour), pub, cn, use, names...)
+}
+
+func (a *authority) issueUntil(end time.Time, pub crypto.PublicKey, cn string, use x509.ExtKeyUsage, names ...string) []byte {
 	a.t.Helper()
 	tmpl := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: cn},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: end,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{use},
 	}
 	for _, n := range names {
