@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -15,6 +17,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/object"
 	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 type objectCmd struct {
@@ -120,25 +123,92 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	// The file appears whole and verified, or not at all.
-	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithPermissions(0o644))
+	f, err := openOutput(ctx, path)
 	if err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
-	defer f.Cleanup()
+	defer f.abandon()
 	bar := newProgress("getting "+g.Name, info.Size)
 	o, err := object.Get(ctx, c, g.Name, f, bar.add)
 	bar.end()
 	if err != nil {
 		return err
 	}
-	if err := f.CloseAtomicallyReplace(); err != nil {
+	if err := f.finish(); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
 	return g.Print(o, func(w io.Writer) error {
 		_, err := fmt.Fprintf(w, "%s: %s in %s, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), o.SHA256)
 		return err
 	})
+}
+
+// output is where a file from the fleet goes. A regular file appears whole and
+// verified, or not at all; what is something else (a device, a FIFO, a symbolic
+// link) is written to as it comes, because to replace it would not be to write
+// to it.
+type output struct {
+	io.Writer
+	finish  func() error
+	abandon func() // does nothing after finish
+}
+
+func openOutput(ctx context.Context, path string) (*output, error) {
+	s, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		umask := syscall.Umask(0o077)
+		syscall.Umask(umask)
+		return openFile(path, 0o666&^0o022&^fs.FileMode(umask))
+	case err != nil:
+		return nil, err
+	case s.IsDir():
+		return nil, fmt.Errorf("%s is a folder; name a file in it", path)
+	case s.Mode().IsRegular():
+		return openFile(path, s.Mode().Perm())
+	}
+	return openStream(ctx, path)
+}
+
+// openFile writes beside path, for nobody else to read until it is whole.
+func openFile(path string, mode fs.FileMode) (*output, error) {
+	dir := filepath.Dir(path)
+	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(dir), renameio.WithPermissions(0o600))
+	if err != nil {
+		return nil, err
+	}
+	finish := func() error {
+		if err := f.Chmod(mode); err != nil {
+			return err
+		}
+		if err := f.CloseAtomicallyReplace(); err != nil {
+			return err
+		}
+		return durable.SyncDir(dir)
+	}
+	return &output{f, finish, func() { _ = f.Cleanup() }}, nil
+}
+
+// openStream opens what is there already. A FIFO opens when somebody reads it.
+func openStream(ctx context.Context, path string) (*output, error) {
+	type opened struct {
+		f   *os.File
+		err error
+	}
+	done := make(chan opened, 1)
+	go func() {
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+		done <- opened{f, err}
+	}()
+	select {
+	case o := <-done:
+		if o.err != nil {
+			return nil, o.err
+		}
+		return &output{o.f, o.f.Close, func() { _ = o.f.Close() }}, nil
+	case <-ctx.Done(): // the program ends, and the open with it
+		return nil, ctx.Err()
+	}
 }
 
 type objectLsCmd struct{ cli.Output }

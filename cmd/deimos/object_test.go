@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+)
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantFile(t *testing.T, path, content string, mode os.FileMode) {
+	t.Helper()
+	raw, err := os.ReadFile(path)
+	must(t, err)
+	s, err := os.Lstat(path)
+	must(t, err)
+	if string(raw) != content || s.Mode() != mode {
+		t.Errorf("%s: %q, %s; want %q, %s", filepath.Base(path), raw, s.Mode(), content, mode)
+	}
+}
+
+func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
+	umask := syscall.Umask(0o022)
+	defer syscall.Umask(umask)
+	dir := t.TempDir()
+	path, old := filepath.Join(dir, "new"), filepath.Join(dir, "old")
+	must(t, os.WriteFile(old, []byte("before"), 0o640))
+	for p, mode := range map[string]os.FileMode{path: 0o644, old: 0o640} {
+		f, err := openOutput(t.Context(), p)
+		must(t, err)
+		_, err = io.WriteString(f, "half")
+		must(t, err)
+		if p == old {
+			wantFile(t, p, "before", mode)
+		} else if _, err := os.Lstat(p); err == nil {
+			t.Error("it is there before it is whole")
+		}
+		list, err := filepath.Glob(filepath.Join(dir, ".*"))
+		must(t, err)
+		if len(list) != 1 {
+			t.Fatalf("written aside: %v", list)
+		}
+		wantFile(t, list[0], "half", 0o600)
+		must(t, f.finish())
+		f.abandon()
+		wantFile(t, p, "half", mode)
+	}
+	f, err := openOutput(t.Context(), old)
+	must(t, err)
+	_, err = io.WriteString(f, "less")
+	must(t, err)
+	f.abandon()
+	wantFile(t, old, "half", 0o640)
+	if list, _ := os.ReadDir(dir); len(list) != 2 {
+		t.Errorf("left behind: %v", list)
+	}
+	if _, err := openOutput(t.Context(), dir); err == nil {
+		t.Error("a folder was opened")
+	}
+}
+
+func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
+	dir := t.TempDir()
+	fifo, link, target := filepath.Join(dir, "fifo"), filepath.Join(dir, "link"), filepath.Join(dir, "target")
+	must(t, syscall.Mkfifo(fifo, 0o600))
+	must(t, os.WriteFile(target, []byte("longer than before"), 0o600))
+	must(t, os.Symlink(target, link))
+	write := func(path string) {
+		f, err := openOutput(t.Context(), path)
+		must(t, err)
+		defer f.abandon()
+		_, err = io.WriteString(f, "content")
+		must(t, err)
+		must(t, f.finish())
+	}
+	write(link)
+	wantFile(t, target, "content", 0o600)
+	write(os.DevNull)
+	got := make(chan string, 1)
+	go func() {
+		raw, err := os.ReadFile(fifo)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- string(raw)
+	}()
+	write(fifo)
+	if raw := <-got; raw != "content" {
+		t.Errorf("through the FIFO came %q", raw)
+	}
+	for path, kind := range map[string]os.FileMode{link: os.ModeSymlink, fifo: os.ModeNamedPipe, os.DevNull: os.ModeDevice | os.ModeCharDevice} {
+		if s, err := os.Lstat(path); err != nil || s.Mode().Type() != kind {
+			t.Errorf("%s is a %v now, %v", path, s.Mode().Type(), err)
+		}
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := openOutput(ended, fifo); !errors.Is(err, context.Canceled) {
+		t.Errorf("a FIFO that nobody reads: %v", err)
+	}
+	// The open that was given up ends with the program; here, it is let through.
+	raw, err := os.OpenFile(fifo, os.O_RDONLY, 0)
+	must(t, err)
+	must(t, raw.Close())
+}
