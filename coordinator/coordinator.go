@@ -406,9 +406,6 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	if err != nil {
 		return err
 	}
-	if r.Device != id {
-		return fmt.Errorf("a report of device %s came on the topic of %s", r.Device, id)
-	}
 	return c.outbox.report(ctx, r, raw)
 }
 
@@ -416,9 +413,6 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	p, err := openFrom[wire.Presence](c.reg, id, wire.TypePresence, raw)
 	if err != nil {
 		return err
-	}
-	if p.Device != id {
-		return fmt.Errorf("a hello of device %s came on the topic of %s", p.Device, id)
 	}
 	hello, err := c.reg.presence(ctx, p)
 	if err != nil || !hello {

@@ -92,19 +92,43 @@ func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord) error {
 	return err
 }
 
-// open verifies a message of a device and decodes it.
-func openFrom[T any](r *registry, id wire.DeviceID, t wire.PayloadType, raw []byte) (T, error) {
+// openFrom verifies a message that came on the topic of device id, and decodes
+// it. It is of a registered device, signed by that device's key, and speaks for
+// that device only.
+func openFrom[T wire.Report | wire.Presence | wire.Beat](r *registry, id wire.DeviceID, t wire.PayloadType, raw []byte) (T, error) {
+	var none T
 	d, err := r.device(id)
 	if err != nil {
-		var none T
 		return none, err
 	}
-	return wire.OpenAs[T](raw, ed25519.PublicKey(d.PublicKey), t)
+	v, err := wire.OpenAs[T](raw, ed25519.PublicKey(d.PublicKey), t)
+	if err != nil {
+		return none, err
+	}
+	var of wire.DeviceID
+	switch m := any(v).(type) {
+	case wire.Report:
+		of = m.Device
+	case wire.Presence:
+		of = m.Device
+	case wire.Beat:
+		of = m.Device
+	}
+	if of != id {
+		return none, fmt.Errorf("a message that speaks for device %q came on the topic of %s", of, id)
+	}
+	return v, nil
 }
+
+const maxSpace = 1 << 60 // bytes; no device has as much
+
+// space is a device's word on its bytes, within reason: sums of it must not run over.
+func space(n int64) int64 { return min(max(n, 0), maxSpace) }
 
 // presence takes a hello or a last will. It returns true for a hello, which
 // has to be answered.
 func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) {
+	p.Capacity, p.Used = space(p.Capacity), space(p.Used)
 	r.mu.Lock()
 	l := r.liveOf(p.Device)
 	// The last will of an old session may come after the hello of a new one.
@@ -137,10 +161,11 @@ func (r *registry) beat(b wire.Beat) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l := r.liveOf(b.Device)
-	l.online, l.lastSeen, l.telemetry, l.capacity, l.used = true, r.now(), b.Telemetry, b.Capacity, b.Used
+	l.online, l.lastSeen, l.telemetry, l.capacity, l.used = true, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
 }
 
-// liveOf finds or makes the entry. r.mu is held.
+// liveOf finds or makes the entry of a registered device (see openFrom). r.mu is
+// held.
 func (r *registry) liveOf(id wire.DeviceID) *live {
 	l, ok := r.live[id]
 	if !ok {
