@@ -212,7 +212,7 @@ func (a *Agent) enrolNow(ctx context.Context, dir string) error {
 			return err
 		}
 		pause := wait/2 + rand.N(wait)
-		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", a.cfg.Coordinator, "in", pause.Round(time.Millisecond), "error", plain(err))
+		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", a.cfg.Coordinator, "in", pause.Round(time.Millisecond).String(), "error", plain(err))
 		if err := a.rest(ctx, pause); err != nil {
 			return err
 		}
@@ -360,7 +360,7 @@ func (a *Agent) live(ctx context.Context) error {
 	select {
 	case <-done:
 	case <-time.After(stopLimit):
-		a.log.Warn("some work did not end in time; it will be done again", "waited", stopLimit)
+		a.log.Warn("some work did not end in time; it will be done again", "waited", stopLimit.String())
 	}
 	if again {
 		return ErrRestart

@@ -96,7 +96,7 @@ func (s *session) run(ctx context.Context) {
 			wait = minBackoff // it worked for a while: this is a new fault
 		}
 		pause := wait/2 + mrand.N(wait) // a fleet must not come back as one
-		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond), "error", err)
+		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond).String(), "error", err)
 		wait = min(2*wait, maxBackoff)
 		select {
 		case <-ctx.Done():

@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -352,6 +353,20 @@ func TestFloorAboveTheFreeSpace(t *testing.T) {
 }
 
 // TestCtrlCInTheTour interrupts "deimos dev" as a person does.
+// TestTourOverTheSmallestFile: one chunk, which is on two of three devices only.
+func TestTourOverTheSmallestFile(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(context.Background(), testLimit)
+	defer cancel()
+	f := &fleet{t: t, ctx: ctx, dir: t.TempDir()}
+	file := f.write("a small file", bytes.Repeat([]byte("some words and a line\n"), 200)[:4096])
+	r, err := runToEnd(ctx, proc.Command{Argv: []string{program("deimos"), "dev", "--once", "--dir", f.path("fleet"), "--file", file}})
+	if err != nil || r.Code != 0 || !strings.Contains(string(r.Stdout), "✓ 8/8") {
+		t.Errorf("code %d, %v: %s%s", r.Code, err, r.Stdout, r.Stderr)
+	}
+	f.checkEnd(proc.Command{Argv: []string{program("deimos"), "dev", "--once", "--file", f.write("tiny", []byte("x"))}}, cli.ExitFailed, "4096 bytes")
+}
+
 func TestCtrlCInTheTour(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

@@ -96,6 +96,9 @@ type tokenCreateCmd struct {
 }
 
 func (t *tokenCreateCmd) Run(ctx context.Context, all *commands) error {
+	if t.Uses < 1 || t.Valid < time.Second {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a token has at least one use and is valid for at least a second")}
+	}
 	c, err := all.client()
 	if err != nil {
 		return err

@@ -79,6 +79,9 @@ type auditStorageCmd struct {
 }
 
 func (a *auditStorageCmd) Run(ctx context.Context, all *commands) error {
+	if a.Leaves < 1 {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a challenge asks for at least one leaf")}
+	}
 	return runAudit(ctx, all, a.Output, api.AuditRequest{Kind: api.StorageAudit, Device: wire.DeviceID(a.Device), Leaves: a.Leaves}, "")
 }
 
