@@ -39,7 +39,7 @@ func (c *Coordinator) routes() http.Handler {
 	anybody := func(pattern string, h handler) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := h(w, r); err != nil {
-				writeError(w, c.log, err)
+				writeError(w, c.log, c.life.Err() != nil, err)
 			}
 		})
 	}

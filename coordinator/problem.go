@@ -25,15 +25,18 @@ func refuse(status int, code, format string, args ...any) *refusal {
 
 // writeError answers a request with err. What is no refusal and no device's
 // problem is our own fault: it is logged, and the answer says no more than that.
-func writeError(w http.ResponseWriter, log *slog.Logger, err error) {
+// A call that was given up is never answered as if it had been done.
+func writeError(w http.ResponseWriter, log *slog.Logger, stopping bool, err error) {
 	var r *refusal
 	var p *wire.Problem
 	switch {
 	case errors.As(err, &r):
 	case errors.As(err, &p):
 		r = refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
+	case errors.Is(err, context.Canceled) && stopping:
+		r = refuse(http.StatusServiceUnavailable, "stopping", "the coordinator is being stopped; what was begun goes on after its next start, ask again then")
 	case errors.Is(err, context.Canceled):
-		return // whoever asked has left, or the coordinator is being stopped
+		panic(http.ErrAbortHandler) // whoever asked has left; to return would be to answer 200
 	case errors.Is(err, context.DeadlineExceeded):
 		r = refuse(http.StatusGatewayTimeout, "no_answer", "this was not done in the time that a call has; what was begun goes on, ask again later")
 	case errors.Is(err, errNotFound):
