@@ -350,6 +350,7 @@ func (c *Coordinator) listen() error {
 	}
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
+	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() {
 		t := time.NewTicker(c.cfg.Beat)
 		defer t.Stop()

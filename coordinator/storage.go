@@ -31,6 +31,8 @@ type chunkRecord struct {
 	Size    int64        `json:"size"`
 	Holders []api.Holder `json:"holders"`
 	Refs    []string     `json:"refs,omitempty"` // keys of object records
+	// Used is when it was last placed or claimed; see [storage.dropOrphans].
+	Used time.Time `json:"used,omitzero"`
 }
 
 // alive counts the holders that have not lost it.
@@ -67,14 +69,18 @@ type storage struct {
 }
 
 const (
-	storeLife  = 10 * time.Minute // of a chunk.store order
-	storeWait  = time.Minute      // until another device is asked as well
-	serveLife  = 2 * time.Minute
-	serveWait  = 15 * time.Second // until the next holder is asked
-	dropLife   = 7 * 24 * time.Hour
-	dropWait   = 5 * time.Second // for a drop, before its device is passed over
-	dropPart   = 500             // chunks in one order: well below a message's size
-	maxReplica = 16
+	storeLife = 10 * time.Minute // of a chunk.store order
+	storeWait = time.Minute      // until another device is asked as well
+	serveLife = 2 * time.Minute
+	serveWait = 15 * time.Second // until the next holder is asked
+	dropLife  = 7 * 24 * time.Hour
+	dropWait  = 5 * time.Second // for a drop, before its device is passed over
+	dropPart  = 500             // chunks in one order: well below a message's size
+	// orphanLife is how long a chunk is kept for an object that is still being
+	// put: the largest takes a day at 1 Mbit/s.
+	orphanLife  = 24 * time.Hour
+	orphanSweep = time.Hour
+	maxReplica  = 16
 	// defaultReplicas lets one device be down.
 	defaultReplicas = 2
 )
@@ -172,7 +178,7 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 	}
 	defer s.placing.lock(id)()
 	if c, ok := s.chunks.get(id); ok && c.alive() >= replicas {
-		return c, nil
+		return s.use(ctx, c)
 	}
 	if err := s.staging.put(ctx, ref.String(), data); err != nil {
 		return chunkRecord{}, err
@@ -187,13 +193,29 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 	return s.spread(ctx, ref, int64(len(data)), replicas)
 }
 
+// use keeps a chunk that is there from being taken for an orphan. A write each
+// hour is enough for that.
+func (s *storage) use(ctx context.Context, c chunkRecord) (chunkRecord, error) {
+	now := s.outbox.now().UTC()
+	if now.Sub(c.Used) < orphanSweep {
+		return c, nil
+	}
+	return s.chunks.change(ctx, c.ID, func(c *chunkRecord, exists bool) error {
+		if !exists {
+			return refuse(http.StatusConflict, "chunk_missing", "the chunk was removed meanwhile; store the file again")
+		}
+		c.Used = now
+		return nil
+	})
+}
+
 // spread asks devices until enough have given a receipt or none is left to ask.
 func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas int) (chunkRecord, error) {
 	c, err := s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
-		if exists {
-			return errUnchanged
+		if !exists {
+			*c = chunkRecord{ID: ref.id, Size: size}
 		}
-		*c = chunkRecord{ID: ref.id, Size: size}
+		c.Used = s.outbox.now().UTC()
 		return nil
 	})
 	if err != nil {
@@ -325,8 +347,28 @@ func (s *storage) storeOn(ctx context.Context, d wire.DeviceID, ref blobRef, siz
 	defer cancel()
 	v, err := s.outbox.await(wait, o, nil)
 	if err != nil {
+		go s.late(o, ref, size)
 		return fmt.Errorf("device %s has not answered: %w", d, err)
 	}
+	return s.receipt(ctx, v, ref, size)
+}
+
+// late waits for a receipt that nobody waits for any more: what a device holds
+// has to be known, or it could never be dropped.
+func (s *storage) late(o wire.Order, ref blobRef, size int64) {
+	v, err := s.outbox.await(s.life, o, nil) // the outbox ends every order
+	if err == nil {
+		defer s.placing.lock(ref.id)()
+		err = s.receipt(s.life, v, ref, size)
+	}
+	if err != nil && s.life.Err() == nil {
+		s.log.Warn("a device did not take a chunk that it was given more time for", "chunk", ref.id, "error", err)
+	}
+}
+
+// receipt keeps what a device has signed for.
+func (s *storage) receipt(ctx context.Context, v OrderRecord, ref blobRef, size int64) error {
+	o, d := v.Order, v.Order.Device
 	if err := succeeded(v); err != nil {
 		return fmt.Errorf("device %s: %w", d, err)
 	}
@@ -334,9 +376,9 @@ func (s *storage) storeOn(ctx context.Context, d wire.DeviceID, ref blobRef, siz
 	if err := json.Unmarshal(v.Result.Body, &r); err != nil || r.ID != ref.id || r.Size != size {
 		return fmt.Errorf("device %s gave a receipt for something else", d)
 	}
-	_, err = s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
+	_, err := s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
 		if !exists {
-			*c = chunkRecord{ID: ref.id, Size: size}
+			*c = chunkRecord{ID: ref.id, Size: size, Used: s.outbox.now().UTC()}
 		}
 		c.Holders = slices.DeleteFunc(c.Holders, func(h api.Holder) bool { return h.Device == d })
 		c.Holders = append(c.Holders, api.Holder{Device: d, Volume: r.Volume, Order: o.ID, Since: s.outbox.now().UTC()})
@@ -469,39 +511,78 @@ func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, erro
 	}
 	// The chunks are claimed before the object is there: a crash between leaves
 	// a claim too many, never an object whose chunks may be dropped.
+	o.Created = s.outbox.now().UTC()
+	var added []string
 	for _, ch := range o.Chunks {
+		if slices.Contains(added, ch.ID) {
+			continue
+		}
+		var isNew bool
 		_, err := s.chunks.change(ctx, ch.ID, func(c *chunkRecord, exists bool) error {
 			switch {
 			case !exists || c.alive() == 0:
 				return refuse(http.StatusConflict, "chunk_missing", "chunk %s is on no device; store the file again", ch.ID)
 			case c.Size != ch.Size:
 				return refuse(http.StatusBadRequest, "bad_object", "chunk %s has %d bytes, not %d", ch.ID, c.Size, ch.Size)
-			case slices.Contains(c.Refs, key):
-				return errUnchanged
 			}
-			c.Refs = append(c.Refs, key)
+			if isNew = !slices.Contains(c.Refs, key); isNew {
+				c.Refs = append(c.Refs, key)
+			}
+			c.Used = o.Created
 			return nil
 		})
 		if err != nil {
-			return o, err
+			return o, errors.Join(err, s.unclaim(ctx, key, added, o.Created))
+		}
+		if isNew {
+			added = append(added, ch.ID)
 		}
 	}
-	o.Created = s.outbox.now().UTC()
-	return s.objects.change(ctx, key, func(v *api.Object, exists bool) error {
+	made, err := s.objects.change(ctx, key, func(v *api.Object, exists bool) error {
 		if exists {
 			return refuse(http.StatusConflict, "exists", "an object %q was made meanwhile", o.Name)
 		}
 		*v = o
 		return nil
 	})
+	if err != nil {
+		return o, errors.Join(err, s.unclaim(ctx, key, added, o.Created))
+	}
+	return made, nil
+}
+
+// unclaim takes back the claims that an object added at a time and does not
+// need, because it was not made. The chunks stay for another try. Where somebody
+// has come to rely on such a claim since, it stays: they have set Used again.
+func (s *storage) unclaim(ctx context.Context, key string, ids []string, at time.Time) error {
+	for _, id := range ids {
+		_, err := s.chunks.change(context.WithoutCancel(ctx), id, func(c *chunkRecord, exists bool) error {
+			if !exists || !c.Used.Equal(at) {
+				return errUnchanged
+			}
+			c.Refs = slices.DeleteFunc(c.Refs, func(r string) bool { return r == key })
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkName(name string) error {
+	if name == "" || len(name) > maxName {
+		return refuse(http.StatusBadRequest, "bad_object", "an object's name has 1 to %d bytes", maxName)
+	}
+	if !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
+		return refuse(http.StatusBadRequest, "bad_object", "an object's name is UTF-8 without control characters")
+	}
+	return nil
 }
 
 func checkObject(o api.Object) error {
-	if o.Name == "" || len(o.Name) > maxName {
-		return refuse(http.StatusBadRequest, "bad_object", "an object's name has 1 to %d bytes", maxName)
-	}
-	if !utf8.ValidString(o.Name) || strings.ContainsFunc(o.Name, unicode.IsControl) {
-		return refuse(http.StatusBadRequest, "bad_object", "an object's name is UTF-8 without control characters")
+	if err := checkName(o.Name); err != nil {
+		return err
 	}
 	if len(o.Chunks) > api.MaxChunks {
 		return refuse(http.StatusRequestEntityTooLarge, "too_large", "an object has at most %d chunks, this has %d: cut the file in parts", api.MaxChunks, len(o.Chunks))
@@ -519,7 +600,11 @@ func checkObject(o api.Object) error {
 	return nil
 }
 
+// object also refuses a name that none could have: who asks may want to use it.
 func (s *storage) object(name string) (api.Object, error) {
+	if err := checkName(name); err != nil {
+		return api.Object{}, err
+	}
 	o, ok := s.objects.get(objectKey(name))
 	if !ok {
 		return o, refuse(http.StatusNotFound, wire.CodeNotFound, "there is no object %q; \"deimos object ls\" shows all", name)
@@ -566,14 +651,10 @@ func (s *storage) release(ctx context.Context, key string, chunks []api.Chunk) e
 	for i, ch := range chunks {
 		ids[i] = ch.ID
 	}
-	slices.Sort(ids) // one order of locking for all
-	ids = slices.Compact(ids)
+	ids, unlock := s.lockAll(ids)
+	defer unlock()
 	for _, id := range ids {
-		defer s.placing.lock(id)()
-	}
-	drops := make(map[wire.DeviceID][]string)
-	for _, id := range ids {
-		c, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
+		_, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
 			if !exists || !slices.Contains(c.Refs, key) {
 				return errUnchanged
 			}
@@ -583,10 +664,36 @@ func (s *storage) release(ctx context.Context, key string, chunks []api.Chunk) e
 		if err != nil {
 			return err
 		}
-		if len(c.Refs) > 0 {
+	}
+	return s.drop(ctx, ids, func(c chunkRecord) bool { return len(c.Refs) == 0 })
+}
+
+// lockAll takes the placing locks of chunks and returns their ids without repeats.
+func (s *storage) lockAll(ids []string) (locked []string, unlock func()) {
+	ids = slices.Clone(ids)
+	slices.Sort(ids) // one order of locking for all
+	ids = slices.Compact(ids)
+	var unlocks []func()
+	for _, id := range ids {
+		unlocks = append(unlocks, s.placing.lock(id))
+	}
+	return ids, func() {
+		for _, u := range unlocks {
+			u()
+		}
+	}
+}
+
+// drop removes the records of chunks that free is true for, and has their
+// devices drop them. Their placing locks are held.
+func (s *storage) drop(ctx context.Context, ids []string, free func(chunkRecord) bool) error {
+	drops := make(map[wire.DeviceID][]string)
+	for _, id := range ids {
+		c, ok := s.chunks.get(id)
+		if !ok || !free(c) {
 			continue
 		}
-		err = s.chunks.remove(ctx, id, func(c chunkRecord) bool { return len(c.Refs) == 0 })
+		err := s.chunks.remove(ctx, id, func(now chunkRecord) bool { c = now; return free(now) })
 		if errors.Is(err, errNotFound) {
 			continue // gone already, or claimed by a new object meanwhile
 		}
@@ -599,6 +706,54 @@ func (s *storage) release(ctx context.Context, key string, chunks []api.Chunk) e
 	}
 	for d, ids := range drops {
 		if _, err := s.outbox.submit(ctx, d, wire.KindChunkDrop, wire.ChunkDrop{IDs: ids}, dropLife); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweep drops orphans until ctx ends.
+func (s *storage) sweep(ctx context.Context) {
+	t := time.NewTicker(orphanSweep)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			if err := s.dropOrphans(ctx); err != nil && ctx.Err() == nil {
+				s.log.Warn("chunks that no object needs could not all be dropped; they will be tried again", "error", err)
+			}
+		}
+	}
+}
+
+// dropOrphans drops the chunks that no object has and nobody has placed or
+// claimed for orphanLife: what is left of uploads that were given up, and of
+// crashes. It is the objects that count, not the claims: a crash can leave one.
+func (s *storage) dropOrphans(ctx context.Context) error {
+	needed := make(map[string]bool)
+	s.objects.each(func(_ string, o api.Object) bool {
+		for _, ch := range o.Chunks {
+			needed[ch.ID] = true
+		}
+		return true
+	})
+	old := s.outbox.now().Add(-orphanLife)
+	// An object that is made after the look above has set Used before.
+	orphan := func(c chunkRecord) bool { return !c.Used.IsZero() && c.Used.Before(old) && !needed[c.ID] }
+	var ids []string
+	s.chunks.each(func(id string, c chunkRecord) bool {
+		if orphan(c) {
+			ids = append(ids, id)
+		}
+		return true
+	})
+	for part := range slices.Chunk(ids, dropPart) {
+		part, unlock := s.lockAll(part)
+		err := s.drop(ctx, part, orphan)
+		unlock()
+		if err != nil {
 			return err
 		}
 	}

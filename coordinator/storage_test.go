@@ -2,6 +2,7 @@ package coordinator
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -509,6 +510,108 @@ func TestObjectsThatAreNotWhatTheySayAreRefused(t *testing.T) {
 		t.Errorf("an object of %d chunks: %v", api.MaxChunks, err)
 	}
 	must(t, w.storage.objects.remove(ctx, objectKey(most.Name), func(api.Object) bool { return true }))
+}
+
+// What is left of uploads that were given up goes, a day later.
+func TestOrphansAreDropped(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	devices := w.devices(t, 2)
+	kept, orphan, again, fresh := someBytes(100), someBytes(200), someBytes(300), someBytes(400)
+	put := func(data []byte) string {
+		t.Helper()
+		id := chunk.Sum(data).String()
+		_, err := w.op.PutChunk(ctx, id, data, 2)
+		must(t, err)
+		return id
+	}
+	sweep := func() {
+		t.Helper()
+		must(t, w.storage.dropOrphans(ctx))
+		for _, d := range devices {
+			d.hello()
+		}
+	}
+	w.putFile(t, "kept", kept, 2)
+	gone, back := put(orphan), put(again)
+	// A claim of an object that was never made is none.
+	_, err := w.storage.chunks.change(ctx, gone, func(c *chunkRecord, _ bool) error { c.Refs = []string{"crashed"}; return nil })
+	must(t, err)
+	sweep()
+	if !devices[0].holds(gone) {
+		t.Error("it was dropped at once")
+	}
+	w.advance(orphanLife + time.Minute)
+	for _, d := range devices {
+		d.hello()
+	}
+	put(again)
+	put(fresh)
+	sweep()
+	for _, d := range devices {
+		eventually(t, "the orphan is dropped", func() bool { return !d.holds(gone) })
+	}
+	if _, ok := w.storage.chunks.get(gone); ok {
+		t.Error("its record is still there")
+	}
+	for _, id := range []string{chunk.Sum(kept).String(), back, chunk.Sum(fresh).String()} {
+		if len(holders(w.chunkRecord(t, id).Holders)) != 2 || len(w.storage.dropping(id)) > 0 || !devices[0].holds(id) {
+			t.Errorf("chunk %s went too", id)
+		}
+	}
+}
+
+func TestAnObjectThatIsNotMadeClaimsNothing(t *testing.T) {
+	w := aWorld(t)
+	ctx := testContext(t)
+	w.devices(t, 2)
+	one, two := someBytes(100), someBytes(100)
+	w.putFile(t, "claimed", two, 2)
+	o := api.Object{Name: "unmade", Size: 300}
+	for _, p := range [][]byte{one, two, someBytes(100)} { // the third is on no device
+		o.Chunks = append(o.Chunks, api.Chunk{ID: chunk.Sum(p).String(), Size: 100})
+	}
+	_, err := w.op.PutChunk(ctx, o.Chunks[0].ID, one, 2)
+	must(t, err)
+	_, err = w.op.PutObject(ctx, o)
+	wantRefusal(t, err, http.StatusConflict, "chunk_missing")
+	if refs := w.chunkRecord(t, o.Chunks[0].ID).Refs; len(refs) != 0 {
+		t.Errorf("claimed by %v", refs)
+	}
+	if refs := w.chunkRecord(t, o.Chunks[1].ID).Refs; !slices.Equal(refs, []string{objectKey("claimed")}) {
+		t.Errorf("the other object's claim: %v", refs)
+	}
+	must(t, w.op.RemoveObject(ctx, "claimed"))
+}
+
+// Who asked for a placement may be gone when the receipt comes.
+func TestALateReceiptIsKept(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	stored, release := make(chan struct{}), make(chan struct{})
+	d.on(wire.KindChunkStore, func(o wire.Order) *reply {
+		r := d.honest(o)
+		close(stored)
+		<-release
+		return r
+	})
+	data := someBytes(1000)
+	id := chunk.Sum(data).String()
+	ctx, cancel := context.WithCancel(testContext(t))
+	placed := make(chan error, 1)
+	go func() {
+		_, err := w.storage.place(ctx, id, data, 1)
+		placed <- err
+	}()
+	next(t, stored, "the store order")
+	cancel()
+	if err := next(t, placed, "the end of the placement"); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	close(release)
+	eventually(t, "the receipt is kept", func() bool {
+		return slices.Equal(holders(w.chunkRecord(t, id).Holders), []wire.DeviceID{d.id})
+	})
 }
 
 func TestAFileComesBackWhole(t *testing.T) {

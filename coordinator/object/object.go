@@ -16,11 +16,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net/http"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // atOnce is how many chunks are under way together.
@@ -37,6 +40,13 @@ var ErrDamaged = errors.New("what came back is not what was stored")
 // goroutines at once.
 func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas int, done func(bytes int64)) (api.Object, []api.Placement, error) {
 	o := api.Object{Name: name, Chunks: []api.Chunk{}}
+	if size := sizeOf(r); size > int64(maxChunks)*chunk.DefaultSize {
+		return o, nil, errTooLarge()
+	}
+	old, taken, err := lookUp(ctx, c, name)
+	if err != nil {
+		return o, nil, err
+	}
 	var placed []*api.Placement
 	whole := sha256.New()
 	split := chunk.NewSplitter(io.TeeReader(r, whole))
@@ -53,7 +63,13 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas 
 		}
 		if len(o.Chunks) == maxChunks {
 			_ = g.Wait() // the size is the reason to tell
-			return o, nil, fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", maxChunks)
+			return o, nil, errTooLarge()
+		}
+		// Only what has all the same chunks may have a name that is taken.
+		if n := len(o.Chunks); taken && (n >= len(old.Chunks) || old.Chunks[n].ID != id.String()) {
+			_ = g.Wait() // the name is the reason to tell
+			return o, nil, &api.Error{Status: http.StatusConflict, APIError: wire.APIError{Code: "exists",
+				Reason: fmt.Sprintf("there is another object %q; remove it first (\"deimos object rm\") or choose another name", name)}}
 		}
 		data = append([]byte(nil), data...) // the splitter uses its buffer again
 		o.Chunks = append(o.Chunks, api.Chunk{ID: id.String(), Size: int64(len(data))})
@@ -74,12 +90,40 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas 
 		return o, nil, err
 	}
 	o.SHA256 = hex.EncodeToString(whole.Sum(nil))
-	o, err := c.PutObject(ctx, o)
+	o, err = c.PutObject(ctx, o)
 	placements := make([]api.Placement, len(placed))
 	for i, p := range placed {
 		placements[i] = *p
 	}
 	return o, placements, err
+}
+
+func errTooLarge() error {
+	return fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", maxChunks)
+}
+
+// sizeOf is the bytes of a regular file, and 0 for anything else.
+func sizeOf(r io.Reader) int64 {
+	f, ok := r.(interface{ Stat() (fs.FileInfo, error) })
+	if !ok {
+		return 0
+	}
+	s, err := f.Stat()
+	if err != nil || !s.Mode().IsRegular() {
+		return 0
+	}
+	return s.Size()
+}
+
+// lookUp tells what already has a name, so that a file under a taken name is
+// refused before its first byte has gone over the line.
+func lookUp(ctx context.Context, c *api.Client, name string) (o api.Object, taken bool, err error) {
+	o, err = c.Object(ctx, name)
+	var e *api.Error
+	if errors.As(err, &e) && e.Status == http.StatusNotFound {
+		return o, false, nil
+	}
+	return o, err == nil, err
 }
 
 // Get writes an object to w. On an error w may have got a part of it, every

@@ -12,7 +12,9 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -124,6 +126,7 @@ const several = 5*chunk.DefaultSize + 5 // bytes: more chunks than are under way
 func TestWhatIsPutComesBack(t *testing.T) {
 	s, c := newShelf(t)
 	for _, n := range []int{0, 1, chunk.DefaultSize, several} {
+		clear(s.objects)
 		data := randomBytes(t, n)
 		var told atomic.Int64
 		o, placed, err := Put(testContext(t), c, "f", bytes.NewReader(data), 2, func(b int64) { told.Add(b) })
@@ -184,6 +187,9 @@ func TestPutStopsAtTheFirstRefusal(t *testing.T) {
 	s, c := newShelf(t)
 	var puts atomic.Int32
 	s.odd = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet {
+			return false
+		}
 		if strings.Contains(r.URL.Path, "/objects/") {
 			t.Error("an object was named though its chunks are not placed")
 		}
@@ -248,6 +254,48 @@ func TestLocalFaultsAreTold(t *testing.T) {
 	}
 	if _, err := Get(ended, c, "f", io.Discard, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
+	}
+}
+
+// A name that is taken costs no upload; the same content is a repeat.
+func TestATakenNameIsRefusedBeforeTheFirstChunk(t *testing.T) {
+	s, c := newShelf(t)
+	data := randomBytes(t, several)
+	_, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+	must(t, err)
+	if _, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	other := bytes.Clone(data)
+	other[2*chunk.DefaultSize]++
+	s.odd = func(_ http.ResponseWriter, r *http.Request) bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if r.Method == http.MethodPut && s.chunks[path.Base(r.URL.Path)] == nil {
+			t.Error("something new was sent")
+		}
+		return false
+	}
+	for name, data := range map[string][]byte{"other": randomBytes(t, 10), "other in the middle": other, "longer": append(bytes.Clone(data), 1)} {
+		_, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != "exists" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestAFileThatIsKnownToBeTooLargeIsNotBegun(t *testing.T) {
+	s, c := newShelf(t)
+	defer func(n int) { maxChunks = n }(maxChunks)
+	maxChunks = 3
+	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	must(t, err)
+	defer f.Close()
+	must(t, f.Truncate(3*chunk.DefaultSize+1))
+	_, _, err = Put(testContext(t), c, "f", f, 1, nil)
+	if err == nil || !strings.Contains(err.Error(), "more than 3 chunks") || len(s.chunks) != 0 {
+		t.Errorf("%v, %d chunks sent", err, len(s.chunks))
 	}
 }
 
