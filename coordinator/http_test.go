@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"os"
 	"regexp"
@@ -276,17 +277,19 @@ func TestOperatorsUploadsAreChecked(t *testing.T) {
 }
 
 func TestUpdateRepositoryIsHandedOutAsPublished(t *testing.T) {
-	w := aWorld(t)
+	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)
-	for _, v := range []string{"1", "2", "10"} {
-		must(t, w.op.PutRepoFile(ctx, "metadata/"+v+".root.json", []byte("root "+v)))
+	roots := map[int64]string{}
+	for _, v := range []int64{1, 2, 10} {
+		roots[v] = string(aRoot(t, v, 2))
+		must(t, w.op.PutRepoFile(ctx, fmt.Sprintf("metadata/%d.root.json", v), []byte(roots[v])))
 	}
-	if status, body := d.transfer(http.MethodGet, "/data/v1/repo/metadata/2.root.json", nil); status != http.StatusOK || body != "root 2" {
+	if status, body := d.transfer(http.MethodGet, "/data/v1/repo/metadata/2.root.json", nil); status != http.StatusOK || body != roots[2] {
 		t.Errorf("%d %s", status, body)
 	}
 	_, m, _ := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{})})
-	if string(m.UpdateRoot) != "root 10" {
+	if string(m.UpdateRoot) != roots[10] {
 		t.Errorf("a new device starts its trust from %q", m.UpdateRoot)
 	}
 	for _, p := range []string{"../ca.key", "metadata/../../x", "a\x00b", "a b", strings.Repeat("a", maxRepoPath+1), "."} {

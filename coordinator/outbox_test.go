@@ -9,15 +9,23 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 // offer gives a device an order that needs nothing else.
 func (w *world) offer(t testing.TB, d *device) wire.Order {
 	t.Helper()
-	out, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: "agent", Devices: []wire.DeviceID{d.id}})
+	w.publish(t, "2.0.0")
+	out, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id}})
 	must(t, err)
 	return out[0].Order
+}
+
+// publish puts where a coordinator looks what is not a real manifest.
+func (w *world) publish(t testing.TB, version string) {
+	t.Helper()
+	must(t, w.op.PutRepoFile(testContext(t), "targets/bundles/"+strings.Repeat("0", 64)+"."+version+".json", []byte("{}")))
 }
 
 func (w *world) record(t testing.TB, o wire.Order) OrderRecord {
@@ -311,10 +319,10 @@ func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
 		t.Errorf("%d waiters are left behind", n)
 	}
 	// An offer is for all of the named devices or for none, and once for each.
-	_, err = w.op.Offer(testContext(t), api.OfferRequest{Version: "2", Target: "x", Devices: []wire.DeviceID{d.id, "aaaaaaaaaaaaaaaaaaaaaaaa"}})
+	_, err = w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id, "aaaaaaaaaaaaaaaaaaaaaaaa"}})
 	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
 	e := w.enrolled(t)
-	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2", Target: "x", Devices: []wire.DeviceID{d.id, e.id, d.id}})
+	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id, e.id, d.id}})
 	if err != nil || len(many) != 2 {
 		t.Errorf("%d orders for 2 devices (%v)", len(many), err)
 	}

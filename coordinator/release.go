@@ -2,6 +2,8 @@ package coordinator
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
@@ -9,11 +11,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -24,6 +28,8 @@ type releases struct {
 	cache  *staging // the same store with a cache before it
 	outbox *outbox
 	reg    *registry
+
+	writing sync.Mutex // of immutable files
 }
 
 const (
@@ -46,11 +52,71 @@ func checkRepoPath(p string) error {
 	return nil
 }
 
+// put takes a file of the repository. A published file never changes its
+// content, the timestamp excepted: devices may have half of a release already.
 func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := checkRepoPath(name); err != nil {
 		return err
 	}
-	return r.cache.put(ctx, name, data)
+	if err := checkRoot(name, data); err != nil {
+		return err
+	}
+	if name == mutableRepoFile {
+		return r.cache.put(ctx, name, data)
+	}
+	r.writing.Lock() // look and write as one; two coordinators at once are not kept apart
+	defer r.writing.Unlock()
+	there, err := r.files.GetInfo(ctx, name)
+	switch {
+	case errors.Is(err, jetstream.ErrObjectNotFound):
+		return r.cache.put(ctx, name, data)
+	case err != nil:
+		return fmt.Errorf("the update repository cannot be read: %w", err)
+	case there.Digest != objectDigest(data):
+		return refuse(http.StatusConflict, "changed", "the update repository has another %s, and a published file never changes: publish a new version instead", name)
+	}
+	return nil
+}
+
+// objectDigest is what JetStream keeps with an object.
+func objectDigest(data []byte) string {
+	sum := sha256.Sum256(data)
+	return "SHA-256=" + base64.URLEncoding.EncodeToString(sum[:])
+}
+
+// rootVersion reads the number in metadata/N.root.json; ok is false for other
+// files, and 0 stands for one that is written in another way.
+func rootVersion(name string) (n int64, ok bool) {
+	v, ok := strings.CutSuffix(name, ".root.json")
+	if !ok {
+		return 0, false
+	}
+	v, inside := strings.CutPrefix(v, "metadata/")
+	n, err := strconv.ParseInt(v, 10, 64)
+	if !inside || err != nil || n < 1 || strconv.FormatInt(n, 10) != v {
+		return 0, true
+	}
+	return n, true
+}
+
+// checkRoot refuses a root that no device could begin with: the newest one is
+// given to every new device.
+func checkRoot(name string, data []byte) error {
+	n, ok := rootVersion(name)
+	if !ok {
+		return nil
+	}
+	if n == 0 {
+		return refuse(http.StatusBadRequest, "bad_root", "%q is no name of an update root: it must be metadata/<version>.root.json", name)
+	}
+	v, err := repo.RootVersion(data)
+	if err != nil {
+		return refuse(http.StatusBadRequest, "bad_root", "this is no update root that a device could trust: %v", err)
+	}
+	if v != n {
+		return refuse(http.StatusBadRequest, "bad_root", "%s holds version %d of the update root", name, v)
+	}
+	return nil
 }
 
 func (r *releases) get(ctx context.Context, name string) ([]byte, error) {
@@ -78,12 +144,10 @@ func (r *releases) root(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the update repository cannot be read: %w", err)
 	}
-	newest := 0
+	newest := int64(0)
 	for _, f := range files {
-		v, found := strings.CutSuffix(strings.TrimPrefix(f.Name, "metadata/"), ".root.json")
-		if n, err := strconv.Atoi(v); found && err == nil {
-			newest = max(newest, n)
-		}
+		n, _ := rootVersion(f.Name)
+		newest = max(newest, n)
 	}
 	if newest == 0 {
 		return nil, nil
@@ -91,10 +155,29 @@ func (r *releases) root(ctx context.Context) ([]byte, error) {
 	return r.get(ctx, fmt.Sprintf("metadata/%d.root.json", newest))
 }
 
+// published refuses a target that devices would look for in vain. Whether it
+// is signed they find out themselves.
+func (r *releases) published(ctx context.Context, target string) error {
+	files, err := r.files.List(ctx)
+	if err != nil && !errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return fmt.Errorf("the update repository cannot be read: %w", err)
+	}
+	if !slices.ContainsFunc(files, func(f *jetstream.ObjectInfo) bool { return repo.IsTarget(f.Name, target) }) {
+		return refuse(http.StatusNotFound, wire.CodeNotFound, "the update repository here has no %s; publish it first, with \"deimos release publish\"", target)
+	}
+	return nil
+}
+
 // offer sends update orders.
 func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, error) {
 	if q.Version == "" || q.Target == "" {
 		return nil, refuse(http.StatusBadRequest, "bad_offer", "an offer names a version and a target")
+	}
+	if q.Target != repo.TargetName(q.Version) || strings.Contains(q.Version, "/") || checkRepoPath(q.Target) != nil {
+		return nil, refuse(http.StatusBadRequest, "bad_offer", "%q is not the target of version %q: a target is bundles/<version>.json", q.Target, q.Version)
+	}
+	if err := r.published(ctx, q.Target); err != nil {
+		return nil, err
 	}
 	devices := q.Devices
 	if len(devices) == 0 {

@@ -1,0 +1,118 @@
+package coordinator
+
+import (
+	"crypto"
+	"crypto/ed25519"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/repo"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// aRoot is an update root of two keys, both of which must sign; the first of
+// them do.
+func aRoot(t testing.TB, version int64, signatures int) []byte {
+	t.Helper()
+	root := metadata.Root(time.Now().UTC().Truncate(time.Second).Add(time.Hour))
+	root.Signed.Version = version
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	for _, k := range keys {
+		public, err := metadata.KeyFromPublicKey(k.Public())
+		must(t, err)
+		for _, role := range []string{metadata.ROOT, metadata.TARGETS, metadata.SNAPSHOT, metadata.TIMESTAMP} {
+			must(t, root.Signed.AddKey(public, role))
+		}
+	}
+	root.Signed.Roles[metadata.ROOT].Threshold = 2
+	for _, k := range keys[:signatures] {
+		signer, err := signature.LoadSigner(k, crypto.Hash(0))
+		must(t, err)
+		_, err = root.Sign(signer)
+		must(t, err)
+	}
+	raw, err := root.ToBytes(false)
+	must(t, err)
+	return raw
+}
+
+func TestOnlyARootThatDevicesCouldTrustIsTaken(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	good := aRoot(t, 1, 2)
+	must(t, w.op.PutRepoFile(ctx, "metadata/1.root.json", good))
+	for name, raw := range map[string][]byte{
+		"metadata/99.root.json":   []byte("{}"),
+		"metadata/3.root.json":    []byte("no JSON"),
+		"metadata/4.root.json":    aRoot(t, 4, 1), // signed by one of two
+		"metadata/5.root.json":    aRoot(t, 6, 2), // another version
+		"metadata/7.root.json":    []byte(strings.Replace(string(aRoot(t, 7, 2)), `"_type":"root"`, `"_type":"targets"`, 1)),
+		"metadata/08.root.json":   aRoot(t, 8, 2),
+		"metadata/x.root.json":    aRoot(t, 8, 2),
+		"metadata/-8.root.json":   aRoot(t, 8, 2),
+		"8.root.json":             aRoot(t, 8, 2), // elsewhere
+		"metadata/a/8.root.json":  aRoot(t, 8, 2),
+		"metadata/1e1.root.json":  aRoot(t, 10, 2),
+		"targets/100.root.json":   []byte("{}"),
+		"metadata/0.root.json":    aRoot(t, 0, 2),
+		"metadata/+11.root.json":  aRoot(t, 11, 2),
+		"metadata/2.x.root.json":  aRoot(t, 2, 2),
+		"metadata/12.0.root.json": aRoot(t, 12, 2),
+	} {
+		if err := w.op.PutRepoFile(ctx, name, raw); err == nil {
+			t.Errorf("%s was taken", name)
+		} else {
+			wantRefusal(t, err, http.StatusBadRequest, "bad_root")
+		}
+	}
+	_, m, _ := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{})})
+	if string(m.UpdateRoot) != string(good) {
+		t.Errorf("a new device starts its trust from %q", m.UpdateRoot)
+	}
+}
+
+func TestAPublishedFileNeverChanges(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	for name, first := range map[string]string{"metadata/1.targets.json": "a", "parts/x": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
+		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
+		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
+		other := "b"
+		if strings.HasSuffix(name, "root.json") {
+			other = string(aRoot(t, 1, 2))
+		}
+		wantRefusal(t, w.op.PutRepoFile(ctx, name, []byte(other)), http.StatusConflict, "changed")
+		if raw, err := w.releases.get(ctx, name); err != nil || string(raw) != first {
+			t.Errorf("%s is %q now (%v)", name, raw, err)
+		}
+	}
+	for _, v := range []string{"1", "2", "1"} {
+		must(t, w.op.PutRepoFile(ctx, mutableRepoFile, []byte(v)))
+	}
+}
+
+func TestOnlyWhatTheMirrorHasIsOffered(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.enrolled(t)
+	offer := func(version, target string) error {
+		_, err := w.op.Offer(ctx, api.OfferRequest{Version: version, Target: target, Devices: []wire.DeviceID{d.id}})
+		return err
+	}
+	wantRefusal(t, offer("3.0.0", repo.TargetName("3.0.0")), http.StatusNotFound, wire.CodeNotFound)
+	w.publish(t, "13.0.0")
+	must(t, w.op.PutRepoFile(ctx, "targets/bundles/short.3.0.0.json", []byte("{}")))
+	must(t, w.op.PutRepoFile(ctx, "parts/bundles/"+strings.Repeat("0", 64)+".3.0.0.json", []byte("{}")))
+	wantRefusal(t, offer("3.0.0", repo.TargetName("3.0.0")), http.StatusNotFound, wire.CodeNotFound)
+	w.publish(t, "3.0.0")
+	must(t, offer("3.0.0", repo.TargetName("3.0.0")))
+	for version, target := range map[string]string{"3.0.0": "agent", "3": repo.TargetName("3.0.0"), "../x": "bundles/../x.json", "a b": "bundles/a b.json", "a/b": "bundles/a/b.json"} {
+		wantRefusal(t, offer(version, target), http.StatusBadRequest, "bad_offer")
+	}
+}
