@@ -316,22 +316,43 @@ func (s *storage) dropping(id string) []wire.Order {
 }
 
 // candidates are up to n devices that are there, have room, and were not asked
-// yet: those with most free space first, equals shuffled.
+// yet, drawn by their free space.
 func (s *storage) candidates(size int64, not []wire.DeviceID, n int) []wire.DeviceID {
-	list := s.reg.list()
-	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
-	slices.SortStableFunc(list, func(a, b api.Device) int {
-		// In whole 256 MiB, so that a few chunks do not decide.
-		return int((b.Capacity-b.Used)>>28) - int((a.Capacity-a.Used)>>28)
-	})
+	var fit []offer
+	for _, d := range s.reg.list() {
+		if free := d.Capacity - max(d.Used, 0); d.Online && !d.Retired && free >= size && !slices.Contains(not, d.ID) {
+			fit = append(fit, offer{d.ID, free})
+		}
+	}
+	return drawDevices(fit, n, rand.ExpFloat64)
+}
+
+// offer is a device and its free bytes, as it says itself.
+type offer struct {
+	device wire.DeviceID
+	free   int64
+}
+
+// maxWeight is the most free space that counts, in bytes: what a device says of
+// itself must not bring it every chunk.
+const maxWeight = 1 << 40
+
+// drawDevices draws up to n without repeats, each next one with a chance in
+// proportion to its free space: the n smallest of Exp(1)/weight (Efraimidis and
+// Spirakis, 2006). Devices fill up alike, and none is asked by all at once.
+func drawDevices(fit []offer, n int, exp func() float64) []wire.DeviceID {
+	type drawn struct {
+		device wire.DeviceID
+		at     float64
+	}
+	lots := make([]drawn, len(fit))
+	for i, f := range fit {
+		lots[i] = drawn{f.device, exp() / float64(min(f.free, maxWeight))}
+	}
+	slices.SortFunc(lots, func(a, b drawn) int { return cmp.Compare(a.at, b.at) })
 	var out []wire.DeviceID
-	for _, d := range list {
-		if len(out) == n {
-			break
-		}
-		if d.Online && !d.Retired && d.Capacity-d.Used >= size && !slices.Contains(not, d.ID) {
-			out = append(out, d.ID)
-		}
+	for _, l := range lots[:min(n, len(lots))] {
+		out = append(out, l.device)
 	}
 	return out
 }

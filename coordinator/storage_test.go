@@ -6,6 +6,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"math"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strings"
@@ -510,6 +512,33 @@ func TestObjectsThatAreNotWhatTheySayAreRefused(t *testing.T) {
 		t.Errorf("an object of %d chunks: %v", api.MaxChunks, err)
 	}
 	must(t, w.storage.objects.remove(ctx, objectKey(most.Name), func(api.Object) bool { return true }))
+}
+
+// Each device gets chunks in proportion to its free space, up to what counts.
+func TestPlacementFollowsFreeSpace(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	fit := []offer{{"small", 1 << 38}, {"large", 3 << 38}, {"largest", 1 << 40}, {"boaster", 1 << 50}}
+	const draws = 40_000
+	first := map[wire.DeviceID]int{}
+	for range draws {
+		got := drawDevices(fit, 3, rng.ExpFloat64)
+		if len(got) != 3 || got[0] == got[1] || got[1] == got[2] || got[0] == got[2] {
+			t.Fatalf("drawn: %v", got)
+		}
+		first[got[0]]++
+	}
+	for d, share := range map[wire.DeviceID]float64{"small": 1. / 12, "large": 3. / 12, "largest": 4. / 12, "boaster": 4. / 12} {
+		// Six standard deviations: a false alarm in 10^8 runs.
+		want, slack := draws*share, 6*math.Sqrt(draws*share*(1-share))
+		if got := float64(first[d]); math.Abs(got-want) > slack {
+			t.Errorf("%s was drawn first %v times, expected %.0f ± %.0f", d, got, want, slack)
+		}
+	}
+	if got := drawDevices(fit[:2], 3, rng.ExpFloat64); len(got) != 2 {
+		t.Errorf("of two devices, drawn: %v", got)
+	}
 }
 
 // What is left of uploads that were given up goes, a day later.
