@@ -62,11 +62,11 @@ func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
 	}
 	if err := c.reg.enrolled(r.Context(), api.DeviceRecord{
 		ID: id, PublicKey: key, Group: rec.Group, Enrolled: c.now().UTC(), CertUntil: until,
-		Agent: q.Agent, OS: q.OS, Arch: q.Arch, Board: q.Board, Inventory: q.Inventory,
+		Agent: label(q.Agent), OS: label(q.OS), Arch: label(q.Arch), Board: label(q.Board), Inventory: q.Inventory,
 	}); err != nil {
 		return err
 	}
-	c.log.Info("device enrolled", "device", id, "group", rec.Group, "board", q.Board, "agent", q.Agent)
+	c.log.Info("device enrolled", "device", id, "group", rec.Group, "board", label(q.Board), "agent", label(q.Agent))
 	brokers, planes := c.addresses(r)
 	writeJSON(w, http.StatusOK, wire.EnrolReply{
 		Device: id, Certificate: cert, CA: c.auth.caPEM,
@@ -106,6 +106,9 @@ func (c *Coordinator) createToken(r *http.Request, q api.TokenRequest) (api.Toke
 	}
 	if uses < 1 || uses > maxTokenUse || ttl < time.Second || ttl > maxTokenTTL {
 		return api.Token{}, refuse(http.StatusBadRequest, "bad_token", "a token has 1 to %d uses and is valid for a second to a year", maxTokenUse)
+	}
+	if label(q.Group) != q.Group {
+		return api.Token{}, refuse(http.StatusBadRequest, "bad_token", "a group has a name of at most %d printable bytes, without spaces around it", maxLabel)
 	}
 	tok := wire.NewFleetToken(c.auth.caCert.Raw)
 	hash := tok.Hash()

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -181,5 +183,45 @@ func TestTokenRequestsAreBounded(t *testing.T) {
 		{ValidSeconds: 18446744074}} { // the last is 0.3 s if it overflows
 		_, err := w.op.CreateToken(testContext(t), r)
 		wantRefusal(t, err, http.StatusBadRequest, "bad_token")
+	}
+	for _, group := range []string{"a\x1b[2J", "a\nb", "a\x00", " a", "\u202ea", strings.Repeat("a", maxLabel+1)} {
+		_, err := w.op.CreateToken(testContext(t), api.TokenRequest{Group: group})
+		wantRefusal(t, err, http.StatusBadRequest, "bad_token")
+	}
+	for _, group := range []string{"", "Küche 2", strings.Repeat("a", maxLabel)} {
+		w.newToken(t, api.TokenRequest{Group: group})
+	}
+}
+
+// What a device says of itself ends in an operator's terminal.
+func TestADevicesWordsAreFitForATerminal(t *testing.T) {
+	w := aWorld(t)
+	check := func(id wire.DeviceID) {
+		t.Helper()
+		d, err := w.reg.device(id)
+		must(t, err)
+		for _, s := range []string{d.Agent, d.OS, d.Arch, d.Board, d.Slot} {
+			if len(s) > maxLabel || !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("kept: %q", s)
+			}
+		}
+		if d.Board != "Pi 4 é" || len(d.Arch) < maxLabel-1 {
+			t.Errorf("what is good is lost: %q %q", d.Board, d.Arch)
+		}
+	}
+	key := newKey(t)
+	long := "a" + strings.Repeat("é", maxLabel)
+	board := "Pi 4\x1b\u202e é\x00\n"
+	status, m, _ := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, key), Token: w.newToken(t, api.TokenRequest{}),
+		Agent: "\x1b]0;x\a", OS: "a\r\nb", Arch: long, Board: board})
+	if status != http.StatusOK {
+		t.Fatalf("enrolment: %d", status)
+	}
+	check(m.Device)
+	w.hearFrom(t, &device{id: m.Device, key: key}, wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: m.Device, Online: true,
+		Session: "s", Nonce: newNonce(), Agent: "\x1b[2J", OS: "\x7f", Arch: long, Board: board, Slot: "a\tb\u009b"})
+	check(m.Device)
+	if d, _ := w.reg.device(m.Device); d.Slot != "ab" {
+		t.Errorf("slot %q", d.Slot)
 	}
 }

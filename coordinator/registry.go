@@ -10,8 +10,11 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -125,10 +128,32 @@ const maxSpace = 1 << 60 // bytes; no device has as much
 // space is a device's word on its bytes, within reason: sums of it must not run over.
 func space(n int64) int64 { return min(max(n, 0), maxSpace) }
 
+const maxLabel = 64 // bytes
+
+// label is what a device says of itself, fit for a record, a log and a
+// terminal. It is cut and not refused: boards have the oddest names.
+func label(s string) string {
+	s = strings.TrimSpace(strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return -1
+		}
+		return r
+	}, s))
+	for i, r := range s {
+		if i+utf8.RuneLen(r) > maxLabel {
+			return s[:i]
+		}
+	}
+	return s
+}
+
 // presence takes a hello or a last will. It returns true for a hello, which
 // has to be answered.
 func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) {
 	p.Capacity, p.Used = space(p.Capacity), space(p.Used)
+	for _, s := range []*string{&p.Agent, &p.OS, &p.Arch, &p.Board, &p.Slot} {
+		*s = label(*s)
+	}
 	r.mu.Lock()
 	l := r.liveOf(p.Device)
 	// The last will of an old session may come after the hello of a new one.
