@@ -109,7 +109,20 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err := a.storage.lost(ctx, r.Device, slices.Concat(rec.Lost, rec.Wrong)); err != nil {
 		return rec, err
 	}
-	return a.save(ctx, rec)
+	return a.settle(ctx, rec, v)
+}
+
+// settle keeps an outcome, and then forgets the answer that it was judged from.
+// What proves a lie stays for as long as the staging area keeps things.
+func (a *audits) settle(ctx context.Context, rec api.Audit, v OrderRecord) (api.Audit, error) {
+	rec, err := a.save(ctx, rec)
+	if err != nil || rec.Outcome == api.AuditWrong {
+		return rec, err
+	}
+	if err := a.compute.used(ctx, v); err != nil {
+		a.storage.log.Warn("a judged answer stays until it expires", "order", rec.Order, "error", err)
+	}
+	return rec, nil
 }
 
 // unanswered ends a challenge whose answer did not come within the time for it.
@@ -294,7 +307,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err := a.storage.lost(ctx, r.Device, rec.Lost); err != nil {
 		return rec, err
 	}
-	return a.save(ctx, rec)
+	return a.settle(ctx, rec, v)
 }
 
 func commitment(salt, outputSum []byte) string {

@@ -533,6 +533,91 @@ func TestUnjudgedChallengesAreVoid(t *testing.T) {
 	}
 }
 
+// A job that takes longer than a call has lost nothing by that.
+func TestALongJobIsFollowed(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	module, err := w.op.PutModule(ctx, []byte("module"))
+	must(t, err)
+	data := someBytes(1000)
+	w.putFile(t, "long", data, 1)
+	begun, release := make(chan wire.Order, 2), make(chan struct{})
+	d.on(wire.KindJobRun, func(o wire.Order) *reply {
+		begun <- o
+		<-release
+		return d.compute(o, nil)
+	})
+	w.compute.wait = time.Nanosecond
+	ask := api.JobRequest{Module: module, Object: "long"}
+	_, err = w.compute.run(ctx, ask)
+	o := next(t, begun, "the job")
+	if err == nil || !strings.Contains(err.Error(), "deimos order show "+string(d.id)+" "+o.ID+" --wait 10m") {
+		t.Errorf("it says %v", err)
+	}
+	_, err = w.op.Job(ctx, d.id, o.ID)
+	wantRefusal(t, err, http.StatusConflict, "not_ended")
+	jobs := make(chan api.Job, 1)
+	go func() {
+		j, err := w.op.RunJob(ctx, ask)
+		if err != nil {
+			t.Error(err)
+		}
+		jobs <- j
+	}()
+	second := next(t, begun, "the second job")
+	close(release)
+	want, _ := toyCompute(ctx, []byte("module"), nil, data)
+	if j := next(t, jobs, "its result"); j.Order != second.ID || string(j.Output) != string(want) {
+		t.Errorf("%+v", j)
+	}
+	w.ended(t, o)
+	for range 2 { // what came in the report can be fetched as often as one likes
+		if j, err := w.op.Job(ctx, d.id, o.ID); err != nil || string(j.Output) != string(want) {
+			t.Errorf("the first job: %+v %v", j, err)
+		}
+	}
+	_, err = w.op.Job(ctx, d.id, "none")
+	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+}
+
+func TestAttachmentsGoWhenTheyWereUsed(t *testing.T) {
+	w := aWorld(t)
+	ctx := testContext(t)
+	d, _, _ := auditScene(t, w)
+	module, err := w.op.PutModule(ctx, []byte("module"))
+	must(t, err)
+	w.putFile(t, "bulk", someBytes(1000), 2)
+	bulk := func(r *reply) *reply { r.bulk = true; return r }
+	d.on(wire.KindJobRun, func(o wire.Order) *reply { return bulk(d.compute(o, nil)) })
+	d.on(wire.KindAudit, func(o wire.Order) *reply { return bulk(d.prove(o, nil)) })
+	staged := func(order string) bool {
+		_, err := w.staging.get(ctx, attachmentName(order))
+		return err == nil
+	}
+	j, err := w.op.RunJob(ctx, api.JobRequest{Module: module, Object: "bulk", Device: d.id})
+	if err != nil || len(j.Output) == 0 {
+		t.Fatalf("%+v %v", j, err)
+	}
+	eventually(t, "the job's output is dropped", func() bool { return !staged(j.Order) })
+	_, err = w.op.Job(ctx, d.id, j.Order)
+	wantRefusal(t, err, http.StatusGone, "collected")
+	for _, kind := range []api.AuditKind{api.StorageAudit, api.ComputeAudit} {
+		a, err := w.op.Audit(ctx, api.AuditRequest{Kind: kind, Device: d.id, Module: module})
+		if err != nil || a.Outcome != api.AuditRight || staged(a.Order) {
+			t.Errorf("%s: %s %v, staged %v", kind, a.Outcome, err, staged(a.Order))
+		}
+	}
+	// What proves a lie stays.
+	d.on(wire.KindAudit, func(o wire.Order) *reply {
+		return bulk(d.prove(o, func(_ *wire.AuditAnswer, l []wire.AuditLeaf) []wire.AuditLeaf { return l[1:] }))
+	})
+	if a, err := w.op.Audit(ctx, api.AuditRequest{Kind: api.StorageAudit, Device: d.id}); err != nil || a.Outcome != api.AuditWrong || !staged(a.Order) {
+		t.Errorf("%s %v, staged %v", a.Outcome, err, staged(a.Order))
+	}
+	must(t, w.op.RemoveObject(ctx, "bulk"))
+}
+
 func TestJobsRunAndTheirResultsBelongTogether(t *testing.T) {
 	w := aWorld(t)
 	ctx := testContext(t)

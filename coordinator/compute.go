@@ -22,6 +22,8 @@ type compute struct {
 	outbox  *outbox
 	reg     *registry
 	auth    *authority
+	// wait is how long a call waits for its job; 0 is as long as the call has.
+	wait time.Duration
 }
 
 const jobLife = 15 * time.Minute // from order to report, waiting included
@@ -71,11 +73,73 @@ func (c *compute) runOn(ctx context.Context, d wire.DeviceID, module string, arg
 	if err != nil {
 		return api.Job{}, err
 	}
-	v, err := c.outbox.await(ctx, order, nil)
+	wait := ctx
+	if c.wait > 0 {
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeout(ctx, c.wait)
+		defer cancel()
+	}
+	v, err := c.outbox.await(wait, order, nil)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return api.Job{}, &unfinished{order}
+	}
 	if err != nil {
 		return api.Job{}, err
 	}
 	return c.collect(ctx, v)
+}
+
+// unfinished is the error of a call whose job goes on after it.
+type unfinished struct{ order wire.Order }
+
+func (u *unfinished) Error() string {
+	return fmt.Sprintf("the job goes on: order %s of device %s has not ended in the time that a call has; \"deimos order show %s %s --wait 10m\" waits for its end",
+		u.order.ID, u.order.Device, u.order.Device, u.order.ID)
+}
+
+// result collects a job that was begun by a call before.
+func (c *compute) result(ctx context.Context, d wire.DeviceID, order string) (api.Job, error) {
+	v, ok := c.outbox.rows.get(orderKeyOf(d, order))
+	switch {
+	case !ok || v.Order.Kind != wire.KindJobRun:
+		return api.Job{}, refuse(http.StatusNotFound, wire.CodeNotFound, "device %s has no job %s", d, order)
+	case !v.State.Terminal():
+		return api.Job{}, refuse(http.StatusConflict, "not_ended", "job %s has not ended; \"deimos order show %s %s --wait 10m\" waits for its end", order, d, order)
+	}
+	return c.collect(ctx, v)
+}
+
+// delivered forgets the output of a job that has gone to who asked for it.
+func (c *compute) delivered(ctx context.Context, j api.Job) error {
+	v, ok := c.outbox.rows.get(orderKeyOf(j.Device, j.Order))
+	if !ok {
+		return nil
+	}
+	return c.used(ctx, v)
+}
+
+// used drops the attachment of an order, whose content is needed no more. That
+// is put on record before, because what is missing is a device's fault else.
+func (c *compute) used(ctx context.Context, v OrderRecord) error {
+	if !isStaged(v.Result) || v.Used {
+		return nil
+	}
+	_, err := c.outbox.rows.change(ctx, orderKeyOf(v.Order.Device, v.Order.ID), func(v *OrderRecord, exists bool) error {
+		if !exists {
+			return errUnchanged
+		}
+		v.Used = true
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.staging.drop(ctx, attachmentName(v.Order.ID))
+}
+
+// isStaged is true for a report whose attachment came over HTTPS.
+func isStaged(r wire.Report) bool {
+	return r.Attachment != nil && r.Attachment.Inline == nil && r.Attachment.Size > 0
 }
 
 func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
@@ -122,6 +186,9 @@ func (c *compute) collect(ctx context.Context, v OrderRecord) (api.Job, error) {
 	if j.Result.Module != asked.Module.SHA256 || j.Result.Input != asked.Input {
 		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed the result of another job", j.Device)
 	}
+	if v.Used {
+		return j, refuse(http.StatusGone, "collected", "the output of job %s was fetched before and is not kept; \"deimos order show %s %s\" has its signed digest", j.Order, j.Device, j.Order)
+	}
 	if j.Output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
 		return j, err
 	}
@@ -139,7 +206,7 @@ func attachmentOf(ctx context.Context, s *staging, r wire.Report) ([]byte, error
 		return nil, nil
 	}
 	data := a.Inline
-	if data == nil && a.Size > 0 {
+	if isStaged(r) {
 		var err error
 		data, err = s.get(ctx, attachmentName(r.Order))
 		if errors.Is(err, errNotStaged) {

@@ -106,7 +106,8 @@ func (c *Coordinator) routes() http.Handler {
 	})
 	operator("GET "+v1+"/modules/{id}", c.getModule)
 	operator("PUT "+v1+"/modules/{id}", c.putModule)
-	operator("POST "+v1+"/jobs", answer(func(r *http.Request, q api.JobRequest) (api.Job, error) { return c.compute.run(r.Context(), q) }))
+	operator("POST "+v1+"/jobs", c.runJob)
+	operator("GET "+v1+"/jobs/{device}/{order}", c.getJob)
 	operator("POST "+v1+"/audits", answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
 		// A challenge that has begun is judged, whoever asked for it has left or not.
 		ctx, cancel := c.outlive(r.Context())
@@ -394,6 +395,46 @@ func (c *Coordinator) putModule(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (c *Coordinator) runJob(w http.ResponseWriter, r *http.Request) error {
+	var q api.JobRequest
+	if err := decode(w, r, maxRequest, &q); err != nil {
+		return err
+	}
+	j, err := c.compute.run(r.Context(), q)
+	var u *unfinished
+	if errors.As(err, &u) {
+		w.Header().Set(api.HeaderDevice, string(u.order.Device))
+		w.Header().Set(api.HeaderOrder, u.order.ID)
+		return refuse(http.StatusGatewayTimeout, codeNoAnswer, "%v", u)
+	}
+	if err != nil {
+		return err
+	}
+	return c.deliver(w, r, j)
+}
+
+// getJob is for who had not the patience, or the time, to wait for a job's end.
+func (c *Coordinator) getJob(w http.ResponseWriter, r *http.Request) error {
+	j, err := c.compute.result(r.Context(), wire.DeviceID(r.PathValue("device")), r.PathValue("order"))
+	if err != nil {
+		return err
+	}
+	return c.deliver(w, r, j)
+}
+
+// deliver answers with a job, and forgets its output only when the answer has
+// gone out: until then it can be fetched again.
+func (c *Coordinator) deliver(w http.ResponseWriter, r *http.Request, j api.Job) error {
+	writeJSON(w, http.StatusOK, j)
+	if err := http.NewResponseController(w).Flush(); err != nil || r.Context().Err() != nil {
+		return nil // nobody took it
+	}
+	if err := c.compute.delivered(r.Context(), j); err != nil {
+		c.log.Warn("a job's output stays until it expires", "order", j.Order, "error", err)
+	}
 	return nil
 }
 

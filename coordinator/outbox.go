@@ -28,6 +28,7 @@ type OrderRecord struct {
 	Report   []byte      `json:"report,omitempty"` // the device's signed report of the last state
 	Result   wire.Report `json:"result,omitzero"`  // the same, opened
 	Updated  time.Time   `json:"updated"`
+	Used     bool        `json:"used,omitempty"` // its attachment was used and dropped
 }
 
 // outbox keeps each order until its device's signed terminal report is here,
