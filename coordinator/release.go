@@ -176,9 +176,6 @@ func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, 
 	if q.Target != repo.TargetName(q.Version) || strings.Contains(q.Version, "/") || checkRepoPath(q.Target) != nil {
 		return nil, refuse(http.StatusBadRequest, "bad_offer", "%q is not the target of version %q: a target is bundles/<version>.json", q.Target, q.Version)
 	}
-	if err := r.published(ctx, q.Target); err != nil {
-		return nil, err
-	}
 	devices := q.Devices
 	if len(devices) == 0 {
 		for _, d := range r.reg.list() {
@@ -191,6 +188,9 @@ func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, 
 		if _, err := r.reg.device(d); err != nil {
 			return nil, err
 		}
+	}
+	if err := r.published(ctx, q.Target); err != nil {
+		return nil, err
 	}
 	out := make([]api.Order, 0, len(devices))
 	for _, d := range slices.Compact(slices.Sorted(slices.Values(devices))) {
