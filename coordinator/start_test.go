@@ -240,6 +240,11 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	d.http.CloseIdleConnections()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("left:\n%s", strings.Join(ours(), "\n\n"))
+		}
+	})
 	eventually(t, "no goroutine is left", func() bool { return len(ours()) <= before })
 	// Ports and locks are free: the same place can be taken again at once.
 	for _, port := range []string{w.httpPort, mqtt} {

@@ -3,8 +3,10 @@ package engine
 import (
 	"bytes"
 	"testing"
+	"time"
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -173,15 +175,22 @@ func TestNothingOfADeviceIsKept(t *testing.T) {
 			}
 		}
 		for _, name := range []string{"$MQTT_rmsgs", "$MQTT_msgs", "$MQTT_out", "$MQTT_qos2in"} {
-			s, err := w.keep.js.Stream(t.Context(), name)
-			must(t, err)
-			info := s.CachedInfo()
-			if info.State.Msgs != 0 {
-				t.Errorf("%s keeps %d messages", name, info.State.Msgs)
-			}
 			consumers := 0
 			if name == "$MQTT_rmsgs" {
 				consumers = 1 // the server's own
+			}
+			// The server takes back a refused subscription's consumer, and an
+			// acknowledged message, a moment after its answer.
+			var info *jetstream.StreamInfo
+			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+				s, err := w.keep.js.Stream(t.Context(), name)
+				must(t, err)
+				if info = s.CachedInfo(); info.State.Msgs == 0 && info.State.Consumers == consumers || time.Now().After(deadline) {
+					break
+				}
+			}
+			if info.State.Msgs != 0 {
+				t.Errorf("%s keeps %d messages", name, info.State.Msgs)
 			}
 			if info.State.Consumers != consumers {
 				t.Errorf("%s has %d consumers", name, info.State.Consumers)

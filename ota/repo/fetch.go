@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/ota/bundle"
 )
 
@@ -70,6 +71,10 @@ func (c *Client) fetchOnce(ctx context.Context, path string, most int64) ([]byte
 	}
 	defer r.Close()
 	raw, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil {
+		// A server that we hang up on may end its answer as if it were whole.
+		err = limited.Err()
+	}
 	if err != nil {
 		return nil, transferError(ctx, limited, path, err)
 	}
@@ -228,11 +233,7 @@ func (d *download) finish(f *os.File) error {
 	if err := os.Rename(d.partial(), d.path); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(d.path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return durable.SyncDir(filepath.Dir(d.path))
 }
 
 // paced ends the context it returns when less than MinBytes are gained in a window.
