@@ -35,10 +35,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw"
@@ -86,6 +89,7 @@ const (
 	forgetEvery  = time.Hour
 	enrolMin     = time.Second
 	enrolMax     = time.Minute
+	enrolAnew    = 2 * time.Minute // for a member whose certificate may have ended
 	storeLimit   = 9 * time.Minute
 	serveLimit   = 2 * time.Minute
 	auditLimit   = time.Minute
@@ -177,7 +181,9 @@ func (a *Agent) join(ctx context.Context) error {
 			return nil
 		}
 		old := a.member
-		if err := a.enrolNow(ctx, dir); err != nil {
+		anew, cancel := context.WithTimeout(ctx, enrolAnew)
+		defer cancel()
+		if err := a.enrolNow(anew, dir); err != nil {
 			a.log.Error("the device could not enrol anew", "error", err)
 			a.member = old
 		}
@@ -244,7 +250,7 @@ func (a *Agent) openVolumes() error {
 	var open []*store.Volume
 	var failed error
 	for _, v := range a.cfg.Volumes {
-		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
+		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: a.floorOf(v), Log: a.log})
 		if err != nil {
 			failed = errors.Join(failed, err)
 			continue
@@ -259,6 +265,35 @@ func (a *Agent) openVolumes() error {
 	}
 	a.chunks = store.NewSet(open...)
 	return nil
+}
+
+// sharedFloor is the least that chunks leave free on the disk that the agent's
+// own state is on: what the journal needs, twice over, and room for both to
+// compact. With less, a device could fill itself until it cannot report.
+const sharedFloor = 4 * journalFloor
+
+// floorOf is what a volume leaves free: what the owner says, but not less than
+// the agent's own state needs if both are on one disk. 0 stays the default.
+func (a *Agent) floorOf(v VolumeConfig) int64 {
+	if v.Floor == 0 || v.Floor >= sharedFloor || !sameDisk(v.Dir, a.cfg.StateDir) {
+		return v.Floor
+	}
+	a.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
+	return sharedFloor
+}
+
+// sameDisk tells whether two folders, of which the first may not be there yet,
+// are on one file system. In doubt they are.
+func sameDisk(dir, other string) bool {
+	var a, b unix.Stat_t
+	for unix.Stat(dir, &a) != nil {
+		up := filepath.Dir(dir)
+		if up == dir {
+			return true
+		}
+		dir = up
+	}
+	return unix.Stat(other, &b) != nil || a.Dev == b.Dev
 }
 
 // furnish builds the rooms and the table of routes.

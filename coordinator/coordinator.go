@@ -245,16 +245,19 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
-	err := errors.Join(
-		bucket(ctx, c, "devices", &c.reg.rows, nil),
-		bucket(ctx, c, "tokens", &c.tokens, nil),
-		bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track),
-		bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk),
-		bucket(ctx, c, "objects", &c.storage.objects, nil),
-		bucket(ctx, c, "audits", &c.audits.rows, nil, func(k *jetstream.KeyValueConfig) { k.TTL = auditKept }),
-	)
-	if err != nil {
-		return err
+	for _, open := range []func() error{ // one after the other: what is wrong is said once
+		func() error { return bucket(ctx, c, "devices", &c.reg.rows, nil) },
+		func() error { return bucket(ctx, c, "tokens", &c.tokens, nil) },
+		func() error { return bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track) },
+		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
+		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
+		func() error {
+			return bucket(ctx, c, "audits", &c.audits.rows, nil, func(k *jetstream.KeyValueConfig) { k.TTL = auditKept })
+		},
+	} {
+		if err := open(); err != nil {
+			return err
+		}
 	}
 	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL = stagingLife })
 	if err != nil {

@@ -107,8 +107,8 @@ func (o Output) Print(v any, table func(w io.Writer) error) error {
 }
 
 // Plain is a writer of text for a terminal: what devices say of themselves goes
-// through here, and must not steer it. Control characters but new lines and
-// tabs become "?".
+// through here, and must not steer it. What is not printable, but new lines and
+// tabs, becomes "?".
 func Plain(w io.Writer) io.Writer { return plain{w} }
 
 type plain struct{ w io.Writer }
@@ -122,7 +122,7 @@ func (p plain) Write(b []byte) (int, error) {
 
 func harmless(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r != '\n' && r != '\t' && unicode.IsControl(r) {
+		if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
 			return '?'
 		}
 		return r

@@ -8,12 +8,12 @@ import (
 // A device chooses what it calls itself; it must not choose what a terminal does.
 func TestTextCannotSteerATerminal(t *testing.T) {
 	var out bytes.Buffer
-	in := "0.1\x1b]0;pwned\a\x1b[2J\u009b31m\tä\r\n"
+	in := "0.1\x1b]0;pwned\a\x1b[2J\u009b31m\tä\u202e\r\n"
 	n, err := Plain(&out).Write([]byte(in))
 	if err != nil || n != len(in) {
 		t.Fatalf("%d %v", n, err)
 	}
-	if got, want := out.String(), "0.1?]0;pwned??[2J?31m\tä?\n"; got != want {
+	if got, want := out.String(), "0.1?]0;pwned??[2J?31m\tä??\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
