@@ -88,13 +88,16 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 		}
 	}
 	claim := a.storage.claims(r.Device, rec.Chunks)
+	// On record before the device can know of it: what is cut off is void, and
+	// not forgotten.
+	if rec, err = a.begin(ctx, rec); err != nil {
+		return rec, err
+	}
 	order, err := a.outbox.submit(ctx, r.Device, wire.KindAudit, body, auditLife)
 	if err != nil {
-		return rec, err
+		return a.unjudged(ctx, rec, err)
 	}
-	if rec, err = a.begin(ctx, rec, order.ID); err != nil {
-		return rec, err
-	}
+	rec.Order = order.ID
 	v, err := a.outbox.await(ctx, order, nil)
 	if err != nil {
 		return a.unanswered(ctx, rec, err)
@@ -286,7 +289,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	rec.Chunks = []string{input}
 	rec.Commitment = commitment(salt, expected[:])
 	// The commitment is on record before the device can know of the job.
-	if rec, err = a.begin(ctx, rec, ""); err != nil {
+	if rec, err = a.begin(ctx, rec); err != nil {
 		return rec, err
 	}
 	claim := a.storage.claims(r.Device, rec.Chunks)
@@ -367,9 +370,9 @@ func (a *audits) knownInput(ctx context.Context, d wire.DeviceID) (string, []byt
 		"a compute challenge needs a chunk that device %s holds and another online device too: %v", d, last)
 }
 
-// begin keeps a challenge that is about to be sent, or has just been.
-func (a *audits) begin(ctx context.Context, rec api.Audit, order string) (api.Audit, error) {
-	rec.ID, rec.Order, rec.At, rec.Outcome = ulid.Make().String(), order, a.outbox.now().UTC(), api.AuditPending
+// begin keeps a challenge that is about to be sent.
+func (a *audits) begin(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	rec.ID, rec.At, rec.Outcome = ulid.Make().String(), a.outbox.now().UTC(), api.AuditPending
 	return a.save(ctx, rec)
 }
 
