@@ -367,11 +367,14 @@ func (d *dispatcher) acknowledged(a wire.Ack) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if o, ok := d.owed[a.Order]; ok && o.entry.Seq == a.Seq {
-		delete(d.owed, a.Order)
-		return d.journal.acked(a.Order, a.Seq)
+	var failed error
+	for _, r := range a.Reports {
+		if o, ok := d.owed[r.Order]; ok && o.entry.Seq == r.Seq {
+			delete(d.owed, r.Order)
+			failed = errors.Join(failed, d.journal.acked(r.Order, r.Seq))
+		}
 	}
-	return nil
+	return failed
 }
 
 // resend sends owed reports again, with a growing and jittered wait, until ctx ends.

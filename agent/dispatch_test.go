@@ -180,7 +180,7 @@ func (r *rig) silent(why string) {
 }
 
 func (r *rig) ack(order string, seq uint64) []byte {
-	return r.owner.seal(wire.TypeAck, wire.Ack{Device: r.id.ID, Order: order, Seq: seq})
+	return r.owner.seal(wire.TypeAck, wire.Ack{Device: r.id.ID, Reports: []wire.Acked{{Order: order, Seq: seq}}})
 }
 
 func (r *rig) owes(order string) bool {
@@ -296,7 +296,7 @@ func forgeries(r *rig) map[string][]byte {
 		"for another device":        r.owner.seal(wire.TypeOrder, foreign),
 		"cut":                       good[:len(good)/2],
 		"larger than allowed":       append(bytes.Clone(good), bytes.Repeat([]byte(" "), wire.MaxMessage)...),
-		"ack for another device":    r.owner.seal(wire.TypeAck, wire.Ack{Device: foreign.Device, Order: "forged", Seq: 1}),
+		"ack for another device":    r.owner.seal(wire.TypeAck, wire.Ack{Device: foreign.Device, Reports: []wire.Acked{{Order: "forged", Seq: 1}}}),
 		"ack that is no ack":        r.owner.seal(wire.TypeAck, "ack"),
 		"welcome, no business of d": r.owner.seal(wire.TypeWelcome, wire.Welcome{Device: r.id.ID}),
 	}
@@ -562,13 +562,13 @@ func TestReportIsSentUntilAcknowledged(t *testing.T) {
 		}
 	}
 	other := newIdentity(t)
-	forged, err := wire.Seal(other.key, wire.TypeAck, wire.Ack{Device: r.id.ID, Order: "a", Seq: rep.Seq})
+	forged, err := wire.Seal(other.key, wire.TypeAck, wire.Ack{Device: r.id.ID, Reports: []wire.Acked{{Order: "a", Seq: rep.Seq}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for what, raw := range map[string][]byte{
 		"by another key":     forged,
-		"for another device": r.owner.seal(wire.TypeAck, wire.Ack{Device: other.ID, Order: "a", Seq: rep.Seq}),
+		"for another device": r.owner.seal(wire.TypeAck, wire.Ack{Device: other.ID, Reports: []wire.Acked{{Order: "a", Seq: rep.Seq}}}),
 		"of an older report": r.ack("a", rep.Seq-1),
 		"of another order":   r.ack("b", rep.Seq),
 	} {

@@ -27,7 +27,7 @@ func FuzzReceive(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	ack, err := json.Marshal(wire.Ack{Device: r.id.ID, Order: "seed", Seq: r.epoch + 3})
+	ack, err := json.Marshal(wire.Ack{Device: r.id.ID, Reports: []wire.Acked{{Order: "seed", Seq: r.epoch + 3}}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -21,6 +21,13 @@ const (
 	maxTokenTTL     = 366 * 24 * time.Hour
 )
 
+func (c *Coordinator) enrolRoutes() []route {
+	return []route{
+		{method: "POST", path: "/enrol/v1", needs: byAnybody, summary: "Take a device in", in: wire.EnrolRequest{}, out: wire.EnrolReply{}, handle: c.enrol},
+		{method: "POST", path: v1 + "/tokens", needs: toOperate, summary: "Make a fleet token", in: api.TokenRequest{}, out: api.Token{}, handle: answer(c.createToken)},
+	}
+}
+
 // enrol answers POST /enrol/v1: who brings a good token and proves a key
 // becomes the device with that key's id.
 func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {

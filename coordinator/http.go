@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -31,99 +29,168 @@ const (
 // handler is an HTTP handler whose error becomes the answer.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
-// routes is the whole HTTP surface. Three kinds of caller, told apart here and
-// nowhere else: anybody (enrolment), devices (client certificate), operators
-// (token).
+// route is one line of the HTTP surface. What may be asked, by whom, and what
+// goes in and out is told here and nowhere else: permission, audit log and
+// OpenAPI description are made from it.
+type route struct {
+	method, path string // as for [http.ServeMux]
+	needs        permission
+	summary      string // a short sentence
+	// in and out are values of the types of the JSON bodies; nil for none, or
+	// [bytes.Buffer] for a plain upload or download.
+	in, out any
+	query   []param
+	handle  handler
+	// unlogged is set for what does not change the fleet, though its method
+	// might: uploads of content that nothing refers to yet, reads by POST.
+	unlogged bool
+}
+
+// param is one parameter of a query.
+type param struct {
+	name, about string
+	kind        any // a value of its type
+}
+
+// permission is what a caller must be, or be allowed, to use a route.
+type permission string
+
+const (
+	byAnybody permission = "anybody"
+	byDevice  permission = "device" // by client certificate
+	toRead    permission = "read"
+	toOperate permission = "operate" // devices, orders, data, configuration
+	toRelease permission = "release" // update repository and offers
+	toAdmin   permission = "admin"   // operators and their tokens
+)
+
+// table is the whole HTTP surface.
+func (c *Coordinator) table() []route {
+	return slices.Concat(
+		c.enrolRoutes(),
+		c.dataRoutes(),
+		c.deviceRoutes(),
+		c.orderRoutes(),
+		c.configRoutes(),
+		c.storageRoutes(),
+		c.computeRoutes(),
+		c.releaseRoutes(),
+		c.operatorRoutes(),
+	)
+}
+
+const v1 = "/api/v1"
+
 func (c *Coordinator) routes() http.Handler {
 	mux := http.NewServeMux()
-	anybody := func(pattern string, h handler) {
-		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+	for _, rt := range c.table() {
+		h := rt.handle
+		switch rt.needs {
+		case byAnybody:
+		case byDevice:
+			h = c.forDevice(h)
+		default:
+			h = c.forOperator(h)
+		}
+		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
 			if err := h(w, r); err != nil {
 				writeError(w, c.log, c.life.Err() != nil, err)
 			}
 		})
 	}
-	operator := func(pattern string, h handler) {
-		anybody(pattern, func(w http.ResponseWriter, r *http.Request) error {
-			if err := c.checkOperator(r); err != nil {
-				return err
-			}
-			ctx, cancel := context.WithTimeout(r.Context(), callLimit)
-			defer cancel()
-			return h(w, r.WithContext(ctx))
-		})
-	}
-	device := func(pattern string, h func(w http.ResponseWriter, r *http.Request, d wire.DeviceID) error) {
-		anybody(pattern, func(w http.ResponseWriter, r *http.Request) error {
-			d, err := c.checkDevice(r)
-			if err != nil {
-				return err
-			}
-			return h(w, r, d)
-		})
-	}
-
-	anybody("POST /enrol/v1", c.enrol)
-
-	device("GET "+blobPath+"{kind}/{id}", c.getBlob)
-	device("PUT "+blobPath+"{kind}/{id}", c.putBlob)
-	device("PUT /data/v1/attachment/{order}", c.putAttachment)
-	device("GET /data/v1/repo/{path...}", c.getRepoFile)
-
-	const v1 = "/api/v1"
-	operator("POST "+v1+"/tokens", answer(c.createToken))
-	operator("GET "+v1+"/devices", func(w http.ResponseWriter, _ *http.Request) error {
-		writeJSON(w, http.StatusOK, c.reg.list())
-		return nil
-	})
-	operator("GET "+v1+"/devices/{id}", func(w http.ResponseWriter, r *http.Request) error {
-		d, err := c.reg.device(wire.DeviceID(r.PathValue("id")))
-		if err == nil {
-			writeJSON(w, http.StatusOK, c.reg.view(d))
-		}
-		return err
-	})
-	operator("PUT "+v1+"/chunks/{id}", c.putChunk)
-	operator("GET "+v1+"/chunks/{id}", c.getChunk)
-	operator("GET "+v1+"/objects", func(w http.ResponseWriter, _ *http.Request) error {
-		writeJSON(w, http.StatusOK, c.storage.listObjects())
-		return nil
-	})
-	operator("PUT "+v1+"/objects/{name}", c.putObject)
-	operator("GET "+v1+"/objects/{name}", func(w http.ResponseWriter, r *http.Request) error {
-		o, err := c.storage.object(r.PathValue("name"))
-		if err == nil {
-			writeJSON(w, http.StatusOK, o)
-		}
-		return err
-	})
-	operator("DELETE "+v1+"/objects/{name}", func(w http.ResponseWriter, r *http.Request) error {
-		err := c.storage.removeObject(r.Context(), r.PathValue("name"))
-		if err == nil {
-			w.WriteHeader(http.StatusNoContent)
-		}
-		return err
-	})
-	operator("GET "+v1+"/modules/{id}", c.getModule)
-	operator("PUT "+v1+"/modules/{id}", c.putModule)
-	operator("POST "+v1+"/jobs", c.runJob)
-	operator("GET "+v1+"/jobs/{device}/{order}", c.getJob)
-	operator("POST "+v1+"/audits", answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
-		// A challenge that has begun is judged, whoever asked for it has left or not.
-		ctx, cancel := c.outlive(r.Context())
-		defer cancel()
-		return c.audits.run(ctx, q)
-	}))
-	operator("GET "+v1+"/audits", func(w http.ResponseWriter, _ *http.Request) error {
-		writeJSON(w, http.StatusOK, c.audits.list())
-		return nil
-	})
-	operator("PUT "+v1+"/repo/{path...}", c.putRepoFile)
-	operator("POST "+v1+"/offers", answer(func(r *http.Request, q api.OfferRequest) ([]api.Order, error) {
-		return c.releases.offer(r.Context(), q)
-	}))
-	operator("GET "+v1+"/orders/{device}/{id}", c.getOrder)
 	return explained(mux)
+}
+
+func (c *Coordinator) forOperator(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if err := c.checkOperator(r); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), callLimit)
+		defer cancel()
+		return h(w, r.WithContext(ctx))
+	}
+}
+
+type deviceKey struct{}
+
+func (c *Coordinator) forDevice(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		d, err := c.checkDevice(r)
+		if err != nil {
+			return err
+		}
+		return h(w, r.WithContext(context.WithValue(r.Context(), deviceKey{}, d)))
+	}
+}
+
+// caller is the device behind a request of a route that is byDevice.
+func caller(r *http.Request) wire.DeviceID { return r.Context().Value(deviceKey{}).(wire.DeviceID) }
+
+func (c *Coordinator) dataRoutes() []route {
+	return []route{
+		{method: "GET", path: blobPath + "{kind}/{id}", needs: byDevice, summary: "A chunk or module that an order names", handle: c.getBlob},
+		{method: "PUT", path: blobPath + "{kind}/{id}", needs: byDevice, summary: "A chunk that the device was asked to serve", handle: c.putBlob},
+		{method: "PUT", path: "/data/v1/attachment/{order}", needs: byDevice, summary: "The bulk result of an order", handle: c.putAttachment},
+		{method: "GET", path: "/data/v1/repo/{path...}", needs: byDevice, summary: "A file of the update repository", handle: c.getRepoFile},
+	}
+}
+
+func (c *Coordinator) storageRoutes() []route {
+	return []route{
+		{method: "PUT", path: v1 + "/chunks/{id}", needs: toOperate, summary: "Store a chunk on devices", unlogged: true,
+			in: bytes.Buffer{}, out: api.Placement{}, query: []param{{"replicas", "how many devices hold it; default 2", 0}}, handle: c.putChunk},
+		{method: "GET", path: v1 + "/chunks/{id}", needs: toRead, summary: "Fetch a chunk from a device that holds it", out: bytes.Buffer{}, handle: c.getChunk},
+		{method: "GET", path: v1 + "/objects", needs: toRead, summary: "List the stored files", out: []api.Object{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
+			writeJSON(w, http.StatusOK, c.storage.listObjects())
+			return nil
+		}},
+		{method: "PUT", path: v1 + "/objects/{name}", needs: toOperate, summary: "Name stored chunks as a file", in: api.Object{}, out: api.Object{}, handle: c.putObject},
+		{method: "GET", path: v1 + "/objects/{name}", needs: toRead, summary: "What a file is made of", out: api.Object{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			o, err := c.storage.object(r.PathValue("name"))
+			if err == nil {
+				writeJSON(w, http.StatusOK, o)
+			}
+			return err
+		}},
+		{method: "DELETE", path: v1 + "/objects/{name}", needs: toOperate, summary: "Remove a file", handle: func(w http.ResponseWriter, r *http.Request) error {
+			err := c.storage.removeObject(r.Context(), r.PathValue("name"))
+			if err == nil {
+				w.WriteHeader(http.StatusNoContent)
+			}
+			return err
+		}},
+	}
+}
+
+func (c *Coordinator) computeRoutes() []route {
+	return []route{
+		{method: "GET", path: v1 + "/modules/{id}", needs: toRead, summary: "A module that was uploaded", out: bytes.Buffer{}, handle: c.getModule},
+		{method: "PUT", path: v1 + "/modules/{id}", needs: toOperate, summary: "Upload a WebAssembly module", unlogged: true, in: bytes.Buffer{}, handle: c.putModule},
+		{method: "POST", path: v1 + "/jobs", needs: toOperate, summary: "Run a module over a stored chunk", in: api.JobRequest{}, out: api.Job{}, handle: c.runJob},
+		{method: "GET", path: v1 + "/jobs/{device}/{order}", needs: toRead, summary: "The result of a job", out: api.Job{}, handle: c.getJob},
+		{method: "POST", path: v1 + "/audits", needs: toOperate, summary: "Challenge a device", in: api.AuditRequest{}, out: api.Audit{},
+			handle: answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
+				// A challenge that has begun is judged, whoever asked for it has left or not.
+				ctx, cancel := c.outlive(r.Context())
+				defer cancel()
+				return c.audits.run(ctx, q)
+			})},
+		{method: "GET", path: v1 + "/audits", needs: toRead, summary: "List the challenges", out: []api.Audit{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
+			writeJSON(w, http.StatusOK, c.audits.list())
+			return nil
+		}},
+	}
+}
+
+func (c *Coordinator) releaseRoutes() []route {
+	return []route{
+		{method: "PUT", path: v1 + "/repo/{path...}", needs: toRelease, summary: "Upload a file of the update repository", in: bytes.Buffer{}, handle: c.putRepoFile},
+		{method: "POST", path: v1 + "/offers", needs: toRelease, summary: "Offer a release to devices", in: api.OfferRequest{}, out: []api.Order{},
+			handle: answer(func(r *http.Request, q api.OfferRequest) ([]api.Order, error) {
+				return c.releases.offer(r.Context(), q)
+			})},
+	}
 }
 
 // explained answers for paths and methods that there are not, in the form of
@@ -193,15 +260,6 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	return buf.Bytes(), nil
 }
 
-func (c *Coordinator) checkOperator(r *http.Request) error {
-	tok, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	got := sha256.Sum256([]byte(tok))
-	if !ok || subtle.ConstantTimeCompare(got[:], c.operatorHash[:]) != 1 {
-		return refuse(http.StatusUnauthorized, "unauthorized", "the operator token is missing or wrong; copy the context file again from the coordinator's folder")
-	}
-	return nil
-}
-
 // checkDevice names the device behind a connection. TLS has verified the
 // certificate; the registry says whether it still counts.
 func (c *Coordinator) checkDevice(r *http.Request) (wire.DeviceID, error) {
@@ -221,12 +279,12 @@ func (c *Coordinator) checkDevice(r *http.Request) (wire.DeviceID, error) {
 }
 
 // getBlob serves a staged chunk or module, with ranges.
-func (c *Coordinator) getBlob(w http.ResponseWriter, r *http.Request, d wire.DeviceID) error {
+func (c *Coordinator) getBlob(w http.ResponseWriter, r *http.Request) error {
 	ref, err := parseBlobRef(r.PathValue("kind"), r.PathValue("id"))
 	if err != nil {
 		return refuse(http.StatusNotFound, wire.CodeNotFound, "%v", err)
 	}
-	if _, err := c.auth.redeem(r, d, ref); err != nil {
+	if _, err := c.auth.redeem(r, caller(r), ref); err != nil {
 		return err
 	}
 	data, err := c.staging.get(r.Context(), ref.String())
@@ -248,12 +306,12 @@ func serveBytes(w http.ResponseWriter, r *http.Request, id string, data []byte) 
 }
 
 // putBlob takes a chunk that a device was asked to serve.
-func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request, d wire.DeviceID) error {
+func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	ref, err := parseBlobRef(r.PathValue("kind"), r.PathValue("id"))
 	if err != nil {
 		return refuse(http.StatusNotFound, wire.CodeNotFound, "%v", err)
 	}
-	t, err := c.auth.redeem(r, d, ref)
+	t, err := c.auth.redeem(r, caller(r), ref)
 	if err != nil {
 		return err
 	}
@@ -272,7 +330,8 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request, d wire.Dev
 }
 
 // putAttachment takes the bulk result of an order that is under way.
-func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request, d wire.DeviceID) error {
+func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request) error {
+	d := caller(r)
 	order := r.PathValue("order")
 	v, ok := c.outbox.rows.get(orderKeyOf(d, order))
 	if !ok || v.State.Terminal() {
@@ -289,7 +348,7 @@ func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request, d wi
 	return nil
 }
 
-func (c *Coordinator) getRepoFile(w http.ResponseWriter, r *http.Request, _ wire.DeviceID) error {
+func (c *Coordinator) getRepoFile(w http.ResponseWriter, r *http.Request) error {
 	data, err := c.releases.get(r.Context(), r.PathValue("path"))
 	if err != nil {
 		return err
@@ -435,28 +494,5 @@ func (c *Coordinator) deliver(w http.ResponseWriter, r *http.Request, j api.Job)
 	if err := c.compute.delivered(r.Context(), j); err != nil {
 		c.log.Warn("a job's output stays until it expires", "order", j.Order, "error", err)
 	}
-	return nil
-}
-
-func (c *Coordinator) getOrder(w http.ResponseWriter, r *http.Request) error {
-	d, id := wire.DeviceID(r.PathValue("device")), r.PathValue("id")
-	if s := r.URL.Query().Get("wait"); s != "" {
-		seconds, err := strconv.ParseFloat(s, 64)
-		if err != nil || !(seconds >= 0) {
-			return refuse(http.StatusBadRequest, "bad_wait", "wait must be a number of seconds, not %q", s)
-		}
-		seconds = min(seconds, maxOrderWait.Seconds())
-		ctx, cancel := context.WithTimeout(r.Context(), time.Duration(seconds*float64(time.Second)))
-		defer cancel()
-		_, err = c.outbox.await(ctx, wire.Order{ID: id, Device: d}, nil)
-		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, errNotFound) {
-			return err
-		}
-	}
-	v, ok := c.outbox.rows.get(orderKeyOf(d, id))
-	if !ok {
-		return refuse(http.StatusNotFound, wire.CodeNotFound, "device %s has no order %s", d, id)
-	}
-	writeJSON(w, http.StatusOK, api.Order{Order: v.Order, State: v.State, Progress: v.Progress, Result: v.Result, Report: v.Report, Updated: v.Updated})
 	return nil
 }

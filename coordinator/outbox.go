@@ -134,7 +134,7 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 	if err != nil || !r.State.Terminal() {
 		return err
 	}
-	ack, err := wire.Seal(o.key, wire.TypeAck, wire.Ack{Device: r.Device, Order: r.Order, Seq: r.Seq})
+	ack, err := wire.Seal(o.key, wire.TypeAck, wire.Ack{Device: r.Device, Reports: []wire.Acked{{Order: r.Order, Seq: r.Seq}}})
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,7 @@ import (
 func (w *world) offer(t testing.TB, d *device) wire.Order {
 	t.Helper()
 	w.publish(t, "2.0.0")
-	out, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id}})
+	out, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Selector: api.Selector{Devices: []wire.DeviceID{d.id}}})
 	must(t, err)
 	return out[0].Order
 }
@@ -57,7 +57,7 @@ func (d *device) orderOf(id string) wire.Order {
 func (d *device) ackOf(id string) wire.Ack {
 	d.t.Helper()
 	for {
-		if a := next(d.t, d.acks, "the ack of "+id); a.Order == id {
+		if a := next(d.t, d.acks, "the ack of "+id); a.Reports[0].Order == id {
 			return a
 		}
 	}
@@ -85,7 +85,7 @@ func TestOrdersSurviveARestartAndGoOutOnHello(t *testing.T) {
 	}
 	acked := map[string]bool{} // in any order
 	for range 2 {
-		acked[next(t, d.acks, "an ack").Order] = true
+		acked[next(t, d.acks, "an ack").Reports[0].Order] = true
 	}
 	if !acked[first.ID] || !acked[second.ID] {
 		t.Errorf("acknowledged: %v", acked)
@@ -185,7 +185,7 @@ func TestReportsOnUnknownOrdersAreAcknowledged(t *testing.T) {
 	w := aWorld(t)
 	d := w.device(t)
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: "01UNKNOWN", Device: d.id, Seq: 7, State: wire.Succeeded})
-	if a := d.ackOf("01UNKNOWN"); a.Seq != 7 || a.Device != d.id {
+	if a := d.ackOf("01UNKNOWN"); a.Reports[0].Seq != 7 || a.Device != d.id {
 		t.Errorf("%+v", a)
 	}
 	if _, ok := w.outbox.rows.get(orderKeyOf(d.id, "01UNKNOWN")); ok {
@@ -319,10 +319,10 @@ func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
 		t.Errorf("%d waiters are left behind", n)
 	}
 	// An offer is for all of the named devices or for none, and once for each.
-	_, err = w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id, "aaaaaaaaaaaaaaaaaaaaaaaa"}})
+	_, err = w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Selector: api.Selector{Devices: []wire.DeviceID{d.id, "aaaaaaaaaaaaaaaaaaaaaaaa"}}})
 	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
 	e := w.enrolled(t)
-	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Devices: []wire.DeviceID{d.id, e.id, d.id}})
+	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Selector: api.Selector{Devices: []wire.DeviceID{d.id, e.id, d.id}}})
 	if err != nil || len(many) != 2 {
 		t.Errorf("%d orders for 2 devices (%v)", len(many), err)
 	}

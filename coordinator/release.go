@@ -176,25 +176,16 @@ func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, 
 	if q.Target != repo.TargetName(q.Version) || strings.Contains(q.Version, "/") || checkRepoPath(q.Target) != nil {
 		return nil, refuse(http.StatusBadRequest, "bad_offer", "%q is not the target of version %q: a target is bundles/<version>.json", q.Target, q.Version)
 	}
-	devices := q.Devices
-	if len(devices) == 0 {
-		for _, d := range r.reg.list() {
-			if !d.Retired {
-				devices = append(devices, d.ID)
-			}
-		}
-	}
-	for _, d := range devices { // all or none
-		if _, err := r.reg.device(d); err != nil {
-			return nil, err
-		}
+	devices, err := r.reg.selected(q.Selector)
+	if err != nil {
+		return nil, err
 	}
 	if err := r.published(ctx, q.Target); err != nil {
 		return nil, err
 	}
 	out := make([]api.Order, 0, len(devices))
-	for _, d := range slices.Compact(slices.Sorted(slices.Values(devices))) {
-		o, err := r.outbox.submit(ctx, d, wire.KindUpdateInstall, wire.UpdateInstall{Version: q.Version, Target: q.Target}, offerLife)
+	for _, d := range devices {
+		o, err := r.outbox.submit(ctx, d.ID, wire.KindUpdateInstall, wire.UpdateInstall{Version: q.Version, Target: q.Target}, offerLife)
 		if err != nil {
 			return out, err
 		}

@@ -102,7 +102,7 @@ func TestOnlyWhatTheMirrorHasIsOffered(t *testing.T) {
 	ctx := testContext(t)
 	d := w.enrolled(t)
 	offer := func(version, target string) error {
-		_, err := w.op.Offer(ctx, api.OfferRequest{Version: version, Target: target, Devices: []wire.DeviceID{d.id}})
+		_, err := w.op.Offer(ctx, api.OfferRequest{Version: version, Target: target, Selector: api.Selector{Devices: []wire.DeviceID{d.id}}})
 		return err
 	}
 	wantRefusal(t, offer("3.0.0", repo.TargetName("3.0.0")), http.StatusNotFound, wire.CodeNotFound)

@@ -1,6 +1,9 @@
 package wire
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // URLs in orders are paths below the coordinator's data plane ("/data/v1/…"),
 // so that they outlive a change of its address. They carry a ticket that only
@@ -112,4 +115,43 @@ type UpdateResult struct {
 	Running   string `json:"running"` // version that reports
 	Slot      string `json:"slot"`    // "a" or "b"
 	Confirmed bool   `json:"confirmed"`
+}
+
+// OrderCancel asks a device to stop an order, or never to begin it. The order
+// itself ends with its own report, CANCELED or whatever it was by then.
+type OrderCancel struct {
+	Order   string    `json:"order"`
+	Expires time.Time `json:"expires"` // of that order: so long the device remembers, if it has not seen it yet
+}
+
+// CancelResult is the body of a SUCCEEDED order.cancel.
+type CancelResult struct {
+	State State `json:"state"` // of the other order: CANCELED, or as it had already ended
+}
+
+// ConfigApply is the whole configuration that the fleet wants of a device. What
+// is not in it goes back to the device's own default.
+type ConfigApply struct {
+	Version uint64                     `json:"version"` // grows with every change that touches this device
+	Values  map[string]json.RawMessage `json:"values"`
+}
+
+// ConfigReport says what configuration a device runs. It is the body of a
+// SUCCEEDED config.apply: a value that is refused does not fail the others.
+type ConfigReport struct {
+	Version uint64                     `json:"version"` // of the newest ConfigApply that was taken; 0 if there was none
+	Running map[string]json.RawMessage `json:"running"` // every setting, as it is in force
+	Refused map[string]Refusal         `json:"refused,omitempty"`
+}
+
+// Refusal is why a device does not run a value that the fleet wants.
+type Refusal struct {
+	Code   string `json:"code"` // CodePolicy for an owner's limit, CodeBadBody, CodeNotSupported
+	Reason string `json:"reason"`
+}
+
+// Pong is the body of a SUCCEEDED device.ping.
+type Pong struct {
+	Agent  string  `json:"agent"`
+	Uptime float64 `json:"uptime"` // seconds since the agent started
 }

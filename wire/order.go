@@ -19,7 +19,29 @@ const (
 	KindAudit         Kind = "audit"
 	KindJobRun        Kind = "job.run"
 	KindUpdateInstall Kind = "update.install"
+	KindOrderCancel   Kind = "order.cancel"
+	KindConfigApply   Kind = "config.apply"
+	KindPing          Kind = "device.ping"
 )
+
+// Priority says which of two waiting orders goes first: the lower number. Both
+// sides go by it. A kind that is not known here, of an extension, comes last.
+// Nothing in it tells a compute challenge from any other job.
+func (k Kind) Priority() int {
+	switch k {
+	case KindOrderCancel, KindConfigApply, KindPing:
+		return 0 // short, and people wait for them
+	case KindUpdateInstall:
+		return 1
+	case KindAudit:
+		return 2
+	case KindChunkServe:
+		return 3
+	case KindChunkStore, KindChunkDrop:
+		return 4
+	}
+	return 5
+}
 
 // Order is one piece of work for one device.
 type Order struct {
@@ -64,7 +86,8 @@ const (
 	ClockTrusted Confidence = "trusted" // set from the coordinator's signed welcome of this boot
 )
 
-// Report is what a device says about an order.
+// Report is what a device says about an order. A device need not report QUEUED
+// and RUNNING of an order that ends at once.
 type Report struct {
 	Order          string          `json:"order"`
 	Device         DeviceID        `json:"device"`
@@ -77,6 +100,9 @@ type Report struct {
 	TimeConfidence Confidence      `json:"time_confidence"`
 	Body           json.RawMessage `json:"body,omitempty"`
 	Attachment     *Attachment     `json:"attachment,omitempty"`
+	// Dropped says that body and attachment were given up because the device's
+	// outbox was full. State, code and reason still stand.
+	Dropped bool `json:"dropped,omitempty"`
 }
 
 // MaxInline is the largest attachment that travels inside its report, in
@@ -92,11 +118,16 @@ type Attachment struct {
 	Inline []byte `json:"inline,omitempty"`
 }
 
-// Ack tells a device that a report is safe with the coordinator.
+// Ack tells a device that reports are safe with the coordinator.
 type Ack struct {
-	Device DeviceID `json:"device"`
-	Order  string   `json:"order"`
-	Seq    uint64   `json:"seq"`
+	Device  DeviceID `json:"device"`
+	Reports []Acked  `json:"reports"`
+}
+
+// Acked names one terminal report.
+type Acked struct {
+	Order string `json:"order"`
+	Seq   uint64 `json:"seq"`
 }
 
 // Outcome is what a [Handler] has to say when an order is done.
@@ -141,6 +172,9 @@ const (
 	CodeVerification  = "verification"   // update metadata or bundle did not verify
 	CodeRolledBack    = "rolled_back"    // the new version did not become healthy
 	CodeAlreadyLatest = "already_latest" // nothing to do: that version runs
+	CodeCanceled      = "canceled"       // an operator took the order back
+	CodeRetired       = "retired"        // the device was sent away while the order was open
+	CodeSuperseded    = "superseded"     // a newer one of its kind is already in force
 )
 
 // FailedBecause makes a FAILED problem; args as for fmt.Sprintf.

@@ -9,19 +9,32 @@ import (
 type Presence struct {
 	Device          DeviceID   `json:"device"`
 	Online          bool       `json:"online"`
-	Session         string     `json:"session"` // hex, 16 bytes, new for every connection; a last will counts for its own session only
-	Nonce           string     `json:"nonce"`   // hex, 16 bytes, new for every hello; the welcome repeats it
-	BootID          string     `json:"boot_id"` // the kernel's, tells a reboot from a reconnect
-	Agent           string     `json:"agent"`   // version
-	OS              string     `json:"os"`      // as Go names it
-	Arch            string     `json:"arch"`    // as Go names it
+	Session         string     `json:"session"`  // hex, 16 bytes, new for every connection; a last will counts for its own session only
+	Nonce           string     `json:"nonce"`    // hex, 16 bytes, new for every hello; the welcome repeats it
+	Instance        string     `json:"instance"` // hex, 16 bytes, new for every start of the agent: it comes back only if two run with one key
+	BootID          string     `json:"boot_id"`  // the kernel's, tells a reboot from a reconnect
+	Agent           string     `json:"agent"`    // version
+	OS              string     `json:"os"`       // as Go names it
+	Arch            string     `json:"arch"`     // as Go names it
 	Board           string     `json:"board"`
 	Slot            string     `json:"slot,omitempty"`
 	InventoryDigest string     `json:"inventory_digest,omitempty"` // SHA-256, hex
 	Capacity        int64      `json:"capacity,omitempty"`         // bytes that may hold chunks, used ones included
 	Used            int64      `json:"used,omitempty"`             // bytes of chunks held
+	ConfigVersion   uint64     `json:"config_version,omitempty"`   // see ConfigReport
+	Dropped         []Dropped  `json:"dropped,omitempty"`          // what the outbox gave up, since the agent's journal was made
 	At              time.Time  `json:"at"`
 	TimeConfidence  Confidence `json:"time_confidence"`
+}
+
+// Dropped is the record of what a device gave up of one retention class,
+// because its outbox was full.
+type Dropped struct {
+	Class string    `json:"class"`
+	Count uint64    `json:"count"`
+	Bytes uint64    `json:"bytes"`
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
 }
 
 // Welcome answers a hello. Over the hello's nonce it carries the
@@ -43,7 +56,15 @@ type Beat struct {
 	Used           int64           `json:"used,omitempty"`
 }
 
-// EnrolRequest is the body of POST /enrol/v1.
+// EnrolRequest is the body of POST /enrol/v1. The device proves its key by the
+// signature of the CSR, and why it should be let in by one of:
+//
+//   - a fleet token;
+//   - nothing, and it is a member already: its certificate is renewed;
+//   - nothing, and it is not: it waits until somebody claims it ([EnrolPending]).
+//
+// What comes back is of use only to who has the key, so a repeated request gives
+// nobody anything.
 type EnrolRequest struct {
 	CSR   []byte `json:"csr"`             // PKCS #10, DER, signed by the device's key
 	Token string `json:"token,omitempty"` // fleet token
@@ -53,6 +74,15 @@ type EnrolRequest struct {
 	Board string `json:"board"`
 	// Inventory is what hw found, as JSON; it tells the fleet manager what joined.
 	Inventory json.RawMessage `json:"inventory,omitempty"`
+}
+
+// EnrolPending is the answer 202 to a device that nobody has claimed yet. Its
+// code ([ClaimCode]) is not in it: the device works it out from the authority
+// that it sees, so that a code which fits says that nobody stands between.
+type EnrolPending struct {
+	Device       DeviceID  `json:"device"`
+	RetrySeconds int       `json:"retry_seconds"` // ask again after so long, with jitter
+	Expires      time.Time `json:"expires"`       // the coordinator forgets it then; asking again begins anew
 }
 
 // EnrolReply makes a device a member of the fleet.

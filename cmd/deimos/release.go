@@ -159,7 +159,7 @@ func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
 	}
 	q := api.OfferRequest{Version: r.Version, Target: repo.TargetName(r.Version)}
 	for _, d := range r.Device {
-		q.Devices = append(q.Devices, wire.DeviceID(d))
+		q.Selector.Devices = append(q.Selector.Devices, wire.DeviceID(d))
 	}
 	list, err := c.Offer(ctx, q)
 	if err != nil {

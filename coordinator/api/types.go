@@ -34,20 +34,21 @@ import (
 
 // DeviceRecord is what the coordinator keeps of a device.
 type DeviceRecord struct {
-	ID        wire.DeviceID   `json:"id"`
-	PublicKey []byte          `json:"public_key"` // raw Ed25519
-	Group     string          `json:"group,omitempty"`
-	Enrolled  time.Time       `json:"enrolled"`
-	Retired   bool            `json:"retired,omitempty"`
-	CertUntil time.Time       `json:"certificate_until"`
-	Agent     string          `json:"agent"` // version
-	OS        string          `json:"os"`
-	Arch      string          `json:"arch"`
-	Board     string          `json:"board"`
-	Slot      string          `json:"slot,omitempty"`
-	Capacity  int64           `json:"capacity"` // bytes that may hold chunks
-	Used      int64           `json:"used"`     // bytes of chunks held
-	Inventory json.RawMessage `json:"inventory,omitempty"`
+	ID        wire.DeviceID     `json:"id"`
+	PublicKey []byte            `json:"public_key"` // raw Ed25519
+	Group     string            `json:"group,omitempty"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Enrolled  time.Time         `json:"enrolled"`
+	Retired   bool              `json:"retired,omitempty"`
+	CertUntil time.Time         `json:"certificate_until"`
+	Agent     string            `json:"agent"` // version
+	OS        string            `json:"os"`
+	Arch      string            `json:"arch"`
+	Board     string            `json:"board"`
+	Slot      string            `json:"slot,omitempty"`
+	Capacity  int64             `json:"capacity"` // bytes that may hold chunks
+	Used      int64             `json:"used"`     // bytes of chunks held
+	Inventory json.RawMessage   `json:"inventory,omitempty"`
 }
 
 // Device is a device's record and how it is now.
@@ -186,9 +187,9 @@ type Audit struct {
 
 // OfferRequest offers a published release to devices.
 type OfferRequest struct {
-	Version string          `json:"version"`
-	Target  string          `json:"target"`
-	Devices []wire.DeviceID `json:"devices,omitempty"` // empty: every device that is not retired
+	Version string `json:"version"`
+	Target  string `json:"target"` // name in the TUF targets metadata
+	Selector
 }
 
 // Order is an order and what became of it.

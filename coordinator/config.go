@@ -1,0 +1,3 @@
+package coordinator
+
+func (c *Coordinator) configRoutes() []route { return nil }
