@@ -146,9 +146,9 @@ func upload(ctx context.Context, c *api.Client, dir string) error {
 }
 
 type releaseOfferCmd struct {
-	Version string        `arg:"" help:"Published version."`
-	Device  []string      `placeholder:"ID" help:"Device to offer it to; may be repeated. Default: all."`
-	Wait    time.Duration `help:"Wait up to this long for the outcome."`
+	Version string `arg:"" help:"Published version."`
+	targets
+	Wait time.Duration `help:"Wait up to this long for the outcome."`
 	cli.Output
 }
 
@@ -158,8 +158,8 @@ func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
 		return err
 	}
 	q := api.OfferRequest{Version: r.Version, Target: repo.TargetName(r.Version)}
-	for _, d := range r.Device {
-		q.Selector.Devices = append(q.Selector.Devices, wire.DeviceID(d))
+	if q.Selector, err = r.selector(); err != nil {
+		return err
 	}
 	list, err := c.Offer(ctx, q)
 	if err != nil {
