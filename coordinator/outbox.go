@@ -281,6 +281,33 @@ func (o *outbox) timeOut(ctx context.Context) {
 	}
 }
 
+// retire ends all open orders of a device that is being sent away: nobody will
+// answer them.
+func (o *outbox) retire(ctx context.Context, d wire.DeviceID) error {
+	var keys []string
+	o.mu.Lock()
+	for id, s := range o.pending {
+		if s.device == d {
+			keys = append(keys, orderKeyOf(d, id))
+		}
+	}
+	o.mu.Unlock()
+	var errs []error
+	for _, key := range keys {
+		_, err := o.rows.change(ctx, key, func(v *OrderRecord, exists bool) error {
+			if !exists || v.State.Terminal() {
+				return errUnchanged
+			}
+			v.State, v.Updated = wire.Canceled, o.now().UTC()
+			v.Result = wire.Report{Order: v.Order.ID, Device: d, State: wire.Canceled, Code: wire.CodeRetired,
+				Reason: "the device was retired while this order was open"}
+			return nil
+		})
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
 // forget removes orders that ended longer than retention ago.
 func (o *outbox) forget(ctx context.Context) {
 	old := o.now().Add(-retention)
