@@ -8,7 +8,7 @@
 //
 //   - What runs has the SHA-256 that the order names: checked while fetching,
 //     and again by the worker over the very bytes that it runs.
-//   - No more than the owner's number of slots are at work; other orders wait
+//   - No more than the policy's number of slots are at work; other orders wait
 //     until their context ends, holding no memory but their own.
 //   - The owner's caps bound every job, whatever the order says.
 //   - A job has no effect but its result: doing an order twice is harmless.
@@ -41,6 +41,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/deimos-edge/deimos/jobs/policy"
@@ -63,8 +64,8 @@ type Chunks interface {
 
 // Options are the parts of a [Service].
 type Options struct {
-	Dir     string // of its own, for modules and their machine code
-	Policy  policy.Policy
+	Dir     string        // of its own, for modules and their machine code
+	Policy  policy.Policy // to begin with, see [Service.SetPolicy]
 	Fetcher Fetcher
 	Chunks  Chunks
 	Runner  *sandbox.Runner // nil: this executable, which must call [sandbox.WorkerMain]
@@ -77,7 +78,8 @@ type Options struct {
 type Service struct {
 	o       Options
 	modules *moduleCache
-	slots   chan struct{} // holds one token for each job at work
+	policy  atomic.Pointer[policy.Policy] // in force
+	slots   gate
 }
 
 // fetchTime bounds the fetching of one module.
@@ -91,12 +93,21 @@ func New(o Options) (*Service, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	o.Policy = o.Policy.Effective()
 	modules, err := openModuleCache(filepath.Join(o.Dir, "modules"), o.ModuleBytes)
 	if err != nil {
 		return nil, fmt.Errorf("open the cache of job modules: %w", err)
 	}
-	return &Service{o: o, modules: modules, slots: make(chan struct{}, o.Policy.Slots)}, nil
+	s := &Service{o: o, modules: modules}
+	s.SetPolicy(o.Policy)
+	return s, nil
+}
+
+// SetPolicy changes what jobs may take. Those at work go on as they began;
+// those that wait begin, or are rejected, by the new policy.
+func (s *Service) SetPolicy(p policy.Policy) {
+	p = p.Effective()
+	s.policy.Store(&p)
+	s.slots.resize(p.Slots)
 }
 
 // Run is the [wire.Handler] of [wire.KindJobRun]: the outcome has a
@@ -109,11 +120,12 @@ func (s *Service) Run(ctx context.Context, o wire.Order, _ func(done float64)) (
 	if err := s.admit(job); err != nil {
 		return wire.Outcome{}, err
 	}
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
-		return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its turn: %w", context.Cause(ctx))
+	if err := s.slots.enter(ctx); err != nil {
+		return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its turn: %w", err)
+	}
+	defer s.slots.leave()
+	if err := s.admit(job); err != nil { // the policy may have changed meanwhile
+		return wire.Outcome{}, err
 	}
 	input, err := s.input(ctx, job.Input)
 	if err != nil {
@@ -130,8 +142,8 @@ func (s *Service) Run(ctx context.Context, o wire.Order, _ func(done float64)) (
 
 // admit refuses what must not or cannot be tried.
 func (s *Service) admit(job wire.JobRun) error {
-	if !s.o.Policy.Enabled {
-		return wire.RejectedBecause(wire.CodePolicy, "the owner of this device allows no jobs; place it on another")
+	if !s.policy.Load().Enabled {
+		return wire.RejectedBecause(wire.CodePolicy, "this device runs no jobs: its owner, or the fleet by its configuration, has switched them off; place it on another")
 	}
 	m := job.Module
 	if b, err := hex.DecodeString(m.SHA256); err != nil || len(b) != sha256.Size || hex.EncodeToString(b) != m.SHA256 {
@@ -164,7 +176,7 @@ func (s *Service) runModule(ctx context.Context, job wire.JobRun, input []byte) 
 		}
 		res, err := s.o.Runner.Run(ctx, sandbox.Spec{
 			Module: path, Digest: job.Module.SHA256, Args: job.Args, Input: input,
-			Limits: s.o.Policy.Clamp(job.Limits), CacheDir: filepath.Join(s.o.Dir, "compiled"),
+			Limits: s.policy.Load().Clamp(job.Limits), CacheDir: filepath.Join(s.o.Dir, "compiled"),
 		})
 		release()
 		var e *sandbox.Error
