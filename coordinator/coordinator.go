@@ -87,13 +87,15 @@ type Coordinator struct {
 	releases *releases
 	staging  *staging
 
-	operatorHash [32]byte
-	httpPort     string
-	mqttPort     string
-	server       *http.Server
-	subs         []*nats.Subscription
-	failed       chan error
-	closers      []func()
+	operators *operators
+	trail     *trail
+	limits    *limits
+	httpPort  string
+	mqttPort  string
+	server    *http.Server
+	subs      []*nats.Subscription
+	failed    chan error
+	closers   []func()
 	// life ends with Close, and with it whatever waits for a device.
 	life context.Context
 	end  context.CancelFunc
@@ -245,9 +247,12 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
+	c.operators, c.limits = &operators{}, newLimits()
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
 		func() error { return bucket(ctx, c, "devices", &c.reg.rows, nil) },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens, nil) },
+		func() error { return bucket(ctx, c, "operators", &c.operators.rows, c.operators.index) },
+		func() (err error) { c.trail, err = openTrail(ctx, c.eng, c.now); return err },
 		func() error { return bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track) },
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
@@ -258,6 +263,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		if err := open(); err != nil {
 			return err
 		}
+	}
+	if err := c.record(ctx, api.LogEntry{Actor: "coordinator", Action: "coordinator.start"}); err != nil {
+		c.log.Warn("this start is not on the audit log; changes are refused until it can be written", "error", err)
 	}
 	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL = stagingLife })
 	if err != nil {
@@ -318,7 +326,7 @@ func (c *Coordinator) operatorContext(addr net.Addr) error {
 		// A new token would lock out every operator, without a word.
 		return fmt.Errorf("the operator's context %s cannot be read: put an operator's copy back, or remove the file to get a new token (the old one then ends): %w", path, err)
 	}
-	c.operatorHash = sha256.Sum256([]byte(ctx.Token))
+	c.operators.owner = sha256.Sum256([]byte(ctx.Token))
 	raw, err := json.MarshalIndent(ctx, "", "  ")
 	if err != nil {
 		return err

@@ -76,10 +76,14 @@ func (c *Coordinator) table() []route {
 		c.computeRoutes(),
 		c.releaseRoutes(),
 		c.operatorRoutes(),
+		c.logRoutes(),
 	)
 }
 
-const v1 = "/api/v1"
+const (
+	v1        = "/api/v1"
+	enrolPath = "/enrol/v1"
+)
 
 func (c *Coordinator) routes() http.Handler {
 	mux := http.NewServeMux()
@@ -90,7 +94,10 @@ func (c *Coordinator) routes() http.Handler {
 		case byDevice:
 			h = c.forDevice(h)
 		default:
-			h = c.forOperator(h)
+			h = c.forOperator(rt)
+		}
+		if rt.path == enrolPath {
+			h = c.limited(h)
 		}
 		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
 			if err := h(w, r); err != nil {
@@ -101,14 +108,46 @@ func (c *Coordinator) routes() http.Handler {
 	return explained(mux)
 }
 
-func (c *Coordinator) forOperator(h handler) handler {
+// forOperator lets operators in who may use the route, so many times a second,
+// and puts what they change on the audit log.
+func (c *Coordinator) forOperator(rt route) handler {
+	h := rt.handle
+	if rt.changes() {
+		h = c.logged(rt)
+	}
 	return func(w http.ResponseWriter, r *http.Request) error {
-		if err := c.checkOperator(r); err != nil {
+		op, err := c.checkOperator(w, r, rt.needs)
+		if err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), callLimit)
+		if !rt.bulk() {
+			if wait := c.limits.calls.take(op.Name, c.now()); wait > 0 {
+				return slowly(w, wait, "this operator makes too many calls")
+			}
+		}
+		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), operatorKey{}, op), callLimit)
 		defer cancel()
 		return h(w, r.WithContext(ctx))
+	}
+}
+
+// bulk tells a plain upload or download from a call.
+func (rt route) bulk() bool {
+	for _, v := range []any{rt.in, rt.out} {
+		if _, plain := v.(bytes.Buffer); plain {
+			return true
+		}
+	}
+	return false
+}
+
+// limited is for enrolment, which anybody can ask for.
+func (c *Coordinator) limited(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if err := c.limitEnrol(w, r); err != nil {
+			return err
+		}
+		return h(w, r)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net/http"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -19,22 +18,19 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// allRoutes reads the patterns from the source, so that a route that is added
-// is looked at here without anybody thinking of it.
-func allRoutes(t *testing.T) (operator, device [][2]string) {
+// allRoutes are those for operators and those for devices, with something in
+// the place of each variable.
+func allRoutes(t testing.TB, c *Coordinator) (operator, device [][2]string) {
 	t.Helper()
-	src, err := os.ReadFile("http.go")
-	must(t, err)
-	for _, m := range regexp.MustCompile(`(operator|device|anybody)\("([A-Z]+) "([^,]*),`).FindAllStringSubmatch(string(src), -1) {
-		path := strings.NewReplacer(`+v1+"`, "/api/v1", `+blobPath+"`, blobPath).Replace(m[3])
-		path = regexp.MustCompile(`\{[a-z.]+\}`).ReplaceAllString(strings.TrimSuffix(path, `"`), "x")
-		if m[1] == "operator" {
-			operator = append(operator, [2]string{m[2], path})
+	for _, rt := range c.table() {
+		r := [2]string{rt.method, pathName.ReplaceAllString(rt.path, "x")}
+		switch rt.needs {
+		case byAnybody:
+		case byDevice:
+			device = append(device, r)
+		default:
+			operator = append(operator, r)
 		}
-	}
-	for _, m := range regexp.MustCompile(`device\("([A-Z]+) ([^,]*),`).FindAllStringSubmatch(string(src), -1) {
-		path := strings.NewReplacer(`"+blobPath+"`, blobPath).Replace(m[2])
-		device = append(device, [2]string{m[1], regexp.MustCompile(`\{[a-z.]+\}`).ReplaceAllString(strings.TrimSuffix(path, `"`), "x")})
 	}
 	if len(operator) < 17 || len(device) < 4 {
 		t.Fatalf("%d operator and %d device routes found", len(operator), len(device))
@@ -56,7 +52,7 @@ func TestNoOperatorRouteWithoutTheToken(t *testing.T) {
 	d := w.enrolled(t)
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
 	must(t, err)
-	operator, _ := allRoutes(t)
+	operator, _ := allRoutes(t, w.Coordinator)
 	for _, r := range operator {
 		for name, c := range map[string]struct {
 			header string
@@ -84,7 +80,7 @@ func TestTheDataPlaneIsForDevicesAlone(t *testing.T) {
 	w := aWorld(t)
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
 	must(t, err)
-	_, device := allRoutes(t)
+	_, device := allRoutes(t, w.Coordinator)
 	for _, r := range device {
 		req, err := http.NewRequest(r[0], w.URL()+r[1], nil)
 		must(t, err)

@@ -27,25 +27,35 @@ func refuse(status int, code, format string, args ...any) *refusal {
 // problem is our own fault: it is logged, and the answer says no more than that.
 // A call that was given up is never answered as if it had been done.
 func writeError(w http.ResponseWriter, log *slog.Logger, stopping bool, err error) {
+	r := explain(err, stopping)
+	if r == nil {
+		panic(http.ErrAbortHandler) // whoever asked has left; to return would be to answer 200
+	}
+	if r.Code == wire.CodeInternal && r.status == http.StatusInternalServerError {
+		log.Error("a request failed", "error", err)
+	}
+	writeJSON(w, r.status, r.APIError)
+}
+
+// explain makes a refusal of any error; nil if whoever asked has left.
+func explain(err error, stopping bool) *refusal {
 	var r *refusal
 	var p *wire.Problem
 	switch {
 	case errors.As(err, &r):
+		return r
 	case errors.As(err, &p):
-		r = refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
+		return refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
 	case errors.Is(err, context.Canceled) && stopping:
-		r = refuse(http.StatusServiceUnavailable, "stopping", "the coordinator is being stopped; what was begun goes on after its next start, ask again then")
+		return refuse(http.StatusServiceUnavailable, "stopping", "the coordinator is being stopped; what was begun goes on after its next start, ask again then")
 	case errors.Is(err, context.Canceled):
-		panic(http.ErrAbortHandler) // whoever asked has left; to return would be to answer 200
+		return nil
 	case errors.Is(err, context.DeadlineExceeded):
-		r = refuse(http.StatusGatewayTimeout, "no_answer", "this was not done in the time that a call has; what was begun goes on, ask again later")
+		return refuse(http.StatusGatewayTimeout, "no_answer", "this was not done in the time that a call has; what was begun goes on, ask again later")
 	case errors.Is(err, errNotFound):
-		r = refuse(http.StatusNotFound, wire.CodeNotFound, "there is no such thing")
-	default:
-		log.Error("a request failed", "error", err)
-		r = refuse(http.StatusInternalServerError, wire.CodeInternal, "the coordinator could not do this: %v", err)
+		return refuse(http.StatusNotFound, wire.CodeNotFound, "there is no such thing")
 	}
-	writeJSON(w, r.status, r.APIError)
+	return refuse(http.StatusInternalServerError, wire.CodeInternal, "the coordinator could not do this: %v", err)
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -56,6 +56,7 @@ var ErrUnreachable = errors.New("cannot be reached")
 // Client talks to one coordinator. Its methods can be called concurrently.
 type Client struct {
 	base  *url.URL
+	ca    string
 	token string
 	http  *http.Client
 }
@@ -73,7 +74,7 @@ func NewClient(c Context) (*Client, error) {
 	if !roots.AppendCertsFromPEM([]byte(c.CA)) {
 		return nil, errors.New("the context holds no valid authority: copy it again from the coordinator's folder")
 	}
-	return &Client{base: base, token: c.Token, http: &http.Client{
+	return &Client{base: base, ca: c.CA, token: c.Token, http: &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13},
 			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,

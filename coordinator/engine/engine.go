@@ -291,6 +291,27 @@ func (e *Engine) Objects(ctx context.Context, bucket string, edit ...func(*jetst
 	return os, nil
 }
 
+// Log opens a stream that can only be appended to, and makes it if it does not
+// exist: it is in files, keeps everything, and the server lets nobody, this
+// coordinator included, remove or replace a message. Its one subject is [LogSubject].
+func (e *Engine) Log(ctx context.Context, name string) (jetstream.Stream, error) {
+	s, err := e.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+		Name: "LOG_" + name, Subjects: []string{LogSubject(name)}, Storage: jetstream.FileStorage,
+		Retention: jetstream.LimitsPolicy, Discard: jetstream.DiscardNew,
+		MaxMsgSize: maxLogEntry, DenyDelete: true, DenyPurge: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open log %q: %w", name, StoreError(err))
+	}
+	return s, nil
+}
+
+// LogSubject is where entries of a log are published.
+func LogSubject(name string) string { return "log." + name }
+
+// maxLogEntry is the largest entry of a log, in bytes, headers included.
+const maxLogEntry = 64 << 10
+
 // MQTTAddr is where the embedded server listens for devices, host:port. It is
 // empty for an external server.
 func (e *Engine) MQTTAddr() string {

@@ -1,0 +1,139 @@
+package coordinator
+
+import (
+	"container/list"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// limits bound what one party can ask for, so that there is room for the others.
+// They are token buckets; who finds one empty is told when to come back.
+//
+//   - Enrolment, one address: 50 a second after 200 at once. A site with a whole
+//     fleet behind one address is in within minutes (devices come back by
+//     themselves), and a stranger cannot use all there is for everybody.
+//   - Enrolment, all together: 400 a second after 1000 at once. It costs a
+//     signature, a certificate and a few records, about a millisecond of a core:
+//     10,000 devices enrol in half a minute, and orders go on beside it.
+//   - Failed logins, one address: 10 a second after 1000 at once. Tokens have 256
+//     bits and cannot be guessed: this bounds work and log lines. A good token is
+//     taken all the same, or anybody behind the same address could lock the
+//     operators out.
+//   - Calls of one operator: 1000 a second after 5000 at once. Plain uploads and
+//     downloads are not counted, their bytes bound them.
+//
+// They are each coordinator's own: N of them let N times as much through.
+type limits struct {
+	enrol    *buckets // by address
+	enrolAll *rate.Limiter
+	logins   *buckets // by address
+	calls    *buckets // by operator
+}
+
+// maxBuckets is how many parties one limit remembers, about 200 bytes each. The
+// one unheard of for longest is forgotten first.
+const maxBuckets = 10_000
+
+func newLimits() *limits {
+	return &limits{
+		enrol:    newBuckets(50, 200),
+		enrolAll: rate.NewLimiter(400, 1000),
+		logins:   newBuckets(10, 1000),
+		calls:    newBuckets(1000, 5000),
+	}
+}
+
+// buckets are limiters by party.
+type buckets struct {
+	each  rate.Limit
+	burst int
+
+	mu    sync.Mutex
+	of    map[string]*list.Element // of bucket
+	order *list.List               // most recently used first
+}
+
+type bucketOf struct {
+	party string
+	*rate.Limiter
+}
+
+func newBuckets(each rate.Limit, burst int) *buckets {
+	return &buckets{each: each, burst: burst, of: make(map[string]*list.Element), order: list.New()}
+}
+
+// take is 0 if party may go on, or else how long it has to wait.
+func (b *buckets) take(party string, now time.Time) time.Duration {
+	b.mu.Lock()
+	e, ok := b.of[party]
+	if ok {
+		b.order.MoveToFront(e)
+	} else {
+		e = b.order.PushFront(bucketOf{party, rate.NewLimiter(b.each, b.burst)})
+		b.of[party] = e
+		if len(b.of) > maxBuckets {
+			oldest := b.order.Back()
+			delete(b.of, b.order.Remove(oldest).(bucketOf).party)
+		}
+	}
+	b.mu.Unlock()
+	return take(e.Value.(bucketOf).Limiter, now)
+}
+
+func take(l *rate.Limiter, now time.Time) time.Duration {
+	r := l.ReserveN(now, 1)
+	wait := r.DelayFrom(now)
+	if wait > 0 {
+		r.CancelAt(now) // it is not waited for
+	}
+	return wait
+}
+
+// slowly refuses for now.
+func slowly(w http.ResponseWriter, wait time.Duration, what string) error {
+	seconds := int(math.Ceil(wait.Seconds()))
+	w.Header().Set("Retry-After", strconv.Itoa(seconds))
+	return refuse(http.StatusTooManyRequests, "too_many", "%s; try again in %d s", what, seconds)
+}
+
+// limitEnrol refuses an enrolment that is one too many.
+func (c *Coordinator) limitEnrol(w http.ResponseWriter, r *http.Request) error {
+	now := c.now()
+	if wait := c.limits.enrol.take(network(r), now); wait > 0 {
+		return slowly(w, wait, "too many devices are enrolling from this address")
+	}
+	if wait := take(c.limits.enrolAll, now); wait > 0 {
+		return slowly(w, wait, "too many devices are enrolling at once")
+	}
+	return nil
+}
+
+// host is where a request comes from.
+func host(r *http.Request) string {
+	h, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return h
+}
+
+// network is who is behind an address: with IPv6, everybody has a /64 to choose from.
+func network(r *http.Request) string {
+	a, err := netip.ParseAddr(host(r))
+	if err != nil {
+		return host(r)
+	}
+	a = a.Unmap().WithZone("")
+	if a.Is4() {
+		return a.String()
+	}
+	p, _ := a.Prefix(64) // a valid IPv6 address has one
+	return p.String()
+}
