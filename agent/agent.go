@@ -16,8 +16,11 @@
 // # State
 //
 //	agent.lock              flock: one agent at a time
+//	claim                   the code under which the device waits to be claimed
 //	identity/key.pem        the device's key
+//	identity/pending.json   while it waits: the authority it saw first
 //	identity/membership.json what enrolment gave: certificate, authority, addresses
+//	config.json             what the fleet wants of the device, see settings.go
 //	journal/                finished orders, unacknowledged reports, clock floor
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
@@ -26,6 +29,7 @@ package agent
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -39,6 +43,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -56,7 +61,7 @@ import (
 
 // ErrNotEnrolled says that the agent has neither an enrolment nor what it takes
 // to get one.
-var ErrNotEnrolled = errors.New("this device is in no fleet yet: start it with --coordinator https://HOST:8443 and --token TOKEN (a fleet manager makes one with \"deimos token create\")")
+var ErrNotEnrolled = errors.New("this device is in no fleet yet: start it with --coordinator https://HOST:8443; with --token TOKEN (a fleet manager makes one with \"deimos token create\") it joins at once, without one it shows a code by which the fleet manager claims it")
 
 // Agent is a device's daemon.
 type Agent struct {
@@ -68,8 +73,15 @@ type Agent struct {
 	boot  string // the kernel's boot id
 	began time.Time
 	rest  func(context.Context, time.Duration) error
+	level *slog.LevelVar // of log
 
-	member  *Membership
+	start string // random, of this run of the agent
+
+	member    atomic.Pointer[Membership] // a renewal replaces it
+	doubts    chan struct{}              // see doubted
+	dismissed atomic.Bool                // the coordinator has sent this device away
+	web       *http.Client               // to the data plane
+
 	clock   *Clock
 	journal *journal
 	chunks  *store.Set
@@ -77,6 +89,7 @@ type Agent struct {
 	update  *ota.Service
 	orders  *dispatcher
 	session *session
+	desired *settings
 	sampler *hw.Sampler
 
 	restart chan struct{} // closed when a handler asked for a restart
@@ -87,13 +100,11 @@ const (
 	probeLimit   = 10 * time.Second
 	stopLimit    = 10 * time.Second
 	forgetEvery  = time.Hour
-	enrolMin     = time.Second
-	enrolMax     = time.Minute
-	enrolAnew    = 2 * time.Minute // for a member whose certificate may have ended
 	storeLimit   = 9 * time.Minute
 	serveLimit   = 2 * time.Minute
 	auditLimit   = time.Minute
 	jobLimit     = 25 * time.Hour // the job's own limits and the owner's bind first
+	configLimit  = time.Minute
 	updateLimit  = 24 * time.Hour // a slow link is no fault
 	storesAtOnce = 4
 )
@@ -107,7 +118,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	a := &Agent{cfg: cfg, log: cfg.Log, began: time.Now(), rest: rest, restart: make(chan struct{})}
+	a := &Agent{cfg: cfg, began: time.Now(), start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), restart: make(chan struct{})}
+	a.log, a.level = withLevel(cfg.Log)
 	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
 		return err
 	}
@@ -123,14 +135,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	a.clock = NewClock(floor)
+	a.clock = NewClock(later(floor, cfg.Released))
+	if cfg.SystemTime != nil {
+		a.clock.system = cfg.SystemTime
+	}
 	if err := a.join(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil // asked to end before it was a member
 		}
 		return err
 	}
-	a.clock.Raise(a.member.issued())
 	if err := a.openVolumes(); err != nil {
 		return err
 	}
@@ -158,71 +172,6 @@ func (a *Agent) know(ctx context.Context) error {
 	a.boot = strings.TrimSpace(string(raw))
 	a.sampler, err = hw.NewSampler(hw.SampleOptions{Data: a.cfg.StateDir})
 	return err
-}
-
-// join makes sure that the device is a member: from its disk, or by enrolling
-// (anew, if its certificate has ended), for which it tries until it succeeds or
-// is refused.
-func (a *Agent) join(ctx context.Context) error {
-	dir := a.cfg.path("identity")
-	var err error
-	if a.member, err = loadMembership(dir, a.id); err != nil {
-		return err
-	}
-	if a.member != nil && !a.clock.Now().After(a.member.ends()) {
-		return nil
-	}
-	if a.member != nil {
-		// It may be this clock that is wrong: without a new enrolment it goes on
-		// with the old one.
-		a.log.Error("by this device's clock its certificate has ended; if that is so, start the agent with a new fleet token (\"deimos token create\")",
-			"ended", a.member.ends().Format(time.RFC3339))
-		if a.cfg.Token == "" || a.cfg.Coordinator == "" {
-			return nil
-		}
-		old := a.member
-		anew, cancel := context.WithTimeout(ctx, enrolAnew)
-		defer cancel()
-		if err := a.enrolNow(anew, dir); err != nil {
-			a.log.Error("the device could not enrol anew", "error", err)
-			a.member = old
-		}
-		return ctx.Err()
-	}
-	if a.cfg.Coordinator == "" || a.cfg.Token == "" {
-		return ErrNotEnrolled
-	}
-	return a.enrolNow(ctx, dir)
-}
-
-// enrolNow enrols with the configured token and keeps the answer.
-func (a *Agent) enrolNow(ctx context.Context, dir string) error {
-	tok, err := wire.ParseFleetToken(a.cfg.Token)
-	if err != nil {
-		return err
-	}
-	inv, err := json.Marshal(a.inv)
-	if err != nil {
-		return err
-	}
-	req := wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.board.Name, Inventory: inv}
-	for wait := enrolMin; ; wait = min(2*wait, enrolMax) {
-		a.member, err = enrol(ctx, a.id, a.cfg.Coordinator, tok, req, a.clock.Now)
-		switch {
-		case err == nil:
-			a.log.Info("enrolled", "coordinator", a.cfg.Coordinator)
-			return a.member.save(dir)
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.Is(err, ErrRefused), errors.Is(err, ErrUntrusted), errors.Is(err, ErrAddress):
-			return err
-		}
-		pause := wait/2 + rand.N(wait)
-		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", a.cfg.Coordinator, "in", pause.Round(time.Millisecond).String(), "error", plain(err))
-		if err := a.rest(ctx, pause); err != nil {
-			return err
-		}
-	}
 }
 
 // rest waits for d; it returns an error if ctx ends before.
@@ -298,30 +247,34 @@ func sameDisk(dir, other string) bool {
 
 // furnish builds the rooms and the table of routes.
 func (a *Agent) furnish() error {
-	tlsConf, err := a.member.tlsConfig(a.id, a.clock.Now)
+	fleet := knows(a.member.Load().authority(), a.clock)
+	fleet.own = func() *tls.Certificate { return a.member.Load().proof(a.id) }
+	a.web = &http.Client{Transport: dataPlane{&http.Transport{
+		DialTLSContext:        within(connectTimeout, fleet.dial),
+		ResponseHeaderTimeout: time.Minute,
+		MaxIdleConnsPerHost:   storesAtOnce,
+		IdleConnTimeout:       90 * time.Second,
+	}, a.doubted}}
+	a.move = &transfer.Client{HTTP: a.web, Base: func() []string { return a.member.Load().DataPlane }}
+	data := orders.New(a.chunks, a.move, a.log)
+	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
 	if err != nil {
 		return err
 	}
-	web := &http.Client{Transport: &http.Transport{
-		TLSClientConfig:       tlsConf,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-		TLSHandshakeTimeout:   10 * time.Second,
-		ResponseHeaderTimeout: 30 * time.Second,
-		MaxIdleConnsPerHost:   storesAtOnce,
-		IdleConnTimeout:       90 * time.Second,
-	}}
-	a.move = &transfer.Client{HTTP: web, Base: func() []string { return a.member.DataPlane }}
-	data := orders.New(a.chunks, a.move, a.log)
-	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
+	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, level: a.level.Level()}
+	a.desired, err = openSettings(a.cfg.path(settingsFile), base, a.cfg.owned, func(f inForce) {
+		work.SetPolicy(f.jobs)
+		a.level.Set(f.level)
+	}, a.log)
 	if err != nil {
 		return err
 	}
 	a.update, err = ota.New(ota.Options{
 		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, Version: a.cfg.Version,
 		Device: a.id.ID, Board: a.board.Name,
-		Root: func() []byte { return a.member.UpdateRoot },
+		Root: func() []byte { return a.member.Load().UpdateRoot },
 		Source: func() (repo.Source, error) {
-			return repo.HTTP{Client: web, Base: a.member.DataPlane[0] + "/data/v1/repo"}, nil
+			return repo.HTTP{Client: a.web, Base: a.member.Load().DataPlane[0] + "/data/v1/repo"}, nil
 		},
 		Now: a.clock.Now,
 		Log: a.log,
@@ -335,14 +288,15 @@ func (a *Agent) furnish() error {
 		return err
 	}
 	a.orders, err = newDispatcher(duties{
-		id: a.id, trusted: a.member.orderKey, clock: a.clock, journal: a.journal, epoch: epoch,
+		id: a.id, trusted: a.orderKey, clock: a.clock, journal: a.journal, epoch: epoch,
 		routes: map[wire.Kind]Route{
 			wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
 			wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
 			wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
 			wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
-			wire.KindJobRun:        {Handle: work.Run, AtOnce: max(1, a.cfg.Jobs.Effective().Slots), Limit: jobLimit},
+			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Limit: jobLimit},
 			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
+			wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
 		},
 		publish: func(raw []byte) { a.session.publish(wire.ChannelReport, raw) },
 		attach: func(ctx context.Context, order string, data []byte) error {
@@ -355,29 +309,31 @@ func (a *Agent) furnish() error {
 		return err
 	}
 	a.session = newSession(link{
-		id: a.id, brokers: a.member.Brokers, tls: brokerTLS(tlsConf), clock: a.clock, log: a.log,
-		hello: a.hello, trusted: a.member.orderKey, welcomed: a.welcomed,
+		id: a.id, brokers: func() []string { return a.member.Load().Brokers }, door: fleet, clock: a.clock, log: a.log,
+		hello: a.hello, trusted: a.orderKey, welcomed: a.welcomed, refused: a.doubted,
 	})
 	return nil
 }
 
-// brokerTLS is the data plane's TLS without HTTP/2's protocol negotiation.
-func brokerTLS(c *tls.Config) *tls.Config {
-	c = c.Clone()
-	c.NextProtos = nil
-	return c
-}
+// orderKey is the key that signs the coordinator's orders.
+func (a *Agent) orderKey() ed25519.PublicKey { return ed25519.PublicKey(a.member.Load().OrderKey) }
 
 // live runs until ctx ends or a restart is asked for, then stops in good order.
 func (a *Agent) live(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	a.session.receive = func(raw []byte) error { return a.orders.receive(ctx, raw) }
+	a.session.receive = func(raw []byte) error {
+		if a.dismissed.Load() {
+			return nil
+		}
+		return a.orders.receive(ctx, raw)
+	}
 	if err := a.settle(); err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { a.session.run(ctx) })
+	wg.Go(func() { a.stayMember(ctx) })
 	wg.Go(func() { a.orders.resend(ctx) })
 	wg.Go(func() { a.beat(ctx) })
 	wg.Go(func() { a.housekeep(ctx) })
@@ -424,6 +380,8 @@ func (a *Agent) settle() error {
 // welcomed is called when broker and coordinator have answered: with the
 // volumes open, this agent is healthy.
 func (a *Agent) welcomed() {
+	a.dismissed.Store(false) // who is welcomed is a member
+	a.session.slow(false)
 	now := a.clock.Now()
 	if err := a.journal.saveFloor(now); err != nil {
 		a.log.Warn("the time cannot be saved", "error", err)
@@ -456,21 +414,24 @@ func (a *Agent) room() (capacity, used int64) {
 
 func (a *Agent) hello() wire.Presence {
 	p := wire.Presence{
-		BootID: a.boot, Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH,
+		BootID: a.boot, Instance: a.start, Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH,
 		Board: a.board.Name, Slot: a.cfg.Slot, InventoryDigest: a.inv.Digest(),
 	}
 	p.Capacity, p.Used = a.room()
+	p.ConfigVersion = a.desired.version()
 	return p
 }
 
 // beat sends heartbeats, jittered by a tenth so that a fleet's do not fall together.
 func (a *Agent) beat(ctx context.Context) {
-	every := time.Duration(max(1, a.member.BeatSeconds)) * time.Second
 	for {
+		every, changed := a.desired.beat()
 		wait := every - every/20 + rand.N(every/10+1)
 		select {
 		case <-ctx.Done():
 			return
+		case <-changed:
+			continue // to wait by the new interval
 		case <-time.After(wait):
 		}
 		t, err := a.sampler.Sample(ctx)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/BurntSushi/toml"
 
@@ -18,7 +19,7 @@ import (
 // line:
 //
 //	coordinator = "https://fleet.example.org:8443"
-//	token = "deimos_…"          # needed once, to enrol
+//	token = "deimos_…"          # to enrol; without one, the device waits to be claimed
 //
 //	[[volume]]                  # at least one; the command line has a default
 //	dir = "/mnt/disk1"
@@ -27,6 +28,9 @@ import (
 //
 //	[jobs]                      # see jobs/policy
 //	enabled = true
+//
+// What stands below [jobs] also limits what the fleet's configuration can make
+// of it; what is missing there leaves it to the fleet.
 type Config struct {
 	Coordinator string         `toml:"coordinator"`
 	Token       string         `toml:"token"`
@@ -35,8 +39,14 @@ type Config struct {
 
 	StateDir string       `toml:"-"` // key, enrolment, journal, slots
 	Version  string       `toml:"-"` // of this agent
+	Released time.Time    `toml:"-"` // when that was made: no clock can be earlier
 	Slot     string       `toml:"-"` // that it was started from; empty without the launcher
 	Log      *slog.Logger `toml:"-"`
+	// SystemTime is the hardware clock; nil is time.Now.
+	SystemTime func() time.Time `toml:"-"`
+
+	// owned is which settings the file states: they are limits for the fleet.
+	owned map[string]bool
 }
 
 // VolumeConfig is one place for chunks. Each disk should have its own.
@@ -71,6 +81,7 @@ func LoadConfig(path string) (Config, error) {
 		}
 		return c, fmt.Errorf("the configuration file %s has keys that mean nothing: %s", path, strings.Join(keys, ", "))
 	}
+	c.owned = ownersJobs(meta.IsDefined, c.Jobs)
 	return c, nil
 }
 
