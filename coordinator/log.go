@@ -344,14 +344,17 @@ func summary(body []byte) (json.RawMessage, []string) {
 	if err != nil {
 		return nil, nil
 	}
-	return raw, devicesIn(v)
+	return raw, namedIn(v)
 }
 
-// devicesIn are the ids of the devices that a request names.
-func devicesIn(v any) []string {
+// namedIn is what a request names: a thing that it makes, devices.
+func namedIn(v any) []string {
 	m, _ := v.(map[string]any)
-	list, _ := m["devices"].([]any)
 	var out []string
+	if s, _ := m["name"].(string); s != "" {
+		out = append(out, cutText(s, maxLoggedText))
+	}
+	list, _ := m["devices"].([]any)
 	for _, x := range append(list, m["device"]) {
 		s, _ := x.(string)
 		if _, err := wire.ParseDeviceID(s); err == nil && len(out) < maxTargets {

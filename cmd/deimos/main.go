@@ -29,16 +29,18 @@ const about = `The coordinator of a Deimos fleet, and the command line for it.
 type commands struct {
 	Context string `env:"DEIMOS_CONTEXT" placeholder:"FILE" help:"Where the coordinator is and how to get in; \"deimos serve\" writes it as operator.json. Default: ~/.config/deimos/operator.json."`
 
-	Serve   serveCmd   `cmd:"" help:"Run the coordinator."`
-	Dev     devCmd     `cmd:"" help:"Run a whole fleet on this machine and walk through it."`
-	Token   tokenCmd   `cmd:"" help:"Fleet tokens: let devices in."`
-	Device  deviceCmd  `cmd:"" help:"Devices of the fleet."`
-	Object  objectCmd  `cmd:"" help:"Files stored on the fleet."`
-	Job     jobCmd     `cmd:"" help:"Run WebAssembly modules where the data is."`
-	Audit   auditCmd   `cmd:"" help:"Challenge devices to prove what they hold and compute."`
-	Release releaseCmd `cmd:"" help:"Make, publish and offer agent updates."`
-	Order   orderCmd   `cmd:"" help:"Orders to devices, and what became of them."`
-	Version versionCmd `cmd:"" help:"Show the version."`
+	Serve    serveCmd    `cmd:"" help:"Run the coordinator."`
+	Dev      devCmd      `cmd:"" help:"Run a whole fleet on this machine and walk through it."`
+	Token    tokenCmd    `cmd:"" help:"Fleet tokens: let devices in."`
+	Device   deviceCmd   `cmd:"" help:"Devices of the fleet."`
+	Object   objectCmd   `cmd:"" help:"Files stored on the fleet."`
+	Job      jobCmd      `cmd:"" help:"Run WebAssembly modules where the data is."`
+	Audit    auditCmd    `cmd:"" help:"Challenge devices to prove what they hold and compute."`
+	Release  releaseCmd  `cmd:"" help:"Make, publish and offer agent updates."`
+	Order    orderCmd    `cmd:"" help:"Orders to devices, and what became of them."`
+	Operator operatorCmd `cmd:"" help:"Who may call the coordinator, and what they may do."`
+	Log      logCmd      `cmd:"" help:"What was changed, when and by whom."`
+	Version  versionCmd  `cmd:"" help:"Show the version."`
 }
 
 func main() {

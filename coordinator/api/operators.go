@@ -154,31 +154,32 @@ func (f LogFilter) Matches(e LogEntry) bool {
 		(f.Device == "" || e.Actor == "device:"+string(f.Device) || slices.Contains(e.Targets, string(f.Device)))
 }
 
-// Log calls each with the entries that are meant, oldest first.
-func (c *Client) Log(ctx context.Context, f LogFilter, each func(LogEntry) error) error {
-	since := f.Since
-	for after, last := uint64(0), uint64(1); after < last; since = (time.Time{}) {
+// Log calls each with the entries after number after that are meant, oldest
+// first. It returns the number of the last entry that it looked at.
+func (c *Client) Log(ctx context.Context, after uint64, f LogFilter, each func(LogEntry) error) (uint64, error) {
+	for since := f.Since; ; since = (time.Time{}) {
 		p, err := c.LogPage(ctx, after, since, 0)
 		if err != nil {
-			return err
+			return after, err
 		}
-		for i, raw := range p.Entries {
+		after = p.After
+		for _, raw := range p.Entries {
+			after++
 			var e LogEntry
 			if err := json.Unmarshal(raw, &e); err != nil {
-				return fmt.Errorf("entry %d of the log is missing or damaged; \"deimos log --verify\" checks all of it", p.After+1+uint64(i))
+				return after, fmt.Errorf("entry %d of the log is missing or damaged; \"deimos log --verify\" checks all of it", after)
 			}
 			if !f.Matches(e) {
 				continue
 			}
 			if err := each(e); err != nil {
-				return err
+				return after, err
 			}
 		}
-		if after, last = p.After+uint64(len(p.Entries)), p.Last; len(p.Entries) == 0 {
-			return nil
+		if after >= p.Last || len(p.Entries) == 0 {
+			return after, nil
 		}
 	}
-	return nil
 }
 
 // LogHead names an entry by number and content: with it, everything up to there.

@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+)
+
+type operatorCmd struct {
+	Create operatorCreateCmd `cmd:"" help:"Let somebody call the coordinator. Prints a context file for them; its token is shown this once."`
+	List   operatorListCmd   `cmd:"" help:"List who has or had a token."`
+	Revoke operatorRevokeCmd `cmd:"" help:"End somebody's token, at once."`
+}
+
+// lifetime is a duration that can also be said in days, as in 90d.
+type lifetime time.Duration
+
+func (l *lifetime) UnmarshalText(text []byte) error {
+	s := string(text)
+	if days, ok := strings.CutSuffix(s, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 16)
+		if err != nil {
+			return fmt.Errorf("%q is no number of days", s)
+		}
+		*l = lifetime(time.Duration(n) * 24 * time.Hour)
+		return nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("%q is no time: it looks like 90d, 12h or 30m", s)
+	}
+	*l = lifetime(d)
+	return nil
+}
+
+type operatorCreateCmd struct {
+	Name  string   `arg:"" help:"Who it is for: a-z, 0-9, '-' and '_'."`
+	Role  string   `required:"" enum:"viewer,operator,release-manager,admin" help:"What they may do: viewer (look), operator (and devices, orders, data, configuration), release-manager (look, and updates) or admin (everything)."`
+	Valid lifetime `default:"90d" help:"How long it can be used (${default})."`
+	URL   string   `placeholder:"URL" help:"Address of the coordinator as they see it. Default: the one used here."`
+	Out   string   `type:"path" placeholder:"FILE" help:"New file for it, that only you can read. Default: print it."`
+}
+
+func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) {
+	if time.Duration(o.Valid) < time.Second {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a token is valid for at least a second")}
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	out := io.Writer(os.Stdout)
+	if o.Out != "" {
+		// Before there is a token: one that cannot be kept is not made.
+		f, err := os.OpenFile(o.Out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return &cli.Error{Code: cli.ExitNoCreate, Err: fmt.Errorf("the context file cannot be made: %w", err)}
+		}
+		defer func() {
+			err = errors.Join(err, f.Close())
+			if err != nil {
+				os.Remove(o.Out)
+			}
+		}()
+		out = f
+	}
+	tok, err := c.CreateOperator(ctx, api.OperatorRequest{Name: o.Name, Role: api.Role(o.Role), ValidSeconds: int64(time.Duration(o.Valid) / time.Second)})
+	if err != nil {
+		return err
+	}
+	file := c.Context(tok.Token)
+	if o.URL != "" {
+		file.URL = o.URL
+	}
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	if err := e.Encode(file); err != nil {
+		return fmt.Errorf("the token could not be written and is lost; revoke operator %s and make another: %w", tok.Name, err)
+	}
+	if o.Out != "" {
+		fmt.Printf("%s can use it until %s with --context %s.\n", tok.Name, tok.Expires.Format(time.RFC3339), o.Out)
+	}
+	return nil
+}
+
+type operatorListCmd struct{ cli.Output }
+
+func (o *operatorListCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	list, err := c.Operators(ctx)
+	if err != nil {
+		return err
+	}
+	return o.Print(list, func(w io.Writer) error {
+		if len(list) == 0 {
+			_, err := fmt.Fprintf(w, "There is only the %s, whose token is in the coordinator's folder. Let others in with \"deimos operator create\".\n", api.Owner)
+			return err
+		}
+		var rows []string
+		for _, v := range list {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s",
+				v.Name, v.Role, operatorState(v, time.Now()), v.Created.Format(time.DateOnly), v.Expires.Format(time.DateOnly), day(v.LastUsed)))
+		}
+		return cli.Table(w, "NAME\tROLE\tSTATE\tCREATED\tEXPIRES\tLAST USED", rows)
+	})
+}
+
+func operatorState(o api.Operator, now time.Time) string {
+	switch {
+	case !o.Revoked.IsZero():
+		return "revoked"
+	case now.After(o.Expires):
+		return "expired"
+	}
+	return "good"
+}
+
+func day(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return t.Format(time.DateOnly)
+}
+
+type operatorRevokeCmd struct {
+	Name string `arg:"" help:"Whose token ends."`
+	cli.Output
+}
+
+func (o *operatorRevokeCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	v, err := c.RevokeOperator(ctx, o.Name)
+	if err != nil {
+		return err
+	}
+	return o.Print(v, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "The token of %s is no longer taken.\n", v.Name)
+		return err
+	})
+}
