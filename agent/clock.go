@@ -1,9 +1,7 @@
 package agent
 
 import (
-	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"sync"
 	"time"
 
@@ -11,9 +9,13 @@ import (
 )
 
 // Clock is the time that the device goes by. It trusts the hardware clock only
-// above a floor: the newest time it has proof of (its certificate's issue, the
-// last trusted time it saved). A signed welcome makes it trusted until the
-// agent ends; from then on it runs on the monotonic clock, which nobody sets.
+// above a floor: the newest time it has proof of (when this agent was released,
+// the last trusted time it saved, the begin of a certificate that its authority
+// signed). A signed welcome makes it trusted until the agent ends; from then on
+// it runs on the monotonic clock, which nobody sets.
+//
+// The update metadata that the device has verified does not raise the floor:
+// TUF says when metadata ends, not when it was made.
 type Clock struct {
 	mu      sync.Mutex
 	floor   time.Time
@@ -36,6 +38,10 @@ func (c *Clock) Now() time.Time {
 func (c *Clock) Read() (time.Time, wire.Confidence) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.read()
+}
+
+func (c *Clock) read() (time.Time, wire.Confidence) {
 	now := c.system()
 	switch {
 	case c.trusted:
@@ -46,6 +52,38 @@ func (c *Clock) Read() (time.Time, wire.Confidence) {
 		return c.floor.UTC(), wire.ClockFloor
 	}
 	return now.UTC(), wire.ClockFloor
+}
+
+// AtLeast is the latest time that has come for sure: the trusted time, else the
+// floor.
+func (c *Clock) AtLeast() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.trusted {
+		now, _ := c.read()
+		return now
+	}
+	return c.floor
+}
+
+// checkAt is the time by which to check the certificate of a server. A clock
+// that is trusted decides. One that is not may say 1970 or 2050, and a device
+// that believed it would never reach who could set it: then only what is known
+// for sure counts against a certificate, that it ended before the floor. What
+// that gives away is little: a server key that leaked and whose certificate has
+// ended since this device last knew the time.
+func (c *Clock) checkAt(cert *x509.Certificate) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now, sure := c.read()
+	switch {
+	case sure == wire.ClockTrusted:
+	case now.Before(cert.NotBefore):
+		return cert.NotBefore
+	case now.After(cert.NotAfter) && !c.floor.After(cert.NotAfter):
+		return cert.NotAfter
+	}
+	return now
 }
 
 // Raise lifts the floor; a lower one is ignored.
@@ -68,26 +106,6 @@ func (c *Clock) Trust(t time.Time) bool {
 		return false
 	}
 	c.anchor, c.at, c.trusted = t, c.system(), true
-	return true
-}
-
-// learn raises the floor by a certificate that a TLS handshake refused because
-// by this clock it is not valid yet, and tells whether it did. That roots signed
-// it proves that its time has begun. A device without a battery for its clock,
-// that was off while a server's certificate was renewed, gets in only by this.
-func (c *Clock) learn(refused error, roots *x509.CertPool) bool {
-	var bad *tls.CertificateVerificationError
-	if !errors.As(refused, &bad) || len(bad.UnverifiedCertificates) == 0 {
-		return false
-	}
-	leaf := bad.UnverifiedCertificates[0]
-	if !c.Now().Before(leaf.NotBefore) {
-		return false
-	}
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: leaf.NotBefore}); err != nil {
-		return false
-	}
-	c.Raise(leaf.NotBefore)
 	return true
 }
 

@@ -12,20 +12,26 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// Membership is what enrolment gave this device, as kept on its disk.
+// Membership is what enrolment gave this device, as kept on its disk. A renewal
+// replaces it as a whole: a power cut leaves the old one or the new one.
 type Membership struct {
 	Coordinator string `json:"coordinator"` // the address it enrolled at
+	// TokenSHA256 is that of the fleet token it enrolled with, in hex; empty if
+	// it was claimed. Another token in the configuration means to enrol anew.
+	TokenSHA256 string `json:"token_sha256,omitempty"`
 	wire.EnrolReply
 }
 
@@ -38,6 +44,21 @@ var ErrAddress = errors.New("this is no address of a coordinator")
 
 // ErrUntrusted says that whoever answered is not the coordinator of the token.
 var ErrUntrusted = errors.New("this is not the coordinator that the token belongs to")
+
+// refusal is the answer of a coordinator that will not have this device.
+type refusal struct {
+	status int
+	reason string
+}
+
+func (r *refusal) Error() string        { return ErrRefused.Error() + ": " + r.reason }
+func (r *refusal) Is(target error) bool { return target == ErrRefused }
+
+// forbidden tells a coordinator's "not you" from its "not so".
+func forbidden(err error) bool {
+	var r *refusal
+	return errors.As(err, &r) && r.status == http.StatusForbidden
+}
 
 const membershipFile = "membership.json"
 
@@ -75,25 +96,20 @@ func (m *Membership) save(dir string) error {
 	return durable.WriteFile(filepath.Join(dir, membershipFile), raw, 0o600)
 }
 
-// orderKey is the key that signs the coordinator's orders.
-func (m *Membership) orderKey() ed25519.PublicKey { return ed25519.PublicKey(m.OrderKey) }
+// authority signs the certificates of the fleet's servers. It is nil only in a
+// membership that was never checked.
+func (m *Membership) authority() *x509.Certificate {
+	if block, _ := pem.Decode(m.CA); block != nil {
+		if c, err := x509.ParseCertificate(block.Bytes); err == nil {
+			return c
+		}
+	}
+	return nil
+}
 
-// tlsConfig is the device's side of mutual TLS with broker and data plane.
-func (m *Membership) tlsConfig(id Identity, now func() time.Time) (*tls.Config, error) {
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(m.CA) {
-		return nil, errors.New("the enrolment holds no valid authority: remove it and enrol again")
-	}
-	block, _ := pem.Decode(m.Certificate)
-	if block == nil {
-		return nil, errors.New("the enrolment holds no valid certificate: remove it and enrol again")
-	}
-	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		RootCAs:      roots,
-		Time:         now,
-		Certificates: []tls.Certificate{{Certificate: [][]byte{block.Bytes}, PrivateKey: id.key}},
-	}, nil
+// proof is what the device shows at the fleet's doors.
+func (m *Membership) proof(id Identity) *tls.Certificate {
+	return &tls.Certificate{Certificate: [][]byte{m.certificate().Raw}, PrivateKey: id.key}
 }
 
 // issued is when the certificate began to be valid: the clock cannot be earlier.
@@ -112,67 +128,114 @@ func (m *Membership) certificate() *x509.Certificate {
 	return &x509.Certificate{}
 }
 
+const (
+	enrolLimit  = 2 * time.Minute // one request; a slow link is no fault
+	maxAnswer   = 1 << 20         // bytes
+	maxSentence = 300             // bytes of another's text in a log
+)
+
 // enrol asks the coordinator at base (https://host:port) once to take this
-// device in. It fails with ErrRefused or ErrUntrusted where asking again will
-// not help, and with another error where it may.
-func enrol(ctx context.Context, id Identity, base string, tok wire.FleetToken, req wire.EnrolRequest, now func() time.Time) (*Membership, error) {
-	u, err := url.Parse(base)
-	if err != nil || u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%w: %q; it looks like https://host:8443", ErrAddress, base)
+// device in, to renew its membership, or to let it wait: then there is no
+// membership, but an [wire.EnrolPending]. It fails with ErrRefused, errStranger
+// or ErrAddress where asking again will not help, else with another error.
+func enrol(ctx context.Context, id Identity, d door, base string, req wire.EnrolRequest) (*Membership, *wire.EnrolPending, error) {
+	u, err := address(base)
+	if err != nil {
+		return nil, nil, err
 	}
 	if req.CSR, err = id.csr(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	req.Token = tok.String()
-	body, err := json.Marshal(req)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, enrolLimit)
 	defer cancel()
-	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, u.JoinPath("/enrol/v1").String(), bytes.NewReader(body))
+	status, raw, err := postJSON(ctx, d, u.JoinPath("/enrol/v1").String(), req)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	hr.Header.Set("Content-Type", "application/json")
-	tr := &http.Transport{TLSClientConfig: pinned(tok.Fingerprint, u.Hostname(), now)}
-	defer tr.CloseIdleConnections()
-	c := &http.Client{Transport: tr, CheckRedirect: func(*http.Request, []*http.Request) error {
-		return http.ErrUseLastResponse // the token is for this address and no other
-	}}
-	resp, err := c.Do(hr)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	if err != nil {
-		return nil, err
-	}
-	if resp.StatusCode != http.StatusOK {
-		var e wire.APIError
-		_ = json.Unmarshal(raw, &e) // without a reason the status has to do
-		if e.Reason == "" {
-			e.Reason = "it answered " + resp.Status
+	switch {
+	case status == http.StatusOK:
+		m := &Membership{Coordinator: base}
+		if err := json.Unmarshal(raw, &m.EnrolReply); err != nil {
+			return nil, nil, fmt.Errorf("the coordinator's answer cannot be read: %w", err)
 		}
-		if resp.StatusCode >= 400 && resp.StatusCode < 500 && resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusRequestTimeout {
-			return nil, fmt.Errorf("%w: %s", ErrRefused, e.Reason)
+		return m, nil, m.check(id, d.fingerprint)
+	case status == http.StatusAccepted && req.Token == "":
+		var p wire.EnrolPending
+		if err := json.Unmarshal(raw, &p); err != nil {
+			return nil, nil, fmt.Errorf("the coordinator's answer cannot be read: %w", err)
 		}
-		return nil, errors.New(e.Reason)
+		if p.Device != id.ID {
+			return nil, nil, errors.New("the coordinator's answer is for another device")
+		}
+		return nil, &p, nil
 	}
-	m := &Membership{Coordinator: base}
-	if err := json.Unmarshal(raw, &m.EnrolReply); err != nil {
-		return nil, fmt.Errorf("the coordinator's answer cannot be read: %w", err)
+	var e wire.APIError
+	_ = json.Unmarshal(raw, &e) // without a reason the status has to do
+	reason := sentence(e.Reason)
+	if reason == "" {
+		reason = fmt.Sprintf("it answered %d %s", status, http.StatusText(status))
 	}
-	return m, m.check(id, tok)
+	if status >= 400 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout {
+		return nil, nil, &refusal{status, reason}
+	}
+	return nil, nil, errors.New(reason)
 }
 
-// check refuses an enrolment that is not for this key or not from the token's
-// authority, before any of it is kept.
-func (m *Membership) check(id Identity, tok wire.FleetToken) error {
+// address reads a coordinator's address, with the port.
+func address(base string) (*url.URL, error) {
+	u, err := url.Parse(base)
+	if err != nil || u.Scheme != "https" || u.Hostname() == "" {
+		return nil, fmt.Errorf("%w: %q; it looks like https://host:8443", ErrAddress, base)
+	}
+	if u.Port() == "" {
+		u.Host = net.JoinHostPort(u.Hostname(), "443")
+	}
+	return u, nil
+}
+
+// postJSON sends one request through d, on a connection of its own, and follows
+// nobody elsewhere: what is in it is for this address.
+func postJSON(ctx context.Context, d door, to string, body any) (status int, answer []byte, err error) {
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return 0, nil, err
+	}
+	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(raw))
+	if err != nil {
+		return 0, nil, err
+	}
+	hr.Header.Set("Content-Type", "application/json")
+	tr := &http.Transport{DialTLSContext: d.dial}
+	defer tr.CloseIdleConnections()
+	resp, err := tr.RoundTrip(hr)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	answer, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	return resp.StatusCode, answer, err
+}
+
+// sentence cuts and cleans what another says before it stands in a log.
+func sentence(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	if len(s) > maxSentence {
+		s = strings.ToValidUTF8(s[:maxSentence], "") + "…"
+	}
+	return strings.TrimSpace(s)
+}
+
+// check refuses an enrolment that is not for this key or not from the authority
+// that the device believes, before any of it is kept.
+func (m *Membership) check(id Identity, authority [16]byte) error {
 	ca, _ := pem.Decode(m.CA)
-	if ca == nil || wire.Fingerprint(ca.Bytes) != tok.Fingerprint {
-		return ErrUntrusted
+	if ca == nil || wire.Fingerprint(ca.Bytes) != authority {
+		return errStranger
 	}
 	if err := m.fits(id); err != nil {
 		return fmt.Errorf("the coordinator's answer cannot be used; is it newer than this agent? %w", err)
@@ -200,7 +263,8 @@ func (m *Membership) fits(id Identity) error {
 	if ca == nil || len(bytes.TrimSpace(rest)) > 0 {
 		return errors.New("it must hold one authority") // more would be trusted without having been pinned
 	}
-	if _, err := x509.ParseCertificate(ca.Bytes); err != nil {
+	authority, err := x509.ParseCertificate(ca.Bytes)
+	if err != nil {
 		return fmt.Errorf("its authority cannot be read: %w", err)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
@@ -210,37 +274,8 @@ func (m *Membership) fits(id Identity) error {
 	if !id.key.Public().(ed25519.PublicKey).Equal(cert.PublicKey) {
 		return errors.New("its certificate is for another key")
 	}
-	return nil
-}
-
-// pinned trusts exactly the authority with this fingerprint, which the server
-// must send along. It replaces the usual check, it does not skip it.
-func pinned(fp [16]byte, host string, now func() time.Time) *tls.Config {
-	return &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		ServerName:         host,
-		InsecureSkipVerify: true, // VerifyConnection below does it against the pin
-		VerifyConnection: func(cs tls.ConnectionState) error {
-			roots := x509.NewCertPool()
-			found := false
-			for _, c := range cs.PeerCertificates {
-				if wire.Fingerprint(c.Raw) == fp {
-					roots.AddCert(c)
-					found = true
-				}
-			}
-			if !found {
-				return ErrUntrusted
-			}
-			leaf := cs.PeerCertificates[0]
-			// A new device may not know the time. That the authority has signed the
-			// certificate proves that its time has begun.
-			at := later(now(), leaf.NotBefore)
-			_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: at})
-			if err != nil {
-				return fmt.Errorf("the coordinator's certificate is not valid: %w", err)
-			}
-			return nil
-		},
+	if err := cert.CheckSignatureFrom(authority); err != nil {
+		return fmt.Errorf("its certificate is not signed by its authority: %w", err)
 	}
+	return nil
 }

@@ -11,11 +11,14 @@ import (
 	"fmt"
 	"log/slog"
 	mrand "math/rand/v2"
+	"net"
+	"net/url"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
+	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -30,6 +33,9 @@ type session struct {
 	out    chan message
 	online atomic.Bool
 	again  time.Duration // without a welcome for so long, hello is said again
+	rare   atomic.Bool   // see slow
+	wake   chan struct{} // ends the wait for the next attempt
+	denied int           // connections in a row that came to nothing; of run alone
 
 	mu    sync.Mutex
 	nonce string // of the hello that waits for its welcome; empty if none does
@@ -38,8 +44,8 @@ type session struct {
 // link is what a session needs of the rest of the agent.
 type link struct {
 	id      Identity
-	brokers []string
-	tls     *tls.Config
+	brokers func() []string
+	door    door
 	clock   *Clock
 	log     *slog.Logger
 	// hello fills the part of a hello that is not the session's own.
@@ -48,7 +54,10 @@ type link struct {
 	receive func(raw []byte) error
 	// welcomed is called after each verified welcome.
 	welcomed func()
-	trusted  func() ed25519.PublicKey
+	// refused is called when a broker was reached that does not let this device
+	// in, or that again and again drops it before it is welcomed.
+	refused func()
+	trusted func() ed25519.PublicKey
 }
 
 type message struct {
@@ -56,18 +65,35 @@ type message struct {
 	raw     []byte
 }
 
+// The limits let a link work that is only slow: one second there and back, one
+// packet in twenty lost. TCP then carries about 8 kB/s (MSS/RTT · 1.22/√loss,
+// Mathis et al. 1997), so the largest message takes 16 s, and connecting is four
+// round trips with a retransmission (1 s, 2 s, 4 s …) or two among them.
 const (
-	connectTimeout = 20 * time.Second
-	keepAlive      = 30 * time.Second
-	welcomeWait    = 10 * time.Second
-	minBackoff     = 500 * time.Millisecond
-	maxBackoff     = time.Minute
-	inbox          = 256 // messages taken from the broker and not yet looked at
-	outbox         = 256 // messages given by the agent and not yet sent
+	connectTimeout = 45 * time.Second // TCP, TLS and CONNACK; or SUBACK
+	writeTimeout   = 90 * time.Second // one message, and what is in the buffers before it
+	// A broker gives up after one and a half of keepAlive (MQTT 3.1.1, section
+	// 3.1.2.10). A ping is sent 65 s after the last packet at the latest, which
+	// leaves 25 s for it to be lost and sent again.
+	keepAlive   = time.Minute
+	pingTimeout = 45 * time.Second
+	// sendBuffer bounds what the kernel holds back on a slow link, because a ping
+	// stands behind it: at 8 kB/s, twice this (the kernel doubles it) is 8 s.
+	sendBuffer = 32 << 10
+
+	welcomeWait = 10 * time.Second
+	minBackoff  = 500 * time.Millisecond
+	maxBackoff  = time.Minute
+	stable      = time.Minute     // a connection that lived so long was a good one
+	spread      = 5 * time.Second // over which devices come back that lost a good one together
+	rareBackoff = time.Hour
+	doubtful    = 3   // connections in a row without a welcome
+	inbox       = 256 // messages taken from the broker and not yet looked at
+	outgoing    = 256 // messages given by the agent and not yet sent
 )
 
 func newSession(l link) *session {
-	return &session{link: l, out: make(chan message, outbox), again: welcomeWait}
+	return &session{link: l, out: make(chan message, outgoing), again: welcomeWait, wake: make(chan struct{}, 1)}
 }
 
 // publish queues a message. With no room, or no connection, it is dropped:
@@ -82,67 +108,132 @@ func (s *session) publish(c wire.Channel, raw []byte) {
 	}
 }
 
-// run connects, and connects again with a growing, jittered wait, until ctx ends.
-func (s *session) run(ctx context.Context) {
-	wait := minBackoff
-	for attempt := 0; ctx.Err() == nil; attempt++ {
-		broker := s.brokers[attempt%len(s.brokers)]
-		began := time.Now()
-		err := s.once(ctx, broker)
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(began) > time.Minute {
-			wait = minBackoff // it worked for a while: this is a new fault
-		}
-		pause := wait/2 + mrand.N(wait) // a fleet must not come back as one
-		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond).String(), "error", err)
-		wait = min(2*wait, maxBackoff)
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-		}
+// slow has the session try only about once an hour, or as usual again, and then
+// at once.
+func (s *session) slow(rare bool) {
+	s.rare.Store(rare)
+	if rare {
+		return
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default:
 	}
 }
 
-// once holds one connection until it breaks or ctx ends.
-func (s *session) once(ctx context.Context, broker string) error {
+// backoff is the wait before the next attempt to connect. It is drawn from the
+// whole of a range that doubles ("full jitter", Brooker 2015): of all ways to
+// spread a fleet that comes back at once, it asks the least of a broker.
+type backoff struct{ most time.Duration }
+
+// next is told how long the last connection had stood.
+func (b *backoff) next(stood time.Duration) time.Duration {
+	if stood >= stable {
+		b.most = minBackoff // a new fault
+		return mrand.N(spread)
+	}
+	b.most = min(max(2*b.most, 2*minBackoff), maxBackoff)
+	return minBackoff + mrand.N(b.most-minBackoff)
+}
+
+// run connects, and connects again with a growing, jittered wait, until ctx ends.
+func (s *session) run(ctx context.Context) {
+	var wait backoff
+	for attempt := 0; ctx.Err() == nil; attempt++ {
+		brokers := s.brokers()
+		broker := brokers[attempt%len(brokers)]
+		stood, err := s.once(ctx, broker)
+		if ctx.Err() != nil {
+			return
+		}
+		pause := wait.next(stood)
+		if s.rare.Load() {
+			pause = rareBackoff/2 + mrand.N(rareBackoff)
+		}
+		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond).String(), "error", err)
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+		case <-s.wake:
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+// once holds one connection until it breaks or ctx ends, and returns how long
+// it had stood.
+func (s *session) once(ctx context.Context, broker string) (stood time.Duration, err error) {
 	id := newNonce()
 	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, id))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	lost := make(chan error, 1)
 	in := make(chan []byte, inbox)
+	var reached atomic.Bool
 	opts := mqtt.NewClientOptions().
 		AddBroker(broker).
 		SetClientID(string(s.id.ID)).
 		SetProtocolVersion(4). // MQTT 3.1.1; without this, every failure is tried again as 3.1
-		SetTLSConfig(s.tls.Clone()).
+		SetCustomOpenConnectionFn(s.open(ctx, &reached)).
 		SetCleanSession(true).
 		SetAutoReconnect(false). // run does it, with jitter and over all brokers
 		SetConnectTimeout(connectTimeout).
-		SetWriteTimeout(connectTimeout).
+		SetWriteTimeout(writeTimeout).
 		SetKeepAlive(keepAlive).
-		SetPingTimeout(keepAlive/2).
+		SetPingTimeout(pingTimeout).
 		SetBinaryWill(wire.Topic(s.id.ID, wire.ChannelPresence), will, 0, false).
 		SetConnectionLostHandler(func(_ mqtt.Client, err error) { lost <- err })
 	c := mqtt.NewClient(opts)
-	if err := wait(ctx, c.Connect()); err != nil {
-		c.Disconnect(0)
-		if s.clock.learn(err, s.tls.RootCAs) {
-			s.log.Info("the clock was behind the broker's certificate, and is set to its beginning", "time", s.clock.Now().Format(time.RFC3339))
+	defer func() {
+		if reached.Load() && ctx.Err() == nil {
+			s.judge(err)
 		}
-		return fmt.Errorf("connect: %w", err)
+	}()
+	if err := wait(ctx, c.Connect(), connectTimeout); err != nil {
+		c.Disconnect(0)
+		return 0, fmt.Errorf("connect: %w", err)
 	}
+	began := time.Now()
 	defer c.Disconnect(250)
 	if err := s.subscribe(ctx, c, in); err != nil {
-		return fmt.Errorf("subscribe: %w", err)
+		return 0, fmt.Errorf("subscribe: %w", err)
 	}
 	s.discard()
 	s.online.Store(true)
 	defer s.online.Store(false)
-	return s.pump(ctx, c, id, in, lost)
+	err = s.pump(ctx, c, id, in, lost)
+	return time.Since(began), err
+}
+
+// open reaches a broker by TLS, and watches what comes from it.
+func (s *session) open(ctx context.Context, reached *atomic.Bool) mqtt.OpenConnectionFunc {
+	return func(u *url.URL, _ mqtt.ClientOptions) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+		defer cancel()
+		conn, err := s.door.dial(ctx, "tcp", u.Host)
+		if err != nil {
+			return nil, err
+		}
+		reached.Store(true)
+		if tcp, ok := conn.(*tls.Conn).NetConn().(*net.TCPConn); ok {
+			_ = tcp.SetWriteBuffer(sendBuffer) // without it a slow link is only less sure
+		}
+		return &guard{Conn: conn}, nil
+	}
+}
+
+// judge tells, after a connection to a broker has ended, whether the broker
+// does not want this device. A certificate that has ended is one reason for it.
+func (s *session) judge(err error) {
+	s.denied++ // since the last welcome, see take
+	said := isAlert(err) || errors.Is(err, packets.ErrorRefusedNotAuthorised) ||
+		errors.Is(err, packets.ErrorRefusedBadUsernameOrPassword) || errors.Is(err, packets.ErrorRefusedIDRejected)
+	if said || s.denied >= doubtful {
+		s.denied = 0
+		s.refused()
+	}
 }
 
 const refusedByBroker = 0x80 // MQTT 3.1.1, section 3.9.3
@@ -150,7 +241,7 @@ const refusedByBroker = 0x80 // MQTT 3.1.1, section 3.9.3
 func (s *session) subscribe(ctx context.Context, c mqtt.Client, in chan<- []byte) error {
 	topic := wire.Topic(s.id.ID, wire.ChannelOrder)
 	t := c.Subscribe(topic, 0, func(_ mqtt.Client, m mqtt.Message) { deliver(in, m.Payload()) })
-	if err := wait(ctx, t); err != nil {
+	if err := wait(ctx, t, connectTimeout); err != nil {
 		return err
 	}
 	// To the library a refusal is no error, and the device would be deaf.
@@ -172,7 +263,7 @@ func deliver(in chan<- []byte, raw []byte) {
 	}
 }
 
-// discard empties the outbox of what an earlier connection left: a hello of
+// discard empties the queue of what an earlier connection left: a hello of
 // that one, and reports that are sent again anyway. They would stand before, or
 // in the place of, this connection's hello.
 func (s *session) discard() {
@@ -188,7 +279,8 @@ func (s *session) discard() {
 // pump moves messages both ways and says hello until it is answered.
 func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan []byte, lost <-chan error) error {
 	s.greet(id)
-	again := time.NewTicker(s.again)
+	pause := s.again
+	again := time.NewTimer(jittered(pause))
 	defer again.Stop()
 	told := false
 	for {
@@ -199,10 +291,9 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 			s.goodbye(c, id)
 			return ctx.Err()
 		case <-again.C:
-			s.mu.Lock()
-			waiting := s.nonce != ""
-			s.mu.Unlock()
-			if waiting {
+			if s.waits() {
+				pause = min(2*pause, maxBackoff)
+				again.Reset(jittered(pause))
 				if !told {
 					s.log.Warn("the broker is reached, but no coordinator answers through it; does it run, and do the broker's access rules let this device read " + wire.Topic(s.id.ID, wire.ChannelOrder) + "?")
 					told = true
@@ -215,7 +306,7 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 			}
 		case m := <-s.out:
 			t := c.Publish(wire.Topic(s.id.ID, m.channel), 0, false, m.raw)
-			if err := wait(ctx, t); err != nil && ctx.Err() == nil {
+			if err := wait(ctx, t, writeTimeout); err != nil && ctx.Err() == nil {
 				return fmt.Errorf("publish: %w", err)
 			}
 		}
@@ -244,9 +335,20 @@ func (s *session) take(raw []byte) error {
 	if !s.clock.Trust(w.Time) {
 		return fmt.Errorf("the coordinator's time %s is before what this device knows for sure; its clock must be set", w.Time.Format(time.RFC3339))
 	}
+	s.denied = 0
 	s.welcomed()
 	return nil
 }
+
+// waits tells whether a hello is out that nobody has answered.
+func (s *session) waits() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.nonce != ""
+}
+
+// jittered is d, give or take a quarter.
+func jittered(d time.Duration) time.Duration { return d*3/4 + mrand.N(d/2+1) }
 
 func (s *session) greet(id string) {
 	p := s.presence(true, id)
@@ -277,9 +379,9 @@ func (s *session) presence(online bool, id string) wire.Presence {
 	return p
 }
 
-// wait bounds a paho token by ctx and by connectTimeout.
-func wait(ctx context.Context, t mqtt.Token) error {
-	timer := time.NewTimer(connectTimeout)
+// wait bounds a paho token by ctx and by limit.
+func wait(ctx context.Context, t mqtt.Token, limit time.Duration) error {
+	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
 	case <-t.Done():
