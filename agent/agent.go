@@ -83,7 +83,7 @@ type Agent struct {
 	web       *http.Client               // to the data plane
 
 	clock   *Clock
-	journal *journal
+	journal *badgerJournal
 	chunks  *store.Set
 	move    *transfer.Client
 	update  *ota.Service
@@ -294,10 +294,12 @@ func (a *Agent) furnish() error {
 			wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
 			wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
 			wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
-			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Limit: jobLimit},
-			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
+			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Long: true, Limit: jobLimit},
+			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
 			wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
+			wire.KindPing:          {Handle: ping(a.cfg.Version, a.began), Limit: pingLimit},
 		},
+		extra:   a.cfg.Routes,
 		publish: func(raw []byte) { a.session.publish(wire.ChannelReport, raw) },
 		attach: func(ctx context.Context, order string, data []byte) error {
 			return a.move.Put(ctx, "/data/v1/attachment/"+order, data, "application/octet-stream")
@@ -419,6 +421,7 @@ func (a *Agent) hello() wire.Presence {
 	}
 	p.Capacity, p.Used = a.room()
 	p.ConfigVersion = a.desired.version()
+	p.Dropped = a.journal.dropped()
 	return p
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/BurntSushi/toml"
 
 	"github.com/deimos-edge/deimos/jobs/policy"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // Config is what the owner tells the agent, from a TOML file and the command
@@ -42,6 +43,11 @@ type Config struct {
 	Released time.Time    `toml:"-"` // when that was made: no clock can be earlier
 	Slot     string       `toml:"-"` // that it was started from; empty without the launcher
 	Log      *slog.Logger `toml:"-"`
+	// Routes are kinds of orders that a program which embeds the agent carries
+	// out itself. A kind of the agent's own cannot be among them. Delivery is the
+	// agent's: a handler must be idempotent, as a crash can come between its
+	// effect and its report.
+	Routes map[wire.Kind]Route `toml:"-"`
 	// SystemTime is the hardware clock; nil is time.Now.
 	SystemTime func() time.Time `toml:"-"`
 

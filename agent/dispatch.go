@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
@@ -9,9 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
+	"maps"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
@@ -24,8 +26,11 @@ var ErrRestart = errors.New("the agent has to restart")
 // only place where kinds and handlers meet.
 type Route struct {
 	Handle wire.Handler
-	// AtOnce is how many orders of this kind run together; more wait their turn.
+	// AtOnce is how many orders of this kind run together; more wait their turn
+	// (see scheduler). 0 is one, and for kinds of priority 0 any number.
 	AtOnce int
+	// Long is for work that may take hours: it does not count as I/O.
+	Long bool
 	// Limit is how long one may take once it runs.
 	Limit time.Duration
 	// Restart is the error by which the handler says that the agent has to start
@@ -34,9 +39,18 @@ type Route struct {
 	Restart, Later error
 }
 
-// maxInFlight bounds orders that run or wait. What is above is not answered:
-// the coordinator sends it again later.
-const maxInFlight = 1024
+// maxInFlight bounds orders of the lowest priority that run or wait, in the
+// presence of all others; each priority above has reserved more. What is above
+// is not answered: the coordinator sends it again later.
+const (
+	maxInFlight    = 1024
+	reserved       = 64
+	lowestPriority = 5
+)
+
+// quietFor is how long the first report that is not terminal is held back, as
+// most orders end sooner; and the least time between two such reports.
+const quietFor = 500 * time.Millisecond
 
 // keepConcluded is how long the report of an order is kept whose expiry is not
 // known any more.
@@ -47,11 +61,15 @@ type duties struct {
 	id      Identity
 	trusted func() ed25519.PublicKey // key that signs orders
 	clock   *Clock
-	journal *journal
+	journal journal
+	// outbox bounds the journal, in bytes; 0 is defaultOutbox.
+	outbox int64
 	// epoch is the number below this life's first report; a later life's is
 	// higher, so that its reports are newer than those of this one.
 	epoch  uint64
 	routes map[wire.Kind]Route
+	// extra are routes of who embeds the agent; none may be one of the above.
+	extra map[wire.Kind]Route
 	// publish sends a sealed report; it may be lost, the outbox sends it again.
 	publish func(envelope []byte)
 	// attach puts a large attachment where the coordinator finds it.
@@ -62,43 +80,55 @@ type duties struct {
 
 // dispatcher turns signed orders into effects and signed reports. It checks
 // signature, device, expiry and whether an order was done before, in this order.
+//
+// Its mutex is never held while the disk is waited for, only while it is read.
 type dispatcher struct {
 	duties
-	lanes map[wire.Kind]chan struct{}
-	wg    sync.WaitGroup
+	out   outbox
+	wg    sync.WaitGroup // of the orders in flight
+	seq   atomic.Uint64  // of the last report; one count for all orders, as an order may begin again
+	quiet time.Duration  // quietFor, except in tests
 
 	mu       sync.Mutex
-	seq      uint64                  // of the last report; one count for all orders, as an order may begin again
-	inFlight map[string]*wire.Report // by order id: the last report, for who asks again
-	owed     map[string]*debt        // unacknowledged terminal reports, by order id
-	changed  chan struct{}           // capacity 1: owed has changed
-}
-
-// debt is a terminal report that the coordinator has not acknowledged.
-type debt struct {
-	entry entry
-	next  time.Time // when to send it again, local monotonic clock
-	wait  time.Duration
+	schedule *scheduler
+	inFlight map[string]*task // by order id
+	owed     debts            // unacknowledged terminal reports
+	acks     []wire.Acked     // of owed reports, not yet noted in the journal
+	revoked  map[string]error // orders that are canceled when they arrive again: see cancelOrder
+	full     bool             // the outbox, and the log says so
+	tidying  bool             // tidy runs
+	changed  chan struct{}    // capacity 1: owed or acks has changed
 }
 
 func newDispatcher(u duties) (*dispatcher, error) {
+	routes := maps.Clone(u.routes)
 	d := &dispatcher{
 		duties:   u,
-		lanes:    make(map[wire.Kind]chan struct{}, len(u.routes)),
-		seq:      u.epoch,
-		inFlight: make(map[string]*wire.Report),
-		owed:     make(map[string]*debt),
+		quiet:    quietFor,
+		inFlight: make(map[string]*task),
+		revoked:  make(map[string]error),
 		changed:  make(chan struct{}, 1),
 	}
-	for k, r := range d.routes {
-		d.lanes[k] = make(chan struct{}, max(1, r.AtOnce))
+	d.seq.Store(u.epoch)
+	d.out = outbox{journal: u.journal, bound: cmp.Or(u.outbox, defaultOutbox), id: u.id, clock: u.clock, number: func() uint64 { return d.seq.Add(1) }}
+	routes[wire.KindOrderCancel] = Route{Handle: d.cancelOrder, Limit: cancelLimit}
+	for k, r := range u.extra {
+		if _, own := routes[k]; own {
+			return nil, fmt.Errorf("orders of kind %s are the agent's own; an extension must have a kind of its own", k)
+		}
+		if r.Handle == nil || r.Limit <= 0 {
+			return nil, fmt.Errorf("the extension for orders of kind %s needs a handler and a limit", k)
+		}
+		routes[k] = r
 	}
-	left, err := d.journal.unacked()
+	d.routes = routes
+	d.schedule = newScheduler(routes)
+	left, err := unacked(d.journal)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the journal cannot be read: %w", err)
 	}
-	for _, e := range left {
-		d.owe(e)
+	for _, order := range left {
+		d.owed.add(order, time.Now())
 	}
 	return d, nil
 }
@@ -133,8 +163,8 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if last, ok := d.inFlight[o.ID]; ok {
-		d.say(*last)
+	if t, ok := d.inFlight[o.ID]; ok {
+		d.tellNow(t)
 		return nil
 	}
 	done, ok, err := d.journal.get(o.ID)
@@ -154,83 +184,195 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 			return fmt.Errorf("order %s expired at %s by a clock that is not sure of the time, and was ignored", o.ID, o.Expires.UTC().Format(time.RFC3339))
 		}
 		// Not kept: after its expiry nobody asks for it again.
-		d.seq++
-		d.say(wire.Report{Order: o.ID, Seq: d.seq, State: p.State, Code: p.Code, Reason: p.Reason})
+		d.say(wire.Report{Order: o.ID, Seq: d.seq.Add(1), State: p.State, Code: p.Code, Reason: p.Reason})
 		return nil
 	}
-	if len(d.inFlight) >= maxInFlight {
-		return fmt.Errorf("order %s has to wait: %d orders are under way", o.ID, maxInFlight)
+	if ok, err := d.admit(o); !ok {
+		return err
 	}
-	last := new(wire.Report)
-	d.inFlight[o.ID] = last
-	d.step(last, wire.Report{Order: o.ID, State: wire.Queued})
-	d.wg.Go(func() { d.carryOut(ctx, o, last) })
+	return d.enqueue(ctx, o, now)
+}
+
+// admit tells whether there is room for one more order, and for its report.
+func (d *dispatcher) admit(o wire.Order) (bool, error) {
+	p := o.Kind.Priority()
+	if len(d.inFlight) >= maxInFlight+reserved*(lowestPriority-p) {
+		return false, fmt.Errorf("order %s has to wait: %d orders are under way", o.ID, len(d.inFlight))
+	}
+	n := len(d.inFlight) + 1
+	if d.out.room(n, p) {
+		d.full = false
+		return true, nil
+	}
+	if !d.tidying {
+		d.tidying = true
+		d.wg.Go(func() { d.tidy(int64(n)*bareReport, classOf(o.Kind)) })
+	}
+	if d.full {
+		return false, nil // it was said
+	}
+	d.full = true
+	return false, fmt.Errorf("new orders are left unanswered until the coordinator has acknowledged reports: the outbox holds %d MiB of them, and its bound is %d", d.journal.bytes()>>20, d.out.bound>>20)
+}
+
+// tidy makes room in the outbox for orders that come again.
+func (d *dispatcher) tidy(need int64, most class) {
+	if err := d.out.sweep(need, most); err != nil {
+		d.log.Error("no room can be made", "error", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tidying = false
+}
+
+// enqueue puts an order under way. d.mu is held.
+func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time) (err error) {
+	t := &task{order: o, class: classOf(o.Kind)}
+	route, known := d.routes[o.Kind]
+	if known && route.Later != nil {
+		if t.again, err = d.journal.begun(o.ID); err != nil {
+			return err
+		}
+	}
+	d.track(ctx, t)
+	d.step(t, wire.Report{Order: o.ID, State: wire.Queued})
+	if !known {
+		go d.end(t, wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind))
+		return nil
+	}
+	if why := d.revoked[o.ID]; why != nil {
+		t.cancel(why)
+	}
+	waiting, stop := context.WithTimeoutCause(t.ctx, o.Expires.Sub(now), errWaitedTooLong)
+	unwatch := context.AfterFunc(waiting, func() { d.giveUp(t, context.Cause(waiting)) })
+	t.unwatch = func() { unwatch(); stop() }
+	d.schedule.add(t)
+	d.beginNext()
 	return nil
 }
 
-// carryOut runs an order to its terminal report.
-func (d *dispatcher) carryOut(ctx context.Context, o wire.Order, last *wire.Report) {
-	out, err := d.effect(ctx, o, last)
-	route := d.routes[o.Kind]
-	switch {
-	case err != nil && ctx.Err() != nil:
-		d.abandon(o.ID)
+var errWaitedTooLong = wire.RejectedBecause(wire.CodeExpired, "the order expired while it waited for other work to end")
+
+// track makes t an order in flight; release ends that. d.mu is held.
+func (d *dispatcher) track(ctx context.Context, t *task) {
+	t.agent, t.place, t.done, t.said = ctx, -1, make(chan struct{}), time.Now()
+	t.ctx, t.cancel = context.WithCancelCause(ctx)
+	d.inFlight[t.order.ID] = t
+	d.wg.Add(1)
+}
+
+func (d *dispatcher) release(t *task) {
+	if t.hush != nil {
+		t.hush.Stop()
+	}
+	t.cancel(nil)
+	delete(d.inFlight, t.order.ID)
+	close(t.done)
+	d.wg.Done()
+}
+
+// giveUp ends an order that waits.
+func (d *dispatcher) giveUp(t *task, why error) {
+	d.mu.Lock()
+	// What was begun before may be beyond recall: its handler knows.
+	if t.again && isCancel(why) || !d.schedule.remove(t) {
+		d.mu.Unlock()
 		return
+	}
+	d.mu.Unlock()
+	d.end(t, wire.Outcome{}, why)
+}
+
+// beginNext begins every order that may. d.mu is held.
+func (d *dispatcher) beginNext() {
+	for t := d.schedule.next(); t != nil; t = d.schedule.next() {
+		t.unwatch()
+		go d.carryOut(t)
+	}
+}
+
+// carryOut runs an order to its terminal report.
+func (d *dispatcher) carryOut(t *task) {
+	out, err := d.effect(t)
+	d.mu.Lock()
+	d.schedule.ended(t.order.Kind)
+	d.beginNext()
+	d.mu.Unlock()
+	d.end(t, out, err)
+}
+
+// end reports on an order, or leaves it open: the coordinator will send it
+// again, or somebody else concludes it.
+func (d *dispatcher) end(t *task, out wire.Outcome, err error) {
+	route := d.routes[t.order.Kind]
+	switch {
 	case route.Restart != nil && errors.Is(err, route.Restart):
-		d.abandon(o.ID)
+		d.abandon(t)
 		d.restart()
 		return
-	case route.Later != nil && errors.Is(err, route.Later):
-		d.abandon(o.ID)
+	case route.Later != nil && errors.Is(err, route.Later), errors.Is(err, errNotBegun):
+		d.abandon(t)
+		return
+	case err != nil && t.agent.Err() != nil && !isCancel(err):
+		d.abandon(t)
 		return
 	}
-	r := d.terminal(ctx, o.ID, out, err)
-	if err == nil && r.State != wire.Succeeded && ctx.Err() != nil {
-		d.abandon(o.ID) // not the result is at fault, its attachment had no time
+	r := d.terminal(t.agent, t.order.ID, out, err)
+	if err == nil && r.State != wire.Succeeded && t.agent.Err() != nil {
+		d.abandon(t) // not the result is at fault, its attachment had no time
 		return
 	}
-	d.finish(o.Expires, r)
+	d.finish(t, r, t.order.Expires, t.class)
 }
 
-// conclude reports on an order that a former life of the agent was given.
-func (d *dispatcher) conclude(order string, out wire.Outcome, problem error) {
-	d.finish(d.clock.Now().Add(keepConcluded), d.terminal(context.Background(), order, out, problem))
-}
-
-// effect waits for a place and calls the handler under its limit.
-func (d *dispatcher) effect(ctx context.Context, o wire.Order, last *wire.Report) (wire.Outcome, error) {
-	route, ok := d.routes[o.Kind]
-	if !ok {
-		return wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind)
-	}
-	left := o.Expires.Sub(d.clock.Now())
-	waiting, cancel := context.WithTimeoutCause(ctx, left, wire.RejectedBecause(wire.CodeExpired, "the order expired while it waited for other work to end"))
-	defer cancel()
-	select {
-	case d.lanes[o.Kind] <- struct{}{}:
-		defer func() { <-d.lanes[o.Kind] }()
-	case <-waiting.Done():
-	}
-	if waiting.Err() != nil { // also where both were ready: not begun after its expiry
-		return wire.Outcome{}, context.Cause(waiting)
-	}
-	limit := min(route.Limit, o.Expires.Sub(d.clock.Now()))
-	late := &wire.Problem{State: wire.TimedOut, Code: wire.CodeLimit, Reason: fmt.Sprintf("it was not done within %s", limit.Round(time.Second))}
-	running, cancel := context.WithTimeoutCause(ctx, limit, late)
-	defer cancel()
-
+// abandon forgets an order in flight without a report.
+func (d *dispatcher) abandon(t *task) {
 	d.mu.Lock()
-	d.step(last, wire.Report{Order: o.ID, State: wire.Running})
+	defer d.mu.Unlock()
+	d.release(t)
+}
+
+// conclude reports on an update that a former life of the agent was given.
+func (d *dispatcher) conclude(order string, out wire.Outcome, problem error) {
+	r := d.terminal(context.Background(), order, out, problem)
+	d.finish(nil, r, d.clock.Now().Add(keepConcluded), classOf(wire.KindUpdateInstall))
+}
+
+var errNotBegun = errors.New("the order could not be begun")
+
+// effect calls the handler under its limit, unless it is too late for that.
+func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
+	o, route := t.order, d.routes[t.order.Kind]
+	left := o.Expires.Sub(d.clock.Now())
+	switch {
+	case t.ctx.Err() != nil && !t.again:
+		return wire.Outcome{}, context.Cause(t.ctx)
+	case left <= 0:
+		return wire.Outcome{}, errWaitedTooLong
+	}
+	if route.Later != nil && !t.again {
+		if err := d.journal.begin(o.ID, o.Expires); err != nil {
+			d.log.Error("an order cannot be begun; it comes again", "order", o.ID, "error", err)
+			return wire.Outcome{}, errNotBegun
+		}
+	}
+	limit := min(route.Limit, left)
+	late := &wire.Problem{State: wire.TimedOut, Code: wire.CodeLimit, Reason: fmt.Sprintf("it was not done within %s", limit.Round(time.Second))}
+	running, cancel := context.WithTimeoutCause(t.ctx, limit, late)
+	defer cancel()
+	d.mu.Lock()
+	d.step(t, wire.Report{Order: o.ID, State: wire.Running})
 	d.mu.Unlock()
 	out, err := d.handle(running, o, func(done float64) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		// A percent at a time is enough for a person to watch. Nothing after the end.
-		if d.inFlight[o.ID] == last && done >= last.Progress+0.01 {
-			d.step(last, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
+		if d.inFlight[o.ID] == t && done >= t.last.Progress+0.01 {
+			d.step(t, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
 		}
 	})
-	if err != nil && running.Err() != nil && ctx.Err() == nil {
+	open := route.Restart != nil && errors.Is(err, route.Restart) || route.Later != nil && errors.Is(err, route.Later)
+	if err != nil && !open && running.Err() != nil {
 		return wire.Outcome{}, context.Cause(running)
 	}
 	return out, err
@@ -284,48 +426,64 @@ func (d *dispatcher) fill(ctx context.Context, r *wire.Report, out wire.Outcome)
 	return d.attach(ctx, r.Order, out.Attachment)
 }
 
-// finish makes a terminal report durable, then sends it until it is acknowledged.
-func (d *dispatcher) finish(expires time.Time, r wire.Report) {
-	order := r.Order
-	d.mu.Lock()
-	d.seq++
-	r.Seq = d.seq
-	d.mu.Unlock()
+// finish makes a terminal report durable, then sends it until it is
+// acknowledged. t is nil for an order that is not in flight.
+func (d *dispatcher) finish(t *task, r wire.Report, expires time.Time, c class) {
+	r.Seq = d.seq.Add(1)
 	raw, err := d.seal(r)
 	if err != nil {
-		raw, err = d.seal(wire.Report{Order: order, Seq: r.Seq, State: wire.Failed, Code: wire.CodeInternal, Reason: err.Error()})
+		r = wire.Report{Order: r.Order, Seq: r.Seq, State: wire.Failed, Code: wire.CodeInternal, Reason: err.Error()}
+		raw, err = d.seal(r)
 	}
-	e := entry{Order: order, Seq: r.Seq, Expires: expires, Report: raw}
+	e := entry{Order: r.Order, Seq: r.Seq, Expires: expires, Report: raw, Class: c, Bare: content(r) < worthStripping}
 	if err == nil {
-		err = d.journal.put(e) // outside the lock: it waits for the disk
+		e, err = d.out.keep(e) // outside the lock: it waits for the disk
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.inFlight, order)
+	if t != nil {
+		defer d.release(t)
+	}
 	if err != nil {
 		// Unreported: the coordinator sends the order again and it is done
 		// again, which handlers bear.
-		d.log.Error("an order is done but its report cannot be kept; free some disk space", "order", order, "error", err)
+		d.log.Error("an order is done but its report cannot be kept; free some disk space", "order", r.Order, "error", err)
 		return
 	}
-	d.owe(e)
-	d.publish(raw)
+	delete(d.revoked, r.Order)
+	d.owed.add(r.Order, time.Now())
+	d.nudge()
+	d.publish(e.Report)
 }
 
-// abandon forgets a running order without a report: the coordinator will send
-// it again, or somebody else concludes it.
-func (d *dispatcher) abandon(order string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.inFlight, order)
+// step numbers a report that is not terminal; it is sent when it is time. d.mu is held.
+func (d *dispatcher) step(t *task, r wire.Report) {
+	r.Seq = d.seq.Add(1)
+	t.last = r
+	if t.hush != nil {
+		return
+	}
+	if wait := d.quiet - time.Since(t.said); wait > 0 {
+		t.hush = time.AfterFunc(wait, func() {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			if t.hush != nil && d.inFlight[t.order.ID] == t {
+				d.tellNow(t)
+			}
+		})
+		return
+	}
+	d.tellNow(t)
 }
 
-// step numbers and sends a report that is not terminal. d.mu is held.
-func (d *dispatcher) step(last *wire.Report, r wire.Report) {
-	d.seq++
-	r.Seq = d.seq
-	*last = r
-	d.say(r)
+// tellNow sends the present state of an order in flight. d.mu is held.
+func (d *dispatcher) tellNow(t *task) {
+	if t.hush != nil {
+		t.hush.Stop()
+		t.hush = nil
+	}
+	t.said = time.Now()
+	d.say(t.last)
 }
 
 // say seals and sends a report that need not arrive.
@@ -338,20 +496,13 @@ func (d *dispatcher) say(r wire.Report) {
 	d.publish(raw)
 }
 
+// public is the half of the key that others check with.
+func (i Identity) public() ed25519.PublicKey { return i.key.Public().(ed25519.PublicKey) }
+
 func (d *dispatcher) seal(r wire.Report) ([]byte, error) {
 	r.Device = d.id.ID
 	r.At, r.TimeConfidence = d.clock.Read()
 	return wire.Seal(d.id.key, wire.TypeReport, r)
-}
-
-const (
-	firstResend = 2 * time.Second
-	lastResend  = time.Minute
-)
-
-func (d *dispatcher) owe(e entry) {
-	d.owed[e.Order] = &debt{entry: e, next: time.Now().Add(firstResend), wait: firstResend}
-	d.nudge()
 }
 
 func (d *dispatcher) nudge() {
@@ -361,6 +512,8 @@ func (d *dispatcher) nudge() {
 	}
 }
 
+// acknowledged strikes reports off what is owed. That the journal knows it can
+// wait for the next round of resend: this must not block.
 func (d *dispatcher) acknowledged(a wire.Ack) error {
 	if a.Device != d.id.ID {
 		return fmt.Errorf("an acknowledgement for device %s was ignored", a.Device)
@@ -369,53 +522,187 @@ func (d *dispatcher) acknowledged(a wire.Ack) error {
 	defer d.mu.Unlock()
 	var failed error
 	for _, r := range a.Reports {
-		if o, ok := d.owed[r.Order]; ok && o.entry.Seq == r.Seq {
-			delete(d.owed, r.Order)
-			failed = errors.Join(failed, d.journal.acked(r.Order, r.Seq))
+		if !d.owed.has(r.Order) {
+			continue
+		}
+		e, ok, err := d.journal.get(r.Order)
+		failed = errors.Join(failed, err)
+		if ok && e.answeredBy(r.Seq) {
+			d.owed.settle(r.Order)
+			d.acks = append(d.acks, r)
+			d.nudge()
 		}
 	}
 	return failed
 }
 
-// resend sends owed reports again, with a growing and jittered wait, until ctx ends.
+// resend sends owed reports again until ctx ends, and writes down what was
+// acknowledged.
 func (d *dispatcher) resend(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
+			d.noteAcks()
 			return
 		case <-d.changed:
 		case <-timer.C:
 		}
-		timer.Reset(d.resendDue(time.Now()))
-	}
-}
-
-// resendDue sends what is due and says how long until the next is.
-func (d *dispatcher) resendDue(now time.Time) time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	soonest := lastResend
-	for _, o := range d.owed {
-		if !o.next.After(now) {
-			d.publish(o.entry.Report)
-			o.wait = min(2*o.wait, lastResend)
-			o.next = now.Add(o.wait/2 + rand.N(o.wait)) // half to one and a half
+		if next := d.resendDue(time.Now()); next > 0 {
+			timer.Reset(next)
+		} else {
+			timer.Stop()
 		}
-		soonest = min(soonest, o.next.Sub(now))
 	}
-	return max(soonest, 10*time.Millisecond)
 }
 
-// reconnected sends everything owed at once: the last link may have lost it.
+// resendDue sends what is due and says how long until the next is; 0 if nothing
+// is owed.
+func (d *dispatcher) resendDue(now time.Time) time.Duration {
+	d.noteAcks()
+	d.mu.Lock()
+	orders, next := d.owed.due(now)
+	d.mu.Unlock()
+	for _, order := range orders {
+		e, ok, err := d.journal.get(order)
+		if err != nil {
+			d.log.Error("a report that is owed cannot be read; it is tried again", "order", order, "error", err)
+		}
+		if ok && !e.Acked {
+			d.publish(e.Report)
+		}
+	}
+	return next
+}
+
+func (d *dispatcher) noteAcks() {
+	d.mu.Lock()
+	acks := d.acks
+	d.acks = nil
+	d.mu.Unlock()
+	if len(acks) == 0 {
+		return
+	}
+	if err := d.out.acknowledged(acks); err != nil {
+		d.log.Warn("acknowledged reports are sent once more after the next start", "reports", len(acks), "error", err)
+	}
+}
+
+// reconnected sends everything owed: the last link may have lost it.
 func (d *dispatcher) reconnected() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, o := range d.owed {
-		o.next, o.wait = time.Now(), firstResend
-	}
+	d.owed.allDue(time.Now())
 	d.nudge()
+}
+
+const (
+	cancelLimit = time.Minute
+	// cancelPatience is how long a canceled order may take to stop before the
+	// cancellation is answered with RUNNING; the order's own report follows.
+	cancelPatience = 10 * time.Second
+)
+
+// cancelOrder carries out order.cancel. It leaves the other order with a
+// terminal report or on its way to one, so that it may be done again after a
+// crash.
+//
+// An order that a former life has begun and that somebody else may conclude, an
+// update on trial, cannot be told from one that was cut off in the middle until
+// it arrives again. So its state is RUNNING; when it arrives, its handler is
+// called with its context already canceled, and says that it is beyond recall,
+// or stops.
+func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	c, err := wire.DecodeBody[wire.OrderCancel](o)
+	if err != nil {
+		return wire.Outcome{}, err
+	}
+	if c.Order == "" || c.Order == o.ID || c.Expires.IsZero() {
+		return wire.Outcome{}, wire.RejectedBecause(wire.CodeBadBody, "the cancellation lacks the id or the expiry of another order")
+	}
+	ended, err := d.revoke(c, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + o.ID})
+	if err != nil {
+		return wire.Outcome{}, err
+	}
+	if ended != nil {
+		patience := time.NewTimer(cancelPatience)
+		defer patience.Stop()
+		select {
+		case <-ended:
+		case <-patience.C:
+		case <-ctx.Done():
+			return wire.Outcome{}, ctx.Err()
+		}
+	}
+	state, err := d.stateOf(c.Order)
+	return wire.Outcome{Body: wire.CancelResult{State: state}}, err
+}
+
+// revoke stops an order or keeps it from beginning. The channel, if there is
+// one, is closed when that is done.
+func (d *dispatcher) revoke(c wire.OrderCancel, why *wire.Problem) (ended <-chan struct{}, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t, ok := d.inFlight[c.Order]; ok {
+		t.cancel(why)
+		return t.done, nil
+	}
+	if _, done, err := d.journal.get(c.Order); done || err != nil {
+		return nil, err
+	}
+	begun, err := d.journal.begun(c.Order)
+	if err != nil {
+		return nil, err
+	}
+	if begun {
+		d.revoked[c.Order] = why
+		return nil, nil
+	}
+	// Never seen. It is in flight until its report is kept, so that it cannot
+	// arrive and begin meanwhile.
+	t := &task{order: wire.Order{ID: c.Order, Expires: c.Expires}, class: classOf(wire.KindOrderCancel)}
+	d.track(context.Background(), t)
+	t.last = wire.Report{Order: c.Order, Seq: d.seq.Add(1), State: wire.Queued}
+	go d.end(t, wire.Outcome{}, why)
+	return t.done, nil
+}
+
+// isCancel tells a cancellation from the end of the agent or of a time limit.
+func isCancel(err error) bool {
+	var p *wire.Problem
+	return errors.As(err, &p) && p.State == wire.Canceled
+}
+
+// stateOf is where an order stands that was known a moment ago.
+func (d *dispatcher) stateOf(order string) (wire.State, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.inFlight[order]; ok {
+		return wire.Running, nil
+	}
+	e, ok, err := d.journal.get(order)
+	if err != nil {
+		return "", err
+	}
+	if ok {
+		r, err := wire.OpenAs[wire.Report](e.Report, d.id.public(), wire.TypeReport)
+		return r.State, err
+	}
+	begun, err := d.journal.begun(order)
+	if err == nil && !begun {
+		err = wire.FailedBecause(wire.CodeInternal, "the order was stopped, but that cannot be kept; see the agent's log, and cancel again")
+	}
+	return wire.Running, err
+}
+
+const pingLimit = 10 * time.Second
+
+// ping carries out device.ping.
+func ping(version string, began time.Time) wire.Handler {
+	return func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+		return wire.Outcome{Body: wire.Pong{Agent: version, Uptime: time.Since(began).Seconds()}}, nil
+	}
 }
 
 // wait blocks until running handlers have returned.

@@ -1,34 +1,53 @@
 package agent
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/wire"
 )
 
-// journal is the agent's memory of orders, in a small Badger store of its own:
-// the terminal report of each order, kept until the order expires, so that a
-// repeat is answered and not done again; and whether the coordinator has
-// acknowledged it, so that no result is lost.
-//
-// Keys: "order/<id>" → JSON of [entry]; "floor" → the newest trusted time;
-// "epoch" → how often the agent was started.
-type journal struct {
-	db    *badger.DB
-	dir   string
-	leave int64 // bytes left free on the disk
-	// mu makes one write at a time. Badger's Sync leaves out the log of a
-	// memtable that another write has just rotated out.
-	mu sync.Mutex
+// journal is the agent's memory of orders: the terminal report of each, kept
+// until the order expires, so that a repeat is answered and not done again; and
+// whether the coordinator has acknowledged it, so that no result is lost. How
+// much of it is kept is decided in outbox.go.
+type journal interface {
+	// get finds a finished order; ok is false for one that is not known.
+	get(order string) (e entry, ok bool, err error)
+	// put keeps e, and the record of what had to be given up for it
+	// ([entry.lost]); when it returns nil, both have reached the disk. The order
+	// is no longer begun.
+	put(e entry) error
+	// revise lets change look at each of these entries as it is now, and takes
+	// over what change made of it, with the record of what was lost by it. An
+	// entry that has gone is passed over. Only what is durable survives a power cut.
+	revise(orders []string, durable bool, change func(*entry) fate) error
+	// each calls f for every finished order.
+	each(f func(entry)) error
+	// begin notes durably that an order begins which a later life of the agent
+	// may conclude; begun tells whether it is noted.
+	begin(order string, expires time.Time) error
+	begun(order string) (bool, error)
+	// bytes is what the entries take, keys included. What Badger adds on the disk
+	// until it has compacted is not in it.
+	bytes() int64
+	// dropped is the record of everything that was lost, in the order of the classes.
+	dropped() []wire.Dropped
+	// forget drops acknowledged orders that expired before now.
+	forget(now time.Time) error
 }
 
 // entry is a finished order.
@@ -38,9 +57,144 @@ type entry struct {
 	Expires time.Time `json:"expires"`
 	Report  []byte    `json:"report"` // the sealed envelope, sent as it is every time
 	Acked   bool      `json:"acked"`
+	Class   class     `json:"class,omitempty"` // results, in journals of before there were classes
+	// Bare says that the report has neither body nor attachment (any more).
+	Bare bool `json:"bare,omitempty"`
+	// Was is the number that the report had before it was stripped, if that one
+	// may have been sent: an acknowledgement of it counts as well.
+	Was uint64 `json:"was,omitempty"`
+
+	lost int64 // bytes that were given up to make this of what was there before
 }
 
-const orderPrefix = "order/"
+// answeredBy tells whether an acknowledgement of seq is one of this report.
+func (e entry) answeredBy(seq uint64) bool {
+	return e.Seq == seq || e.Was != 0 && e.Was == seq
+}
+
+// fate is what becomes of an entry that is revised.
+type fate int
+
+const (
+	leave fate = iota
+	replace
+	remove
+)
+
+// forgotten is the fate of an entry that nobody will ask for again. One that is
+// not acknowledged is kept: its result is still owed.
+func forgotten(now time.Time) func(*entry) fate {
+	return func(e *entry) fate {
+		if e.Acked && e.Expires.Before(now) {
+			return remove
+		}
+		return leave
+	}
+}
+
+// acknowledge notes that the coordinator has these reports. It need not be
+// durable: the worst that a lost note does is one report too many.
+func acknowledge(j journal, reports []wire.Acked) error {
+	seqs := make(map[string]uint64, len(reports))
+	orders := make([]string, 0, len(reports))
+	for _, r := range reports {
+		seqs[r.Order] = r.Seq
+		orders = append(orders, r.Order)
+	}
+	return j.revise(orders, false, func(e *entry) fate {
+		if e.Acked || !e.answeredBy(seqs[e.Order]) {
+			return leave
+		}
+		e.Acked = true
+		return replace
+	})
+}
+
+// unacked lists the orders whose report the coordinator has not acknowledged.
+func unacked(j journal) (orders []string, err error) {
+	err = j.each(func(e entry) {
+		if !e.Acked {
+			orders = append(orders, e.Order)
+		}
+	})
+	return orders, err
+}
+
+// record adds a loss to what was dropped before. It changes a copy.
+func record(before []wire.Dropped, c class, bytes int64, at time.Time) []wire.Dropped {
+	all := slices.Clone(before)
+	i := slices.IndexFunc(all, func(d wire.Dropped) bool { return d.Class == c.name() })
+	if i < 0 {
+		all = append(all, wire.Dropped{Class: c.name(), First: at})
+		slices.SortFunc(all, func(a, b wire.Dropped) int { return class(a.Class).worth() - class(b.Class).worth() })
+		i = slices.IndexFunc(all, func(d wire.Dropped) bool { return d.Class == c.name() })
+	}
+	all[i].Count++
+	all[i].Bytes += uint64(bytes)
+	all[i].Last = at
+	return all
+}
+
+// badgerJournal is the journal of a device, in a small Badger store of its own.
+//
+// Keys: "order/<id>" → JSON of [entry]; "begun/<id>" → the expiry of an order
+// that a later life may conclude; "dropped" → JSON of []wire.Dropped; "floor" →
+// the newest trusted time; "epoch" → how often the agent was started.
+//
+// # Group commit
+//
+// Orders often end together, and a sync takes as long for one as for many. So a
+// writer leaves its change in a queue and waits for its turn to commit; who gets
+// it commits all that have queued up by then, and the others find theirs done.
+// One transaction, then one sync, then the next: Badger's Sync leaves out the
+// log of a memtable that has been rotated out, which happens only at the
+// beginning of a transaction. A batch above [maxBatch] is therefore several
+// transactions with a sync after each.
+type badgerJournal struct {
+	db    *badger.DB
+	dir   string
+	leave int64 // bytes left free on the disk
+	used  atomic.Int64
+	lost  atomic.Pointer[[]wire.Dropped] // never changed in place
+
+	queue  sync.Mutex // guards queued
+	queued []*write
+	turn   sync.Mutex // held by who commits
+	// broken is set once a sync has failed: what is in memory may not be on the
+	// disk, for good.
+	broken atomic.Pointer[error]
+}
+
+// write is a change that waits for its commit.
+type write struct {
+	durable bool
+	// change looks at the journal through tx, and says what is to be set; it may
+	// be asked again.
+	change func(tx *badger.Txn) (pairs []pair, err error)
+	loss   *entry // set by change: what to add to the record
+	done   bool
+	err    error
+}
+
+// pair is a key with its new value; nil deletes it.
+type pair struct {
+	key, value []byte
+}
+
+// maxBatch bounds what one transaction sets, in bytes. Badger takes 15% of its
+// memtable: 614 KiB, of which the largest entry may be 256.
+const maxBatch = 320 << 10
+
+const (
+	orderPrefix = "order/"
+	begunPrefix = "begun/"
+)
+
+var (
+	floorKey   = []byte("floor")
+	epochKey   = []byte("epoch")
+	droppedKey = []byte("dropped")
+)
 
 // journalFloor is what the journal leaves free on its disk, in bytes. Badger
 // writes through mapped memory, where a full disk is a SIGBUS that ends the
@@ -49,7 +203,7 @@ const orderPrefix = "order/"
 const journalFloor = 32 << 20
 
 // room is an error if the disk is too full to write.
-func (j *journal) room() error {
+func (j *badgerJournal) room() error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(j.dir, &st); err != nil {
 		return fmt.Errorf("the journal's disk cannot be asked for its free space: %w", err)
@@ -60,11 +214,11 @@ func (j *journal) room() error {
 	return nil
 }
 
-func openJournal(dir string) (*journal, error) {
+func openJournal(dir string) (*badgerJournal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("the journal's folder cannot be made: %w", err)
 	}
-	j := &journal{dir: dir, leave: journalFloor}
+	j := &badgerJournal{dir: dir, leave: journalFloor}
 	if err := j.room(); err != nil {
 		return nil, err
 	}
@@ -90,62 +244,290 @@ func openJournal(dir string) (*journal, error) {
 	if j.db, err = badger.Open(opts); err != nil {
 		return nil, fmt.Errorf("the agent's journal in %s cannot be opened: %w", dir, err)
 	}
+	if err := j.count(); err != nil {
+		return nil, errors.Join(fmt.Errorf("the agent's journal in %s cannot be read: %w", dir, err), j.db.Close())
+	}
 	return j, nil
 }
 
-func (j *journal) close() error { return j.db.Close() }
+func (j *badgerJournal) close() error { return j.db.Close() }
 
-// put keeps e; when it returns nil, e has reached the disk.
-func (j *journal) put(e entry) error {
-	raw, err := json.Marshal(e)
+// count finds out what the entries take and what was lost before.
+func (j *badgerJournal) count() error {
+	lost := []wire.Dropped{}
+	j.lost.Store(&lost)
+	return j.db.View(func(tx *badger.Txn) error {
+		var used int64
+		if err := eachItem(tx, orderPrefix, func(item *badger.Item) error {
+			return item.Value(func(v []byte) error {
+				used += int64(len(item.Key()) + len(v))
+				return nil
+			})
+		}); err != nil {
+			return err
+		}
+		j.used.Store(used)
+		return valueOf(tx, droppedKey, func(v []byte) error { return json.Unmarshal(v, &lost) })
+	})
+}
+
+func (j *badgerJournal) bytes() int64            { return j.used.Load() }
+func (j *badgerJournal) dropped() []wire.Dropped { return slices.Clone(*j.lost.Load()) }
+
+func eachItem(tx *badger.Txn, prefix string, f func(*badger.Item) error) error {
+	it := tx.NewIterator(badger.IteratorOptions{Prefix: []byte(prefix)})
+	defer it.Close()
+	for it.Rewind(); it.Valid(); it.Next() {
+		if err := f(it.Item()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// valueOf calls f with the value of key, if there is one.
+func valueOf(tx *badger.Txn, key []byte, f func([]byte) error) error {
+	item, err := tx.Get(key)
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	return j.durably(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+e.Order), raw) })
+	return item.Value(f)
 }
 
-// update changes the journal; a power cut may undo it.
-func (j *journal) update(change func(*badger.Txn) error) error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if err := j.room(); err != nil {
-		return err
+func orderKey(order string) []byte { return []byte(orderPrefix + order) }
+func begunKey(order string) []byte { return []byte(begunPrefix + order) }
+
+func (j *badgerJournal) put(e entry) error {
+	w := &write{durable: true}
+	w.change = func(tx *badger.Txn) ([]pair, error) {
+		pairs, err := w.keep(e)
+		if err != nil {
+			return nil, err
+		}
+		return pairs, valueOf(tx, begunKey(e.Order), func([]byte) error {
+			pairs = append(pairs, pair{key: begunKey(e.Order)})
+			return nil
+		})
 	}
-	return j.db.Update(change)
+	return j.commit(w)
 }
 
-// durably changes the journal; when it returns nil, the change has reached the disk.
-func (j *journal) durably(change func(*badger.Txn) error) error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if err := j.room(); err != nil {
+// keep is e as it is stored; what was given up for it is recorded with it.
+func (w *write) keep(e entry) ([]pair, error) {
+	if e.lost > 0 {
+		w.loss = &e
+	}
+	raw, err := json.Marshal(e)
+	return []pair{{orderKey(e.Order), raw}}, err
+}
+
+func (j *badgerJournal) revise(orders []string, durable bool, change func(*entry) fate) error {
+	writes := make([]*write, 0, len(orders))
+	for _, order := range orders {
+		w := &write{durable: durable}
+		w.change = func(tx *badger.Txn) (pairs []pair, err error) {
+			e, ok, err := find(tx, order)
+			if err != nil || !ok {
+				return nil, err
+			}
+			switch change(&e) {
+			case replace:
+				return w.keep(e)
+			case remove:
+				return []pair{{key: orderKey(order)}}, nil
+			}
+			return nil, nil
+		}
+		writes = append(writes, w)
+	}
+	return j.commit(writes...)
+}
+
+func (j *badgerJournal) begin(order string, expires time.Time) error {
+	raw, err := expires.UTC().MarshalText()
+	if err != nil {
 		return err
 	}
-	if err := j.db.Update(change); err != nil {
-		return fmt.Errorf("the journal cannot be written: %w", err)
+	return j.set(true, begunKey(order), raw)
+}
+
+func (j *badgerJournal) begun(order string) (ok bool, err error) {
+	err = j.db.View(func(tx *badger.Txn) error {
+		return valueOf(tx, begunKey(order), func([]byte) error {
+			ok = true
+			return nil
+		})
+	})
+	if err != nil {
+		err = fmt.Errorf("the journal cannot be read: %w", err)
 	}
+	return ok, err
+}
+
+func (j *badgerJournal) set(durable bool, key, value []byte) error {
+	return j.commit(&write{durable: durable, change: func(*badger.Txn) ([]pair, error) { return []pair{{key, value}}, nil }})
+}
+
+// commit waits until all of these writes are done; see the type's comment.
+func (j *badgerJournal) commit(mine ...*write) error {
+	if len(mine) == 0 {
+		return nil
+	}
+	j.queue.Lock()
+	j.queued = append(j.queued, mine...)
+	j.queue.Unlock()
+	j.turn.Lock()
+	defer j.turn.Unlock()
+	if !mine[len(mine)-1].done {
+		j.queue.Lock()
+		all := j.queued
+		j.queued = nil
+		j.queue.Unlock()
+		for len(all) > 0 {
+			all = all[j.transact(all):]
+		}
+	}
+	var failed error
+	for _, w := range mine {
+		if w.err != nil {
+			failed = w.err // most likely it is the same for all of them
+		}
+	}
+	return failed
+}
+
+// transact commits as many writes as go into one transaction, at least one,
+// syncs if one of them wants it, and says how many they were. j.turn is held.
+func (j *badgerJournal) transact(all []*write) (n int) {
+	err := cmp.Or(j.usable(), j.room())
+	var b batch
+	if err == nil {
+		n, b, err = j.attempt(all)
+	}
+	if err == nil {
+		j.used.Add(b.grown)
+		if b.lost != nil {
+			j.lost.Store(&b.lost)
+		}
+		if b.durable {
+			err = j.sync()
+		}
+	}
+	n = max(n, 1)
+	for _, w := range all[:n] {
+		w.done = true
+		w.err = errors.Join(w.err, err)
+	}
+	return n
+}
+
+// batch is what a transaction amounts to.
+type batch struct {
+	size, grown int64 // bytes set; by which the entries grew
+	durable     bool
+	lost        []wire.Dropped // the whole record anew; nil if nothing was lost
+}
+
+func (j *badgerJournal) attempt(all []*write) (n int, b batch, err error) {
+	tx := j.db.NewTransaction(true)
+	defer tx.Discard()
+	for ; n < len(all); n++ {
+		w := all[n]
+		w.loss = nil
+		pairs, failed := w.change(tx)
+		if failed != nil {
+			w.err = failed // of this one alone: it has set nothing
+			continue
+		}
+		var size int64
+		for _, p := range pairs {
+			size += int64(len(p.key) + len(p.value) + 64)
+		}
+		if n > 0 && b.size+size > maxBatch {
+			break
+		}
+		b.size += size
+		for _, p := range pairs {
+			grown, err := apply(tx, p)
+			if err != nil {
+				return n, b, fmt.Errorf("the journal cannot be written: %w", err)
+			}
+			b.grown += grown
+		}
+		b.durable = b.durable || w.durable && len(pairs) > 0
+		if w.loss != nil {
+			if b.lost == nil {
+				b.lost = *j.lost.Load()
+			}
+			b.lost = record(b.lost, w.loss.Class, w.loss.lost, time.Now())
+		}
+	}
+	if b.lost != nil {
+		raw, err := json.Marshal(b.lost)
+		if err == nil {
+			err = tx.Set(droppedKey, raw)
+		}
+		if err != nil {
+			return n, b, fmt.Errorf("the journal cannot be written: %w", err)
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return n, b, fmt.Errorf("the journal cannot be written: %w", err)
+	}
+	return n, b, nil
+}
+
+// apply sets or deletes a key, and says by how many bytes the entries grow.
+func apply(tx *badger.Txn, p pair) (grown int64, err error) {
+	if bytes.HasPrefix(p.key, []byte(orderPrefix)) {
+		err = valueOf(tx, p.key, func(v []byte) error {
+			grown -= int64(len(p.key) + len(v))
+			return nil
+		})
+		if p.value != nil {
+			grown += int64(len(p.key) + len(p.value))
+		}
+	}
+	if err != nil {
+		return 0, err
+	}
+	if p.value == nil {
+		return grown, tx.Delete(p.key)
+	}
+	return grown, tx.Set(p.key, p.value)
+}
+
+// sync brings to the disk what was committed. After a failure nothing that is
+// in memory can be relied on, and the journal takes nothing any more.
+func (j *badgerJournal) sync() error {
 	err := j.db.Sync()
 	if err == nil {
 		err = durable.SyncDir(j.dir) // of a log that is new; Badger does it some time later
 	}
 	if err != nil {
-		return fmt.Errorf("the journal cannot be synced to disk: %w", err)
+		err = fmt.Errorf("the journal could not be synced to disk, and is not used until the agent is started again: %w", err)
+		j.broken.Store(&err)
+	}
+	return err
+}
+
+func (j *badgerJournal) usable() error {
+	if err := j.broken.Load(); err != nil {
+		return *err
 	}
 	return nil
 }
 
-// get finds a finished order; ok is false for one that is not known.
-func (j *journal) get(order string) (e entry, ok bool, err error) {
+func (j *badgerJournal) get(order string) (e entry, ok bool, err error) {
+	if err := j.usable(); err != nil {
+		return entry{}, false, err
+	}
 	err = j.db.View(func(tx *badger.Txn) error {
-		item, err := tx.Get([]byte(orderPrefix + order))
-		if errors.Is(err, badger.ErrKeyNotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		ok = true
-		return item.Value(func(v []byte) error { return json.Unmarshal(v, &e) })
+		e, ok, err = find(tx, order)
+		return err
 	})
 	if err != nil {
 		return entry{}, false, fmt.Errorf("the journal cannot be read: %w", err)
@@ -153,92 +535,69 @@ func (j *journal) get(order string) (e entry, ok bool, err error) {
 	return e, ok, nil
 }
 
-// acked notes that the coordinator has the report. It need not be durable: the
-// worst that a lost note does is one report too many.
-func (j *journal) acked(order string, seq uint64) error {
-	e, ok, err := j.get(order)
-	if err != nil || !ok || e.Acked || e.Seq != seq {
-		return err
-	}
-	e.Acked = true
-	raw, err := json.Marshal(e)
-	if err != nil {
-		return err
-	}
-	return j.update(func(tx *badger.Txn) error { return tx.Set([]byte(orderPrefix+order), raw) })
+func find(tx *badger.Txn, order string) (e entry, ok bool, err error) {
+	err = valueOf(tx, orderKey(order), func(v []byte) error {
+		ok = true
+		return json.Unmarshal(v, &e)
+	})
+	return e, ok, err
 }
 
-// each calls f for every finished order.
-func (j *journal) each(f func(entry)) error {
+func (j *badgerJournal) each(f func(entry)) error {
 	return j.db.View(func(tx *badger.Txn) error {
-		it := tx.NewIterator(badger.IteratorOptions{Prefix: []byte(orderPrefix), PrefetchValues: true, PrefetchSize: 64})
-		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
+		return eachItem(tx, orderPrefix, func(item *badger.Item) error {
 			var e entry
-			if err := it.Item().Value(func(v []byte) error { return json.Unmarshal(v, &e) }); err != nil {
+			if err := item.Value(func(v []byte) error { return json.Unmarshal(v, &e) }); err != nil {
 				return err
 			}
 			f(e)
-		}
-		return nil
+			return nil
+		})
 	})
 }
 
-// forget drops what expired before now. An order that is not acknowledged is
-// kept: its result is still owed.
-func (j *journal) forget(now time.Time) error {
+// forget also drops what began and was never concluded.
+func (j *badgerJournal) forget(now time.Time) error {
+	is := forgotten(now)
 	var old []string
 	if err := j.each(func(e entry) {
-		if e.Acked && e.Expires.Before(now) {
+		if is(&e) == remove {
 			old = append(old, e.Order)
 		}
 	}); err != nil {
 		return err
 	}
-	if len(old) == 0 {
-		return nil
+	var never []pair
+	err := j.db.View(func(tx *badger.Txn) error {
+		return eachItem(tx, begunPrefix, func(item *badger.Item) error {
+			return item.Value(func(v []byte) error {
+				var expires time.Time
+				if err := expires.UnmarshalText(v); err != nil || expires.Add(keepConcluded).Before(now) {
+					never = append(never, pair{key: item.KeyCopy(nil)})
+				}
+				return nil
+			})
+		})
+	})
+	if err == nil && len(never) > 0 {
+		err = j.commit(&write{change: func(*badger.Txn) ([]pair, error) { return never, nil }})
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if err := j.room(); err != nil {
-		return err // it also takes space to forget
-	}
-	wb := j.db.NewWriteBatch()
-	defer wb.Cancel()
-	for _, id := range old {
-		if err := wb.Delete([]byte(orderPrefix + id)); err != nil {
-			return err
-		}
-	}
-	return wb.Flush()
+	return errors.Join(err, j.revise(old, false, is))
 }
 
-var floorKey = []byte("floor")
-
 // floor is the newest trusted time that was saved; zero if there is none.
-func (j *journal) floor() (t time.Time, err error) {
-	err = j.db.View(func(tx *badger.Txn) error {
-		item, err := tx.Get(floorKey)
-		if errors.Is(err, badger.ErrKeyNotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		return item.Value(t.UnmarshalBinary)
-	})
+func (j *badgerJournal) floor() (t time.Time, err error) {
+	err = j.db.View(func(tx *badger.Txn) error { return valueOf(tx, floorKey, t.UnmarshalBinary) })
 	return t, err
 }
 
-func (j *journal) saveFloor(t time.Time) error {
+func (j *badgerJournal) saveFloor(t time.Time) error {
 	raw, err := t.UTC().Truncate(time.Second).MarshalBinary()
 	if err != nil {
 		return err
 	}
-	return j.update(func(tx *badger.Txn) error { return tx.Set(floorKey, raw) })
+	return j.set(false, floorKey, raw)
 }
-
-var epochKey = []byte("epoch")
 
 // reportsAnEpoch is how many reports there can be in one life of the agent (a
 // hundred a second for a year); epochs are multiples of it. They stay exact in
@@ -246,37 +605,137 @@ var epochKey = []byte("epoch")
 const reportsAnEpoch = 1 << 32
 
 // nextEpoch counts the agent's lives, durably.
-func (j *journal) nextEpoch() (uint64, error) {
+func (j *badgerJournal) nextEpoch() (uint64, error) {
 	var n uint64
-	err := j.durably(func(tx *badger.Txn) error {
-		item, err := tx.Get(epochKey)
-		switch {
-		case err == nil:
-			err = item.Value(func(v []byte) error {
-				n = binary.BigEndian.Uint64(v)
-				return nil
-			})
-		case errors.Is(err, badger.ErrKeyNotFound):
-			err = nil
-		}
-		if err != nil {
-			return err
-		}
+	err := j.commit(&write{durable: true, change: func(tx *badger.Txn) ([]pair, error) {
+		n = 0
+		err := valueOf(tx, epochKey, func(v []byte) error {
+			n = binary.BigEndian.Uint64(v)
+			return nil
+		})
 		n++
-		return tx.Set(epochKey, binary.BigEndian.AppendUint64(nil, n))
-	})
+		return []pair{{epochKey, binary.BigEndian.AppendUint64(nil, n)}}, err
+	}})
 	if err != nil {
 		return 0, err
 	}
 	return n * reportsAnEpoch, nil
 }
 
-// unacked lists reports that the coordinator has not acknowledged.
-func (j *journal) unacked() (out []entry, err error) {
-	err = j.each(func(e entry) {
-		if !e.Acked {
-			out = append(out, e)
+// memoryJournal is a journal that dies with its process, for simulated devices.
+type memoryJournal struct {
+	mu     sync.Mutex
+	orders map[string]entry
+	open   map[string]time.Time // begun
+	used   int64
+	lost   []wire.Dropped
+}
+
+func newMemoryJournal() *memoryJournal {
+	return &memoryJournal{orders: map[string]entry{}, open: map[string]time.Time{}}
+}
+
+// size is near what an entry takes in memory.
+func (e entry) size() int64 { return int64(2*len(e.Order) + len(e.Report) + 128) }
+
+func (j *memoryJournal) get(order string) (entry, bool, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e, ok := j.orders[order]
+	return e, ok, nil
+}
+
+func (j *memoryJournal) put(e entry) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	delete(j.open, e.Order)
+	j.set(e)
+	return nil
+}
+
+func (j *memoryJournal) set(e entry) {
+	j.drop(e.Order)
+	if e.lost > 0 {
+		j.lost = record(j.lost, e.Class, e.lost, time.Now())
+		e.lost = 0
+	}
+	j.orders[e.Order] = e
+	j.used += e.size()
+}
+
+func (j *memoryJournal) drop(order string) {
+	if old, ok := j.orders[order]; ok {
+		j.used -= old.size()
+		delete(j.orders, order)
+	}
+}
+
+func (j *memoryJournal) revise(orders []string, _ bool, change func(*entry) fate) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, order := range orders {
+		e, ok := j.orders[order]
+		if !ok {
+			continue
 		}
-	})
-	return out, err
+		switch change(&e) {
+		case replace:
+			j.set(e)
+		case remove:
+			j.drop(order)
+		}
+	}
+	return nil
+}
+
+func (j *memoryJournal) each(f func(entry)) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, e := range j.orders {
+		f(e)
+	}
+	return nil
+}
+
+func (j *memoryJournal) begin(order string, expires time.Time) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.open[order] = expires
+	return nil
+}
+
+func (j *memoryJournal) begun(order string) (bool, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	_, ok := j.open[order]
+	return ok, nil
+}
+
+func (j *memoryJournal) bytes() int64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.used
+}
+
+func (j *memoryJournal) dropped() []wire.Dropped {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return slices.Clone(j.lost)
+}
+
+func (j *memoryJournal) forget(now time.Time) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	is := forgotten(now)
+	for order, e := range j.orders {
+		if is(&e) == remove {
+			j.drop(order)
+		}
+	}
+	for order, expires := range j.open {
+		if expires.Add(keepConcluded).Before(now) {
+			delete(j.open, order)
+		}
+	}
+	return nil
 }

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // Without the check, a full disk ends the process with SIGBUS.
@@ -22,7 +24,7 @@ func TestAFullDiskIsASentenceAndNotTheEnd(t *testing.T) {
 	e.Order = "two"
 	for what, err := range map[string]error{
 		"put":   j.put(e),
-		"acked": j.acked("one", 1),
+		"acked": acknowledge(j, []wire.Acked{{Order: "one", Seq: 1}}),
 		"floor": j.saveFloor(time.Now()),
 	} {
 		if err == nil || !strings.Contains(err.Error(), "free some space") {
