@@ -4,9 +4,10 @@
 # out, so that the same sources and the same Go give the same bytes anywhere
 # (`make repro` proves it). Everything lands below $(BIN).
 
-VERSION := 0.1.0
-GO      := go
-BIN     := bin
+VERSION  := 0.1.0
+RELEASED := 2026-11-22
+GO       := go
+BIN      := bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -71,7 +72,7 @@ SOURCES := $(shell find . -mindepth 1 \( -name '.*' -o -path './$(BIN)' -o -path
              -o -type f ! -name '*_test.go' ! -name '*.md' ! -name '*[ :\#$$]*' -print | LC_ALL=C sort)
 FLAGS   := -trimpath -buildvcs=false
 LDFLAGS := -s -w -buildid=
-INPUTS   = $(VERSION) $(shell $(GO) env GOVERSION) $(FLAGS) $(LDFLAGS) $(SOURCES)
+INPUTS   = $(VERSION) $(RELEASED) $(shell $(GO) env GOVERSION) $(FLAGS) $(LDFLAGS) $(SOURCES)
 STAMP   := $(BIN)/.inputs
 
 .PHONY: FORCE
@@ -83,7 +84,7 @@ $(STAMP): FORCE
 define go-build
 @echo "build  $@"
 @mkdir -p $(@D)
-@CGO_ENABLED=0 $1 $(GO) build $(FLAGS) -ldflags='$(LDFLAGS) -X main.version=$2' -o $@ ./$3
+@CGO_ENABLED=0 $1 $(GO) build $(FLAGS) -ldflags='$(LDFLAGS) -X main.version=$2 -X main.released=$(RELEASED)' -o $@ ./$3
 endef
 
 # The lowest level of each architecture, whatever the builder's environment says.

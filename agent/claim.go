@@ -69,6 +69,9 @@ func (p *pending) save(dir string) error {
 	if err != nil {
 		return err
 	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
 	return durable.WriteFile(filepath.Join(dir, pendingFile), raw, 0o600)
 }
 

@@ -1,9 +1,7 @@
 package agent
 
 import (
-	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"testing"
 	"time"
 
@@ -89,34 +87,64 @@ func TestTrustedTimeIgnoresTheSystemClock(t *testing.T) {
 	}
 }
 
+// A certificate is refused for its time only by a clock that is trusted, or by
+// the floor.
+func TestAWrongClockKeepsNobodyOut(t *testing.T) {
+	ca := newAuthority(t)
+	leaf, err := x509.ParseCertificate(ca.server("localhost").Certificate[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	later := time.Now().AddDate(24, 0, 0)
+	for claim, tc := range map[string]struct {
+		system, floor, trusted time.Time
+		good                   bool
+	}{
+		"1970":                        {system: boot1970, good: true},
+		"1970, with a floor":          {system: boot1970, floor: time.Now().AddDate(0, 0, -40), good: true},
+		"2050":                        {system: later, good: true},
+		"2050, with a floor":          {system: later, floor: time.Now().AddDate(0, 0, -40), good: true},
+		"right":                       {system: time.Now(), good: true},
+		"floor after the end":         {system: boot1970, floor: leaf.NotAfter.Add(time.Second)},
+		"2050, floor after the end":   {system: later, floor: leaf.NotAfter.Add(time.Second)},
+		"trusted, and after the end":  {system: boot1970, trusted: leaf.NotAfter.Add(time.Minute)},
+		"trusted, before it begins":   {system: boot1970, trusted: leaf.NotBefore.Add(-time.Minute)},
+		"trusted, and 2050 by itself": {system: later, trusted: time.Now(), good: true},
+	} {
+		t.Run(claim, func(t *testing.T) {
+			c := clockWith(tc.floor, &hardware{tc.system})
+			if !tc.trusted.IsZero() && !c.Trust(tc.trusted) {
+				t.Fatal("not trusted")
+			}
+			err := knows(ca.cert, c).verify([]*x509.Certificate{leaf}, "localhost")
+			if (err == nil) != tc.good {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
 func TestClockLearnsOnlyFromItsOwnAuthority(t *testing.T) {
 	ours, theirs := newAuthority(t), newAuthority(t)
 	id := newIdentity(t)
-	refusal := func(der []byte) error {
-		leaf, err := x509.ParseCertificate(der)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return &tls.CertificateVerificationError{UnverifiedCertificates: []*x509.Certificate{leaf}, Err: errors.New("not yet valid")}
-	}
-	good := ours.server("localhost").Certificate[0]
 	for claim, tc := range map[string]struct {
-		err   error
-		start time.Time
-		want  bool
+		der  []byte
+		want bool
 	}{
-		"a server of ours":          {refusal(good), boot1970, true},
-		"a server of others":        {refusal(theirs.server("localhost").Certificate[0]), boot1970, false},
-		"a member posing as server": {refusal(ours.issue(id.key.Public(), "x", x509.ExtKeyUsageClientAuth)), boot1970, false},
-		"nothing to learn":          {refusal(good), time.Now(), false},
-		"another error":             {errors.New("connection refused"), boot1970, false},
+		"a server of ours":          {ours.server("localhost").Certificate[0], true},
+		"a server of others":        {theirs.server("localhost").Certificate[0], false},
+		"a member posing as server": {ours.issue(id.key.Public(), "x", x509.ExtKeyUsageClientAuth, "localhost"), false},
 	} {
 		t.Run(claim, func(t *testing.T) {
-			c := clockWith(time.Time{}, &hardware{tc.start})
-			if got := c.learn(tc.err, ours.pool()); got != tc.want {
-				t.Errorf("learned: %t, want %t", got, tc.want)
+			leaf, err := x509.ParseCertificate(tc.der)
+			if err != nil {
+				t.Fatal(err)
 			}
-			if moved := c.Now().After(tc.start); moved != tc.want {
+			c := clockWith(time.Time{}, &hardware{boot1970})
+			if err := knows(ours.cert, c).verify([]*x509.Certificate{leaf}, "localhost"); (err == nil) != tc.want {
+				t.Errorf("%v, want it believed: %t", err, tc.want)
+			}
+			if moved := c.AtLeast().Equal(leaf.NotBefore); moved != tc.want {
 				t.Errorf("the clock moved: %t, want %t (%s)", moved, tc.want, c.Now())
 			}
 		})

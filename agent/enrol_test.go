@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"io"
 	"log"
@@ -69,7 +68,8 @@ func replying(t *testing.T, reply wire.EnrolReply) http.HandlerFunc {
 func ask(id Identity, base string, tok wire.FleetToken) (*Membership, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	return enrol(ctx, id, base, tok, wire.EnrolRequest{Agent: "1.2.3"}, time.Now)
+	m, _, err := enrol(ctx, id, pinned(tok.Fingerprint, NewClock(time.Time{})), base, wire.EnrolRequest{Agent: "1.2.3", Token: tok.String()})
+	return m, err
 }
 
 func TestEnrolmentAtThePinnedCoordinator(t *testing.T) {
@@ -118,32 +118,29 @@ func TestNoSecretForAnImpostor(t *testing.T) {
 	for what, tc := range map[string]struct {
 		cert      tls.Certificate
 		host      string
-		now       func() time.Time
+		floor     time.Time
 		untrusted bool
 	}{
 		"another authority, same name":      {cert: impostor, untrusted: true},
-		"another one that adds ours":        {cert: tls.Certificate{Certificate: [][]byte{impostor.Certificate[0], ours.cert.Raw}, PrivateKey: impostor.PrivateKey}},
+		"another one that adds ours":        {cert: tls.Certificate{Certificate: [][]byte{impostor.Certificate[0], ours.cert.Raw}, PrivateKey: impostor.PrivateKey}, untrusted: true},
 		"our authority's, for another host": {cert: ours.server("elsewhere.example")},
 		"right address, asked by name":      {cert: ours.server("127.0.0.1"), host: "localhost"},
 		"a member's certificate":            {cert: tls.Certificate{Certificate: [][]byte{ours.issue(member.Public(), "x", x509.ExtKeyUsageClientAuth, "127.0.0.1"), ours.cert.Raw}, PrivateKey: member}},
 		"ours, without the authority":       {cert: alone, untrusted: true},
-		"ours, long expired":                {cert: ours.server("127.0.0.1"), now: func() time.Time { return time.Now().AddDate(1, 0, 0) }},
+		"ours, long expired":                {cert: ours.server("127.0.0.1"), floor: time.Now().AddDate(1, 0, 0)},
 	} {
 		t.Run(what, func(t *testing.T) {
 			if tc.host == "" {
 				tc.host = "127.0.0.1"
 			}
-			if tc.now == nil {
-				tc.now = time.Now
-			}
 			f := openFront(t, tc.cert, replying(t, ours.reply(id)))
 			ctx, cancel := context.WithTimeout(context.Background(), limit)
 			defer cancel()
-			m, err := enrol(ctx, id, f.at(tc.host), ours.token(), wire.EnrolRequest{}, tc.now)
+			m, _, err := enrol(ctx, id, pinned(ours.token().Fingerprint, NewClock(tc.floor)), f.at(tc.host), wire.EnrolRequest{})
 			if err == nil {
 				t.Errorf("enrolled: %+v", m)
 			}
-			if errors.Is(err, ErrUntrusted) != tc.untrusted {
+			if errors.Is(err, errStranger) != tc.untrusted {
 				t.Errorf("error %v; untrusted must be %t", err, tc.untrusted)
 			}
 			if n := f.requests.Load(); n != 0 {
@@ -175,7 +172,7 @@ func TestEnrolmentWithoutAClock(t *testing.T) {
 	ca, id := newAuthority(t), newIdentity(t)
 	f := openFront(t, ca.server("127.0.0.1"), replying(t, ca.reply(id)))
 	c := clockWith(time.Time{}, &hardware{boot1970})
-	m, err := enrol(t.Context(), id, f.URL, ca.token(), wire.EnrolRequest{}, c.Now)
+	m, _, err := enrol(t.Context(), id, pinned(ca.token().Fingerprint, c), f.URL, wire.EnrolRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,6 +257,7 @@ func TestAnswerForAnotherIsRefused(t *testing.T) {
 		"a broken certificate": func(r *wire.EnrolReply) {
 			r.Certificate = []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
 		},
+		"a certificate of others":   func(r *wire.EnrolReply) { r.Certificate = theirs.reply(id).Certificate },
 		"no key for orders":         func(r *wire.EnrolReply) { r.OrderKey = nil },
 		"half a key for orders":     func(r *wire.EnrolReply) { r.OrderKey = r.OrderKey[:16] },
 		"no broker":                 func(r *wire.EnrolReply) { r.Brokers = nil },
@@ -324,7 +322,7 @@ func TestEnrolmentIsTriedUntilItSucceeds(t *testing.T) {
 	f.Close()
 	again := joining(t, id, "", "")
 	again.cfg.StateDir = a.cfg.StateDir
-	if err := again.join(t.Context()); err != nil || again.member == nil {
+	if err := again.join(t.Context()); err != nil || again.member.Load() == nil {
 		t.Errorf("after a restart: %v", err)
 	}
 }
@@ -360,10 +358,10 @@ func TestRefusedOrUntrustedIsNotTriedAgain(t *testing.T) {
 		token string
 		want  error
 	}{
-		"refused":   {openFront(t, ours.server("127.0.0.1"), deny), ours.token().String(), ErrRefused},
-		"untrusted": {openFront(t, theirs.server("127.0.0.1"), deny), ours.token().String(), ErrUntrusted},
-		"no token":  {openFront(t, ours.server("127.0.0.1"), deny), "deimos_oops", wire.ErrToken},
-		"nothing":   {openFront(t, ours.server("127.0.0.1"), deny), "", ErrNotEnrolled},
+		"refused":                     {openFront(t, ours.server("127.0.0.1"), deny), ours.token().String(), ErrRefused},
+		"untrusted":                   {openFront(t, theirs.server("127.0.0.1"), deny), ours.token().String(), ErrUntrusted},
+		"no token":                    {openFront(t, ours.server("127.0.0.1"), deny), "deimos_oops", wire.ErrToken},
+		"not let in, without a token": {openFront(t, ours.server("127.0.0.1"), deny), "", ErrRefused},
 	} {
 		a := joining(t, id, tc.front.URL, tc.token)
 		a.rest = func(context.Context, time.Duration) error { t.Errorf("%s: tried again", what); return context.Canceled }
@@ -430,44 +428,5 @@ func TestEnrolmentGivesUpOnASilentServer(t *testing.T) {
 	cancel()
 	if err := await(t, "the end", done); !errors.Is(err, context.Canceled) {
 		t.Error(err)
-	}
-}
-
-// A device that was away for longer than its certificate comes back with a new
-// token; with none, or a refused one, it goes on with what it has, because it
-// may be its own clock that is wrong.
-func TestAnEndedCertificateIsEnrolledAnew(t *testing.T) {
-	ca, id := newAuthority(t), newIdentity(t)
-	answer := func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(ca.reply(id)) }
-	deny := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }
-	for what, tc := range map[string]struct {
-		answer http.HandlerFunc
-		token  string
-		renews bool
-	}{
-		"a good token": {answer, ca.token().String(), true},
-		"a spent one":  {deny, ca.token().String(), false},
-		"none":         {deny, "", false},
-	} {
-		t.Run(what, func(t *testing.T) {
-			f := openFront(t, ca.server("127.0.0.1"), tc.answer)
-			a := joining(t, id, f.URL, tc.token)
-			old := Membership{Coordinator: f.URL, EnrolReply: ca.reply(id)}
-			der := ca.issueUntil(time.Now().Add(-time.Minute), id.key.Public(), string(id.ID), x509.ExtKeyUsageClientAuth)
-			old.Certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-			if err := old.save(a.cfg.path("identity")); err != nil {
-				t.Fatal(err)
-			}
-			a.rest = func(context.Context, time.Duration) error { return context.Canceled }
-			if err := a.join(t.Context()); err != nil {
-				t.Fatalf("%v", err)
-			}
-			if a.member == nil {
-				t.Fatal("it is no member any more")
-			}
-			if renewed := string(a.member.Certificate) != string(old.Certificate); renewed != tc.renews {
-				t.Errorf("renewed: %v, want %v", renewed, tc.renews)
-			}
-		})
 	}
 }

@@ -22,17 +22,26 @@ type Identity struct {
 	key ed25519.PrivateKey
 }
 
+const keyFile = "key.pem"
+
 // LoadIdentity reads the device's key from dir, and makes it there (PKCS #8,
 // mode 0600, synced to disk) at the first start. A key that is there but cannot
 // be read is an error, never a reason to make another one.
 func LoadIdentity(dir string) (Identity, error) {
-	path := filepath.Join(dir, "key.pem")
+	path := filepath.Join(dir, keyFile)
+	id, err := readIdentity(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return id, err
+	}
+	if err := makeKey(dir, path); err != nil {
+		return Identity{}, fmt.Errorf("the device key cannot be saved, so this device would be another one after a restart: %w", err)
+	}
+	return readIdentity(path)
+}
+
+func readIdentity(path string) (Identity, error) {
 	raw, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if raw, err = makeKey(dir, path); err != nil {
-			return Identity{}, fmt.Errorf("the device key cannot be saved, so this device would be another one after a restart: %w", err)
-		}
-	} else if err != nil {
+	if err != nil {
 		return Identity{}, fmt.Errorf("the device key cannot be read: %w", err)
 	}
 	block, _ := pem.Decode(raw)
@@ -50,20 +59,20 @@ func LoadIdentity(dir string) (Identity, error) {
 	return Identity{ID: wire.IDOf(key.Public().(ed25519.PublicKey)), key: key}, nil
 }
 
-func makeKey(dir, path string) ([]byte, error) {
+func makeKey(dir, path string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	raw := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	return raw, durable.WriteFile(path, raw, 0o600)
+	return durable.WriteFile(path, raw, 0o600)
 }
 
 // csr is a certificate request that proves possession of the key.

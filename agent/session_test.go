@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -307,9 +308,17 @@ func (o *office) welcome(id Identity, nonce string, at time.Time) {
 type device struct {
 	*session
 	welcomes chan struct{}
+	refusals atomic.Int64
 	took     chan []byte
 	log      *lockedBuffer
 	stop     func()
+}
+
+// door is a member's, as the agent makes it.
+func (m *Membership) door(id Identity, clock *Clock) door {
+	d := knows(m.authority(), clock)
+	d.own = func() *tls.Certificate { return m.proof(id) }
+	return d
 }
 
 // joinBroker runs a session until the test ends; change may adapt it before.
@@ -318,15 +327,12 @@ func joinBroker(t *testing.T, ca *authority, id Identity, url string, change ...
 	m := Membership{EnrolReply: ca.reply(id)}
 	d := &device{welcomes: make(chan struct{}, 64), took: make(chan []byte, 1<<16), log: &lockedBuffer{}}
 	clock := NewClock(time.Time{})
-	conf, err := m.tlsConfig(id, clock.Now)
-	if err != nil {
-		t.Fatal(err)
-	}
 	d.session = newSession(link{
-		id: id, brokers: []string{url}, tls: brokerTLS(conf), clock: clock, log: slog.New(slog.NewTextHandler(d.log, nil)),
+		id: id, brokers: func() []string { return []string{url} }, door: m.door(id, clock), clock: clock, log: slog.New(slog.NewTextHandler(d.log, nil)),
 		hello:   func() wire.Presence { return wire.Presence{Agent: "1.2.3", BootID: "boot"} },
 		receive: func(raw []byte) error { d.took <- raw; return nil },
-		trusted: m.orderKey, welcomed: func() { d.welcomes <- struct{}{} },
+		trusted: func() ed25519.PublicKey { return m.OrderKey }, welcomed: func() { d.welcomes <- struct{}{} },
+		refused: func() { d.refusals.Add(1) },
 	})
 	for _, f := range change {
 		f(d.session)
@@ -355,7 +361,7 @@ func meet(t *testing.T) (*broker, *post, *office, *device, Identity, wire.Presen
 
 func TestHelloIsWelcomed(t *testing.T) {
 	_, _, o, d, id, hello := meet(t)
-	if hello.Agent != "1.2.3" || hello.BootID != "boot" || hello.TimeConfidence != wire.ClockUnknown {
+	if hello.Agent != "1.2.3" || hello.BootID != "boot" || hello.TimeConfidence != wire.ClockFloor {
 		t.Errorf("hello %+v", hello)
 	}
 	if _, sure := d.clock.Read(); sure != wire.ClockTrusted {
@@ -483,7 +489,8 @@ func TestNextBrokerIsTried(t *testing.T) {
 	b := startBroker(t, ca, rules)
 	o := b.office()
 	joinBroker(t, ca, id, "ssl://127.0.0.1:"+freePort(t), func(s *session) {
-		s.brokers = append(s.brokers, "ssl://127.0.0.1:"+b.port)
+		first := s.brokers()
+		s.brokers = func() []string { return append(first, "ssl://127.0.0.1:"+b.port) }
 	})
 	o.presence(id, true)
 }
@@ -623,11 +630,7 @@ func TestDeviceReachesOnlyItsOwnTopics(t *testing.T) {
 	posing := Identity{ID: victim.ID, key: id.key} // its own certificate, another's topics
 	m := Membership{EnrolReply: ca.reply(id)}
 	d := joinBroker(t, ca, posing, "ssl://127.0.0.1:"+b.port, func(s *session) {
-		conf, err := m.tlsConfig(id, time.Now)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.tls = brokerTLS(conf)
+		s.door = m.door(id, s.clock)
 	})
 	joinBroker(t, ca, id, "ssl://127.0.0.1:"+b.port)
 	o.presence(id, true) // the only one that arrives
@@ -713,17 +716,17 @@ func TestPublishNeverBlocks(t *testing.T) {
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
-		for range 4 * outbox {
+		for range 4 * outgoing {
 			s.publish(wire.ChannelReport, []byte("offline"))
 		}
 		if len(s.out) != 0 {
 			t.Errorf("%d reports wait for a connection; the dispatcher keeps them better", len(s.out))
 		}
 		s.online.Store(true)
-		for range 4 * outbox {
+		for range 4 * outgoing {
 			s.publish(wire.ChannelReport, []byte("stuck"))
 		}
-		if len(s.out) != outbox {
+		if len(s.out) != outgoing {
 			t.Errorf("%d reports are kept", len(s.out))
 		}
 	}()
@@ -731,13 +734,13 @@ func TestPublishNeverBlocks(t *testing.T) {
 }
 
 // TestHelloIsNotStuckBehindOldMessages: the last connection broke with a full
-// outbox.
+// queue.
 func TestHelloIsNotStuckBehindOldMessages(t *testing.T) {
 	ca, id := newAuthority(t), newIdentity(t)
 	b := startBroker(t, ca, rules)
 	o := b.office()
 	joinBroker(t, ca, id, "ssl://127.0.0.1:"+b.port, func(s *session) {
-		for range outbox {
+		for range outgoing {
 			s.out <- message{wire.ChannelPresence, []byte("of old")}
 		}
 	})

@@ -4,9 +4,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"text/tabwriter"
+	"time"
 
 	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/board"
@@ -17,17 +20,23 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// version is set by the build.
-var version = "0.0.0-dev"
+// Set by the build.
+var (
+	version  = "0.0.0-dev"
+	released = "" // the day, 2006-01-02
+)
 
 const about = `The agent of a Deimos device: it stores chunks, runs sandboxed jobs, proves both, and updates itself.
 
 Start with "deimos-agent probe" to see what this machine has. To join a fleet:
 
-  deimos-agent run --coordinator https://HOST:8443 --token TOKEN`
+  deimos-agent run --coordinator https://HOST:8443 --token TOKEN
+
+Without a token it shows a code, and waits until the fleet manager claims it.`
 
 type commands struct {
 	Run     runCmd     `cmd:"" help:"Join the fleet and serve it until stopped."`
+	Status  statusCmd  `cmd:"" help:"Show how this device stands with its fleet; works while the agent runs."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
@@ -44,7 +53,7 @@ type runCmd struct {
 	State       string   `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder for key, enrolment, journal and chunks (${default})."`
 	Config      string   `env:"DEIMOS_CONFIG" placeholder:"FILE" help:"Configuration file (TOML)."`
 	Coordinator string   `env:"DEIMOS_COORDINATOR" placeholder:"URL" help:"Where to enrol, https://HOST:8443."`
-	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, needed once to enrol."`
+	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, to join at once. A token other than the one it came with makes a member enrol anew."`
 	Volume      []string `placeholder:"DIR" help:"Folder for chunks, one a disk; may be repeated. Default: STATE/volumes/main."`
 	Floor       int64    `placeholder:"BYTES" help:"Bytes that chunks leave free on each volume's disk. Default: 512 MiB or 1%, whichever is more."`
 	cli.LogFlags
@@ -66,6 +75,9 @@ func (r *runCmd) Run(ctx context.Context) error {
 	}
 	if len(cfg.Volumes) == 0 {
 		cfg.Volumes = []agent.VolumeConfig{{Dir: filepath.Join(r.State, "volumes", "main"), Floor: r.Floor}}
+	}
+	if cfg.Released, err = releaseTime(released); err != nil {
+		return err
 	}
 	cfg.StateDir, cfg.Version, cfg.Slot = r.State, version, os.Getenv(slot.Env)
 	cfg.Log = cli.Logger(r.LogFormat, r.LogLevel)
@@ -89,6 +101,52 @@ func coded(err error) error {
 		return &cli.Error{Code: cli.ExitNoCreate, Err: err}
 	}
 	return err
+}
+
+// releaseTime is the earliest that a day can have begun anywhere: 14 hours
+// before it does at Greenwich. Without a release it is zero.
+func releaseTime(day string) (time.Time, error) {
+	if day == "" {
+		return time.Time{}, nil
+	}
+	t, err := time.Parse(time.DateOnly, day)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("this program was built with %q for the day of its release; it must look like 2006-01-02", day)
+	}
+	return t.Add(-14 * time.Hour), nil
+}
+
+type statusCmd struct {
+	State string `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder of the agent's state (${default})."`
+	cli.Output
+}
+
+func (c *statusCmd) Run() error {
+	s, err := agent.ReadStatus(c.State)
+	if err != nil {
+		return err
+	}
+	return c.Print(s, func(w io.Writer) error { return writeStatus(w, s) })
+}
+
+func writeStatus(w io.Writer, s agent.Status) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, value string) {
+		if value != "" {
+			fmt.Fprintf(t, "%s\t%s\n", name, value)
+		}
+	}
+	line("device", string(s.Device))
+	line("standing", string(s.Standing))
+	line("coordinator", s.Coordinator)
+	if s.Until != nil {
+		line("certificate until", s.Until.Format(time.RFC3339))
+	}
+	if s.ClaimCode != "" {
+		line("claim code", s.ClaimCode)
+		line("to let it in", "deimos device claim "+s.ClaimCode)
+	}
+	return t.Flush()
 }
 
 type probeCmd struct {
