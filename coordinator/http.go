@@ -38,9 +38,10 @@ type route struct {
 	summary      string // a short sentence
 	// in and out are values of the types of the JSON bodies; nil for none, or
 	// [bytes.Buffer] for a plain upload or download.
-	in, out any
-	query   []param
-	handle  handler
+	in, out  any
+	accepted any // body of an answer 202, where there is one
+	query    []param
+	handle   handler
 	// unlogged is set for what does not change the fleet, though its method
 	// might: uploads of content that nothing refers to yet, reads by POST.
 	unlogged bool
@@ -77,6 +78,7 @@ func (c *Coordinator) table() []route {
 		c.releaseRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
+		c.openapiRoutes(),
 	)
 }
 

@@ -103,6 +103,15 @@ func rolesWith(p permission) []api.Role {
 	return nil
 }
 
+// rolesText names the roles that include a permission, for a person.
+func rolesText(p permission) string {
+	var names []string
+	for _, r := range rolesWith(p) {
+		names = append(names, string(r))
+	}
+	return strings.Join(names, " or ")
+}
+
 // checkOperator names the operator behind a request, who must be allowed p.
 func (c *Coordinator) checkOperator(w http.ResponseWriter, r *http.Request, p permission) (api.Operator, error) {
 	tok, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
@@ -117,12 +126,8 @@ func (c *Coordinator) checkOperator(w http.ResponseWriter, r *http.Request, p pe
 		return op, err
 	}
 	if !may(op.Role, p) {
-		var names []string
-		for _, r := range rolesWith(p) {
-			names = append(names, string(r))
-		}
 		return op, refuse(http.StatusForbidden, "forbidden", "this needs the role %s, and %s is %s; an admin gives another role with \"deimos operator create\"",
-			strings.Join(names, " or "), op.Name, op.Role)
+			rolesText(p), op.Name, op.Role)
 	}
 	c.used(r.Context(), op)
 	return op, nil
