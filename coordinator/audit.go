@@ -53,8 +53,12 @@ const (
 func (a *audits) run(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.limit)
 	defer cancel()
-	if _, err := a.storage.reg.device(r.Device); err != nil {
+	d, err := a.storage.reg.device(r.Device)
+	if err != nil {
 		return api.Audit{}, err
+	}
+	if d.Retired {
+		return api.Audit{}, refuse(http.StatusConflict, wire.CodeRetired, "device %s is retired: nothing is asked of it any more", r.Device)
 	}
 	switch r.Kind {
 	case api.StorageAudit:

@@ -13,10 +13,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -36,11 +38,14 @@ type authority struct {
 }
 
 const (
-	ticketKeySize  = 32 // bytes
-	deviceCertLife = 30 * 24 * time.Hour
+	ticketKeySize  = 32                  // bytes
+	deviceCertLife = 30 * 24 * time.Hour // unless the operator says otherwise
+	minCertLife    = time.Minute
 	serverCertLife = 365 * 24 * time.Hour
 	caLife         = 20 * 365 * 24 * time.Hour
 	// backdate lets a device whose clock is a little slow use a new certificate.
+	// It is at most a tenth of the certificate's life, so that two thirds of the
+	// time from NotBefore to NotAfter are well ahead when it is made.
 	backdate = time.Hour
 )
 
@@ -210,14 +215,51 @@ func (a *authority) serverCertificate(names []string) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der, a.caCert.Raw}, PrivateKey: key}, nil
 }
 
+// serverCert is the coordinator's own certificate. It renews itself at two
+// thirds of its life, when somebody connects; the names are looked up anew.
+type serverCert struct {
+	make func() (tls.Certificate, error)
+	now  func() time.Time
+	log  *slog.Logger
+
+	mu    sync.Mutex
+	cert  *tls.Certificate
+	renew time.Time
+}
+
+const (
+	serverCertRenew = serverCertLife * 2 / 3
+	serverCertRetry = time.Hour // after a renewal that failed
+)
+
+// get is for [tls.Config.GetCertificate].
+func (s *serverCert) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cert != nil && s.now().Before(s.renew) {
+		return s.cert, nil
+	}
+	c, err := s.make()
+	switch {
+	case err == nil:
+		s.cert, s.renew = &c, s.now().Add(serverCertRenew)
+	case s.cert != nil:
+		s.log.Warn("the server certificate could not be renewed; it will be tried again", "error", err)
+		s.renew = s.now().Add(serverCertRetry)
+	default:
+		return nil, fmt.Errorf("the server certificate cannot be made: %w", err)
+	}
+	return s.cert, nil
+}
+
 // deviceCertificate makes the key of a checked request a member of the fleet.
-func (a *authority) deviceCertificate(key ed25519.PublicKey) (certPEM []byte, notAfter time.Time, err error) {
+func (a *authority) deviceCertificate(key ed25519.PublicKey, life time.Duration) (certPEM []byte, notAfter time.Time, err error) {
 	now := time.Now()
 	t := &x509.Certificate{
 		SerialNumber: serial(),
 		Subject:      pkix.Name{CommonName: string(wire.IDOf(key))},
-		NotBefore:    now.Add(-backdate),
-		NotAfter:     now.Add(deviceCertLife),
+		NotBefore:    now.Add(-min(backdate, life/10)),
+		NotAfter:     now.Add(life),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}

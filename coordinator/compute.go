@@ -53,7 +53,7 @@ func (c *compute) holder(id string, want wire.DeviceID) (wire.DeviceID, error) {
 	}
 	var there []wire.DeviceID
 	for _, h := range rec.Holders {
-		if !h.Lost && c.reg.online(h.Device) && (want == "" || want == h.Device) {
+		if !h.Lost && c.reg.mayWork(h.Device) && (want == "" || want == h.Device) {
 			there = append(there, h.Device)
 		}
 	}
@@ -61,7 +61,7 @@ func (c *compute) holder(id string, want wire.DeviceID) (wire.DeviceID, error) {
 	case len(there) > 0:
 		return there[rand.IntN(len(there))], nil
 	case want != "":
-		return "", refuse(http.StatusConflict, "not_a_holder", "device %s is offline or does not hold the input chunk %s", want, id)
+		return "", refuse(http.StatusConflict, "not_a_holder", "device %s is offline, does not hold the input chunk %s, or has a warning that keeps jobs from it (\"deimos device show %s\")", want, id, want)
 	}
 	return "", refuse(http.StatusServiceUnavailable, "no_holder_online", "no device that holds the input chunk %s is online", id)
 }

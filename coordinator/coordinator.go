@@ -22,7 +22,7 @@
 //
 // Objects are replicated, not erasure-coded, and stored as they are given; lost
 // replicas are noted and not yet rebuilt; challenges are made when an operator
-// asks. Certificates are not renewed and there is one operator token.
+// asks. There is one operator token.
 package coordinator
 
 import (
@@ -64,8 +64,12 @@ type Config struct {
 	NATS      string        // URL of an external NATS server; empty: embedded
 	Advertise []string      // host names or addresses that devices use; empty: the one they enrol by
 	Beat      time.Duration // heartbeat interval of devices; 0: a minute
-	Compute   Compute       // knows the answers of compute challenges; may be nil
-	Log       *slog.Logger  // nil drops everything
+	NoClaim   bool          // let devices in by token only
+	// CertificateLife is how long a device's certificate is good; 0: 30 days, at
+	// least a minute.
+	CertificateLife time.Duration
+	Compute         Compute      // knows the answers of compute challenges; may be nil
+	Log             *slog.Logger // nil drops everything
 
 	now func() time.Time // for tests; nil is time.Now
 }
@@ -79,7 +83,8 @@ type Coordinator struct {
 	now  func() time.Time
 
 	reg      *registry
-	tokens   *table[TokenRecord]
+	tokens   *tokens
+	waiting  *waiting
 	outbox   *outbox
 	storage  *storage
 	compute  *compute
@@ -87,6 +92,8 @@ type Coordinator struct {
 	releases *releases
 	staging  *staging
 
+	enrolling keyed // one enrolment of a device at a time
+	cert      *serverCert
 	operators *operators
 	trail     *trail
 	limits    *limits
@@ -133,6 +140,12 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	if cfg.Beat < minBeat {
 		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
 	}
+	if cfg.CertificateLife == 0 {
+		cfg.CertificateLife = deviceCertLife
+	}
+	if cfg.CertificateLife < minCertLife || cfg.CertificateLife > caLife {
+		return nil, fmt.Errorf("the certificates of devices cannot be good for %s: it is %s at least, and 20 years at most", cfg.CertificateLife, minCertLife)
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -149,9 +162,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	if c.auth, err = openAuthority(filepath.Join(cfg.Dir, "keys")); err != nil {
 		return nil, err
 	}
-	cert, err := c.auth.serverCertificate(c.names())
-	if err != nil {
-		return nil, fmt.Errorf("the server certificate cannot be made: %w", err)
+	c.cert = &serverCert{make: func() (tls.Certificate, error) { return c.auth.serverCertificate(c.names()) }, now: c.now, log: c.log}
+	if _, err := c.cert.get(nil); err != nil {
+		return nil, err
 	}
 	// The HTTPS port is taken first: it is the one that a second coordinator
 	// on this machine would trip over.
@@ -161,7 +174,7 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	}
 	c.closers = append(c.closers, func() { ln.Close() })
 	_, c.httpPort, _ = net.SplitHostPort(ln.Addr().String())
-	if err := c.startEngine(ctx, cert); err != nil {
+	if err := c.startEngine(ctx); err != nil {
 		return nil, err
 	}
 	if err := c.openState(ctx); err != nil {
@@ -174,7 +187,7 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, err
 	}
 	c.ready.Store(c.reg)
-	c.serve(ln, cert)
+	c.serve(ln)
 	return c, nil
 }
 
@@ -201,7 +214,7 @@ func (c *Coordinator) names() []string {
 	return slices.Compact(names)
 }
 
-func (c *Coordinator) startEngine(ctx context.Context, cert tls.Certificate) error {
+func (c *Coordinator) startEngine(ctx context.Context) error {
 	secret, err := loadOrMake(filepath.Join(c.cfg.Dir, "keys", secretFile), engine.NewSecret)
 	if err != nil {
 		return err
@@ -218,7 +231,7 @@ func (c *Coordinator) startEngine(ctx context.Context, cert tls.Certificate) err
 	}
 	if c.cfg.NATS == "" {
 		ec.Dir, ec.MQTTListen = filepath.Join(c.cfg.Dir, "nats"), c.cfg.MQTT
-		ec.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: c.auth.pool()}
+		ec.TLS = &tls.Config{GetCertificate: c.cert.get, ClientCAs: c.auth.pool()}
 	} else {
 		ec.DialTLS = &tls.Config{RootCAs: c.auth.pool()}
 	}
@@ -242,15 +255,20 @@ const orderSync = time.Second
 
 // openState opens every bucket and the services on them.
 func (c *Coordinator) openState(ctx context.Context) error {
-	c.reg = &registry{log: c.log, now: c.now, live: make(map[wire.DeviceID]*live)}
+	c.reg = newRegistry(c.log, c.now)
+	c.tokens = &tokens{written: c.reg.written, now: c.now}
+	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
 	c.outbox = &outbox{key: c.auth.orderKey, publish: c.publish, online: c.reg.online, now: c.now, log: c.log, pending: make(map[string]*sending)}
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
 	c.operators, c.limits = &operators{}, newLimits()
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
-		func() error { return bucket(ctx, c, "devices", &c.reg.rows, nil) },
-		func() error { return bucket(ctx, c, "tokens", &c.tokens, nil) },
+		func() error { return bucket(ctx, c, "devices", &c.reg.rows, c.reg.track) },
+		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
+		func() error {
+			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
+		},
 		func() error { return bucket(ctx, c, "operators", &c.operators.rows, c.operators.index) },
 		func() (err error) { c.trail, err = openTrail(ctx, c.eng, c.now); return err },
 		func() error { return bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track) },
@@ -362,6 +380,8 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.storage.sweep(ctx) })
+	wg.Go(func() { c.keepMembers(ctx) })
+	wg.Go(func() { c.cutOffRetired(ctx) })
 	wg.Go(func() {
 		t := time.NewTicker(c.cfg.Beat)
 		defer t.Stop()
@@ -441,7 +461,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	return nil
 }
 
-func (c *Coordinator) serve(ln net.Listener, cert tls.Certificate) {
+func (c *Coordinator) serve(ln net.Listener) {
 	c.server = &http.Server{
 		Handler:           c.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
@@ -450,10 +470,10 @@ func (c *Coordinator) serve(ln net.Listener, cert tls.Certificate) {
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug), // other people's broken handshakes
 		TLSConfig: &tls.Config{
-			MinVersion:   tls.VersionTLS13,
-			Certificates: []tls.Certificate{cert},
-			ClientCAs:    c.auth.pool(),
-			ClientAuth:   tls.VerifyClientCertIfGiven,
+			MinVersion:     tls.VersionTLS13,
+			GetCertificate: c.cert.get,
+			ClientCAs:      c.auth.pool(),
+			ClientAuth:     tls.VerifyClientCertIfGiven,
 		},
 	}
 	go func() {

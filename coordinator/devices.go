@@ -2,8 +2,12 @@ package coordinator
 
 import (
 	"cmp"
+	"context"
+	"hash/maphash"
+	"maps"
 	"net/http"
 	"slices"
+	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -11,10 +15,11 @@ import (
 
 func (c *Coordinator) deviceRoutes() []route {
 	return []route{
-		{method: "GET", path: v1 + "/devices", needs: toRead, summary: "List the devices", out: []api.Device{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
-			writeJSON(w, http.StatusOK, c.reg.list())
-			return nil
-		}},
+		{method: "GET", path: v1 + "/devices", needs: toRead, summary: "List the devices", out: []api.Device{},
+			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
+				{"state", "online, offline or retired", ""}}, handle: c.listDevices},
+		{method: "PATCH", path: v1 + "/devices", needs: toOperate, summary: "Set the group and labels of devices", in: api.DeviceChange{}, out: []wire.DeviceID{},
+			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) { return c.reg.set(r.Context(), q) })},
 		{method: "GET", path: v1 + "/devices/{id}", needs: toRead, summary: "One device", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
 			d, err := c.reg.device(wire.DeviceID(r.PathValue("id")))
 			if err == nil {
@@ -22,7 +27,35 @@ func (c *Coordinator) deviceRoutes() []route {
 			}
 			return err
 		}},
+		{method: "POST", path: v1 + "/devices/{id}/retire", needs: toOperate, summary: "Send a device away for ever", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			d, err := c.retire(r.Context(), wire.DeviceID(r.PathValue("id")))
+			if err == nil {
+				writeJSON(w, http.StatusOK, c.reg.view(d))
+			}
+			return err
+		}},
 	}
+}
+
+func (c *Coordinator) listDevices(w http.ResponseWriter, r *http.Request) error {
+	q := r.URL.Query()
+	s, err := api.ParseSelector(q)
+	if err != nil {
+		return refuse(http.StatusBadRequest, "bad_selector", "%v", err)
+	}
+	state := api.DeviceState(q.Get("state"))
+	switch state {
+	case "", api.DeviceOnline, api.DeviceOffline, api.DeviceRetired:
+	default:
+		return refuse(http.StatusBadRequest, "bad_state", "a device is online, offline or retired, not %q; \"deimos device pending\" shows who waits to be claimed", label(string(state)))
+	}
+	list := slices.DeleteFunc(c.reg.list(), func(d api.Device) bool {
+		rec := d.DeviceRecord
+		rec.Retired = false // a list shows them too
+		return !s.Matches(rec) || state != "" && d.State != state
+	})
+	writeJSON(w, http.StatusOK, list)
+	return nil
 }
 
 // selected is the devices that a selector means, sorted by id. A device that is
@@ -50,4 +83,250 @@ func (r *registry) selected(s api.Selector) ([]api.DeviceRecord, error) {
 	}
 	slices.SortFunc(out, func(a, b api.DeviceRecord) int { return cmp.Compare(a.ID, b.ID) })
 	return out, nil
+}
+
+// set changes group and labels of all that are meant.
+func (r *registry) set(ctx context.Context, q api.DeviceChange) ([]wire.DeviceID, error) {
+	var group string
+	if q.SetGroup != nil {
+		group = *q.SetGroup
+	}
+	if err := checkPlace(group, q.SetLabels); err != nil {
+		return nil, err
+	}
+	if q.SetGroup == nil && len(q.SetLabels) == 0 && len(q.RemoveLabels) == 0 {
+		return nil, refuse(http.StatusBadRequest, wire.CodeBadBody, "say what to change: a group, labels to set, or labels to remove")
+	}
+	devices, err := r.selected(q.Selector)
+	if err != nil {
+		return nil, err
+	}
+	ids := []wire.DeviceID{}
+	for _, d := range devices {
+		_, err := r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
+			if !exists || v.Retired {
+				return errUnchanged
+			}
+			return place(v, q)
+		})
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, d.ID)
+	}
+	return ids, nil
+}
+
+// place gives one record its new group and labels.
+func place(v *api.DeviceRecord, q api.DeviceChange) error {
+	group, labels := v.Group, maps.Clone(v.Labels)
+	if q.SetGroup != nil {
+		group = *q.SetGroup
+	}
+	for _, k := range q.RemoveLabels {
+		delete(labels, k)
+	}
+	if labels == nil {
+		labels = make(map[string]string)
+	}
+	maps.Copy(labels, q.SetLabels)
+	switch {
+	case len(labels) > maxLabels:
+		return errTooManyLabels
+	case group == v.Group && maps.Equal(labels, v.Labels):
+		return errUnchanged
+	}
+	v.Group, v.Labels = group, labels
+	return nil
+}
+
+// retire sends a device away for ever. From the moment that the record is
+// written nothing lets it in: broker, data plane and renewal ask the record.
+// Then it is cut off, and what it had is settled. A call that failed after the
+// record can be repeated; the coordinator goes on by itself at its next start.
+func (c *Coordinator) retire(ctx context.Context, id wire.DeviceID) (api.DeviceRecord, error) {
+	d, err := c.reg.rows.change(ctx, string(id), func(v *api.DeviceRecord, exists bool) error {
+		switch {
+		case !exists:
+			return refuse(http.StatusNotFound, wire.CodeNotFound, "there is no device %s; \"deimos device list\" shows all", label(string(id)))
+		case v.Retired:
+			return errUnchanged
+		}
+		v.Retired, v.RetiredAt = true, c.now().UTC()
+		return nil
+	})
+	if err != nil {
+		return d, err
+	}
+	ctx, cancel := c.outlive(ctx)
+	defer cancel()
+	if err := c.eng.Disconnect(ctx, id); err != nil {
+		return d, err
+	}
+	c.log.Info("device retired", "device", id)
+	return c.settle(ctx, id)
+}
+
+// settle ends what a retired device had to do, and counts what it held as lost.
+func (c *Coordinator) settle(ctx context.Context, id wire.DeviceID) (api.DeviceRecord, error) {
+	if err := c.outbox.retire(ctx, id); err != nil {
+		return api.DeviceRecord{}, err
+	}
+	var ids []string
+	for _, ch := range c.storage.held(id) {
+		ids = append(ids, ch.ID)
+	}
+	if err := c.storage.lost(ctx, id, ids); err != nil {
+		return api.DeviceRecord{}, err
+	}
+	return c.reg.rows.change(ctx, string(id), func(v *api.DeviceRecord, exists bool) error {
+		if !exists || v.Settled {
+			return errUnchanged
+		}
+		v.Settled = true
+		return nil
+	})
+}
+
+// keepMembers does until ctx ends what membership needs from time to time.
+func (c *Coordinator) keepMembers(ctx context.Context) {
+	t := time.NewTicker(pendingSweep)
+	defer t.Stop()
+	for {
+		c.settleRest(ctx)
+		c.waiting.sweep(ctx, c.reg.known, c.log)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// settleRest goes on where a retirement was cut off. One that has just begun may
+// be settled twice, which is no harm.
+func (c *Coordinator) settleRest(ctx context.Context) {
+	var rest []wire.DeviceID
+	c.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		if d.Retired && !d.Settled {
+			rest = append(rest, d.ID)
+		}
+		return true
+	})
+	for _, id := range rest {
+		if _, err := c.settle(ctx, id); err != nil {
+			if ctx.Err() == nil {
+				c.log.Warn("what a retired device had could not all be settled; it will be tried again", "device", id, "error", err)
+			}
+			return
+		}
+	}
+}
+
+// cutOffRetired ends the connections of devices that the registry finds retired.
+func (c *Coordinator) cutOffRetired(ctx context.Context) {
+	for {
+		select {
+		case id := <-c.reg.cut:
+			if err := c.eng.Disconnect(ctx, id); err != nil && ctx.Err() == nil {
+				c.log.Warn("a retired device could not be cut off; it will be tried again when it says something", "device", id, "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// starts is what is remembered of the starts of one device's agent, to find two
+// machines with one key. Every start has an instance of its own, so one that
+// comes back after another took its place still runs, beside it.
+//
+// A broker can repeat and delay hellos, and must not get a device into trouble
+// by that. So a hello counts only if, by the device's own signed and trusted
+// clock, it was said after all that was heard before, the hello of the other
+// instance included: of one agent after the other, the first can say nothing
+// later than the second.
+type starts struct {
+	seen   []start   // the newest last, at most maxStarts
+	latest time.Time // newest trusted time of all
+}
+
+type start struct {
+	instance uint64    // hash
+	trusted  time.Time // newest trusted time that it said; zero: none
+}
+
+const (
+	maxStarts = 8
+	// maxAhead is how far a device's clock may be before ours and still count.
+	maxAhead = 5 * time.Minute
+)
+
+var startSeed = maphash.MakeSeed()
+
+// hello takes in a hello and tells whether it shows two machines.
+func (s *starts) hello(p wire.Presence, now time.Time) (twins bool) {
+	if p.Instance == "" {
+		return false // a program that does not say
+	}
+	var at time.Time
+	if p.TimeConfidence == wire.ClockTrusted && p.At.Before(now.Add(maxAhead)) {
+		at = p.At
+	}
+	h := maphash.String(startSeed, p.Instance)
+	i := slices.IndexFunc(s.seen, func(v start) bool { return v.instance == h })
+	last := len(s.seen) - 1
+	later := !at.IsZero() && at.After(s.latest)
+	switch {
+	case i < 0:
+		if len(s.seen) == maxStarts {
+			s.seen = slices.Delete(s.seen, 0, 1)
+		}
+		s.seen = append(s.seen, start{h, at})
+	case i == last:
+		if later {
+			s.seen[i].trusted = at
+		}
+	case later:
+		twins = !s.seen[last].trusted.IsZero()
+		s.seen = append(slices.Delete(s.seen, i, i+1), start{h, at})
+	default:
+		return false // late, or repeated
+	}
+	if later {
+		s.latest = at
+	}
+	return twins
+}
+
+const (
+	warningLife  = 24 * time.Hour // without another observation
+	warningWrite = time.Minute    // the time of the last observation is kept so often
+)
+
+var duplicateKey = api.Warning{Code: api.WarningDuplicateKey, Title: "two machines use this device's key",
+	Text: "Two running agents have said hello with this key, in turn. Somebody has copied the agent's state folder, or a disk image with one in it, or the key was stolen. " +
+		"Stop the copy, remove its state folder and enrol it anew; if you do not know of one, retire this device. " +
+		"Until a day has passed without the other, the device gets no new chunks and no jobs."}
+
+// warn puts a warning on a record, or notes that it was observed again. isNew is
+// for what has to be said once.
+func warn(d *api.DeviceRecord, w api.Warning, now time.Time) (changed, isNew bool) {
+	d.Warnings = slices.DeleteFunc(d.Warnings, func(old api.Warning) bool { return now.Sub(old.Last) >= warningLife })
+	i := slices.IndexFunc(d.Warnings, func(old api.Warning) bool { return old.Code == w.Code })
+	if i < 0 {
+		w.Since, w.Last = now, now
+		d.Warnings = append(d.Warnings, w)
+		return true, true
+	}
+	if now.Sub(d.Warnings[i].Last) < warningWrite {
+		return false, false
+	}
+	d.Warnings[i].Last = now
+	return true, false
+}
+
+// standing tells whether a warning holds now.
+func standing(d api.DeviceRecord, code string, now time.Time) bool {
+	return slices.ContainsFunc(d.Warnings, func(w api.Warning) bool { return w.Code == code && now.Sub(w.Last) < warningLife })
 }

@@ -1,12 +1,13 @@
 package coordinator
 
 import (
+	"context"
 	"crypto/ed25519"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -14,52 +15,93 @@ import (
 )
 
 const (
-	maxEnrol        = 1 << 20 // bytes; the inventory is most of it
-	defaultTokenUse = 1
-	maxTokenUse     = 20_000 // the record lists them: see maxRecord
-	defaultTokenTTL = 24 * time.Hour
-	maxTokenTTL     = 366 * 24 * time.Hour
+	maxEnrol = 256 << 10 // bytes of a request; the inventory is most of it
+	// maxInventory is the largest inventory that is kept, in bytes. A device with
+	// a larger one is a member all the same.
+	maxInventory = 64 << 10
 )
 
 func (c *Coordinator) enrolRoutes() []route {
-	return []route{
-		{method: "POST", path: "/enrol/v1", needs: byAnybody, summary: "Take a device in", in: wire.EnrolRequest{}, out: wire.EnrolReply{}, handle: c.enrol},
-		{method: "POST", path: v1 + "/tokens", needs: toOperate, summary: "Make a fleet token", in: api.TokenRequest{}, out: api.Token{}, handle: answer(c.createToken)},
-	}
+	return slices.Concat([]route{
+		{method: "POST", path: "/enrol/v1", needs: byAnybody, summary: "Take a device in, renew a member's certificate, or note that a device waits to be claimed (202)",
+			in: wire.EnrolRequest{}, out: wire.EnrolReply{}, handle: c.enrol},
+	}, c.tokenRoutes(), c.claimRoutes())
 }
 
-// enrol answers POST /enrol/v1: who brings a good token and proves a key
-// becomes the device with that key's id.
+// enrol answers POST /enrol/v1. Whoever proves a key speaks for the device with
+// that key's id:
+//
+//   - a member gets a new certificate. It needs no token, and spends none that it
+//     brings: its group, labels and age stay, also when it was flashed anew;
+//   - a retired device is refused;
+//   - another comes in by a fleet token, or waits to be claimed.
 func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
 	var q wire.EnrolRequest
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxEnrol)).Decode(&q); err != nil {
 		return refuse(http.StatusBadRequest, wire.CodeBadBody, "the enrolment request cannot be read: %v", err)
 	}
-	tok, err := wire.ParseFleetToken(q.Token)
+	key, err := provenKey(q.CSR)
 	if err != nil {
-		return refuse(http.StatusForbidden, "token_refused", "%v", err)
+		return err
 	}
-	csr, err := x509.ParseCertificateRequest(q.CSR)
+	id := wire.IDOf(key)
+	defer c.enrolling.lock(string(id))()
+	// Not only from the copy: another coordinator may have taken it in just now.
+	d, _, known, err := c.reg.rows.load(r.Context(), string(id), false)
+	if err != nil {
+		return err
+	}
+	switch {
+	case known && d.Retired:
+		return errRetired(id)
+	case known:
+		return c.reply(w, r, q, api.DeviceRecord{ID: id, PublicKey: key}, false)
+	case q.Token != "":
+		if d, err = c.byToken(r.Context(), q.Token, id); err != nil {
+			return err
+		}
+		d.PublicKey = key
+		return c.reply(w, r, q, d, true)
+	case c.cfg.NoClaim:
+		return errToken("is missing")
+	}
+	p, err := c.waiting.knock(r.Context(), q, key, host(r))
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusAccepted, p)
+	return nil
+}
+
+// provenKey is the key that a certificate request is for, and signed by.
+func provenKey(raw []byte) (ed25519.PublicKey, error) {
+	csr, err := x509.ParseCertificateRequest(raw)
 	if err == nil {
 		err = csr.CheckSignature() // proof that the device has the key
 	}
 	if err != nil {
-		return refuse(http.StatusBadRequest, "bad_csr", "the certificate request is not valid: %v", err)
+		return nil, refuse(http.StatusBadRequest, "bad_csr", "the certificate request is not valid: %v", err)
 	}
 	key, ok := csr.PublicKey.(ed25519.PublicKey)
 	if !ok {
-		return refuse(http.StatusBadRequest, "bad_csr", "a device key must be Ed25519, this is %T", csr.PublicKey)
+		return nil, refuse(http.StatusBadRequest, "bad_csr", "a device key must be Ed25519, this is %T", csr.PublicKey)
 	}
-	id := wire.IDOf(key)
-	if err := c.reg.mayEnrol(id); err != nil { // before a use is spent
-		return err
-	}
-	hash := tok.Hash()
-	rec, err := spend(r.Context(), c.tokens, hex.EncodeToString(hash[:]), id, c.now())
+	return key, nil
+}
+
+// byToken spends a token's use for a device, and says what it becomes by it.
+func (c *Coordinator) byToken(ctx context.Context, text string, id wire.DeviceID) (api.DeviceRecord, error) {
+	tok, err := wire.ParseFleetToken(text)
 	if err != nil {
-		return err
+		return api.DeviceRecord{}, refuse(http.StatusForbidden, "token_refused", "%v", err)
 	}
-	cert, until, err := c.auth.deviceCertificate(key)
+	name, t, err := c.tokens.spend(ctx, tok, id)
+	return api.DeviceRecord{ID: id, Token: name, Group: t.Group, Labels: t.Labels, Enrolled: c.now().UTC()}, err
+}
+
+// reply puts a device on record and gives it what makes it a member.
+func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.EnrolRequest, d api.DeviceRecord, isNew bool) error {
+	cert, until, err := c.auth.deviceCertificate(d.PublicKey, c.cfg.CertificateLife)
 	if err != nil {
 		return err
 	}
@@ -67,16 +109,22 @@ func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := c.reg.enrolled(r.Context(), api.DeviceRecord{
-		ID: id, PublicKey: key, Group: rec.Group, Enrolled: c.now().UTC(), CertUntil: until,
-		Agent: label(q.Agent), OS: label(q.OS), Arch: label(q.Arch), Board: label(q.Board), Inventory: q.Inventory,
-	}); err != nil {
+	d.CertUntil = until
+	d.Agent, d.OS, d.Arch, d.Board = label(q.Agent), label(q.OS), label(q.Arch), label(q.Board)
+	if len(q.Inventory) <= maxInventory {
+		d.Inventory = q.Inventory
+	}
+	if d, err = c.reg.enrolled(r.Context(), d, isNew); err != nil {
 		return err
 	}
-	c.log.Info("device enrolled", "device", id, "group", rec.Group, "board", label(q.Board), "agent", label(q.Agent))
+	if isNew {
+		c.log.Info("device enrolled", "device", d.ID, "group", d.Group, "token", d.Token, "board", d.Board, "agent", d.Agent)
+	} else {
+		c.log.Info("certificate renewed", "device", d.ID, "until", until.UTC().Format(time.RFC3339))
+	}
 	brokers, planes := c.addresses(r)
 	writeJSON(w, http.StatusOK, wire.EnrolReply{
-		Device: id, Certificate: cert, CA: c.auth.caPEM,
+		Device: d.ID, Certificate: cert, CA: c.auth.caPEM,
 		OrderKey: c.auth.orderKey.Public().(ed25519.PublicKey),
 		Brokers:  brokers, DataPlane: planes, UpdateRoot: root,
 		BeatSeconds: int(c.cfg.Beat / time.Second),
@@ -100,29 +148,4 @@ func (c *Coordinator) addresses(r *http.Request) (brokers, planes []string) {
 		planes = append(planes, "https://"+net.JoinHostPort(h, c.httpPort))
 	}
 	return brokers, planes
-}
-
-// createToken makes a fleet token and keeps its hash.
-func (c *Coordinator) createToken(r *http.Request, q api.TokenRequest) (api.Token, error) {
-	uses, ttl := q.Uses, time.Duration(min(max(q.ValidSeconds, -1), int64(maxTokenTTL/time.Second)+1))*time.Second
-	if uses == 0 {
-		uses = defaultTokenUse
-	}
-	if ttl == 0 {
-		ttl = defaultTokenTTL
-	}
-	if uses < 1 || uses > maxTokenUse || ttl < time.Second || ttl > maxTokenTTL {
-		return api.Token{}, refuse(http.StatusBadRequest, "bad_token", "a token has 1 to %d uses and is valid for a second to a year", maxTokenUse)
-	}
-	if label(q.Group) != q.Group {
-		return api.Token{}, refuse(http.StatusBadRequest, "bad_token", "a group has a name of at most %d printable bytes, without spaces around it", maxLabel)
-	}
-	tok := wire.NewFleetToken(c.auth.caCert.Raw)
-	hash := tok.Hash()
-	rec := TokenRecord{Group: q.Group, Uses: uses, Created: c.now().UTC(), Expires: c.now().Add(ttl).UTC()}
-	_, err := c.tokens.change(r.Context(), hex.EncodeToString(hash[:]), func(v *TokenRecord, _ bool) error {
-		*v = rec
-		return nil
-	})
-	return api.Token{Token: tok.String(), Group: rec.Group, Uses: rec.Uses, Expires: rec.Expires}, err
 }

@@ -6,9 +6,12 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	crand "crypto/rand"
+	"encoding/json"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -27,14 +30,20 @@ func TestEnrolmentRefusesTokensThatAreNotGood(t *testing.T) {
 		t.Fatalf("the first use: %d %s", status, e.Reason)
 	}
 	expired := w.newToken(t, api.TokenRequest{ValidSeconds: 60})
+	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 5, ValidSeconds: 3600})
+	must(t, err)
+	revoked := made.Token
+	if _, err := w.op.RevokeToken(testContext(t), made.ID); err != nil {
+		t.Fatal(err)
+	}
 	w.advance(2 * time.Minute)
 	for name, tok := range map[string]string{
-		"none":      "",
 		"no token":  "let me in",
 		"unknown":   wire.NewFleetToken(w.auth.caCert.Raw).String(),
 		"used up":   used,
 		"expired":   expired,
 		"truncated": used[:len(used)-1],
+		"revoked":   revoked,
 	} {
 		t.Run(name, func(t *testing.T) {
 			key := newKey(t)
@@ -74,18 +83,19 @@ func TestADeviceRepeatsItsEnrolmentForFree(t *testing.T) {
 	}
 }
 
-func TestOneUseLetsExactlyOneOfManyIn(t *testing.T) {
+func TestATokenLetsExactlyAsManyInAsItHasUses(t *testing.T) {
 	w := aWorld(t)
-	tok := w.newToken(t, api.TokenRequest{Uses: 1})
-	const racers = 12
+	const racers, uses = 50, 20
+	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: uses})
+	must(t, err)
 	statuses := make([]int, racers)
 	var wg sync.WaitGroup
 	start := make(chan struct{})
 	for i := range racers {
-		q := wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: tok}
+		q := wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: made.Token}
 		wg.Go(func() {
 			<-start
-			statuses[i], _, _ = w.postEnrol(t, q)
+			statuses[i] = w.enrolHere(q).Code
 		})
 	}
 	close(start)
@@ -100,8 +110,145 @@ func TestOneUseLetsExactlyOneOfManyIn(t *testing.T) {
 			t.Errorf("status %d", s)
 		}
 	}
-	if in != 1 {
-		t.Errorf("%d devices came in by a token with one use", in)
+	if in != uses {
+		t.Errorf("%d devices came in by a token with %d uses", in, uses)
+	}
+	list, err := w.op.Tokens(testContext(t))
+	must(t, err)
+	i := slices.IndexFunc(list, func(v api.Token) bool { return v.ID == made.ID })
+	if i < 0 || list[i].Left != 0 || list[i].Uses != uses || list[i].Token != "" {
+		t.Errorf("the list says %+v", list)
+	}
+	came := 0
+	for _, d := range w.reg.list() {
+		if d.Token == made.ID {
+			came++
+		}
+	}
+	if came != uses {
+		t.Errorf("%d devices stand on record as having come by it", came)
+	}
+}
+
+// Between a spent use and the device's record there may be a crash. The use is
+// neither lost to the device nor given to another.
+func TestACrashAfterSpendingNeitherLosesNorDoublesTheUse(t *testing.T) {
+	w := aWorld(t)
+	text := w.newToken(t, api.TokenRequest{Uses: 1, Group: "attic", Labels: map[string]string{"a": "1"}})
+	tok, err := wire.ParseFleetToken(text)
+	must(t, err)
+	key := newKey(t)
+	id := wire.IDOf(key.Public().(ed25519.PublicKey))
+	if _, _, err := w.tokens.spend(testContext(t), tok, id); err != nil { // and here the coordinator dies
+		t.Fatal(err)
+	}
+	if status, _, _ := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: text}); status != http.StatusForbidden {
+		t.Errorf("the use was given to another: %d", status)
+	}
+	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, key), Token: text}); status != http.StatusOK {
+		t.Fatalf("the use was lost: %d %s", status, e.Reason)
+	}
+	if d, err := w.reg.device(id); err != nil || d.Group != "attic" || d.Labels["a"] != "1" {
+		t.Errorf("%+v %v", d, err)
+	}
+}
+
+// A token's record does not grow with the devices that come in by it.
+func TestATokensRecordStaysSmall(t *testing.T) {
+	w := aWorld(t)
+	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 10})
+	must(t, err)
+	for range 6 {
+		if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: made.Token}); status != http.StatusOK {
+			t.Fatalf("%d %s", status, e.Reason)
+		}
+	}
+	w.tokens.rows.each(func(key string, v TokenRecord) bool {
+		if tokenID(key) == made.ID && len(v.Open) > 1 {
+			t.Errorf("it lists %d devices", len(v.Open))
+		}
+		return true
+	})
+}
+
+func TestRevokingATokenIsFinalAndSurvivesARestart(t *testing.T) {
+	dir := t.TempDir()
+	w := open(t, dir)
+	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 5})
+	must(t, err)
+	first, err := w.op.RevokeToken(testContext(t), made.ID)
+	must(t, err)
+	again, err := w.op.RevokeToken(testContext(t), made.ID)
+	if err != nil || !again.Revoked.Equal(first.Revoked) {
+		t.Errorf("a second time: %+v %v", again, err)
+	}
+	_, err = w.op.RevokeToken(testContext(t), "0123456789")
+	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+	w.Close()
+	w = open(t, dir)
+	defer w.Close()
+	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: made.Token}); status != http.StatusForbidden || !strings.Contains(e.Reason, "revoked") {
+		t.Errorf("%d %+v", status, e)
+	}
+}
+
+// enrolHere makes the call without a network, and so without what keeps one
+// address from asking too often.
+func (w *world) enrolHere(q wire.EnrolRequest) *httptest.ResponseRecorder {
+	raw, _ := json.Marshal(q)
+	rec := httptest.NewRecorder()
+	r := httptest.NewRequest(http.MethodPost, "/enrol/v1", bytes.NewReader(raw))
+	if err := w.enrol(rec, r); err != nil {
+		writeError(rec, w.log, false, err)
+	}
+	return rec
+}
+
+// A certificate is renewed by the key alone. Nothing else changes, and what a
+// flashed device brings along does not either.
+func TestRenewalChangesNothingThatTheFleetSays(t *testing.T) {
+	w := aWorld(t)
+	key := newKey(t)
+	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 2, Group: "attic", Labels: map[string]string{"floor": "3"}})
+	must(t, err)
+	q := wire.EnrolRequest{CSR: csr(t, key), Token: made.Token, Agent: "1.0.0", Board: "old", Inventory: json.RawMessage(`{"a":1}`)}
+	status, first, e := w.postEnrol(t, q)
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Reason)
+	}
+	before, err := w.reg.device(first.Device)
+	must(t, err)
+	other := w.newToken(t, api.TokenRequest{Uses: 1, Group: "cellar"})
+	for name, tok := range map[string]string{"no token": "", "its own": made.Token, "another": other, "none at all": "nonsense"} {
+		status, m, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, key), Token: tok, Agent: "2.0.0", Board: "new", Inventory: json.RawMessage(`{"a":2}`)})
+		if status != http.StatusOK || m.Device != first.Device || bytes.Equal(m.Certificate, first.Certificate) {
+			t.Fatalf("%s: %d %s", name, status, e.Reason)
+		}
+	}
+	d, err := w.reg.device(first.Device)
+	must(t, err)
+	if d.Agent != "2.0.0" || d.Board != "new" || string(d.Inventory) != `{"a":2}` || !d.CertUntil.After(before.CertUntil) {
+		t.Errorf("what the device says was not taken: %+v", d)
+	}
+	if d.Group != "attic" || d.Labels["floor"] != "3" || !d.Enrolled.Equal(before.Enrolled) || d.Token != made.ID {
+		t.Errorf("what the fleet says has changed: %+v", d)
+	}
+	for _, tok := range []string{made.Token, other} { // each has its use left
+		if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: tok}); status != http.StatusOK {
+			t.Errorf("a renewal spent a use: %d %s", status, e.Reason)
+		}
+	}
+}
+
+func TestALargeInventoryIsNotKept(t *testing.T) {
+	w := aWorld(t)
+	large := json.RawMessage(`"` + strings.Repeat("x", maxInventory) + `"`)
+	status, m, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{}), Inventory: large})
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Reason)
+	}
+	if d, _ := w.reg.device(m.Device); d.Inventory != nil {
+		t.Errorf("%d bytes are kept", len(d.Inventory))
 	}
 }
 
@@ -126,24 +273,8 @@ func TestEnrolmentWantsProofOfAnEd25519Key(t *testing.T) {
 
 func (w *world) retire(t testing.TB, id wire.DeviceID) {
 	t.Helper()
-	_, err := w.reg.rows.change(testContext(t), string(id), func(v *api.DeviceRecord, _ bool) error { v.Retired = true; return nil })
+	_, err := w.op.RetireDevice(testContext(t), string(id))
 	must(t, err)
-}
-
-func TestARetiredDeviceIsRefusedEverywhere(t *testing.T) {
-	w := aWorld(t)
-	d := w.enrolled(t)
-	w.retire(t, d.id)
-	tok := w.newToken(t, api.TokenRequest{Uses: 1})
-	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, d.key), Token: tok}); status != http.StatusForbidden || e.Code != "retired" {
-		t.Errorf("enrolment: %d %+v", status, e)
-	}
-	if status, body := d.transfer(http.MethodGet, "/data/v1/repo/metadata/1.root.json", nil); status != http.StatusForbidden {
-		t.Errorf("data plane: %d %s", status, body)
-	}
-	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: tok}); status != http.StatusOK {
-		t.Errorf("the retired device spent the use of another: %d %s", status, e.Reason)
-	}
 }
 
 // Whoever gets hold of the coordinator's files, records or context must not be
@@ -180,13 +311,17 @@ func TestOnlyTheHashOfATokenIsKept(t *testing.T) {
 func TestTokenRequestsAreBounded(t *testing.T) {
 	w := aWorld(t)
 	for _, r := range []api.TokenRequest{{Uses: -1}, {Uses: maxTokenUse + 1}, {ValidSeconds: -5}, {ValidSeconds: int64(maxTokenTTL/time.Second) + 1},
-		{ValidSeconds: 18446744074}} { // the last is 0.3 s if it overflows
+		{ValidSeconds: 18446744074}, {Name: "a\nb"}} { // the last is 0.3 s if it overflows
 		_, err := w.op.CreateToken(testContext(t), r)
 		wantRefusal(t, err, http.StatusBadRequest, "bad_token")
 	}
 	for _, group := range []string{"a\x1b[2J", "a\nb", "a\x00", " a", "\u202ea", strings.Repeat("a", maxLabel+1)} {
 		_, err := w.op.CreateToken(testContext(t), api.TokenRequest{Group: group})
-		wantRefusal(t, err, http.StatusBadRequest, "bad_token")
+		wantRefusal(t, err, http.StatusBadRequest, "bad_group")
+	}
+	for _, labels := range []map[string]string{{"": "x"}, {"a b": "x"}, {"a": "\x1b"}, {"a": strings.Repeat("x", 65)}} {
+		_, err := w.op.CreateToken(testContext(t), api.TokenRequest{Labels: labels})
+		wantRefusal(t, err, http.StatusBadRequest, "bad_label")
 	}
 	for _, group := range []string{"", "Küche 2", strings.Repeat("a", maxLabel)} {
 		w.newToken(t, api.TokenRequest{Group: group})

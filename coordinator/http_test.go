@@ -107,7 +107,7 @@ func TestCertificatesOfOthersAreRefused(t *testing.T) {
 
 	other, err := openAuthority(t.TempDir())
 	must(t, err)
-	foreign, _, err := other.deviceCertificate(pub)
+	foreign, _, err := other.deviceCertificate(pub, deviceCertLife)
 	must(t, err)
 	cert := certificate(t, foreign, key)
 	if resp, err := w.plain(&cert).Get(path); err == nil {
@@ -122,7 +122,7 @@ func TestCertificatesOfOthersAreRefused(t *testing.T) {
 		t.Errorf("a server's certificate came through TLS as a client's: %d", resp.StatusCode)
 	}
 
-	unknown, _, err := w.auth.deviceCertificate(pub)
+	unknown, _, err := w.auth.deviceCertificate(pub, deviceCertLife)
 	must(t, err)
 	cert = certificate(t, unknown, key)
 	resp, err := w.plain(&cert).Get(path)

@@ -6,9 +6,9 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -28,8 +28,44 @@ type registry struct {
 	log  *slog.Logger
 	now  func() time.Time
 
-	mu   sync.Mutex
-	live map[wire.DeviceID]*live
+	// cut takes devices that must not be connected any more.
+	cut chan wire.DeviceID
+
+	mu      sync.Mutex
+	live    map[wire.DeviceID]*live
+	retired map[wire.DeviceID]bool // the same as on record, for who holds mu
+}
+
+// maxCut is how many devices wait to be cut off. One that finds no place is cut
+// off when it says something.
+const maxCut = 1024
+
+func newRegistry(log *slog.Logger, now func() time.Time) *registry {
+	return &registry{log: log, now: now, cut: make(chan wire.DeviceID, maxCut), live: make(map[wire.DeviceID]*live), retired: make(map[wire.DeviceID]bool)}
+}
+
+// track sees every change of a record, whichever coordinator made it; it is the
+// table's onEach. A retired device is cut off by all of them: one that did not
+// know yet may have let it in again.
+func (r *registry) track(_ string, d api.DeviceRecord, gone bool) {
+	if gone || !d.Retired {
+		return
+	}
+	r.mu.Lock()
+	isNew := !r.retired[d.ID]
+	r.retired[d.ID] = true
+	delete(r.live, d.ID)
+	r.mu.Unlock()
+	if isNew {
+		r.cutOff(d.ID)
+	}
+}
+
+func (r *registry) cutOff(id wire.DeviceID) {
+	select {
+	case r.cut <- id:
+	default: // see maxCut
+	}
 }
 
 // live is how a device is now.
@@ -40,6 +76,8 @@ type live struct {
 	capacity  int64
 	used      int64
 	telemetry json.RawMessage
+	dropped   []wire.Dropped
+	starts    starts
 }
 
 // missedBeats is how many heartbeats may be missing before a device counts as away.
@@ -48,7 +86,7 @@ const missedBeats = 3
 func (r *registry) device(id wire.DeviceID) (api.DeviceRecord, error) {
 	d, ok := r.rows.get(string(id))
 	if !ok {
-		return d, refuse(404, wire.CodeNotFound, "there is no device %s; \"deimos device list\" shows all", id)
+		return d, refuse(http.StatusNotFound, wire.CodeNotFound, "there is no device %s; \"deimos device list\" shows all", id)
 	}
 	return d, nil
 }
@@ -69,30 +107,49 @@ func (r *registry) authorize(_ context.Context, id wire.DeviceID, cert *x509.Cer
 }
 
 func errRetired(id wire.DeviceID) error {
-	return refuse(403, "retired", "device %s was retired and cannot enrol again", id)
+	return refuse(http.StatusForbidden, wire.CodeRetired, "device %s was retired and cannot enrol again; a new key makes it a new device", id)
 }
 
-// mayEnrol refuses a device that has been sent away.
-func (r *registry) mayEnrol(id wire.DeviceID) error {
-	if d, ok := r.rows.get(string(id)); ok && d.Retired {
-		return errRetired(id)
-	}
-	return nil
+// known tells whether a device is on record, retired or not.
+func (r *registry) known(id wire.DeviceID) bool {
+	_, ok := r.rows.get(string(id))
+	return ok
 }
 
-// enrolled adds a device, or renews what is known of one with the same key.
-func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord) error {
-	_, err := r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
-		if exists {
-			if v.Retired {
-				return errRetired(d.ID)
-			}
-			d.Enrolled = v.Enrolled
+// member tells whether a device is on record and not retired.
+func (r *registry) member(id wire.DeviceID) bool {
+	d, ok := r.rows.get(string(id))
+	return ok && !d.Retired
+}
+
+// written tells whether the record of a device that came in by a token is there.
+func (r *registry) written(id wire.DeviceID, token string) bool {
+	d, ok := r.rows.get(string(id))
+	return ok && d.Token == token
+}
+
+// enrolled adds a device if isNew, or renews what a member says of itself. What
+// the fleet says of it stays.
+func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord, isNew bool) (api.DeviceRecord, error) {
+	return r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
+		switch {
+		case !exists && !isNew:
+			return refuse(http.StatusConflict, "removed", "device %s was removed meanwhile; ask again", d.ID)
+		case !exists:
+			*v = d
+			return nil
+		case v.Retired:
+			return errRetired(d.ID)
 		}
-		*v = d
+		v.Agent, v.OS, v.Arch, v.Board = d.Agent, d.OS, d.Arch, d.Board
+		if !d.CertUntil.IsZero() {
+			v.CertUntil = d.CertUntil
+		}
+		if d.Inventory != nil {
+			v.Inventory = d.Inventory
+		}
 		return nil
 	})
-	return err
 }
 
 // openFrom verifies a message that came on the topic of device id, and decodes
@@ -103,6 +160,10 @@ func openFrom[T wire.Report | wire.Presence | wire.Beat](r *registry, id wire.De
 	d, err := r.device(id)
 	if err != nil {
 		return none, err
+	}
+	if d.Retired {
+		r.cutOff(id) // it should not be here
+		return none, fmt.Errorf("device %s is retired", id)
 	}
 	v, err := wire.OpenAs[T](raw, ed25519.PublicKey(d.PublicKey), t)
 	if err != nil {
@@ -154,44 +215,78 @@ func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) 
 	for _, s := range []*string{&p.Agent, &p.OS, &p.Arch, &p.Board, &p.Slot} {
 		*s = label(*s)
 	}
-	r.mu.Lock()
-	l := r.liveOf(p.Device)
-	// The last will of an old session may come after the hello of a new one.
-	if p.Online || p.Session == l.session {
-		l.online, l.lastSeen = p.Online, r.now()
-	}
-	if p.Online {
-		l.session, l.capacity, l.used = p.Session, p.Capacity, p.Used
-	}
-	r.mu.Unlock()
-	if !p.Online {
+	twins, ok := r.heard(p)
+	if !ok || !p.Online {
 		return false, nil
 	}
+	var warned bool
 	_, err := r.rows.change(ctx, string(p.Device), func(v *api.DeviceRecord, exists bool) error {
 		if !exists {
 			return errNotFound
 		}
+		warned = false
+		changed := false
+		if twins {
+			changed, warned = warn(v, duplicateKey, r.now().UTC())
+		}
 		old := [5]string{v.Agent, v.OS, v.Arch, v.Board, v.Slot}
-		if old == [5]string{p.Agent, p.OS, p.Arch, p.Board, p.Slot} && v.Capacity == p.Capacity {
+		if !changed && old == [5]string{p.Agent, p.OS, p.Arch, p.Board, p.Slot} && v.Capacity == p.Capacity {
 			return errUnchanged
 		}
 		v.Agent, v.OS, v.Arch, v.Board, v.Slot = p.Agent, p.OS, p.Arch, p.Board, p.Slot
 		v.Capacity, v.Used = p.Capacity, p.Used
 		return nil
 	})
+	if err == nil && warned {
+		r.log.Warn("two machines use one device key; see \"deimos device show\"", "device", p.Device)
+	}
 	return true, err
+}
+
+// heard takes a hello or a last will into memory. twins is true if it shows that
+// the device's key is used twice; ok is false for a device that is retired.
+func (r *registry) heard(p wire.Presence) (twins, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.liveOf(p.Device)
+	if l == nil {
+		return false, false
+	}
+	// The last will of an old session may come after the hello of a new one.
+	if p.Online || p.Session == l.session {
+		l.online, l.lastSeen = p.Online, r.now()
+	}
+	if p.Online {
+		l.session, l.capacity, l.used, l.dropped = p.Session, p.Capacity, p.Used, cleanDropped(p.Dropped)
+		twins = l.starts.hello(p, r.now())
+	}
+	return twins, true
+}
+
+const maxDropped = 16 // retention classes; there are a handful
+
+func cleanDropped(list []wire.Dropped) []wire.Dropped {
+	list = slices.Clone(list[:min(len(list), maxDropped)])
+	for i := range list {
+		list[i].Class = label(list[i].Class)
+	}
+	return list
 }
 
 func (r *registry) beat(b wire.Beat) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	l := r.liveOf(b.Device)
-	l.online, l.lastSeen, l.telemetry, l.capacity, l.used = true, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
+	if l := r.liveOf(b.Device); l != nil {
+		l.online, l.lastSeen, l.telemetry, l.capacity, l.used = true, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
+	}
 }
 
-// liveOf finds or makes the entry of a registered device (see openFrom). r.mu is
-// held.
+// liveOf finds or makes the entry of a registered device (see openFrom); it is
+// nil for one that was retired since its message was opened. r.mu is held.
 func (r *registry) liveOf(id wire.DeviceID) *live {
+	if r.retired[id] {
+		return nil
+	}
 	l, ok := r.live[id]
 	if !ok {
 		l = &live{}
@@ -219,15 +314,34 @@ func (r *registry) online(id wire.DeviceID) bool {
 	return ok && l.online
 }
 
+// mayWork tells whether a device can be given new work: it is there, and nothing
+// speaks against it.
+func (r *registry) mayWork(id wire.DeviceID) bool {
+	d, ok := r.rows.get(string(id))
+	return ok && !d.Retired && !standing(d, api.WarningDuplicateKey, r.now()) && r.online(id)
+}
+
 func (r *registry) view(d api.DeviceRecord) api.Device {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := api.Device{DeviceRecord: d}
+	v := api.Device{DeviceRecord: d, State: api.DeviceOffline}
+	v.Warnings = nil
+	for _, w := range d.Warnings {
+		if r.now().Sub(w.Last) < warningLife {
+			v.Warnings = append(v.Warnings, w)
+		}
+	}
 	if l, ok := r.live[d.ID]; ok {
-		v.Online, v.LastSeen, v.Telemetry = l.online, l.lastSeen, l.telemetry
+		v.Online, v.LastSeen, v.Telemetry, v.Dropped = l.online, l.lastSeen, l.telemetry, l.dropped
 		if l.capacity > 0 {
 			v.Capacity, v.Used = l.capacity, l.used
 		}
+	}
+	switch {
+	case d.Retired:
+		v.State, v.Online = api.DeviceRetired, false
+	case v.Online:
+		v.State = api.DeviceOnline
 	}
 	return v
 }
@@ -244,35 +358,4 @@ func (r *registry) list() []api.Device {
 		out[i] = r.view(out[i].DeviceRecord)
 	}
 	return out
-}
-
-// TokenRecord is what is kept of a fleet token: never the secret itself.
-type TokenRecord struct {
-	Group   string    `json:"group,omitempty"`
-	Expires time.Time `json:"expires"`
-	Uses    int       `json:"uses"` // left
-	Created time.Time `json:"created"`
-	// Devices lists who came in by it, so that an enrolment whose answer was
-	// lost can be repeated without another use.
-	Devices []wire.DeviceID `json:"devices,omitempty"`
-}
-
-var errTokenRefused = errors.New("the fleet token is unknown, used up or expired; ask the fleet manager for a new one (\"deimos token create\")")
-
-// spend takes one use of a token for a device. The same device spends one use
-// however often it asks.
-func spend(ctx context.Context, tokens *table[TokenRecord], key string, d wire.DeviceID, now time.Time) (TokenRecord, error) {
-	return tokens.change(ctx, key, func(t *TokenRecord, exists bool) error {
-		switch {
-		case !exists || now.After(t.Expires):
-			return refuse(403, "token_refused", "%v", errTokenRefused)
-		case slices.Contains(t.Devices, d):
-			return errUnchanged
-		case t.Uses <= 0:
-			return refuse(403, "token_refused", "%v", errTokenRefused)
-		}
-		t.Uses--
-		t.Devices = append(t.Devices, d)
-		return nil
-	})
 }

@@ -2,10 +2,18 @@ package coordinator
 
 import (
 	"crypto/ed25519"
+	"encoding/json"
+	"net/http"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
+	mqtt "github.com/eclipse/paho.mqtt.golang"
 	"github.com/nats-io/nats.go"
 
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -61,4 +69,250 @@ func TestADevicesSpaceIsWithinReason(t *testing.T) {
 			t.Errorf("presence: %d was taken as %d, %d used", n, v.Capacity, v.Used)
 		}
 	}
+}
+
+func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
+	dir := t.TempDir()
+	w := open(t, dir)
+	d := w.enrolled(t)
+	d.connect(w)
+	data := someBytes(1000)
+	w.putFile(t, "f", data, 1)
+	d.on(wire.KindChunkServe, silent)
+	open1, err := w.outbox.submit(testContext(t), d.id, wire.KindChunkServe, wire.ChunkServe{ID: chunk.Sum(data).String()}, time.Hour)
+	must(t, err)
+
+	cut := make(chan struct{})
+	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
+		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
+	d.token(c.Connect()) // takes the place of the connection before
+
+	v, err := w.op.RetireDevice(testContext(t), string(d.id))
+	must(t, err)
+	next(t, cut, "the end of the connection")
+	if v.State != api.DeviceRetired || v.Online || !v.Settled || v.RetiredAt.IsZero() {
+		t.Errorf("%+v", v)
+	}
+	refused := func(w *world) {
+		t.Helper()
+		c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
+			SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience))
+		if tok := c.Connect(); !tok.WaitTimeout(patience) || tok.Error() == nil {
+			c.Disconnect(0)
+			t.Error("it connects again")
+		}
+		if status, body := call(t, d.http, http.MethodGet, w.URL()+"/data/v1/repo/metadata/1.root.json", nil); status != http.StatusForbidden {
+			t.Errorf("data plane: %d %s", status, body)
+		}
+		for _, tok := range []string{"", w.newToken(t, api.TokenRequest{})} {
+			if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, d.key), Token: tok}); status != http.StatusForbidden || e.Code != wire.CodeRetired {
+				t.Errorf("renewal: %d %+v", status, e)
+			}
+		}
+		w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id})
+		if w.reg.online(d.id) || w.reg.mayWork(d.id) {
+			t.Error("a retired device looks online")
+		}
+	}
+	refused(w)
+	if o, ok := w.outbox.rows.get(orderKeyOf(d.id, open1.ID)); ok && (o.State != wire.Canceled || o.Result.Code != wire.CodeRetired) {
+		t.Errorf("its order is %s %s", o.State, o.Result.Code)
+	}
+	if rec, _ := w.storage.chunks.get(chunk.Sum(data).String()); rec.alive() != 0 {
+		t.Errorf("its chunk counts as held: %+v", rec)
+	}
+	_, err = w.op.Audit(testContext(t), api.AuditRequest{Kind: api.StorageAudit, Device: d.id})
+	wantRefusal(t, err, http.StatusConflict, wire.CodeRetired)
+	if _, err := w.op.RetireDevice(testContext(t), string(d.id)); err != nil {
+		t.Errorf("a second time: %v", err)
+	}
+	_, err = w.op.RetireDevice(testContext(t), "nobody")
+	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+	w.Close()
+	w = open(t, dir)
+	defer w.Close()
+	refused(w)
+}
+
+// Another coordinator may have let the device in before it knew.
+func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
+	w := aWorld(t)
+	d := w.enrolled(t)
+	cut := make(chan struct{})
+	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
+		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
+	d.token(c.Connect())
+	rec, err := w.reg.device(d.id)
+	must(t, err)
+	rec.Retired = true
+	raw, err := json.Marshal(rec)
+	must(t, err)
+	_, err = w.reg.rows.kv.Put(testContext(t), string(d.id), raw)
+	must(t, err)
+	next(t, cut, "the end of the connection")
+}
+
+// What a crash left of a retirement is done at the next start.
+func TestARetirementThatWasCutOffIsSettledLater(t *testing.T) {
+	dir := t.TempDir()
+	w := open(t, dir)
+	d := w.enrolled(t)
+	d.connect(w)
+	data := someBytes(1000)
+	w.putFile(t, "f", data, 1)
+	d.leave()
+	_, err := w.reg.rows.change(testContext(t), string(d.id), func(v *api.DeviceRecord, _ bool) error { v.Retired = true; return nil })
+	must(t, err)
+	w.Close()
+	w = open(t, dir)
+	defer w.Close()
+	eventually(t, "it is settled", func() bool { v, _ := w.reg.device(d.id); return v.Settled })
+	if rec, _ := w.storage.chunks.get(chunk.Sum(data).String()); len(rec.Holders) != 1 || rec.alive() != 0 {
+		t.Errorf("its chunk counts as held: %+v", rec)
+	}
+}
+
+// said makes hellos as an agent's clock and starts would.
+type said struct {
+	instance string
+	at       int // minutes
+	trusted  bool
+}
+
+func TestTwoMachinesWithOneKeyAreFoundAndNothingElseIs(t *testing.T) {
+	for name, c := range map[string]struct {
+		hellos []said
+		twins  bool
+	}{
+		"reconnects":                         {[]said{{"a", 1, true}, {"a", 2, true}, {"a", 3, true}}, false},
+		"restarts":                           {[]said{{"a", 1, true}, {"b", 2, true}, {"c", 3, true}}, false},
+		"two in turn":                        {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 3, true}}, true},
+		"two in turn, booting":               {[]said{{"a", 1, true}, {"b", 0, false}, {"a", 3, true}, {"b", 4, true}, {"a", 5, true}}, true},
+		"a repeated hello":                   {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}}, false},
+		"a late hello":                       {[]said{{"a", 1, true}, {"b", 3, true}, {"a", 2, true}}, false},
+		"all repeated, again and again":      {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}}, false},
+		"late, over a start without a clock": {[]said{{"a", 1, true}, {"b", 0, false}, {"a", 2, true}}, false},
+		"no clock at all":                    {[]said{{"a", 1, false}, {"b", 2, false}, {"a", 3, false}}, false},
+		"from the future":                    {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 99, true}}, false},
+		"an agent that does not say":         {[]said{{"", 1, true}, {"b", 2, true}, {"", 3, true}}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			base := time.Now()
+			var s starts
+			twins := false
+			for _, h := range c.hellos {
+				p := wire.Presence{Instance: h.instance, At: base.Add(time.Duration(h.at) * time.Minute), TimeConfidence: wire.ClockUnknown}
+				if h.trusted {
+					p.TimeConfidence = wire.ClockTrusted
+				}
+				twins = s.hello(p, base.Add(5*time.Minute)) || twins
+			}
+			if twins != c.twins {
+				t.Errorf("two machines: %t", twins)
+			}
+		})
+	}
+	var s starts
+	for i := range 1000 {
+		s.hello(wire.Presence{Instance: strconv.Itoa(i), At: time.Now(), TimeConfidence: wire.ClockTrusted}, time.Now())
+	}
+	if len(s.seen) > maxStarts {
+		t.Errorf("%d starts of one device are remembered", len(s.seen))
+	}
+}
+
+func TestADuplicateKeyKeepsWorkAwayUntilADayHasPassed(t *testing.T) {
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	d.connect(w)
+	hello := func(instance string) {
+		w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: newNonce(), Nonce: newNonce(),
+			Instance: instance, At: w.now(), TimeConfidence: wire.ClockTrusted, Capacity: d.capacity,
+			Dropped: []wire.Dropped{{Class: "result\x1b", Count: 3}}})
+	}
+	turn := func() {
+		for _, i := range []string{"a", "b", "a"} {
+			hello(i)
+		}
+	}
+	hello("a")
+	hello("b")
+	if v, _ := w.op.Device(testContext(t), string(d.id)); len(v.Warnings) != 0 || len(v.Dropped) != 1 || v.Dropped[0].Class != "result" {
+		t.Errorf("a restart: %+v %+v", v.Warnings, v.Dropped)
+	}
+	w.putFile(t, "before", someBytes(100), 1)
+	turn()
+	v, err := w.op.Device(testContext(t), string(d.id))
+	must(t, err)
+	if len(v.Warnings) != 1 || v.Warnings[0].Code != api.WarningDuplicateKey || !strings.Contains(v.Warnings[0].Text, "Stop the copy") {
+		t.Fatalf("%+v", v.Warnings)
+	}
+	_, err = w.tryPutFile(testContext(t), "after", someBytes(100), 1)
+	wantRefusal(t, err, http.StatusServiceUnavailable, "too_few_devices")
+	_, err = w.op.RunJob(testContext(t), api.JobRequest{Module: strings.Repeat("0", 64), Object: "before"})
+	wantRefusal(t, err, http.StatusServiceUnavailable, "no_holder_online")
+	rev := func() uint64 {
+		e, err := w.reg.rows.kv.Get(testContext(t), string(d.id))
+		must(t, err)
+		return e.Revision()
+	}
+	r := rev()
+	turn()
+	if rev() != r {
+		t.Error("an observation in the same minute was written")
+	}
+	w.advance(2 * time.Minute)
+	turn()
+	if rev() == r {
+		t.Error("a later observation was not written")
+	}
+	w.advance(warningLife + time.Minute)
+	hello("a")
+	if v, _ := w.op.Device(testContext(t), string(d.id)); len(v.Warnings) != 0 || !w.reg.mayWork(d.id) {
+		t.Errorf("a day later: %+v", v.Warnings)
+	}
+}
+
+func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
+	w := ownWorld(t)
+	a, b := w.enrolled(t), w.enrolled(t)
+	ctx := testContext(t)
+	group, none := "attic", ""
+	ids, err := w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{Devices: []wire.DeviceID{a.id}}, SetGroup: &group, SetLabels: map[string]string{"x": "1", "y": "2"}})
+	if err != nil || len(ids) != 1 || ids[0] != a.id {
+		t.Fatalf("%v %v", ids, err)
+	}
+	ids, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{Labels: map[string]string{"x": "1"}}, RemoveLabels: []string{"x", "no such"}})
+	if err != nil || len(ids) != 1 {
+		t.Fatalf("%v %v", ids, err)
+	}
+	list, err := w.op.DevicesWhere(ctx, api.Selector{Groups: []string{"attic"}}, api.DeviceOffline)
+	if err != nil || len(list) != 1 || list[0].ID != a.id || len(list[0].Labels) != 1 || list[0].Labels["y"] != "2" {
+		t.Fatalf("%+v %v", list, err)
+	}
+	if _, err := w.op.RetireDevice(ctx, string(a.id)); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := w.op.DevicesWhere(ctx, api.Selector{Groups: []string{"attic"}}, api.DeviceRetired); err != nil || len(list) != 1 {
+		t.Errorf("%+v %v", list, err)
+	}
+	if ids, err := w.op.ChangeDevices(ctx, api.DeviceChange{SetGroup: &none}); err != nil || len(ids) != 1 || ids[0] != b.id {
+		t.Errorf("all: %v %v", ids, err)
+	}
+	many := map[string]string{}
+	for i := range maxLabels + 1 {
+		many["l"+strconv.Itoa(i)] = ""
+	}
+	bad := "a\nb"
+	for _, c := range []struct {
+		change api.DeviceChange
+		code   string
+	}{{api.DeviceChange{}, wire.CodeBadBody}, {api.DeviceChange{SetGroup: &bad}, "bad_group"}, {api.DeviceChange{SetLabels: many}, "bad_label"}} {
+		_, err := w.op.ChangeDevices(ctx, c.change)
+		wantRefusal(t, err, http.StatusBadRequest, c.code)
+	}
+	_, err = w.op.DevicesWhere(ctx, api.Selector{}, "lost")
+	wantRefusal(t, err, http.StatusBadRequest, "bad_state")
 }

@@ -320,7 +320,7 @@ func (s *storage) dropping(id string) []wire.Order {
 func (s *storage) candidates(size int64, not []wire.DeviceID, n int) []wire.DeviceID {
 	var fit []offer
 	for _, d := range s.reg.list() {
-		if free := d.Capacity - max(d.Used, 0); d.Online && !d.Retired && free >= size && !slices.Contains(not, d.ID) {
+		if free := d.Capacity - max(d.Used, 0); free >= size && s.reg.mayWork(d.ID) && !slices.Contains(not, d.ID) {
 			fit = append(fit, offer{d.ID, free})
 		}
 	}
@@ -722,7 +722,9 @@ func (s *storage) drop(ctx context.Context, ids []string, free func(chunkRecord)
 			return err
 		}
 		for _, h := range c.Holders {
-			drops[h.Device] = append(drops[h.Device], id)
+			if s.reg.member(h.Device) { // a retired one gets no orders
+				drops[h.Device] = append(drops[h.Device], id)
+			}
 		}
 	}
 	for d, ids := range drops {

@@ -2,14 +2,10 @@
 package main
 
 import (
-	"context"
 	"errors"
-	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
@@ -85,89 +81,3 @@ func (c *commands) client() (*api.Client, error) {
 type versionCmd struct{ cli.Output }
 
 func (v *versionCmd) Run() error { return cli.PrintVersion(v.Output, "deimos", version) }
-
-type tokenCmd struct {
-	Create tokenCreateCmd `cmd:"" help:"Make a token by which devices enrol. It is shown this once."`
-}
-
-type tokenCreateCmd struct {
-	Group string        `help:"Group that the devices join." placeholder:"NAME"`
-	Uses  int           `default:"1" help:"How many devices may use it (${default})."`
-	Valid time.Duration `default:"24h" help:"How long it can be used (${default})."`
-	cli.Output
-}
-
-func (t *tokenCreateCmd) Run(ctx context.Context, all *commands) error {
-	if t.Uses < 1 || t.Valid < time.Second {
-		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a token has at least one use and is valid for at least a second")}
-	}
-	c, err := all.client()
-	if err != nil {
-		return err
-	}
-	tok, err := c.CreateToken(ctx, api.TokenRequest{Group: t.Group, Uses: t.Uses, ValidSeconds: int64(t.Valid / time.Second)})
-	if err != nil {
-		return err
-	}
-	return t.Print(tok, func(w io.Writer) error {
-		_, err := fmt.Fprintln(w, tok.Token) // alone, so that a script can take it
-		return err
-	})
-}
-
-type deviceCmd struct {
-	List deviceListCmd `cmd:"" help:"List the devices."`
-	Show deviceShowCmd `cmd:"" help:"Show one device."`
-}
-
-type deviceListCmd struct{ cli.Output }
-
-func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
-	c, err := all.client()
-	if err != nil {
-		return err
-	}
-	list, err := c.Devices(ctx)
-	if err != nil {
-		return err
-	}
-	return d.Print(list, func(w io.Writer) error {
-		if len(list) == 0 {
-			_, err := fmt.Fprintln(w, "No device has enrolled yet. Make a token with \"deimos token create\".")
-			return err
-		}
-		var rows []string
-		for _, v := range list {
-			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s of %s\t%s",
-				v.ID, state(v), v.Agent, v.Board, v.Group, cli.Bytes(v.Used), cli.Bytes(v.Capacity), cli.Ago(v.LastSeen)))
-		}
-		return cli.Table(w, "DEVICE\tSTATE\tAGENT\tBOARD\tGROUP\tUSED\tSEEN", rows)
-	})
-}
-
-func state(d api.Device) string {
-	switch {
-	case d.Retired:
-		return "retired"
-	case d.Online:
-		return "online"
-	}
-	return "offline"
-}
-
-type deviceShowCmd struct {
-	ID string `arg:"" help:"Device id."`
-	cli.Output
-}
-
-func (d *deviceShowCmd) Run(ctx context.Context, all *commands) error {
-	c, err := all.client()
-	if err != nil {
-		return err
-	}
-	v, err := c.Device(ctx, d.ID)
-	if err != nil {
-		return err
-	}
-	return d.Print(v, func(w io.Writer) error { return writeDevice(w, v) })
-}

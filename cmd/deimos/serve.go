@@ -22,6 +22,9 @@ type serveCmd struct {
 	Advertise []string      `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
 	Beat      time.Duration `default:"1m" help:"Heartbeat interval of devices (${default})."`
 
+	NoClaim         bool          `name:"no-claim" env:"DEIMOS_NO_CLAIM" help:"Let devices in by fleet token only; by default they can also wait to be claimed."`
+	CertificateLife time.Duration `default:"720h" env:"DEIMOS_CERTIFICATE_LIFE" help:"How long a device's certificate is good, at least a minute (${default}); it is renewed at two thirds."`
+
 	PrintNATSConfig bool `name:"print-nats-config" help:"Print the configuration of an external NATS server for this coordinator's keys, and end."`
 	cli.LogFlags
 }
@@ -29,6 +32,7 @@ type serveCmd struct {
 func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, Beat: s.Beat,
+		NoClaim: s.NoClaim, CertificateLife: s.CertificateLife,
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel),
 	}
 	if s.PrintNATSConfig {

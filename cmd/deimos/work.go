@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -202,23 +201,4 @@ func (o *orderShowCmd) Run(ctx context.Context, all *commands) error {
 		}
 		return nil
 	})
-}
-
-// writeDevice shows a device to a person.
-func writeDevice(w io.Writer, d api.Device) error {
-	row := func(k, format string, args ...any) {
-		if v := strings.TrimSpace(fmt.Sprintf(format, args...)); v != "" {
-			fmt.Fprintf(w, "%-12s %s\n", k, v)
-		}
-	}
-	row("device", "%s", d.ID)
-	row("state", "%s, seen %s", state(d), cli.Ago(d.LastSeen))
-	row("group", "%s", d.Group)
-	row("agent", "%s on %s/%s", d.Agent, d.OS, d.Arch)
-	row("slot", "%s", d.Slot)
-	row("board", "%s", d.Board)
-	row("storage", "%s of %s used", cli.Bytes(d.Used), cli.Bytes(d.Capacity))
-	row("enrolled", "%s", d.Enrolled.Format(time.RFC3339))
-	row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
-	return nil
 }

@@ -184,21 +184,6 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 	return v, nil
 }
 
-// CreateToken makes a fleet token.
-func (c *Client) CreateToken(ctx context.Context, r TokenRequest) (Token, error) {
-	return ask[Token](ctx, c, http.MethodPost, "tokens", nil, r)
-}
-
-// Devices lists the fleet.
-func (c *Client) Devices(ctx context.Context) ([]Device, error) {
-	return ask[[]Device](ctx, c, http.MethodGet, "devices", nil, nil)
-}
-
-// Device shows one device.
-func (c *Client) Device(ctx context.Context, id string) (Device, error) {
-	return ask[Device](ctx, c, http.MethodGet, "devices/"+segment(id), nil, nil)
-}
-
 // PutChunk stores a chunk on replicas devices and returns when each has given
 // its receipt.
 func (c *Client) PutChunk(ctx context.Context, id string, data []byte, replicas int) (Placement, error) {

@@ -1,63 +1,35 @@
 // Package api is the operator's side of a coordinator: the types of its HTTPS
 // API and a client for it. The command line uses only this.
 //
-// The API lives below /api/v1 on the coordinator's HTTPS address, and describes
-// itself: GET /api/v1/openapi.json is an OpenAPI 3.1 document made from what is
-// served, so there is no list of the calls here. Every request carries
-// "Authorization: Bearer <operator token>". Every answer with a status of 400 or
-// above has a [wire.APIError] as its body; one with 429 says in Retry-After when
-// to ask again. Sizes are bytes, times are RFC 3339 in UTC, binary fields are
-// base64 (encoding/json's).
+// The API lives below /api/v1 on the coordinator's HTTPS address. Every request
+// carries "Authorization: Bearer <operator token>". Every answer with a status
+// of 400 or above has a [wire.APIError] as its body. Sizes are bytes, times are
+// RFC 3339 in UTC, binary fields are base64 (encoding/json's).
+//
+//	POST   /tokens                 TokenRequest → Token
+//	GET    /devices                → []Device
+//	GET    /devices/{id}           → Device
+//	PUT    /chunks/{id}            bytes → Placement; ?replicas=N, default 2
+//	GET    /chunks/{id}            → bytes, fetched from a device that holds it
+//	GET    /objects                → []Object
+//	PUT    /objects/{name}         Object → Object
+//	GET    /objects/{name}         → Object
+//	DELETE /objects/{name}
+//	HEAD   /modules/{sha256}       200 if it is there
+//	PUT    /modules/{sha256}       bytes
+//	POST   /jobs                   JobRequest → Job
+//	POST   /audits                 AuditRequest → Audit
+//	GET    /audits                 → []Audit
+//	PUT    /repo/{path}            bytes of one file of the update repository
+//	POST   /offers                 OfferRequest → []Order
+//	GET    /orders/{device}/{id}   → Order; ?wait=SECONDS waits for its end
 package api
 
 import (
-	"encoding/json"
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
 )
-
-// DeviceRecord is what the coordinator keeps of a device.
-type DeviceRecord struct {
-	ID        wire.DeviceID     `json:"id"`
-	PublicKey []byte            `json:"public_key"` // raw Ed25519
-	Group     string            `json:"group,omitempty"`
-	Labels    map[string]string `json:"labels,omitempty"`
-	Enrolled  time.Time         `json:"enrolled"`
-	Retired   bool              `json:"retired,omitempty"`
-	CertUntil time.Time         `json:"certificate_until"`
-	Agent     string            `json:"agent"` // version
-	OS        string            `json:"os"`
-	Arch      string            `json:"arch"`
-	Board     string            `json:"board"`
-	Slot      string            `json:"slot,omitempty"`
-	Capacity  int64             `json:"capacity"` // bytes that may hold chunks
-	Used      int64             `json:"used"`     // bytes of chunks held
-	Inventory json.RawMessage   `json:"inventory,omitempty"`
-}
-
-// Device is a device's record and how it is now.
-type Device struct {
-	DeviceRecord
-	Online    bool            `json:"online"`
-	LastSeen  time.Time       `json:"last_seen,omitzero"`
-	Telemetry json.RawMessage `json:"telemetry,omitempty"`
-}
-
-// TokenRequest asks for a fleet token.
-type TokenRequest struct {
-	Group        string `json:"group,omitempty"`
-	Uses         int    `json:"uses"`          // 0 means 1
-	ValidSeconds int64  `json:"valid_seconds"` // 0 means a day
-}
-
-// Token is a fleet token. It is shown this one time; the coordinator keeps a hash.
-type Token struct {
-	Token   string    `json:"token"`
-	Group   string    `json:"group,omitempty"`
-	Uses    int       `json:"uses"`
-	Expires time.Time `json:"expires"`
-}
 
 // Chunk is one piece of an object.
 type Chunk struct {

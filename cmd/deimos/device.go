@@ -1,0 +1,285 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+type deviceCmd struct {
+	List    deviceListCmd    `cmd:"" help:"List the devices."`
+	Show    deviceShowCmd    `cmd:"" help:"Show one device."`
+	Set     deviceSetCmd     `cmd:"" help:"Set the group and labels of devices."`
+	Pending devicePendingCmd `cmd:"" help:"List the devices that wait to be claimed."`
+	Claim   deviceClaimCmd   `cmd:"" help:"Take in the device that shows a claim code."`
+	Reject  deviceRejectCmd  `cmd:"" help:"Turn the device that shows a claim code away for a day."`
+	Retire  deviceRetireCmd  `cmd:"" help:"Send a device away for ever."`
+}
+
+type deviceListCmd struct {
+	targets
+	State string `enum:",online,offline,retired,pending" default:"" placeholder:"STATE" help:"Only those that are online, offline, retired or pending."`
+	cli.Output
+}
+
+func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
+	s, err := d.selector()
+	if err != nil {
+		return err
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	list, err := listDevices(ctx, c, s, api.DeviceState(d.State))
+	if err != nil {
+		return err
+	}
+	return d.Print(list, func(w io.Writer) error {
+		if len(list) == 0 {
+			_, err := fmt.Fprintln(w, "There is no such device. Make a token with \"deimos token create\" to let one in.")
+			return err
+		}
+		var rows []string
+		warned := false
+		for _, v := range list {
+			state := string(v.State)
+			if len(v.Warnings) > 0 {
+				state, warned = state+" !", true
+			}
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s of %s\t%s",
+				v.ID, state, v.Agent, v.Board, v.Group, labelText(v.Labels), cli.Bytes(v.Used), cli.Bytes(v.Capacity), cli.Ago(v.LastSeen)))
+		}
+		err := cli.Table(w, "DEVICE\tSTATE\tAGENT\tBOARD\tGROUP\tLABELS\tUSED\tSEEN", rows)
+		if warned && err == nil {
+			_, err = fmt.Fprintln(w, "! There is a warning: \"deimos device show\" tells what it is.")
+		}
+		return err
+	})
+}
+
+// listDevices is members, and those that wait to be claimed where they fit: they
+// have neither group nor label.
+func listDevices(ctx context.Context, c *api.Client, s api.Selector, state api.DeviceState) ([]api.Device, error) {
+	list := []api.Device{}
+	if state != api.DevicePending {
+		var err error
+		if list, err = c.DevicesWhere(ctx, s, state); err != nil {
+			return nil, err
+		}
+	}
+	if !s.Empty() || state != "" && state != api.DevicePending {
+		return list, nil
+	}
+	waiting, err := c.Pending(ctx)
+	for _, p := range waiting {
+		list = append(list, api.Device{State: api.DevicePending, LastSeen: p.Last,
+			DeviceRecord: api.DeviceRecord{ID: p.Device, Agent: p.Agent, OS: p.OS, Arch: p.Arch, Board: p.Board}})
+	}
+	return list, err
+}
+
+type deviceShowCmd struct {
+	ID string `arg:"" help:"Device id."`
+	cli.Output
+}
+
+func (d *deviceShowCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	v, err := c.Device(ctx, d.ID)
+	if err != nil {
+		return err
+	}
+	return d.Print(v, func(w io.Writer) error { return writeDevice(w, v) })
+}
+
+// writeDevice shows a device to a person.
+func writeDevice(w io.Writer, d api.Device) error {
+	row := func(k, format string, args ...any) {
+		if v := strings.TrimSpace(fmt.Sprintf(format, args...)); v != "" {
+			fmt.Fprintf(w, "%-12s %s\n", k, v)
+		}
+	}
+	row("device", "%s", d.ID)
+	row("state", "%s, seen %s", d.State, cli.Ago(d.LastSeen))
+	for _, v := range d.Warnings {
+		row("warning", "%s, since %s, last seen %s", v.Title, v.Since.Format(time.RFC3339), cli.Ago(v.Last))
+		row("", "%s", v.Text)
+	}
+	row("group", "%s", d.Group)
+	row("labels", "%s", labelText(d.Labels))
+	row("agent", "%s on %s/%s", d.Agent, d.OS, d.Arch)
+	row("slot", "%s", d.Slot)
+	row("board", "%s", d.Board)
+	row("storage", "%s of %s used", cli.Bytes(d.Used), cli.Bytes(d.Capacity))
+	for _, v := range d.Dropped {
+		row("dropped", "%d of %s (%s) from a full outbox, last %s", v.Count, v.Class, cli.Bytes(int64(min(v.Bytes, 1<<62))), cli.Ago(v.Last))
+	}
+	came := "claimed"
+	if d.Token != "" {
+		came = "by token " + d.Token
+	}
+	row("enrolled", "%s, %s", d.Enrolled.Format(time.RFC3339), came)
+	switch {
+	case d.Retired:
+		row("retired", "%s", d.RetiredAt.Format(time.RFC3339))
+	case d.CertUntil.IsZero():
+		row("certificate", "not fetched yet; the device comes for it by itself")
+	default:
+		row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
+	}
+	return nil
+}
+
+type deviceSetCmd struct {
+	targets
+	All         bool     `help:"Change every device of the fleet."`
+	SetGroup    *string  `placeholder:"NAME" help:"Group that they join; an empty name takes them out of theirs."`
+	SetLabel    []string `placeholder:"KEY=VALUE" help:"Label that they get; may be repeated."`
+	RemoveLabel []string `placeholder:"KEY" help:"Label that they lose; may be repeated."`
+	cli.Output
+}
+
+func (d *deviceSetCmd) Run(ctx context.Context, all *commands) error {
+	s, err := d.selector()
+	if err != nil {
+		return err
+	}
+	if s.Empty() != d.All {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("say which devices to change with --device, --group or --label, or else --all")}
+	}
+	labels, err := parseLabels(d.SetLabel)
+	if err != nil {
+		return err
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	ids, err := c.ChangeDevices(ctx, api.DeviceChange{Selector: s, SetGroup: d.SetGroup, SetLabels: labels, RemoveLabels: d.RemoveLabel})
+	if err != nil {
+		return err
+	}
+	return d.Print(ids, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s as asked for.\n", cli.Count(len(ids), "device"))
+		return err
+	})
+}
+
+type devicePendingCmd struct{ cli.Output }
+
+func (d *devicePendingCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	list, err := c.Pending(ctx)
+	if err != nil {
+		return err
+	}
+	return d.Print(list, func(w io.Writer) error {
+		if len(list) == 0 {
+			_, err := fmt.Fprintln(w, "No device waits to be claimed.")
+			return err
+		}
+		var rows []string
+		for _, v := range list {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", v.Code, v.Device, v.Board, v.Agent, v.Address, cli.Ago(v.First), cli.Ago(v.Last)))
+		}
+		if err := cli.Table(w, "CODE\tDEVICE\tBOARD\tAGENT\tFROM\tFIRST\tLAST", rows); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintln(w, "Compare the code with the one that the device shows, then: deimos device claim CODE")
+		return err
+	})
+}
+
+type deviceClaimCmd struct {
+	Code  string   `arg:"" help:"Claim code, as the device shows it."`
+	Group string   `help:"Group that it joins." placeholder:"NAME"`
+	Label []string `help:"Label that it gets; may be repeated." placeholder:"KEY=VALUE"`
+	cli.Output
+}
+
+func (d *deviceClaimCmd) Run(ctx context.Context, all *commands) error {
+	code, err := wire.ParseClaimCode(d.Code)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	labels, err := parseLabels(d.Label)
+	if err != nil {
+		return err
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	v, err := c.Claim(ctx, api.Claim{Code: code, Group: d.Group, Labels: labels})
+	if err != nil {
+		return err
+	}
+	return d.Print(v, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "Device %s is yours. It comes for its certificate the next time it asks.\n", v.ID)
+		return err
+	})
+}
+
+type deviceRejectCmd struct {
+	Code string `arg:"" help:"Claim code, as \"deimos device pending\" shows it."`
+}
+
+func (d *deviceRejectCmd) Run(ctx context.Context, all *commands) error {
+	code, err := wire.ParseClaimCode(d.Code)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	return c.RejectClaim(ctx, code)
+}
+
+type deviceRetireCmd struct {
+	ID  string `arg:"" help:"Device id."`
+	Yes bool   `help:"Do not ask."`
+	cli.Output
+}
+
+func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
+	id, err := wire.ParseDeviceID(d.ID)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	if !d.Yes && cli.Terminal(os.Stdin) {
+		fmt.Fprintf(os.Stderr, "Device %s will be cut off for ever, and the chunks that it holds count as lost. Type \"yes\" to go on: ", id)
+		line, _ := bufio.NewReader(os.Stdin).ReadString('\n') // an end is no "yes"
+		if strings.TrimSpace(line) != "yes" {
+			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done")}
+		}
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	v, err := c.RetireDevice(ctx, string(id))
+	if err != nil {
+		return err
+	}
+	return d.Print(v, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "Device %s is retired and cut off.\n", v.ID)
+		return err
+	})
+}
