@@ -1,28 +1,13 @@
 // Package api is the operator's side of a coordinator: the types of its HTTPS
 // API and a client for it. The command line uses only this.
 //
-// The API lives below /api/v1 on the coordinator's HTTPS address. Every request
-// carries "Authorization: Bearer <operator token>". Every answer with a status
-// of 400 or above has a [wire.APIError] as its body. Sizes are bytes, times are
-// RFC 3339 in UTC, binary fields are base64 (encoding/json's).
-//
-//	POST   /tokens                 TokenRequest → Token
-//	GET    /devices                → []Device
-//	GET    /devices/{id}           → Device
-//	PUT    /chunks/{id}            bytes → Placement; ?replicas=N, default 2
-//	GET    /chunks/{id}            → bytes, fetched from a device that holds it
-//	GET    /objects                → []Object
-//	PUT    /objects/{name}         Object → Object
-//	GET    /objects/{name}         → Object
-//	DELETE /objects/{name}
-//	HEAD   /modules/{sha256}       200 if it is there
-//	PUT    /modules/{sha256}       bytes
-//	POST   /jobs                   JobRequest → Job
-//	POST   /audits                 AuditRequest → Audit
-//	GET    /audits                 → []Audit
-//	PUT    /repo/{path}            bytes of one file of the update repository
-//	POST   /offers                 OfferRequest → []Order
-//	GET    /orders/{device}/{id}   → Order; ?wait=SECONDS waits for its end
+// The API lives below /api/v1 on the coordinator's HTTPS address, and describes
+// itself: GET /api/v1/openapi.json is an OpenAPI 3.1 document made from what is
+// served, so there is no list of the calls here. Every request carries
+// "Authorization: Bearer <operator token>". Every answer with a status of 400 or
+// above has a [wire.APIError] as its body; one with 429 says in Retry-After when
+// to ask again. Sizes are bytes, times are RFC 3339 in UTC, binary fields are
+// base64 (encoding/json's).
 package api
 
 import (
