@@ -154,14 +154,27 @@ func (b *evilBroker) serve() {
 	}
 }
 
+// handshakeLimit is how long a device may take until its first packet: the time
+// that the fleet's broker gives to TLS, and then for the packet.
+const handshakeLimit = 15 * time.Second
+
 // relay carries one connection of the device.
 func (b *evilBroker) relay(device net.Conn) {
 	defer device.Close()
+	_ = device.SetReadDeadline(time.Now().Add(handshakeLimit))
+	hello, err := packets.ReadPacket(device)
+	if err != nil {
+		return // the device has gone, or does not get through
+	}
+	_ = device.SetReadDeadline(time.Time{})
 	broker, err := tls.Dial("tcp", b.f.mqtt, b.inner)
 	if err != nil {
 		return // the real one is away
 	}
 	defer broker.Close()
+	if hello.Write(broker) != nil {
+		return
+	}
 	b.mu.Lock()
 	if b.closed {
 		b.mu.Unlock()
@@ -303,6 +316,32 @@ func (b *evilBroker) close() {
 	b.wg.Wait()
 }
 
+// awaitEnds waits until the device has ended every order that it was handed.
+func (b *evilBroker) awaitEnds() {
+	b.f.t.Helper()
+	b.f.until(b.d.name+" ending all of its orders", func() bool {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		open := len(b.orders)
+		for order := range b.orders {
+			if slices.ContainsFunc(b.reports, func(raw []byte) bool { return endOf(raw) == order }) {
+				open--
+			}
+		}
+		return open == 0
+	})
+}
+
+// endOf is the order that a sealed report ends; empty if it ends none.
+func endOf(raw []byte) string {
+	var env struct{ Payload []byte }
+	var r wire.Report
+	if json.Unmarshal(raw, &env) != nil || json.Unmarshal(env.Payload, &r) != nil || !r.State.Terminal() {
+		return ""
+	}
+	return r.Order
+}
+
 // checkOnceEach reads what the device has signed: each order was begun once, in
 // one life of the agent, and ended in one report, the same bytes each time. It
 // returns how many orders ended and how many of them were told twice.
@@ -382,7 +421,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	}
 	// Challenges and jobs, side by side.
 	for i := range contents {
-		users.Go(func() { f.jobInTheEnd(fmt.Sprint("object-", i), i%chunks) })
+		users.Go(func() { f.jobInTheEnd(guest("sha256sum"), fmt.Sprint("object-", i), i%chunks) })
 	}
 	for _, d := range f.devices {
 		users.Go(func() { d.provesInTheEnd() })
@@ -481,13 +520,14 @@ func (f *fleet) tries(what string, once func() (done bool, said string)) {
 			f.t.Errorf("%s does not succeed: %s", what, said)
 			return
 		}
+		time.Sleep(100 * time.Millisecond) // a refusal can come at once
 	}
 }
 
-func (f *fleet) jobInTheEnd(object string, index int) {
+func (f *fleet) jobInTheEnd(module, object string, index int) {
 	f.tries("a job over "+object, func() (bool, string) {
 		var j api.Job
-		code, said := f.try(&j, "job", "run", guest("sha256sum"), "--input", object, "--chunk", fmt.Sprint(index))
+		code, said := f.try(&j, "job", "run", module, "--input", object, "--chunk", fmt.Sprint(index))
 		if code != 0 && !unanswered(said) {
 			f.t.Errorf("a job over %s: %s", object, said)
 			return true, ""
