@@ -119,14 +119,15 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	return a.settle(ctx, rec, v)
 }
 
-// settle keeps an outcome, and then forgets the answer that it was judged from.
-// What proves a lie stays for as long as the staging area keeps things.
+// settle keeps an outcome, and then forgets the leaves that it was judged from.
+// What proves a lie, and what may be a customer's job, stays for as long as the
+// staging area keeps things.
 func (a *audits) settle(ctx context.Context, rec api.Audit, v OrderRecord) (api.Audit, error) {
 	rec, err := a.save(ctx, rec)
-	if err != nil || rec.Outcome == api.AuditWrong {
+	if err != nil || rec.Outcome == api.AuditWrong || rec.Kind != api.StorageAudit || !isStaged(v.Result) {
 		return rec, err
 	}
-	if err := a.compute.used(ctx, v); err != nil {
+	if err := a.staging.drop(ctx, attachmentName(rec.Order)); err != nil {
 		a.storage.log.Warn("a judged answer stays until it expires", "order", rec.Order, "error", err)
 	}
 	return rec, nil
@@ -426,11 +427,5 @@ func (a *audits) sweep(ctx context.Context, log *slog.Logger) {
 
 // list is every challenge, oldest first.
 func (a *audits) list() []api.Audit {
-	out := []api.Audit{}
-	a.rows.each(func(_ string, v api.Audit) bool {
-		out = append(out, v)
-		return true
-	})
-	slices.SortFunc(out, func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) })
-	return out
+	return a.rows.all(func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) })
 }

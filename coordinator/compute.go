@@ -99,42 +99,16 @@ func (u *unfinished) Error() string {
 
 // result collects a job that was begun by a call before.
 func (c *compute) result(ctx context.Context, d wire.DeviceID, order string) (api.Job, error) {
-	v, ok := c.outbox.rows.get(orderKeyOf(d, order))
+	v, err := c.outbox.get(ctx, d, order)
 	switch {
-	case !ok || v.Order.Kind != wire.KindJobRun:
+	case err != nil && !errors.Is(err, errNotFound):
+		return api.Job{}, err
+	case err != nil || v.Kind != wire.KindJobRun:
 		return api.Job{}, refuse(http.StatusNotFound, wire.CodeNotFound, "device %s has no job %s", d, order)
 	case !v.State.Terminal():
 		return api.Job{}, refuse(http.StatusConflict, "not_ended", "job %s has not ended; \"deimos order show %s %s --wait 10m\" waits for its end", order, d, order)
 	}
 	return c.collect(ctx, v)
-}
-
-// delivered forgets the output of a job that has gone to who asked for it.
-func (c *compute) delivered(ctx context.Context, j api.Job) error {
-	v, ok := c.outbox.rows.get(orderKeyOf(j.Device, j.Order))
-	if !ok {
-		return nil
-	}
-	return c.used(ctx, v)
-}
-
-// used drops the attachment of an order, whose content is needed no more. That
-// is put on record before, because what is missing is a device's fault else.
-func (c *compute) used(ctx context.Context, v OrderRecord) error {
-	if !isStaged(v.Result) || v.Used {
-		return nil
-	}
-	_, err := c.outbox.rows.change(ctx, orderKeyOf(v.Order.Device, v.Order.ID), func(v *OrderRecord, exists bool) error {
-		if !exists {
-			return errUnchanged
-		}
-		v.Used = true
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	return c.staging.drop(ctx, attachmentName(v.Order.ID))
 }
 
 // isStaged is true for a report whose attachment came over HTTPS.
@@ -186,8 +160,9 @@ func (c *compute) collect(ctx context.Context, v OrderRecord) (api.Job, error) {
 	if j.Result.Module != asked.Module.SHA256 || j.Result.Input != asked.Input {
 		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed the result of another job", j.Device)
 	}
-	if v.Used {
-		return j, refuse(http.StatusGone, "collected", "the output of job %s was fetched before and is not kept; \"deimos order show %s %s\" has its signed digest", j.Order, j.Device, j.Order)
+	// Nothing of it can have been staged before the order was made.
+	if isStaged(v.Result) && c.outbox.now().After(v.Order.Issued.Add(stagingLife)) && !c.staging.has(ctx, attachmentName(v.Order.ID)) {
+		return j, refuse(http.StatusGone, "expired", "the output of job %s was kept for a day and is gone; \"deimos order show %s %s\" has its signed digest", j.Order, j.Device, j.Order)
 	}
 	if j.Output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
 		return j, err

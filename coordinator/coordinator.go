@@ -86,6 +86,7 @@ type Coordinator struct {
 	tokens   *tokens
 	waiting  *waiting
 	outbox   *outbox
+	sent     *table[sent]
 	storage  *storage
 	compute  *compute
 	audits   *audits
@@ -258,7 +259,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg = newRegistry(c.log, c.now)
 	c.tokens = &tokens{written: c.reg.written, now: c.now}
 	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
-	c.outbox = &outbox{key: c.auth.orderKey, publish: c.publish, online: c.reg.online, now: c.now, log: c.log, pending: make(map[string]*sending)}
+	c.outbox = newOutbox(c.auth.orderKey, c.publish, c.reg.online, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
@@ -271,7 +272,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		},
 		func() error { return bucket(ctx, c, "operators", &c.operators.rows, c.operators.index) },
 		func() (err error) { c.trail, err = openTrail(ctx, c.eng, c.now); return err },
-		func() error { return bucket(ctx, c, "orders", &c.outbox.rows, c.outbox.track) },
+		func() error { return c.openOrders(ctx) },
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
 		func() error {
@@ -301,6 +302,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
 	c.releases = &releases{files: repo, cache: cache, outbox: c.outbox, reg: c.reg}
+	c.storage.resume()
 	if c.cfg.NATS == "" {
 		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one
 	}
@@ -371,6 +373,9 @@ func (c *Coordinator) listen() error {
 				select {
 				case m := <-msgs:
 					c.hear(ctx, m)
+					if len(msgs) == 0 {
+						c.outbox.flushAcks()
+					}
 				case <-ctx.Done():
 					return
 				}
@@ -394,7 +399,7 @@ func (c *Coordinator) listen() error {
 			}
 		}
 	})
-	c.closers = append(c.closers, func() { cancel(); wg.Wait() })
+	c.closers = append(c.closers, func() { cancel(); wg.Wait(); c.outbox.flushAcks() })
 	nc := c.eng.Conn()
 	for _, ch := range []wire.Channel{wire.ChannelBeat, wire.ChannelPresence} {
 		s, err := nc.ChanSubscribe(wire.Subject("", ch), msgs)
@@ -425,6 +430,7 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 			var b wire.Beat
 			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
 				c.reg.beat(b)
+				c.outbox.pump(id) // a coordinator that was restarted hears no hello
 			}
 		}
 	}

@@ -431,9 +431,11 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 	// A copy: the record in memory is everybody's.
 	p := api.Placement{Chunk: api.Chunk{ID: rec.ID, Size: rec.Size}, Holders: slices.Clone(rec.Holders)}
 	for i, h := range p.Holders {
-		if v, ok := c.outbox.rows.get(orderKeyOf(h.Device, h.Order)); ok {
-			p.Holders[i].Receipt = v.Report
+		v, err := c.outbox.get(r.Context(), h.Device, h.Order)
+		if err != nil && !errors.Is(err, errNotFound) { // after a month it is not kept
+			return err
 		}
+		p.Holders[i].Receipt = v.Report
 	}
 	writeJSON(w, http.StatusOK, p)
 	return nil
@@ -513,7 +515,8 @@ func (c *Coordinator) runJob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return c.deliver(w, r, j)
+	writeJSON(w, http.StatusOK, j)
+	return nil
 }
 
 // getJob is for who had not the patience, or the time, to wait for a job's end.
@@ -522,18 +525,6 @@ func (c *Coordinator) getJob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return c.deliver(w, r, j)
-}
-
-// deliver answers with a job, and forgets its output only when the answer has
-// gone out: until then it can be fetched again.
-func (c *Coordinator) deliver(w http.ResponseWriter, r *http.Request, j api.Job) error {
 	writeJSON(w, http.StatusOK, j)
-	if err := http.NewResponseController(w).Flush(); err != nil || r.Context().Err() != nil {
-		return nil // nobody took it
-	}
-	if err := c.compute.delivered(r.Context(), j); err != nil {
-		c.log.Warn("a job's output stays until it expires", "order", j.Order, "error", err)
-	}
 	return nil
 }

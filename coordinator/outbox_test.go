@@ -1,7 +1,9 @@
 package coordinator
 
 import (
+	"errors"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,10 +32,8 @@ func (w *world) publish(t testing.TB, version string) {
 
 func (w *world) record(t testing.TB, o wire.Order) OrderRecord {
 	t.Helper()
-	v, ok := w.outbox.rows.get(orderKeyOf(o.Device, o.ID))
-	if !ok {
-		t.Fatalf("order %s is not known", o.ID)
-	}
+	v, err := w.outbox.get(testContext(t), o.Device, o.ID)
+	must(t, err)
 	return v
 }
 
@@ -57,7 +57,8 @@ func (d *device) orderOf(id string) wire.Order {
 func (d *device) ackOf(id string) wire.Ack {
 	d.t.Helper()
 	for {
-		if a := next(d.t, d.acks, "the ack of "+id); a.Reports[0].Order == id {
+		a := next(d.t, d.acks, "the ack of "+id)
+		if slices.ContainsFunc(a.Reports, func(r wire.Acked) bool { return r.Order == id }) {
 			return a
 		}
 	}
@@ -83,9 +84,11 @@ func TestOrdersSurviveARestartAndGoOutOnHello(t *testing.T) {
 			t.Errorf("%+v", v)
 		}
 	}
-	acked := map[string]bool{} // in any order
-	for range 2 {
-		acked[next(t, d.acks, "an ack").Reports[0].Order] = true
+	acked := map[string]bool{} // in any order, together or not
+	for len(acked) < 2 {
+		for _, r := range next(t, d.acks, "an ack").Reports {
+			acked[r.Order] = true
+		}
 	}
 	if !acked[first.ID] || !acked[second.ID] {
 		t.Errorf("acknowledged: %v", acked)
@@ -104,7 +107,7 @@ func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
 	}
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, Progress: 0.5})
 	eventually(t, "it runs", func() bool { v := w.record(t, o); return v.State == wire.Running && v.Progress == 0.5 })
-	w.advance(2 * lastRetry)
+	w.advance(kindOf(o.Kind).quiet) // nothing is left running for ever: it is asked about
 	d.orderOf(o.ID)
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 2, State: wire.Succeeded})
 	d.ackOf(o.ID)
@@ -113,7 +116,7 @@ func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
 	}
 	// Another order's arrival shows that the pipe was not merely slow.
 	w.advance(2 * lastRetry)
-	w.outbox.sendDue()
+	w.outbox.step(testContext(t))
 	fence := w.offer(t, d)
 	for {
 		got := next(t, d.orders, "the fence")
@@ -188,7 +191,7 @@ func TestReportsOnUnknownOrdersAreAcknowledged(t *testing.T) {
 	if a := d.ackOf("01UNKNOWN"); a.Reports[0].Seq != 7 || a.Device != d.id {
 		t.Errorf("%+v", a)
 	}
-	if _, ok := w.outbox.rows.get(orderKeyOf(d.id, "01UNKNOWN")); ok {
+	if _, err := w.outbox.get(testContext(t), d.id, "01UNKNOWN"); !errors.Is(err, errNotFound) {
 		t.Error("a device made an order by reporting on it")
 	}
 }
@@ -241,11 +244,12 @@ func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
 	must(t, err)
 	acked := make(chan bool, 1)
 	publish := w.outbox.publish
-	deaf := &outbox{rows: w.outbox.rows, key: w.outbox.key, now: w.outbox.now, log: w.log, publish: func(id wire.DeviceID, raw []byte) error {
+	deaf := newOutbox(w.outbox.key, func(id wire.DeviceID, raw []byte) error {
 		e, err := w.outbox.rows.kv.Get(testContext(t), orderKeyOf(o.Device, o.ID))
 		acked <- err == nil && strings.Contains(string(e.Value()), string(wire.Succeeded))
 		return publish(id, raw)
-	}}
+	}, w.outbox.online, w.outbox.now, w.log)
+	deaf.rows = w.outbox.rows
 	r, err := wire.OpenAs[wire.Report](raw, d.pub(), wire.TypeReport)
 	must(t, err)
 	must(t, deaf.report(testContext(t), r, raw))
@@ -258,6 +262,7 @@ func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
 	if err := deaf.report(testContext(t), wire.Report{Order: "01OTHER", Device: d.id, State: wire.Succeeded}, raw); err == nil {
 		t.Error("a report was taken though the store is gone")
 	}
+	deaf.flushAcks()
 	if len(acked) != 0 {
 		t.Error("it was acknowledged though the store is gone")
 	}
@@ -270,7 +275,7 @@ func TestSilenceTimesOut(t *testing.T) {
 	o := w.offer(t, d)
 	d.orderOf(o.ID)
 	w.advance(offerLife + silence/2)
-	w.outbox.timeOut(testContext(t))
+	w.outbox.step(testContext(t))
 	if v := w.record(t, o); v.State != wire.Queued {
 		t.Errorf("%s before the silence is over", v.State)
 	}
@@ -285,11 +290,10 @@ func TestSilenceTimesOut(t *testing.T) {
 	if v := w.record(t, o); v.State != wire.TimedOut {
 		t.Errorf("a terminal state became %s", v.State)
 	}
-	// And in the end all of it is forgotten.
-	w.advance(retention + time.Hour)
-	w.outbox.forget(testContext(t))
-	if _, ok := w.outbox.rows.get(orderKeyOf(o.Device, o.ID)); ok {
-		t.Error("an old order is kept for ever")
+	if v := w.record(t, o); len(v.Late) == 0 {
+		t.Error("what the device said too late is not kept")
+	} else if r, err := wire.OpenAs[wire.Report](v.Late, d.pub(), wire.TypeReport); err != nil || r.State != wire.Succeeded {
+		t.Errorf("kept as late: %+v %v", r, err)
 	}
 }
 

@@ -116,8 +116,8 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 		}
 	}
 	refused(w)
-	if o, ok := w.outbox.rows.get(orderKeyOf(d.id, open1.ID)); ok && (o.State != wire.Canceled || o.Result.Code != wire.CodeRetired) {
-		t.Errorf("its order is %s %s", o.State, o.Result.Code)
+	if o, err := w.outbox.get(testContext(t), d.id, open1.ID); err != nil || o.State != wire.Canceled || o.Result.Code != wire.CodeRetired {
+		t.Errorf("its order is %s %s (%v)", o.State, o.Result.Code, err)
 	}
 	if rec, _ := w.storage.chunks.get(chunk.Sum(data).String()); rec.alive() != 0 {
 		t.Errorf("its chunk counts as held: %+v", rec)

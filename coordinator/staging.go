@@ -155,6 +155,12 @@ func (s *staging) get(ctx context.Context, name string) ([]byte, error) {
 	return v.([]byte), nil
 }
 
+// has tells whether a blob is here. Who cannot find out is told that it is.
+func (s *staging) has(ctx context.Context, name string) bool {
+	_, err := s.get(ctx, name)
+	return !errors.Is(err, errNotStaged)
+}
+
 // drop forgets a blob; one that is not there is no error.
 func (s *staging) drop(ctx context.Context, name string) error {
 	s.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,10 +24,11 @@ const maxRecord = 1<<20 - 1<<10
 // errNotFound is returned for a key that has no record.
 var errNotFound = errors.New("not found")
 
-// table is one kind of record in a JetStream key-value bucket, with a copy of
-// all of it in memory that a watch keeps up to date. Every coordinator of a
-// fleet has such a copy; changes are made by compare-and-set on the bucket, so
-// that two of them cannot undo each other.
+// table is one kind of record in a JetStream key-value bucket, with a copy in
+// memory that a watch keeps up to date. Every coordinator of a fleet has such a
+// copy; changes are made by compare-and-set on the bucket, so that two of them
+// cannot undo each other. The copy holds every record, or those that [keeping]
+// says; the others are read from the bucket ([table.find]).
 type table[T any] struct {
 	kv   jetstream.KeyValue
 	what string // for messages, e.g. "device"
@@ -34,13 +36,28 @@ type table[T any] struct {
 	mu      sync.RWMutex
 	rows    map[string]row[T]
 	removed map[string]uint64 // key → revision that we deleted, until the watch says so too
+	left    map[string]uint64 // key → revision that we wrote and do not keep, until the watch says so too
 	seen    uint64            // newest revision that the watch has given
 	loaded  bool              // the watch has given all there was, and gives news
 	watch   jetstream.KeyWatcher
 	done    chan struct{}
 	waiters map[string]*waiter
 	onEach  func(key string, v T, gone bool)
+	keep    func(v T) bool // nil keeps all
+	flat    bool
 }
+
+// tableOption is how one table differs from others.
+type tableOption[T any] func(*table[T])
+
+// keeping has the copy in memory hold only what keep says.
+func keeping[T any](keep func(v T) bool) tableOption[T] {
+	return func(t *table[T]) { t.keep = keep }
+}
+
+// flat is for records that change functions never write through: they replace
+// what a slice or a map of it holds, and so need no copy of their own.
+func flat[T any]() tableOption[T] { return func(t *table[T]) { t.flat = true } }
 
 // waiter is closed when its key changes. It is shared, and goes when the last
 // of those who wait leaves.
@@ -57,9 +74,12 @@ type row[T any] struct {
 // openTable fills the copy before it returns. onEach, if not nil, sees each
 // record once at the start and after each change, in the order of changes and
 // never concurrently. It must not call the table's writing methods.
-func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool)) (*table[T], error) {
-	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]),
-		removed: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach}
+func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool), options ...tableOption[T]) (*table[T], error) {
+	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), removed: make(map[string]uint64),
+		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach}
+	for _, o := range options {
+		o(t)
+	}
 	w, err := kv.WatchAll(context.WithoutCancel(ctx))
 	if err != nil {
 		return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, err)
@@ -109,6 +129,9 @@ func (t *table[T]) close() {
 // apply takes one change into the copy. A record that cannot be decoded counts
 // as absent: it was written by a newer version, or damaged.
 func (t *table[T]) apply(e jetstream.KeyValueEntry) {
+	if t.knows(e) {
+		return
+	}
 	var v T
 	gone := e.Operation() != jetstream.KeyValuePut || json.Unmarshal(e.Value(), &v) != nil
 	t.mu.Lock()
@@ -120,18 +143,43 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	if old, ok := t.rows[e.Key()]; ok && old.rev >= e.Revision() {
 		return // our own write, already taken
 	}
+	if rev, ok := t.left[e.Key()]; ok {
+		if e.Revision() >= rev {
+			delete(t.left, e.Key())
+		}
+		if e.Revision() <= rev {
+			return // the same, of a record that is not kept
+		}
+	}
 	if rev, ok := t.removed[e.Key()]; ok {
 		if e.Revision() <= rev {
 			return // what we have deleted since
 		}
 		delete(t.removed, e.Key())
 	}
-	if gone {
+	if gone || !t.keeps(v) {
 		delete(t.rows, e.Key())
 	} else {
 		t.rows[e.Key()] = row[T]{v, e.Revision()}
 	}
 	t.announce(e.Key(), v, gone)
+}
+
+func (t *table[T]) keeps(v T) bool { return t.keep == nil || t.keep(v) }
+
+// knows is true for the watch's news of what we wrote ourselves: most of it is,
+// and need not be decoded.
+func (t *table[T]) knows(e jetstream.KeyValueEntry) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old, ok := t.rows[e.Key()]; !t.loaded || !ok || old.rev != e.Revision() {
+		if rev, ok := t.left[e.Key()]; !ok || rev != e.Revision() {
+			return false
+		}
+		delete(t.left, e.Key())
+	}
+	t.seen = max(t.seen, e.Revision())
+	return true
 }
 
 // announce tells who waits. t.mu is held.
@@ -143,6 +191,40 @@ func (t *table[T]) announce(key string, v T, gone bool) {
 	if t.onEach != nil {
 		t.onEach(key, v, gone)
 	}
+}
+
+// find reads from the copy, and from the bucket what the copy does not keep.
+// It returns errNotFound for a key that has no record.
+func (t *table[T]) find(ctx context.Context, key string) (T, error) {
+	if v, ok := t.get(key); ok {
+		return v, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	v, _, exists, err := t.load(ctx, key, true)
+	if err == nil && !exists {
+		err = errNotFound
+	}
+	return v, err
+}
+
+// keys lists the keys of the bucket that fit a filter in the form of a NATS
+// subject, kept in the copy or not, in no order.
+func (t *table[T]) keys(ctx context.Context, filter string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	l, err := t.kv.ListKeysFiltered(ctx, filter)
+	if err != nil {
+		return nil, fmt.Errorf("the %s records cannot be listed: %w", t.what, engine.StoreError(err))
+	}
+	var out []string
+	for k := range l.Keys() {
+		out = append(out, k)
+	}
+	if ctx.Err() != nil { // the list was cut off
+		return nil, fmt.Errorf("the %s records cannot be listed: %w", t.what, ctx.Err())
+	}
+	return out, nil
 }
 
 // get reads from the copy.
@@ -162,6 +244,18 @@ func (t *table[T]) each(f func(key string, v T) bool) {
 			return
 		}
 	}
+}
+
+// all is every record of the copy, in the order of less.
+func (t *table[T]) all(less func(a, b T) int) []T {
+	t.mu.RLock()
+	out := make([]T, 0, len(t.rows))
+	for _, r := range t.rows {
+		out = append(out, r.v)
+	}
+	t.mu.RUnlock()
+	slices.SortFunc(out, less)
+	return out
 }
 
 // changed is closed when the record of key changes next. Who does not wait any
@@ -204,12 +298,9 @@ func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists b
 		} else if err != nil {
 			return v, err
 		}
-		raw, err := json.Marshal(v)
+		raw, err := t.encode(v)
 		if err != nil {
 			return v, err
-		}
-		if len(raw) > maxRecord {
-			return v, refuse(http.StatusRequestEntityTooLarge, "too_large", "this would make a %s record of %d bytes, at most %d can be kept", t.what, len(raw), maxRecord)
 		}
 		if exists {
 			rev, err = t.kv.Update(ctx, key, raw, rev)
@@ -226,6 +317,36 @@ func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists b
 	}
 }
 
+// errExists is returned by create for a key that is taken.
+var errExists = errors.New("there is such a record")
+
+// create writes a record that must not be there yet: one call to the bucket.
+func (t *table[T]) create(ctx context.Context, key string, v T) error {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	raw, err := t.encode(v)
+	if err != nil {
+		return err
+	}
+	rev, err := t.kv.Create(ctx, key, raw)
+	switch {
+	case err == nil:
+		t.took(key, v, rev)
+		return nil
+	case isConflict(err):
+		return errExists
+	}
+	return fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, engine.StoreError(err))
+}
+
+func (t *table[T]) encode(v T) ([]byte, error) {
+	raw, err := json.Marshal(v)
+	if err == nil && len(raw) > maxRecord {
+		err = refuse(http.StatusRequestEntityTooLarge, "too_large", "this would make a %s record of %d bytes, at most %d can be kept", t.what, len(raw), maxRecord)
+	}
+	return raw, err
+}
+
 // load reads from the copy first, because conflicts are rare, and from the
 // bucket after one. Values are decoded afresh: f may change what it gets.
 func (t *table[T]) load(ctx context.Context, key string, fresh bool) (v T, rev uint64, exists bool, err error) {
@@ -233,6 +354,9 @@ func (t *table[T]) load(ctx context.Context, key string, fresh bool) (v T, rev u
 		t.mu.RLock()
 		r, ok := t.rows[key]
 		t.mu.RUnlock()
+		if ok && t.flat {
+			return r.v, r.rev, true, nil
+		}
 		if ok {
 			raw, err := json.Marshal(r.v)
 			if err == nil {
@@ -242,10 +366,10 @@ func (t *table[T]) load(ctx context.Context, key string, fresh bool) (v T, rev u
 		}
 	}
 	e, err := t.kv.Get(ctx, key)
-	if errors.Is(err, jetstream.ErrKeyNotFound) || errors.Is(err, jetstream.ErrKeyDeleted) {
-		return v, 0, false, nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, jetstream.ErrKeyNotFound), errors.Is(err, jetstream.ErrKeyDeleted), errors.Is(err, jetstream.ErrInvalidKey):
+		return v, 0, false, nil // what cannot be a key has no record either
+	case err != nil:
 		return v, 0, false, fmt.Errorf("the %s record %s cannot be read: %w", t.what, key, err)
 	}
 	if err := json.Unmarshal(e.Value(), &v); err != nil {
@@ -266,7 +390,16 @@ func (t *table[T]) took(key string, v T, rev uint64) {
 	if gone, ok := t.removed[key]; ok && gone >= rev {
 		return
 	}
-	t.rows[key] = row[T]{v, rev}
+	if old, ok := t.left[key]; ok && old >= rev {
+		return
+	}
+	if t.keeps(v) {
+		delete(t.left, key)
+		t.rows[key] = row[T]{v, rev}
+	} else {
+		delete(t.rows, key)
+		t.left[key] = rev
+	}
 	t.announce(key, v, false)
 }
 

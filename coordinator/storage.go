@@ -387,6 +387,18 @@ func (s *storage) late(o wire.Order, ref blobRef, size int64) {
 	}
 }
 
+// resume waits for the receipts that were asked for before a restart.
+func (s *storage) resume() {
+	for _, v := range s.outbox.unfinished(wire.KindChunkStore) {
+		b, err := wire.DecodeBody[wire.ChunkStore](v.Order)
+		if err != nil {
+			s.log.Warn("an order to store a chunk is not waited for", "order", v.Order.ID, "error", err)
+			continue
+		}
+		go s.late(v.Order, blobRef{chunkBlob, b.ID}, b.Size)
+	}
+}
+
 // receipt keeps what a device has signed for.
 func (s *storage) receipt(ctx context.Context, v OrderRecord, ref blobRef, size int64) error {
 	o, d := v.Order, v.Order.Device
@@ -635,13 +647,7 @@ func (s *storage) object(name string) (api.Object, error) {
 
 // listObjects is every object, sorted by name.
 func (s *storage) listObjects() []api.Object {
-	out := []api.Object{}
-	s.objects.each(func(_ string, o api.Object) bool {
-		out = append(out, o)
-		return true
-	})
-	slices.SortFunc(out, func(a, b api.Object) int { return cmp.Compare(a.Name, b.Name) })
-	return out
+	return s.objects.all(func(a, b api.Object) int { return cmp.Compare(a.Name, b.Name) })
 }
 
 // removeObject forgets an object, and has devices drop the chunks that no other
@@ -705,22 +711,36 @@ func (s *storage) lockAll(ids []string) (locked []string, unlock func()) {
 	}
 }
 
-// drop removes the records of chunks that free is true for, and has their
-// devices drop them. Their placing locks are held.
+// drop has devices drop the chunks that free is true for, and removes their
+// records. Their placing locks are held. First the chunks are given up: nobody
+// reads them or asks for them from then on. If a crash comes before the orders
+// to drop them are kept, the record is there to begin again from (dropOrphans).
 func (s *storage) drop(ctx context.Context, ids []string, free func(chunkRecord) bool) error {
 	drops := make(map[wire.DeviceID][]string)
+	var given []string
 	for _, id := range ids {
-		c, ok := s.chunks.get(id)
-		if !ok || !free(c) {
+		if c, ok := s.chunks.get(id); !ok || !free(c) {
 			continue
 		}
-		err := s.chunks.remove(ctx, id, func(now chunkRecord) bool { c = now; return free(now) })
+		c, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
+			if !exists || !free(*c) {
+				return errNotFound // gone already, or claimed by a new object meanwhile
+			}
+			if c.alive() == 0 {
+				return errUnchanged
+			}
+			for i := range c.Holders {
+				c.Holders[i].Lost = true
+			}
+			return nil
+		})
 		if errors.Is(err, errNotFound) {
-			continue // gone already, or claimed by a new object meanwhile
+			continue
 		}
 		if err != nil {
 			return err
 		}
+		given = append(given, id)
 		for _, h := range c.Holders {
 			if s.reg.member(h.Device) { // a retired one gets no orders
 				drops[h.Device] = append(drops[h.Device], id)
@@ -729,6 +749,12 @@ func (s *storage) drop(ctx context.Context, ids []string, free func(chunkRecord)
 	}
 	for d, ids := range drops {
 		if _, err := s.outbox.submit(ctx, d, wire.KindChunkDrop, wire.ChunkDrop{IDs: ids}, dropLife); err != nil {
+			return err
+		}
+	}
+	for _, id := range given {
+		err := s.chunks.remove(ctx, id, func(now chunkRecord) bool { return now.alive() == 0 && free(now) })
+		if err != nil && !errors.Is(err, errNotFound) {
 			return err
 		}
 	}

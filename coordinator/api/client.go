@@ -241,8 +241,7 @@ func (c *Client) RunJob(ctx context.Context, r JobRequest) (Job, error) {
 	return c.Job(ctx, e.Device, e.Order)
 }
 
-// Job fetches the result of a job that has ended. A large output can be fetched
-// once.
+// Job fetches the result of a job that has ended. A large output is kept for a day.
 func (c *Client) Job(ctx context.Context, device wire.DeviceID, order string) (Job, error) {
 	return ask[Job](ctx, c, http.MethodGet, "jobs/"+segment(string(device))+"/"+segment(order), nil, nil)
 }
@@ -271,27 +270,4 @@ func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) erro
 // Offer sends update orders.
 func (c *Client) Offer(ctx context.Context, r OfferRequest) ([]Order, error) {
 	return ask[[]Order](ctx, c, http.MethodPost, "offers", nil, r)
-}
-
-// longPoll is how long one request waits for an order's end.
-const longPoll = 20 * time.Second
-
-// Order shows an order, after waiting up to wait for its end.
-func (c *Client) Order(ctx context.Context, device wire.DeviceID, id string, wait time.Duration) (Order, error) {
-	return ask[Order](ctx, c, http.MethodGet, "orders/"+segment(string(device))+"/"+segment(id),
-		url.Values{"wait": {strconv.FormatFloat(wait.Seconds(), 'f', 1, 64)}}, nil)
-}
-
-// AwaitOrder waits until an order has ended. onChange, if not nil, sees each
-// answer on the way.
-func (c *Client) AwaitOrder(ctx context.Context, device wire.DeviceID, id string, onChange func(Order)) (Order, error) {
-	for {
-		o, err := c.Order(ctx, device, id, longPoll)
-		if err != nil || o.State.Terminal() {
-			return o, err
-		}
-		if onChange != nil {
-			onChange(o)
-		}
-	}
 }

@@ -133,13 +133,3 @@ type OfferRequest struct {
 	Target  string `json:"target"` // name in the TUF targets metadata
 	Selector
 }
-
-// Order is an order and what became of it.
-type Order struct {
-	Order    wire.Order  `json:"order"`
-	State    wire.State  `json:"state"`
-	Progress float64     `json:"progress,omitempty"`
-	Result   wire.Report `json:"result,omitzero"`
-	Report   []byte      `json:"report,omitempty"` // the device's signed report of that state
-	Updated  time.Time   `json:"updated"`
-}
