@@ -1,0 +1,154 @@
+package coordinator
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// wantSlowly checks a refusal that says when to come back, and gives when.
+func wantSlowly(t *testing.T, rec *httptest.ResponseRecorder) time.Duration {
+	t.Helper()
+	var e wire.APIError
+	seconds, err := strconv.Atoi(rec.Header().Get("Retry-After"))
+	if json.Unmarshal(rec.Body.Bytes(), &e) != nil || rec.Code != http.StatusTooManyRequests || e.Code != "too_many" ||
+		err != nil || seconds < 1 || !strings.Contains(e.Reason, "try again in") {
+		t.Fatalf("%d %v %s", rec.Code, rec.Header(), rec.Body)
+	}
+	return time.Duration(seconds) * time.Second
+}
+
+// stopped makes the coordinator's clock one that stands still.
+func stopped(w *world) (advance func(time.Duration)) {
+	now := time.Now()
+	w.now = func() time.Time { return now }
+	return func(d time.Duration) { now = now.Add(d) }
+}
+
+func TestEnrolmentIsBoundedForAnAddressAndForAll(t *testing.T) {
+	w := ownWorld(t)
+	advance := stopped(w)
+	ask := func(from string) *httptest.ResponseRecorder {
+		return w.serveLocal(http.MethodPost, enrolPath, "", from, []byte("{"))
+	}
+	let := func(from string, most int) (n int) {
+		for n < most && ask(from).Code != http.StatusTooManyRequests {
+			n++
+		}
+		return n
+	}
+	burst := w.limits.enrol.burst
+	if n := let("192.0.2.1:1", 10*burst); n != burst {
+		t.Errorf("one address may ask %d times at once, want %d", n, burst)
+	}
+	wait := wantSlowly(t, ask("192.0.2.1:2"))
+	if n := let("192.0.2.2:1", 1); n != 1 {
+		t.Error("another address is refused with it")
+	}
+	// With IPv6, a network is one party, whatever address it takes.
+	for i := range burst {
+		if rec := ask(fmt.Sprintf("[2001:db8:1:2:%x::1]:1", i)); rec.Code == http.StatusTooManyRequests {
+			t.Fatalf("refused after %d", i)
+		}
+	}
+	wantSlowly(t, ask("[2001:db8:1:2:ffff::1]:1"))
+	if n := let("[2001:db8:1:3::1]:1", 1); n != 1 {
+		t.Error("another network is refused with it")
+	}
+	advance(wait)
+	if n := let("192.0.2.1:1", 1); n != 1 {
+		t.Error("who came back when it was told to is refused")
+	}
+	// All together.
+	all := 0
+	for i := 0; i < 100 && all < 5000; i++ {
+		n := let(fmt.Sprintf("198.51.100.%d:1", i), burst)
+		if all += n; n < burst {
+			break
+		}
+	}
+	if all >= w.limits.enrolAll.Burst() {
+		t.Errorf("%d enrolments at once", all)
+	}
+	wantSlowly(t, ask("203.0.113.1:1"))
+	// A fleet of 10,000 behind 50 addresses is in within minutes.
+	if s := 10_000 / float64(w.limits.enrolAll.Limit()); s > 120 {
+		t.Errorf("a fleet of 10,000 needs %.0f s", s)
+	}
+}
+
+func TestFailedLoginsAreBoundedAndAGoodTokenIsNot(t *testing.T) {
+	w := ownWorld(t)
+	good, err := api.LoadContext(w.dir + "/" + ContextFile)
+	must(t, err)
+	advance := stopped(w)
+	ask := func(token, from string) *httptest.ResponseRecorder {
+		return w.serveLocal(http.MethodGet, v1+"/objects", token, from, nil)
+	}
+	for i := range w.limits.logins.burst {
+		if rec := ask("wrong", "192.0.2.1:1"); rec.Code != http.StatusUnauthorized {
+			t.Fatalf("attempt %d: %d", i, rec.Code)
+		}
+	}
+	wait := wantSlowly(t, ask("wrong", "192.0.2.1:1"))
+	if rec := ask(good.Token, "192.0.2.1:1"); rec.Code != http.StatusOK {
+		t.Errorf("the owner is locked out by a neighbour: %d", rec.Code)
+	}
+	if rec := ask("wrong", "192.0.2.2:1"); rec.Code != http.StatusUnauthorized {
+		t.Errorf("another address: %d", rec.Code)
+	}
+	advance(wait)
+	if rec := ask("wrong", "192.0.2.1:1"); rec.Code != http.StatusUnauthorized {
+		t.Errorf("after the wait: %d", rec.Code)
+	}
+}
+
+func TestOneOperatorsCallsAreBoundedAndUploadsAreNot(t *testing.T) {
+	w := ownWorld(t)
+	busy, other := w.newOperator(t, "busy", api.Operating), w.newOperator(t, "other", api.Operating)
+	advance := stopped(w)
+	w.limits.calls = newBuckets(1, 20)
+	ask := func(token string) *httptest.ResponseRecorder {
+		return w.serveLocal(http.MethodGet, v1+"/objects", token, "192.0.2.1:1", nil)
+	}
+	for i := range 20 {
+		if rec := ask(busy.Token); rec.Code != http.StatusOK {
+			t.Fatalf("call %d: %d %s", i, rec.Code, rec.Body)
+		}
+	}
+	wait := wantSlowly(t, ask(busy.Token))
+	if rec := ask(other.Token); rec.Code != http.StatusOK {
+		t.Errorf("another operator: %d", rec.Code)
+	}
+	upload := w.serveLocal(http.MethodPut, v1+"/modules/"+strings.Repeat("0", 64), busy.Token, "192.0.2.1:1", []byte("x"))
+	if upload.Code == http.StatusTooManyRequests {
+		t.Error("an upload is counted as a call")
+	}
+	advance(wait)
+	if rec := ask(busy.Token); rec.Code != http.StatusOK {
+		t.Errorf("after the wait: %d", rec.Code)
+	}
+}
+
+func TestLimitsRememberABoundedNumberOfParties(t *testing.T) {
+	b := newBuckets(1, 1)
+	now := time.Now()
+	for i := range 3 * maxBuckets {
+		b.take("used all the time", now)
+		b.take(fmt.Sprint(i), now)
+	}
+	if len(b.of) > maxBuckets || b.order.Len() != len(b.of) {
+		t.Errorf("%d and %d parties", len(b.of), b.order.Len())
+	}
+	if b.take("used all the time", now) == 0 {
+		t.Error("who asks all the time is forgotten, and may ask anew")
+	}
+}
