@@ -145,10 +145,13 @@ func place(v *api.DeviceRecord, q api.DeviceChange) error {
 // Then it is cut off, and what it had is settled. A call that failed after the
 // record can be repeated; the coordinator goes on by itself at its next start.
 func (c *Coordinator) retire(ctx context.Context, id wire.DeviceID) (api.DeviceRecord, error) {
+	if _, err := wire.ParseDeviceID(string(id)); err != nil {
+		return api.DeviceRecord{}, refuse(http.StatusNotFound, wire.CodeNotFound, "%v", err)
+	}
 	d, err := c.reg.rows.change(ctx, string(id), func(v *api.DeviceRecord, exists bool) error {
 		switch {
 		case !exists:
-			return refuse(http.StatusNotFound, wire.CodeNotFound, "there is no device %s; \"deimos device list\" shows all", label(string(id)))
+			return refuse(http.StatusNotFound, wire.CodeNotFound, "there is no device %s; \"deimos device list\" shows all", id)
 		case v.Retired:
 			return errUnchanged
 		}

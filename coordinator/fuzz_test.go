@@ -44,6 +44,17 @@ func FuzzEnrol(f *testing.F) {
 	f.Add(bytes.Replace(good, []byte(`"board":""`), []byte(`"inventory":{"a":[1,null]}`), 1))
 	f.Add([]byte(`{"csr":"MA==","token":"` + tok + `"}`))
 	f.Add([]byte(`{"token":"deimos_a_b"}`))
+	waits, err := json.Marshal(wire.EnrolRequest{CSR: csr(f, newKey(f)), Agent: "\x1b[2J", Board: strings.Repeat("é", 99)})
+	must(f, err)
+	f.Add(waits)
+	member, err := json.Marshal(wire.EnrolRequest{CSR: csr(f, w.enrolled(f).key), Token: "nonsense"})
+	must(f, err)
+	f.Add(member)
+	gone := w.enrolled(f)
+	w.retire(f, gone.id)
+	retired, err := json.Marshal(wire.EnrolRequest{CSR: csr(f, gone.key)})
+	must(f, err)
+	f.Add(retired)
 	f.Add([]byte(`[]`))
 	f.Add([]byte(`{"csr":1e999}`))
 	f.Fuzz(func(t *testing.T, body []byte) { fuzzCall(t, w, http.MethodPost, "/enrol/v1", "", body) })
@@ -57,13 +68,15 @@ func FuzzOperatorBodies(f *testing.F) {
 	for i, body := range []string{
 		`{"module":"x","object":"o","chunk":-9223372036854775808}`, `{"kind":"storage","device":"` + string(d.id) + `"}`,
 		`{"kind":"compute","device":"` + string(d.id) + `","module":"../../x"}`, `{"uses":-1,"valid_seconds":9223372036854775807}`,
+		`{"code":"aaaaa-aaaaa-aaaaa","labels":{"":""}}`, `{"set_group":null,"set_labels":{"a":"b"},"devices":["x"]}`, `{"remove_labels":["",null],"groups":["\u0000"]}`,
 		`{"version":"1","target":"x","devices":[""]}`, `{"name":"o","size":0,"chunks":[]}`, `{"size":-1,"chunks":[{"id":"","size":-1}]}`, `null`, `[`,
 	} {
 		f.Add(byte(i), []byte(body))
 	}
 	f.Fuzz(func(t *testing.T, which byte, body []byte) {
 		routes := [][2]string{{http.MethodPost, "/api/v1/jobs"}, {http.MethodPost, "/api/v1/audits"}, {http.MethodPost, "/api/v1/tokens"},
-			{http.MethodPost, "/api/v1/offers"}, {http.MethodPut, "/api/v1/objects/fuzz"}}
+			{http.MethodPost, "/api/v1/offers"}, {http.MethodPut, "/api/v1/objects/fuzz"},
+			{http.MethodPost, "/api/v1/claims"}, {http.MethodPatch, "/api/v1/devices"}}
 		r := routes[int(which)%len(routes)]
 		fuzzCall(t, w, r[0], r[1], at.Token, body)
 	})
@@ -82,10 +95,13 @@ func FuzzPaths(f *testing.F) {
 		if s == "" || s == "." || s == ".." {
 			one = "%2E"
 		}
-		for _, p := range []string{"devices/" + one, "chunks/" + one, "objects/" + one, "modules/" + one, "orders/" + one + "/" + one + "?wait=" + url.QueryEscape(s[:min(1, len(s))])} {
+		for _, p := range []string{"devices/" + one, "devices?state=" + url.QueryEscape(s), "devices?label=" + url.QueryEscape(s), "chunks/" + one, "objects/" + one, "modules/" + one, "orders/" + one + "/" + one + "?wait=" + url.QueryEscape(s[:min(1, len(s))])} {
 			fuzzCall(t, w, http.MethodGet, "/api/v1/"+p, at.Token, nil)
 		}
 		fuzzCall(t, w, http.MethodDelete, "/api/v1/objects/"+one, at.Token, nil)
+		fuzzCall(t, w, http.MethodDelete, "/api/v1/claims/"+one, at.Token, nil)
+		fuzzCall(t, w, http.MethodPost, "/api/v1/tokens/"+one+"/revoke", at.Token, nil)
+		fuzzCall(t, w, http.MethodPost, "/api/v1/devices/"+one+"/retire", at.Token, nil)
 		fuzzCall(t, w, http.MethodPut, "/api/v1/repo/"+one, at.Token, []byte("x"))
 	})
 }
