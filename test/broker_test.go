@@ -3,6 +3,7 @@ package test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -120,6 +121,17 @@ func (d *device) reach(edit func(map[string]any)) {
 // gone bad.
 func (f *fleet) brokerCertificate() tls.Certificate {
 	f.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return f.certify(key, x509.Certificate{Subject: pkix.Name{CommonName: "evil"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+}
+
+// certify signs with the fleet's authority, which only somebody has who reads
+// the coordinator's disk. Without times the certificate is good for this hour.
+func (f *fleet) certify(key crypto.Signer, t x509.Certificate) tls.Certificate {
+	f.t.Helper()
 	ca, _ := pem.Decode(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
 	issuer, err := x509.ParseCertificate(ca.Bytes)
 	if err != nil {
@@ -130,14 +142,11 @@ func (f *fleet) brokerCertificate() tls.Certificate {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-	if err != nil {
-		f.t.Fatal(err)
+	t.SerialNumber = big.NewInt(666)
+	if t.NotAfter.IsZero() {
+		t.NotBefore, t.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
 	}
-	der, err := x509.CreateCertificate(crand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(666), Subject: pkix.Name{CommonName: "evil"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, issuer, key.Public(), caKey)
+	der, err := x509.CreateCertificate(crand.Reader, &t, issuer, key.Public(), caKey)
 	if err != nil {
 		f.t.Fatal(err)
 	}
