@@ -87,6 +87,7 @@ type Coordinator struct {
 	waiting  *waiting
 	outbox   *outbox
 	sent     *table[sent]
+	config   *configs
 	storage  *storage
 	compute  *compute
 	audits   *audits
@@ -260,12 +261,19 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.tokens = &tokens{written: c.reg.written, now: c.now}
 	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
 	c.outbox = newOutbox(c.auth.orderKey, c.publish, c.reg.online, c.now, c.log)
+	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
+	c.reg.beatOf = c.config.beat
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
 	c.operators, c.limits = &operators{}, newLimits()
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
-		func() error { return bucket(ctx, c, "devices", &c.reg.rows, c.reg.track) },
+		func() error {
+			return bucket(ctx, c, "devices", &c.reg.rows, func(id string, d api.DeviceRecord, gone bool) {
+				c.reg.track(id, d, gone)
+				c.config.trackDevice(d, gone)
+			})
+		},
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
@@ -273,6 +281,8 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return bucket(ctx, c, "operators", &c.operators.rows, c.operators.index) },
 		func() (err error) { c.trail, err = openTrail(ctx, c.eng, c.now); return err },
 		func() error { return c.openOrders(ctx) },
+		func() error { return bucket(ctx, c, "configured", &c.config.rows, c.config.trackRow) },
+		func() error { return bucket(ctx, c, "config", &c.config.docs, c.config.trackDoc) },
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
 		func() error {
@@ -383,6 +393,7 @@ func (c *Coordinator) listen() error {
 		})
 	}
 	wg.Go(func() { c.outbox.run(ctx) })
+	wg.Go(func() { c.config.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
@@ -444,7 +455,11 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	if err != nil {
 		return err
 	}
-	return c.outbox.report(ctx, r, raw)
+	if err := c.outbox.report(ctx, r, raw); err != nil {
+		return err
+	}
+	c.config.heard(r)
+	return nil
 }
 
 func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []byte) error {
@@ -464,6 +479,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 		return err
 	}
 	c.outbox.hello(id)
+	c.config.hello(p)
 	return nil
 }
 

@@ -30,6 +30,8 @@ type registry struct {
 
 	// cut takes devices that must not be connected any more.
 	cut chan wire.DeviceID
+	// beatOf is the heartbeat interval that a device reports; 0 if it reports none.
+	beatOf func(wire.DeviceID) time.Duration
 
 	mu      sync.Mutex
 	live    map[wire.DeviceID]*live
@@ -41,7 +43,7 @@ type registry struct {
 const maxCut = 1024
 
 func newRegistry(log *slog.Logger, now func() time.Time) *registry {
-	return &registry{log: log, now: now, cut: make(chan wire.DeviceID, maxCut), live: make(map[wire.DeviceID]*live), retired: make(map[wire.DeviceID]bool)}
+	return &registry{log: log, now: now, beatOf: func(wire.DeviceID) time.Duration { return 0 }, cut: make(chan wire.DeviceID, maxCut), live: make(map[wire.DeviceID]*live), retired: make(map[wire.DeviceID]bool)}
 }
 
 // track sees every change of a record, whichever coordinator made it; it is the
@@ -295,12 +297,13 @@ func (r *registry) liveOf(id wire.DeviceID) *live {
 	return l
 }
 
-// expire marks devices as away that have not been heard of for longer than after.
+// expire marks devices as away that have not been heard of for longer than
+// after, or missedBeats of their own intervals, whichever is more.
 func (r *registry) expire(after time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, l := range r.live {
-		if l.online && r.now().Sub(l.lastSeen) > after {
+		if l.online && r.now().Sub(l.lastSeen) > max(after, missedBeats*r.beatOf(id)) {
 			l.online = false
 			r.log.Info("device is silent", "device", id, "last_seen", l.lastSeen.UTC().Format(time.RFC3339))
 		}

@@ -34,6 +34,7 @@ type commands struct {
 	Audit    auditCmd    `cmd:"" help:"Challenge devices to prove what they hold and compute."`
 	Release  releaseCmd  `cmd:"" help:"Make, publish and offer agent updates."`
 	Order    orderCmd    `cmd:"" help:"Orders to devices, and what became of them."`
+	Config   configCmd   `cmd:"" help:"What the fleet wants of its devices' settings, and what they run."`
 	Operator operatorCmd `cmd:"" help:"Who may call the coordinator, and what they may do."`
 	Log      logCmd      `cmd:"" help:"What was changed, when and by whom."`
 	Version  versionCmd  `cmd:"" help:"Show the version."`
