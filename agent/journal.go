@@ -64,7 +64,10 @@ type entry struct {
 	// may have been sent: an acknowledgement of it counts as well.
 	Was uint64 `json:"was,omitempty"`
 
-	lost int64 // bytes that were given up to make this of what was there before
+	// lost is how many bytes were given up, and when, to make this of what was
+	// there before.
+	lost   int64
+	lostAt time.Time
 }
 
 // answeredBy tells whether an acknowledgement of seq is one of this report.
@@ -120,18 +123,19 @@ func unacked(j journal) (orders []string, err error) {
 	return orders, err
 }
 
-// record adds a loss to what was dropped before. It changes a copy.
-func record(before []wire.Dropped, c class, bytes int64, at time.Time) []wire.Dropped {
+// record adds what was lost to what was dropped before. It changes a copy.
+func record(before []wire.Dropped, e entry) []wire.Dropped {
 	all := slices.Clone(before)
-	i := slices.IndexFunc(all, func(d wire.Dropped) bool { return d.Class == c.name() })
+	this := func(d wire.Dropped) bool { return d.Class == e.Class.name() }
+	i := slices.IndexFunc(all, this)
 	if i < 0 {
-		all = append(all, wire.Dropped{Class: c.name(), First: at})
+		all = append(all, wire.Dropped{Class: e.Class.name(), First: e.lostAt})
 		slices.SortFunc(all, func(a, b wire.Dropped) int { return class(a.Class).worth() - class(b.Class).worth() })
-		i = slices.IndexFunc(all, func(d wire.Dropped) bool { return d.Class == c.name() })
+		i = slices.IndexFunc(all, this)
 	}
 	all[i].Count++
-	all[i].Bytes += uint64(bytes)
-	all[i].Last = at
+	all[i].Bytes += uint64(e.lost)
+	all[i].Last = e.lostAt
 	return all
 }
 
@@ -462,7 +466,7 @@ func (j *badgerJournal) attempt(all []*write) (n int, b batch, err error) {
 			if b.lost == nil {
 				b.lost = *j.lost.Load()
 			}
-			b.lost = record(b.lost, w.loss.Class, w.loss.lost, time.Now())
+			b.lost = record(b.lost, *w.loss)
 		}
 	}
 	if b.lost != nil {
@@ -656,7 +660,7 @@ func (j *memoryJournal) put(e entry) error {
 func (j *memoryJournal) set(e entry) {
 	j.drop(e.Order)
 	if e.lost > 0 {
-		j.lost = record(j.lost, e.Class, e.lost, time.Now())
+		j.lost = record(j.lost, e)
 		e.lost = 0
 	}
 	j.orders[e.Order] = e

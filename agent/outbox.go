@@ -89,7 +89,7 @@ const (
 	bareReport = 2 << 10
 	// sweepPause is between two walks over the journal if the first found too little.
 	sweepPause = 30 * time.Second
-	// stripBatch is how many reports are stripped between two looks at the bound.
+	// stripBatch is the most reports that are stripped with one sync.
 	stripBatch = 32
 )
 
@@ -106,19 +106,21 @@ func (b *outbox) room(n int, p int) bool {
 // keep makes a terminal report durable, if need be without its body. It returns
 // what was kept.
 func (b *outbox) keep(e entry) (entry, error) {
-	if need := kept(e); b.journal.bytes()+need > b.bound {
-		if err := b.sweep(need, e.Class); err != nil {
+	need := kept(e)
+	if err := b.sweep(need, e.Class); err != nil {
+		return e, err
+	}
+	if !b.ample(need) && !e.Bare { // the last sixteenth is for what cannot be smaller
+		var err error
+		if e, err = b.bare(e, e.Seq); err != nil { // the full one was never sent
 			return e, err
-		}
-		if b.journal.bytes()+need > b.bound && !e.Bare {
-			var err error
-			if e, err = b.bare(e, e.Seq); err != nil { // the full one was never sent
-				return e, err
-			}
 		}
 	}
 	return e, b.journal.put(e)
 }
+
+// ample tells whether need more bytes leave room for orders to come.
+func (b *outbox) ample(need int64) bool { return b.journal.bytes()+need <= b.bound-b.bound/16 }
 
 // kept is about what an entry takes: base64 makes 3 bytes 4.
 func kept(e entry) int64 { return int64(len(e.Report))*4/3 + 256 }
@@ -134,7 +136,7 @@ func (b *outbox) bare(e entry, seq uint64) (entry, error) {
 	if err != nil {
 		return e, err
 	}
-	e.lost = int64(len(e.Report) - len(raw))
+	e.lost, e.lostAt = int64(len(e.Report)-len(raw)), b.clock.Now().UTC().Truncate(time.Second)
 	e.Seq, e.Report, e.Bare = seq, raw, true
 	return e, nil
 }
@@ -164,60 +166,63 @@ func (b *outbox) strip(e entry) (entry, error) {
 	return bare, err
 }
 
-// sweep makes room for need bytes, and for a while: a walk costs the same
-// whatever it finds. It strips nothing that is worth more than most. It does
-// not walk if the last walk found too little a short time ago.
+// sweep makes room for need bytes if they are not ample, and then for a while
+// more, as a walk costs the same whatever it finds. It strips nothing that is
+// worth more than most. It does not walk if the last walk found too little a
+// short time ago.
 func (b *outbox) sweep(need int64, most class) error {
+	if b.ample(need) {
+		return nil
+	}
 	b.sweeping.Lock()
 	defer b.sweeping.Unlock()
-	if b.journal.bytes()+need <= b.bound || time.Now().Before(b.next) {
-		return nil // somebody else has made room
+	if b.ample(need) || time.Now().Before(b.next) {
+		return nil // somebody else has made room, or could not
 	}
 	if now, sure := b.clock.Read(); sure == wire.ClockTrusted { // a wrong clock must not make it forget
 		if err := b.journal.forget(now); err != nil {
 			return fmt.Errorf("the full outbox cannot be tidied: %w", err)
 		}
 	}
-	goal := b.bound - need - b.bound/16
 	victims, err := b.victims(most)
+	for goal := b.bound - b.bound/8 - need; err == nil && len(victims) > 0 && b.journal.bytes() > goal; {
+		var batch []string
+		for missing := b.journal.bytes() - goal; missing > 0 && len(batch) < stripBatch && len(batch) < len(victims); {
+			missing -= victims[len(batch)].gain
+			batch = append(batch, victims[len(batch)].order)
+		}
+		victims = victims[len(batch):]
+		err = b.stripAll(batch)
+	}
 	if err != nil {
-		return fmt.Errorf("the full outbox cannot be read: %w", err)
+		return fmt.Errorf("the full outbox cannot be tidied: %w", err)
 	}
-	for orders := range slices.Chunk(victims, stripBatch) {
-		if b.journal.bytes() <= goal {
-			break
-		}
-		if err := b.stripAll(orders); err != nil {
-			return fmt.Errorf("the full outbox cannot be tidied: %w", err)
-		}
-	}
-	if b.journal.bytes()+need > b.bound {
+	if !b.ample(need) {
 		b.next = time.Now().Add(sweepPause)
 	}
 	return nil
 }
 
-// victims lists the orders whose report may be stripped, the first to go first.
-func (b *outbox) victims(most class) (orders []string, err error) {
-	type victim struct {
-		order string
-		rank  int
-	}
-	var all []victim
+// victim is a report that may be stripped.
+type victim struct {
+	order string
+	rank  int
+	gain  int64 // about so many bytes
+}
+
+// victims lists the reports that may be stripped, the first to go first.
+func (b *outbox) victims(most class) (all []victim, err error) {
 	err = b.journal.each(func(e entry) {
-		switch worth := e.Class.worth(); {
-		case e.Bare:
-		case e.Acked:
-			all = append(all, victim{e.Order, -1})
-		case worth <= most.worth():
-			all = append(all, victim{e.Order, worth})
+		v := victim{order: e.Order, rank: e.Class.worth(), gain: max(kept(e)-bareReport/2, 1)}
+		if e.Acked {
+			v.rank = -1
+		}
+		if !e.Bare && v.rank <= most.worth() {
+			all = append(all, v)
 		}
 	})
 	slices.SortFunc(all, func(a, b victim) int { return cmp.Or(a.rank-b.rank, cmp.Compare(a.order, b.order)) })
-	for _, v := range all {
-		orders = append(orders, v.order)
-	}
-	return orders, err
+	return all, err
 }
 
 func (b *outbox) stripAll(orders []string) error {
