@@ -270,3 +270,79 @@ func TestChangesAreAllOrNothing(t *testing.T) {
 		t.Error("a change was made in spite of its context")
 	}
 }
+
+// A record that is not kept is read from the bucket, and neither the news of
+// our own write nor that of another coordinator brings it into the copy.
+func TestOnlyWhatIsKeptIsInMemory(t *testing.T) {
+	kv := aBucket(t)
+	ctx := testContext(t)
+	var mu sync.Mutex
+	told := map[string]int{}
+	small := keeping(func(v note) bool { return v.N < 10 })
+	var tabs []*table[note]
+	for range 2 {
+		tab, err := openTable(ctx, kv, "note", func(key string, v note, gone bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			told[fmt.Sprint(key, v.N)]++
+		}, small, flat[note]())
+		must(t, err)
+		t.Cleanup(tab.close)
+		tabs = append(tabs, tab)
+	}
+	a, b := tabs[0], tabs[1]
+	must(t, a.create(ctx, "k", note{N: 1}))
+	if err := b.create(ctx, "k", note{N: 2}); !errors.Is(err, errExists) {
+		t.Errorf("made twice: %v", err)
+	}
+	eventually(t, "both have it", func() bool { _, x := a.get("k"); _, y := b.get("k"); return x && y })
+	changed, leave := b.changed("k")
+	defer leave()
+	_, err := a.change(ctx, "k", func(v *note, _ bool) error { v.N = 10; return nil })
+	must(t, err)
+	next(t, changed, "the word of the change")
+	for i, tab := range tabs {
+		if v, ok := tab.get("k"); ok {
+			t.Errorf("coordinator %d holds %+v", i, v)
+		}
+		if v, err := tab.find(ctx, "k"); err != nil || v.N != 10 {
+			t.Errorf("coordinator %d finds %+v %v", i, v, err)
+		}
+		if _, err := tab.find(ctx, "none"); !errors.Is(err, errNotFound) {
+			t.Errorf("found nothing: %v", err)
+		}
+	}
+	// Out of the copy it is changed by the same rules, and can come back.
+	_, err = b.change(ctx, "k", func(v *note, exists bool) error {
+		if !exists || v.N != 10 {
+			t.Errorf("%+v %v", v, exists)
+		}
+		v.N = 3
+		return nil
+	})
+	must(t, err)
+	eventually(t, "it is back", func() bool { v, ok := a.get("k"); return ok && v.N == 3 })
+	must(t, a.create(ctx, "j", note{N: 4}))
+	eventually(t, "both have it", func() bool { _, ok := b.get("j"); return ok })
+	if all := b.all(func(x, y note) int { return y.N - x.N }); len(all) != 2 || all[0].N != 4 || all[1].N != 3 {
+		t.Errorf("%+v", all)
+	}
+	keys, err := b.keys(ctx, ">")
+	slices.Sort(keys)
+	if err != nil || !slices.Equal(keys, []string{"j", "k"}) {
+		t.Errorf("%v %v", keys, err)
+	}
+	// Each is told of each change once.
+	eventually(t, "the watch is through", func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return len(a.left) == 0 && a.seen == b.rows["j"].rev
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	for _, k := range []string{"k1", "k10", "k3", "j4"} {
+		if told[k] != 2 {
+			t.Errorf("%s was told %d times to 2 coordinators", k, told[k])
+		}
+	}
+}
