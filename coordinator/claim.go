@@ -199,7 +199,7 @@ func (p *waiting) find(code string) (PendingRecord, error) {
 	v, there := p.rows.get(string(d))
 	if !ok || !there || p.over(v) {
 		return v, refuse(http.StatusNotFound, wire.CodeNotFound,
-			"no device waits under the code %s; compare it with the code that the device shows, and with \"deimos device pending\": a device whose code is in neither list speaks with another coordinator, or somebody stands between", code)
+			"no device waits under the code %s; \"deimos device pending\" lists the codes of all that do. A device that shows a code which is not among them speaks with another coordinator, or somebody stands between", code)
 	}
 	return v, nil
 }

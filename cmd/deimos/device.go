@@ -27,7 +27,7 @@ type deviceCmd struct {
 
 type deviceListCmd struct {
 	targets
-	State string `enum:",online,offline,retired,pending" default:"" placeholder:"STATE" help:"Only those that are online, offline, retired or pending."`
+	State string `enum:"all,online,offline,retired,pending" default:"all" placeholder:"STATE" help:"Which of them: ${enum} (${default})."`
 	cli.Output
 }
 
@@ -40,7 +40,11 @@ func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	list, err := listDevices(ctx, c, s, api.DeviceState(d.State))
+	var state api.DeviceState
+	if d.State != "all" {
+		state = api.DeviceState(d.State)
+	}
+	list, err := listDevices(ctx, c, s, state)
 	if err != nil {
 		return err
 	}
@@ -267,7 +271,7 @@ func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
 		fmt.Fprintf(os.Stderr, "Device %s will be cut off for ever, and the chunks that it holds count as lost. Type \"yes\" to go on: ", id)
 		line, _ := bufio.NewReader(os.Stdin).ReadString('\n') // an end is no "yes"
 		if strings.TrimSpace(line) != "yes" {
-			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done")}
+			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done; with --yes there is no question")}
 		}
 	}
 	c, err := all.client()
