@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -520,7 +521,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 // tries repeats a command as a user would who reads "no answer in time": only
 // that may happen, and not for ever.
 func (f *fleet) tries(what string, once func() (done bool, said string)) {
-	for deadline := time.Now().Add(2 * patience); ; {
+	for deadline := time.Now().Add(cmp.Or(f.trial, 2*patience)); ; {
 		done, said := once()
 		if done {
 			return

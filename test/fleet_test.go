@@ -196,6 +196,7 @@ type fleet struct {
 	token   string
 	devices []*device
 	client  *api.Client
+	trial   time.Duration // how long a test repeats a command that was not answered; 0: twice patience
 }
 
 type option func(*fleet)
