@@ -569,7 +569,9 @@ func (s *configs) view(ctx context.Context, d api.DeviceRecord) (api.DeviceConfi
 		return v, nil
 	}
 	v.Wanted, v.Order, v.Reported = row.Version, row.Order, row.Reported
-	v.State, v.Reason = s.stateOf(ctx, d.ID, row)
+	if v.State, v.Reason = s.stateOf(ctx, d.ID, row); !sameValues(merged(layers), row.Values) {
+		v.State, v.Reason = api.ConfigWaiting, "" // it is being settled
+	}
 	return v, nil
 }
 
