@@ -1,0 +1,194 @@
+package agent
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Simulation is a fleet of devices in one process: real enrolment, real
+// sessions with the broker, the real dispatcher and outbox, but no disks, no
+// sensors, and a journal that dies with the process. The devices answer
+// device.ping and refuse every other kind. It shows what a coordinator bears.
+type Simulation struct {
+	Coordinator string // https://host:port
+	Token       string // fleet token with enough uses: each device has a new key
+	Agents      int
+	Version     string
+	Log         *slog.Logger
+	// Progress is called every second, and at the end; nil for none.
+	Progress func(SimState)
+}
+
+// SimState is how a simulated fleet is.
+type SimState struct {
+	Enrolled int   `json:"enrolled"`
+	Online   int   `json:"online"` // welcomed by the coordinator, and connected since
+	Orders   int64 `json:"orders"` // done
+}
+
+// enrolAtOnce bounds simulated devices that enrol together: more would only
+// wait for the coordinator's processors, until they time out.
+const enrolAtOnce = 32
+
+// Run simulates until ctx ends, or until the coordinator refuses a device.
+func (s Simulation) Run(ctx context.Context) error {
+	tok, err := wire.ParseFleetToken(s.Token)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var f simFleet
+	var wg sync.WaitGroup
+	gate := make(chan struct{}, enrolAtOnce)
+	for range s.Agents {
+		wg.Go(func() {
+			d := &simulated{Simulation: s, fleet: &f}
+			gate <- struct{}{}
+			err := d.enrol(ctx, tok)
+			<-gate
+			if err == nil {
+				err = d.live(ctx)
+			}
+			if err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("a simulated device cannot go on: %w", err))
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for ended := false; !ended; {
+		select {
+		case <-tick.C:
+		case <-done:
+			ended = true
+		}
+		if s.Progress != nil {
+			s.Progress(f.state())
+		}
+	}
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// simFleet is who there is.
+type simFleet struct {
+	orders atomic.Int64
+	mu     sync.Mutex
+	there  []*session
+}
+
+func (f *simFleet) state() SimState {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	st := SimState{Enrolled: len(f.there), Orders: f.orders.Load()}
+	for _, s := range f.there {
+		if s.online.Load() && !s.waits() {
+			st.Online++
+		}
+	}
+	return st
+}
+
+// simulated is one device of a simulation.
+type simulated struct {
+	Simulation
+	fleet  *simFleet
+	id     Identity
+	member *Membership
+	clock  *Clock
+	began  time.Time
+	start  string
+}
+
+func (d *simulated) enrol(ctx context.Context, tok wire.FleetToken) error {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	d.id = Identity{ID: wire.IDOf(key.Public().(ed25519.PublicKey)), key: key}
+	d.clock, d.began, d.start = NewClock(time.Time{}), time.Now(), newNonce()
+	req := wire.EnrolRequest{Token: tok.String(), Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
+	for wait := enrolMin; ; wait = min(2*wait, enrolMax) {
+		d.member, _, err = enrol(ctx, d.id, pinned(tok.Fingerprint, d.clock), d.Coordinator, req)
+		if err == nil || errors.Is(err, ErrRefused) || errors.Is(err, ErrUntrusted) || errors.Is(err, ErrAddress) {
+			return err
+		}
+		if err := rest(ctx, wait/2+mrand.N(wait)); err != nil {
+			return err
+		}
+	}
+}
+
+// live holds the device's session until ctx ends.
+func (d *simulated) live(ctx context.Context) error {
+	fleet := knows(d.member.authority(), d.clock)
+	proof := d.member.proof(d.id)
+	fleet.own = func() *tls.Certificate { return proof }
+	trusted := func() ed25519.PublicKey { return ed25519.PublicKey(d.member.OrderKey) }
+	pong := ping(d.Version, d.began)
+	var s *session
+	orders, err := newDispatcher(duties{
+		id: d.id, trusted: trusted, clock: d.clock, journal: newMemoryJournal(),
+		routes: map[wire.Kind]Route{wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+			d.fleet.orders.Add(1)
+			return pong(ctx, o, p)
+		}}},
+		publish: func(raw []byte) { s.publish(wire.ChannelReport, raw) },
+		log:     d.Log,
+	})
+	if err != nil {
+		return err
+	}
+	s = newSession(link{
+		id: d.id, brokers: func() []string { return d.member.Brokers }, door: fleet, clock: d.clock, log: d.Log, trusted: trusted,
+		hello: func() wire.Presence {
+			return wire.Presence{Instance: d.start, Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
+		},
+		receive:  func(raw []byte) error { return orders.receive(ctx, raw) },
+		welcomed: orders.reconnected,
+		refused:  func() {},
+	})
+	d.fleet.mu.Lock()
+	d.fleet.there = append(d.fleet.there, s)
+	d.fleet.mu.Unlock()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.run(ctx) })
+	wg.Go(func() { orders.resend(ctx) })
+	d.beat(ctx, s)
+	wg.Wait()
+	orders.wait()
+	return nil
+}
+
+// beat says that the device lives, until ctx ends.
+func (d *simulated) beat(ctx context.Context, s *session) {
+	every := time.Duration(max(1, d.member.BeatSeconds)) * time.Second
+	for rest(ctx, every*3/4+mrand.N(every/2)) == nil {
+		b := wire.Beat{Device: d.id.ID, Uptime: time.Since(d.began).Seconds(), Telemetry: json.RawMessage(`{}`)}
+		b.At, b.TimeConfidence = d.clock.Read()
+		raw, err := wire.Seal(d.id.key, wire.TypeBeat, b)
+		if err != nil {
+			d.Log.Error("a heartbeat cannot be signed", "error", err)
+			return
+		}
+		s.publish(wire.ChannelBeat, raw)
+	}
+}
