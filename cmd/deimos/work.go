@@ -158,4 +158,3 @@ func (a *auditListCmd) Run(ctx context.Context, all *commands) error {
 		return cli.Table(w, "CHALLENGE\tKIND\tDEVICE\tOUTCOME\tWHEN\tREASON", rows)
 	})
 }
-
