@@ -69,7 +69,9 @@ func answeringDevice(b *testing.B, w *world, d *device) *answering {
 }
 
 // BenchmarkOrderRoundTrip is an order from submit to the ack of its terminal
-// report: two signatures made and one checked on either side, two durable writes.
+// report: two signatures made and one checked on this side, two durable writes.
+// By the profile, Ed25519 takes 36% of the processor (half of it is the device's,
+// which runs here too), JSON 14%, the state store's server and files some 12%.
 func BenchmarkOrderRoundTrip(b *testing.B) {
 	for _, parallel := range []int{1, 64} {
 		b.Run(fmt.Sprint(parallel), func(b *testing.B) {
