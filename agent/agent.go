@@ -79,6 +79,7 @@ type Agent struct {
 
 	member    atomic.Pointer[Membership] // a renewal replaces it
 	doubts    chan struct{}              // see doubted
+	timed     chan struct{}              // the clock has become trusted
 	dismissed atomic.Bool                // the coordinator has sent this device away
 	web       *http.Client               // to the data plane
 
@@ -118,7 +119,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	a := &Agent{cfg: cfg, began: time.Now(), start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), restart: make(chan struct{})}
+	a := &Agent{cfg: cfg, began: time.Now(), start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), restart: make(chan struct{})}
 	a.log, a.level = withLevel(cfg.Log)
 	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
 		return err
@@ -384,6 +385,10 @@ func (a *Agent) settle() error {
 func (a *Agent) welcomed() {
 	a.dismissed.Store(false) // who is welcomed is a member
 	a.session.slow(false)
+	select {
+	case a.timed <- struct{}{}:
+	default:
+	}
 	now := a.clock.Now()
 	if err := a.journal.saveFloor(now); err != nil {
 		a.log.Warn("the time cannot be saved", "error", err)

@@ -18,7 +18,7 @@ import (
 // about once an hour.
 
 const (
-	renewCheck  = 10 * time.Minute // a clock may be set, or become trusted, between
+	renewCheck  = 10 * time.Minute // how long a timer is believed
 	renewMin    = time.Minute
 	renewMax    = time.Hour
 	renewGap    = 4 * time.Minute  // between two questions, give or take a half
@@ -95,6 +95,7 @@ func (a *Agent) awaitRenewal(ctx context.Context, place float64) bool {
 		case <-a.doubts:
 			t.Stop()
 			return a.rest(ctx, rand.N(doubtSpread)) == nil
+		case <-a.timed:
 		case <-t.C:
 		}
 		t.Stop()
