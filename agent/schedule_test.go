@@ -405,6 +405,31 @@ func TestUpdateCutOffInTheMiddleCanBeCanceled(t *testing.T) {
 	}
 }
 
+// TestUpdateOnTrialIsNotCanceledWhileItWaits: its handler must be asked first.
+func TestUpdateOnTrialIsNotCanceledWhileItWaits(t *testing.T) {
+	later := errors.New("later")
+	h := newHeld()
+	r := newRig(t, func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+		if o.ID == "update" {
+			return wire.Outcome{}, later
+		}
+		return h.handle(ctx, o, p)
+	}, func(u *duties) { x := u.routes[kindTest]; x.Later, x.AtOnce = later, 1; u.routes[kindTest] = x })
+	r.give(r.order("update"))
+	r.wait()
+	r.give(r.order("first"))
+	await(t, "the one before", h.entered)
+	if _, err := r.revoke(wire.OrderCancel{Order: "update", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"}); err != nil {
+		t.Fatal(err)
+	}
+	r.give(r.order("update"))
+	close(h.gate)
+	r.wait()
+	if _, ok, err := r.journal.get("update"); ok || err != nil {
+		t.Errorf("it was canceled (%v)", err)
+	}
+}
+
 func TestCancelOfNothingIsRejected(t *testing.T) {
 	r := newRig(t, nil)
 	r.give(r.cancelOf("self", "self", time.Now().Add(time.Hour)))
