@@ -22,7 +22,7 @@
 //
 // Objects are replicated, not erasure-coded, and stored as they are given; lost
 // replicas are noted and not yet rebuilt; challenges are made when an operator
-// asks. There is one operator token.
+// asks.
 package coordinator
 
 import (
