@@ -38,10 +38,8 @@ func ParseClaimCode(s string) (string, error) {
 	if len(letters) != claimLetters {
 		return "", fmt.Errorf("%q is no claim code: it has %d letters, like abcde-fghij-klmno", s, claimLetters)
 	}
-	for _, c := range letters {
-		if !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz234567", c) {
-			return "", fmt.Errorf("%q is no claim code: only a-z and 2-7 are used", s)
-		}
+	if !inAlphabet(letters) {
+		return "", fmt.Errorf("%q is no claim code: only a-z and 2-7 are used", s)
 	}
 	return letters[:5] + "-" + letters[5:10] + "-" + letters[10:], nil
 }

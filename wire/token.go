@@ -52,7 +52,7 @@ func ParseFleetToken(s string) (FleetToken, error) {
 	}
 	for i, into := range []*[16]byte{&t.Secret, &t.Fingerprint} {
 		b, err := idEncoding.DecodeString(p[i+1])
-		if err != nil || len(b) != len(into) {
+		if err != nil || len(b) != len(into) || !inAlphabet(p[i+1]) {
 			return t, ErrToken
 		}
 		copy(into[:], b)
