@@ -58,13 +58,17 @@ import (
 
 // Config says how a coordinator runs.
 type Config struct {
-	Dir       string        // keys and state
-	Listen    string        // HTTPS address, host:port; port 0 takes a free one
-	MQTT      string        // MQTT address, host:port; with NATS set, the port devices find the external listener on
-	NATS      string        // URL of an external NATS server; empty: embedded
-	Advertise []string      // host names or addresses that devices use; empty: the one they enrol by
-	Beat      time.Duration // heartbeat interval of devices; 0: a minute
-	NoClaim   bool          // let devices in by token only
+	Dir       string   // keys and state
+	Listen    string   // HTTPS address, host:port; port 0 takes a free one
+	MQTT      string   // MQTT address, host:port; with NATS set, the port devices find the external listener on
+	NATS      string   // URL of an external NATS server; empty: embedded
+	Advertise []string // host names or addresses that devices use; empty: the one they enrol by
+	// PublicMQTT and PublicHTTPS are where devices reach the broker and the data
+	// plane, host:port, where that is not a host of Advertise with the ports
+	// above: behind a load balancer, or forwarded by a router.
+	PublicMQTT, PublicHTTPS []string
+	Beat                    time.Duration // heartbeat interval of devices; 0: a minute
+	NoClaim                 bool          // let devices in by token only
 	// CertificateLife is how long a device's certificate is good; 0: 30 days, at
 	// least a minute.
 	CertificateLife time.Duration
@@ -151,6 +155,11 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	for _, a := range slices.Concat(cfg.PublicMQTT, cfg.PublicHTTPS) {
+		if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
+			return nil, fmt.Errorf("%q is no public address: it must be HOST:PORT", a)
+		}
+	}
 	c := &Coordinator{cfg: cfg, log: cfg.Log, now: cfg.now, failed: make(chan error, 1)}
 	if c.now == nil {
 		c.now = time.Now
@@ -200,6 +209,11 @@ func portError(what, addr string, err error) error {
 // names are what the server certificate is good for.
 func (c *Coordinator) names() []string {
 	names := append([]string{"localhost", "127.0.0.1", "::1"}, c.cfg.Advertise...)
+	for _, a := range slices.Concat(c.cfg.PublicMQTT, c.cfg.PublicHTTPS) {
+		if host, _, err := net.SplitHostPort(a); err == nil {
+			names = append(names, host)
+		}
+	}
 	if h, err := os.Hostname(); err == nil {
 		names = append(names, h)
 	}

@@ -143,9 +143,17 @@ func (c *Coordinator) addresses(r *http.Request) (brokers, planes []string) {
 		}
 		hosts = []string{host}
 	}
-	for _, h := range hosts {
-		brokers = append(brokers, "ssl://"+net.JoinHostPort(h, c.mqttPort))
-		planes = append(planes, "https://"+net.JoinHostPort(h, c.httpPort))
+	with := func(scheme, port string, public []string) (urls []string) {
+		for _, h := range hosts {
+			urls = append(urls, scheme+net.JoinHostPort(h, port))
+		}
+		if len(public) > 0 {
+			urls = nil
+		}
+		for _, a := range public {
+			urls = append(urls, scheme+a)
+		}
+		return urls
 	}
-	return brokers, planes
+	return with("ssl://", c.mqttPort, c.cfg.PublicMQTT), with("https://", c.httpPort, c.cfg.PublicHTTPS)
 }

@@ -360,3 +360,18 @@ func TestADevicesWordsAreFitForATerminal(t *testing.T) {
 		t.Errorf("slot %q", d.Slot)
 	}
 }
+
+// A router or load balancer before the coordinator has ports of its own.
+func TestDevicesAreToldThePublicAddresses(t *testing.T) {
+	c := &Coordinator{cfg: Config{PublicMQTT: []string{"mq.example.org:443", "[::1]:1"}}, mqttPort: "8883", httpPort: "8443"}
+	brokers, planes := c.addresses(&http.Request{Host: "192.0.2.1:8443"})
+	if !slices.Equal(brokers, []string{"ssl://mq.example.org:443", "ssl://[::1]:1"}) || !slices.Equal(planes, []string{"https://192.0.2.1:8443"}) {
+		t.Errorf("%v %v", brokers, planes)
+	}
+	if !slices.Contains(c.names(), "mq.example.org") {
+		t.Error("the certificate is not good for the public name")
+	}
+	if _, err := Start(testContext(t), Config{Dir: t.TempDir(), PublicHTTPS: []string{"example.org"}}); err == nil {
+		t.Error("an address without a port was taken")
+	}
+}

@@ -1,5 +1,3 @@
-//go:build kin
-
 package coordinator
 
 import (
@@ -39,8 +37,8 @@ func operationIn(doc *openapi3.T, method, path string) *openapi3.Operation {
 	return item.GetOperation(method)
 }
 
-// fits checks an answer against the description.
-func fits(t *testing.T, doc *openapi3.T, method, pattern string, rec *httptest.ResponseRecorder) {
+// answerFits checks an answer against the description.
+func answerFits(t *testing.T, doc *openapi3.T, method, pattern string, rec *httptest.ResponseRecorder) {
 	t.Helper()
 	op := operationIn(doc, method, pattern)
 	if op == nil {
@@ -95,7 +93,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 		if rec.Code != c.status {
 			t.Errorf("%s %s: %d %s", c.method, c.path, rec.Code, rec.Body)
 		}
-		fits(t, doc, c.method, v1+c.pattern, rec)
+		answerFits(t, doc, c.method, v1+c.pattern, rec)
 	}
 	// The check can fail.
 	schema := operationIn(doc, "GET", v1+"/devices").Responses.Status(200).Value.Content.Get("application/json").Schema.Value

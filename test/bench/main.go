@@ -1,0 +1,537 @@
+// Command bench measures the line between coordinator and devices, and prints a
+// table: what, ours, the baseline in the same run, and their ratio. "make bench"
+// runs it.
+//
+// Ours is the real coordinator as a process of its own, and in this process as
+// many simulated devices as asked for (see agent.Simulation). The baseline is
+// in bare.go. Both share the processors that there are; nothing else should run.
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+var (
+	bin     = flag.String("bin", "bin", "folder with the built programs")
+	fleet   = flag.Int("agents", 1000, "devices for the rows on memory and on coming back")
+	orders  = flag.Int("orders", 10_000, "orders for the row on their rate")
+	profile = flag.String("profile", "", "write the coordinator's processor profile of the orders here")
+)
+
+const (
+	rateDevices   = 64 // for the row on the rate of orders
+	latencyOrders = 500
+	connectAtOnce = 32
+	limit         = 10 * time.Minute // for everything
+)
+
+func main() {
+	if len(os.Args) == 4 && os.Args[1] == "bare-server" {
+		check(bareServer(os.Args[2], os.Args[3]))
+		return
+	}
+	flag.Parse()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	check(run(ctx))
+}
+
+func check(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) error {
+	var t table
+	fmt.Printf("%d processors, %s, %d devices\n\n", runtime.NumCPU(), runtime.Version(), *fleet)
+	t.head()
+	sealing(&t)
+	bare, err := measure(ctx, newBareSide)
+	if err != nil {
+		return fmt.Errorf("the baseline: %w", err)
+	}
+	ours, err := measure(ctx, newOurSide)
+	if err != nil {
+		return err
+	}
+	t.row("order round trips", "/s", ours.rate, bare.rate, "%.0f")
+	t.row("order round trip, p50", "ms", ms(ours.p50), ms(bare.p50), "%.2f")
+	t.row("order round trip, p99", "ms", ms(ours.p99), ms(bare.p99), "%.2f")
+	t.row("coordinator's memory, a device", "KiB", ours.memory/1024, bare.memory/1024, "%.0f")
+	t.row(fmt.Sprintf("coordinator's memory, %d devices", *fleet), "MiB", ours.whole/(1<<20), bare.whole/(1<<20), "%.0f")
+	t.row("device's memory, simulated", "KiB", ours.device/1024, bare.device/1024, "%.0f")
+	t.row(fmt.Sprintf("%d devices enrolled or connected", *fleet), "s", ours.join.Seconds(), bare.join.Seconds(), "%.1f")
+	t.row(fmt.Sprintf("%d devices back after a kill", *fleet), "s", ours.back.Seconds(), bare.back.Seconds(), "%.1f")
+	return nil
+}
+
+// table prints its rows as they come.
+type table struct{}
+
+func (table) head() { fmt.Printf("%-36s %12s %12s %8s\n", "what", "ours", "baseline", "ratio") }
+
+func (table) row(what, unit string, ours, base float64, format string) {
+	f := func(v float64) string { return fmt.Sprintf(format, v) + " " + unit }
+	fmt.Printf("%-36s %12s %12s %8.2f\n", what, f(ours), f(base), ours/base)
+}
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// sealing compares an envelope with the signature alone.
+func sealing(t *table) {
+	key := newKey()
+	pub := key.Public().(ed25519.PublicKey)
+	o := sampleOrder(wire.IDOf(pub))
+	raw, err := wire.Seal(key, wire.TypeOrder, o)
+	check(err)
+	payload, err := json.Marshal(o)
+	check(err)
+	sig := ed25519.Sign(key, payload)
+	each := func(f func()) float64 {
+		const n = 2000
+		began := time.Now()
+		for range n {
+			f()
+		}
+		return float64(time.Since(began)) / n / float64(time.Microsecond)
+	}
+	t.row("seal an order (baseline: sign it)", "µs",
+		each(func() { _, err := wire.Seal(key, wire.TypeOrder, o); check(err) }),
+		each(func() { ed25519.Sign(key, payload) }), "%.1f")
+	t.row("open an order (baseline: verify it)", "µs",
+		each(func() { _, err := wire.OpenAs[wire.Order](raw, pub, wire.TypeOrder); check(err) }),
+		each(func() { ed25519.Verify(pub, payload, sig) }), "%.1f")
+}
+
+func sampleOrder(d wire.DeviceID) wire.Order {
+	now := time.Now().UTC()
+	return wire.Order{ID: "01JDB5Z3W4YQ5R6S7T8V9WAXBY", Device: d, Kind: wire.KindPing, Issued: now, Expires: now.Add(time.Minute), Body: json.RawMessage("{}")}
+}
+
+// result is what was measured of one side.
+type result struct {
+	rate          float64 // orders a second
+	p50, p99      time.Duration
+	memory, whole float64 // of the server, bytes: a device, and all of it
+	device        float64 // bytes
+	join, back    time.Duration
+}
+
+// side is ours or the baseline.
+type side interface {
+	// connect brings devices online, and returns when all are.
+	connect(ctx context.Context, n int) error
+	disconnect()
+	online() int
+	// have has so many orders answered, by all devices or by one at a time, and
+	// returns each order's time and that of all.
+	have(ctx context.Context, n int, oneAtATime bool) (timing, error)
+	kill() error
+	start(ctx context.Context) error
+	pid() int
+	close()
+}
+
+type timing struct {
+	Each []time.Duration
+	All  time.Duration
+}
+
+func measure(ctx context.Context, open func(dir string) (side, error)) (r result, err error) {
+	dir, err := os.MkdirTemp("", "deimos-bench-")
+	if err != nil {
+		return r, err
+	}
+	defer os.RemoveAll(dir)
+	s, err := open(dir)
+	if err != nil {
+		return r, err
+	}
+	defer s.close()
+	if err := s.start(ctx); err != nil {
+		return r, err
+	}
+	if err := s.connect(ctx, rateDevices); err != nil {
+		return r, err
+	}
+	if _, err := s.have(ctx, rateDevices*20, false); err != nil { // warm
+		return r, err
+	}
+	all, err := s.have(ctx, *orders, false)
+	if err != nil {
+		return r, err
+	}
+	r.rate = float64(*orders) / all.All.Seconds()
+	one, err := s.have(ctx, latencyOrders, true)
+	if err != nil {
+		return r, err
+	}
+	slices.Sort(one.Each)
+	r.p50, r.p99 = one.Each[len(one.Each)/2], one.Each[len(one.Each)*99/100]
+	s.disconnect()
+	return r, comeBack(ctx, s, &r)
+}
+
+// comeBack measures what a large fleet takes, and how it returns.
+func comeBack(ctx context.Context, s side, r *result) error {
+	// Afresh, so that memory is that of the fleet and not of the orders before.
+	if err := s.kill(); err != nil {
+		return err
+	}
+	if err := s.start(ctx); err != nil {
+		return err
+	}
+	mine, theirs := ownMemory(), memoryOf(s.pid())
+	began := time.Now()
+	if err := s.connect(ctx, *fleet); err != nil {
+		return err
+	}
+	r.join = time.Since(began)
+	r.whole = memoryOf(s.pid())
+	r.memory = (r.whole - theirs) / float64(*fleet)
+	r.device = (ownMemory() - mine) / float64(*fleet)
+	if err := s.kill(); err != nil {
+		return err
+	}
+	if err := until(ctx, func() bool { return s.online() == 0 }); err != nil {
+		return err
+	}
+	began = time.Now()
+	if err := s.start(ctx); err != nil {
+		return err
+	}
+	err := until(ctx, func() bool { return s.online() == *fleet })
+	r.back = time.Since(began)
+	return err
+}
+
+func until(ctx context.Context, ok func() bool) error {
+	for !ok() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// ownMemory is what this process uses now, in bytes.
+func ownMemory() float64 {
+	debug.FreeOSMemory()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapAlloc + m.StackInuse)
+}
+
+// memoryOf is a process's resident memory, in bytes; 0 if it cannot be read.
+func memoryOf(pid int) float64 {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(raw)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+			kb, _ := strconv.ParseFloat(f[1], 64)
+			return kb * 1024
+		}
+	}
+	return 0
+}
+
+// child is a process that prints a line when it is ready, and ends with us.
+type child struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+func startChild(path string, args ...string) (*child, error) {
+	cmd := exec.Command(path, args...)
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	runtime.LockOSThread() // the kernel ties the child's end to this thread, and main's lasts
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return &child{cmd, in, bufio.NewReaderSize(out, 1<<20)}, nil
+}
+
+func (c *child) kill() error {
+	if err := c.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	_ = c.cmd.Wait() // it was killed
+	return nil
+}
+
+// ourSide is the real coordinator and simulated devices.
+type ourSide struct {
+	dir         string
+	https, mqtt string
+	serve       *child
+	client      *api.Client
+	state       atomic.Pointer[agent.SimState]
+	stop        func()
+	ids         []wire.DeviceID
+}
+
+func newOurSide(dir string) (side, error) {
+	s := &ourSide{dir: dir, stop: func() {}}
+	for _, a := range []*string{&s.https, &s.mqtt} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		*a = ln.Addr().String()
+		ln.Close()
+	}
+	return s, nil
+}
+
+func (s *ourSide) pid() int    { return s.serve.cmd.Process.Pid }
+func (s *ourSide) kill() error { return s.serve.kill() }
+func (s *ourSide) online() int { return s.state.Load().Online }
+
+func (s *ourSide) start(context.Context) error {
+	args := []string{"serve", "--dir", filepath.Join(s.dir, "coordinator"), "--listen", s.https, "--mqtt", s.mqtt, "--log-level", "error"}
+	var err error
+	if s.serve, err = startChild(filepath.Join(*bin, "deimos"), args...); err != nil {
+		return err
+	}
+	for {
+		line, err := s.serve.out.ReadString('\n')
+		if err != nil {
+			return fmt.Errorf("the coordinator ended: %w", err)
+		}
+		if strings.HasPrefix(line, api.Ready) {
+			break
+		}
+	}
+	go func() { _, _ = io.Copy(io.Discard, s.serve.out) }() // until it ends
+	c, err := api.LoadContext(filepath.Join(s.dir, "coordinator", "operator.json"))
+	if err != nil {
+		return err
+	}
+	s.client, err = api.NewClient(c)
+	return err
+}
+
+func (s *ourSide) connect(ctx context.Context, n int) error {
+	tok, err := s.client.CreateToken(ctx, api.TokenRequest{Uses: n, ValidSeconds: 3600})
+	if err != nil {
+		return err
+	}
+	s.state.Store(&agent.SimState{})
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	failed := make(chan error, 1)
+	wg.Go(func() {
+		failed <- agent.Simulation{
+			Coordinator: "https://" + s.https, Token: tok.Token, Agents: n, Version: "0.0.0-bench", Log: slog.New(slog.DiscardHandler),
+			Progress: func(st agent.SimState) { s.state.Store(&st) },
+		}.Run(ctx)
+	})
+	s.stop = func() { cancel(); wg.Wait(); s.stop = func() {} }
+	var end error
+	if err := until(ctx, func() bool {
+		select {
+		case end = <-failed:
+			return true
+		default:
+			return s.online() == n
+		}
+	}); err != nil || end != nil {
+		return errors.Join(err, end)
+	}
+	list, err := s.client.Devices(ctx)
+	if err != nil {
+		return err
+	}
+	s.ids = s.ids[:0]
+	for _, d := range list {
+		if d.Online {
+			s.ids = append(s.ids, d.ID)
+		}
+	}
+	return nil
+}
+
+func (s *ourSide) disconnect() { s.stop() }
+
+func (s *ourSide) close() {
+	s.stop()
+	_ = s.serve.kill() // it may have ended
+}
+
+// sendAtOnce is how many requests are under way; each makes an order for every device.
+const sendAtOnce = 4
+
+func (s *ourSide) have(ctx context.Context, n int, oneAtATime bool) (timing, error) {
+	var t timing
+	began := time.Now()
+	if oneAtATime {
+		for i := range n {
+			list, err := s.client.SendOrder(ctx, api.SendRequest{Kind: wire.KindPing, Selector: api.Selector{Devices: s.ids[i%len(s.ids) : i%len(s.ids)+1]}})
+			if err != nil {
+				return t, err
+			}
+			o, err := s.client.AwaitOrder(ctx, list[0].Order.Device, list[0].Order.ID, nil)
+			if err != nil {
+				return t, err
+			}
+			t.Each = append(t.Each, o.Updated.Sub(o.Order.Issued)) // both by the coordinator's clock
+		}
+		t.All = time.Since(began)
+		return t, nil
+	}
+	var left atomic.Int64
+	left.Store(int64(n))
+	failed := make(chan error, sendAtOnce)
+	for range sendAtOnce {
+		go func() {
+			for left.Add(-int64(len(s.ids))) >= 0 {
+				if _, err := s.client.SendOrder(ctx, api.SendRequest{Kind: wire.KindPing, Selector: api.Selector{Devices: s.ids}}); err != nil {
+					failed <- err
+					return
+				}
+			}
+			failed <- nil
+		}()
+	}
+	for range sendAtOnce {
+		if err := <-failed; err != nil {
+			return t, err
+		}
+	}
+	var asked error
+	err := until(ctx, func() bool {
+		l, err := s.client.Orders(ctx, api.OrderQuery{Pending: true, Limit: 1})
+		asked = err
+		return err != nil || len(l.Orders) == 0
+	})
+	t.All = time.Since(began)
+	return t, errors.Join(err, asked)
+}
+
+// bareSide is the baseline.
+type bareSide struct {
+	dir    string
+	addr   string
+	server *child
+	count  atomic.Int64
+	ids    []wire.DeviceID
+	stop   func()
+}
+
+func newBareSide(dir string) (side, error) {
+	s := &bareSide{dir: dir, addr: "127.0.0.1:0", stop: func() {}}
+	return s, newCA(dir)
+}
+
+func (s *bareSide) pid() int    { return s.server.cmd.Process.Pid }
+func (s *bareSide) kill() error { return s.server.kill() }
+func (s *bareSide) online() int { return int(s.count.Load()) }
+
+func (s *bareSide) start(context.Context) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if s.server, err = startChild(self, "bare-server", s.dir, s.addr); err != nil {
+		return err
+	}
+	line, err := s.server.out.ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("the bare server ended: %w", err)
+	}
+	s.addr = strings.TrimSpace(line) // the same at the next start
+	return nil
+}
+
+func (s *bareSide) connect(ctx context.Context, n int) error {
+	var err error
+	s.ids, s.stop, err = bareDevices(s.dir, s.addr, n, sealedSize(wire.TypeReport), &s.count)
+	if err != nil {
+		return err
+	}
+	return until(ctx, func() bool { return s.online() == n })
+}
+
+func (s *bareSide) disconnect() {
+	s.stop()
+	s.stop = func() {}
+}
+
+func (s *bareSide) close() {
+	s.stop()
+	_ = s.server.kill() // it may have ended
+}
+
+func (s *bareSide) have(_ context.Context, n int, oneAtATime bool) (t timing, err error) {
+	q := bareQuestion{Devices: s.ids, Orders: n, Window: 64, Order: sealedSize(wire.TypeOrder), Ack: sealedSize(wire.TypeAck)}
+	if oneAtATime {
+		q.Devices, q.Window = s.ids[:1], 1
+	}
+	if err := json.NewEncoder(s.server.in).Encode(q); err != nil {
+		return t, err
+	}
+	line, err := s.server.out.ReadBytes('\n')
+	if err != nil {
+		return t, err
+	}
+	return t, json.Unmarshal(line, &t)
+}
+
+// sealedSize is what such a message of ours has, in bytes.
+func sealedSize(t wire.PayloadType) int {
+	key := newKey()
+	o := sampleOrder(wire.IDOf(key.Public().(ed25519.PublicKey)))
+	var v any = o
+	switch t {
+	case wire.TypeReport:
+		body, err := json.Marshal(wire.Pong{Agent: "0.0.0-bench", Uptime: 12.345678})
+		check(err)
+		v = wire.Report{Order: o.ID, Device: o.Device, Seq: 1 << 33, State: wire.Succeeded, At: o.Issued, TimeConfidence: wire.ClockTrusted, Body: body}
+	case wire.TypeAck:
+		v = wire.Ack{Device: o.Device, Reports: []wire.Acked{{Order: o.ID, Seq: 1 << 33}}}
+	}
+	raw, err := wire.Seal(key, t, v)
+	check(err)
+	return len(raw)
+}

@@ -1,0 +1,139 @@
+// Command chaosagent is the agent with one kind of order more, whose effects
+// can be counted: each "test.effect" adds a line with the order's id to
+// effects.log in the state folder, durably and once, and each call of the
+// handler a line to calls.log. It is made for tests that kill it.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+func main() {
+	var cfg agent.Config
+	flag.StringVar(&cfg.StateDir, "state", "", "state folder")
+	flag.StringVar(&cfg.Coordinator, "coordinator", "", "coordinator")
+	flag.StringVar(&cfg.Token, "token", "", "fleet token")
+	flag.Parse()
+	if err := run(cfg); err != nil {
+		fmt.Fprintln(os.Stderr, "chaosagent:", err)
+		os.Exit(1)
+	}
+}
+
+func run(given agent.Config) error {
+	cfg, err := agent.LoadConfig("")
+	if err != nil {
+		return err
+	}
+	cfg.StateDir, cfg.Coordinator, cfg.Token = given.StateDir, given.Coordinator, given.Token
+	cfg.Version = "0.0.0-chaos"
+	cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	cfg.Volumes = []agent.VolumeConfig{{Dir: filepath.Join(cfg.StateDir, "volumes", "main")}}
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return err
+	}
+	e, err := openEffects(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	cfg.Routes = map[wire.Kind]agent.Route{"test.effect": {Handle: e.handle, AtOnce: 8, Limit: time.Minute}}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	return agent.Run(ctx, cfg)
+}
+
+// effects is the handler and what it has done.
+type effects struct {
+	mu    sync.Mutex
+	done  map[string]bool
+	log   *os.File // an order's id a line, synced: the effects
+	calls *os.File // the same for each call
+}
+
+func openEffects(dir string) (*effects, error) {
+	e := &effects{done: make(map[string]bool)}
+	path := filepath.Join(dir, "effects.log")
+	old, err := os.Open(path)
+	if err == nil {
+		for s := bufio.NewScanner(old); s.Scan(); {
+			e.done[s.Text()] = true
+		}
+		old.Close()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	const flags = os.O_CREATE | os.O_WRONLY | os.O_APPEND
+	if e.log, err = os.OpenFile(path, flags, 0o600); err != nil {
+		return nil, err
+	}
+	e.calls, err = os.OpenFile(filepath.Join(dir, "calls.log"), flags, 0o600)
+	return e, err
+}
+
+func (e *effects) close() { e.log.Close(); e.calls.Close() }
+
+// pause is how long an order takes before and after its effect: long enough
+// for a kill to fall between.
+type pause struct {
+	Before time.Duration `json:"before"`
+	After  time.Duration `json:"after"`
+}
+
+func (e *effects) handle(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	p, err := wire.DecodeBody[pause](o)
+	if err != nil {
+		return wire.Outcome{}, err
+	}
+	if _, err := fmt.Fprintln(e.calls, o.ID); err != nil {
+		return wire.Outcome{}, err
+	}
+	if err := rest(ctx, p.Before); err != nil {
+		return wire.Outcome{}, err
+	}
+	if err := e.once(o.ID); err != nil {
+		return wire.Outcome{}, err
+	}
+	return wire.Outcome{}, rest(ctx, p.After)
+}
+
+// once leaves the effect of an order, unless it is there.
+func (e *effects) once(order string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.done[order] {
+		return nil
+	}
+	if _, err := fmt.Fprintln(e.log, order); err != nil {
+		return err
+	}
+	if err := e.log.Sync(); err != nil {
+		return err
+	}
+	e.done[order] = true
+	return nil
+}
+
+func rest(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
