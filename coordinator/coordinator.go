@@ -72,6 +72,7 @@ type Config struct {
 	// CertificateLife is how long a device's certificate is good; 0: 30 days, at
 	// least a minute.
 	CertificateLife time.Duration
+	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
 	Compute         Compute      // knows the answers of compute challenges; may be nil
 	Log             *slog.Logger // nil drops everything
 
@@ -145,6 +146,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	}
 	if cfg.Beat < minBeat {
 		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
+	}
+	if cfg.EnrolRate < 0 {
+		return nil, fmt.Errorf("%d devices a second cannot enrol: the rate must be above 0", cfg.EnrolRate)
 	}
 	if cfg.CertificateLife == 0 {
 		cfg.CertificateLife = deviceCertLife
@@ -280,7 +284,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
-	c.operators, c.limits = &operators{}, newLimits()
+	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
 		func() error {
 			return bucket(ctx, c, "devices", &c.reg.rows, func(id string, d api.DeviceRecord, gone bool) {

@@ -16,7 +16,8 @@ import (
 // limits bound what one party can ask for, so that there is room for the others.
 // They are token buckets; who finds one empty is told when to come back.
 //
-//   - Enrolment, one address: 50 a second after 200 at once. A site with a whole
+//   - Enrolment, one address: 50 a second after 200 at once, unless
+//     [Config.EnrolRate] says otherwise. A site with a whole
 //     fleet behind one address is in within minutes (devices come back by
 //     themselves), and a stranger cannot use all there is for everybody.
 //   - Enrolment, all together: 400 a second after 1000 at once. It costs a
@@ -41,10 +42,20 @@ type limits struct {
 // one unheard of for longest is forgotten first.
 const maxBuckets = 10_000
 
-func newLimits() *limits {
+const (
+	enrolRate    = 50
+	enrolRateAll = 400
+)
+
+// newLimits lets one address enrol perAddress devices a second; 0 is enrolRate.
+func newLimits(perAddress int) *limits {
+	if perAddress == 0 {
+		perAddress = enrolRate
+	}
+	all := max(perAddress, enrolRateAll)
 	return &limits{
-		enrol:    newBuckets(50, 200),
-		enrolAll: rate.NewLimiter(400, 1000),
+		enrol:    newBuckets(rate.Limit(perAddress), 4*perAddress),
+		enrolAll: rate.NewLimiter(rate.Limit(all), all*5/2),
 		logins:   newBuckets(10, 1000),
 		calls:    newBuckets(1000, 5000),
 	}

@@ -20,6 +20,7 @@ type serveCmd struct {
 	MQTT        string        `default:":8883" env:"DEIMOS_MQTT" placeholder:"ADDR" help:"MQTT address for devices (${default}). With --nats: the address where devices find that server's MQTT listener."`
 	NATS        string        `env:"DEIMOS_NATS" placeholder:"URL" help:"Use this NATS server instead of the embedded one; \"deimos serve --print-nats-config\" shows its configuration."`
 	Advertise   []string      `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
+	EnrolRate   int           `default:"50" env:"DEIMOS_ENROL_RATE" placeholder:"N" help:"How many devices a second may enrol from one address (${default}). More for a large site behind one address."`
 	PublicMQTT  []string      `name:"public-mqtt" env:"DEIMOS_PUBLIC_MQTT" placeholder:"HOST:PORT" help:"Where devices reach the MQTT listener, if a router or load balancer stands before it; may be repeated."`
 	PublicHTTPS []string      `name:"public-https" env:"DEIMOS_PUBLIC_HTTPS" placeholder:"HOST:PORT" help:"The same for the HTTPS listener."`
 	Beat        time.Duration `default:"1m" help:"Heartbeat interval of devices (${default})."`
@@ -33,7 +34,7 @@ type serveCmd struct {
 
 func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
-		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, Beat: s.Beat,
+		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: s.Beat,
 		NoClaim: s.NoClaim, CertificateLife: s.CertificateLife,
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel),
 	}
