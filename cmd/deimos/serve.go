@@ -3,6 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,6 +31,8 @@ type serveCmd struct {
 	NoClaim         bool          `name:"no-claim" env:"DEIMOS_NO_CLAIM" help:"Let devices in by fleet token only; by default they can also wait to be claimed."`
 	CertificateLife time.Duration `default:"720h" env:"DEIMOS_CERTIFICATE_LIFE" help:"How long a device's certificate is good, at least a minute (${default}); it is renewed at two thirds."`
 
+	Pprof string `placeholder:"ADDR" help:"Serve Go's profiles (net/http/pprof) on this loopback address, for finding out what it is busy with."`
+
 	PrintNATSConfig bool `name:"print-nats-config" help:"Print the configuration of an external NATS server for this coordinator's keys, and end."`
 	cli.LogFlags
 }
@@ -40,6 +45,13 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	}
 	if s.PrintNATSConfig {
 		return coordinator.WriteNATSConfig(os.Stdout, cfg)
+	}
+	if s.Pprof != "" {
+		end, err := profiles(s.Pprof)
+		if err != nil {
+			return &cli.Error{Code: cli.ExitUsage, Err: err}
+		}
+		defer end()
 	}
 	c, err := coordinator.Start(ctx, cfg)
 	if err != nil {
@@ -55,6 +67,27 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	case err := <-c.Failed():
 		return err
 	}
+}
+
+// profiles serves Go's profiles until end. They tell memory's content, so only
+// this machine may ask.
+func profiles(addr string) (end func(), err error) {
+	host, _, err := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+		return nil, fmt.Errorf("%q is no loopback address with a port, like 127.0.0.1:6060", addr)
+	}
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("the address for profiles cannot be opened: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	go server.Serve(ln) // ends with Close
+	return func() { server.Close() }, nil
 }
 
 // compute runs a module here, in the same sandbox that devices use.
