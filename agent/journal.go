@@ -226,6 +226,9 @@ func openJournal(dir string) (*badgerJournal, error) {
 	if err := j.room(); err != nil {
 		return nil, err
 	}
+	if err := durable.RemoveEmpty(dir, ".vlog", ".mem"); err != nil {
+		return nil, fmt.Errorf("the agent's journal in %s cannot be cleared of what a crash left: %w", dir, err)
+	}
 	opts := badger.DefaultOptions(dir).
 		WithLogger(nil).
 		WithMetricsEnabled(false).

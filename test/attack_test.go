@@ -442,7 +442,8 @@ func takeOver(d *device) *impostor {
 		RootCAs: roots, Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Bytes}, PrivateKey: i.key}},
 	}))
 	i.wait(i.mqtt.Connect())
-	f.t.Cleanup(func() { i.mqtt.Disconnect(100) })
+	gone := make(chan struct{})
+	f.t.Cleanup(func() { close(gone); i.mqtt.Disconnect(100) })
 	i.wait(i.mqtt.Subscribe(wire.Topic(d.id, wire.ChannelOrder), 0, func(_ mqtt.Client, msg mqtt.Message) {
 		if o, err := wire.OpenAs[wire.Order](msg.Payload(), m.OrderKey, wire.TypeOrder); err == nil {
 			go i.answer(o)
@@ -453,6 +454,7 @@ func takeOver(d *device) *impostor {
 		Device: d.id, Online: true, Session: strings.Repeat("ab", 16), Nonce: strings.Repeat("cd", 16),
 		Agent: now.Agent, OS: now.OS, Arch: now.Arch, Board: now.Board, Capacity: now.Capacity, Used: now.Used, At: time.Now().UTC(), TimeConfidence: wire.ClockTrusted,
 	})
+	go i.beat(gone)
 	f.until("the impostor passing for "+d.name, func() bool { return d.now().Online })
 	return i
 }
@@ -470,6 +472,20 @@ func (i *impostor) publish(ch wire.Channel, typ wire.PayloadType, v any) {
 		panic(err) // what lies are made of always fits
 	}
 	i.mqtt.Publish(wire.Topic(i.d.id, ch), 0, false, raw)
+}
+
+// beat keeps the device online: who is silent gets no orders.
+func (i *impostor) beat(gone <-chan struct{}) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			i.publish(wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: i.d.id, At: time.Now().UTC(), TimeConfidence: wire.ClockTrusted})
+		case <-gone:
+			return
+		}
+	}
 }
 
 func (i *impostor) lieTo(kind wire.Kind, l lie) {

@@ -223,9 +223,14 @@ func (f *fleet) pendingOrders() (pending []wire.Order) {
 			f.t.Fatal(err)
 		}
 		total++
-		if !rec.State.Terminal() {
-			pending = append(pending, rec.Order)
+		if rec.State.Terminal() {
+			continue
 		}
+		o, err := wire.Reread[wire.Order](rec.Envelope)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		pending = append(pending, o)
 	}
 	f.t.Logf("%d orders, %d of them have not ended", total, len(pending))
 	if total == 0 {

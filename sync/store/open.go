@@ -91,7 +91,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
-	if err := errors.Join(mendLogHeaders(path), guardNewestLog(path)); err != nil {
+	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), mendLogHeaders(path), guardNewestLog(path)); err != nil {
 		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
 	}
 	if v.db, err = openBadger(path, opt, v.diskSize()); err != nil {

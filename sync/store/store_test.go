@@ -499,6 +499,23 @@ func TestAFlippedBitInALogHeaderCostsNothing(t *testing.T) {
 	mustHold(t, open1(t, dir, noFloor), id, data)
 }
 
+// As a process leaves them that is killed while Badger makes its next log.
+func TestLogsThatWereJustMadeCostNothing(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	mustClose(t, v)
+	for _, name := range []string{"900000.vlog", "90000.mem"} {
+		if err := os.WriteFile(filepath.Join(dir, chunksDir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		v := open1(t, dir, noFloor)
+		mustHold(t, v, id, data)
+		mustClose(t, v)
+	}
+}
+
 func TestADamagedIndexIsRefusedNotACrash(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, noFloor)
