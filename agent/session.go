@@ -315,6 +315,9 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 
 // take sorts a message from the coordinator.
 func (s *session) take(raw []byte) error {
+	if wire.TypeOf(raw) != wire.TypeWelcome {
+		return s.receive(raw) // which checks it: once is enough
+	}
 	typ, payload, err := wire.Open(raw, s.trusted())
 	if err != nil || typ != wire.TypeWelcome {
 		return s.receive(raw)

@@ -1,9 +1,11 @@
 package wire
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ed25519"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,19 +33,11 @@ var ErrSignature = errors.New("the signature is not valid for this sender")
 // ErrTooLarge is returned for an envelope above [MaxMessage].
 var ErrTooLarge = errors.New("the message is larger than the protocol allows")
 
-// key makes an Ed25519 key fit the dsse library. priv is nil where only
-// verifying is wanted.
-type key struct {
-	priv ed25519.PrivateKey
-	pub  ed25519.PublicKey
-}
+// key makes an Ed25519 public key fit the dsse library.
+type key struct{ pub ed25519.PublicKey }
 
 func (k key) KeyID() (string, error)   { return string(IDOf(k.pub)), nil }
 func (k key) Public() crypto.PublicKey { return k.pub }
-
-func (k key) Sign(_ context.Context, data []byte) ([]byte, error) {
-	return ed25519.Sign(k.priv, data), nil
-}
 
 func (k key) Verify(_ context.Context, data, sig []byte) error {
 	if len(k.pub) != ed25519.PublicKeySize || !ed25519.Verify(k.pub, data, sig) {
@@ -59,22 +53,70 @@ func Seal(priv ed25519.PrivateKey, t PayloadType, v any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode %s: %w", t, err)
 	}
-	s, err := dsse.NewEnvelopeSigner(key{priv: priv, pub: priv.Public().(ed25519.PublicKey)})
+	typ, err := json.Marshal(t)
 	if err != nil {
-		return nil, fmt.Errorf("sign %s: %w", t, err)
+		return nil, fmt.Errorf("encode the type %s: %w", t, err)
 	}
-	env, err := s.SignPayload(context.Background(), string(t), payload)
-	if err != nil {
-		return nil, fmt.Errorf("sign %s: %w", t, err)
-	}
-	raw, err := json.Marshal(env)
-	if err != nil {
-		return nil, fmt.Errorf("encode the envelope of %s: %w", t, err)
-	}
+	sig := ed25519.Sign(priv, dsse.PAE(string(t), payload))
+	raw := make([]byte, 0, 200+len(typ)+base64.StdEncoding.EncodedLen(len(payload)))
+	raw = append(append(raw, `{"payloadType":`...), typ...)
+	raw = base64.StdEncoding.AppendEncode(append(raw, `,"payload":"`...), payload)
+	raw = append(append(raw, `","signatures":[{"keyid":"`...), IDOf(priv.Public().(ed25519.PublicKey))...)
+	raw = base64.StdEncoding.AppendEncode(append(raw, `","sig":"`...), sig)
+	raw = append(raw, `"}]}`...)
 	if len(raw) > MaxMessage {
 		return nil, fmt.Errorf("%s of %d bytes (limit %d): %w", t, len(raw), MaxMessage, ErrTooLarge)
 	}
 	return raw, nil
+}
+
+// envelope is one in the very form that [Seal] writes: its strings have no
+// escapes, its order is fixed. All that is hot comes in this form, and is read
+// without a JSON decoder. Every other form that DSSE allows is left to the dsse
+// library; which of both reads a message makes no difference to what it says.
+type envelope struct {
+	typ, payload, keyID, sig []byte // base64 as it stands
+}
+
+// split takes such an envelope apart. ok is false for every other form.
+func split(raw []byte) (e envelope, ok bool) {
+	for _, part := range []struct {
+		head string
+		into *[]byte
+	}{{`{"payloadType":"`, &e.typ}, {`","payload":"`, &e.payload}, {`","signatures":[{"keyid":"`, &e.keyID}, {`","sig":"`, &e.sig}} {
+		if raw, ok = bytes.CutPrefix(raw, []byte(part.head)); !ok {
+			return envelope{}, false
+		}
+		n := bytes.IndexByte(raw, '"')
+		if n < 0 || !verbatim(raw[:n]) {
+			return envelope{}, false
+		}
+		*part.into, raw = raw[:n], raw[n:]
+	}
+	return e, string(raw) == `"}]}`
+}
+
+// verbatim tells whether JSON has such a string stand for itself.
+func verbatim(s []byte) bool {
+	for _, c := range s {
+		if c < ' ' || c > '~' || c == '\\' {
+			return false
+		}
+	}
+	return true
+}
+
+// TypeOf is what an envelope claims to carry, or nothing: good for choosing who
+// opens it, and for nothing else.
+func TypeOf(raw []byte) PayloadType {
+	if e, ok := split(raw); ok {
+		return PayloadType(e.typ)
+	}
+	var env dsse.Envelope
+	if len(raw) > MaxMessage || json.Unmarshal(raw, &env) != nil {
+		return ""
+	}
+	return PayloadType(env.PayloadType)
 }
 
 // Open checks size and signature of an envelope and returns what it carries.
@@ -83,6 +125,26 @@ func Open(raw []byte, pub ed25519.PublicKey) (PayloadType, json.RawMessage, erro
 	if len(raw) > MaxMessage {
 		return "", nil, fmt.Errorf("%d bytes (limit %d): %w", len(raw), MaxMessage, ErrTooLarge)
 	}
+	if e, ok := split(raw); ok {
+		payload, err := base64.StdEncoding.AppendDecode(nil, e.payload)
+		sig, err2 := base64.StdEncoding.AppendDecode(nil, e.sig)
+		if err == nil && err2 == nil {
+			return e.verify(pub, payload, sig)
+		}
+	}
+	return openAny(raw, pub)
+}
+
+func (e envelope) verify(pub ed25519.PublicKey, payload, sig []byte) (PayloadType, json.RawMessage, error) {
+	k := key{pub: pub}
+	if len(e.keyID) > 0 && DeviceID(e.keyID) != IDOf(pub) || k.Verify(context.Background(), dsse.PAE(string(e.typ), payload), sig) != nil {
+		return "", nil, ErrSignature
+	}
+	return PayloadType(e.typ), payload, nil
+}
+
+// openAny opens an envelope of any form that DSSE allows.
+func openAny(raw []byte, pub ed25519.PublicKey) (PayloadType, json.RawMessage, error) {
 	var env dsse.Envelope
 	if err := json.Unmarshal(raw, &env); err != nil {
 		return "", nil, fmt.Errorf("this is no signed envelope: %w", err)
@@ -91,12 +153,9 @@ func Open(raw []byte, pub ed25519.PublicKey) (PayloadType, json.RawMessage, erro
 	if err != nil {
 		return "", nil, fmt.Errorf("verify: %w", err)
 	}
-	if _, err := v.Verify(context.Background(), &env); err != nil {
-		return "", nil, ErrSignature
-	}
-	payload, err := env.DecodeB64Payload()
+	_, payload, err := v.VerifyAndDecode(context.Background(), &env)
 	if err != nil {
-		return "", nil, fmt.Errorf("decode the payload: %w", err)
+		return "", nil, ErrSignature
 	}
 	return PayloadType(env.PayloadType), payload, nil
 }
@@ -121,16 +180,29 @@ func OpenAs[T any](raw []byte, pub ed25519.PublicKey, t PayloadType) (T, error) 
 // one's own records of what [Seal] has made or [Open] has accepted before.
 func Reread[T any](raw []byte) (T, error) {
 	var v T
-	var env dsse.Envelope
-	if err := json.Unmarshal(raw, &env); err != nil {
-		return v, fmt.Errorf("this is no envelope: %w", err)
-	}
-	payload, err := env.DecodeB64Payload()
+	payload, err := payloadOf(raw)
 	if err != nil {
-		return v, fmt.Errorf("decode the payload: %w", err)
+		return v, err
 	}
 	if err := json.Unmarshal(payload, &v); err != nil {
 		return v, fmt.Errorf("decode what the envelope carries: %w", err)
 	}
 	return v, nil
+}
+
+func payloadOf(raw []byte) ([]byte, error) {
+	if e, ok := split(raw); ok {
+		if payload, err := base64.StdEncoding.AppendDecode(nil, e.payload); err == nil {
+			return payload, nil
+		}
+	}
+	var env dsse.Envelope
+	if err := json.Unmarshal(raw, &env); err != nil {
+		return nil, fmt.Errorf("this is no envelope: %w", err)
+	}
+	payload, err := env.DecodeB64Payload()
+	if err != nil {
+		return nil, fmt.Errorf("decode the payload: %w", err)
+	}
+	return payload, nil
 }
