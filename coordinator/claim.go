@@ -256,6 +256,7 @@ func (c *Coordinator) claim(r *http.Request, q api.Claim) (api.Device, error) {
 		return api.Device{}, err
 	}
 	c.log.Info("device claimed", "device", p.Device, "group", q.Group, "board", p.Board, "from", p.Address)
+	c.noteMember(r.Context(), rec, p.Address)
 	return c.reg.view(rec), c.waiting.remove(r.Context(), p.Device)
 }
 

@@ -280,7 +280,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
 	c.outbox = newOutbox(c.auth.orderKey, c.publish, c.reg.online, c.now, c.log)
 	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
-	c.reg.beatOf = c.config.beat
+	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}

@@ -182,13 +182,19 @@ func (c *Coordinator) settle(ctx context.Context, id wire.DeviceID) (api.DeviceR
 	if err := c.storage.lost(ctx, id, ids); err != nil {
 		return api.DeviceRecord{}, err
 	}
-	return c.reg.rows.change(ctx, string(id), func(v *api.DeviceRecord, exists bool) error {
-		if !exists || v.Settled {
+	var now bool
+	d, err := c.reg.rows.change(ctx, string(id), func(v *api.DeviceRecord, exists bool) error {
+		now = exists && !v.Settled
+		if !now {
 			return errUnchanged
 		}
 		v.Settled = true
 		return nil
 	})
+	if err == nil && now {
+		c.note(ctx, api.LogEntry{Actor: "coordinator", Action: "device.settle", Targets: []string{string(id)}})
+	}
+	return d, err
 }
 
 // keepMembers does until ctx ends what membership needs from time to time.

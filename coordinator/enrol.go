@@ -119,6 +119,7 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 	}
 	if isNew {
 		c.log.Info("device enrolled", "device", d.ID, "group", d.Group, "token", d.Token, "board", d.Board, "agent", d.Agent)
+		c.noteMember(r.Context(), d, host(r))
 	} else {
 		c.log.Info("certificate renewed", "device", d.ID, "until", until.UTC().Format(time.RFC3339))
 	}
@@ -130,6 +131,19 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 		BeatSeconds: int(c.cfg.Beat / time.Second),
 	})
 	return nil
+}
+
+// noteMember puts a device that has become a member on the audit log.
+func (c *Coordinator) noteMember(ctx context.Context, d api.DeviceRecord, address string) {
+	how := map[string]string{"token": d.Token} // its id, which is no secret
+	if d.Token == "" {
+		how = map[string]string{"claimed": "yes"}
+	}
+	if d.Group != "" {
+		how["group"] = d.Group
+	}
+	raw, _ := json.Marshal(how) // texts only
+	c.note(ctx, api.LogEntry{Actor: "device:" + string(d.ID), Action: "device.enrol", Targets: []string{string(d.ID)}, Address: address, Request: raw})
 }
 
 // addresses are where devices find the broker and the data plane: the host

@@ -16,7 +16,6 @@ import (
 
 // fuzzCall sends a body to the handlers without a network. Whatever it is, the
 // answer is a success or a refusal in words, and never the coordinator's fault.
-// What runs beside it makes coverage vary: fuzz with -fuzzminimizetime 5x.
 func fuzzCall(t *testing.T, w *world, method, path, token string, body []byte) {
 	t.Helper()
 	r := httptest.NewRequest(method, path, bytes.NewReader(body)).WithContext(testContext(t))
@@ -57,6 +56,7 @@ func FuzzEnrol(f *testing.F) {
 	f.Add(retired)
 	f.Add([]byte(`[]`))
 	f.Add([]byte(`{"csr":1e999}`))
+	minimizeBriefly(f)
 	f.Fuzz(func(t *testing.T, body []byte) { fuzzCall(t, w, http.MethodPost, "/enrol/v1", "", body) })
 }
 
@@ -73,6 +73,7 @@ func FuzzOperatorBodies(f *testing.F) {
 	} {
 		f.Add(byte(i), []byte(body))
 	}
+	minimizeBriefly(f)
 	f.Fuzz(func(t *testing.T, which byte, body []byte) {
 		routes := [][2]string{{http.MethodPost, "/api/v1/jobs"}, {http.MethodPost, "/api/v1/audits"}, {http.MethodPost, "/api/v1/tokens"},
 			{http.MethodPost, "/api/v1/offers"}, {http.MethodPut, "/api/v1/objects/fuzz"},
@@ -90,6 +91,7 @@ func FuzzPaths(f *testing.F) {
 	for _, s := range []string{"x", "..", ".", "a/b", "*", ">", "\x00", "\xff", strings.Repeat("a", 64), strings.Repeat("f", 63) + "G", "a b", "%2e%2e", "$KV.devices.x"} {
 		f.Add(s)
 	}
+	minimizeBriefly(f)
 	f.Fuzz(func(t *testing.T, s string) {
 		one := url.PathEscape(s)
 		if s == "" || s == "." || s == ".." {

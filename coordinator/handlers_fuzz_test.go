@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"hash/fnv"
 	"net/http"
@@ -169,11 +170,26 @@ func (h *handlerWorld) request(in handlerInput) (*http.Request, bool) {
 	return r, true
 }
 
+// fuzzPatience is for calls that wait for devices, which wait in vain.
+const fuzzPatience = 50 * time.Millisecond
+
+// minimizeBriefly keeps the fuzzer fuzzing: what runs beside a handler makes
+// coverage vary, so that every second input is thought to be new, and for each of
+// them the fuzzer would take a minute to find a shorter one. Given
+// -fuzzminimizetime holds.
+func minimizeBriefly(f *testing.F) {
+	v := flag.Lookup("test.fuzzminimizetime")
+	if v.Value.String() == v.DefValue {
+		must(f, v.Value.Set("10x"))
+	}
+}
+
 // FuzzHandlers calls every handler through the mux, as an admin or as a device.
 // Whatever comes, it is answered; a refusal is in JSON and has a reason; and
 // nothing that can be sent is the coordinator's own fault.
 func FuzzHandlers(f *testing.F) {
 	h := newHandlerWorld(f)
+	minimizeBriefly(f)
 	for _, in := range handlerSeeds(h.Coordinator) {
 		f.Add(in.route, in.path, in.query, in.header, in.body)
 	}
@@ -182,8 +198,7 @@ func FuzzHandlers(f *testing.F) {
 		if !ok {
 			t.Skip()
 		}
-		// Calls that wait for devices wait in vain.
-		ctx, cancel := context.WithTimeout(r.Context(), 200*time.Millisecond)
+		ctx, cancel := context.WithTimeout(r.Context(), fuzzPatience)
 		defer cancel()
 		rec := httptest.NewRecorder()
 		h.mux.ServeHTTP(rec, r.WithContext(ctx))

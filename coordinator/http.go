@@ -313,6 +313,9 @@ func (c *Coordinator) checkDevice(r *http.Request) (wire.DeviceID, error) {
 		return "", refuse(http.StatusForbidden, "forbidden", "this is no device's certificate")
 	}
 	id := wire.IDOf(key)
+	if cert.Subject.CommonName != string(id) { // the broker goes by the name
+		return "", refuse(http.StatusForbidden, "forbidden", "this certificate has another name than its key")
+	}
 	if err := c.reg.authorize(r.Context(), id, cert); err != nil {
 		return "", refuse(http.StatusForbidden, "forbidden", "%v", err)
 	}
@@ -343,7 +346,36 @@ func (c *Coordinator) getBlob(w http.ResponseWriter, r *http.Request) error {
 func serveBytes(w http.ResponseWriter, r *http.Request, id string, data []byte) {
 	w.Header().Set("ETag", `"`+id+`"`)
 	w.Header().Set("Content-Type", "application/octet-stream")
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
+	http.ServeContent(&inJSON{ResponseWriter: w}, r, "", time.Time{}, bytes.NewReader(data))
+}
+
+// inJSON puts the refusals of net/http in the form of every other.
+type inJSON struct {
+	http.ResponseWriter
+	refused bool
+}
+
+func (w *inJSON) WriteHeader(status int) {
+	if status < 400 {
+		w.ResponseWriter.WriteHeader(status)
+		return
+	}
+	w.refused = true
+	e := wire.APIError{Code: "bad_request", Reason: "the content cannot be given as asked for: " + http.StatusText(status)}
+	if status == http.StatusRequestedRangeNotSatisfiable {
+		e = wire.APIError{Code: "bad_range", Reason: "the content has no such range of bytes"}
+		if of := w.Header().Get("Content-Range"); of != "" {
+			e.Reason += "; it is " + of
+		}
+	}
+	writeJSON(w.ResponseWriter, status, e)
+}
+
+func (w *inJSON) Write(b []byte) (int, error) {
+	if w.refused {
+		return len(b), nil
+	}
+	return w.ResponseWriter.Write(b)
 }
 
 // putBlob takes a chunk that a device was asked to serve.

@@ -217,6 +217,13 @@ func (c *Coordinator) record(ctx context.Context, e api.LogEntry) error {
 	return err
 }
 
+// note is record for what has happened already: a failure is logged.
+func (c *Coordinator) note(ctx context.Context, e api.LogEntry) {
+	if err := c.record(ctx, e); err != nil {
+		c.log.Warn("an event is not on the audit log", "action", e.Action, "actor", e.Actor, "targets", e.Targets, "error", err)
+	}
+}
+
 // changes tells whether a route is on the audit log.
 func (rt route) changes() bool {
 	return rt.needs != byAnybody && rt.needs != byDevice && !rt.unlogged && rt.method != http.MethodGet && rt.method != http.MethodHead

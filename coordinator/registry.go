@@ -32,6 +32,8 @@ type registry struct {
 	cut chan wire.DeviceID
 	// beatOf is the heartbeat interval that a device reports; 0 if it reports none.
 	beatOf func(wire.DeviceID) time.Duration
+	// note puts on the audit log what nobody asked for.
+	note func(context.Context, api.LogEntry)
 
 	mu      sync.Mutex
 	live    map[wire.DeviceID]*live
@@ -43,7 +45,7 @@ type registry struct {
 const maxCut = 1024
 
 func newRegistry(log *slog.Logger, now func() time.Time) *registry {
-	return &registry{log: log, now: now, beatOf: func(wire.DeviceID) time.Duration { return 0 }, cut: make(chan wire.DeviceID, maxCut), live: make(map[wire.DeviceID]*live), retired: make(map[wire.DeviceID]bool)}
+	return &registry{log: log, now: now, beatOf: func(wire.DeviceID) time.Duration { return 0 }, note: func(context.Context, api.LogEntry) {}, cut: make(chan wire.DeviceID, maxCut), live: make(map[wire.DeviceID]*live), retired: make(map[wire.DeviceID]bool)}
 }
 
 // track sees every change of a record, whichever coordinator made it; it is the
@@ -241,6 +243,7 @@ func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) 
 	})
 	if err == nil && warned {
 		r.log.Warn("two machines use one device key; see \"deimos device show\"", "device", p.Device)
+		r.note(ctx, api.LogEntry{Actor: "coordinator", Action: "device.duplicate-key", Targets: []string{string(p.Device)}})
 	}
 	return true, err
 }
@@ -351,14 +354,10 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 
 // list is every device, sorted by id.
 func (r *registry) list() []api.Device {
-	out := []api.Device{}
-	r.rows.each(func(_ string, d api.DeviceRecord) bool {
-		out = append(out, api.Device{DeviceRecord: d})
-		return true
-	})
-	slices.SortFunc(out, func(a, b api.Device) int { return cmp.Compare(a.ID, b.ID) })
-	for i := range out {
-		out[i] = r.view(out[i].DeviceRecord)
+	records := r.rows.all(func(a, b api.DeviceRecord) int { return cmp.Compare(a.ID, b.ID) })
+	out := make([]api.Device, len(records))
+	for i, d := range records {
+		out[i] = r.view(d)
 	}
 	return out
 }

@@ -267,7 +267,10 @@ func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	}
-	if !d.Yes && cli.Terminal(os.Stdin) {
+	if !d.Yes && !cli.Terminal(os.Stdin) {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done: there is nobody here to ask whether the device is to be retired for ever; if it is, say --yes")}
+	}
+	if !d.Yes {
 		fmt.Fprintf(os.Stderr, "Device %s will be cut off for ever, and the chunks that it holds count as lost. Type \"yes\" to go on: ", id)
 		line, _ := bufio.NewReader(os.Stdin).ReadString('\n') // an end is no "yes"
 		if strings.TrimSpace(line) != "yes" {

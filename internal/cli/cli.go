@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,8 +18,11 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/alecthomas/kong"
+	"golang.org/x/sys/unix"
 )
 
 // Exit codes, after sysexits.h where that has one. The launcher of the agent
@@ -99,12 +103,42 @@ func (o Output) JSON() bool { return o.Format == "json" }
 // Print writes v as JSON, or calls table.
 func (o Output) Print(v any, table func(w io.Writer) error) error {
 	if o.JSON() {
-		enc := json.NewEncoder(os.Stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(v)
+		raw, err := json.MarshalIndent(v, "", "  ")
+		if err != nil {
+			return err
+		}
+		_, err = os.Stdout.Write(append(escape(raw), '\n'))
+		return err
 	}
 	return table(Plain(os.Stdout))
 }
+
+// escape writes the characters of a JSON document that are not printable, which
+// can stand in its strings only, as JSON's \u: the same document, and nothing
+// that steers a terminal. encoding/json does so for those below a space.
+func escape(raw []byte) []byte {
+	if !bytes.ContainsFunc(raw, unprintable) {
+		return raw
+	}
+	out := make([]byte, 0, len(raw)+64)
+	for len(raw) > 0 {
+		r, n := utf8.DecodeRune(raw)
+		switch {
+		case r == utf8.RuneError && n == 1, unprintable(r) && r <= 0xffff:
+			out = fmt.Appendf(out, `\u%04x`, r)
+		case unprintable(r):
+			high, low := utf16.EncodeRune(r)
+			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
+		default:
+			out = append(out, raw[:n]...)
+		}
+		raw = raw[n:]
+	}
+	return out
+}
+
+// unprintable also holds for U+FFFD, which is how a broken byte reads.
+func unprintable(r rune) bool { return r != '\n' && (r == utf8.RuneError || !unicode.IsPrint(r)) }
 
 // Plain is a writer of text for a terminal: what devices say of themselves goes
 // through here, and must not steer it. What is not printable, but new lines and
@@ -233,6 +267,6 @@ type LogFlags struct {
 
 // Terminal tells whether a person watches f.
 func Terminal(f *os.File) bool {
-	s, err := f.Stat()
-	return err == nil && s.Mode()&os.ModeCharDevice != 0 && !strings.HasSuffix(f.Name(), "null")
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }

@@ -2,7 +2,10 @@ package cli
 
 import (
 	"bytes"
+	"encoding/json"
+	"os"
 	"testing"
+	"unicode"
 )
 
 // A device chooses what it calls itself; it must not choose what a terminal does.
@@ -26,5 +29,52 @@ func TestSizesAndCountsAreSaidAsPeopleDo(t *testing.T) {
 	}
 	if Count(1, "chunk") != "1 chunk" || Count(0, "chunk") != "0 chunks" {
 		t.Error("counts")
+	}
+}
+
+// JSON is for programs, and people look at it all the same.
+func TestJSONCannotSteerATerminalAndSaysTheSame(t *testing.T) {
+	for name, said := range map[string]string{
+		"one byte too few": "\"\x9b2J\"", "C1": "\"\u009b2J\"", "delete": "\"\x7f\"", "direction": "\"\u202e\"",
+		"beyond 16 bits": "\"\U000e0041\"", "a mark": "\"\ufffd\"", "text": "\"ä 漢 😀\"",
+	} {
+		raw, err := json.MarshalIndent(map[string]json.RawMessage{"telemetry": json.RawMessage(said)}, "", "  ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := escape(raw)
+		for _, r := range string(out) {
+			if r != '\n' && !unicode.IsPrint(r) || r == unicode.ReplacementChar {
+				t.Errorf("%s: %q in %q", name, r, out)
+			}
+		}
+		var before, after map[string]string
+		if json.Unmarshal(raw, &before) != nil || json.Unmarshal(out, &after) != nil || before["telemetry"] != after["telemetry"] {
+			t.Errorf("%s: %q became %q", name, before, after)
+		}
+		if name == "text" && !bytes.Equal(raw, out) {
+			t.Errorf("%q became %q", raw, out)
+		}
+	}
+}
+
+func TestOnlyATerminalIsATerminal(t *testing.T) {
+	for _, name := range []string{os.DevNull, "/dev/zero"} { // character devices too
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if Terminal(f) {
+			t.Errorf("%s counts as a terminal", name)
+		}
+	}
+	p, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip("no terminal can be made here:", err)
+	}
+	defer p.Close()
+	if !Terminal(p) {
+		t.Error("a terminal does not count as one")
 	}
 }
