@@ -75,6 +75,7 @@ type Config struct {
 	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
 	Compute         Compute      // knows the answers of compute challenges; may be nil
 	Log             *slog.Logger // nil drops everything
+	Version         string       // of this program, for who asks
 
 	now func() time.Time // for tests; nil is time.Now
 }
@@ -86,6 +87,8 @@ type Coordinator struct {
 	auth *authority
 	eng  *engine.Engine
 	now  func() time.Time
+
+	started time.Time
 
 	reg      *registry
 	tokens   *tokens
@@ -168,6 +171,7 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	if c.now == nil {
 		c.now = time.Now
 	}
+	c.started = c.now()
 	c.life, c.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -401,9 +405,6 @@ func (c *Coordinator) listen() error {
 				select {
 				case m := <-msgs:
 					c.hear(ctx, m)
-					if len(msgs) == 0 {
-						c.outbox.flushAcks()
-					}
 				case <-ctx.Done():
 					return
 				}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -348,6 +349,10 @@ type sent struct {
 // sentKept is how long a key is known.
 const sentKept = 24 * time.Hour
 
+// sendAtOnce is how many orders of one request are made together: each waits for
+// the state store.
+const sendAtOnce = 16
+
 // sendOrder sends one order to each device that is meant.
 func (c *Coordinator) sendOrder(ctx context.Context, q api.SendRequest) ([]api.Order, error) {
 	if err := checkKind(q.Kind); err != nil {
@@ -371,19 +376,17 @@ func (c *Coordinator) sendOrder(ctx context.Context, q api.SendRequest) ([]api.O
 	if err != nil {
 		return nil, err
 	}
-	out := make([]api.Order, 0, len(devices))
-	for _, d := range devices {
-		o, err := c.outbox.submitAs(ctx, idFor(base, d.ID), d.ID, q.Kind, q.Body, life)
-		if err != nil {
-			return out, err
-		}
-		v, err := c.outbox.get(ctx, d.ID, o.ID)
-		if err != nil {
-			return out, err
-		}
-		out = append(out, v.view())
+	out := make([]api.Order, len(devices))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(sendAtOnce)
+	for i, d := range devices {
+		g.Go(func() error {
+			v, err := c.outbox.submitAs(ctx, idFor(base, d.ID), d.ID, q.Kind, q.Body, life)
+			out[i] = v.view()
+			return err
+		})
 	}
-	return out, nil
+	return out, g.Wait()
 }
 
 // sentAs gives the same id to each repeat of a request with a key.

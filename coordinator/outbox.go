@@ -45,6 +45,7 @@ type outbox struct {
 
 	ackMu sync.Mutex
 	acks  map[wire.DeviceID][]wire.Acked // not sent yet
+	acked time.Time                      // when the last were
 	timer *time.Timer                    // that will send them; nil: none
 }
 
@@ -56,7 +57,7 @@ func newOutbox(key ed25519.PrivateKey, publish func(wire.DeviceID, []byte) error
 
 // openRows opens the bucket of orders.
 func (o *outbox) openRows(ctx context.Context, kv jetstream.KeyValue) (err error) {
-	o.rows, err = openTable(ctx, kv, "order", o.track, flat[orderRow](), keeping(func(v orderRow) bool { return !v.State.Terminal() }))
+	o.rows, err = openTable(ctx, kv, "order", o.track, flat[orderRow](), encoded(orderRow.encode), keeping(func(v orderRow) bool { return !v.State.Terminal() }))
 	return err
 }
 
@@ -66,7 +67,7 @@ func (o *outbox) openRows(ctx context.Context, kv jetstream.KeyValue) (err error
 type orderRow struct {
 	Kind     wire.Kind       `json:"kind"`
 	Expires  time.Time       `json:"expires"`
-	Envelope json.RawMessage `json:"envelope"` // the signed order, sent as it is every time
+	Envelope json.RawMessage `json:"envelope,omitempty"` // the signed order, sent as it is every time
 	State    wire.State      `json:"state"`
 	Seq      uint64          `json:"seq,omitempty"`
 	Progress float64         `json:"progress,omitempty"`
@@ -77,6 +78,27 @@ type orderRow struct {
 	Reason string          `json:"reason,omitempty"`
 	Late   json.RawMessage `json:"late,omitempty"` // the device's signed end, where that came too late
 	Cancel *api.Cancel     `json:"cancel,omitempty"`
+}
+
+// encode writes a record. What was signed is JSON that was checked when it was
+// made or opened, and goes in as it stands.
+func (v orderRow) encode() ([]byte, error) {
+	signed := []struct {
+		name string
+		raw  json.RawMessage
+	}{{`,"envelope":`, v.Envelope}, {`,"report":`, v.Report}, {`,"late":`, v.Late}}
+	v.Envelope, v.Report, v.Late = nil, nil, nil
+	out, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	out = out[:len(out)-1]
+	for _, s := range signed {
+		if len(s.raw) > 0 {
+			out = append(append(out, s.name...), s.raw...)
+		}
+	}
+	return append(out, '}'), nil
 }
 
 // OrderRecord is one order and what became of it.
@@ -121,10 +143,14 @@ const (
 	maxLife = retention - 24*time.Hour
 	// maxEndings bounds what one sweep ends, so that it does not hold up sending.
 	maxEndings = 1000
-	ackDelay   = 5 * time.Millisecond
-	maxAcks    = 500      // in one message: some 30 KiB
-	maxLate    = 64 << 10 // bytes of a late report that is kept
-	maxReason  = 1 << 10  // bytes of a device's sentence that are shown
+	// ackDelay is how long an ack waits for others, ackPause the least time
+	// between two rounds of acks. A device sends its reports again after two
+	// seconds at the earliest.
+	ackDelay  = 5 * time.Millisecond
+	ackPause  = 200 * time.Millisecond
+	maxAcks   = 500      // in one message: some 30 KiB
+	maxLate   = 64 << 10 // bytes of a late report that is kept
+	maxReason = 1 << 10  // bytes of a device's sentence that are shown
 )
 
 // codeNoAnswer is the code of an order that the coordinator gave up on.
@@ -245,38 +271,39 @@ func (o *outbox) settle(l *line) {
 // submit signs an order, keeps it, and sends it if the device is there. Once it
 // returns, the order will be answered or time out, whatever restarts between.
 func (o *outbox) submit(ctx context.Context, d wire.DeviceID, kind wire.Kind, body any, life time.Duration) (wire.Order, error) {
-	return o.submitAs(ctx, ulid.Make().String(), d, kind, body, life)
+	v, err := o.submitAs(ctx, ulid.Make().String(), d, kind, body, life)
+	return v.Order, err
 }
 
 // submitAs is submit with the id given: if there is such an order, that is what
 // it returns.
-func (o *outbox) submitAs(ctx context.Context, id string, d wire.DeviceID, kind wire.Kind, body any, life time.Duration) (wire.Order, error) {
+func (o *outbox) submitAs(ctx context.Context, id string, d wire.DeviceID, kind wire.Kind, body any, life time.Duration) (OrderRecord, error) {
 	if life <= 0 || life > maxLife {
-		return wire.Order{}, refuse(http.StatusBadRequest, "bad_life", "an order lives for up to %d days, not %s", maxLife/(24*time.Hour), life)
+		return OrderRecord{}, refuse(http.StatusBadRequest, "bad_life", "an order lives for up to %d days, not %s", maxLife/(24*time.Hour), life)
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {
-		return wire.Order{}, fmt.Errorf("encode the %s order: %w", kind, err)
+		return OrderRecord{}, fmt.Errorf("encode the %s order: %w", kind, err)
 	}
 	now := o.now().UTC()
 	order := wire.Order{ID: id, Device: d, Kind: kind, Issued: now, Expires: now.Add(life), Body: raw}
 	env, err := wire.Seal(o.key, wire.TypeOrder, order)
 	if errors.Is(err, wire.ErrTooLarge) {
-		return wire.Order{}, refuse(http.StatusRequestEntityTooLarge, "too_large", "the order cannot be sent: %v", err)
+		return OrderRecord{}, refuse(http.StatusRequestEntityTooLarge, "too_large", "the order cannot be sent: %v", err)
 	}
 	if err != nil {
-		return wire.Order{}, err
+		return OrderRecord{}, err
 	}
-	err = o.rows.create(ctx, orderKeyOf(d, id), orderRow{Kind: kind, Expires: order.Expires, Envelope: env, State: wire.Queued, Updated: now})
+	row := orderRow{Kind: kind, Expires: order.Expires, Envelope: env, State: wire.Queued, Updated: now}
+	err = o.rows.create(ctx, orderKeyOf(d, id), row)
 	if errors.Is(err, errExists) {
-		v, err := o.get(ctx, d, id)
-		return v.Order, err
+		return o.get(ctx, d, id)
 	}
 	if err != nil {
-		return wire.Order{}, err
+		return OrderRecord{}, err
 	}
 	o.pump(d)
-	return order, nil
+	return OrderRecord{orderRow: row, Order: order}, nil
 }
 
 // report takes a verified report of a device and acknowledges a terminal one
@@ -326,8 +353,8 @@ func (o *outbox) answered(d wire.DeviceID, id string) {
 }
 
 // ack keeps the word that a report is safe until [outbox.flushAcks], which comes
-// when there is nothing else to be heard, or after ackDelay: one signature
-// serves all that a device has sent at once.
+// soon, but not too often: nobody waits for it, and one signature and one
+// message serve all that a device has sent meanwhile.
 func (o *outbox) ack(r wire.Report) {
 	o.ackMu.Lock()
 	defer o.ackMu.Unlock()
@@ -336,7 +363,7 @@ func (o *outbox) ack(r wire.Report) {
 	}
 	o.acks[r.Device] = append(o.acks[r.Device], wire.Acked{Order: r.Order, Seq: r.Seq})
 	if o.timer == nil {
-		o.timer = time.AfterFunc(ackDelay, o.flushAcks)
+		o.timer = time.AfterFunc(max(ackDelay, ackPause-time.Since(o.acked)), o.flushAcks)
 	}
 }
 
@@ -345,7 +372,7 @@ func (o *outbox) ack(r wire.Report) {
 func (o *outbox) flushAcks() {
 	o.ackMu.Lock()
 	acks := o.acks
-	o.acks = nil
+	o.acks, o.acked = nil, time.Now()
 	if o.timer != nil {
 		o.timer.Stop()
 		o.timer = nil

@@ -45,6 +45,7 @@ type table[T any] struct {
 	onEach  func(key string, v T, gone bool)
 	keep    func(v T) bool // nil keeps all
 	flat    bool
+	write   func(v T) ([]byte, error)
 }
 
 // tableOption is how one table differs from others.
@@ -58,6 +59,11 @@ func keeping[T any](keep func(v T) bool) tableOption[T] {
 // flat is for records that change functions never write through: they replace
 // what a slice or a map of it holds, and so need no copy of their own.
 func flat[T any]() tableOption[T] { return func(t *table[T]) { t.flat = true } }
+
+// encoded gives records another way into JSON than [json.Marshal].
+func encoded[T any](f func(v T) ([]byte, error)) tableOption[T] {
+	return func(t *table[T]) { t.write = f }
+}
 
 // waiter is closed when its key changes. It is shared, and goes when the last
 // of those who wait leaves.
@@ -76,7 +82,8 @@ type row[T any] struct {
 // never concurrently. It must not call the table's writing methods.
 func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool), options ...tableOption[T]) (*table[T], error) {
 	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), removed: make(map[string]uint64),
-		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach}
+		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach,
+		write: func(v T) ([]byte, error) { return json.Marshal(v) }}
 	for _, o := range options {
 		o(t)
 	}
@@ -340,7 +347,7 @@ func (t *table[T]) create(ctx context.Context, key string, v T) error {
 }
 
 func (t *table[T]) encode(v T) ([]byte, error) {
-	raw, err := json.Marshal(v)
+	raw, err := t.write(v)
 	if err == nil && len(raw) > maxRecord {
 		err = refuse(http.StatusRequestEntityTooLarge, "too_large", "this would make a %s record of %d bytes, at most %d can be kept", t.what, len(raw), maxRecord)
 	}

@@ -67,7 +67,7 @@ func FuzzOpenIsAsDSSE(f *testing.F) {
 	id := string(IDOf(goldenKey.Public().(ed25519.PublicKey)))
 	f.Add(sealed)
 	for _, change := range [][2]string{
-		{id, ""}, {id, "a" + id[1:]}, {`"sig":"`, `"sig":"A`}, {`"sig":"`, `"sig": "`}, {`"payload":"e`, `"payload":"f`}, {`"payload":"`, `"payload":"\n`},
+		{id, ""}, {id, "a" + id[1:]}, {`"sig":"`, `"sig":"A`}, {`"sig":"`, `"sig": "`}, {`"payload":"e`, `"payload":"f`}, {`"payload":"`, "\"payload\":\"\n"},
 		{`"payload":"`, `"payload":"\u0065`}, {`=="}]}`, `"}]}`}, {`"}]}`, `"},{"keyid":"","sig":""}]}`}, {`"}]}`, `"}]} `}, {`"}]}`, `"}],"payload":""}`},
 		{`/vnd`, `/v\u006ed`}, {`order`, `report`}, {`"payloadType"`, `"payloadtype"`}, {`/`, `_`},
 	} {
