@@ -78,6 +78,7 @@ func (c *Coordinator) table() []route {
 		c.releaseRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
+		c.statusRoutes(),
 		c.openapiRoutes(),
 	)
 }

@@ -2,7 +2,9 @@ package coordinator
 
 import (
 	"crypto/ed25519"
+	crand "crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -129,6 +131,22 @@ func TestCertificatesOfOthersAreRefused(t *testing.T) {
 	must(t, err)
 	wantJSONRefusal(t, "a device that never enrolled", resp, http.StatusForbidden)
 
+	// The broker goes by the name in a certificate, the data plane by its key:
+	// with two names in one, a device would be two.
+	member := w.enrolled(t)
+	ca, err := x509.ParseCertificate(w.auth.caCert.Raw)
+	must(t, err)
+	mine, err := x509.ParseCertificate(member.tls.Certificates[0].Certificate[0])
+	must(t, err)
+	named := *mine
+	named.Subject.CommonName, named.RawSubject = string(wire.IDOf(pub)), nil
+	raw, err := x509.CreateCertificate(crand.Reader, &named, ca, member.pub(), w.auth.caKey)
+	must(t, err)
+	cert = tls.Certificate{Certificate: [][]byte{raw}, PrivateKey: member.key}
+	resp, err = w.plain(&cert).Get(path)
+	must(t, err)
+	wantJSONRefusal(t, "a device by another name", resp, http.StatusForbidden)
+
 	// The other way round: a device does not take another server for its coordinator.
 	otherServer := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: other.pool()}}}
 	if _, err := otherServer.Get(path); err == nil {
@@ -214,6 +232,12 @@ func TestRangesOfAChunkCanBeFetched(t *testing.T) {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusPartialContent || resp.Header.Get("Content-Range") != "bytes 4096-9999/10000" {
 		t.Errorf("%d %s", resp.StatusCode, resp.Header.Get("Content-Range"))
+	}
+	for _, none := range []string{"bytes=10000-", "bytes=x"} {
+		req.Header.Set("Range", none)
+		resp, err := d.http.Do(req)
+		must(t, err)
+		wantJSONRefusal(t, none, resp, http.StatusRequestedRangeNotSatisfiable)
 	}
 }
 

@@ -2,6 +2,7 @@ package coordinator
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -79,6 +80,69 @@ func TestEveryChangeIsOnTheLogBeforeItIsMadeAndAfter(t *testing.T) {
 	}
 	if first := w.entries(t)[0]; first.Seq != 1 || first.Action != "coordinator.start" || first.Outcome != api.LogNoted {
 		t.Errorf("%+v", first)
+	}
+}
+
+// Devices come and go by themselves, too.
+func TestWhatDevicesDoIsOnTheLog(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	of := func(d wire.DeviceID) (out []api.LogEntry) {
+		for _, e := range w.entries(t) {
+			if slices.Contains(e.Targets, string(d)) && !strings.HasPrefix(e.Actor, "operator:") {
+				out = append(out, e)
+			}
+		}
+		return out
+	}
+	d := w.enrolled(t)
+	rec, err := w.reg.device(d.id)
+	must(t, err)
+	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, d.key)}); status != http.StatusOK {
+		t.Fatal(e.Reason)
+	}
+	list := of(d.id) // the renewal is none
+	if len(list) != 1 || list[0].Action != "device.enrol" || list[0].Actor != "device:"+string(d.id) || list[0].Address != "127.0.0.1" ||
+		string(list[0].Request) != `{"token":"`+rec.Token+`"}` || rec.Token == "" || list[0].Outcome != api.LogNoted {
+		t.Errorf("%+v", list)
+	}
+
+	key := newKey(t)
+	id := wire.IDOf(key.Public().(ed25519.PublicKey))
+	w.knocks(t, key)
+	if list := of(id); len(list) != 0 {
+		t.Errorf("one that only waits: %+v", list)
+	}
+	_, err = w.op.Claim(ctx, api.Claim{Code: w.codeFor(key), Group: "g"})
+	must(t, err)
+	if list := of(id); len(list) != 1 || list[0].Action != "device.enrol" || string(list[0].Request) != `{"claimed":"yes","group":"g"}` {
+		t.Errorf("%+v", list)
+	}
+
+	for range 2 { // said once, however often it is seen
+		for _, instance := range []string{"a", "b", "a"} {
+			w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: newNonce(), Nonce: newNonce(),
+				Instance: instance, At: w.now(), TimeConfidence: wire.ClockTrusted})
+		}
+	}
+	w.retire(t, d.id)
+	w.retire(t, d.id)
+	var actions []string
+	for _, e := range of(d.id) {
+		actions = append(actions, e.Actor+" "+e.Action)
+	}
+	if want := []string{"device:" + string(d.id) + " device.enrol", "coordinator device.duplicate-key", "coordinator device.settle"}; !slices.Equal(actions, want) {
+		t.Errorf("%q, want %q", actions, want)
+	}
+}
+
+// What has happened already is not undone because it cannot be noted.
+func TestADeviceEnrolsThoughTheLogIsGone(t *testing.T) {
+	w := ownWorld(t)
+	tok := w.newToken(t, api.TokenRequest{})
+	must(t, w.eng.JetStream().DeleteStream(testContext(t), "LOG_audit"))
+	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: tok}); status != http.StatusOK {
+		t.Errorf("%d %s", status, e.Reason)
 	}
 }
 

@@ -66,6 +66,85 @@ func TestEachRoleMayDoItsOwnOnly(t *testing.T) {
 	}
 }
 
+// Who may do what is a promise. A route that is new, or that others may use from
+// now on, is written down here by somebody who means it.
+func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
+	want := map[permission][]string{
+		byAnybody: {
+			"GET /api/v1/openapi.json",
+			"POST /enrol/v1",
+		},
+		byDevice: {
+			"GET /data/v1/repo/{path...}",
+			"GET /data/v1/blob/{kind}/{id}",
+			"PUT /data/v1/attachment/{order}",
+			"PUT /data/v1/blob/{kind}/{id}",
+		},
+		toRead: {
+			"GET /api/v1/audits",
+			"GET /api/v1/chunks/{id}",
+			"GET /api/v1/claims",
+			"GET /api/v1/config",
+			"GET /api/v1/config/devices",
+			"GET /api/v1/config/settings",
+			"GET /api/v1/devices",
+			"GET /api/v1/devices/{id}",
+			"GET /api/v1/jobs/{device}/{order}",
+			"GET /api/v1/log",
+			"GET /api/v1/modules/{id}",
+			"GET /api/v1/objects",
+			"GET /api/v1/objects/{name}",
+			"GET /api/v1/orders",
+			"GET /api/v1/orders/{device}/{id}",
+			"GET /api/v1/status",
+			"GET /api/v1/tokens",
+		},
+		toOperate: {
+			"DELETE /api/v1/claims/{code}",
+			"DELETE /api/v1/objects/{name}",
+			"PATCH /api/v1/config",
+			"PATCH /api/v1/devices",
+			"POST /api/v1/audits",
+			"POST /api/v1/claims",
+			"POST /api/v1/devices/{id}/retire",
+			"POST /api/v1/jobs",
+			"POST /api/v1/orders/{device}/{id}/cancel",
+			"POST /api/v1/tokens",
+			"POST /api/v1/tokens/{id}/revoke",
+			"PUT /api/v1/chunks/{id}",
+			"PUT /api/v1/modules/{id}",
+			"PUT /api/v1/objects/{name}",
+		},
+		toRelease: {
+			"POST /api/v1/offers",
+			"PUT /api/v1/repo/{path...}",
+		},
+		toAdmin: {
+			"GET /api/v1/operators",
+			"POST /api/v1/operators",
+			"POST /api/v1/operators/{name}/revoke",
+			"POST /api/v1/orders",
+		},
+	}
+	found := map[permission][]string{}
+	for _, rt := range aWorld(t).table() {
+		found[rt.needs] = append(found[rt.needs], rt.method+" "+rt.path)
+	}
+	for _, routes := range []map[permission][]string{want, found} {
+		for _, list := range routes {
+			slices.Sort(list)
+		}
+	}
+	for p := range found {
+		if !slices.Equal(found[p], want[p]) {
+			t.Errorf("%s is needed for\n%s\nand here stands\n%s", p, strings.Join(found[p], "\n"), strings.Join(want[p], "\n"))
+		}
+	}
+	if len(found) != len(want) {
+		t.Errorf("%d permissions, want %d", len(found), len(want))
+	}
+}
+
 func TestATokenEndsWhenItIsRevokedOrExpires(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)

@@ -154,6 +154,40 @@ func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
 	next(t, cut, "the end of the connection")
 }
 
+// The command's return is a promise: nothing that runs beside it may be what
+// cuts the device off.
+func TestADeviceIsCutOffWhenItsRetirementReturns(t *testing.T) {
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	lost := make(chan struct{})
+	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
+		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetConnectionLostHandler(func(mqtt.Client, error) { close(lost) }))
+	d.token(c.Connect())
+	w.reg.mu.Lock()
+	w.reg.retired[d.id] = true // the watch of the records finds nothing new to cut off
+	w.reg.mu.Unlock()
+	_, err := w.op.RetireDevice(testContext(t), string(d.id))
+	must(t, err)
+	next(t, lost, "the end of the connection")
+}
+
+// Its words may be on their way while a device is being retired.
+func TestWhatARetiredDeviceSaidBeforeLeavesNothing(t *testing.T) {
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id})
+	w.retire(t, d.id)
+	eventually(t, "the registry knows", func() bool { v, _ := w.reg.device(d.id); return v.Retired })
+	w.reg.beat(wire.Beat{Device: d.id}) // opened before, taken after
+	w.reg.heard(wire.Presence{Device: d.id, Online: true, Session: "s"})
+	w.reg.mu.Lock()
+	defer w.reg.mu.Unlock()
+	if l := w.reg.live[d.id]; l != nil {
+		t.Errorf("it counts as there: %+v", l)
+	}
+}
+
 // What a crash left of a retirement is done at the next start.
 func TestARetirementThatWasCutOffIsSettledLater(t *testing.T) {
 	dir := t.TempDir()

@@ -36,6 +36,7 @@ type commands struct {
 	Order    orderCmd    `cmd:"" help:"Orders to devices, and what became of them."`
 	Config   configCmd   `cmd:"" help:"What the fleet wants of its devices' settings, and what they run."`
 	Operator operatorCmd `cmd:"" help:"Who may call the coordinator, and what they may do."`
+	Status   statusCmd   `cmd:"" help:"One look at the fleet, and what needs attention."`
 	Log      logCmd      `cmd:"" help:"What was changed, when and by whom."`
 	Sim      simCmd      `cmd:"" help:"A fleet of simulated devices, to see what a coordinator bears."`
 	Version  versionCmd  `cmd:"" help:"Show the version."`

@@ -41,7 +41,7 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: s.Beat,
 		NoClaim: s.NoClaim, CertificateLife: s.CertificateLife,
-		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel),
+		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
 	if s.PrintNATSConfig {
 		return coordinator.WriteNATSConfig(os.Stdout, cfg)

@@ -1,0 +1,56 @@
+package api
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// Status is one look at the fleet.
+type Status struct {
+	Version string    `json:"version"` // of the coordinator that answers
+	Started time.Time `json:"started"`
+	Since   time.Time `json:"since"` // what is counted "lately" is from then on
+	Devices struct {
+		Online  int `json:"online"`
+		Offline int `json:"offline"`
+		Pending int `json:"pending"` // wait to be claimed
+		Retired int `json:"retired"`
+		Warned  int `json:"warned"` // members with a warning
+	} `json:"devices"`
+	Orders struct {
+		Open    map[wire.State]int `json:"open"`
+		Ended   map[wire.State]int `json:"ended"`              // lately
+		AtLeast bool               `json:"at_least,omitempty"` // more have ended lately than the coordinator remembers at once
+	} `json:"orders"`
+	Challenges map[AuditOutcome]int `json:"challenges"` // lately
+	// Attention is what somebody should look at, at most [MaxAttention]; More is
+	// how much is left out.
+	Attention []Attention `json:"attention"`
+	More      int         `json:"more,omitempty"`
+}
+
+// MaxAttention bounds [Status].Attention.
+const MaxAttention = 50
+
+// Attention is one thing that somebody should look at.
+type Attention struct {
+	Code  string `json:"code"`  // stable, for machines: that of a [Warning], or one of the constants below
+	About string `json:"about"` // "device:ID", "operator:NAME" or "token:ID"
+	Text  string `json:"text"`  // what it is, a short sentence
+}
+
+// What needs attention, beside the warnings of devices.
+const (
+	AttentionChallenge   = "challenge"   // a device failed one lately
+	AttentionConfig      = "config"      // a device refuses values that are wanted of it, or could not take them
+	AttentionCertificate = "certificate" // a device that is online has not renewed in time
+	AttentionToken       = "token"       // a token ends soon
+)
+
+// Status gives one look at the fleet.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	return ask[Status](ctx, c, http.MethodGet, "status", nil, nil)
+}
