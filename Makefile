@@ -51,6 +51,10 @@ integration: ## The real processes together, and the long tests of the rooms
 repro: ## Build the device programs twice, from nothing, in two places, and compare (minutes)
 	@scripts/repro --from-nothing
 
+.PHONY: bench
+bench: $(BIN)/deimos ## What the line between coordinator and devices bears, against a baseline in the same run (AGENTS=1000; minutes; leave the machine alone)
+	@CGO_ENABLED=0 $(GO) run ./test/bench -bin $(BIN) -agents $(or $(AGENTS),1000)
+
 ##@ Else
 .PHONY: clean
 clean: ## Remove what was built

@@ -329,7 +329,7 @@ func (s *ourSide) kill() error { return s.serve.kill() }
 func (s *ourSide) online() int { return s.state.Load().Online }
 
 func (s *ourSide) start(context.Context) error {
-	args := []string{"serve", "--dir", filepath.Join(s.dir, "coordinator"), "--listen", s.https, "--mqtt", s.mqtt, "--log-level", "error"}
+	args := []string{"serve", "--dir", filepath.Join(s.dir, "coordinator"), "--listen", s.https, "--mqtt", s.mqtt, "--log-level", "error", "--enrol-rate", "1000"}
 	var err error
 	if s.serve, err = startChild(filepath.Join(*bin, "deimos"), args...); err != nil {
 		return err
