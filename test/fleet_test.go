@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -190,7 +191,11 @@ type fleet struct {
 	beat    string
 	https   string
 	mqtt    string
-	nats    string // URL of the external server; empty: embedded
+	nats    string   // URL of the external server; empty: embedded
+	natsAt  string   // where that listens, if nats is a way to it
+	door    string   // where devices find the coordinator; empty: https
+	public  []string // more flags of the coordinator
+	agent   string   // program of the devices; empty: the agent that ships
 	serve   *proc.Process
 	server  *proc.Process // the external nats-server
 	token   string
@@ -203,6 +208,11 @@ type option func(*fleet)
 
 // slowBeat lets nothing but a hello tell the coordinator how much room there is.
 func slowBeat(f *fleet) { f.beat = "10m" }
+
+// serving gives the coordinator more flags.
+func serving(flags ...string) option {
+	return func(f *fleet) { f.public = append(f.public, flags...) }
+}
 
 // newFleet starts a coordinator and ends everything with the test.
 func newFleet(t *testing.T, opts ...option) *fleet {
@@ -243,7 +253,7 @@ func (f *fleet) serveArgs(more ...string) []string {
 	if f.nats != "" {
 		args = append(args, "--nats", f.nats)
 	}
-	return append(args, more...)
+	return slices.Concat(args, f.public, more)
 }
 
 func (f *fleet) startServe() {
@@ -295,6 +305,7 @@ type device struct {
 	f        *fleet
 	name     string
 	launcher bool
+	noToken  bool     // it waits to be claimed, or is a member
 	args     []string // more flags of the agent
 	id       wire.DeviceID
 	proc     *proc.Process
@@ -307,9 +318,8 @@ func (f *fleet) enrol(n int, launcher bool, args ...string) {
 	f.ok(&tok, "token", "create", "--group", "test", "--uses", strconv.Itoa(n))
 	f.token = tok.Token
 	first := len(f.devices)
-	for i := range n {
-		d := &device{f: f, name: fmt.Sprintf("device-%d", first+i+1), launcher: launcher, args: args}
-		f.devices = append(f.devices, d)
+	for range n {
+		d := f.add(device{launcher: launcher, args: args})
 		d.start()
 	}
 	for _, d := range f.devices[first:] {
@@ -317,17 +327,29 @@ func (f *fleet) enrol(n int, launcher bool, args ...string) {
 	}
 }
 
+// add gives the fleet a device that has not begun to run.
+func (f *fleet) add(v device) *device {
+	d := &v
+	d.f, d.name = f, fmt.Sprintf("device-%d", len(f.devices)+1)
+	f.devices = append(f.devices, d)
+	return d
+}
+
 func (d *device) state(parts ...string) string {
 	return d.f.path(append([]string{d.name}, parts...)...)
 }
 
 func (d *device) runArgs() []string {
-	return append([]string{"run", "--state", d.state(), "--coordinator", "https://" + d.f.https, "--token", d.f.token}, d.args...)
+	args := []string{"run", "--state", d.state(), "--coordinator", "https://" + cmp.Or(d.f.door, d.f.https)}
+	if !d.noToken {
+		args = append(args, "--token", d.f.token)
+	}
+	return append(args, d.args...)
 }
 
 func (d *device) start() {
 	d.f.t.Helper()
-	argv := append([]string{program("deimos-agent")}, d.runArgs()...)
+	argv := append([]string{cmp.Or(d.f.agent, program("deimos-agent"))}, d.runArgs()...)
 	if d.launcher {
 		argv = append([]string{program("deimos-launch"), "--state", d.state(), "--agent", program("deimos-agent"), "--confirm-within", "30s", "--"}, d.runArgs()...)
 	}

@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/hex"
@@ -83,7 +84,9 @@ func TestExternalNATS(t *testing.T) {
 // the configuration that the coordinator prints.
 func external(f *fleet) {
 	f.t.Helper()
-	f.nats = "tls://" + freeAddress(f.t)
+	if f.nats == "" {
+		f.nats = "tls://" + freeAddress(f.t)
+	}
 	r, err := runToEnd(f.ctx, proc.Command{Argv: f.serveArgs("--print-nats-config")})
 	if err != nil || r.Code != 0 {
 		f.t.Fatalf("no configuration for nats-server: %v: %s", err, r.Stderr)
@@ -95,9 +98,8 @@ func external(f *fleet) {
 func (f *fleet) startNATS() {
 	f.t.Helper()
 	log := f.path("logs", "nats.log")
-	host, port, _ := strings.Cut(strings.TrimPrefix(f.nats, "tls://"), ":")
 	os.Remove(log)
-	f.server = f.start(proc.Command{Name: "nats-server", Log: log, Argv: []string{natsServer(f.t), "-c", f.path("nats.conf"), "-a", host, "-p", port}})
+	f.launchNATS(log)
 	f.until("nats-server getting ready", func() bool {
 		if f.server.Ended() {
 			f.t.Fatalf("nats-server ended: %s", f.server.LastWords())
@@ -105,6 +107,13 @@ func (f *fleet) startNATS() {
 		raw, err := os.ReadFile(log)
 		return err == nil && bytes.Contains(raw, []byte("Server is ready"))
 	})
+}
+
+// launchNATS starts the server and does not wait for it.
+func (f *fleet) launchNATS(log string) {
+	f.t.Helper()
+	host, port, _ := strings.Cut(cmp.Or(f.natsAt, strings.TrimPrefix(f.nats, "tls://")), ":")
+	f.server = f.start(proc.Command{Name: "nats-server", Log: log, Argv: []string{natsServer(f.t), "-c", f.path("nats.conf"), "-a", host, "-p", port}})
 }
 
 // natsServer builds the stock server, of the very version that is embedded.

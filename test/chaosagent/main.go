@@ -1,7 +1,8 @@
 // Command chaosagent is the agent with one kind of order more, whose effects
 // can be counted: each "test.effect" adds a line with the order's id to
 // effects.log in the state folder, durably and once, and each call of the
-// handler a line to calls.log. It is made for tests that kill it.
+// handler a line to calls.log, in which a line "begin" stands for each start of
+// the agent. It is made for tests that kill it.
 package main
 
 import (
@@ -28,7 +29,14 @@ func main() {
 	flag.StringVar(&cfg.StateDir, "state", "", "state folder")
 	flag.StringVar(&cfg.Coordinator, "coordinator", "", "coordinator")
 	flag.StringVar(&cfg.Token, "token", "", "fleet token")
-	flag.Parse()
+	flag.Func("clock", "what the hardware clock shows at the start, RFC 3339; default: the truth", func(text string) error {
+		shown, err := time.Parse(time.RFC3339, text)
+		began := time.Now()
+		cfg.SystemTime = func() time.Time { return shown.Add(time.Since(began)) }
+		return err
+	})
+	// The command line is the agent's: the first word is "run".
+	_ = flag.CommandLine.Parse(os.Args[min(2, len(os.Args)):]) // it ends the program itself
 	if err := run(cfg); err != nil {
 		fmt.Fprintln(os.Stderr, "chaosagent:", err)
 		os.Exit(1)
@@ -40,7 +48,7 @@ func run(given agent.Config) error {
 	if err != nil {
 		return err
 	}
-	cfg.StateDir, cfg.Coordinator, cfg.Token = given.StateDir, given.Coordinator, given.Token
+	cfg.StateDir, cfg.Coordinator, cfg.Token, cfg.SystemTime = given.StateDir, given.Coordinator, given.Token, given.SystemTime
 	cfg.Version = "0.0.0-chaos"
 	cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	cfg.Volumes = []agent.VolumeConfig{{Dir: filepath.Join(cfg.StateDir, "volumes", "main")}}
@@ -82,7 +90,10 @@ func openEffects(dir string) (*effects, error) {
 	if e.log, err = os.OpenFile(path, flags, 0o600); err != nil {
 		return nil, err
 	}
-	e.calls, err = os.OpenFile(filepath.Join(dir, "calls.log"), flags, 0o600)
+	if e.calls, err = os.OpenFile(filepath.Join(dir, "calls.log"), flags, 0o600); err != nil {
+		return nil, err
+	}
+	_, err = fmt.Fprintln(e.calls, "begin")
 	return e, err
 }
 
