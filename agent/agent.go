@@ -9,7 +9,10 @@
 //     device, and it has not expired.
 //   - The terminal report of an order is on disk before it is sent, and is sent
 //     until the coordinator acknowledges it. A repeat of the order is answered
-//     with the same bytes.
+//     with the same bytes, or without the content if the outbox had to give it up.
+//   - What the owner's file states is a limit for the fleet's configuration too.
+//   - A clock that is not trusted keeps the device from nothing, and makes it
+//     forget nothing.
 //   - The device only dials out. It opens no port.
 //   - State lives below one folder, and one process at a time has it.
 //
@@ -21,7 +24,8 @@
 //	identity/pending.json   while it waits: the authority it saw first
 //	identity/membership.json what enrolment gave: certificate, authority, addresses
 //	config.json             what the fleet wants of the device, see settings.go
-//	journal/                finished orders, unacknowledged reports, clock floor
+//	journal/                finished orders, unacknowledged reports, what was
+//	                        dropped of them, clock floor
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
 //	slots/, update/         see ota

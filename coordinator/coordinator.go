@@ -1,22 +1,33 @@
-// Package coordinator is the fleet's side of Deimos: it takes devices in, keeps
-// the orders it gives them until they are answered, places chunks and jobs, and
-// challenges the devices to prove that they did what they signed for.
+// Package coordinator is the fleet's side of Deimos: it takes devices in and
+// sends them away, keeps the orders it gives them until they are answered, tells
+// them what to run with, places chunks and jobs, and challenges the devices to
+// prove that they did what they signed for.
 //
 // # Trust
 //
 // A coordinator can place bytes and sandboxed jobs, nothing more. It cannot
 // change firmware: release keys are not here, and the update repository is
 // handed out as it was signed elsewhere. Devices believe an order because of
-// its signature, never because of who delivered it.
+// its signature, never because of who delivered it. A device is believed because
+// of its key, whose record says whether it still belongs: broker, data plane and
+// renewal ask it each time. An operator is believed because of a token, and may
+// what its role may; what it changes is on the audit log before it is done.
 //
 // # State
 //
-// All state is in JetStream (package engine): devices, fleet tokens (hashed),
-// orders with their signed reports, chunk and object records, challenges. The
+// All state is in JetStream (package engine): devices and those that wait to be
+// one, tokens of fleet and operators (hashed), orders with their signed reports,
+// configuration, chunk and object records, challenges, the audit log. The
 // folder given as [Config.Dir] holds the secret keys and, with the embedded
 // engine, JetStream's files. A second coordinator on the same external NATS,
 // with a copy of the keys, is a peer: changes are made by compare-and-set, and
-// each has a copy of the records that a watch keeps up to date.
+// each has a copy of the records that a watch keeps up to date; of orders, the
+// open ones.
+//
+// # What is called
+//
+// The HTTP surface is one table of routes (http.go); permissions, audit log and
+// OpenAPI description are made from it. Each topic has its routes in its file.
 //
 // # What is not here yet
 //

@@ -10,8 +10,9 @@
 //     an id can be checked against a key without asking anybody.
 //   - A coordinator owns one Ed25519 order-signing key. It signs what the
 //     coordinator says ([Order], [Ack], [Welcome]). A device learns the public
-//     half when it enrols, over a TLS connection whose authority is pinned by
-//     the fleet token.
+//     half when it enrols ([EnrolRequest]), over a TLS connection whose authority
+//     is pinned by the fleet token, or was seen first and is in the claim code
+//     ([ClaimCode]).
 //   - Release keys sign firmware. They are not used here: see ota/repo.
 //
 // # What travels
@@ -29,7 +30,7 @@
 // The broker between them is trusted with nothing but delivery: it can drop,
 // delay, repeat and reorder. For orders and reports none of that has an effect
 // beyond lateness; a repeated beat or hello can make a device look online that
-// is not.
+// is not, and nothing else (see [Presence.Instance]).
 //
 // # Life of an order
 //
@@ -38,10 +39,24 @@
 // Delivery is at least once and effect exactly once. The coordinator keeps an
 // order and sends it again until the device's signed terminal [Report] has
 // arrived. The device keeps that report until the order expires, answers every
-// repeat from it, and sends it again until the coordinator's [Ack] names it.
+// repeat from it, and sends it again until an [Ack] names it; one Ack names many.
 // Reports are numbered ([Report.Seq]). Of those that are not terminal, a lower
-// number never overwrites a higher one; a terminal one always counts, also of a
-// device whose count began anew because its journal was lost, and is final.
+// number never overwrites a higher one, and all may be left out; the first
+// terminal one always counts, also of a device whose count began anew because its
+// journal was lost, and is final.
+//
+// Which of two orders goes first is in [Kind.Priority]. An order is taken back by
+// another one, [OrderCancel], and ends by its own report all the same. A device
+// whose outbox is full may give up a report's content ([Report.Dropped]), never
+// its state; what it gave up is counted in [Presence.Dropped].
+//
+// # Configuration and time
+//
+// What the fleet wants of a device's settings is one order with all of them and a
+// version ([ConfigApply]); the table of settings is [Settings], and the owner's
+// limits, which always win, are known to the device alone. The [Welcome] gives
+// the time over the hello's nonce; until then a device says in every message how
+// little it trusts its clock ([Confidence]).
 //
 // Unknown fields are ignored, so that either side can be newer. An unknown kind
 // of order is answered with REJECTED and the code [CodeUnknownKind].
