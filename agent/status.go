@@ -31,6 +31,18 @@ const (
 	Member  Standing = "member"
 )
 
+// Owed counts the reports of a stopped agent that its coordinator has not
+// acknowledged.
+func Owed(stateDir string) (n int, err error) {
+	j, err := openJournal(filepath.Join(stateDir, "journal"))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, j.close()) }()
+	left, err := unacked(j)
+	return len(left), err
+}
+
 // ReadStatus reads a state folder, whether an agent runs with it or not. It
 // changes nothing there.
 func ReadStatus(stateDir string) (Status, error) {

@@ -75,6 +75,7 @@ func TestEveryEffectOnceInAStorm(t *testing.T) {
 	s.awaitCalm(sent)
 	t.Logf("%s of storm, %s until the last order ended; %s", length, (time.Since(began) - length).Round(time.Second), s.tally())
 	s.check(requests)
+	s.checkDebts()
 }
 
 // storm is a fleet in bad weather.
@@ -470,6 +471,50 @@ func (s *storm) checkCalls(d *device, asked map[string]bool) (twice int) {
 		s.t.Errorf("%s was killed %d times and has begun %d times", d.name, s.kills[d], lives)
 	}
 	return twice
+}
+
+// checkDebts: every report is acknowledged, or it would be sent for ever. An
+// agent that has come back sends what it owes and then answers a ping; an
+// acknowledgement may still be on its way then, but not three times.
+func (s *storm) checkDebts() {
+	var owed []string
+	for range 3 {
+		var all sync.WaitGroup
+		for _, d := range s.f.devices {
+			all.Go(func() { s.f.stopped(d.proc, 0) })
+		}
+		all.Wait()
+		owed = nil
+		for _, d := range s.f.devices {
+			r, err := runToEnd(s.f.ctx, proc.Command{Argv: []string{s.f.agent, "owed", "--state", d.state()}})
+			if err != nil || r.Code != 0 {
+				s.t.Fatalf("the journal of %s: %v: %s", d.name, err, r.Stderr)
+			}
+			if n := strings.TrimSpace(string(r.Stdout)); n != "0" {
+				owed = append(owed, d.name+": "+n)
+			}
+		}
+		if len(owed) == 0 {
+			return
+		}
+		for _, d := range s.f.devices {
+			d.awaitOffline()
+			d.start()
+		}
+		for _, d := range s.f.devices {
+			d.awaitOnline()
+		}
+		pings, err := s.api.SendOrder(s.f.ctx, api.SendRequest{Kind: wire.KindPing, Selector: api.Selector{Groups: []string{"test"}}})
+		for _, o := range pings {
+			if err == nil {
+				_, err = s.api.AwaitOrder(s.f.ctx, o.Order.Device, o.Order.ID, nil)
+			}
+		}
+		if err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	s.t.Errorf("reports are not acknowledged: %s", strings.Join(owed, ", "))
 }
 
 // blame says what is wrong with an order, with all that is known of it.

@@ -35,12 +35,25 @@ func main() {
 		cfg.SystemTime = func() time.Time { return shown.Add(time.Since(began)) }
 		return err
 	})
-	// The command line is the agent's: the first word is "run".
+	// The command line is the agent's, which begins with "run", or else "owed",
+	// which prints how many reports of a stopped agent are not acknowledged.
 	_ = flag.CommandLine.Parse(os.Args[min(2, len(os.Args)):]) // it ends the program itself
-	if err := run(cfg); err != nil {
+	do := run
+	if len(os.Args) > 1 && os.Args[1] == "owed" {
+		do = owed
+	}
+	if err := do(cfg); err != nil {
 		fmt.Fprintln(os.Stderr, "chaosagent:", err)
 		os.Exit(1)
 	}
+}
+
+func owed(cfg agent.Config) error {
+	n, err := agent.Owed(cfg.StateDir)
+	if err == nil {
+		_, err = fmt.Println(n)
+	}
+	return err
 }
 
 func run(given agent.Config) error {
