@@ -241,8 +241,9 @@ type stroke struct {
 // drawStrokes makes the schedule. Whatever begins also ends.
 func (s *storm) drawStrokes(rng *rand.Rand) (out []stroke) {
 	// often draws pairs that do not overlap: mean apart, each from..to long.
+	last := s.length
 	often := func(what string, mean, from, to time.Duration, draw func() (begin, end func())) {
-		for at := some(rng, 2*mean); at < s.length; {
+		for at := some(rng, 2*mean); at < last; {
 			long := from + some(rng, to-from)
 			begin, end := draw()
 			out = append(out, stroke{at, what, begin}, stroke{at + long, "", end})
@@ -255,6 +256,9 @@ func (s *storm) drawStrokes(rng *rand.Rand) (out []stroke) {
 			return func() { d.proc.Kill(); s.kills[d]++; s.down[d.name] = true }, func() { s.down[d.name] = false; d.start() }
 		})
 	}
+	// A coordinator that starts sends everything again. In the last quarter none
+	// does, so that whatever is lost there comes again for other reasons.
+	last = s.length * 3 / 4
 	often("brokers killed", 15*time.Second, 200*ms, 2*time.Second, func() (func(), func()) {
 		return func() { s.f.server.Kill(); s.down["broker"] = true }, func() { s.down["broker"] = false; s.launchBroker() }
 	})
@@ -264,6 +268,7 @@ func (s *storm) drawStrokes(rng *rand.Rand) (out []stroke) {
 	often("coordinators stopped for a while", 15*time.Second, 500*ms, 3*time.Second, func() (func(), func()) {
 		return func() { s.f.serve.Signal(syscall.SIGSTOP) }, func() { s.f.serve.Signal(syscall.SIGCONT) }
 	})
+	last = s.length
 	for _, w := range s.ways() {
 		long := time.Duration(1)
 		if w == s.nats { // where everything passes
