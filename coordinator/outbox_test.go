@@ -1,14 +1,19 @@
 package coordinator
 
 import (
+	"crypto/ed25519"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"github.com/nats-io/nats.go"
+	"log/slog"
 	"net/http"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
-
-	"github.com/nats-io/nats.go"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota/repo"
@@ -329,5 +334,63 @@ func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
 	many, err := w.op.Offer(testContext(t), api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Selector: api.Selector{Devices: []wire.DeviceID{d.id, e.id, d.id}}})
 	if err != nil || len(many) != 2 {
 		t.Errorf("%d orders for 2 devices (%v)", len(many), err)
+	}
+}
+
+// TestAcksGoOutInRounds: a first one soon, then all that came in a pause
+// together.
+func TestAcksGoOutInRounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, key, err := ed25519.GenerateKey(nil)
+		must(t, err)
+		var rounds []int
+		o := newOutbox(key, func(_ wire.DeviceID, raw []byte) error {
+			a, err := wire.Reread[wire.Ack](raw)
+			rounds = append(rounds, len(a.Reports))
+			return err
+		}, func(wire.DeviceID) bool { return true }, time.Now, slog.New(slog.DiscardHandler))
+		ack := func(n int) {
+			for i := range n {
+				o.ack(wire.Report{Device: "d", Order: fmt.Sprint(i), Seq: 1})
+			}
+		}
+		after := func(d time.Duration, want ...int) {
+			t.Helper()
+			time.Sleep(d)
+			synctest.Wait()
+			if !slices.Equal(rounds, want) {
+				t.Fatalf("rounds of %v acks, want %v", rounds, want)
+			}
+		}
+		ack(2)
+		after(ackDelay, 2)
+		ack(3)
+		after(ackPause/2, 2)
+		ack(4)
+		after(ackPause/2, 2, 7)
+		after(time.Hour, 2, 7)
+		ack(1)
+		after(ackDelay, 2, 7, 1)
+	})
+}
+
+// TestRecordsAreWrittenAsTheyAreRead: by orderRow's own way into JSON, with all
+// and with little in it.
+func TestRecordsAreWrittenAsTheyAreRead(t *testing.T) {
+	at := time.Date(2026, 5, 4, 3, 2, 1, 5, time.UTC)
+	full := orderRow{Kind: "k", Expires: at, Envelope: json.RawMessage(`{"a":"<é>"}`), State: wire.Failed, Seq: 3, Progress: 0.5, Code: "c", Updated: at,
+		Report: json.RawMessage(`{"b": [1] }`), Reason: "r", Late: json.RawMessage(`{}`), Cancel: &api.Cancel{Order: "o", At: at, By: "b", Reason: "r"}}
+	for i := range reflect.TypeFor[orderRow]().NumField() {
+		if reflect.ValueOf(full).Field(i).IsZero() {
+			t.Errorf("the test leaves out %s", reflect.TypeFor[orderRow]().Field(i).Name)
+		}
+	}
+	for _, want := range []orderRow{full, {}, {Envelope: full.Envelope}, {Late: full.Late}} {
+		raw, err := want.encode()
+		must(t, err)
+		var got orderRow
+		if err := json.Unmarshal(raw, &got); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s is read as %+v (%v), it was %+v", raw, got, err, want)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -35,10 +36,11 @@ type table[T any] struct {
 
 	mu      sync.RWMutex
 	rows    map[string]row[T]
-	removed map[string]uint64 // key → revision that we deleted, until the watch says so too
-	left    map[string]uint64 // key → revision that we wrote and do not keep, until the watch says so too
-	seen    uint64            // newest revision that the watch has given
-	loaded  bool              // the watch has given all there was, and gives news
+	removed map[string]uint64      // key → revision that we deleted, until the watch says so too
+	left    map[string]uint64      // key → revision that we wrote and do not keep, until the watch says so too
+	writing map[string]*written[T] // what we are writing now: the watch may tell before the answer comes
+	seen    uint64                 // newest revision that the watch has given
+	loaded  bool                   // the watch has given all there was, and gives news
 	watch   jetstream.KeyWatcher
 	done    chan struct{}
 	waiters map[string]*waiter
@@ -77,13 +79,18 @@ type row[T any] struct {
 	rev uint64
 }
 
+type written[T any] struct {
+	v   T
+	raw []byte
+}
+
 // openTable fills the copy before it returns. onEach, if not nil, sees each
 // record once at the start and after each change, in the order of changes and
 // never concurrently. It must not call the table's writing methods.
 func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool), options ...tableOption[T]) (*table[T], error) {
 	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), removed: make(map[string]uint64),
 		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach,
-		write: func(v T) ([]byte, error) { return json.Marshal(v) }}
+		writing: make(map[string]*written[T]), write: func(v T) ([]byte, error) { return json.Marshal(v) }}
 	for _, o := range options {
 		o(t)
 	}
@@ -139,8 +146,8 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	if t.knows(e) {
 		return
 	}
-	var v T
-	gone := e.Operation() != jetstream.KeyValuePut || json.Unmarshal(e.Value(), &v) != nil
+	v, err := t.decode(e)
+	gone := e.Operation() != jetstream.KeyValuePut || err != nil
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.loaded && e.Revision() <= t.seen {
@@ -172,17 +179,39 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	t.announce(e.Key(), v, gone)
 }
 
+// decode spares what we are writing ourselves the way back through JSON.
+func (t *table[T]) decode(e jetstream.KeyValueEntry) (v T, err error) {
+	if e.Operation() != jetstream.KeyValuePut {
+		return v, nil
+	}
+	t.mu.RLock()
+	w := t.writing[e.Key()]
+	t.mu.RUnlock()
+	if w != nil && bytes.Equal(w.raw, e.Value()) {
+		return w.v, nil
+	}
+	err = json.Unmarshal(e.Value(), &v)
+	return v, err
+}
+
 func (t *table[T]) keeps(v T) bool { return t.keep == nil || t.keep(v) }
 
-// knows is true for the watch's news of what we wrote ourselves: most of it is,
-// and need not be decoded.
+// knows is true for the watch's news of what we wrote ourselves, and of what that
+// has replaced: most of it is, and need not be decoded.
 func (t *table[T]) knows(e jetstream.KeyValueEntry) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if old, ok := t.rows[e.Key()]; !t.loaded || !ok || old.rev != e.Revision() {
-		if rev, ok := t.left[e.Key()]; !ok || rev != e.Revision() {
-			return false
-		}
+	if !t.loaded {
+		return false
+	}
+	rev, left := t.left[e.Key()]
+	if old, ok := t.rows[e.Key()]; ok {
+		rev, left = old.rev, false
+	}
+	if e.Revision() > rev {
+		return false
+	}
+	if left && e.Revision() == rev {
 		delete(t.left, e.Key())
 	}
 	t.seen = max(t.seen, e.Revision())
@@ -305,23 +334,43 @@ func (t *table[T]) change(ctx context.Context, key string, f func(v *T, exists b
 		} else if err != nil {
 			return v, err
 		}
-		raw, err := t.encode(v)
-		if err != nil {
+		if !exists {
+			rev = 0
+		}
+		err = t.put(ctx, key, v, rev)
+		if err == nil || !isConflict(err) {
 			return v, err
 		}
-		if exists {
-			rev, err = t.kv.Update(ctx, key, raw, rev)
-		} else {
-			rev, err = t.kv.Create(ctx, key, raw)
-		}
-		if err == nil {
-			t.took(key, v, rev)
-			return v, nil
-		}
-		if !isConflict(err) {
-			return v, fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, engine.StoreError(err))
-		}
 	}
+}
+
+// put writes a record whose revision is still rev, 0 for one that is not there.
+func (t *table[T]) put(ctx context.Context, key string, v T, rev uint64) error {
+	raw, err := t.encode(v)
+	if err != nil {
+		return err
+	}
+	w := &written[T]{v, raw}
+	t.mu.Lock()
+	t.writing[key] = w
+	t.mu.Unlock()
+	if rev > 0 {
+		rev, err = t.kv.Update(ctx, key, raw, rev)
+	} else {
+		rev, err = t.kv.Create(ctx, key, raw)
+	}
+	if err == nil {
+		t.took(key, v, rev)
+	}
+	t.mu.Lock()
+	if t.writing[key] == w {
+		delete(t.writing, key)
+	}
+	t.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, engine.StoreError(err))
+	}
+	return nil
 }
 
 // errExists is returned by create for a key that is taken.
@@ -331,19 +380,11 @@ var errExists = errors.New("there is such a record")
 func (t *table[T]) create(ctx context.Context, key string, v T) error {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	raw, err := t.encode(v)
-	if err != nil {
-		return err
-	}
-	rev, err := t.kv.Create(ctx, key, raw)
-	switch {
-	case err == nil:
-		t.took(key, v, rev)
-		return nil
-	case isConflict(err):
+	err := t.put(ctx, key, v, 0)
+	if isConflict(err) {
 		return errExists
 	}
-	return fmt.Errorf("the %s record %s cannot be saved: %w", t.what, key, engine.StoreError(err))
+	return err
 }
 
 func (t *table[T]) encode(v T) ([]byte, error) {

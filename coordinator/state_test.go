@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -343,6 +344,71 @@ func TestOnlyWhatIsKeptIsInMemory(t *testing.T) {
 	for _, k := range []string{"k1", "k10", "k3", "j4"} {
 		if told[k] != 2 {
 			t.Errorf("%s was told %d times to 2 coordinators", k, told[k])
+		}
+	}
+}
+
+// counted is a record that counts how often one is read from JSON.
+type counted struct{ N int }
+
+var readCounted atomic.Int64
+
+func (c *counted) UnmarshalJSON(raw []byte) error {
+	readCounted.Add(1)
+	return json.Unmarshal(raw, &c.N)
+}
+
+func (c counted) MarshalJSON() ([]byte, error) { return json.Marshal(c.N) }
+
+// TestOwnWritesAreNotReadBack: neither when the watch tells of them after the
+// answer to the write, nor when it is first. What others write is read.
+func TestOwnWritesAreNotReadBack(t *testing.T) {
+	kv := aBucket(t)
+	open := func() *table[counted] {
+		tab, err := openTable(testContext(t), kv, "counted", nil, flat[counted]())
+		must(t, err)
+		t.Cleanup(tab.close)
+		return tab
+	}
+	tab := open()
+	before := readCounted.Load()
+	const writers, each = 8, 40
+	var wg sync.WaitGroup
+	for i := range writers {
+		wg.Go(func() {
+			key := fmt.Sprint("k", i)
+			if err := tab.create(testContext(t), key, counted{}); err != nil {
+				t.Error(err)
+			}
+			for range each {
+				if _, err := tab.change(testContext(t), key, func(v *counted, _ bool) error { v.N++; return nil }); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	// The watch gives news in order: once it has told of the last, it has of all.
+	c, leave := tab.changed("last")
+	defer leave()
+	raw, err := json.Marshal(counted{7})
+	must(t, err)
+	_, err = kv.Put(testContext(t), "last", raw)
+	must(t, err)
+	select {
+	case <-c:
+	case <-testContext(t).Done():
+		t.Fatal("the watch does not tell")
+	}
+	if n := readCounted.Load() - before; n != 1 {
+		t.Errorf("%d records were read from JSON, want 1: the one that somebody else wrote", n)
+	}
+	if len(tab.writing) != 0 {
+		t.Errorf("%d writes are under way after all have ended", len(tab.writing))
+	}
+	for i := range writers {
+		if v, _ := tab.get(fmt.Sprint("k", i)); v.N != each {
+			t.Errorf("k%d is %d, want %d", i, v.N, each)
 		}
 	}
 }
