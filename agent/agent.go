@@ -112,6 +112,9 @@ const (
 	configLimit  = time.Minute
 	updateLimit  = 24 * time.Hour // a slow link is no fault
 	storesAtOnce = 4
+	// dataStall is how long the data plane may be silent: as long as the session's
+	// writes, on the same line.
+	dataStall = writeTimeout
 )
 
 // Run is the agent's whole life. It returns nil when ctx ends, ErrRestart when
@@ -256,11 +259,12 @@ func (a *Agent) furnish() error {
 	fleet.own = func() *tls.Certificate { return a.member.Load().proof(a.id) }
 	a.web = &http.Client{Transport: dataPlane{&http.Transport{
 		DialTLSContext:        within(connectTimeout, fleet.dial),
-		ResponseHeaderTimeout: time.Minute,
+		ResponseHeaderTimeout: dataStall,
 		MaxIdleConnsPerHost:   storesAtOnce,
 		IdleConnTimeout:       90 * time.Second,
 	}, a.doubted}}
-	a.move = &transfer.Client{HTTP: a.web, Base: func() []string { return a.member.Load().DataPlane }}
+	// Its patience covers the dial: a line that comes only now and then is no stall.
+	a.move = &transfer.Client{HTTP: a.web, Stall: dataStall, Base: func() []string { return a.member.Load().DataPlane }}
 	data := orders.New(a.chunks, a.move, a.log)
 	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
 	if err != nil {
@@ -299,7 +303,7 @@ func (a *Agent) furnish() error {
 			wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
 			wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
 			wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
-			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Long: true, Limit: jobLimit},
+			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
 			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
 			wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
 			wire.KindPing:          {Handle: ping(a.cfg.Version, a.began), Limit: pingLimit},

@@ -3,9 +3,7 @@ package agent
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -41,7 +39,7 @@ const (
 
 	enrolMin    = time.Second
 	enrolMax    = time.Minute
-	enrolAnew   = 2 * time.Minute  // for a member with another token in its configuration
+	enrolAnew   = 2 * time.Minute  // for a member with the token of another fleet
 	claimMin    = time.Second      // between two questions, whatever the coordinator says
 	claimMax    = 10 * time.Minute // the same
 	claimRemind = 10 * time.Minute // between two lines with the code in the log
@@ -98,19 +96,26 @@ func (a *Agent) join(ctx context.Context) error {
 	case m == nil && a.cfg.Token == "":
 		return a.waitForClaim(ctx, dir)
 	case m == nil:
-		return a.enrolNow(ctx, a.cfg.Coordinator, nil)
+		return a.enrolNow(ctx, a.cfg.Coordinator)
 	}
 	a.member.Store(m)
 	a.clock.Raise(m.issued())
 	a.forgetClaim()
-	if a.cfg.Token != "" && m.TokenSHA256 != tokenHash(a.cfg.Token) {
+	if a.cfg.Token == "" {
+		return nil
+	}
+	tok, err := wire.ParseFleetToken(a.cfg.Token)
+	switch {
+	case err != nil:
+		a.log.Error("the token in the configuration cannot be read; this device is a member and needs none", "error", err)
+	case tok.Fingerprint != wire.Fingerprint(m.authority().Raw):
 		return a.enrolAnew(ctx, m)
 	}
-	return nil
+	return nil // a token of its own fleet gives a member nothing that it has not
 }
 
-// enrolAnew is for a member that is given another token than it came with: to
-// move to another group or coordinator. What fails leaves it where it is.
+// enrolAnew is for a member that is given a token of another fleet, to move
+// there. What fails leaves it where it is.
 func (a *Agent) enrolAnew(ctx context.Context, old *Membership) error {
 	base := a.cfg.Coordinator
 	if base == "" {
@@ -118,16 +123,11 @@ func (a *Agent) enrolAnew(ctx context.Context, old *Membership) error {
 	}
 	limited, cancel := context.WithTimeout(ctx, enrolAnew)
 	defer cancel()
-	if err := a.enrolNow(limited, base, old); err != nil && ctx.Err() == nil {
-		a.log.Error("the token in the configuration is not the one that this device came with, and it could not enrol anew with it; it stays what it is, and the next start tries again",
+	if err := a.enrolNow(limited, base); err != nil && ctx.Err() == nil {
+		a.log.Error("the token in the configuration is of another fleet, and this device could not join that; it stays where it is, and the next start tries again",
 			"coordinator", old.Coordinator, "error", plain(err))
 	}
 	return ctx.Err()
-}
-
-func tokenHash(token string) string {
-	sum := sha256.Sum256([]byte(token))
-	return hex.EncodeToString(sum[:])
 }
 
 // request is what the device says of itself; the token is to be added.
@@ -136,9 +136,8 @@ func (a *Agent) request() (wire.EnrolRequest, error) {
 	return wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.board.Name, Inventory: inv}, err
 }
 
-// enrolNow enrols with the configured token and keeps the answer; old is the
-// membership that it replaces, if there is one.
-func (a *Agent) enrolNow(ctx context.Context, base string, old *Membership) error {
+// enrolNow enrols with the configured token and keeps the answer.
+func (a *Agent) enrolNow(ctx context.Context, base string) error {
 	tok, err := wire.ParseFleetToken(a.cfg.Token)
 	if err != nil {
 		return err
@@ -152,8 +151,7 @@ func (a *Agent) enrolNow(ctx context.Context, base string, old *Membership) erro
 		m, _, err := enrol(ctx, a.id, pinned(tok.Fingerprint, a.clock), base, req)
 		switch {
 		case err == nil:
-			m.TokenSHA256 = tokenHash(a.cfg.Token)
-			return a.enrolled(m, old)
+			return a.enrolled(m)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, errStranger):
@@ -161,7 +159,7 @@ func (a *Agent) enrolNow(ctx context.Context, base string, old *Membership) erro
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrAddress):
 			return err
 		}
-		pause := wait/2 + rand.N(wait)
+		pause := max(wait/2+rand.N(wait), putOff(err))
 		a.log.Warn("the coordinator cannot be reached to enrol; trying again", "coordinator", base, "in", pause.Round(time.Millisecond).String(), "error", plain(err))
 		if err := a.rest(ctx, pause); err != nil {
 			return err
@@ -170,10 +168,7 @@ func (a *Agent) enrolNow(ctx context.Context, base string, old *Membership) erro
 }
 
 // enrolled keeps a membership that was checked: first on disk, then in force.
-func (a *Agent) enrolled(m, old *Membership) error {
-	if old != nil && string(old.CA) == string(m.CA) {
-		m.keepRoot(old)
-	}
+func (a *Agent) enrolled(m *Membership) error {
 	if err := m.save(a.cfg.path("identity")); err != nil {
 		return fmt.Errorf("the enrolment cannot be saved: %w", err)
 	}
@@ -199,7 +194,7 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 		m, p, err := enrol(ctx, a.id, knows(ca, a.clock), a.cfg.Coordinator, req)
 		switch {
 		case m != nil && err == nil:
-			return a.enrolled(m, nil)
+			return a.enrolled(m)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, ErrRefused):
@@ -221,7 +216,7 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 		default:
 			a.log.Warn("the coordinator cannot be asked whether this device was claimed; trying again", "coordinator", a.cfg.Coordinator, "error", plain(err))
 		}
-		if err := a.rest(ctx, wait/2+rand.N(wait)); err != nil {
+		if err := a.rest(ctx, max(wait/2+rand.N(wait), putOff(err))); err != nil {
 			return err
 		}
 		wait = min(2*wait, claimMax)
@@ -233,6 +228,16 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 func between(seconds int) time.Duration {
 	d := min(max(time.Duration(min(seconds, 3600))*time.Second, claimMin), claimMax)
 	return d + rand.N(d/4)
+}
+
+// putOff is how long a coordinator that has too much to do wants to be left
+// alone, with the same bounds and jitter; 0 if it did not say.
+func putOff(err error) time.Duration {
+	var b *busy
+	if !errors.As(err, &b) || b.after <= 0 {
+		return 0
+	}
+	return between(b.after)
 }
 
 // firstSeen is the authority that answered first at the configured address. It

@@ -148,7 +148,7 @@ func TestADeviceWithoutATokenWaitsUnderItsCodeUntilItIsClaimed(t *testing.T) {
 		t.Fatal(err)
 	}
 	m, err := loadMembership(p.cfg.path("identity"), id)
-	if err != nil || m == nil || string(m.Certificate) != string(reply.Certificate) || m.TokenSHA256 != "" || m.Coordinator != d.URL {
+	if err != nil || m == nil || string(m.Certificate) != string(reply.Certificate) || m.Coordinator != d.URL {
 		t.Errorf("kept %+v, %v", m, err)
 	}
 	wantGone(t, p.cfg.path(claimFile), p.cfg.path("identity", pendingFile))
@@ -296,9 +296,9 @@ func TestClaimWithoutAClock(t *testing.T) {
 	}
 }
 
-// Another token in the configuration moves a member; one that is refused leaves
-// it where it is, and the same one again asks nobody.
-func TestAnotherTokenMovesAMember(t *testing.T) {
+// A token of another fleet moves a member; one that is refused leaves it where
+// it is, and one of its own fleet asks nobody.
+func TestATokenOfAnotherFleetMovesAMember(t *testing.T) {
 	ours, theirs, id := newAuthority(t), newAuthority(t), newIdentity(t)
 	at := openFront(t, ours.server("127.0.0.1"), replying(t, ours.reply(id)))
 	token := ours.token().String()
@@ -316,6 +316,7 @@ func TestAnotherTokenMovesAMember(t *testing.T) {
 		return a
 	}
 	start(at.URL, token)
+	start(at.URL, ours.token().String())
 	start(at.URL, "")
 	if n := at.requests.Load(); n != 1 {
 		t.Errorf("a member asked %d times", n-1)

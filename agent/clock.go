@@ -95,9 +95,14 @@ func (c *Clock) Raise(floor time.Time) {
 	}
 }
 
-// Trust takes the time of a verified welcome. A time below the floor is a
+// Trust takes the time of a verified welcome whose hello was said age ago. The
+// coordinator wrote t down since, so it is now between t and t+age (Cristian
+// 1989). A reading that is trusted and fits in there stays; else the nearer end
+// counts, and for a clock that was not trusted the earlier: it is never ahead,
+// as renewal and the floor rely on it, but behind by age at most. An order may
+// thus be taken up so long after its expiry. A time below the floor is a
 // coordinator with a wrong clock, and is refused.
-func (c *Clock) Trust(t time.Time) bool {
+func (c *Clock) Trust(t time.Time, age time.Duration) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// Certificates are issued a little back in time and clocks of several
@@ -105,7 +110,15 @@ func (c *Clock) Trust(t time.Time) bool {
 	if t.Before(c.floor.Add(-5 * time.Minute)) {
 		return false
 	}
-	c.anchor, c.at, c.trusted = t, c.system(), true
+	now := c.system()
+	if c.trusted {
+		if have := c.anchor.Add(now.Sub(c.at)); have.After(t.Add(age)) {
+			t = t.Add(age)
+		} else if have.After(t) {
+			t = have
+		}
+	}
+	c.anchor, c.at, c.trusted = t, now, true
 	return true
 }
 

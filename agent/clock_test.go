@@ -47,7 +47,7 @@ func TestClockStartsNoEarlierThanItsFloor(t *testing.T) {
 func TestWelcomeMakesAClockFrom1970Trusted(t *testing.T) {
 	h := &hardware{boot1970}
 	c := clockWith(today.Add(-24*time.Hour), h)
-	if !c.Trust(today) {
+	if !c.Trust(today, 0) {
 		t.Fatal("the coordinator's time was refused")
 	}
 	wantClock(t, c, today, wire.ClockTrusted)
@@ -58,22 +58,43 @@ func TestWelcomeMakesAClockFrom1970Trusted(t *testing.T) {
 func TestTimeBelowTheFloorIsRefused(t *testing.T) {
 	h := &hardware{boot1970}
 	c := clockWith(today, h)
-	if c.Trust(today.Add(-5*time.Minute - time.Second)) {
+	if c.Trust(today.Add(-5*time.Minute-time.Second), 0) {
 		t.Error("a time that cannot be was trusted")
 	}
 	wantClock(t, c, today, wire.ClockFloor)
-	if !c.Trust(today.Add(-5 * time.Minute)) {
+	if !c.Trust(today.Add(-5*time.Minute), 0) {
 		t.Error("coordinators may differ by five minutes")
 	}
 }
 
 // TestTrustedTimeIgnoresTheSystemClock sets the wall clock of a reading forth
 // and back while its monotonic part goes on, as settimeofday does.
+// The coordinator's time was written down at most age ago.
+func TestALateWelcomeMovesATrustedClockNoFurtherThanItProves(t *testing.T) {
+	h := &hardware{boot1970}
+	c := clockWith(time.Time{}, h)
+	for _, step := range []struct {
+		told time.Time
+		age  time.Duration
+		want time.Time
+	}{
+		{today, time.Minute, today}, // behind, perhaps, but never ahead
+		{today.Add(-30 * time.Second), time.Minute, today},
+		{today.Add(time.Second), time.Minute, today.Add(time.Second)},
+		{today.Add(-time.Hour), time.Minute, today.Add(-59 * time.Minute)},
+	} {
+		if !c.Trust(step.told, step.age) {
+			t.Fatal("refused")
+		}
+		wantClock(t, c, step.want, wire.ClockTrusted)
+	}
+}
+
 func TestTrustedTimeIgnoresTheSystemClock(t *testing.T) {
 	mono := time.Now() // has a monotonic part
 	h := &hardware{mono}
 	c := clockWith(time.Time{}, h)
-	if !c.Trust(today) {
+	if !c.Trust(today, 0) {
 		t.Fatal("refused")
 	}
 	for _, elapsed := range []time.Duration{time.Second, time.Minute, time.Hour} {
@@ -113,7 +134,7 @@ func TestAWrongClockKeepsNobodyOut(t *testing.T) {
 	} {
 		t.Run(claim, func(t *testing.T) {
 			c := clockWith(tc.floor, &hardware{tc.system})
-			if !tc.trusted.IsZero() && !c.Trust(tc.trusted) {
+			if !tc.trusted.IsZero() && !c.Trust(tc.trusted, 0) {
 				t.Fatal("not trusted")
 			}
 			err := knows(ca.cert, c).verify([]*x509.Certificate{leaf}, "localhost")

@@ -29,6 +29,9 @@ type Route struct {
 	// AtOnce is how many orders of this kind run together; more wait their turn
 	// (see scheduler). 0 is one, and for kinds of priority 0 any number.
 	AtOnce int
+	// Queues is for a handler with a queue of its own: the order is QUEUED until
+	// the handler first calls progress, with 0 when its turn has come.
+	Queues bool
 	// Long is for work that may take hours: it does not count as I/O.
 	Long bool
 	// Limit is how long one may take once it runs.
@@ -360,14 +363,16 @@ func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
 	late := &wire.Problem{State: wire.TimedOut, Code: wire.CodeLimit, Reason: fmt.Sprintf("it was not done within %s", limit.Round(time.Second))}
 	running, cancel := context.WithTimeoutCause(t.ctx, limit, late)
 	defer cancel()
-	d.mu.Lock()
-	d.step(t, wire.Report{Order: o.ID, State: wire.Running})
-	d.mu.Unlock()
+	if !route.Queues {
+		d.mu.Lock()
+		d.step(t, wire.Report{Order: o.ID, State: wire.Running})
+		d.mu.Unlock()
+	}
 	out, err := d.handle(running, o, func(done float64) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		// A percent at a time is enough for a person to watch. Nothing after the end.
-		if d.inFlight[o.ID] == t && done >= t.last.Progress+0.01 {
+		if d.inFlight[o.ID] == t && (t.last.State != wire.Running || done >= t.last.Progress+0.01) {
 			d.step(t, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
 		}
 	})

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"math"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -78,7 +79,7 @@ func startRig(t testing.TB, owner *authority, id Identity, dir string, handle wi
 	r := &rig{t: t, owner: owner, dir: dir, disk: j, reports: make(chan wire.Report, 8192), restart: make(chan struct{}, 1), logged: &lockedBuffer{}, raw: map[string][][]byte{}}
 	r.ctx, r.end = context.WithCancel(context.Background())
 	clock := NewClock(time.Time{})
-	clock.Trust(time.Now())
+	clock.Trust(time.Now(), 0)
 	u := duties{
 		id: id, clock: clock, journal: j, epoch: epoch,
 		trusted: func() ed25519.PublicKey { return owner.order.Public().(ed25519.PublicKey) },
@@ -354,7 +355,7 @@ func TestUnsureClockRejectsNothing(t *testing.T) {
 		t.Error("ignored without a word")
 	}
 	r.silent("the clock is not sure")
-	clock.Trust(time.Now())
+	clock.Trust(time.Now(), 0)
 	r.give(o)
 	if rep := r.ends("a"); rep.State != wire.Succeeded {
 		t.Errorf("with the time set, the order is %s: %s", rep.State, rep.Reason)
@@ -369,7 +370,7 @@ func TestOrderIsNotBegunAfterItsExpiry(t *testing.T) {
 		r := newRig(t, c.handle, func(u *duties) {
 			u.clock = NewClock(time.Time{})
 			u.clock.system = func() time.Time { mu.Lock(); defer mu.Unlock(); return at }
-			u.clock.Trust(at)
+			u.clock.Trust(at, 0)
 		})
 		r.onPublish = func(wire.Report) { // QUEUED: from here on it is late
 			mu.Lock()
@@ -742,6 +743,54 @@ func TestShutdownLeavesTheOrderOpen(t *testing.T) {
 				t.Errorf("repeated, it is %s after %d calls", rep.State, c.calls())
 			}
 		})
+	}
+}
+
+// TestCancelJustBeforeShutdownIsReported: it was taken back, whatever ends next.
+func TestCancelJustBeforeShutdownIsReported(t *testing.T) {
+	stopping, gate := make(chan struct{}), make(chan struct{})
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+		<-ctx.Done()
+		close(stopping)
+		<-gate
+		return wire.Outcome{}, ctx.Err()
+	})
+	r.give(r.order("a"))
+	r.reaches("a", running)
+	r.give(r.cancelOf("c", "a", time.Now().Add(time.Hour)))
+	await(t, "the handler to hear of it", stopping)
+	r.end()
+	close(gate)
+	r.wait()
+	if rep := r.final("a"); !isCanceledReport(rep) {
+		t.Errorf("got %+v", rep)
+	}
+}
+
+// TestOrderInItsHandlersQueueIsQueued until its turn.
+func TestOrderInItsHandlersQueueIsQueued(t *testing.T) {
+	turn, begun, end := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	r := newRig(t, func(_ context.Context, _ wire.Order, progress func(float64)) (wire.Outcome, error) {
+		<-turn
+		progress(0)
+		progress(0)
+		close(begun)
+		<-end
+		return wire.Outcome{}, nil
+	}, func(u *duties) { x := u.routes[kindTest]; x.Queues = true; u.routes[kindTest] = x })
+	o := r.order("a")
+	r.give(o)
+	r.give(o) // asked again while it waits
+	turn <- struct{}{}
+	await(t, "its turn", begun)
+	close(end)
+	r.wait()
+	var states []wire.State
+	for len(r.reports) > 0 {
+		states = append(states, (<-r.reports).State)
+	}
+	if want := []wire.State{wire.Queued, wire.Queued, wire.Running, wire.Succeeded}; !slices.Equal(states, want) {
+		t.Errorf("reported %s", states)
 	}
 }
 

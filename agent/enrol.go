@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -29,9 +30,6 @@ import (
 // replaces it as a whole: a power cut leaves the old one or the new one.
 type Membership struct {
 	Coordinator string `json:"coordinator"` // the address it enrolled at
-	// TokenSHA256 is that of the fleet token it enrolled with, in hex; empty if
-	// it was claimed. Another token in the configuration means to enrol anew.
-	TokenSHA256 string `json:"token_sha256,omitempty"`
 	wire.EnrolReply
 }
 
@@ -53,6 +51,14 @@ type refusal struct {
 
 func (r *refusal) Error() string        { return ErrRefused.Error() + ": " + r.reason }
 func (r *refusal) Is(target error) bool { return target == ErrRefused }
+
+// busy is the answer 429: the same question may be asked again later.
+type busy struct {
+	after  int // seconds, from Retry-After; 0 if it says nothing
+	reason string
+}
+
+func (b *busy) Error() string { return b.reason }
 
 // forbidden tells a coordinator's "not you" from its "not so".
 func forbidden(err error) bool {
@@ -148,7 +154,7 @@ func enrol(ctx context.Context, id Identity, d door, base string, req wire.Enrol
 	}
 	ctx, cancel := context.WithTimeout(ctx, enrolLimit)
 	defer cancel()
-	status, raw, err := postJSON(ctx, d, u.JoinPath("/enrol/v1").String(), req)
+	status, head, raw, err := postJSON(ctx, d, u.JoinPath("/enrol/v1").String(), req)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -175,7 +181,11 @@ func enrol(ctx context.Context, id Identity, d door, base string, req wire.Enrol
 	if reason == "" {
 		reason = fmt.Sprintf("it answered %d %s", status, http.StatusText(status))
 	}
-	if status >= 400 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout {
+	if status == http.StatusTooManyRequests {
+		after, _ := strconv.Atoi(head.Get("Retry-After")) // a date, which it may also be, is not ours
+		return nil, nil, &busy{after, reason}
+	}
+	if status >= 400 && status < 500 && status != http.StatusRequestTimeout {
 		return nil, nil, &refusal{status, reason}
 	}
 	return nil, nil, errors.New(reason)
@@ -195,25 +205,25 @@ func address(base string) (*url.URL, error) {
 
 // postJSON sends one request through d, on a connection of its own, and follows
 // nobody elsewhere: what is in it is for this address.
-func postJSON(ctx context.Context, d door, to string, body any) (status int, answer []byte, err error) {
+func postJSON(ctx context.Context, d door, to string, body any) (status int, head http.Header, answer []byte, err error) {
 	raw, err := json.Marshal(body)
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(raw))
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	hr.Header.Set("Content-Type", "application/json")
 	tr := &http.Transport{DialTLSContext: d.dial}
 	defer tr.CloseIdleConnections()
 	resp, err := tr.RoundTrip(hr)
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	defer resp.Body.Close()
 	answer, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	return resp.StatusCode, answer, err
+	return resp.StatusCode, resp.Header, answer, err
 }
 
 // sentence cuts and cleans what another says before it stands in a log.

@@ -327,6 +327,39 @@ func TestEnrolmentIsTriedUntilItSucceeds(t *testing.T) {
 	}
 }
 
+// A coordinator that has too much to do says when to come again.
+func TestRetryAfterIsHeededWithinBounds(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	for said, bound := range map[string][2]time.Duration{
+		"90":      {90 * time.Second, 113 * time.Second},
+		"9999999": {claimMax, claimMax * 5 / 4},
+		"-3":      {0, enrolMin * 3 / 2},
+		"soon":    {0, enrolMin * 3 / 2},
+	} {
+		var f *front
+		f = openFront(t, ca.server("127.0.0.1"), func(w http.ResponseWriter, r *http.Request) {
+			if f.requests.Load() == 1 {
+				w.Header().Set("Retry-After", said)
+				saying(http.StatusTooManyRequests, `{"reason":"too many"}`)(w, r)
+				return
+			}
+			replying(t, ca.reply(id))(w, r)
+		})
+		for _, token := range []string{ca.token().String(), ""} {
+			f.requests.Store(0)
+			a := joining(t, id, f.URL, token)
+			var pauses []time.Duration
+			a.rest = func(_ context.Context, d time.Duration) error { pauses = append(pauses, d); return nil }
+			if err := a.join(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if len(pauses) != 1 || pauses[0] < bound[0] || pauses[0] > bound[1] {
+				t.Errorf("Retry-After %s, token %t: it waits %s", said, token != "", pauses)
+			}
+		}
+	}
+}
+
 func TestEnrolmentIsTriedUntilTheAgentEnds(t *testing.T) {
 	ca := newAuthority(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -220,13 +220,20 @@ func TestOneBadWriteHurtsNoOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer j.close()
-	bad := &write{change: func(tx *badger.Txn) ([]pair, error) { return nil, context.Canceled }}
-	good := &write{durable: true, change: func(tx *badger.Txn) ([]pair, error) { return []pair{{orderKey("a"), []byte(`{"order":"a"}`)}}, nil }}
-	if err := j.commit(bad, good); err == nil || bad.err == nil || good.err != nil {
-		t.Errorf("%v, %v, %v", err, bad.err, good.err)
+	good := func(order string) *write {
+		return &write{durable: true, change: func(tx *badger.Txn) ([]pair, error) {
+			return []pair{{orderKey(order), []byte(`{"order":"` + order + `"}`)}}, nil
+		}}
 	}
-	if _, ok, err := j.get("a"); !ok || err != nil {
-		t.Errorf("the good one is not there (%v)", err)
+	bad := &write{change: func(tx *badger.Txn) ([]pair, error) { return nil, context.Canceled }}
+	before, after := good("a"), good("b")
+	if err := j.commit(before, bad, after); err == nil || bad.err == nil || before.err != nil || after.err != nil {
+		t.Errorf("%v: %v, %v, %v", err, before.err, bad.err, after.err)
+	}
+	for _, order := range []string{"a", "b"} {
+		if _, ok, err := j.get(order); !ok || err != nil {
+			t.Errorf("the good one %s is not there (%v)", order, err)
+		}
 	}
 }
 
@@ -466,7 +473,7 @@ func TestFullOutboxLeavesNewOrdersUnanswered(t *testing.T) {
 		}
 	}
 	r.noteAcks()
-	r.clock.Trust(time.Now().Add(2 * time.Hour))
+	r.clock.Trust(time.Now().Add(2*time.Hour), 0)
 	later := r.orderOf(wire.KindAudit, "later")
 	later.Expires = time.Now().Add(4 * time.Hour)
 	for i := 0; len(r.sent("later")) == 0; i++ {

@@ -70,7 +70,8 @@ func (a *Agent) stayMember(ctx context.Context) {
 			pause = renewRare
 		default:
 			a.log.Warn("the membership cannot be renewed; trying again", "ends", a.member.Load().ends().Format(time.RFC3339), "error", plain(err))
-			pause, wait = max(wait, renewGap), min(2*wait, renewMax)
+			// Twice, as the pause may be half of it.
+			pause, wait = max(wait, renewGap, 2*putOff(err)), min(2*wait, renewMax)
 		}
 		if a.rest(ctx, pause/2+rand.N(pause)) != nil {
 			return
@@ -143,7 +144,7 @@ func (m *Membership) addresses(configured string) []string {
 // renewed puts a checked answer in force: for the next handshakes, without a
 // restart. The connections that stand end by themselves.
 func (a *Agent) renewed(m, old *Membership, base string) {
-	m.Coordinator, m.TokenSHA256 = old.Coordinator, old.TokenSHA256
+	m.Coordinator = old.Coordinator
 	if base == a.cfg.Coordinator {
 		m.Coordinator = base
 	}

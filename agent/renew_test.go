@@ -162,6 +162,66 @@ func TestAForeignAnswerToARenewalChangesNothing(t *testing.T) {
 	}
 }
 
+// Neither a wrong hardware clock nor a floor brings a renewal forward; a clock
+// that becomes trusted is looked at at once.
+func TestRenewalFollowsTrustedTimeAlone(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	var a *Agent
+	asked := make(chan wire.Confidence, 1)
+	f := openFront(t, ca.server("127.0.0.1"), func(w http.ResponseWriter, r *http.Request) {
+		_, sure := a.clock.Read()
+		select {
+		case asked <- sure:
+		default:
+		}
+		replying(t, ca.replyFor(id, time.Now().Add(48*time.Hour)))(w, r)
+	})
+	a, _, _ = asMember(t, id, f.URL, ca.reply(id)) // one hour old, one left
+	a.clock.system = (&hardware{time.Date(2050, 1, 1, 0, 0, 0, 0, time.UTC)}).now
+	a.background(t, a.stayMember)
+	look := func() { // two rounds, of which the second has begun after this call
+		for range 3 {
+			a.timed <- struct{}{}
+		}
+	}
+	look()
+	if !a.clock.Trust(time.Now(), 0) {
+		t.Fatal("refused")
+	}
+	look()
+	if n := f.requests.Load(); n != 0 {
+		t.Errorf("asked %d times before it is due", n)
+	}
+	a.clock.Trust(time.Now().Add(45*time.Minute), 0)
+	a.timed <- struct{}{}
+	if sure := await(t, "the renewal", asked); sure != wire.ClockTrusted {
+		t.Errorf("it asked by a clock that is %s", sure)
+	}
+}
+
+// A member that the coordinator has forgotten keeps its membership and waits.
+func TestAForgottenMemberShowsItsCodeAndStaysWhatItIs(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	d := openReception(t, ca.server("127.0.0.1"))
+	a, said, _ := asMember(t, id, d.URL, ca.reply(id))
+	before := a.member.Load()
+	if err := a.renew(t.Context()); err == nil || !strings.Contains(err.Error(), "waits to be claimed") {
+		t.Errorf("%v", err)
+	}
+	c := code(id, ca.cert)
+	if raw, err := os.ReadFile(a.cfg.path(claimFile)); err != nil || string(raw) != c+"\n" || !strings.Contains(said.String(), c) {
+		t.Errorf("%q %v; log: %s", raw, err, said)
+	}
+	if m, err := loadMembership(a.cfg.path("identity"), id); err != nil || m == nil || a.member.Load() != before {
+		t.Errorf("the membership changed (%v)", err)
+	}
+	d.answers <- replying(t, ca.reply(id))
+	if err := a.renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantGone(t, a.cfg.path(claimFile))
+}
+
 // New addresses count from the answer on; the root of trust for updates stays.
 func TestARenewalBringsAddressesButNoNewUpdateRoot(t *testing.T) {
 	ca, id := newAuthority(t), newIdentity(t)

@@ -36,9 +36,16 @@ type session struct {
 	rare   atomic.Bool   // see slow
 	wake   chan struct{} // ends the wait for the next attempt
 	denied int           // connections in a row that came to nothing; of run alone
+	met    bool          // this connection was welcomed; of run alone
 
-	mu    sync.Mutex
-	nonce string // of the hello that waits for its welcome; empty if none does
+	mu     sync.Mutex
+	hellos []hello // of this connection, not answered, the oldest first
+}
+
+// hello is one that waits for its welcome.
+type hello struct {
+	nonce string
+	said  time.Time
 }
 
 // link is what a session needs of the rest of the agent.
@@ -84,8 +91,12 @@ const (
 	welcomeWait = 10 * time.Second
 	minBackoff  = 500 * time.Millisecond
 	maxBackoff  = time.Minute
-	stable      = time.Minute     // a connection that lived so long was a good one
-	spread      = 5 * time.Second // over which devices come back that lost a good one together
+	// A welcome counts for any hello that is not older: where an answer takes
+	// longer than the pause between two hellos, each would come too late for the
+	// newest. So a trusted time is at most this much behind (see [Clock.Trust]).
+	welcomeAge  = 2 * time.Minute
+	maxHellos   = 16              // that wait; with the pauses below they are never so many
+	spread      = 5 * time.Second // over which devices come back that were welcomed and lost it together
 	rareBackoff = time.Hour
 	doubtful    = 3   // connections in a row without a welcome
 	inbox       = 256 // messages taken from the broker and not yet looked at
@@ -126,9 +137,10 @@ func (s *session) slow(rare bool) {
 // spread a fleet that comes back at once, it asks the least of a broker.
 type backoff struct{ most time.Duration }
 
-// next is told how long the last connection had stood.
-func (b *backoff) next(stood time.Duration) time.Duration {
-	if stood >= stable {
+// next is told whether the last connection was welcomed: such a line is good,
+// however short it stands.
+func (b *backoff) next(welcomed bool) time.Duration {
+	if welcomed {
 		b.most = minBackoff // a new fault
 		return mrand.N(spread)
 	}
@@ -142,11 +154,11 @@ func (s *session) run(ctx context.Context) {
 	for attempt := 0; ctx.Err() == nil; attempt++ {
 		brokers := s.brokers()
 		broker := brokers[attempt%len(brokers)]
-		stood, err := s.once(ctx, broker)
+		err := s.once(ctx, broker)
 		if ctx.Err() != nil {
 			return
 		}
-		pause := wait.next(stood)
+		pause := wait.next(s.met)
 		if s.rare.Load() {
 			pause = rareBackoff/2 + mrand.N(rareBackoff)
 		}
@@ -161,13 +173,13 @@ func (s *session) run(ctx context.Context) {
 	}
 }
 
-// once holds one connection until it breaks or ctx ends, and returns how long
-// it had stood.
-func (s *session) once(ctx context.Context, broker string) (stood time.Duration, err error) {
+// once holds one connection until it breaks or ctx ends.
+func (s *session) once(ctx context.Context, broker string) (err error) {
+	s.begin()
 	id := newNonce()
 	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, id))
 	if err != nil {
-		return 0, err
+		return err
 	}
 	lost := make(chan error, 1)
 	in := make(chan []byte, inbox)
@@ -193,18 +205,24 @@ func (s *session) once(ctx context.Context, broker string) (stood time.Duration,
 	}()
 	if err := wait(ctx, c.Connect(), connectTimeout); err != nil {
 		c.Disconnect(0)
-		return 0, fmt.Errorf("connect: %w", err)
+		return fmt.Errorf("connect: %w", err)
 	}
-	began := time.Now()
 	defer c.Disconnect(250)
 	if err := s.subscribe(ctx, c, in); err != nil {
-		return 0, fmt.Errorf("subscribe: %w", err)
+		return fmt.Errorf("subscribe: %w", err)
 	}
 	s.discard()
 	s.online.Store(true)
 	defer s.online.Store(false)
-	err = s.pump(ctx, c, id, in, lost)
-	return time.Since(began), err
+	return s.pump(ctx, c, id, in, lost)
+}
+
+// begin forgets what was of the connection before.
+func (s *session) begin() {
+	s.met = false
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hellos = nil
 }
 
 // open reaches a broker by TLS, and watches what comes from it.
@@ -326,28 +344,40 @@ func (s *session) take(raw []byte) error {
 	if err := json.Unmarshal(payload, &w); err != nil {
 		return fmt.Errorf("a signed welcome cannot be read: %w", err)
 	}
-	s.mu.Lock()
-	mine := w.Device == s.id.ID && w.Nonce != "" && w.Nonce == s.nonce
-	if mine {
-		s.nonce = ""
+	if w.Device != s.id.ID {
+		return nil
 	}
-	s.mu.Unlock()
-	if !mine {
-		return nil // to an older hello, or the second of two coordinators
+	age, ok := s.answered(w.Nonce)
+	if !ok {
+		return nil // too late, or the second of two coordinators
 	}
-	if !s.clock.Trust(w.Time) {
+	if !s.clock.Trust(w.Time, age) {
 		return fmt.Errorf("the coordinator's time %s is before what this device knows for sure; its clock must be set", w.Time.Format(time.RFC3339))
 	}
-	s.denied = 0
+	s.denied, s.met = 0, true
 	s.welcomed()
 	return nil
+}
+
+// answered says how long ago the hello with this nonce was said. All hellos
+// count as answered then.
+func (s *session) answered(nonce string) (age time.Duration, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.hellos {
+		if age = time.Since(h.said); h.nonce == nonce && age <= welcomeAge {
+			s.hellos = nil
+			return age, true
+		}
+	}
+	return 0, false
 }
 
 // waits tells whether a hello is out that nobody has answered.
 func (s *session) waits() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.nonce != ""
+	return len(s.hellos) > 0
 }
 
 // jittered is d, give or take a quarter.
@@ -356,7 +386,8 @@ func jittered(d time.Duration) time.Duration { return d*3/4 + mrand.N(d/2+1) }
 func (s *session) greet(id string) {
 	p := s.presence(true, id)
 	s.mu.Lock()
-	s.nonce = p.Nonce
+	s.hellos = append(s.hellos, hello{p.Nonce, time.Now()})
+	s.hellos = s.hellos[max(0, len(s.hellos)-maxHellos):]
 	s.mu.Unlock()
 	raw, err := wire.Seal(s.id.key, wire.TypePresence, p)
 	if err != nil {

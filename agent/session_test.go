@@ -437,16 +437,107 @@ func TestHelloIsSaidUntilItIsAnswered(t *testing.T) {
 			t.Errorf("said again as %+v after %+v", last, first)
 		}
 	}
-	o.welcome(id, first.Nonce, time.Now()) // too late: a newer one is out
-	for {
-		last = o.presence(id, true)
-		o.welcome(id, last.Nonce, time.Now())
-		select {
-		case <-d.welcomes:
-			return
-		case <-time.After(10 * time.Millisecond): // it crossed with the next hello
+	o.welcome(id, first.Nonce, time.Now()) // three newer ones are out
+	await(t, "the welcome that answers the first", d.welcomes)
+	if d.waits() {
+		t.Error("the newer hellos still wait")
+	}
+	o.welcome(id, last.Nonce, time.Now())
+	o.send(id, []byte("behind it"))
+	await(t, "what is behind the second welcome", d.took)
+	if len(d.welcomes) != 0 {
+		t.Error("it was welcomed twice")
+	}
+}
+
+func TestOnlyAHelloOfTheLastMinutesIsAnswered(t *testing.T) {
+	s := newSession(link{id: newIdentity(t), clock: NewClock(time.Time{}), hello: func() wire.Presence { return wire.Presence{} }})
+	for range 3 * maxHellos {
+		s.greet("s")
+	}
+	if len(s.hellos) != maxHellos {
+		t.Errorf("%d hellos wait", len(s.hellos))
+	}
+	s.hellos[0].said = time.Now().Add(-welcomeAge - time.Second)
+	s.hellos[1].said = time.Now().Add(-welcomeAge / 2)
+	old, good := s.hellos[0].nonce, s.hellos[1].nonce
+	if _, ok := s.answered(old); ok || !s.waits() {
+		t.Error("a hello counts that is too old")
+	}
+	if age, ok := s.answered(good); !ok || age < welcomeAge/2 || age > welcomeAge || s.waits() {
+		t.Errorf("%s %t", age, ok)
+	}
+	s.greet("s")
+	last := s.hellos[0].nonce
+	s.begin()
+	if _, ok := s.answered(last); ok {
+		t.Error("a hello of the connection before counts")
+	}
+}
+
+func TestWaitsGrowUntilAWelcome(t *testing.T) {
+	var b backoff
+	most := 2 * minBackoff
+	var longest time.Duration
+	for range 200 {
+		d := b.next(false)
+		if d < minBackoff || d > most {
+			t.Fatalf("it waits %s, %s at most", d, most)
+		}
+		longest, most = max(longest, d), min(2*most, maxBackoff)
+	}
+	if longest < maxBackoff/2 {
+		t.Errorf("of two hundred waits the longest is %s", longest)
+	}
+	if d := b.next(true); d > spread {
+		t.Errorf("after a welcome it waits %s", d)
+	}
+	if d := b.next(false); d > 4*minBackoff {
+		t.Errorf("the fault after a welcome is not new: it waits %s", d)
+	}
+}
+
+// A welcome counts for its own connection: see TestWaitsGrowUntilAWelcome.
+func TestAConnectionIsGoodOnceItIsWelcomed(t *testing.T) {
+	_, p, o, d, id, _ := meet(t)
+	if !d.met {
+		t.Error("the welcome is not remembered")
+	}
+	p.cut(false)
+	o.presence(id, false)
+	o.presence(id, true)
+	d.stop()
+	if d.met {
+		t.Error("the connection that nobody welcomed counts as the one before")
+	}
+}
+
+func TestThreeConnectionsInVainAreARefusal(t *testing.T) {
+	refused := 0
+	s := newSession(link{id: newIdentity(t), clock: NewClock(time.Time{}), refused: func() { refused++ }})
+	for i, want := range []int{0, 0, 1, 1, 1, 2} {
+		if s.judge(io.EOF); refused != want {
+			t.Errorf("after %d in vain: refused %d times", i+1, refused)
 		}
 	}
+	for _, said := range []error{packets.ErrorRefusedNotAuthorised, packets.ErrorRefusedBadUsernameOrPassword, packets.ErrorRefusedIDRejected} {
+		before := refused
+		if s.judge(fmt.Errorf("connect: %w", said)); refused != before+1 {
+			t.Errorf("%v is no refusal", said)
+		}
+	}
+}
+
+func TestASlowSessionIsWokenWhenItIsNotSlowAnyMore(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	b := startBroker(t, ca, rules)
+	p, o := newPost(t, b.port), b.office()
+	p.cut(true)
+	d := joinBroker(t, ca, id, p.url(), func(s *session) { s.slow(true) })
+	await(t, "an attempt in vain", p.came)
+	p.open()
+	d.slow(false) // the wait is half an hour at least, whether it has begun or not
+	o.presence(id, true)
 }
 
 func TestWillTellsOfABrokenConnection(t *testing.T) {

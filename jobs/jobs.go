@@ -111,8 +111,9 @@ func (s *Service) SetPolicy(p policy.Policy) {
 }
 
 // Run is the [wire.Handler] of [wire.KindJobRun]: the outcome has a
-// [wire.JobResult] as its body and standard output as its attachment.
-func (s *Service) Run(ctx context.Context, o wire.Order, _ func(done float64)) (wire.Outcome, error) {
+// [wire.JobResult] as its body and standard output as its attachment. It calls
+// progress once, with 0, when the job has its slot.
+func (s *Service) Run(ctx context.Context, o wire.Order, progress func(done float64)) (wire.Outcome, error) {
 	job, err := wire.DecodeBody[wire.JobRun](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -127,6 +128,7 @@ func (s *Service) Run(ctx context.Context, o wire.Order, _ func(done float64)) (
 	if err := s.admit(job); err != nil { // the policy may have changed meanwhile
 		return wire.Outcome{}, err
 	}
+	progress(0)
 	input, err := s.input(ctx, job.Input)
 	if err != nil {
 		return wire.Outcome{}, err

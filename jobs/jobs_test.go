@@ -401,7 +401,7 @@ func TestNoMoreJobsThanSlots(t *testing.T) {
 	why := &wire.Problem{State: wire.Canceled, Code: "canceled", Reason: "the operator canceled it"}
 	waiting := make(chan error)
 	go func() {
-		_, err := s.Run(ctx, order(t, wire.JobRun{Module: blob(idle, "/idle"), Input: "in"}), nil)
+		_, err := s.Run(ctx, order(t, wire.JobRun{Module: blob(idle, "/idle"), Input: "in"}), func(float64) {})
 		waiting <- err
 	}()
 	cancel(why)

@@ -53,7 +53,7 @@ type runCmd struct {
 	State       string   `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder for key, enrolment, journal and chunks (${default})."`
 	Config      string   `env:"DEIMOS_CONFIG" placeholder:"FILE" help:"Configuration file (TOML)."`
 	Coordinator string   `env:"DEIMOS_COORDINATOR" placeholder:"URL" help:"Where to enrol, https://HOST:8443."`
-	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, to join at once. A token other than the one it came with makes a member enrol anew."`
+	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, to join at once. A member needs none; one of another fleet moves it there."`
 	Volume      []string `placeholder:"DIR" help:"Folder for chunks, one a disk; may be repeated. Default: STATE/volumes/main."`
 	Floor       int64    `placeholder:"BYTES" help:"Bytes that chunks leave free on each volume's disk. Default: 512 MiB or 1%, whichever is more."`
 	cli.LogFlags
