@@ -9,6 +9,8 @@
 //   - attack_test.go: what somebody with the broker in hand can send to a
 //     device, and what a device with a good key can tell the coordinator;
 //   - crash_test.go: agents and the coordinator killed in the middle of work;
+//   - chaos_test.go: twenty devices in a storm of kills and bad lines, at the end
+//     of which every effect stands once; CHAOS=30m makes it longer;
 //   - fault_test.go: what goes wrong at users' and owners' hands, and the
 //     sentence and the exit code that they get for it.
 //
