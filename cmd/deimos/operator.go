@@ -61,11 +61,11 @@ func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) 
 	out := io.Writer(os.Stdout)
 	if o.Out != "" {
 		// Before there is a token: one that cannot be kept is not made.
-		f, err := os.OpenFile(o.Out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
-			return &cli.Error{Code: cli.ExitNoCreate, Err: fmt.Errorf("the context file cannot be made: %w", err)}
+		f, open := os.OpenFile(o.Out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if open != nil {
+			return &cli.Error{Code: cli.ExitNoCreate, Err: fmt.Errorf("the context file cannot be made: %w", open)}
 		}
-		defer func() {
+		defer func() { // err is the function's
 			err = errors.Join(err, f.Close())
 			if err != nil {
 				os.Remove(o.Out)
