@@ -11,6 +11,8 @@
 //   - crash_test.go: agents and the coordinator killed in the middle of work;
 //   - chaos_test.go: twenty devices in a storm of kills and bad lines, at the end
 //     of which every effect stands once; CHAOS=30m makes it longer;
+//   - members_test.go: who gets in, who is sent away, who may give orders, and
+//     the life of an order, as the command line shows it;
 //   - fault_test.go: what goes wrong at users' and owners' hands, and the
 //     sentence and the exit code that they get for it.
 //
