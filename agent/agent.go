@@ -481,15 +481,18 @@ func (a *Agent) housekeep(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		now, sure := a.clock.Read()
-		if sure != wire.ClockTrusted {
-			continue // a wrong clock must not make it forget
-		}
-		err := errors.Join(a.journal.forget(now), a.journal.saveFloor(now))
-		if err != nil {
+		if err := a.forget(); err != nil {
 			a.log.Warn("the journal cannot be tidied", "error", err)
 		}
 	}
+}
+
+func (a *Agent) forget() error {
+	now, sure := a.clock.Read()
+	if sure != wire.ClockTrusted {
+		return nil // a wrong clock must not make it forget
+	}
+	return errors.Join(a.journal.forget(now), a.journal.saveFloor(now))
 }
 
 // checkChunks reads every chunk once after the start: Badger cuts a damaged

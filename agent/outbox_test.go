@@ -577,3 +577,52 @@ func TestEveryClassHasItsWorth(t *testing.T) {
 		t.Errorf("%v", worth)
 	}
 }
+
+// TestAStrippedReportHasANumberOfItsOwn while it is owed: an acknowledgement of
+// what was sent before counts too. One that is acknowledged keeps its own.
+func TestAStrippedReportHasANumberOfItsOwn(t *testing.T) {
+	r := newRig(t, nil, small(1<<20, inMemory))
+	r.do(wire.KindJobRun, "a")
+	full, _, _ := r.journal.get("a")
+	owed, err := r.out.strip(full)
+	if err != nil || owed.Seq <= full.Seq || owed.Was != full.Seq || owed.lost <= 0 {
+		t.Errorf("number %d became %d, was %d, lost %d (%v)", full.Seq, owed.Seq, owed.Was, owed.lost, err)
+	}
+	full.Acked = true
+	if known, err := r.out.strip(full); err != nil || known.Seq != full.Seq || known.lost != 0 {
+		t.Errorf("number %d became %d, lost %d (%v)", full.Seq, known.Seq, known.lost, err)
+	}
+}
+
+func TestAWrongClockForgetsNothing(t *testing.T) {
+	j, err := openJournal(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.close()
+	clock := NewClock(time.Time{})
+	clock.system = (&hardware{time.Date(2050, 1, 1, 0, 0, 0, 0, time.UTC)}).now
+	a := &Agent{clock: clock, journal: j}
+	box := outbox{journal: j, bound: 1, clock: clock}
+	look := func() {
+		t.Helper()
+		for what, tidy := range map[string]func() error{"housekeeping": a.forget, "a full outbox": func() error { box.next = time.Time{}; return box.sweep(1, classProof) }} {
+			if err := j.put(entry{Order: "a", Acked: true, Bare: true, Expires: time.Now().Add(-time.Hour)}); err != nil {
+				t.Fatal(err)
+			}
+			if err := tidy(); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+			_, there, err := j.get("a")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if there == clock.trusted {
+				t.Errorf("%s with a trusted clock %t: it is there: %t", what, clock.trusted, there)
+			}
+		}
+	}
+	look()
+	clock.Trust(time.Now(), 0)
+	look()
+}
