@@ -21,7 +21,8 @@ import (
 // Simulation is a fleet of devices in one process: real enrolment, real
 // sessions with the broker, the real dispatcher and outbox, but no disks, no
 // sensors, and a journal that dies with the process. The devices answer
-// device.ping and refuse every other kind. It shows what a coordinator bears.
+// device.ping, take any configuration, and refuse every other kind. It shows what
+// a coordinator bears.
 type Simulation struct {
 	Coordinator string // https://host:port
 	Token       string // fleet token with enough uses: each device has a new key
@@ -116,6 +117,17 @@ type simulated struct {
 	clock  *Clock
 	began  time.Time
 	start  string
+	config atomic.Uint64 // version of the configuration it says it runs
+}
+
+// configure says yes to everything: there is nothing here that it would change.
+func (d *simulated) configure(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	c, err := wire.DecodeBody[wire.ConfigApply](o)
+	if err != nil {
+		return wire.Outcome{}, err
+	}
+	d.config.Store(max(d.config.Load(), c.Version))
+	return wire.Outcome{Body: wire.ConfigReport{Version: c.Version, Running: c.Values}}, nil
 }
 
 func (d *simulated) enrol(ctx context.Context, tok wire.FleetToken) error {
@@ -147,10 +159,13 @@ func (d *simulated) live(ctx context.Context) error {
 	var s *session
 	orders, err := newDispatcher(duties{
 		id: d.id, trusted: trusted, clock: d.clock, journal: newMemoryJournal(),
-		routes: map[wire.Kind]Route{wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
-			d.fleet.orders.Add(1)
-			return pong(ctx, o, p)
-		}}},
+		routes: map[wire.Kind]Route{
+			wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+				d.fleet.orders.Add(1)
+				return pong(ctx, o, p)
+			}},
+			wire.KindConfigApply: {AtOnce: 1, Limit: configLimit, Handle: d.configure},
+		},
 		publish: func(raw []byte) { s.publish(wire.ChannelReport, raw) },
 		log:     d.Log,
 	})
@@ -160,7 +175,7 @@ func (d *simulated) live(ctx context.Context) error {
 	s = newSession(link{
 		id: d.id, brokers: func() []string { return d.member.Brokers }, door: fleet, clock: d.clock, log: d.Log, trusted: trusted,
 		hello: func() wire.Presence {
-			return wire.Presence{Instance: d.start, Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
+			return wire.Presence{Instance: d.start, ConfigVersion: d.config.Load(), Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
 		},
 		receive:  func(raw []byte) error { return orders.receive(ctx, raw) },
 		welcomed: orders.reconnected,
