@@ -5,12 +5,14 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -55,6 +57,7 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	defer os.RemoveAll(scratch)
+	sideBySide()
 	starter = proc.NewStarter()
 	defer starter.End()
 	code = m.Run()
@@ -63,6 +66,17 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	return code
+}
+
+// sideBySide runs two tests a core, unless -parallel was given: they wait more
+// than they work.
+func sideBySide() {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		_ = flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // a number always fits
+	}
 }
 
 func findPrograms() (err error) {
