@@ -257,8 +257,8 @@ func TestAWaitingDeviceOutlastsWhatTheCoordinatorSays(t *testing.T) {
 		min, max time.Duration
 	}{
 		"at once":         {waiting(q, 0), claimMin, claimMin * 5 / 4},
-		"before that":     {waiting(q, -1<<62), claimMin, claimMin * 5 / 4},
-		"in an age":       {waiting(q, 1<<62), claimMax, claimMax * 5 / 4},
+		"before that":     {waiting(q, -1<<31), claimMin, claimMin * 5 / 4},
+		"in an age":       {waiting(q, 1<<31-1), claimMax, claimMax * 5 / 4},
 		"in ten seconds":  {waiting(q, 10), 10 * time.Second, 12500 * time.Millisecond},
 		"too many":        {saying(429, `{"reason":"slowly"}`), enrolMin / 2, claimMax * 3 / 2},
 		"broken":          {saying(500, ``), enrolMin / 2, claimMax * 3 / 2},
