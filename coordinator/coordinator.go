@@ -516,7 +516,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 func (c *Coordinator) serve(ln net.Listener) {
 	c.server = &http.Server{
 		Handler:           c.routes(),
-		ReadHeaderTimeout: 10 * time.Second,
+		ReadHeaderTimeout: 45 * time.Second, // of the TLS handshake too, over a link that is mostly away
 		ReadTimeout:       5 * time.Minute, // an upload over a slow link
 		BaseContext:       func(net.Listener) context.Context { return c.life },
 		IdleTimeout:       2 * time.Minute,

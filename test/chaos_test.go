@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -109,7 +107,7 @@ func newStorm(t *testing.T, length time.Duration, rng *rand.Rand) *storm {
 		var cancel context.CancelFunc
 		f.ctx, cancel = context.WithTimeout(context.Background(), testLimit+2*length+chaosCalm)
 		t.Cleanup(cancel)
-		f.agent = chaosAgent(t)
+		effectAgent(f)
 		f.beat = "2s"
 		f.natsAt = freeAddress(t)
 		s.nats = newWay(t, "nats", f.natsAt, rng.Uint64())
@@ -133,18 +131,6 @@ func newStorm(t *testing.T, length time.Duration, rng *rand.Rand) *storm {
 		t.Fatal(err)
 	}
 	return s
-}
-
-// chaosAgent builds the agent whose effects can be counted.
-func chaosAgent(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(scratch, "chaosagent")
-	build := exec.Command("go", "build", "-o", path, "./chaosagent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("the agent cannot be built: %v: %s", err, out)
-	}
-	return path
 }
 
 func (s *storm) ways() (all []*way) {

@@ -38,6 +38,10 @@ const (
 	// bytes a device, in memory: the devices' account has no file storage.
 	mqttMemory = 256 << 20
 
+	// handshakeTimeout bounds a device's TLS handshake. Its link may be away for
+	// most of the time.
+	handshakeTimeout = 45 * time.Second
+
 	// authTimeout is how long the server waits for the auth callout.
 	authTimeout = 5 * time.Second
 )
@@ -92,7 +96,7 @@ type confValues struct {
 	FromDevices                             []string
 	Orders                                  string
 	MaxPayload, MaxSubs, MaxPending, Memory int
-	AuthTimeout                             int
+	AuthTimeout, HandshakeTimeout           int
 	SyncText                                string
 }
 
@@ -124,7 +128,7 @@ func renderConfig(w io.Writer, c ServerConfig, keys *keyring) error {
 		MaxSubs:     maxDeviceSubs,
 		MaxPending:  maxPending,
 		Memory:      mqttMemory,
-		AuthTimeout: int(authTimeout / time.Second),
+		AuthTimeout: int(authTimeout / time.Second), HandshakeTimeout: int(handshakeTimeout / time.Second),
 		SyncText:    "always",
 	}
 	if c.Sync > 0 {
@@ -185,7 +189,7 @@ mqtt {
     ca_file: {{q .CAFile}}
     verify: true
     min_version: "1.3"
-    timeout: 10
+    timeout: {{.HandshakeTimeout}}
   }
 {{- end}}
   max_ack_pending: 64

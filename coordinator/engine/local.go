@@ -101,7 +101,7 @@ func localOptions(c Config, keys *keyring) (*server.Options, error) {
 		opts.MQTT.Port = server.RANDOM_PORT
 	}
 	opts.MQTT.TLSConfig = requireClientCert(c.TLS)
-	opts.MQTT.TLSTimeout = 10
+	opts.MQTT.TLSTimeout = handshakeTimeout.Seconds()
 	return opts, nil
 }
 
