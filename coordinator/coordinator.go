@@ -517,7 +517,7 @@ func (c *Coordinator) serve(ln net.Listener) {
 	c.server = &http.Server{
 		Handler:           c.routes(),
 		ReadHeaderTimeout: 45 * time.Second, // of the TLS handshake too, over a link that is mostly away
-		ReadTimeout:       5 * time.Minute, // an upload over a slow link
+		ReadTimeout:       5 * time.Minute,  // an upload over a slow link
 		BaseContext:       func(net.Listener) context.Context { return c.life },
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug), // other people's broken handshakes

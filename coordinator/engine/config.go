@@ -129,7 +129,7 @@ func renderConfig(w io.Writer, c ServerConfig, keys *keyring) error {
 		MaxPending:  maxPending,
 		Memory:      mqttMemory,
 		AuthTimeout: int(authTimeout / time.Second), HandshakeTimeout: int(handshakeTimeout / time.Second),
-		SyncText:    "always",
+		SyncText: "always",
 	}
 	if c.Sync > 0 {
 		v.SyncText = c.Sync.String()
