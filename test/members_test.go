@@ -108,14 +108,6 @@ func (d *device) said(text string) int {
 	return bytes.Count(raw, []byte(text))
 }
 
-func (d *device) membership() (m agent.Membership) {
-	d.f.t.Helper()
-	if err := json.Unmarshal(readFile(d.f.t, d.state("identity", "membership.json")), &m); err != nil {
-		d.f.t.Fatal(err)
-	}
-	return m
-}
-
 // TestADeviceIsClaimedByItsCode is zero touch: a device that was given nothing
 // but an address.
 func TestADeviceIsClaimedByItsCode(t *testing.T) {

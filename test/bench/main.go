@@ -37,10 +37,9 @@ import (
 )
 
 var (
-	bin     = flag.String("bin", "bin", "folder with the built programs")
-	fleet   = flag.Int("agents", 1000, "devices for the rows on memory and on coming back")
-	orders  = flag.Int("orders", 10_000, "orders for the row on their rate")
-	profile = flag.String("profile", "", "write the coordinator's processor profile of the orders here")
+	bin    = flag.String("bin", "bin", "folder with the built programs")
+	fleet  = flag.Int("agents", 1000, "devices for the rows on memory and on coming back")
+	orders = flag.Int("orders", 10_000, "orders for the row on their rate")
 )
 
 const (
