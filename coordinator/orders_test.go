@@ -47,6 +47,7 @@ func (d *device) drained(t testing.TB) *atomic.Int64 {
 func TestADeviceIsNeverGivenMoreThanItsWindow(t *testing.T) {
 	w := ownWorld(t)
 	d := w.device(t)
+	w.freeze() // a slow machine must not send anything again
 	d.on(extension, silent)
 	var sent []wire.Order
 	for range window + 10 {
@@ -82,6 +83,7 @@ func TestADeviceIsNeverGivenMoreThanItsWindow(t *testing.T) {
 func TestUnansweredOrdersYieldToFreshOnes(t *testing.T) {
 	w := ownWorld(t)
 	d := w.device(t)
+	w.freeze() // a slow machine must not send anything again
 	d.on(extension, silent)
 	for range window {
 		w.order(t, d, extension)

@@ -43,6 +43,22 @@ type world struct {
 	op  *api.Client
 	// skew is added to the coordinator's clock.
 	skew *atomic.Int64
+	// frozen is where that clock stands still; nil while it runs.
+	frozen *atomic.Pointer[time.Time]
+}
+
+// freeze stops the coordinator's clock: on a busy machine nothing comes due.
+func (w *world) freeze() {
+	now := time.Now()
+	w.frozen.Store(&now)
+}
+
+func (w *world) time() time.Time {
+	now := time.Now()
+	if f := w.frozen.Load(); f != nil {
+		now = *f
+	}
+	return now.Add(time.Duration(w.skew.Load()))
 }
 
 func (w *world) advance(d time.Duration) { w.skew.Add(int64(d)) }
@@ -80,9 +96,9 @@ func testConfig(dir string) Config {
 // open starts a coordinator in dir; the caller closes it.
 func open(t testing.TB, dir string) *world {
 	t.Helper()
-	w := &world{dir: dir, skew: new(atomic.Int64)}
+	w := &world{dir: dir, skew: new(atomic.Int64), frozen: new(atomic.Pointer[time.Time])}
 	cfg := testConfig(dir)
-	cfg.now = func() time.Time { return time.Now().Add(time.Duration(w.skew.Load())) }
+	cfg.now = w.time
 	if os.Getenv("DEIMOS_TEST_LOG") != "" {
 		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
