@@ -198,7 +198,7 @@ func makefileVersion(t *testing.T) string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(text)) {
-		if v, ok := strings.CutPrefix(line, "VERSION := "); ok {
+		if name, v, ok := strings.Cut(line, ":="); ok && strings.TrimSpace(name) == "VERSION" {
 			return strings.TrimSpace(v)
 		}
 	}
