@@ -208,6 +208,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, err
 	}
 	if err := c.openState(ctx); err != nil {
+		if cfg.NATS != "" && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, nats.ErrTimeout)) {
+			err = fmt.Errorf("the message server stopped answering while the coordinator started; start it again when the server is back: %w", err)
+		}
 		return nil, err
 	}
 	if err := c.operatorContext(ln.Addr()); err != nil {

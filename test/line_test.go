@@ -63,8 +63,8 @@ func TestExternalNATS(t *testing.T) {
 	o := f.put("file", data)
 	f.checkPlacements(o, 2)
 	f.checkJobs(o, data[:o.Chunks[0].Size])
-	f.devices[0].checkStorage()
 	victim := f.holdersOf(o, 0)[0]
+	victim.checkStorage()
 	victim.kill()
 	f.checkGet("file", data)
 	victim.start()
@@ -75,6 +75,8 @@ func TestExternalNATS(t *testing.T) {
 	f.startNATS()
 	for _, d := range f.devices {
 		d.awaitOnline()
+	}
+	for _, d := range f.holdersOf(o, 0) {
 		d.checkStorage()
 	}
 	f.checkRemoval("file")
