@@ -220,6 +220,7 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, err
 	}
 	c.ready.Store(c.reg)
+	c.eng.Open()
 	c.serve(ln)
 	return c, nil
 }
@@ -258,7 +259,7 @@ func (c *Coordinator) startEngine(ctx context.Context) error {
 		return err
 	}
 	ec := engine.Config{
-		URL: c.cfg.NATS, Secret: secret, Log: c.log, Sync: orderSync,
+		URL: c.cfg.NATS, Secret: secret, Log: c.log, Sync: orderSync, Hold: true,
 		Authorize: func(ctx context.Context, id wire.DeviceID, cert *x509.Certificate) error {
 			r := c.ready.Load()
 			if r == nil {

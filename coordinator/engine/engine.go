@@ -115,6 +115,10 @@ type Config struct {
 	// after its context ends.
 	Authorize func(ctx context.Context, id wire.DeviceID, cert *x509.Certificate) error
 
+	// Hold keeps devices waiting at the entrance until [Engine.Open]. Embedded
+	// server only: an external one asks Authorize, which has to refuse.
+	Hold bool
+
 	// Sync is how long an acknowledged write may be lost to a power cut:
 	// JetStream calls fsync that often. Zero means before each acknowledgement.
 	// The death of the process alone never loses one. Measured on a virtual
@@ -133,6 +137,13 @@ type Config struct {
 
 	// Log gets what the server and the auth callout have to say; nil drops it.
 	Log *slog.Logger
+}
+
+// Open lets devices in that [Config.Hold] has kept waiting.
+func (e *Engine) Open() {
+	if e.local != nil {
+		e.local.entrance.open()
+	}
 }
 
 // Engine is a running message server, or the connection to one. All methods

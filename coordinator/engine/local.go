@@ -24,6 +24,7 @@ type localServer struct {
 	srv      *server.Server
 	log      *serverLog
 	lock     *os.File
+	entrance *entrance
 	mqttAddr string
 }
 
@@ -34,7 +35,8 @@ func startLocal(ctx context.Context, c Config, keys *keyring) (_ *localServer, e
 	if err != nil {
 		return nil, err
 	}
-	l := &localServer{log: newServerLog(c.Log)}
+	l := &localServer{log: newServerLog(c.Log), entrance: newEntrance(c.Hold)}
+	opts.MQTT.TLSConfig = l.entrance.guard(opts.MQTT.TLSConfig)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.close())
@@ -212,6 +214,7 @@ func globEscape(path string) string {
 // close stops the server and gives the directory back. If the server does not
 // stop in time the directory stays locked, because it may still be written.
 func (l *localServer) close() error {
+	l.entrance.close()
 	if l.srv != nil {
 		stopped := make(chan struct{})
 		go func() {

@@ -1,0 +1,105 @@
+package engine
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// entrance paces devices before their TLS handshake, the first thing that costs
+// something. A fleet that comes back at once would otherwise share the
+// processors so thinly that every login takes too long, fails, and is tried
+// again. Who has to wait does so in its connection, in the order of coming.
+//
+// Nobody passes before [Engine.Open] if [Config.Hold] is set: a coordinator
+// that is reading its state has no time for refusals either.
+type entrance struct {
+	opened chan struct{}
+	closed chan struct{}
+	once   [2]sync.Once // of each channel
+	pace   *rate.Limiter
+	last   atomic.Int64 // when somebody passed, Unix nanoseconds
+	queue  atomic.Int64 // who waits
+}
+
+const (
+	// loginRate is how many devices a second each processor lets in. A login is
+	// a handshake with two certificates, the auth callout and a hello, 2 to 3 ms
+	// of a core.
+	loginRate = 200
+
+	// entranceWait is how long a device waits at most; below handshakeTimeout.
+	entranceWait = 30 * time.Second
+
+	// loginGrace is how long a login may still be under way after the entrance.
+	loginGrace = 500 * time.Millisecond
+)
+
+func newEntrance(hold bool) *entrance {
+	perSecond := loginRate * runtime.GOMAXPROCS(0)
+	e := &entrance{opened: make(chan struct{}), closed: make(chan struct{}), pace: rate.NewLimiter(rate.Limit(perSecond), perSecond/2)}
+	if !hold {
+		e.open()
+	}
+	return e
+}
+
+func (e *entrance) open() { e.once[0].Do(func() { close(e.opened) }) }
+
+// close lets nobody pass any more, and returns when those who have are through:
+// nats-server 2.15 does not bear a login while it shuts down (it ends the
+// process by a nil pointer).
+func (e *entrance) close() {
+	e.once[1].Do(func() { close(e.closed) })
+	time.Sleep(time.Until(time.Unix(0, e.last.Load()).Add(loginGrace)))
+}
+
+var errEntrance = errors.New("too many devices are coming in; this one has to try again")
+
+// pass waits for its turn. Who does not get one is cut off without a TLS alert:
+// an alert would tell the device that something is wrong with it.
+func (e *entrance) pass(h *tls.ClientHelloInfo) error {
+	ctx, cancel := context.WithTimeout(context.Background(), entranceWait)
+	defer cancel()
+	e.queue.Add(1)
+	defer e.queue.Add(-1)
+	go func() {
+		select {
+		case <-e.closed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	select {
+	case <-e.opened:
+	case <-ctx.Done():
+	}
+	if e.pace.Wait(ctx) != nil {
+		h.Conn.Close()
+		return errEntrance
+	}
+	e.last.Store(time.Now().UnixNano())
+	return nil
+}
+
+// guard puts the entrance before a server's TLS.
+func (e *entrance) guard(c *tls.Config) *tls.Config {
+	c = c.Clone()
+	inner := c.GetConfigForClient
+	c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		if err := e.pass(h); err != nil {
+			return nil, err
+		}
+		if inner == nil {
+			return nil, nil
+		}
+		return inner(h)
+	}
+	return c
+}
