@@ -459,7 +459,7 @@ func (s *configs) supersede(ctx context.Context, d wire.DeviceID, current string
 
 // change is an operator's change of one document.
 func (s *configs) change(ctx context.Context, q api.ConfigChange) (api.ConfigDocument, error) {
-	if err := s.checkScope(q.ConfigScope); err != nil {
+	if err := s.checkScope(q.ConfigScope, s.reg.selected); err != nil {
 		return api.ConfigDocument{}, err
 	}
 	set, err := checkValues(q)
@@ -492,14 +492,14 @@ func (s *configs) change(ctx context.Context, q api.ConfigChange) (api.ConfigDoc
 	return s.document(q.ConfigScope, doc), err
 }
 
-// checkScope refuses a scope that there cannot be. A group may be empty: its
-// devices are perhaps still to come.
-func (s *configs) checkScope(scope api.ConfigScope) error {
+// checkScope refuses a scope that there cannot be; resolve finds the device. A
+// group may be empty: its devices are perhaps still to come.
+func (s *configs) checkScope(scope api.ConfigScope, resolve func(api.Selector) ([]api.DeviceRecord, error)) error {
 	switch {
 	case scope.Device != "" && scope.Group != "":
 		return refuse(http.StatusBadRequest, "bad_scope", "name a device or a group, not both: each has a configuration of its own")
 	case scope.Device != "":
-		_, err := s.reg.selected(api.Selector{Devices: []wire.DeviceID{scope.Device}})
+		_, err := resolve(api.Selector{Devices: []wire.DeviceID{scope.Device}})
 		return err
 	case label(scope.Group) != scope.Group:
 		return refuse(http.StatusBadRequest, "bad_scope", "a group's name has at most %d printable bytes", maxLabel)
@@ -609,14 +609,15 @@ func (c *Coordinator) configRoutes() []route {
 				return c.config.change(r.Context(), q)
 			})},
 		{method: "GET", path: v1 + "/config/devices", needs: toRead, summary: "Which configuration devices run, and what they refuse", out: []api.DeviceConfig{},
-			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""}}, handle: c.deviceConfigs},
+			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
+				pageAfter, pageLimit(api.MaxConfigPage)}, handle: c.deviceConfigs},
 	}
 }
 
 func (c *Coordinator) getConfig(w http.ResponseWriter, r *http.Request) error {
 	q := r.URL.Query()
 	scope := api.ConfigScope{Device: wire.DeviceID(q.Get("device")), Group: q.Get("group")}
-	if err := c.config.checkScope(scope); err != nil {
+	if err := c.config.checkScope(scope, c.reg.shown); err != nil {
 		return err
 	}
 	doc, _ := c.config.docs.get(keyOf(scope))
@@ -629,12 +630,16 @@ func (c *Coordinator) deviceConfigs(w http.ResponseWriter, r *http.Request) erro
 	if err != nil {
 		return refuse(http.StatusBadRequest, "bad_selector", "%v", err)
 	}
-	devices, err := c.reg.selected(sel)
+	p, err := parsePage(r.URL.Query(), api.MaxConfigPage)
+	if err != nil {
+		return err
+	}
+	devices, err := c.reg.shown(sel)
 	if err != nil {
 		return err
 	}
 	out := []api.DeviceConfig{}
-	for _, d := range devices {
+	for _, d := range p.of(devices) {
 		v, err := c.config.view(r.Context(), d)
 		if err != nil {
 			return err

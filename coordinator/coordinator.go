@@ -311,6 +311,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 				c.config.trackDevice(d, gone)
 			})
 		},
+		func() (err error) { c.reg.inventories, err = c.eng.KV(ctx, "inventories"); return err },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })

@@ -3,13 +3,21 @@ package coordinator
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"hash/maphash"
 	"maps"
 	"net/http"
+	"net/url"
 	"slices"
+	"strconv"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -17,13 +25,13 @@ func (c *Coordinator) deviceRoutes() []route {
 	return []route{
 		{method: "GET", path: v1 + "/devices", needs: toRead, summary: "List the devices", out: []api.Device{},
 			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
-				{"state", "online, offline or retired", ""}}, handle: c.listDevices},
+				{"state", "online, offline or retired", ""}, pageAfter, pageLimit(api.MaxDevicePage)}, handle: c.listDevices},
 		{method: "PATCH", path: v1 + "/devices", needs: toOperate, summary: "Set the group and labels of devices", in: api.DeviceChange{}, out: []wire.DeviceID{},
 			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) { return c.reg.set(r.Context(), q) })},
 		{method: "GET", path: v1 + "/devices/{id}", needs: toRead, summary: "One device", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
-			d, err := c.reg.device(wire.DeviceID(r.PathValue("id")))
+			v, err := c.reg.show(r.Context(), wire.DeviceID(r.PathValue("id")))
 			if err == nil {
-				writeJSON(w, http.StatusOK, c.reg.view(d))
+				writeJSON(w, http.StatusOK, v)
 			}
 			return err
 		}},
@@ -35,6 +43,37 @@ func (c *Coordinator) deviceRoutes() []route {
 			return err
 		}},
 	}
+}
+
+// page is the part of a list by device that a request asks for.
+type page struct {
+	after wire.DeviceID
+	limit int
+}
+
+var pageAfter = param{"after", "only devices with a greater id: that of the last one of the page before", ""}
+
+func pageLimit(most int) param {
+	return param{"limit", fmt.Sprintf("how many devices; default and at most %d", most), 0}
+}
+
+func parsePage(q url.Values, most int) (page, error) {
+	p := page{wire.DeviceID(q.Get("after")), most}
+	if s := q.Get("limit"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > most {
+			return p, refuse(http.StatusBadRequest, "bad_limit", "limit must be a number from 1 to %d, not %q", most, s)
+		}
+		p.limit = n
+	}
+	return p, nil
+}
+
+// of is the page of a list of all; it sorts it by id.
+func (p page) of(all []api.DeviceRecord) []api.DeviceRecord {
+	all = slices.DeleteFunc(all, func(d api.DeviceRecord) bool { return d.ID <= p.after })
+	slices.SortFunc(all, func(a, b api.DeviceRecord) int { return cmp.Compare(a.ID, b.ID) })
+	return all[:min(len(all), p.limit)]
 }
 
 func (c *Coordinator) listDevices(w http.ResponseWriter, r *http.Request) error {
@@ -49,12 +88,58 @@ func (c *Coordinator) listDevices(w http.ResponseWriter, r *http.Request) error 
 	default:
 		return refuse(http.StatusBadRequest, "bad_state", "a device is online, offline or retired, not %q; \"deimos device pending\" shows who waits to be claimed", label(string(state)))
 	}
-	list := slices.DeleteFunc(c.reg.list(), func(d api.Device) bool {
-		rec := d.DeviceRecord
+	p, err := parsePage(q, api.MaxDevicePage)
+	if err != nil {
+		return err
+	}
+	var all []api.DeviceRecord
+	c.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		rec := d
 		rec.Retired = false // a list shows them too
-		return !s.Matches(rec) || state != "" && d.State != state
+		if s.Matches(rec) && (state == "" || state == stateOf(d, c.reg.online(d.ID))) {
+			all = append(all, d)
+		}
+		return true
 	})
+	list := []api.Device{}
+	for _, d := range p.of(all) {
+		v := c.reg.view(d)
+		v.Telemetry = nil
+		list = append(list, v)
+	}
 	writeJSON(w, http.StatusOK, list)
+	return nil
+}
+
+// show is all that is known of one device.
+func (r *registry) show(ctx context.Context, id wire.DeviceID) (api.Device, error) {
+	d, err := r.device(id)
+	if err != nil {
+		return api.Device{}, err
+	}
+	v := r.view(d)
+	e, err := r.inventories.Get(ctx, string(id))
+	switch {
+	case errors.Is(err, jetstream.ErrKeyNotFound):
+		return v, nil
+	case err != nil:
+		return v, fmt.Errorf("the inventory of device %s cannot be read: %w", id, engine.StoreError(err))
+	}
+	v.Inventory = e.Value()
+	return v, nil
+}
+
+// keepInventory notes what a device has found in itself. It is not part of the
+// device's record: those are in memory, all of them.
+func (r *registry) keepInventory(ctx context.Context, id wire.DeviceID, inventory json.RawMessage) error {
+	if len(inventory) == 0 || len(inventory) > maxInventory {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if _, err := r.inventories.Put(ctx, string(id), inventory); err != nil {
+		return fmt.Errorf("the inventory of device %s cannot be saved: %w", id, engine.StoreError(err))
+	}
 	return nil
 }
 
@@ -79,11 +164,37 @@ func (r *registry) selected(s api.Selector) ([]api.DeviceRecord, error) {
 		return true
 	})
 	if len(out) == 0 && !s.Empty() {
-		return nil, refuse(http.StatusNotFound, wire.CodeNotFound, "no device has all that was asked for; \"deimos device list\" shows groups and labels")
+		return nil, errNobody
 	}
 	slices.SortFunc(out, func(a, b api.DeviceRecord) int { return cmp.Compare(a.ID, b.ID) })
 	return out, nil
 }
+
+// shown is what selected is, for who only looks: a device that is named may be
+// retired.
+func (r *registry) shown(s api.Selector) ([]api.DeviceRecord, error) {
+	if len(s.Devices) == 0 {
+		return r.selected(s)
+	}
+	var out []api.DeviceRecord
+	for _, id := range slices.Compact(slices.Sorted(slices.Values(s.Devices))) {
+		d, err := r.device(id)
+		if err != nil {
+			return nil, err
+		}
+		rec := d
+		rec.Retired = false
+		if s.Matches(rec) {
+			out = append(out, d)
+		}
+	}
+	if len(out) == 0 {
+		return nil, errNobody
+	}
+	return out, nil
+}
+
+var errNobody = refuse(http.StatusNotFound, wire.CodeNotFound, "no device has all that was asked for; \"deimos device list\" shows groups and labels")
 
 // set changes group and labels of all that are meant.
 func (r *registry) set(ctx context.Context, q api.DeviceChange) ([]wire.DeviceID, error) {

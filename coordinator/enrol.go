@@ -111,10 +111,10 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 	}
 	d.CertUntil = until
 	d.Agent, d.OS, d.Arch, d.Board = label(q.Agent), label(q.OS), label(q.Arch), label(q.Board)
-	if len(q.Inventory) <= maxInventory {
-		d.Inventory = q.Inventory
-	}
 	if d, err = c.reg.enrolled(r.Context(), d, isNew); err != nil {
+		return err
+	}
+	if err := c.reg.keepInventory(r.Context(), d.ID, q.Inventory); err != nil {
 		return err
 	}
 	if isNew {

@@ -115,7 +115,7 @@ func (c *Coordinator) orders(ctx context.Context, q api.OrderQuery) (api.OrderLi
 	}
 	var of map[wire.DeviceID]bool
 	if !q.Selector.Empty() {
-		devices, err := c.reg.selected(q.Selector)
+		devices, err := c.reg.shown(q.Selector)
 		if err != nil {
 			return api.OrderList{}, err
 		}

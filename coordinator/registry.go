@@ -16,6 +16,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -25,8 +27,10 @@ import (
 // memory, from the messages that every coordinator hears.
 type registry struct {
 	rows *table[api.DeviceRecord]
-	log  *slog.Logger
-	now  func() time.Time
+	// inventories is what devices have found in themselves, by id.
+	inventories jetstream.KeyValue
+	log         *slog.Logger
+	now         func() time.Time
 
 	// cut takes devices that must not be connected any more.
 	cut chan wire.DeviceID
@@ -148,9 +152,6 @@ func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord, isNew bool)
 		v.Agent, v.OS, v.Arch, v.Board = d.Agent, d.OS, d.Arch, d.Board
 		if !d.CertUntil.IsZero() {
 			v.CertUntil = d.CertUntil
-		}
-		if d.Inventory != nil {
-			v.Inventory = d.Inventory
 		}
 		return nil
 	})
@@ -330,7 +331,7 @@ func (r *registry) mayWork(id wire.DeviceID) bool {
 func (r *registry) view(d api.DeviceRecord) api.Device {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v := api.Device{DeviceRecord: d, State: api.DeviceOffline}
+	v := api.Device{DeviceRecord: d}
 	v.Warnings = nil
 	for _, w := range d.Warnings {
 		if r.now().Sub(w.Last) < warningLife {
@@ -343,13 +344,19 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 			v.Capacity, v.Used = l.capacity, l.used
 		}
 	}
+	v.Online = v.Online && !d.Retired
+	v.State = stateOf(d, v.Online)
+	return v
+}
+
+func stateOf(d api.DeviceRecord, online bool) api.DeviceState {
 	switch {
 	case d.Retired:
-		v.State, v.Online = api.DeviceRetired, false
-	case v.Online:
-		v.State = api.DeviceOnline
+		return api.DeviceRetired
+	case online:
+		return api.DeviceOnline
 	}
-	return v
+	return api.DeviceOffline
 }
 
 // list is every device, sorted by id.

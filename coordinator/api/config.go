@@ -98,7 +98,10 @@ func (c *Client) ChangeConfig(ctx context.Context, q ConfigChange) (ConfigDocume
 	return ask[ConfigDocument](ctx, c, http.MethodPatch, "config", nil, q)
 }
 
+// MaxConfigPage is how many devices one answer tells the configuration of at most.
+const MaxConfigPage = 1000
+
 // DeviceConfigs shows how far each of the devices is.
 func (c *Client) DeviceConfigs(ctx context.Context, s Selector) ([]DeviceConfig, error) {
-	return ask[[]DeviceConfig](ctx, c, http.MethodGet, "config/devices", s.Query(), nil)
+	return pages(ctx, c, "config/devices", s.Query(), MaxConfigPage, func(d DeviceConfig) wire.DeviceID { return d.Device })
 }

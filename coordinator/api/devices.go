@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"strconv"
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
@@ -22,17 +23,16 @@ type DeviceRecord struct {
 	RetiredAt time.Time         `json:"retired_at,omitzero"`
 	// Settled says of a retired device that its orders have been ended and its
 	// chunks counted as lost.
-	Settled   bool            `json:"settled,omitempty"`
-	CertUntil time.Time       `json:"certificate_until,omitzero"` // zero: claimed, and has not come for its certificate yet
-	Agent     string          `json:"agent"`                      // version
-	OS        string          `json:"os"`
-	Arch      string          `json:"arch"`
-	Board     string          `json:"board"`
-	Slot      string          `json:"slot,omitempty"`
-	Capacity  int64           `json:"capacity"` // bytes that may hold chunks
-	Used      int64           `json:"used"`     // bytes of chunks held
-	Inventory json.RawMessage `json:"inventory,omitempty"`
-	Warnings  []Warning       `json:"warnings,omitempty"`
+	Settled   bool      `json:"settled,omitempty"`
+	CertUntil time.Time `json:"certificate_until,omitzero"` // zero: claimed, and has not come for its certificate yet
+	Agent     string    `json:"agent"`                      // version
+	OS        string    `json:"os"`
+	Arch      string    `json:"arch"`
+	Board     string    `json:"board"`
+	Slot      string    `json:"slot,omitempty"`
+	Capacity  int64     `json:"capacity"` // bytes that may hold chunks
+	Used      int64     `json:"used"`     // bytes of chunks held
+	Warnings  []Warning `json:"warnings,omitempty"`
 }
 
 // Warning is something about a device that its fleet manager should look at.
@@ -58,14 +58,16 @@ const (
 	DevicePending DeviceState = "pending" // no member yet, see [Pending]
 )
 
-// Device is a device's record and how it is now.
+// Device is a device's record and how it is now. Lists leave out Telemetry and
+// Inventory, which are tens of kilobytes of each device.
 type Device struct {
 	DeviceRecord
 	State     DeviceState     `json:"state"`
 	Online    bool            `json:"online"`
 	LastSeen  time.Time       `json:"last_seen,omitzero"`
 	Telemetry json.RawMessage `json:"telemetry,omitempty"`
-	Dropped   []wire.Dropped  `json:"dropped,omitempty"` // what its outbox gave up, by its last hello
+	Inventory json.RawMessage `json:"inventory,omitempty"` // as it said when its certificate was made last
+	Dropped   []wire.Dropped  `json:"dropped,omitempty"`   // what its outbox gave up, by its last hello
 }
 
 // DeviceChange changes the devices of a selector. The empty selector means all.
@@ -148,7 +150,29 @@ func (c *Client) DevicesWhere(ctx context.Context, s Selector, state DeviceState
 	if state != "" {
 		q.Set("state", string(state))
 	}
-	return ask[[]Device](ctx, c, http.MethodGet, "devices", q, nil)
+	return pages(ctx, c, "devices", q, MaxDevicePage, func(d Device) wire.DeviceID { return d.ID })
+}
+
+// MaxDevicePage is how many devices one answer lists at most. Labels make a
+// device of up to 5 kB.
+const MaxDevicePage = 10_000
+
+// pages reads a list by device, page after page. A page that is not full is the
+// last.
+func pages[T any](ctx context.Context, c *Client, path string, q url.Values, size int, id func(T) wire.DeviceID) ([]T, error) {
+	all := []T{}
+	q.Set("limit", strconv.Itoa(size))
+	for {
+		page, err := ask[[]T](ctx, c, http.MethodGet, path, q, nil)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		if len(page) < size {
+			return all, nil
+		}
+		q.Set("after", string(id(page[len(page)-1])))
+	}
 }
 
 // Device shows one device.
