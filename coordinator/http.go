@@ -9,9 +9,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -134,6 +136,14 @@ func (c *Coordinator) forOperator(rt route) handler {
 	}
 }
 
+// toTheEnd is for a change of many things: once begun, it is not cut off because
+// who asked has left.
+func (c *Coordinator) toTheEnd(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, end := c.outlive(ctx)
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	return ctx, func() { cancel(); end() }
+}
+
 // bulk tells a plain upload or download from a call.
 func (rt route) bulk() bool {
 	for _, v := range []any{rt.in, rt.out} {
@@ -230,7 +240,7 @@ func (c *Coordinator) releaseRoutes() []route {
 		{method: "PUT", path: v1 + "/repo/{path...}", needs: toRelease, summary: "Upload a file of the update repository", in: bytes.Buffer{}, handle: c.putRepoFile},
 		{method: "POST", path: v1 + "/offers", needs: toRelease, summary: "Offer a release to devices", in: api.OfferRequest{}, out: []api.Order{},
 			handle: answer(func(r *http.Request, q api.OfferRequest) ([]api.Order, error) {
-				return c.releases.offer(r.Context(), q)
+				return c.offer(r.Context(), q)
 			})},
 	}
 }
@@ -270,6 +280,11 @@ func answer[Q, A any](call func(r *http.Request, q Q) (A, error)) handler {
 		if err := decode(w, r, maxRequest, &q); err != nil {
 			return err
 		}
+		if change, ok := any(q).(interface{ CheckChange() error }); ok { // it has a selector
+			if err := change.CheckChange(); err != nil {
+				return refuse(http.StatusBadRequest, wire.CodeBadBody, "%v", err)
+			}
+		}
 		a, err := call(r, q)
 		if err == nil {
 			writeJSON(w, http.StatusOK, a)
@@ -278,9 +293,22 @@ func answer[Q, A any](call func(r *http.Request, q Q) (A, error)) handler {
 	}
 }
 
+// decode reads an operator's request. What it does not know is refused: a
+// misspelt "groups" would mean everybody. Devices' requests, in which unknown
+// fields are passed over, are not read with it.
 func decode(w http.ResponseWriter, r *http.Request, limit int64, into any) error {
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, limit)).Decode(into); err != nil {
-		return refuse(http.StatusBadRequest, wire.CodeBadBody, "the request cannot be read: %v", err)
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, limit))
+	d.DisallowUnknownFields()
+	err := d.Decode(into)
+	if err == nil {
+		if _, more := d.Token(); more == nil {
+			err = errors.New("there is more after its end")
+		} else if more != io.EOF {
+			err = more
+		}
+	}
+	if err != nil {
+		return refuse(http.StatusBadRequest, wire.CodeBadBody, "the request cannot be read: %s", strings.TrimPrefix(err.Error(), "json: "))
 	}
 	return nil
 }

@@ -17,10 +17,10 @@ func TestConfiguration(t *testing.T) {
 	f.enrol(1, false, "--config", owner)
 	d := f.devices[0]
 
-	if said := f.fails(nil, 1, "config", "set", "beat.second=5"); !strings.Contains(said, "beat.seconds") {
+	if said := f.fails(nil, 1, "config", "set", "--all", "beat.second=5"); !strings.Contains(said, "beat.seconds") {
 		t.Errorf("a misspelt key: %s", said)
 	}
-	f.ok(nil, "config", "set", "beat.seconds=60", "log.level=debug")
+	f.ok(nil, "config", "set", "--all", "beat.seconds=60", "log.level=debug")
 	f.ok(nil, "config", "set", "--group", "test", "beat.seconds=5", "jobs.enabled=false", "jobs.max_memory_bytes=1GiB")
 	c := d.awaitConfig(api.ConfigPartly, map[string]string{wire.SettingBeat: "5", wire.SettingLogLevel: `"debug"`, wire.SettingJobs: "false", wire.SettingJobMemory: "268435456"})
 	if r := c.Reported.Refused[wire.SettingJobMemory]; r.Code != wire.CodePolicy || !strings.Contains(r.Reason, "268435456") {
@@ -31,7 +31,7 @@ func TestConfiguration(t *testing.T) {
 	d.kill()
 	d.start()
 	d.awaitOnline()
-	f.ok(nil, "config", "unset", "log.level")
+	f.ok(nil, "config", "unset", "--all", "log.level")
 	d.awaitConfig(api.ConfigPartly, map[string]string{wire.SettingBeat: "5", wire.SettingLogLevel: `"info"`, wire.SettingJobs: "false"})
 
 	// Away, it misses three versions and gets the last.

@@ -18,24 +18,25 @@ import (
 type configCmd struct {
 	Set   configSetCmd   `cmd:"" help:"Want settings of a device, a group or the whole fleet."`
 	Unset configUnsetCmd `cmd:"" help:"Leave settings to the next wider scope, and at last to the devices."`
-	Show  configShowCmd  `cmd:"" help:"Show what is wanted; of a device also what it runs and refuses."`
+	Show  configShowCmd  `cmd:"" help:"Show what is wanted of the whole fleet, a group or a device; of a device also what it runs and refuses."`
 	List  configListCmd  `cmd:"" help:"Show which version devices run, and who refuses what."`
 	Keys  configKeysCmd  `cmd:"" help:"Show what can be set."`
 }
 
 // scope are the flags that name one configuration.
 type scope struct {
-	Device string `xor:"scope" placeholder:"ID" help:"Of this device."`
-	Group  string `xor:"scope" placeholder:"NAME" help:"Of this group. With neither: of the whole fleet."`
+	Device deviceFlag `xor:"scope" placeholder:"ID" help:"Of this device."`
+	Group  name       `xor:"scope" placeholder:"NAME" help:"Of this group."`
 }
 
-func (s scope) api() (api.ConfigScope, error) {
-	if s.Device != "" {
-		if _, err := wire.ParseDeviceID(s.Device); err != nil {
-			return api.ConfigScope{}, &cli.Error{Code: cli.ExitUsage, Err: err}
-		}
-	}
-	return api.ConfigScope{Device: wire.DeviceID(s.Device), Group: s.Group}, nil
+func (s scope) api() api.ConfigScope {
+	return api.ConfigScope{Device: wire.DeviceID(s.Device), Group: string(s.Group)}
+}
+
+// changedScope are those of a change: none given is not yet the whole fleet.
+type changedScope struct {
+	scope
+	All bool `xor:"scope" help:"Of the whole fleet."`
 }
 
 func describe(s api.ConfigScope) string {
@@ -51,7 +52,7 @@ func describe(s api.ConfigScope) string {
 type configSetCmd struct {
 	Values []string `arg:"" name:"key=value" help:"What is wanted, as in beat.seconds=60 jobs.max_memory_bytes=256MiB; \"deimos config keys\" shows all."`
 	Force  bool     `help:"Also keys that the coordinator does not know, for agents that are newer."`
-	scope
+	changedScope
 	cli.Output
 }
 
@@ -60,7 +61,7 @@ func (s *configSetCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	}
-	return changeConfig(ctx, all, s.scope, s.Output, api.ConfigChange{Set: set, Force: s.Force})
+	return changeConfig(ctx, all, s.changedScope, s.Output, api.ConfigChange{Set: set, Force: s.Force})
 }
 
 // parseValues reads KEY=VALUE. A key that this program does not know is left to
@@ -91,18 +92,17 @@ func parseValues(pairs []string) (map[string]json.RawMessage, error) {
 
 type configUnsetCmd struct {
 	Keys []string `arg:"" name:"key" help:"What is not wanted here any more."`
-	scope
+	changedScope
 	cli.Output
 }
 
 func (u *configUnsetCmd) Run(ctx context.Context, all *commands) error {
-	return changeConfig(ctx, all, u.scope, u.Output, api.ConfigChange{Unset: u.Keys})
+	return changeConfig(ctx, all, u.changedScope, u.Output, api.ConfigChange{Unset: u.Keys})
 }
 
-func changeConfig(ctx context.Context, all *commands, s scope, o cli.Output, q api.ConfigChange) error {
-	var err error
-	if q.ConfigScope, err = s.api(); err != nil {
-		return err
+func changeConfig(ctx context.Context, all *commands, s changedScope, o cli.Output, q api.ConfigChange) error {
+	if q.ConfigScope = s.api(); s.All != (q.ConfigScope == api.ConfigScope{}) {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("say whom it is for with --device or --group, or else --all")}
 	}
 	c, err := all.client()
 	if err != nil {
@@ -157,10 +157,7 @@ type configShowCmd struct {
 }
 
 func (s *configShowCmd) Run(ctx context.Context, all *commands) error {
-	sc, err := s.api()
-	if err != nil {
-		return err
-	}
+	sc := s.api()
 	c, err := all.client()
 	if err != nil {
 		return err
@@ -234,14 +231,15 @@ func (l *configListCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	return l.Print(list, func(w io.Writer) error { return writeConfigs(w, list) })
+	return l.Print(list, func(w io.Writer) error {
+		if len(list) == 0 {
+			return writeNobody(w, sel)
+		}
+		return writeConfigs(w, list)
+	})
 }
 
 func writeConfigs(w io.Writer, list []api.DeviceConfig) error {
-	if len(list) == 0 {
-		_, err := fmt.Fprintln(w, "No device has enrolled yet. Make a token with \"deimos token create\".")
-		return err
-	}
 	var rows []string
 	for _, d := range list {
 		runs, notes := "-", []string{}

@@ -50,8 +50,11 @@ func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
 	}
 	return d.Print(list, func(w io.Writer) error {
 		if len(list) == 0 {
-			_, err := fmt.Fprintln(w, "There is no such device. Make a token with \"deimos token create\" to let one in.")
-			return err
+			if state != "" {
+				_, err := fmt.Fprintf(w, "No device that fits is %s.\n", state)
+				return err
+			}
+			return writeNobody(w, s)
 		}
 		var rows []string
 		warned := false
@@ -69,6 +72,16 @@ func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
 		}
 		return err
 	})
+}
+
+// writeNobody says why a list of devices is empty.
+func writeNobody(w io.Writer, s api.Selector) error {
+	text := "No device fits."
+	if s.Empty() {
+		text = "There is no device yet. Make a token with \"deimos token create\" to let one in."
+	}
+	_, err := fmt.Fprintln(w, text)
+	return err
 }
 
 // listDevices is members, and those that wait to be claimed where they fit: they
@@ -98,11 +111,15 @@ type deviceShowCmd struct {
 }
 
 func (d *deviceShowCmd) Run(ctx context.Context, all *commands) error {
+	id, err := wire.ParseDeviceID(d.ID)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
 	c, err := all.client()
 	if err != nil {
 		return err
 	}
-	v, err := c.Device(ctx, d.ID)
+	v, err := c.Device(ctx, string(id))
 	if err != nil {
 		return err
 	}
@@ -148,11 +165,10 @@ func writeDevice(w io.Writer, d api.Device) error {
 }
 
 type deviceSetCmd struct {
-	targets
-	All         bool     `help:"Change every device of the fleet."`
+	changed
 	SetGroup    *string  `placeholder:"NAME" help:"Group that they join; an empty name takes them out of theirs."`
-	SetLabel    []string `placeholder:"KEY=VALUE" help:"Label that they get; may be repeated."`
-	RemoveLabel []string `placeholder:"KEY" help:"Label that they lose; may be repeated."`
+	SetLabel    []string `sep:"none" placeholder:"KEY=VALUE" help:"Label that they get; may be repeated."`
+	RemoveLabel []string `sep:"none" placeholder:"KEY" help:"Label that they lose; may be repeated."`
 	cli.Output
 }
 
@@ -160,9 +176,6 @@ func (d *deviceSetCmd) Run(ctx context.Context, all *commands) error {
 	s, err := d.selector()
 	if err != nil {
 		return err
-	}
-	if s.Empty() != d.All {
-		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("say which devices to change with --device, --group or --label, or else --all")}
 	}
 	labels, err := parseLabels(d.SetLabel)
 	if err != nil {
@@ -213,7 +226,7 @@ func (d *devicePendingCmd) Run(ctx context.Context, all *commands) error {
 type deviceClaimCmd struct {
 	Code  string   `arg:"" help:"Claim code, as the device shows it."`
 	Group string   `help:"Group that it joins." placeholder:"NAME"`
-	Label []string `help:"Label that it gets; may be repeated." placeholder:"KEY=VALUE"`
+	Label []string `sep:"none" help:"Label that it gets; may be repeated." placeholder:"KEY=VALUE"`
 	cli.Output
 }
 

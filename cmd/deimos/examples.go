@@ -23,7 +23,7 @@ func (*orderCmd) Help() string {
 }
 
 func (*configCmd) Help() string {
-	return `  deimos config set beat.seconds=60                                for the whole fleet
+	return `  deimos config set beat.seconds=60 --all                          for the whole fleet
   deimos config set jobs.slots=2 --group attic                     for a group
   deimos config show --device aaaabbbbccccddddeeeeffff             what one runs, and what it refuses
   deimos config list                                               who is behind`

@@ -16,14 +16,14 @@ import (
 )
 
 type logCmd struct {
-	Since  lifetime `default:"24h" help:"How far back to look (${default})."`
-	Actor  string   `placeholder:"NAME" help:"What this operator did; also device:ID or coordinator."`
-	Action string   `placeholder:"ACTION" help:"This action, as in device.retire, or all of a kind, as in device."`
-	Device string   `placeholder:"ID" help:"What this device did or what was done to it by name."`
-	Limit  int      `default:"100" help:"At most so many, the newest; 0 means all (${default})."`
-	Follow bool     `short:"f" help:"Go on with what comes."`
-	Verify bool     `help:"Check that no entry was altered or removed, from the first to the last."`
-	Noted  string   `placeholder:"HEAD" help:"With --verify: the head that an earlier check printed; the log up to there must be the same."`
+	Since  lifetime   `default:"24h" help:"How far back to look (${default})."`
+	Actor  name       `placeholder:"NAME" help:"What this operator did; also device:ID or coordinator."`
+	Action name       `placeholder:"ACTION" help:"This action, as in device.retire, or all of a kind, as in device."`
+	Device deviceFlag `placeholder:"ID" help:"What this device did or what was done to it by name."`
+	Limit  int        `default:"100" help:"At most so many, the newest; 0 means all (${default})."`
+	Follow bool       `short:"f" help:"Go on with what comes."`
+	Verify bool       `help:"Check that no entry was altered or removed, from the first to the last."`
+	Noted  string     `placeholder:"HEAD" help:"With --verify: the head that an earlier check printed; the log up to there must be the same."`
 	cli.Output
 }
 
@@ -31,14 +31,7 @@ type logCmd struct {
 const followEvery = 2 * time.Second
 
 func (l *logCmd) Run(ctx context.Context, all *commands) error {
-	f := api.LogFilter{Since: time.Now().Add(-time.Duration(l.Since)), Actor: l.Actor, Action: l.Action}
-	if l.Device != "" {
-		id, err := wire.ParseDeviceID(l.Device)
-		if err != nil {
-			return &cli.Error{Code: cli.ExitUsage, Err: err}
-		}
-		f.Device = id
-	}
+	f := api.LogFilter{Since: time.Now().Add(-time.Duration(l.Since)), Actor: string(l.Actor), Action: string(l.Action), Device: wire.DeviceID(l.Device)}
 	if l.Limit < 0 || l.Noted != "" && !l.Verify {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("--limit is 0 or more, and --noted goes with --verify")}
 	}

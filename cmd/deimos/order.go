@@ -191,17 +191,22 @@ type orderCancelCmd struct {
 	Pending bool     `help:"All orders that have not ended, of the devices that are meant."`
 	Reason  string   `placeholder:"TEXT" help:"Why, for the record."`
 	Yes     bool     `help:"Do it, if more than one order is meant."`
-	targets
+	changed
 	cli.Output
 }
 
 func (o *orderCancelCmd) Run(ctx context.Context, all *commands) error {
-	sel, err := o.selector()
+	sel, err := o.targets.selector()
 	if err != nil {
 		return err
 	}
-	if o.Pending == (len(o.IDs) > 0) || !o.Pending && !sel.Empty() {
-		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("name either DEVICE ORDER... or --pending, with --device, --group or --label for some devices only")}
+	if o.Pending == (len(o.IDs) > 0) || !o.Pending && (o.All || !sel.Empty()) {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("name either DEVICE ORDER... or --pending, with --device, --group or --label for some devices, or --all")}
+	}
+	if o.Pending {
+		if _, err := o.selector(); err != nil {
+			return err
+		}
 	}
 	c, err := all.client()
 	if err != nil {
@@ -217,7 +222,7 @@ func (o *orderCancelCmd) Run(ctx context.Context, all *commands) error {
 			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done; say --yes to cancel them all")}
 		}
 	}
-	var done []api.Order
+	done := []api.Order{}
 	var failed []error
 	for _, s := range list {
 		v, err := c.CancelOrder(ctx, s.Device, s.ID, api.CancelRequest{Reason: o.Reason})
@@ -233,6 +238,9 @@ func (o *orderCancelCmd) Run(ctx context.Context, all *commands) error {
 		}
 	}
 	err = o.Print(done, func(w io.Writer) error {
+		if len(list) == 0 {
+			fmt.Fprintln(w, "There is no open order to cancel.")
+		}
 		for _, v := range done {
 			fmt.Fprintf(w, "%s  %s  cancel asked (order %s); it ends when the device says so\n", v.Order.ID, v.Order.Device, v.Cancel.Order)
 		}
@@ -272,8 +280,7 @@ type orderSendCmd struct {
 	Body string        `arg:"" optional:"" default:"{}" help:"Its body, JSON."`
 	Life time.Duration `placeholder:"DURATION" help:"How long devices may take; default: as is usual for the kind."`
 	Key  string        `placeholder:"TEXT" help:"Makes a repeat of this command send nothing twice, for a day."`
-	Yes  bool          `help:"Do it, if all devices are meant."`
-	targets
+	changed
 	cli.Output
 }
 
@@ -282,11 +289,8 @@ func (o *orderSendCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	switch {
-	case !json.Valid([]byte(o.Body)):
+	if !json.Valid([]byte(o.Body)) {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("the body is not valid JSON")}
-	case sel.Empty() && !o.Yes:
-		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("this is for every device of the fleet: name some with --device, --group or --label, or say --yes")}
 	}
 	c, err := all.client()
 	if err != nil {

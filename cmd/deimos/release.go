@@ -147,20 +147,21 @@ func upload(ctx context.Context, c *api.Client, dir string) error {
 
 type releaseOfferCmd struct {
 	Version string `arg:"" help:"Published version."`
-	targets
+	changed
 	Wait time.Duration `help:"Wait up to this long for the outcome."`
 	cli.Output
 }
 
 func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
+	sel, err := r.selector()
+	if err != nil {
+		return err
+	}
 	c, err := all.client()
 	if err != nil {
 		return err
 	}
-	q := api.OfferRequest{Version: r.Version, Target: repo.TargetName(r.Version)}
-	if q.Selector, err = r.selector(); err != nil {
-		return err
-	}
+	q := api.OfferRequest{Version: r.Version, Target: repo.TargetName(r.Version), Selector: sel}
 	list, err := c.Offer(ctx, q)
 	if err != nil {
 		return err

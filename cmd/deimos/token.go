@@ -22,7 +22,7 @@ type tokenCmd struct {
 type tokenCreateCmd struct {
 	Name  string        `help:"What it is for, as a note." placeholder:"TEXT"`
 	Group string        `help:"Group that the devices join." placeholder:"NAME"`
-	Label []string      `help:"Label that the devices get; may be repeated." placeholder:"KEY=VALUE"`
+	Label []string      `sep:"none" help:"Label that the devices get; may be repeated." placeholder:"KEY=VALUE"`
 	Uses  int           `default:"1" help:"How many devices may use it (${default})."`
 	Valid time.Duration `default:"24h" help:"How long it can be used (${default})."`
 	cli.Output
@@ -109,13 +109,9 @@ func (t *tokenRevokeCmd) Run(ctx context.Context, all *commands) error {
 
 // parseLabels reads flags of the form KEY=VALUE.
 func parseLabels(flags []string) (map[string]string, error) {
-	out := make(map[string]string, len(flags))
-	for _, f := range flags {
-		k, v, err := api.ParseLabel(f)
-		if err != nil {
-			return nil, &cli.Error{Code: cli.ExitUsage, Err: err}
-		}
-		out[k] = v
+	out, err := api.ParseLabels(flags)
+	if err != nil {
+		return nil, &cli.Error{Code: cli.ExitUsage, Err: err}
 	}
 	return out, nil
 }

@@ -21,7 +21,7 @@ type jobRunCmd struct {
 	Module string        `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
 	Input  string        `required:"" placeholder:"NAME" help:"Stored file to run over."`
 	Chunk  int           `default:"0" help:"Which chunk of it, from 0."`
-	Device string        `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
+	Device deviceFlag    `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
 	Arg    []string      `help:"Argument for the module; may be repeated."`
 	Memory int64         `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
 	CPU    time.Duration `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`

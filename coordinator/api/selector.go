@@ -11,14 +11,37 @@ import (
 )
 
 // Selector says which devices are meant: those that fit everything that is
-// given. The empty one means every device. Retired devices are never meant.
+// given. The empty one means every device, where something is only read; what
+// changes devices wants All said too (see [Selector.CheckChange]). Retired
+// devices are never meant.
 type Selector struct {
 	Devices []wire.DeviceID   `json:"devices,omitempty"` // one of these
 	Groups  []string          `json:"groups,omitempty"`  // in one of these
 	Labels  map[string]string `json:"labels,omitempty"`  // with all of these
+	All     bool              `json:"all,omitempty"`     // of a change: every device, and nothing else is given
 }
 
-// Empty tells whether s means every device.
+// CheckChange refuses a selector that does not say plainly whom a change is
+// for: what was left out or misspelt must not become the whole fleet.
+func (s Selector) CheckChange() error {
+	switch {
+	case s.Empty() && !s.All:
+		return errNobody
+	case !s.Empty() && s.All:
+		return errAllAndSome
+	case slices.Contains(s.Groups, ""):
+		return errEmptyGroup
+	}
+	return nil
+}
+
+var (
+	errNobody     = errors.New("say which devices are meant, by id, group or label, or \"all\"")
+	errAllAndSome = errors.New("all devices are meant, or only some: say one of the two")
+	errEmptyGroup = errors.New("a group has a name; this one is empty")
+)
+
+// Empty tells whether s names no device, group or label.
 func (s Selector) Empty() bool {
 	return len(s.Devices) == 0 && len(s.Groups) == 0 && len(s.Labels) == 0
 }
@@ -65,18 +88,15 @@ func ParseSelector(q url.Values) (Selector, error) {
 		}
 		s.Devices = append(s.Devices, d)
 	}
-	s.Groups = q["group"]
-	for _, v := range q["label"] {
-		k, val, err := ParseLabel(v)
-		if err != nil {
-			return s, err
+	for _, g := range q["group"] {
+		if g == "" {
+			return s, errEmptyGroup
 		}
-		if s.Labels == nil {
-			s.Labels = make(map[string]string)
-		}
-		s.Labels[k] = val
+		s.Groups = append(s.Groups, g)
 	}
-	return s, nil
+	var err error
+	s.Labels, err = ParseLabels(q["label"])
+	return s, err
 }
 
 // MaxLabelBytes bounds a group's name and a label's key and value.
@@ -91,6 +111,25 @@ func ParseLabel(s string) (key, value string, err error) {
 		return "", "", fmt.Errorf("%q: %w", s, errLabel)
 	}
 	return key, value, nil
+}
+
+// ParseLabels reads a list of KEY=VALUE; nil for none. No key can have two values.
+func ParseLabels(list []string) (map[string]string, error) {
+	var out map[string]string
+	for _, s := range list {
+		k, v, err := ParseLabel(s)
+		if err != nil {
+			return nil, err
+		}
+		if before, twice := out[k]; twice && before != v {
+			return nil, fmt.Errorf("label %s is given twice, as %q and %q: a device has only one of it", k, before, v)
+		}
+		if out == nil {
+			out = make(map[string]string)
+		}
+		out[k] = v
+	}
+	return out, nil
 }
 
 // CheckLabel tells whether a label can be kept.

@@ -37,7 +37,7 @@ func TestASelectorMeansDevicesThatFitAllOfIt(t *testing.T) {
 		"one label of two":         {Selector{Labels: map[string]string{"site": "n", "none": "1"}}, d, false},
 		"its id, another group":    {Selector{Devices: []wire.DeviceID{deviceA}, Groups: []string{"x"}}, d, false},
 		"its group, another label": {Selector{Groups: []string{"shop"}, Labels: map[string]string{"site": "s"}}, d, false},
-		"all of it":                {Selector{[]wire.DeviceID{deviceA}, []string{"shop"}, map[string]string{"site": "n"}}, d, true},
+		"all of it":                {Selector{Devices: []wire.DeviceID{deviceA}, Groups: []string{"shop"}, Labels: map[string]string{"site": "n"}}, d, true},
 	} {
 		if got := c.s.Matches(c.d); got != c.want {
 			t.Errorf("%s: %t", name, got)
@@ -51,7 +51,7 @@ func TestASelectorSurvivesItsQuery(t *testing.T) {
 		{Devices: []wire.DeviceID{deviceA, deviceB}},
 		{Groups: []string{"a group", "b&c=d", "ü"}},
 		{Labels: map[string]string{"a/b.c-d_e": "x = y", "empty": ""}},
-		{[]wire.DeviceID{deviceA}, []string{""}, map[string]string{"k": "=", "l": "%00+&"}},
+		{Devices: []wire.DeviceID{deviceA}, Groups: []string{" "}, Labels: map[string]string{"k": "=", "l": "%00+&"}},
 	} {
 		q, err := url.ParseQuery(s.Query().Encode())
 		if err != nil {
@@ -69,13 +69,28 @@ func TestASelectorSurvivesItsQuery(t *testing.T) {
 
 // TestABadSelectorMeansNobody: what cannot be read must not widen to the whole fleet.
 func TestABadSelectorMeansNobody(t *testing.T) {
-	for _, query := range []string{"device=x", "device=", "device=" + string(deviceA) + "x", "label=", "label=a", "label==v", "label=a b=c", "label=a=%00", "label=a=" + strings.Repeat("x", MaxLabelBytes+1)} {
+	for _, query := range []string{"device=x", "device=", "group=", "group=a&group=", "label=a=b&label=a=c", "device=" + string(deviceA) + "x", "label=", "label=a", "label==v", "label=a b=c", "label=a=%00", "label=a=" + strings.Repeat("x", MaxLabelBytes+1)} {
 		q, err := url.ParseQuery(query)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if s, err := ParseSelector(q); err == nil {
 			t.Errorf("%q is taken for %+v", query, s)
+		}
+	}
+}
+
+func TestAChangeSaysWhomItIsFor(t *testing.T) {
+	some := Selector{Groups: []string{"g"}}
+	for _, s := range []Selector{some, {All: true}} {
+		if err := s.CheckChange(); err != nil {
+			t.Errorf("%+v: %v", s, err)
+		}
+	}
+	some.All = true
+	for _, s := range []Selector{{}, some, {Groups: []string{""}}} {
+		if s.CheckChange() == nil {
+			t.Errorf("%+v is taken", s)
 		}
 	}
 }

@@ -52,16 +52,23 @@ func Exit(name string, err error) {
 	if err == nil {
 		os.Exit(0)
 	}
-	code := ExitFailed
-	var e *Error
-	if errors.As(err, &e) {
-		code = e.Code
-	}
 	if errors.Is(err, context.Canceled) {
 		os.Exit(130) // the person knows: it was their Ctrl-C
 	}
 	fmt.Fprintf(Plain(os.Stderr), "%s: %v\n", name, err)
-	os.Exit(code)
+	os.Exit(CodeOf(err))
+}
+
+// CodeOf is the exit code of an error.
+func CodeOf(err error) int {
+	var e *Error
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &e):
+		return e.Code
+	}
+	return ExitFailed
 }
 
 // Parse reads the command line into grammar, runs the command it names and ends
