@@ -332,7 +332,7 @@ func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
 	if list, err := w.op.DevicesWhere(ctx, api.Selector{Groups: []string{"attic"}}, api.DeviceRetired); err != nil || len(list) != 1 {
 		t.Errorf("%+v %v", list, err)
 	}
-	if ids, err := w.op.ChangeDevices(ctx, api.DeviceChange{SetGroup: &none}); err != nil || len(ids) != 1 || ids[0] != b.id {
+	if ids, err := w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{All: true}, SetGroup: &none}); err != nil || len(ids) != 1 || ids[0] != b.id {
 		t.Errorf("all: %v %v", ids, err)
 	}
 	many := map[string]string{}
@@ -344,6 +344,7 @@ func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
 		change api.DeviceChange
 		code   string
 	}{{api.DeviceChange{}, wire.CodeBadBody}, {api.DeviceChange{SetGroup: &bad}, "bad_group"}, {api.DeviceChange{SetLabels: many}, "bad_label"}} {
+		c.change.All = c.code != wire.CodeBadBody
 		_, err := w.op.ChangeDevices(ctx, c.change)
 		wantRefusal(t, err, http.StatusBadRequest, c.code)
 	}
