@@ -49,9 +49,10 @@ const (
 
 // waiting are the devices that wait to be claimed.
 //
-// The table is bounded. When it is full, those that came once and never again go
-// first, the oldest of them before: a flood of made-up keys pushes out itself
-// before it pushes out a device that keeps asking.
+// The table is bounded. When it is full, the network from which most wait gives
+// way: whoever makes up keys pushes out its own, and the device that is alone in
+// its network is the last to go. Of one network, those that came once and never
+// again go first, the oldest of them before.
 type waiting struct {
 	rows  *table[PendingRecord]
 	ca    [16]byte // the authority's fingerprint, for the codes
@@ -117,7 +118,7 @@ func (p *waiting) knock(ctx context.Context, q wire.EnrolRequest, key ed25519.Pu
 			return errRejected
 		}
 		next := fresh
-		next.First, next.Last = v.First, v.Last
+		next.First, next.Last, next.Address = v.First, v.Last, v.Address // see site: a copied request moves nobody
 		again := v.Last.Equal(v.First) // that it came again is what saves it from makeRoom
 		if !again && now.Sub(v.Last) < pendingWrite {
 			return errUnchanged
@@ -151,12 +152,32 @@ func (p *waiting) makeRoom(ctx context.Context) error {
 		return 1
 	}
 	slices.SortFunc(all, func(a, b PendingRecord) int { return cmp.Or(cmp.Compare(rank(a), rank(b)), a.Last.Compare(b.Last)) })
+	// Who has the most others of its site behind it goes: that levels the largest.
+	behind, of := make(map[wire.DeviceID]int, len(all)), make(map[string]int)
+	for _, v := range slices.Backward(all) {
+		where := site(v.Address)
+		behind[v.Device] = of[where]
+		of[where]++
+	}
+	slices.SortStableFunc(all, func(a, b PendingRecord) int { return cmp.Compare(behind[b.Device], behind[a.Device]) })
 	for _, v := range all[:min(len(all), over+p.most/100)] {
 		if err := p.remove(ctx, v.Device); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// full tells whether somebody may have been pushed out just now; makeRoom leaves
+// room for a hundredth.
+func (p *waiting) full() bool { return p.count() >= p.most-p.most/100 }
+
+// site is whose addresses are believed to be one party's: an IPv4 /24, an IPv6 /48.
+func site(address string) string {
+	if p, ok := prefix(address, 24, 48); false && ok {
+		return p.String()
+	}
+	return address+"x"+time.Now().String()
 }
 
 // remove forgets a device that waits.
@@ -197,7 +218,11 @@ func (p *waiting) find(code string) (PendingRecord, error) {
 	d, ok := p.codes[code]
 	p.mu.Unlock()
 	v, there := p.rows.get(string(d))
-	if !ok || !there || p.over(v) {
+	switch found := ok && there && !p.over(v); {
+	case !found && p.full():
+		return v, refuse(http.StatusNotFound, wire.CodeNotFound,
+			"no device waits under the code %s. The table of devices that wait is full (%d), and this one may have been pushed out: restart it so that it asks again, and claim it at once; or enrol it with a fleet token (\"deimos token create\")", code, p.most)
+	case !found:
 		return v, refuse(http.StatusNotFound, wire.CodeNotFound,
 			"no device waits under the code %s; \"deimos device pending\" lists the codes of all that do. A device that shows a code which is not among them speaks with another coordinator, or somebody stands between", code)
 	}
@@ -247,6 +272,7 @@ func (c *Coordinator) claim(r *http.Request, q api.Claim) (api.Device, error) {
 	if err != nil {
 		return api.Device{}, err
 	}
+	about(r.Context(), p.Device)
 	defer c.enrolling.lock(string(p.Device))()
 	rec, err := c.reg.enrolled(r.Context(), api.DeviceRecord{
 		ID: p.Device, PublicKey: p.PublicKey, Group: q.Group, Labels: q.Labels, Enrolled: c.now().UTC(),
@@ -266,6 +292,7 @@ func (c *Coordinator) rejectClaim(ctx context.Context, code string) error {
 	if err != nil {
 		return err
 	}
+	about(ctx, p.Device)
 	_, err = c.waiting.rows.change(ctx, string(p.Device), func(v *PendingRecord, exists bool) error {
 		if !exists {
 			return errNotFound

@@ -26,7 +26,16 @@ type compute struct {
 	wait time.Duration
 }
 
-const jobLife = 15 * time.Minute // from order to report, waiting included
+// jobLife is how long a job takes at most from order to report beside its own
+// time: waiting, moving module and output.
+const jobLife = 15 * time.Minute
+
+// lifeOfJob leaves a job all the time that it may run. The device refuses a limit
+// above its own.
+func lifeOfJob(l wire.JobLimits) time.Duration {
+	wall := time.Duration(min(max(l.WallSeconds, 0), maxLife.Seconds()) * float64(time.Second))
+	return min(jobLife+wall, maxLife)
+}
 
 // run carries out an operator's job and waits for it.
 func (c *compute) run(ctx context.Context, r api.JobRequest) (api.Job, error) {
@@ -73,6 +82,7 @@ func (c *compute) runOn(ctx context.Context, d wire.DeviceID, module string, arg
 	if err != nil {
 		return api.Job{}, err
 	}
+	about(ctx, string(d), order.ID)
 	wait := ctx
 	if c.wait > 0 {
 		var cancel context.CancelFunc
@@ -123,11 +133,12 @@ func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args
 	}
 	ref := blobRef{moduleBlob, module}
 	size := int64(len(code))
-	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: c.outbox.now().Add(jobLife)})
+	life := lifeOfJob(limits)
+	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: c.outbox.now().Add(life)})
 	return c.outbox.submit(ctx, d, wire.KindJobRun, wire.JobRun{
 		Module: wire.Blob{SHA256: module, Size: size, URL: u},
 		Args:   args, Input: input, Limits: limits,
-	}, jobLife)
+	}, life)
 }
 
 // module gets a module that was uploaded before.

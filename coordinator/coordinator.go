@@ -349,7 +349,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.audits.compute = c.compute
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
-	c.releases = &releases{files: repo, cache: cache, outbox: c.outbox, reg: c.reg}
+	c.releases = &releases{files: repo, cache: cache}
 	c.storage.resume()
 	if c.cfg.NATS == "" {
 		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one

@@ -27,7 +27,11 @@ func (c *Coordinator) deviceRoutes() []route {
 			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
 				{"state", "online, offline or retired", ""}, pageAfter, pageLimit(api.MaxDevicePage)}, handle: c.listDevices},
 		{method: "PATCH", path: v1 + "/devices", needs: toOperate, summary: "Set the group and labels of devices", in: api.DeviceChange{}, out: []wire.DeviceID{},
-			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) { return c.reg.set(r.Context(), q) })},
+			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) {
+				ctx, cancel := c.toTheEnd(r.Context())
+				defer cancel()
+				return c.reg.set(ctx, q)
+			})},
 		{method: "GET", path: v1 + "/devices/{id}", needs: toRead, summary: "One device", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
 			v, err := c.reg.show(r.Context(), wire.DeviceID(r.PathValue("id")))
 			if err == nil {
@@ -196,7 +200,8 @@ func (r *registry) shown(s api.Selector) ([]api.DeviceRecord, error) {
 
 var errNobody = refuse(http.StatusNotFound, wire.CodeNotFound, "no device has all that was asked for; \"deimos device list\" shows groups and labels")
 
-// set changes group and labels of all that are meant.
+// set changes group and labels of all that are meant, or of none if one of them
+// cannot be.
 func (r *registry) set(ctx context.Context, q api.DeviceChange) ([]wire.DeviceID, error) {
 	var group string
 	if q.SetGroup != nil {
@@ -212,7 +217,13 @@ func (r *registry) set(ctx context.Context, q api.DeviceChange) ([]wire.DeviceID
 	if err != nil {
 		return nil, err
 	}
+	for _, d := range devices {
+		if err := place(&d, q); err != nil && !errors.Is(err, errUnchanged) {
+			return nil, err
+		}
+	}
 	ids := []wire.DeviceID{}
+	defer func() { about(ctx, ids...) }()
 	for _, d := range devices {
 		_, err := r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
 			if !exists || v.Retired {
@@ -220,6 +231,9 @@ func (r *registry) set(ctx context.Context, q api.DeviceChange) ([]wire.DeviceID
 			}
 			return place(v, q)
 		})
+		if err != nil && len(ids) > 0 {
+			return nil, partly(fmt.Sprintf("%d of %d devices were changed, up to %s", len(ids), len(devices), ids[len(ids)-1]), err)
+		}
 		if err != nil {
 			return nil, err
 		}

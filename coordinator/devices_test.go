@@ -1,15 +1,24 @@
 package coordinator
 
 import (
+	"context"
+	"crypto/ed25519"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -112,4 +121,171 @@ func TestAClientReadsAllPages(t *testing.T) {
 	if err != nil || len(list) != more || list[more-1].Device != wire.DeviceID(fmt.Sprintf("d%05d", more-1)) {
 		t.Errorf("%d devices, want %d: %v", len(list), more, err)
 	}
+}
+
+// failing is a bucket that cannot write some records.
+type failing struct {
+	jetstream.KeyValue
+	fails func(key string) bool
+}
+
+var errFull = errors.New("the disk is full")
+
+func (f failing) Update(ctx context.Context, key string, v []byte, last uint64) (uint64, error) {
+	if f.fails(key) {
+		return 0, errFull
+	}
+	return f.KeyValue.Update(ctx, key, v, last)
+}
+
+func (f failing) Create(ctx context.Context, key string, v []byte, opts ...jetstream.KVCreateOpt) (uint64, error) {
+	if f.fails(key) {
+		return 0, errFull
+	}
+	return f.KeyValue.Create(ctx, key, v, opts...)
+}
+
+// two are devices in the order of their ids.
+func (w *world) two(t testing.TB) (first, second *device) {
+	first, second = w.enrolled(t), w.enrolled(t)
+	if first.id > second.id {
+		first, second = second, first
+	}
+	return first, second
+}
+
+func (w *world) last(t testing.TB) api.LogEntry {
+	list := w.entries(t)
+	return list[len(list)-1]
+}
+
+func TestRefusedMeansThatNothingWasChanged(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	first, second := w.two(t)
+	full := map[string]string{}
+	for i := range maxLabels {
+		full[fmt.Sprint("l", i)] = ""
+	}
+	_, err := w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{Devices: []wire.DeviceID{second.id}}, SetLabels: full})
+	must(t, err)
+	old := "cellar"
+	_, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{Devices: []wire.DeviceID{first.id, second.id}}, SetGroup: &old})
+	must(t, err)
+	both := api.Selector{Groups: []string{old}}
+	_, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: both, SetLabels: map[string]string{"one": "more"}})
+	wantRefusal(t, err, http.StatusBadRequest, "bad_label")
+	if e := w.last(t); e.Outcome != api.LogRefused {
+		t.Errorf("%+v", e)
+	}
+	if d, _ := w.reg.device(first.id); len(d.Labels) != 0 {
+		t.Errorf("a change that was refused left %v", d.Labels)
+	}
+	// What goes wrong in the middle is no refusal, and what was done is named.
+	w.reg.rows.kv = failing{w.reg.rows.kv, func(key string) bool { return key == string(second.id) }}
+	group := "attic"
+	_, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: both, SetGroup: &group})
+	wantRefusal(t, err, http.StatusInternalServerError, "partly_done")
+	if e := w.last(t); e.Outcome != api.LogFailed || !slices.Contains(e.Targets, string(first.id)) || slices.Contains(e.Targets, string(second.id)) || !strings.Contains(e.Reason, "1 of 2") {
+		t.Errorf("%+v", e)
+	}
+	w.reg.rows.kv = w.reg.rows.kv.(failing).KeyValue
+	_, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{Devices: []wire.DeviceID{first.id}}, SetGroup: &old})
+	must(t, err)
+	w.outbox.rows.kv = failing{w.outbox.rows.kv, func(key string) bool { return strings.HasPrefix(key, string(second.id)) }}
+	_, err = w.op.SendOrder(ctx, api.SendRequest{Kind: extension, Selector: both})
+	wantRefusal(t, err, http.StatusInternalServerError, "partly_done")
+	made := w.outbox.openOf(first.id)
+	if e := w.last(t); e.Outcome != api.LogFailed || len(made) != 1 || !slices.Contains(e.Targets, made[0]) {
+		t.Errorf("%v %+v", made, e)
+	}
+}
+
+func TestTheLogNamesWhoWasMeant(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	for _, k := range keys {
+		w.knocks(t, k)
+	}
+	named := func(action string, targets ...string) {
+		t.Helper()
+		e := w.last(t)
+		if e.Action == "device.enrol" {
+			t.Fatalf("%+v", e)
+		}
+		for _, s := range targets {
+			if !slices.Contains(e.Targets, s) {
+				t.Errorf("%s does not name %s: %q", e.Action, s, e.Targets)
+			}
+		}
+		if e.Action != action || e.Outcome != api.LogDone || e.Of == 0 {
+			t.Errorf("%+v", e)
+		}
+	}
+	d, err := w.op.Claim(ctx, api.Claim{Code: w.codeFor(keys[0]), Group: "attic"})
+	must(t, err)
+	named("claim.create", string(d.ID))
+	must(t, w.op.RejectClaim(ctx, w.codeFor(keys[1])))
+	named("claim.remove", string(wire.IDOf(keys[1].Public().(ed25519.PublicKey))))
+	tok, err := w.op.CreateToken(ctx, api.TokenRequest{})
+	must(t, err)
+	named("token.create", tok.ID)
+	if tok.CreatedBy != api.Owner {
+		t.Errorf("made by %q", tok.CreatedBy)
+	}
+	attic := api.Selector{Groups: []string{"attic"}}
+	_, err = w.op.ChangeDevices(ctx, api.DeviceChange{Selector: attic, SetLabels: map[string]string{"a": "b"}})
+	must(t, err)
+	named("device.change", string(d.ID))
+	sent, err := w.op.SendOrder(ctx, api.SendRequest{Kind: extension, Selector: attic})
+	must(t, err)
+	named("order.create", string(d.ID), sent[0].Order.ID)
+	w.publish(t, "2.0.0")
+	offer := api.OfferRequest{Version: "2.0.0", Target: repo.TargetName("2.0.0"), Selector: attic, Key: newNonce()}
+	offered, err := w.op.Offer(ctx, offer)
+	must(t, err)
+	named("offer.create", string(d.ID), offered[0].Order.ID)
+	again, err := w.op.Offer(ctx, offer)
+	if err != nil || again[0].Order.ID != offered[0].Order.ID || len(w.outbox.openOf(d.ID)) != 2 {
+		t.Errorf("the repeat of an offer made another: %+v %v", again, err)
+	}
+	// Many are cut, and counted.
+	found := &concerned{}
+	about(context.WithValue(ctx, concernedKey{}, found), strings.Fields(strings.Repeat("x ", 3*maxConcerned))...)
+	if n := len(found.targets); n != 2 || found.targets[1] != fmt.Sprintf("… and %d more", 2*maxConcerned) {
+		t.Errorf("%q", found.targets)
+	}
+}
+
+func TestOrdersToManyAreAllMadeThoughWhoAskedHasLeft(t *testing.T) {
+	w := ownWorld(t)
+	a, b := w.two(t)
+	ctx, leave := context.WithCancel(testContext(t))
+	leave()
+	out, err := w.sendOrder(ctx, api.SendRequest{Kind: extension})
+	if err != nil || len(out) != 2 || len(w.outbox.openOf(a.id)) != 1 || len(w.outbox.openOf(b.id)) != 1 {
+		t.Errorf("%+v %v", out, err)
+	}
+}
+
+func TestAJobLivesAsLongAsItMayRun(t *testing.T) {
+	w := aWorld(t)
+	d := w.enrolled(t)
+	module, err := w.op.PutModule(testContext(t), []byte("a module"))
+	must(t, err)
+	for seconds, want := range map[float64]time.Duration{0: jobLife, 24 * 3600: 24*time.Hour + jobLife, 1e300: maxLife, -1: jobLife} {
+		o, err := w.compute.send(testContext(t), d.id, module, nil, strings.Repeat("0", 64), wire.JobLimits{WallSeconds: seconds})
+		must(t, err)
+		run, err := wire.DecodeBody[wire.JobRun](o)
+		must(t, err)
+		u, err := url.Parse(run.Module.URL)
+		must(t, err)
+		exp, err := strconv.ParseInt(u.Query().Get("exp"), 10, 64)
+		must(t, err)
+		if life := o.Expires.Sub(o.Issued); life != want || time.Unix(exp, 0).Before(o.Expires.Add(-2*time.Second)) {
+			t.Errorf("a job of %v s lives for %s, its module can be fetched until %s", seconds, life, time.Unix(exp, 0))
+		}
+	}
+	must(t, w.outbox.retire(testContext(t), d.id))
 }

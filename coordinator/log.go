@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -260,13 +261,43 @@ func (c *Coordinator) logged(rt route) handler {
 			c.log.Error("a change was refused because the audit log cannot be written", "action", action, "actor", e.Actor, "error", err)
 			return refuse(http.StatusServiceUnavailable, "log_unavailable", "this was not done, because it cannot be put on the audit log: %v", err)
 		}
-		done := rt.handle(w, r)
-		e.Of, e.Request = seq, nil
+		found := &concerned{targets: e.Targets}
+		done := rt.handle(w, r.WithContext(context.WithValue(r.Context(), concernedKey{}, found)))
+		e.Of, e.Request, e.Targets = seq, nil, found.targets
 		e.Outcome, e.Code, e.Reason = c.outcome(done)
 		if _, err := c.trail.append(r.Context(), e); err != nil {
 			c.log.Error("how a change ended is not on the audit log", "entry", seq, "outcome", e.Outcome, "error", err)
 		}
 		return done
+	}
+}
+
+// concerned is what a change turns out to be about while it is made.
+type concerned struct {
+	mu      sync.Mutex
+	targets []string
+}
+
+type concernedKey struct{}
+
+const maxConcerned = 50 // targets of one kind that an entry names
+
+// about adds targets to the entry on how the change under way has ended: who is
+// meant by a code, a group or a label is not in the request.
+func about[S ~string](ctx context.Context, targets ...S) {
+	c, ok := ctx.Value(concernedKey{}).(*concerned)
+	if !ok {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, t := range targets[:min(len(targets), maxConcerned)] {
+		if !slices.Contains(c.targets, string(t)) {
+			c.targets = append(c.targets, string(t))
+		}
+	}
+	if more := len(targets) - maxConcerned; more > 0 {
+		c.targets = append(c.targets, fmt.Sprintf("… and %d more", more))
 	}
 }
 

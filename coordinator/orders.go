@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -36,6 +37,9 @@ func (c *Coordinator) orderRoutes() []route {
 		{method: "POST", path: v1 + "/orders/{device}/{id}/cancel", needs: toOperate, summary: "Ask a device to stop an order", in: api.CancelRequest{}, out: api.Order{},
 			handle: answer(func(r *http.Request, q api.CancelRequest) (api.Order, error) {
 				v, err := c.outbox.cancel(r.Context(), wire.DeviceID(r.PathValue("device")), r.PathValue("id"), q.Reason, operatorOf(r).Name)
+				if v.Cancel != nil {
+					about(r.Context(), v.Cancel.Order)
+				}
 				return v.view(), err
 			})},
 	}
@@ -372,34 +376,65 @@ func (c *Coordinator) sendOrder(ctx context.Context, q api.SendRequest) ([]api.O
 	if err != nil {
 		return nil, err
 	}
-	base, err := c.sentAs(ctx, q)
+	base, err := c.sentAs(ctx, q.Key, q)
 	if err != nil {
 		return nil, err
 	}
+	return c.sendAll(ctx, base, devices, q.Kind, q.Body, life)
+}
+
+// sendAll makes one order for each device. After an error it begins no more.
+func (c *Coordinator) sendAll(ctx context.Context, base ulid.ULID, devices []api.DeviceRecord, k wire.Kind, body any, life time.Duration) ([]api.Order, error) {
+	ctx, cancel := c.toTheEnd(ctx)
+	defer cancel()
 	out := make([]api.Order, len(devices))
-	g, ctx := errgroup.WithContext(ctx)
+	var g errgroup.Group
 	g.SetLimit(sendAtOnce)
+	var broken atomic.Bool
 	for i, d := range devices {
+		if broken.Load() {
+			break
+		}
 		g.Go(func() error {
-			v, err := c.outbox.submitAs(ctx, idFor(base, d.ID), d.ID, q.Kind, q.Body, life)
+			v, err := c.outbox.submitAs(ctx, idFor(base, d.ID), d.ID, k, body, life)
+			if err != nil {
+				broken.Store(true)
+				return err
+			}
 			out[i] = v.view()
-			return err
+			return nil
 		})
 	}
-	return out, g.Wait()
+	err := g.Wait()
+	var to []wire.DeviceID
+	var made []string
+	for _, o := range out {
+		if o.Order.ID != "" {
+			to, made = append(to, o.Order.Device), append(made, o.Order.ID)
+		}
+	}
+	about(ctx, to...)
+	about(ctx, made...)
+	if err != nil && len(made) > 0 {
+		return nil, partly(fmt.Sprintf("%d of %d orders were made; \"deimos log\" has their ids", len(made), len(devices)), err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 // sentAs gives the same id to each repeat of a request with a key.
-func (c *Coordinator) sentAs(ctx context.Context, q api.SendRequest) (ulid.ULID, error) {
+func (c *Coordinator) sentAs(ctx context.Context, key string, q any) (ulid.ULID, error) {
 	id := ulid.Make()
-	if q.Key == "" {
+	if key == "" {
 		return id, nil
 	}
 	raw, err := json.Marshal(q)
 	if err != nil {
 		return id, err
 	}
-	sum, name := sha256.Sum256(raw), sha256.Sum256([]byte(q.Key))
+	sum, name := sha256.Sum256(raw), sha256.Sum256([]byte(key))
 	request := hex.EncodeToString(sum[:])
 	v, err := c.sent.change(ctx, hex.EncodeToString(name[:]), func(v *sent, exists bool) error {
 		switch {

@@ -121,7 +121,7 @@ var kinds = map[wire.Kind]kind{
 	wire.KindAudit:         {life: auditLife, quiet: 15 * time.Second},
 	wire.KindJobRun:        {life: jobLife, quiet: time.Minute},
 	wire.KindUpdateInstall: {life: offerLife, quiet: 10 * time.Minute},
-	wire.KindOrderCancel:   {life: time.Hour, quiet: 10 * time.Second},
+	wire.KindOrderCancel:   {quiet: 10 * time.Second}, // lives as long as what it cancels
 	wire.KindConfigApply:   {life: 7 * 24 * time.Hour, quiet: time.Minute},
 	wire.KindPing:          {life: time.Minute, quiet: 5 * time.Second},
 }

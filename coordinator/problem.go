@@ -58,6 +58,13 @@ func explain(err error, stopping bool) *refusal {
 	return refuse(http.StatusInternalServerError, wire.CodeInternal, "the coordinator could not do this: %v", err)
 }
 
+// partly is the error of a change that was cut off in the middle. It is never a
+// refusal: something was done, and the audit log must not say otherwise.
+func partly(done string, err error) error {
+	r := explain(err, true)
+	return refuse(max(r.status, http.StatusInternalServerError), "partly_done", "%s, then it went wrong: %s", done, r.Reason)
+}
+
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)

@@ -24,10 +24,8 @@ import (
 // releases hands out the update repository and offers versions of it. It is a
 // mirror and no more: what devices believe is signed by keys that are not here.
 type releases struct {
-	files  jetstream.ObjectStore
-	cache  *staging // the same store with a cache before it
-	outbox *outbox
-	reg    *registry
+	files jetstream.ObjectStore
+	cache *staging // the same store with a cache before it
 
 	writing sync.Mutex // of immutable files
 }
@@ -169,27 +167,23 @@ func (r *releases) published(ctx context.Context, target string) error {
 }
 
 // offer sends update orders.
-func (r *releases) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, error) {
+func (c *Coordinator) offer(ctx context.Context, q api.OfferRequest) ([]api.Order, error) {
 	if q.Version == "" || q.Target == "" {
 		return nil, refuse(http.StatusBadRequest, "bad_offer", "an offer names a version and a target")
 	}
 	if q.Target != repo.TargetName(q.Version) || strings.Contains(q.Version, "/") || checkRepoPath(q.Target) != nil {
 		return nil, refuse(http.StatusBadRequest, "bad_offer", "%q is not the target of version %q: a target is bundles/<version>.json", q.Target, q.Version)
 	}
-	devices, err := r.reg.selected(q.Selector)
+	devices, err := c.reg.selected(q.Selector)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.published(ctx, q.Target); err != nil {
+	if err := c.releases.published(ctx, q.Target); err != nil {
 		return nil, err
 	}
-	out := make([]api.Order, 0, len(devices))
-	for _, d := range devices {
-		o, err := r.outbox.submit(ctx, d.ID, wire.KindUpdateInstall, wire.UpdateInstall{Version: q.Version, Target: q.Target}, offerLife)
-		if err != nil {
-			return out, err
-		}
-		out = append(out, api.Order{Order: o, State: wire.Queued, Updated: o.Issued})
+	base, err := c.sentAs(ctx, q.Key, q)
+	if err != nil {
+		return nil, err
 	}
-	return out, nil
+	return c.sendAll(ctx, base, devices, wire.KindUpdateInstall, wire.UpdateInstall{Version: q.Version, Target: q.Target}, offerLife)
 }

@@ -22,14 +22,15 @@ import (
 // Open: a crash there neither loses the use nor gives it twice, because the
 // device finds its use again when it repeats its request.
 type TokenRecord struct {
-	Name    string            `json:"name,omitempty"`
-	Group   string            `json:"group,omitempty"`
-	Labels  map[string]string `json:"labels,omitempty"`
-	Uses    int               `json:"uses"` // in all
-	Left    int               `json:"left"`
-	Created time.Time         `json:"created"`
-	Expires time.Time         `json:"expires"`
-	Revoked time.Time         `json:"revoked,omitzero"` // for ever
+	Name      string            `json:"name,omitempty"`
+	Group     string            `json:"group,omitempty"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Uses      int               `json:"uses"` // in all
+	Left      int               `json:"left"`
+	Created   time.Time         `json:"created"`
+	CreatedBy string            `json:"created_by,omitempty"` // operator
+	Expires   time.Time         `json:"expires"`
+	Revoked   time.Time         `json:"revoked,omitzero"` // for ever
 	// Open are devices that have spent a use and whose record may not be written.
 	// It is cleared of those that are written when the next use is spent.
 	Open []wire.DeviceID `json:"open,omitempty"`
@@ -95,9 +96,10 @@ func (c *Coordinator) createToken(r *http.Request, q api.TokenRequest) (api.Toke
 		return api.Token{}, err
 	}
 	rec := TokenRecord{Name: q.Name, Group: q.Group, Labels: q.Labels, Uses: uses, Left: uses,
-		Created: c.now().UTC(), Expires: c.now().Add(ttl).UTC()}
+		Created: c.now().UTC(), CreatedBy: operatorOf(r).Name, Expires: c.now().Add(ttl).UTC()}
 	tok := wire.NewFleetToken(c.auth.caCert.Raw)
 	key := tokenKey(tok)
+	about(r.Context(), tokenID(key))
 	_, err := c.tokens.rows.change(r.Context(), key, func(v *TokenRecord, _ bool) error {
 		*v = rec
 		return nil
@@ -109,7 +111,7 @@ func (c *Coordinator) createToken(r *http.Request, q api.TokenRequest) (api.Toke
 
 func viewToken(key string, t TokenRecord) api.Token {
 	return api.Token{ID: tokenID(key), Name: t.Name, Group: t.Group, Labels: t.Labels, Uses: t.Uses, Left: t.Left,
-		Created: t.Created, Expires: t.Expires, Revoked: t.Revoked}
+		Created: t.Created, CreatedBy: t.CreatedBy, Expires: t.Expires, Revoked: t.Revoked}
 }
 
 func (t *tokens) list() []api.Token {

@@ -111,16 +111,17 @@ type TokenRequest struct {
 // Token is a fleet token. Its secret is shown once, to who makes it; the
 // coordinator keeps a hash.
 type Token struct {
-	ID      string            `json:"id"` // the first 10 hex digits of the hash
-	Token   string            `json:"token,omitempty"`
-	Name    string            `json:"name,omitempty"`
-	Group   string            `json:"group,omitempty"`
-	Labels  map[string]string `json:"labels,omitempty"`
-	Uses    int               `json:"uses"` // devices that may come in by it, in all
-	Left    int               `json:"left"` // of them, that still may
-	Created time.Time         `json:"created"`
-	Expires time.Time         `json:"expires"`
-	Revoked time.Time         `json:"revoked,omitzero"`
+	ID        string            `json:"id"` // the first 10 hex digits of the hash
+	Token     string            `json:"token,omitempty"`
+	Name      string            `json:"name,omitempty"`
+	Group     string            `json:"group,omitempty"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Uses      int               `json:"uses"` // devices that may come in by it, in all
+	Left      int               `json:"left"` // of them, that still may
+	Created   time.Time         `json:"created"`
+	CreatedBy string            `json:"created_by,omitempty"` // operator
+	Expires   time.Time         `json:"expires"`
+	Revoked   time.Time         `json:"revoked,omitzero"`
 }
 
 // CreateToken makes a fleet token.

@@ -130,6 +130,7 @@ type Audit struct {
 // OfferRequest offers a published release to devices.
 type OfferRequest struct {
 	Version string `json:"version"`
-	Target  string `json:"target"` // name in the TUF targets metadata
+	Target  string `json:"target"`        // name in the TUF targets metadata
+	Key     string `json:"key,omitempty"` // as in [SendRequest]
 	Selector
 }
