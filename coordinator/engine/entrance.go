@@ -24,15 +24,22 @@ type entrance struct {
 	closed chan struct{}
 	once   [2]sync.Once // of each channel
 	pace   *rate.Limiter
-	last   atomic.Int64 // when somebody passed, Unix nanoseconds
-	queue  atomic.Int64 // who waits
+	places chan struct{} // handshakes under way
+	last   atomic.Int64  // when somebody passed, Unix nanoseconds
+	queue  atomic.Int64  // who waits
 }
 
 const (
-	// loginRate is how many devices a second each processor lets in. A login is
-	// a handshake with two certificates, the auth callout and a hello, 2 to 3 ms
-	// of a core.
+	// loginRate is how many devices a second each processor lets in at most. A
+	// login is a handshake with two certificates, the auth callout and a hello,
+	// 2 to 3 ms of a core.
 	loginRate = 200
+
+	// handshakes is how many a processor has under way at once. This is what
+	// makes the pace fit: on a busy machine each takes longer. A device on a slow
+	// link gives its place back after placeLimit, though it goes on.
+	handshakes = 32
+	placeLimit = time.Second
 
 	// entranceWait is how long a device waits at most; below handshakeTimeout.
 	entranceWait = 30 * time.Second
@@ -43,7 +50,7 @@ const (
 
 func newEntrance(hold bool) *entrance {
 	perSecond := loginRate * runtime.GOMAXPROCS(0)
-	e := &entrance{opened: make(chan struct{}), closed: make(chan struct{}), pace: rate.NewLimiter(rate.Limit(perSecond), perSecond/2)}
+	e := &entrance{places: make(chan struct{}, handshakes*runtime.GOMAXPROCS(0)), opened: make(chan struct{}), closed: make(chan struct{}), pace: rate.NewLimiter(rate.Limit(perSecond), perSecond/2)}
 	if !hold {
 		e.open()
 	}
@@ -62,9 +69,10 @@ func (e *entrance) close() {
 
 var errEntrance = errors.New("too many devices are coming in; this one has to try again")
 
-// pass waits for its turn. Who does not get one is cut off without a TLS alert:
-// an alert would tell the device that something is wrong with it.
-func (e *entrance) pass(h *tls.ClientHelloInfo) error {
+// pass waits for its turn, and says how to give the place back when the
+// handshake is done. Who does not get one is cut off without a TLS alert: an
+// alert would tell the device that something is wrong with it.
+func (e *entrance) pass(h *tls.ClientHelloInfo) (leave func(), err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), entranceWait)
 	defer cancel()
 	e.queue.Add(1)
@@ -82,10 +90,18 @@ func (e *entrance) pass(h *tls.ClientHelloInfo) error {
 	}
 	if e.pace.Wait(ctx) != nil {
 		h.Conn.Close()
-		return errEntrance
+		return nil, errEntrance
+	}
+	select {
+	case e.places <- struct{}{}:
+	case <-ctx.Done():
+		h.Conn.Close()
+		return nil, errEntrance
 	}
 	e.last.Store(time.Now().UnixNano())
-	return nil
+	leave = sync.OnceFunc(func() { <-e.places })
+	time.AfterFunc(placeLimit, leave)
+	return leave, nil
 }
 
 // guard puts the entrance before a server's TLS.
@@ -93,13 +109,30 @@ func (e *entrance) guard(c *tls.Config) *tls.Config {
 	c = c.Clone()
 	inner := c.GetConfigForClient
 	c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-		if err := e.pass(h); err != nil {
+		leave, err := e.pass(h)
+		if err != nil {
 			return nil, err
 		}
-		if inner == nil {
-			return nil, nil
+		its := c
+		if inner != nil {
+			got, err := inner(h)
+			if err != nil {
+				return nil, err
+			}
+			if got != nil {
+				its = got
+			}
 		}
-		return inner(h)
+		its = its.Clone()
+		verify := its.VerifyConnection
+		its.VerifyConnection = func(s tls.ConnectionState) error {
+			defer leave()
+			if verify == nil {
+				return nil
+			}
+			return verify(s)
+		}
+		return its, nil
 	}
 	return c
 }

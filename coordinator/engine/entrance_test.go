@@ -86,10 +86,36 @@ func TestWhoGetsNoTurnIsCutOffWithoutAnAlert(t *testing.T) {
 	e.pace.SetLimit(0)
 	server, client := net.Pipe()
 	defer client.Close()
-	if err := e.pass(&tls.ClientHelloInfo{Conn: server}); err == nil {
+	if _, err := e.pass(&tls.ClientHelloInfo{Conn: server}); err == nil {
 		t.Fatal("let in without a turn")
 	}
 	if n, err := client.Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+// However many come, only so many handshakes are under way; each that ends
+// makes room.
+func TestHandshakesHaveOnlySoManyPlaces(t *testing.T) {
+	e := newEntrance(false)
+	e.pace.SetLimit(1 << 20)
+	e.pace.SetBurst(1 << 20)
+	var leave func()
+	for range cap(e.places) {
+		l, err := e.pass(&tls.ClientHelloInfo{})
+		must(t, err)
+		leave = l
+	}
+	in := make(chan struct{})
+	go func() {
+		if _, err := e.pass(&tls.ClientHelloInfo{}); err == nil {
+			close(in)
+		}
+	}()
+	leave()
+	leave() // its place and no other
+	next(t, in, "the one that waited")
+	if n := len(e.places); n > cap(e.places) {
+		t.Errorf("%d places taken", n)
 	}
 }
