@@ -16,7 +16,7 @@ import (
 )
 
 type logCmd struct {
-	Since  lifetime   `default:"24h" help:"How far back to look (${default})."`
+	Since  duration   `default:"24h" help:"How far back to look (${default})."`
 	Actor  name       `placeholder:"NAME" help:"What this operator did; also device:ID or coordinator."`
 	Action name       `placeholder:"ACTION" help:"This action, as in device.retire, or all of a kind, as in device."`
 	Device deviceFlag `placeholder:"ID" help:"What this device did or what was done to it by name."`

@@ -82,7 +82,7 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 
 // openInput opens a file that can be stored; size is -1 if it is not known.
 func openInput(path string) (*os.File, int64, error) {
-	if filepath.Base(path) == "-" {
+	if path == "-" { // the argument itself: a file can have this name
 		return os.Stdin, -1, nil
 	}
 	f, err := os.Open(path)
@@ -111,7 +111,7 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	if filepath.Base(g.Out) == "-" {
+	if g.Out == "-" {
 		_, err := object.Get(ctx, c, g.Name, os.Stdout, nil)
 		return err
 	}

@@ -2,12 +2,19 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
 )
 
 func must(t *testing.T, err error) {
@@ -111,4 +118,37 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 	raw, err := os.OpenFile(fifo, os.O_RDONLY, 0)
 	must(t, err)
 	must(t, raw.Close())
+}
+
+// "-" is standard input as a whole argument only, not as the name of a file.
+func TestAFileNamedDashIsAFile(t *testing.T) {
+	dir := t.TempDir()
+	dash := filepath.Join(dir, "-")
+	must(t, os.WriteFile(dash, []byte("content"), 0o600))
+	t.Chdir(dir)
+	for arg, file := range map[string]bool{dash: true, "./-": true, "-": false} {
+		var c commands
+		p, err := kong.New(&c)
+		must(t, err)
+		_, err = p.Parse([]string{"object", "put", arg})
+		must(t, err)
+		f, size, err := openInput(c.Object.Put.File)
+		must(t, err)
+		if file != (f != os.Stdin) || file && size != int64(len("content")) {
+			t.Errorf("%s: %s with %d bytes", arg, f.Name(), size)
+		}
+		if file {
+			f.Close()
+		}
+	}
+}
+
+func TestAFileNamedDashIsWritten(t *testing.T) {
+	sum := sha256.Sum256(nil)
+	c, _ := askable(t, http.StatusOK, api.Object{Name: "empty", SHA256: hex.EncodeToString(sum[:])})
+	dash := filepath.Join(t.TempDir(), "-")
+	must(t, typed(t, c, "object", "get", "empty", "--out", dash))
+	if _, err := os.Stat(dash); err != nil {
+		t.Error(err)
+	}
 }

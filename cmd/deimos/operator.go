@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -21,37 +19,16 @@ type operatorCmd struct {
 	Revoke operatorRevokeCmd `cmd:"" help:"End somebody's token, at once."`
 }
 
-// lifetime is a duration that can also be said in days, as in 90d.
-type lifetime time.Duration
-
-func (l *lifetime) UnmarshalText(text []byte) error {
-	s := string(text)
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		n, err := strconv.ParseUint(days, 10, 16)
-		if err != nil {
-			return fmt.Errorf("%q is no number of days", s)
-		}
-		*l = lifetime(time.Duration(n) * 24 * time.Hour)
-		return nil
-	}
-	d, err := time.ParseDuration(s)
-	if err != nil {
-		return fmt.Errorf("%q is no time: it looks like 90d, 12h or 30m", s)
-	}
-	*l = lifetime(d)
-	return nil
-}
-
 type operatorCreateCmd struct {
 	Name  string   `arg:"" help:"Who it is for: a-z, 0-9, '-' and '_'."`
 	Role  string   `required:"" enum:"viewer,operator,release-manager,admin" help:"What they may do: viewer (look), operator (and devices, orders, data, configuration), release-manager (look, and updates) or admin (everything)."`
-	Valid lifetime `default:"90d" help:"How long it can be used (${default})."`
+	Valid duration `default:"90d" help:"How long it can be used (${default})."`
 	URL   string   `placeholder:"URL" help:"Address of the coordinator as they see it. Default: the one used here."`
 	Out   string   `type:"path" placeholder:"FILE" help:"New file for it, that only you can read. Default: print it."`
 }
 
 func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) {
-	if time.Duration(o.Valid) < time.Second {
+	if o.Valid.seconds() < 1 {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a token is valid for at least a second")}
 	}
 	c, err := all.client()
@@ -73,7 +50,7 @@ func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) 
 		}()
 		out = f
 	}
-	tok, err := c.CreateOperator(ctx, api.OperatorRequest{Name: o.Name, Role: api.Role(o.Role), ValidSeconds: int64(time.Duration(o.Valid) / time.Second)})
+	tok, err := c.CreateOperator(ctx, api.OperatorRequest{Name: o.Name, Role: api.Role(o.Role), ValidSeconds: o.Valid.seconds()})
 	if err != nil {
 		return err
 	}
@@ -111,7 +88,7 @@ func (o *operatorListCmd) Run(ctx context.Context, all *commands) error {
 		var rows []string
 		for _, v := range list {
 			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s",
-				v.Name, v.Role, operatorState(v, time.Now()), v.Created.Format(time.DateOnly), v.Expires.Format(time.DateOnly), day(v.LastUsed)))
+				v.Name, v.Role, operatorState(v, time.Now()), v.Created.Format(time.DateOnly), v.Expires.Format(time.DateOnly), date(v.LastUsed)))
 		}
 		return cli.Table(w, "NAME\tROLE\tSTATE\tCREATED\tEXPIRES\tLAST USED", rows)
 	})
@@ -127,7 +104,7 @@ func operatorState(o api.Operator, now time.Time) string {
 	return "good"
 }
 
-func day(t time.Time) string {
+func date(t time.Time) string {
 	if t.IsZero() {
 		return "never"
 	}

@@ -20,11 +20,17 @@ import (
 func askable(t *testing.T, status int, body any) (*commands, *int) {
 	t.Helper()
 	asked := new(int)
-	srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	return answering(t, func(w http.ResponseWriter, _ *http.Request) {
 		*asked++
 		w.WriteHeader(status)
 		_ = json.NewEncoder(w).Encode(body)
-	}))
+	}), asked
+}
+
+// answering is a coordinator that answers by a function.
+func answering(t *testing.T, answer http.HandlerFunc) *commands {
+	t.Helper()
+	srv := httptest.NewTLSServer(answer)
 	t.Cleanup(srv.Close)
 	at := api.Context{URL: srv.URL, Token: "t", CA: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}))}
 	raw, err := json.Marshal(at)
@@ -35,12 +41,12 @@ func askable(t *testing.T, status int, body any) (*commands, *int) {
 	if err := os.WriteFile(path, raw, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return &commands{Context: path}, asked
+	return &commands{Context: path}
 }
 
 func TestAContextFileIsPrivateAndOverwritesNothing(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "carol.json")
-	create := operatorCreateCmd{Name: "carol", Role: "viewer", Valid: lifetime(time.Hour), Out: out}
+	create := operatorCreateCmd{Name: "carol", Role: "viewer", Valid: duration(time.Hour), Out: out}
 
 	refusing, _ := askable(t, http.StatusConflict, map[string]string{"code": "exists", "reason": "there is one"})
 	if err := create.Run(t.Context(), refusing); err == nil {

@@ -75,8 +75,8 @@ func stateOf(v api.OrderSummary) string {
 }
 
 type orderShowCmd struct {
-	IDs  []string      `arg:"" name:"order" help:"DEVICE ORDER, or ORDER alone if it is open or ended lately."`
-	Wait time.Duration `help:"Wait up to this long for its end."`
+	IDs  []string `arg:"" name:"order" help:"DEVICE ORDER, or ORDER alone if it is open or ended lately."`
+	Wait duration `placeholder:"DURATION" help:"Wait up to this long for its end; exit code 75 if it has not ended by then."`
 	cli.Output
 }
 
@@ -91,12 +91,16 @@ func (o *orderShowCmd) Run(ctx context.Context, all *commands) error {
 	}
 	v, err := c.Order(ctx, device, id, 0)
 	if err == nil && o.Wait > 0 && !v.State.Terminal() {
-		v, err = awaitOrder(ctx, c, v, o.Wait)
+		v, err = watchOrder(ctx, c, v, time.Duration(o.Wait))
 	}
 	if err != nil {
 		return err
 	}
-	return o.Print(v, func(w io.Writer) error { return writeOrder(w, v) })
+	err = o.Print(v, func(w io.Writer) error { return writeOrder(w, v) })
+	if err == nil && o.Wait > 0 && !v.State.Terminal() {
+		err = &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("after %s order %s has not ended: it is %s", o.Wait, id, v.State)}
+	}
+	return err
 }
 
 // findOrder reads "DEVICE ORDER", or looks for an order by its id alone.
@@ -117,27 +121,33 @@ func findOrder(ctx context.Context, c *api.Client, args []string) (wire.DeviceID
 	return "", "", &cli.Error{Code: cli.ExitUsage, Err: errors.New("an order is named by DEVICE ORDER, or by ORDER alone")}
 }
 
-// awaitOrder waits for an order's end, and shows a person on the terminal how
-// far it is. What there is when the time is over, is the answer.
-func awaitOrder(ctx context.Context, c *api.Client, v api.Order, wait time.Duration) (api.Order, error) {
-	ctx, cancel := context.WithTimeout(ctx, wait)
+// awaitOrder waits for an order's end until wait is over. Then it is asked for
+// once more, so that the answer is how it is now.
+func awaitOrder(ctx, wait context.Context, c *api.Client, v api.Order, watch func(api.Order)) (api.Order, error) {
+	end, err := c.AwaitOrder(wait, v.Order.Device, v.Order.ID, watch)
+	if err != nil && wait.Err() != nil && ctx.Err() == nil {
+		return c.Order(ctx, v.Order.Device, v.Order.ID, 0)
+	}
+	return end, err
+}
+
+// watchOrder is awaitOrder that shows a person on the terminal how far it is.
+func watchOrder(ctx context.Context, c *api.Client, v api.Order, limit time.Duration) (api.Order, error) {
+	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	last, shown := v, false
+	shown := false
 	var watch func(api.Order)
 	if cli.Terminal(os.Stderr) {
 		watch = func(v api.Order) {
-			last, shown = v, true
+			shown = true
 			fmt.Fprint(os.Stderr, "\r\x1b[K")
 			fmt.Fprint(cli.Plain(os.Stderr), progressLine(v))
 		}
 		watch(v)
 	}
-	end, err := c.AwaitOrder(ctx, v.Order.Device, v.Order.ID, watch)
+	end, err := awaitOrder(ctx, wait, c, v, watch)
 	if shown {
 		fmt.Fprint(os.Stderr, "\r\x1b[K")
-	}
-	if errors.Is(err, context.DeadlineExceeded) {
-		return last, nil
 	}
 	return end, err
 }
@@ -276,10 +286,10 @@ func (o *orderCancelCmd) meant(ctx context.Context, c *api.Client, sel api.Selec
 }
 
 type orderSendCmd struct {
-	Kind string        `arg:"" help:"Kind of the order."`
-	Body string        `arg:"" optional:"" default:"{}" help:"Its body, JSON."`
-	Life time.Duration `placeholder:"DURATION" help:"How long devices may take; default: as is usual for the kind."`
-	Key  string        `placeholder:"TEXT" help:"Makes a repeat of this command send nothing twice, for a day."`
+	Kind string   `arg:"" help:"Kind of the order."`
+	Body string   `arg:"" optional:"" default:"{}" help:"Its body, JSON."`
+	Life duration `placeholder:"DURATION" help:"How long devices may take; default: as is usual for the kind."`
+	Key  string   `placeholder:"TEXT" help:"Makes a repeat of this command send nothing twice, for a day."`
 	changed
 	cli.Output
 }
@@ -296,7 +306,7 @@ func (o *orderSendCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	list, err := c.SendOrder(ctx, api.SendRequest{Kind: wire.Kind(o.Kind), Body: json.RawMessage(o.Body), LifeSeconds: o.Life.Seconds(), Key: o.Key, Selector: sel})
+	list, err := c.SendOrder(ctx, api.SendRequest{Kind: wire.Kind(o.Kind), Body: json.RawMessage(o.Body), LifeSeconds: time.Duration(o.Life).Seconds(), Key: o.Key, Selector: sel})
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -148,7 +147,7 @@ func upload(ctx context.Context, c *api.Client, dir string) error {
 type releaseOfferCmd struct {
 	Version string `arg:"" help:"Published version."`
 	changed
-	Wait time.Duration `help:"Wait up to this long for the outcome."`
+	Wait duration `placeholder:"DURATION" help:"Wait up to this long for the outcome; exit code 75 if there is none by then."`
 	cli.Output
 }
 
@@ -167,15 +166,11 @@ func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
 		return err
 	}
 	if r.Wait > 0 {
-		wait, cancel := context.WithTimeout(ctx, r.Wait)
+		wait, cancel := context.WithTimeout(ctx, time.Duration(r.Wait))
 		defer cancel()
 		for i, o := range list {
-			v, err := c.AwaitOrder(wait, o.Order.Device, o.Order.ID, nil)
-			if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			if list[i], err = awaitOrder(ctx, wait, c, o, nil); err != nil {
 				return err
-			}
-			if err == nil {
-				list[i] = v
 			}
 		}
 	}
@@ -188,10 +183,18 @@ func (r *releaseOfferCmd) Run(ctx context.Context, all *commands) error {
 	}); err != nil {
 		return err
 	}
+	open := 0
 	for _, o := range list {
 		if o.State.Terminal() && o.State != wire.Succeeded {
 			return fmt.Errorf("device %s did not take %s: %s", o.Order.Device, r.Version, o.Result.Reason)
 		}
+		if !o.State.Terminal() {
+			open++
+		}
+	}
+	if r.Wait > 0 && open > 0 {
+		return &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("after %s there is no answer yet from %s of %d; \"deimos order list --kind %s\" shows how it goes on",
+			r.Wait, cli.Count(open, "device"), len(list), wire.KindUpdateInstall)}
 	}
 	return nil
 }

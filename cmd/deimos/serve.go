@@ -18,18 +18,18 @@ import (
 )
 
 type serveCmd struct {
-	Dir         string        `default:"deimos" env:"DEIMOS_DIR" type:"path" placeholder:"DIR" help:"Folder for keys and state (${default})."`
-	Listen      string        `default:":8443" env:"DEIMOS_LISTEN" placeholder:"ADDR" help:"HTTPS address for operators, enrolment and data (${default})."`
-	MQTT        string        `default:":8883" env:"DEIMOS_MQTT" placeholder:"ADDR" help:"MQTT address for devices (${default}). With --nats: the address where devices find that server's MQTT listener."`
-	NATS        string        `env:"DEIMOS_NATS" placeholder:"URL" help:"Use this NATS server instead of the embedded one; \"deimos serve --print-nats-config\" shows its configuration."`
-	Advertise   []string      `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
-	EnrolRate   int           `default:"50" env:"DEIMOS_ENROL_RATE" placeholder:"N" help:"How many devices a second may enrol from one address (${default}). More for a large site behind one address."`
-	PublicMQTT  []string      `name:"public-mqtt" env:"DEIMOS_PUBLIC_MQTT" placeholder:"HOST:PORT" help:"Where devices reach the MQTT listener, if a router or load balancer stands before it; may be repeated."`
-	PublicHTTPS []string      `name:"public-https" env:"DEIMOS_PUBLIC_HTTPS" placeholder:"HOST:PORT" help:"The same for the HTTPS listener."`
-	Beat        time.Duration `default:"1m" help:"Heartbeat interval of devices (${default})."`
+	Dir         string   `default:"deimos" env:"DEIMOS_DIR" type:"path" placeholder:"DIR" help:"Folder for keys and state (${default})."`
+	Listen      string   `default:":8443" env:"DEIMOS_LISTEN" placeholder:"ADDR" help:"HTTPS address for operators, enrolment and data (${default})."`
+	MQTT        string   `default:":8883" env:"DEIMOS_MQTT" placeholder:"ADDR" help:"MQTT address for devices (${default}). With --nats: the address where devices find that server's MQTT listener."`
+	NATS        string   `env:"DEIMOS_NATS" placeholder:"URL" help:"Use this NATS server instead of the embedded one; \"deimos serve --print-nats-config\" shows its configuration."`
+	Advertise   []string `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
+	EnrolRate   int      `default:"50" env:"DEIMOS_ENROL_RATE" placeholder:"N" help:"How many devices a second may enrol from one address (${default}). More for a large site behind one address."`
+	PublicMQTT  []string `name:"public-mqtt" env:"DEIMOS_PUBLIC_MQTT" placeholder:"HOST:PORT" help:"Where devices reach the MQTT listener, if a router or load balancer stands before it; may be repeated."`
+	PublicHTTPS []string `name:"public-https" env:"DEIMOS_PUBLIC_HTTPS" placeholder:"HOST:PORT" help:"The same for the HTTPS listener."`
+	Beat        duration `default:"1m" help:"Heartbeat interval of devices (${default})."`
 
-	NoClaim         bool          `name:"no-claim" env:"DEIMOS_NO_CLAIM" help:"Let devices in by fleet token only; by default they can also wait to be claimed."`
-	CertificateLife time.Duration `default:"720h" env:"DEIMOS_CERTIFICATE_LIFE" help:"How long a device's certificate is good, at least a minute (${default}); it is renewed at two thirds."`
+	NoClaim         bool     `name:"no-claim" env:"DEIMOS_NO_CLAIM" help:"Let devices in by fleet token only; by default they can also wait to be claimed."`
+	CertificateLife duration `default:"30d" env:"DEIMOS_CERTIFICATE_LIFE" help:"How long a device's certificate is good, at least a minute (${default}); it is renewed at two thirds."`
 
 	Pprof string `placeholder:"ADDR" help:"Serve Go's profiles (net/http/pprof) on this loopback address, for finding out what it is busy with."`
 
@@ -39,8 +39,8 @@ type serveCmd struct {
 
 func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
-		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: s.Beat,
-		NoClaim: s.NoClaim, CertificateLife: s.CertificateLife,
+		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
+		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
 	if s.PrintNATSConfig {

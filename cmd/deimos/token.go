@@ -20,16 +20,16 @@ type tokenCmd struct {
 }
 
 type tokenCreateCmd struct {
-	Name  string        `help:"What it is for, as a note." placeholder:"TEXT"`
-	Group string        `help:"Group that the devices join." placeholder:"NAME"`
-	Label []string      `sep:"none" help:"Label that the devices get; may be repeated." placeholder:"KEY=VALUE"`
-	Uses  int           `default:"1" help:"How many devices may use it (${default})."`
-	Valid time.Duration `default:"24h" help:"How long it can be used (${default})."`
+	Name  string   `help:"What it is for, as a note." placeholder:"TEXT"`
+	Group string   `help:"Group that the devices join." placeholder:"NAME"`
+	Label []string `sep:"none" help:"Label that the devices get; may be repeated." placeholder:"KEY=VALUE"`
+	Uses  int      `default:"1" help:"How many devices may use it (${default})."`
+	Valid duration `default:"24h" help:"How long it can be used (${default})."`
 	cli.Output
 }
 
 func (t *tokenCreateCmd) Run(ctx context.Context, all *commands) error {
-	if t.Uses < 1 || t.Valid < time.Second {
+	if t.Uses < 1 || t.Valid.seconds() < 1 {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a token has at least one use and is valid for at least a second")}
 	}
 	labels, err := parseLabels(t.Label)
@@ -40,7 +40,7 @@ func (t *tokenCreateCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	tok, err := c.CreateToken(ctx, api.TokenRequest{Name: t.Name, Group: t.Group, Labels: labels, Uses: t.Uses, ValidSeconds: int64(t.Valid / time.Second)})
+	tok, err := c.CreateToken(ctx, api.TokenRequest{Name: t.Name, Group: t.Group, Labels: labels, Uses: t.Uses, ValidSeconds: t.Valid.seconds()})
 	if err != nil {
 		return err
 	}

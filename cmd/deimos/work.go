@@ -18,16 +18,16 @@ type jobCmd struct {
 }
 
 type jobRunCmd struct {
-	Module string        `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
-	Input  string        `required:"" placeholder:"NAME" help:"Stored file to run over."`
-	Chunk  int           `default:"0" help:"Which chunk of it, from 0."`
-	Device deviceFlag    `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
-	Arg    []string      `help:"Argument for the module; may be repeated."`
-	Memory int64         `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
-	CPU    time.Duration `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
-	Wall   time.Duration `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
-	Output int64         `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
-	Print  cli.Output    `embed:""`
+	Module string     `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
+	Input  string     `required:"" placeholder:"NAME" help:"Stored file to run over."`
+	Chunk  int        `default:"0" help:"Which chunk of it, from 0."`
+	Device deviceFlag `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
+	Arg    []string   `help:"Argument for the module; may be repeated."`
+	Memory int64      `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
+	CPU    duration   `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
+	Wall   duration   `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
+	Output int64      `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
+	Print  cli.Output `embed:""`
 }
 
 func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
@@ -41,7 +41,7 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 	}
 	job, err := c.RunJob(ctx, api.JobRequest{
 		Module: module, Args: j.Arg, Object: j.Input, Chunk: j.Chunk, Device: wire.DeviceID(j.Device),
-		Limits: wire.JobLimits{MemoryBytes: j.Memory, CPUSeconds: j.CPU.Seconds(), WallSeconds: j.Wall.Seconds(), OutputBytes: j.Output},
+		Limits: wire.JobLimits{MemoryBytes: j.Memory, CPUSeconds: time.Duration(j.CPU).Seconds(), WallSeconds: time.Duration(j.Wall).Seconds(), OutputBytes: j.Output},
 	})
 	if err != nil {
 		return err

@@ -32,6 +32,7 @@ const (
 	ExitUsage    = 64 // the command line is wrong
 	ExitNoServer = 69 // the coordinator cannot be reached
 	ExitNoCreate = 73 // state cannot be made or is in use
+	ExitNotYet   = 75 // what was waited for has not ended; of a command, never of the agent
 	ExitRestart  = 75 // start me again (ota/slot.ExitRestart)
 	ExitNoPerm   = 77 // refused: a token, a certificate
 	ExitConfig   = 78 // the configuration is wrong or incomplete
