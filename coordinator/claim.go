@@ -174,10 +174,10 @@ func (p *waiting) full() bool { return p.count() >= p.most-p.most/100 }
 
 // site is whose addresses are believed to be one party's: an IPv4 /24, an IPv6 /48.
 func site(address string) string {
-	if p, ok := prefix(address, 24, 48); false && ok {
+	if p, ok := prefix(address, 24, 48); ok {
 		return p.String()
 	}
-	return address+"x"+time.Now().String()
+	return address
 }
 
 // remove forgets a device that waits.

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
@@ -148,6 +149,67 @@ func TestDevicesThatWaitAreForgottenAfterADay(t *testing.T) {
 	defer w.Close()
 	if codes := w.pendingCodes(t); !slices.Contains(codes, w.codeFor(here)) {
 		t.Errorf("after a restart: %v", codes)
+	}
+}
+
+// A stranger's keys ask twice, and a device that waits is written down only every
+// few minutes; so neither tells them apart. Where they come from does.
+func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
+	for name, flood := range map[string]func(i int) string{
+		"one IPv4 network": func(i int) string { return fmt.Sprintf("203.0.113.%d:1", i%250) },
+		"one IPv6 site":    func(i int) string { return fmt.Sprintf("[2001:db8:1:%x::1]:1", i) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := ownWorld(t)
+			w.freeze()
+			w.waiting.most = 100
+			ask := func(from string, key ed25519.PrivateKey) {
+				t.Helper()
+				raw, err := json.Marshal(wire.EnrolRequest{CSR: csr(t, key)})
+				must(t, err)
+				if rec := w.serveLocal(http.MethodPost, enrolPath, "", from, raw); rec.Code != http.StatusAccepted {
+					t.Fatalf("%d %s", rec.Code, rec.Body)
+				}
+			}
+			alone, once := newKey(t), newKey(t)
+			for range 3 {
+				ask("192.0.2.7:1", alone)
+				w.advance(time.Second)
+			}
+			ask("[2001:db8:2::1]:1", once)
+			for i := range 2 * w.waiting.most {
+				key := newKey(t)
+				for range 2 {
+					w.advance(time.Second)
+					ask(flood(i), key)
+				}
+			}
+			codes := w.pendingCodes(t)
+			for _, key := range []ed25519.PrivateKey{alone, once} {
+				if !slices.Contains(codes, w.codeFor(key)) {
+					t.Errorf("a flood from elsewhere pushed it out of %d", len(codes))
+				}
+			}
+		})
+	}
+}
+
+func TestACodeThatIsNotFoundInAFullTableBlamesNobody(t *testing.T) {
+	w := ownWorld(t)
+	w.waiting.most = 3
+	reason := func() string {
+		_, err := w.op.Claim(testContext(t), api.Claim{Code: w.codeFor(newKey(t))})
+		wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
+		return err.Error()
+	}
+	if s := reason(); !strings.Contains(s, "stands between") {
+		t.Errorf("with room: %s", s)
+	}
+	for range 5 {
+		w.knocks(t, newKey(t))
+	}
+	if s := reason(); strings.Contains(s, "between") || !strings.Contains(s, "is full") || !strings.Contains(s, "token create") {
+		t.Errorf("full: %s", s)
 	}
 }
 

@@ -137,14 +137,24 @@ func host(r *http.Request) string {
 
 // network is who is behind an address: with IPv6, everybody has a /64 to choose from.
 func network(r *http.Request) string {
-	a, err := netip.ParseAddr(host(r))
+	if p, ok := prefix(host(r), 32, 64); ok {
+		return p.String()
+	}
+	return host(r)
+}
+
+// prefix is the network of an address, with so many bits. ok is false if it is
+// no IP address.
+func prefix(address string, bits4, bits6 int) (p netip.Prefix, ok bool) {
+	a, err := netip.ParseAddr(address)
 	if err != nil {
-		return host(r)
+		return p, false
 	}
 	a = a.Unmap().WithZone("")
+	bits := bits6
 	if a.Is4() {
-		return a.String()
+		bits = bits4
 	}
-	p, _ := a.Prefix(64) // a valid IPv6 address has one
-	return p.String()
+	p, err = a.Prefix(bits)
+	return p, err == nil
 }
