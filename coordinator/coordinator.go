@@ -88,7 +88,8 @@ type Config struct {
 	Log             *slog.Logger // nil drops everything
 	Version         string       // of this program, for who asks
 
-	now func() time.Time // for tests; nil is time.Now
+	now     func() time.Time // for tests; nil is time.Now
+	ackHold time.Duration    // for tests; 0 is ackHold
 }
 
 // Coordinator is a running coordinator.
@@ -118,6 +119,9 @@ type Coordinator struct {
 	operators *operators
 	trail     *trail
 	limits    *limits
+	heard     *buckets   // by device: what it says
+	floods    complaints // what heard has dropped
+	refused   complaints // what was not taken
 	httpPort  string
 	mqttPort  string
 	server    *http.Server
@@ -146,15 +150,13 @@ const (
 	closeLimit  = 10 * time.Second // for answers to calls that are under way
 	minBeat     = time.Second
 	voidSweep   = time.Minute
-	startLimit  = 60 * time.Second
+	startLimit  = 60 * time.Second // for each step of the start but reading records, see loadIdle
 	intake      = 4096 // messages of devices that wait to be looked at
 	workers     = 8    // that look at them
 )
 
 // Start brings a coordinator up. ctx bounds the start only; see [Coordinator.Close].
 func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
-	ctx, cancel := context.WithTimeout(ctx, startLimit)
-	defer cancel()
 	if cfg.Beat == 0 {
 		cfg.Beat = time.Minute
 	}
@@ -274,6 +276,8 @@ func (c *Coordinator) startEngine(ctx context.Context) error {
 	} else {
 		ec.DialTLS = &tls.Config{RootCAs: c.auth.pool()}
 	}
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
 	if c.eng, err = engine.Start(ctx, ec); err != nil {
 		return err
 	}
@@ -287,9 +291,10 @@ func (c *Coordinator) startEngine(ctx context.Context) error {
 	return nil
 }
 
-// orderSync bounds what a power cut can take of what was acknowledged to an
-// operator. A device's report that is lost with it comes again, because the
-// order that it answers is pending again.
+// orderSync is how often the state is synced to disk, by the embedded engine and
+// by a server with the configuration of [WriteNATSConfig]. It bounds what a power
+// cut can take of what was acknowledged to an operator. A device's report is
+// acknowledged only when it is older (see ackHold): one that is lost comes again.
 const orderSync = time.Second
 
 // openState opens every bucket and the services on them.
@@ -298,6 +303,11 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.tokens = &tokens{written: c.reg.written, now: c.now}
 	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
 	c.outbox = newOutbox(c.auth.orderKey, c.publish, c.reg.online, c.now, c.log)
+	c.outbox.member = c.reg.member
+	if c.cfg.ackHold > 0 {
+		c.outbox.hold = c.cfg.ackHold
+	}
+	c.heard = newBuckets(hearRate, hearBurst)
 	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
@@ -311,13 +321,18 @@ func (c *Coordinator) openState(ctx context.Context) error {
 				c.config.trackDevice(d, gone)
 			})
 		},
-		func() (err error) { c.reg.inventories, err = c.eng.KV(ctx, "inventories"); return err },
+		func() (err error) { c.reg.inventories, err = c.openKV(ctx, "inventories"); return err },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
 		},
 		func() error { return bucket(ctx, c, "operators", &c.operators.rows, c.operators.index) },
-		func() (err error) { c.trail, err = openTrail(ctx, c.eng, c.now); return err },
+		func() (err error) {
+			ctx, cancel := context.WithTimeout(ctx, startLimit)
+			defer cancel()
+			c.trail, err = openTrail(ctx, c.eng, c.now)
+			return err
+		},
 		func() error { return c.openOrders(ctx) },
 		func() error { return bucket(ctx, c, "configured", &c.config.rows, c.config.trackRow) },
 		func() error { return bucket(ctx, c, "config", &c.config.docs, c.config.trackDoc) },
@@ -334,11 +349,13 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	if err := c.record(ctx, api.LogEntry{Actor: "coordinator", Action: "coordinator.start"}); err != nil {
 		c.log.Warn("this start is not on the audit log; changes are refused until it can be written", "error", err)
 	}
-	files, err := c.eng.Objects(ctx, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL = stagingLife })
+	step, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	files, err := c.eng.Objects(step, "staging", func(o *jetstream.ObjectStoreConfig) { o.TTL = stagingLife })
 	if err != nil {
 		return err
 	}
-	repo, err := c.eng.Objects(ctx, "repo")
+	repo, err := c.eng.Objects(step, "repo")
 	if err != nil {
 		return err
 	}
@@ -357,13 +374,19 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	return nil
 }
 
+func (c *Coordinator) openKV(ctx context.Context, name string, edit ...func(*jetstream.KeyValueConfig)) (jetstream.KeyValue, error) {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	return c.eng.KV(ctx, name, edit...)
+}
+
 // bucket opens one kind of record.
 func bucket[T any](ctx context.Context, c *Coordinator, name string, into **table[T], onEach func(string, T, bool), edit ...func(*jetstream.KeyValueConfig)) error {
-	kv, err := c.eng.KV(ctx, name, edit...)
+	kv, err := c.openKV(ctx, name, edit...)
 	if err != nil {
 		return err
 	}
-	t, err := openTable(ctx, kv, strings.TrimSuffix(name, "s"), onEach)
+	t, err := openTable(ctx, kv, strings.TrimSuffix(name, "s"), onEach, loggingTo[T](c.log))
 	if err != nil {
 		return err
 	}
@@ -445,7 +468,7 @@ func (c *Coordinator) listen() error {
 			}
 		}
 	})
-	c.closers = append(c.closers, func() { cancel(); wg.Wait(); c.outbox.flushAcks() })
+	c.closers = append(c.closers, func() { cancel(); wg.Wait(); c.outbox.closeAcks() })
 	nc := c.eng.Conn()
 	for _, ch := range []wire.Channel{wire.ChannelBeat, wire.ChannelPresence} {
 		s, err := nc.ChanSubscribe(wire.Subject("", ch), msgs)
@@ -466,7 +489,14 @@ func (c *Coordinator) listen() error {
 // topic it came on is dropped.
 func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 	id, ch, err := wire.ParseSubject(m.Subject)
+	now := c.now()
 	if err == nil {
+		if c.heard.take(string(id), now) > 0 {
+			if n := c.floods.add(id, now); n > 0 {
+				c.log.Warn("a device says more than anybody may; messages were dropped", "device", id, "dropped", n)
+			}
+			return
+		}
 		switch ch {
 		case wire.ChannelReport:
 			err = c.hearReport(ctx, id, m.Data)
@@ -481,7 +511,9 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 		}
 	}
 	if err != nil && ctx.Err() == nil {
-		c.log.Warn("a device's message was not taken", "subject", m.Subject, "error", err)
+		if n := c.refused.add(id, now); n > 0 {
+			c.log.Warn("a device's message was not taken", "subject", m.Subject, "times", n, "error", err)
+		}
 	}
 }
 
@@ -490,6 +522,7 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	if err != nil {
 		return err
 	}
+	c.reg.seen(id)
 	if err := c.outbox.report(ctx, r, raw); err != nil {
 		return err
 	}

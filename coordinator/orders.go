@@ -463,7 +463,7 @@ func idFor(base ulid.ULID, d wire.DeviceID) string {
 
 // openOrders opens the buckets of orders.
 func (c *Coordinator) openOrders(ctx context.Context) error {
-	kv, err := c.eng.KV(ctx, "orders", func(k *jetstream.KeyValueConfig) { k.TTL = retention })
+	kv, err := c.openKV(ctx, "orders", func(k *jetstream.KeyValueConfig) { k.TTL = retention })
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -43,21 +44,27 @@ type outbox struct {
 	kinds map[wire.Kind]map[*pending]wire.DeviceID
 	ended recent
 
+	// member tells whether a device still belongs to the fleet.
+	member func(wire.DeviceID) bool
+	// unknown counts reports on orders that are not known.
+	unknown complaints
+
+	hold  time.Duration // see ackHold
 	ackMu sync.Mutex
-	acks  map[wire.DeviceID][]wire.Acked // not sent yet
-	acked time.Time                      // when the last were
-	timer *time.Timer                    // that will send them; nil: none
+	acks  []heldAck   // not sent yet, the oldest first
+	acked time.Time   // when the last were
+	timer *time.Timer // that will send them; nil: none
 }
 
 func newOutbox(key ed25519.PrivateKey, publish func(wire.DeviceID, []byte) error, online func(wire.DeviceID) bool, now func() time.Time, log *slog.Logger) *outbox {
-	return &outbox{key: key, publish: publish, online: online, now: now, log: log,
+	return &outbox{hold: ackHold, member: func(wire.DeviceID) bool { return true }, key: key, publish: publish, online: online, now: now, log: log,
 		lines: make(map[wire.DeviceID]*line), kinds: make(map[wire.Kind]map[*pending]wire.DeviceID), ended: newRecent(recentOrders),
 		due: places[*line]{at: func(l *line) *int { return &l.place }, less: func(a, b *line) bool { return a.due.Before(b.due) }}}
 }
 
 // openRows opens the bucket of orders.
 func (o *outbox) openRows(ctx context.Context, kv jetstream.KeyValue) (err error) {
-	o.rows, err = openTable(ctx, kv, "order", o.track, flat[orderRow](), encoded(orderRow.encode), keeping(func(v orderRow) bool { return !v.State.Terminal() }))
+	o.rows, err = openTable(ctx, kv, "order", o.track, loggingTo[orderRow](o.log), flat[orderRow](), encoded(orderRow.encode), keeping(func(v orderRow) bool { return !v.State.Terminal() }))
 	return err
 }
 
@@ -143,10 +150,11 @@ const (
 	maxLife = retention - 24*time.Hour
 	// maxEndings bounds what one sweep ends, so that it does not hold up sending.
 	maxEndings = 1000
-	// ackDelay is how long an ack waits for others, ackPause the least time
-	// between two rounds of acks. A device sends its reports again after two
-	// seconds at the earliest.
-	ackDelay  = 5 * time.Millisecond
+	// ackHold is how long after its report was written an ack is held: then the
+	// state has been synced, which takes its own time every orderSync, and no
+	// power cut takes the report. ackPause is the least time between two rounds
+	// of acks. A device sends its reports again after five seconds at the earliest.
+	ackHold   = orderSync + 500*time.Millisecond
 	ackPause  = 200 * time.Millisecond
 	maxAcks   = 500      // in one message: some 30 KiB
 	maxLate   = 64 << 10 // bytes of a late report that is kept
@@ -302,6 +310,14 @@ func (o *outbox) submitAs(ctx context.Context, id string, d wire.DeviceID, kind 
 	if err != nil {
 		return OrderRecord{}, err
 	}
+	// Who was retired since it was chosen gets no orders any more, and nobody
+	// would end this one before it expires.
+	if !o.member(d) {
+		if err := o.end(ctx, d, id, wire.Canceled, wire.CodeRetired, "the device was retired while this order was made"); err != nil {
+			return OrderRecord{}, err
+		}
+		return o.get(ctx, d, id)
+	}
 	o.pump(d)
 	return OrderRecord{orderRow: row, Order: order}, nil
 }
@@ -317,7 +333,9 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 	_, err := o.rows.change(ctx, orderKeyOf(r.Device, r.Order), func(v *orderRow, exists bool) error {
 		switch {
 		case !exists:
-			o.log.Warn("a device reports on an order that is not known", "device", r.Device, "order", label(r.Order), "state", r.State)
+			if n := o.unknown.add(r.Device, o.now()); n > 0 {
+				o.log.Warn("a device reports on an order that is not known", "device", r.Device, "order", label(r.Order), "state", r.State, "times", n)
+			}
 			return errUnchanged
 		case v.State.Terminal():
 			if v.Reason == "" || len(v.Late) > 0 || !r.State.Terminal() || len(envelope) > maxLate {
@@ -352,32 +370,71 @@ func (o *outbox) answered(d wire.DeviceID, id string) {
 	o.pump(d)
 }
 
-// ack keeps the word that a report is safe until [outbox.flushAcks], which comes
-// soon, but not too often: nobody waits for it, and one signature and one
-// message serve all that a device has sent meanwhile.
+// heldAck is the word that a report is safe, before it may be given.
+type heldAck struct {
+	device wire.DeviceID
+	wire.Acked
+	since time.Time // when the report was in the store at the latest
+}
+
+// ack keeps the word that a report is safe until that is so. Acks leave in
+// rounds, not too often: nobody waits for them, and one signature and one message
+// serve all that is ripe of a device.
 func (o *outbox) ack(r wire.Report) {
 	o.ackMu.Lock()
 	defer o.ackMu.Unlock()
-	if o.acks == nil {
-		o.acks = make(map[wire.DeviceID][]wire.Acked)
-	}
-	o.acks[r.Device] = append(o.acks[r.Device], wire.Acked{Order: r.Order, Seq: r.Seq})
+	o.acks = append(o.acks, heldAck{r.Device, wire.Acked{Order: r.Order, Seq: r.Seq}, time.Now()})
 	if o.timer == nil {
-		o.timer = time.AfterFunc(max(ackDelay, ackPause-time.Since(o.acked)), o.flushAcks)
+		o.nextRound()
 	}
 }
 
-// flushAcks sends the acks there are. One that is lost is asked for again, by
-// the report's repeat.
+// nextRound sets the timer for the oldest ack. o.ackMu is held.
+func (o *outbox) nextRound() {
+	ripe := o.hold - time.Since(o.acks[0].since)
+	o.timer = time.AfterFunc(max(ripe, ackPause-time.Since(o.acked)), o.flushAcks)
+}
+
+// flushAcks sends the acks that are ripe.
 func (o *outbox) flushAcks() {
+	o.sendAcks(o.ripe())
+}
+
+// closeAcks is the last round. What is not ripe is left unsaid; the report's
+// repeat asks for it, as it does for an ack that is lost.
+func (o *outbox) closeAcks() {
+	acks := o.ripe()
 	o.ackMu.Lock()
-	acks := o.acks
-	o.acks, o.acked = nil, time.Now()
+	o.acks = nil
+	if o.timer != nil {
+		o.timer.Stop()
+	}
+	o.ackMu.Unlock()
+	o.sendAcks(acks)
+}
+
+// ripe takes the acks that may be sent now, and sees to the next round.
+func (o *outbox) ripe() map[wire.DeviceID][]wire.Acked {
+	o.ackMu.Lock()
+	defer o.ackMu.Unlock()
+	o.acked = time.Now()
 	if o.timer != nil {
 		o.timer.Stop()
 		o.timer = nil
 	}
-	o.ackMu.Unlock()
+	ripe := make(map[wire.DeviceID][]wire.Acked)
+	n := 0
+	for ; n < len(o.acks) && o.acked.Sub(o.acks[n].since) >= o.hold; n++ {
+		ripe[o.acks[n].device] = append(ripe[o.acks[n].device], o.acks[n].Acked)
+	}
+	o.acks = slices.Clone(o.acks[n:])
+	if len(o.acks) > 0 {
+		o.nextRound()
+	}
+	return ripe
+}
+
+func (o *outbox) sendAcks(acks map[wire.DeviceID][]wire.Acked) {
 	for d, all := range acks {
 		for len(all) > 0 {
 			n := min(len(all), maxAcks)

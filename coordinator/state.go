@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"slices"
 	"sync"
@@ -48,6 +49,7 @@ type table[T any] struct {
 	keep    func(v T) bool // nil keeps all
 	flat    bool
 	write   func(v T) ([]byte, error)
+	log     *slog.Logger
 }
 
 // tableOption is how one table differs from others.
@@ -84,13 +86,25 @@ type written[T any] struct {
 	raw []byte
 }
 
+// loggingTo tells of a long start.
+func loggingTo[T any](log *slog.Logger) tableOption[T] {
+	return func(t *table[T]) { t.log = log }
+}
+
+// How long all records take depends on how many there are; that some come is
+// what can be asked.
+const (
+	loadIdle = 30 * time.Second // without a record
+	loadNews = 10 * time.Second
+)
+
 // openTable fills the copy before it returns. onEach, if not nil, sees each
 // record once at the start and after each change, in the order of changes and
 // never concurrently. It must not call the table's writing methods.
 func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool), options ...tableOption[T]) (*table[T], error) {
 	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), removed: make(map[string]uint64),
 		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach,
-		writing: make(map[string]*written[T]), write: func(v T) ([]byte, error) { return json.Marshal(v) }}
+		log: slog.New(slog.DiscardHandler), writing: make(map[string]*written[T]), write: func(v T) ([]byte, error) { return json.Marshal(v) }}
 	for _, o := range options {
 		o(t)
 	}
@@ -99,7 +113,11 @@ func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, o
 		return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, err)
 	}
 	t.watch = w
-	for loading := true; loading; {
+	idle := time.NewTimer(loadIdle)
+	defer idle.Stop()
+	news := time.NewTicker(loadNews)
+	defer news.Stop()
+	for loading, n := true, 0; loading; {
 		select {
 		case e, open := <-w.Updates():
 			if !open {
@@ -110,6 +128,13 @@ func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, o
 				break
 			}
 			t.apply(e)
+			n++
+			idle.Reset(loadIdle)
+		case <-news.C:
+			t.log.Info(fmt.Sprintf("reading %s records", what), "so_far", n)
+		case <-idle.C:
+			_ = w.Stop() // the reason for giving up is another
+			return nil, fmt.Errorf("the coordinator's %s records cannot be read: after %d of them the state store said nothing for %s: %w", what, n, loadIdle, context.DeadlineExceeded)
 		case <-ctx.Done():
 			_ = w.Stop() // the reason for giving up is ctx's
 			return nil, fmt.Errorf("the coordinator's %s records cannot be read: %w", what, ctx.Err())
