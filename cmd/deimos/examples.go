@@ -2,46 +2,61 @@ package main
 
 // What the groups of commands show below their help: the usual ways of using
 // them. Each line that begins with two spaces is a command that can be typed,
-// and what it does.
+// and what it does. Without a paragraph before them, the first would be taken for
+// one and be wrapped.
 
 func (*tokenCmd) Help() string {
-	return `  deimos token create --group attic --uses 20 --valid 72h    let 20 devices in, until in three days
+	return `For example:
+
+  deimos token create --group attic --uses 20 --valid 72h    let 20 devices in, until in three days
   deimos token revoke fc1b48c126                             let nobody in by it any more`
 }
 
 func (*deviceCmd) Help() string {
-	return `  deimos device list --group attic --state offline                 who of a group is away
+	return `For example:
+
+  deimos device list --group attic --state offline                 who of a group is away
   deimos device claim abcde-fghij-klmno --group attic              take in what shows this code
   deimos device set --label site=north --set-group roof            move devices into a group
   deimos device retire aaaabbbbccccddddeeeeffff --yes              send one away for ever`
 }
 
 func (*orderCmd) Help() string {
-	return `  deimos order list --pending                                      what has not ended yet
+	return `For example:
+
+  deimos order list --pending                                      what has not ended yet
   deimos order list --device aaaabbbbccccddddeeeeffff              all that one device was asked
   deimos order send device.ping --group attic                      ask a group whether it is there`
 }
 
 func (*configCmd) Help() string {
-	return `  deimos config set beat.seconds=60 --all                          for the whole fleet
+	return `For example:
+
+  deimos config set beat.seconds=60 --all                          for the whole fleet
   deimos config set jobs.slots=2 --group attic                     for a group
   deimos config show --device aaaabbbbccccddddeeeeffff             what one runs, and what it refuses
   deimos config list                                               who is behind`
 }
 
 func (*operatorCmd) Help() string {
-	return `  deimos operator create carol --role viewer --out carol.json      carol may look, for 90 days
+	return `For example:
+
+  deimos operator create carol --role viewer --out carol.json      carol may look, for 90 days
   deimos operator create ci --role release-manager --valid 30d     print the file
   deimos operator revoke carol                                     end it`
 }
 
 func (*logCmd) Help() string {
-	return `  deimos log --since 7d --actor carol                              what carol did in a week
+	return `For example:
+
+  deimos log --since 7d --actor carol                              what carol did in a week
   deimos log --device aaaabbbbccccddddeeeeffff                     what became of one device
   deimos log --verify                                              was anything altered?`
 }
 
 func (*statusCmd) Help() string {
-	return `  deimos status                                                    for people
+	return `For example:
+
+  deimos status                                                    for people
   deimos status -o json                                            for programs`
 }

@@ -3,6 +3,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -78,7 +79,11 @@ func (c *commands) client() (*api.Client, error) {
 	if err != nil {
 		return nil, &cli.Error{Code: cli.ExitConfig, Err: err}
 	}
-	return api.NewClient(ctx)
+	client, err := api.NewClient(ctx)
+	if err != nil {
+		return nil, &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("the context file %s: %w", path, err)}
+	}
+	return client, nil
 }
 
 type versionCmd struct{ cli.Output }

@@ -22,9 +22,9 @@ type simCmd struct {
 
 // Help says more than a line.
 func (s *simCmd) Help() string {
-	return `Simulated devices enrol with keys of their own, hold real sessions with the broker, and answer "device.ping". They
-keep nothing: after the end their records stay, and "deimos device retire" removes them. Each needs about 100 KiB
-and a file descriptor ("ulimit -n").
+	return `Simulated devices enrol with keys of their own, hold real sessions with the broker, and answer "device.ping" and
+take configuration. They keep nothing: after the end their records stay, until each is sent away by its id with
+"deimos device retire". Each needs about 100 KiB and a file descriptor ("ulimit -n").
 
   deimos sim --agents 5000 --coordinator https://localhost:8443 --token "$(deimos token create --uses 5000)"`
 }

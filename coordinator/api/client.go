@@ -67,12 +67,12 @@ const maxAnswer = 64 << 20
 // NewClient trusts only the context's authority.
 func NewClient(c Context) (*Client, error) {
 	base, err := url.Parse(c.URL)
-	if err != nil || base.Scheme != "https" {
+	if err != nil || base.Scheme != "https" || base.Hostname() == "" || base.User != nil || base.RawQuery != "" || base.Fragment != "" {
 		return nil, fmt.Errorf("%q is no coordinator address, it looks like https://host:8443", c.URL)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM([]byte(c.CA)) {
-		return nil, errors.New("the context holds no valid authority: copy it again from the coordinator's folder")
+		return nil, errors.New("it holds no valid authority: copy it again from the coordinator's folder")
 	}
 	return &Client{base: base, ca: c.CA, token: c.Token, http: &http.Client{
 		Transport: &http.Transport{
@@ -159,11 +159,17 @@ func segment(s string) string {
 // explain turns a transport error into what a person can act on.
 func (c *Client) explain(err error) error {
 	var unknown x509.UnknownAuthorityError
+	var cert *tls.CertificateVerificationError
+	var plain tls.RecordHeaderError
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	case errors.As(err, &unknown):
-		return fmt.Errorf("the server at %s is not the coordinator of this context (another authority signed its certificate)", c.base.Host)
+		return fmt.Errorf("the coordinator of this context %w: the server at %s is another (another authority signed its certificate); check the address, or copy the context file again", ErrUnreachable, c.base.Host)
+	case errors.As(err, &cert):
+		return fmt.Errorf("the coordinator at %s %w: its certificate is not good for that (%w); check the name in the address and this machine's clock", c.base.Host, ErrUnreachable, cert.Err)
+	case errors.As(err, &plain), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		return fmt.Errorf("the coordinator at %s %w: what answers there does not speak TLS; check the address and the port", c.base.Host, ErrUnreachable)
 	}
 	var op *net.OpError
 	if errors.As(err, &op) {

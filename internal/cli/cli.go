@@ -72,6 +72,9 @@ func CodeOf(err error) int {
 	return ExitFailed
 }
 
+// Help is how a program shows its help.
+var Help = kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true})
+
 // Parse reads the command line into grammar, runs the command it names and ends
 // the program; the command's Run gets a context that ends with Ctrl-C or
 // SIGTERM, and binds. coded gives an error its exit code (see [Error]).
@@ -82,7 +85,7 @@ func Parse(name, about string, grammar any, coded func(error) error, binds ...an
 	context.AfterFunc(ctx, stop)
 	p, err := kong.New(grammar,
 		kong.Name(name), kong.Description(about), kong.UsageOnError(),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true}),
+		Help,
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.Bind(binds...),
 	)
