@@ -10,6 +10,9 @@
 //   - The terminal report of an order is on disk before it is sent, and is sent
 //     until the coordinator acknowledges it. A repeat of the order is answered
 //     with the same bytes, or without the content if the outbox had to give it up.
+//   - No order begins whose report could not be kept. One that is done is done
+//     again only if the agent ended before the report was kept, and then it is
+//     never called CANCELED or expired: see dispatcher.
 //   - What the owner's file states is a limit for the fleet's configuration too.
 //   - A clock that is not trusted does not keep the device from its coordinator,
 //     and makes it forget nothing.
@@ -25,7 +28,7 @@
 //	identity/membership.json what enrolment gave: certificate, authority, addresses
 //	config.json             what the fleet wants of the device, see settings.go
 //	journal/                finished orders, unacknowledged reports, what was
-//	                        dropped of them, clock floor
+//	                        dropped of them, orders that were begun, clock floor
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
 //	slots/, update/         see ota
@@ -481,18 +484,10 @@ func (a *Agent) housekeep(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		if err := a.forget(); err != nil {
+		if err := forget(a.journal, a.clock); err != nil {
 			a.log.Warn("the journal cannot be tidied", "error", err)
 		}
 	}
-}
-
-func (a *Agent) forget() error {
-	now, sure := a.clock.Read()
-	if sure != wire.ClockTrusted {
-		return nil // a wrong clock must not make it forget
-	}
-	return errors.Join(a.journal.forget(now), a.journal.saveFloor(now))
 }
 
 // checkChunks reads every chunk once after the start: Badger cuts a damaged

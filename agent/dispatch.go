@@ -59,6 +59,9 @@ const quietFor = 500 * time.Millisecond
 // known any more.
 const keepConcluded = 30 * 24 * time.Hour
 
+// keepRetry is the pause before a report that could not be kept is tried again.
+const keepRetry = 5 * time.Second
+
 // duties is what a dispatcher needs of the rest of the agent.
 type duties struct {
 	id      Identity
@@ -84,6 +87,16 @@ type duties struct {
 // dispatcher turns signed orders into effects and signed reports. It checks
 // signature, device, expiry and whether an order was done before, in this order.
 //
+// An order is noted as begun before its handler is called, and until its report
+// is kept. One that a former life has begun may have had its effect, so it ends
+// by what its handler says when it arrives again (a handler bears being called
+// twice), never as CANCELED or expired: rather as FAILED with
+// [wire.CodeInterrupted]. The note costs no sync, except for routes with Later:
+// it survives the death of the agent, and a power cut may lose the newest.
+//
+// A report that cannot be kept, for want of disk, stays in memory, and the order
+// in flight: it is tried again until the agent ends.
+//
 // Its mutex is never held while the disk is waited for, only while it is read.
 type dispatcher struct {
 	duties
@@ -91,6 +104,7 @@ type dispatcher struct {
 	wg    sync.WaitGroup // of the orders in flight
 	seq   atomic.Uint64  // of the last report; one count for all orders, as an order may begin again
 	quiet time.Duration  // quietFor, except in tests
+	retry time.Duration  // keepRetry, except in tests
 
 	mu       sync.Mutex
 	schedule *scheduler
@@ -98,7 +112,7 @@ type dispatcher struct {
 	owed     debts            // unacknowledged terminal reports
 	acks     []wire.Acked     // of owed reports, not yet noted in the journal
 	revoked  map[string]error // orders that are canceled when they arrive again: see cancelOrder
-	full     bool             // the outbox, and the log says so
+	full     bool             // the outbox or the disk, and the log says so
 	tidying  bool             // tidy runs
 	changed  chan struct{}    // capacity 1: owed or acks has changed
 }
@@ -108,6 +122,7 @@ func newDispatcher(u duties) (*dispatcher, error) {
 	d := &dispatcher{
 		duties:   u,
 		quiet:    quietFor,
+		retry:    keepRetry,
 		inFlight: make(map[string]*task),
 		revoked:  make(map[string]error),
 		changed:  make(chan struct{}, 1),
@@ -178,29 +193,41 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 		d.publish(done.Report)
 		return nil
 	}
+	again, err := d.journal.begun(o.ID)
+	if err != nil {
+		return err
+	}
 	now, sure := d.clock.Read()
 	if err := o.CheckFor(d.id.ID, now); err != nil {
 		p := wire.ProblemOf(err)
-		if p.Code == wire.CodeExpired && sure != wire.ClockTrusted {
+		expired := p.Code == wire.CodeExpired
+		if expired && sure != wire.ClockTrusted {
 			// Perhaps it is this clock that is ahead, and a terminal report would
 			// be final. The welcome sets the clock, and the order comes again.
 			return fmt.Errorf("order %s expired at %s by a clock that is not sure of the time, and was ignored", o.ID, o.Expires.UTC().Format(time.RFC3339))
 		}
-		// Not kept: after its expiry nobody asks for it again.
-		d.say(wire.Report{Order: o.ID, Seq: d.seq.Add(1), State: p.State, Code: p.Code, Reason: p.Reason})
-		return nil
+		if !expired || !again {
+			// Not kept: after its expiry nobody asks for it again.
+			d.say(wire.Report{Order: o.ID, Seq: d.seq.Add(1), State: p.State, Code: p.Code, Reason: p.Reason})
+			return nil
+		}
 	}
 	if ok, err := d.admit(o); !ok {
 		return err
 	}
-	return d.enqueue(ctx, o, now)
+	d.enqueue(ctx, o, now, again)
+	return nil
 }
 
-// admit tells whether there is room for one more order, and for its report.
+// admit tells whether there is room for one more order, and for its report. Why
+// not is said once.
 func (d *dispatcher) admit(o wire.Order) (bool, error) {
 	p := o.Kind.Priority()
 	if len(d.inFlight) >= maxInFlight+reserved*(lowestPriority-p) {
 		return false, fmt.Errorf("order %s has to wait: %d orders are under way", o.ID, len(d.inFlight))
+	}
+	if err := d.journal.writable(); err != nil {
+		return false, d.sayFull(fmt.Errorf("new orders are left unanswered until their reports can be kept: %w", err))
 	}
 	n := len(d.inFlight) + 1
 	if d.out.room(n, p) {
@@ -211,11 +238,16 @@ func (d *dispatcher) admit(o wire.Order) (bool, error) {
 		d.tidying = true
 		d.wg.Go(func() { d.tidy(int64(n)*bareReport, classOf(o.Kind)) })
 	}
+	return false, d.sayFull(fmt.Errorf("new orders are left unanswered until the coordinator has acknowledged reports: the outbox holds %d MiB of them, and its bound is %d", d.journal.bytes()>>20, d.out.bound>>20))
+}
+
+// sayFull is why, unless it was said.
+func (d *dispatcher) sayFull(why error) error {
 	if d.full {
-		return false, nil // it was said
+		return nil
 	}
 	d.full = true
-	return false, fmt.Errorf("new orders are left unanswered until the coordinator has acknowledged reports: the outbox holds %d MiB of them, and its bound is %d", d.journal.bytes()>>20, d.out.bound>>20)
+	return why
 }
 
 // tidy makes room in the outbox for orders that come again.
@@ -229,19 +261,13 @@ func (d *dispatcher) tidy(need int64, most class) {
 }
 
 // enqueue puts an order under way. d.mu is held.
-func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time) (err error) {
-	t := &task{order: o, class: classOf(o.Kind)}
-	route, known := d.routes[o.Kind]
-	if known && route.Later != nil {
-		if t.again, err = d.journal.begun(o.ID); err != nil {
-			return err
-		}
-	}
+func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, again bool) {
+	t := &task{order: o, class: classOf(o.Kind), again: again}
 	d.track(ctx, t)
 	d.step(t, wire.Report{Order: o.ID, State: wire.Queued})
-	if !known {
+	if _, known := d.routes[o.Kind]; !known {
 		go d.end(t, wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind))
-		return nil
+		return
 	}
 	if why := d.revoked[o.ID]; why != nil {
 		t.cancel(why)
@@ -251,7 +277,6 @@ func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time) (
 	t.unwatch = func() { unwatch(); stop() }
 	d.schedule.add(t)
 	d.beginNext()
-	return nil
 }
 
 var errWaitedTooLong = wire.RejectedBecause(wire.CodeExpired, "the order expired while it waited for other work to end")
@@ -320,12 +345,25 @@ func (d *dispatcher) end(t *task, out wire.Outcome, err error) {
 		d.abandon(t)
 		return
 	}
-	r := d.terminal(t.agent, t.order.ID, out, err)
+	r := d.terminal(t.agent, t.order.ID, out, d.asFarAsKnown(t, err))
 	if err == nil && r.State != wire.Succeeded && t.agent.Err() != nil {
 		d.abandon(t) // not the result is at fault, its attachment had no time
 		return
 	}
 	d.finish(t, r, t.order.Expires, t.class)
+}
+
+// asFarAsKnown is why an order is not done. Of one that was begun before nobody
+// knows, unless somebody else concludes it and its handler has been asked.
+func (d *dispatcher) asFarAsKnown(t *task, why error) error {
+	asked := d.routes[t.order.Kind].Later != nil
+	switch {
+	case t.again && errors.Is(why, errWaitedTooLong):
+		return wire.FailedBecause(wire.CodeInterrupted, "the agent ended before it could report, and the order expired before it was sent again: it may have been done")
+	case t.again && isCancel(why) && !asked:
+		return wire.FailedBecause(wire.CodeInterrupted, "the agent ended before it could report, and then %s: it may have been done", wire.ProblemOf(why).Reason)
+	}
+	return why
 }
 
 // abandon forgets an order in flight without a report.
@@ -353,8 +391,8 @@ func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
 	case left <= 0:
 		return wire.Outcome{}, errWaitedTooLong
 	}
-	if route.Later != nil && !t.again {
-		if err := d.journal.begin(o.ID, o.Expires); err != nil {
+	if !t.again {
+		if err := d.journal.begin(o.ID, o.Expires, route.Later != nil); err != nil {
 			d.log.Error("an order cannot be begun; it comes again", "order", o.ID, "error", err)
 			return wire.Outcome{}, errNotBegun
 		}
@@ -432,7 +470,8 @@ func (d *dispatcher) fill(ctx context.Context, r *wire.Report, out wire.Outcome)
 }
 
 // finish makes a terminal report durable, then sends it until it is
-// acknowledged. t is nil for an order that is not in flight.
+// acknowledged. t is nil for an order that is not in flight: its report is
+// tried once, as who concludes it comes back to it after the next start.
 func (d *dispatcher) finish(t *task, r wire.Report, expires time.Time, c class) {
 	r.Seq = d.seq.Add(1)
 	raw, err := d.seal(r)
@@ -442,7 +481,7 @@ func (d *dispatcher) finish(t *task, r wire.Report, expires time.Time, c class) 
 	}
 	e := entry{Order: r.Order, Seq: r.Seq, Expires: expires, Report: raw, Class: c, Bare: content(r) < worthStripping}
 	if err == nil {
-		e, err = d.out.keep(e) // outside the lock: it waits for the disk
+		e, err = d.keep(t, e) // outside the lock: it waits for the disk
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -450,15 +489,28 @@ func (d *dispatcher) finish(t *task, r wire.Report, expires time.Time, c class) 
 		defer d.release(t)
 	}
 	if err != nil {
-		// Unreported: the coordinator sends the order again and it is done
-		// again, which handlers bear.
-		d.log.Error("an order is done but its report cannot be kept; free some disk space", "order", r.Order, "error", err)
+		// Unreported: the coordinator sends the order again to the next life, and
+		// it is done again, which handlers bear.
+		d.log.Error("an order is done and its report is lost", "order", r.Order, "error", err)
 		return
 	}
 	delete(d.revoked, r.Order)
 	d.owed.add(r.Order, time.Now())
 	d.nudge()
 	d.publish(e.Report)
+}
+
+// keep puts a report into the outbox, and tries again until the agent ends: what
+// is done must not be done again for want of a report.
+func (d *dispatcher) keep(t *task, e entry) (entry, error) {
+	e, err := d.out.keep(e)
+	if err != nil && t != nil {
+		d.log.Error("an order is done but its report cannot be kept; it is tried again", "order", e.Order, "every", d.retry.String(), "error", err)
+	}
+	for err != nil && t != nil && rest(t.agent, d.retry) == nil {
+		e, err = d.out.keep(e)
+	}
+	return e, err
 }
 
 // step numbers a report that is not terminal; it is sent when it is time. d.mu is held.
@@ -613,11 +665,10 @@ const (
 // terminal report or on its way to one, so that it may be done again after a
 // crash.
 //
-// An order that a former life has begun and that somebody else may conclude, an
-// update on trial, cannot be told from one that was cut off in the middle until
-// it arrives again. So its state is RUNNING; when it arrives, its handler is
-// called with its context already canceled, and says that it is beyond recall,
-// or stops.
+// An order that a former life has begun and not reported on may have been done,
+// or cut off in the middle, or be an update on trial. So its state is RUNNING;
+// when it arrives again, its handler is called with its context already
+// canceled, and says that it is done or beyond recall, or stops.
 func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
 	c, err := wire.DecodeBody[wire.OrderCancel](o)
 	if err != nil {
@@ -626,7 +677,10 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 	if c.Order == "" || c.Order == o.ID || c.Expires.IsZero() {
 		return wire.Outcome{}, wire.RejectedBecause(wire.CodeBadBody, "the cancellation lacks the id or the expiry of another order")
 	}
-	ended, err := d.revoke(c, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + o.ID})
+	d.mu.Lock()
+	agent := d.inFlight[o.ID].agent
+	d.mu.Unlock()
+	ended, err := d.revoke(agent, c, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + o.ID})
 	if err != nil {
 		return wire.Outcome{}, err
 	}
@@ -645,8 +699,8 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 }
 
 // revoke stops an order or keeps it from beginning. The channel, if there is
-// one, is closed when that is done.
-func (d *dispatcher) revoke(c wire.OrderCancel, why *wire.Problem) (ended <-chan struct{}, err error) {
+// one, is closed when that is done. agent ends with the agent.
+func (d *dispatcher) revoke(agent context.Context, c wire.OrderCancel, why *wire.Problem) (ended <-chan struct{}, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if t, ok := d.inFlight[c.Order]; ok {
@@ -667,7 +721,7 @@ func (d *dispatcher) revoke(c wire.OrderCancel, why *wire.Problem) (ended <-chan
 	// Never seen. It is in flight until its report is kept, so that it cannot
 	// arrive and begin meanwhile.
 	t := &task{order: wire.Order{ID: c.Order, Expires: c.Expires}, class: classOf(wire.KindOrderCancel)}
-	d.track(context.Background(), t)
+	d.track(agent, t)
 	t.last = wire.Report{Order: c.Order, Seq: d.seq.Add(1), State: wire.Queued}
 	go d.end(t, wire.Outcome{}, why)
 	return t.done, nil

@@ -529,6 +529,7 @@ func TestReportThatCannotBeKeptIsNotSent(t *testing.T) {
 	if err := r.disk.close(); err != nil {
 		t.Fatal(err)
 	}
+	r.end() // or it would be tried again
 	close(gate)
 	r.wait()
 	r.silent("the report is not on disk")

@@ -37,10 +37,15 @@ type journal interface {
 	revise(orders []string, durable bool, change func(*entry) fate) error
 	// each calls f for every finished order.
 	each(f func(entry)) error
-	// begin notes durably that an order begins which a later life of the agent
-	// may conclude; begun tells whether it is noted.
-	begin(order string, expires time.Time) error
+	// begin notes that the handler of an order is about to be called; begun tells
+	// whether that is noted. What is not durable survives the agent's death, and
+	// costs no sync.
+	begin(order string, expires time.Time, durable bool) error
 	begun(order string) (bool, error)
+	// writable is an error while nothing can be written.
+	writable() error
+	// saveFloor keeps the newest trusted time, durably.
+	saveFloor(t time.Time) error
 	// bytes is what the entries take, keys included. What Badger adds on the disk
 	// until it has compacted is not in it.
 	bytes() int64
@@ -83,6 +88,25 @@ const (
 	replace
 	remove
 )
+
+// floorMargin is more than a clock may be behind the saved floor that it was
+// started with: [Clock.Trust] takes what is up to 5 minutes below.
+const floorMargin = 10 * time.Minute
+
+// forget drops what nobody will ask for again. An order that is forgotten must
+// count as expired in every later life, also on a board whose clock then begins
+// at the saved floor: so the floor goes first, and only what expired well before
+// it is dropped. A clock that is not trusted makes it forget nothing.
+func forget(j journal, c *Clock) error {
+	now, sure := c.Read()
+	if sure != wire.ClockTrusted {
+		return nil
+	}
+	if err := j.saveFloor(now); err != nil {
+		return err
+	}
+	return j.forget(now.Add(-floorMargin))
+}
 
 // forgotten is the fate of an entry that nobody will ask for again. One that is
 // not acknowledged is kept: its result is still owed.
@@ -142,7 +166,7 @@ func record(before []wire.Dropped, e entry) []wire.Dropped {
 // badgerJournal is the journal of a device, in a small Badger store of its own.
 //
 // Keys: "order/<id>" → JSON of [entry]; "begun/<id>" → the expiry of an order
-// that a later life may conclude; "dropped" → JSON of []wire.Dropped; "floor" →
+// whose handler was called and that has no report yet; "dropped" → JSON of []wire.Dropped; "floor" →
 // the newest trusted time; "epoch" → how often the agent was started.
 //
 // # Group commit
@@ -157,7 +181,8 @@ func record(before []wire.Dropped, e entry) []wire.Dropped {
 type badgerJournal struct {
 	db    *badger.DB
 	dir   string
-	leave int64 // bytes left free on the disk
+	leave atomic.Int64 // bytes left free on the disk
+	flush func() error // db.Sync, except in tests
 	used  atomic.Int64
 	lost  atomic.Pointer[[]wire.Dropped] // never changed in place
 
@@ -212,8 +237,8 @@ func (j *badgerJournal) room() error {
 	if err := unix.Statfs(j.dir, &st); err != nil {
 		return fmt.Errorf("the journal's disk cannot be asked for its free space: %w", err)
 	}
-	if free := int64(st.Bavail) * int64(st.Bsize); free < j.leave {
-		return fmt.Errorf("the disk of %s is full: %d MiB are free, the agent needs %d; free some space", j.dir, free>>20, j.leave>>20)
+	if free := int64(st.Bavail) * int64(st.Bsize); free < j.leave.Load() {
+		return fmt.Errorf("the disk of %s is full: %d MiB are free, the agent needs %d; free some space", j.dir, free>>20, j.leave.Load()>>20)
 	}
 	return nil
 }
@@ -222,7 +247,8 @@ func openJournal(dir string) (*badgerJournal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("the journal's folder cannot be made: %w", err)
 	}
-	j := &badgerJournal{dir: dir, leave: journalFloor}
+	j := &badgerJournal{dir: dir}
+	j.leave.Store(journalFloor)
 	if err := j.room(); err != nil {
 		return nil, err
 	}
@@ -251,6 +277,7 @@ func openJournal(dir string) (*badgerJournal, error) {
 	if j.db, err = badger.Open(opts); err != nil {
 		return nil, fmt.Errorf("the agent's journal in %s cannot be opened: %w", dir, err)
 	}
+	j.flush = j.db.Sync
 	if err := j.count(); err != nil {
 		return nil, errors.Join(fmt.Errorf("the agent's journal in %s cannot be read: %w", dir, err), j.db.Close())
 	}
@@ -353,12 +380,12 @@ func (j *badgerJournal) revise(orders []string, durable bool, change func(*entry
 	return j.commit(writes...)
 }
 
-func (j *badgerJournal) begin(order string, expires time.Time) error {
+func (j *badgerJournal) begin(order string, expires time.Time, durable bool) error {
 	raw, err := expires.UTC().MarshalText()
 	if err != nil {
 		return err
 	}
-	return j.set(true, begunKey(order), raw)
+	return j.set(durable, begunKey(order), raw)
 }
 
 func (j *badgerJournal) begun(order string) (ok bool, err error) {
@@ -409,7 +436,7 @@ func (j *badgerJournal) commit(mine ...*write) error {
 // transact commits as many writes as go into one transaction, at least one,
 // syncs if one of them wants it, and says how many they were. j.turn is held.
 func (j *badgerJournal) transact(all []*write) (n int) {
-	err := cmp.Or(j.usable(), j.room())
+	err := j.writable()
 	var b batch
 	if err == nil {
 		n, b, err = j.attempt(all)
@@ -510,7 +537,7 @@ func apply(tx *badger.Txn, p pair) (grown int64, err error) {
 // sync brings to the disk what was committed. After a failure nothing that is
 // in memory can be relied on, and the journal takes nothing any more.
 func (j *badgerJournal) sync() error {
-	err := j.db.Sync()
+	err := j.flush()
 	if err == nil {
 		err = durable.SyncDir(j.dir) // of a log that is new; Badger does it some time later
 	}
@@ -520,6 +547,8 @@ func (j *badgerJournal) sync() error {
 	}
 	return err
 }
+
+func (j *badgerJournal) writable() error { return cmp.Or(j.usable(), j.room()) }
 
 func (j *badgerJournal) usable() error {
 	if err := j.broken.Load(); err != nil {
@@ -603,7 +632,7 @@ func (j *badgerJournal) saveFloor(t time.Time) error {
 	if err != nil {
 		return err
 	}
-	return j.set(false, floorKey, raw)
+	return j.set(true, floorKey, raw)
 }
 
 // reportsAnEpoch is how many reports there can be in one life of the agent (a
@@ -704,7 +733,10 @@ func (j *memoryJournal) each(f func(entry)) error {
 	return nil
 }
 
-func (j *memoryJournal) begin(order string, expires time.Time) error {
+func (j *memoryJournal) writable() error           { return nil }
+func (j *memoryJournal) saveFloor(time.Time) error { return nil } // no life comes after this one
+
+func (j *memoryJournal) begin(order string, expires time.Time, _ bool) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.open[order] = expires

@@ -22,7 +22,7 @@ func TestAFullDiskIsASentenceAndNotTheEnd(t *testing.T) {
 	if err := j.put(e); err != nil {
 		t.Fatal(err)
 	}
-	j.leave = 1 << 62 // no disk has that much free
+	j.leave.Store(1 << 62) // no disk has that much free
 	e.Order = "two"
 	for what, err := range map[string]error{
 		"put":   j.put(e),

@@ -50,7 +50,7 @@ func (c class) worth() int {
 // bytes. Above the bound, in this order:
 //
 //  1. Acknowledged reports whose order has expired are forgotten. Nobody asks
-//     for them again.
+//     for them again; see forget.
 //  2. Reports are stripped: body and attachment are given up, and the report is
 //     sealed anew with [wire.Report.Dropped]. First those that are acknowledged,
 //     whose content the coordinator has; then the others, the least valuable
@@ -179,10 +179,8 @@ func (b *outbox) sweep(need int64, most class) error {
 	if b.ample(need) || time.Now().Before(b.next) {
 		return nil // somebody else has made room, or could not
 	}
-	if now, sure := b.clock.Read(); sure == wire.ClockTrusted { // a wrong clock must not make it forget
-		if err := b.journal.forget(now); err != nil {
-			return fmt.Errorf("the full outbox cannot be tidied: %w", err)
-		}
+	if err := forget(b.journal, b.clock); err != nil {
+		return fmt.Errorf("the full outbox cannot be tidied: %w", err)
 	}
 	victims, err := b.victims(most)
 	for goal := b.bound - b.bound/8 - need; err == nil && len(victims) > 0 && b.journal.bytes() > goal; {
@@ -260,7 +258,9 @@ type debt struct {
 }
 
 const (
-	firstResend = 2 * time.Second
+	// firstResend leaves the coordinator the time to sync its state before it
+	// acknowledges.
+	firstResend = 5 * time.Second
 	lastResend  = time.Minute
 	// resendBurst reports go out at once, and the next after resendGap: the
 	// session has room for 256 messages, and drops what is above.

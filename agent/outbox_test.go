@@ -81,10 +81,10 @@ func TestJournalKeepsRevisesAndForgets(t *testing.T) {
 				t.Errorf("an acknowledgement of %d: %t", seq, a.Acked)
 			}
 		}
-		if err := j.begin("d", today.Add(keepConcluded)); err != nil {
+		if err := j.begin("d", today.Add(keepConcluded), true); err != nil {
 			t.Fatal(err)
 		}
-		if err := j.begin("e", today.Add(-2*keepConcluded)); err != nil {
+		if err := j.begin("e", today.Add(-2*keepConcluded), false); err != nil {
 			t.Fatal(err)
 		}
 		if err := j.forget(today.Add(time.Second)); err != nil {
@@ -602,11 +602,10 @@ func TestAWrongClockForgetsNothing(t *testing.T) {
 	defer j.close()
 	clock := NewClock(time.Time{})
 	clock.system = (&hardware{time.Date(2050, 1, 1, 0, 0, 0, 0, time.UTC)}).now
-	a := &Agent{clock: clock, journal: j}
 	box := outbox{journal: j, bound: 1, clock: clock}
 	look := func() {
 		t.Helper()
-		for what, tidy := range map[string]func() error{"housekeeping": a.forget, "a full outbox": func() error { box.next = time.Time{}; return box.sweep(1, classProof) }} {
+		for what, tidy := range map[string]func() error{"housekeeping": func() error { return forget(j, clock) }, "a full outbox": func() error { box.next = time.Time{}; return box.sweep(1, classProof) }} {
 			if err := j.put(entry{Order: "a", Acked: true, Bare: true, Expires: time.Now().Add(-time.Hour)}); err != nil {
 				t.Fatal(err)
 			}

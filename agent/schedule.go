@@ -120,7 +120,7 @@ type task struct {
 	unwatch func()
 	class   class
 	// again says that a former life, or an earlier arrival in this one, has begun
-	// it, and somebody else may conclude it.
+	// it, and there is no report.
 	again bool
 	place int           // in its lane; -1: not there
 	done  chan struct{} // closed when it is no longer under way

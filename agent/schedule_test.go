@@ -320,7 +320,7 @@ func TestOrderCanceledBeforeItArrivesNeverBegins(t *testing.T) {
 func TestCancelCutOffBeforeItsReportIsDoneAgain(t *testing.T) {
 	var c counter
 	r := newRig(t, c.handle)
-	ended, err := r.revoke(wire.OrderCancel{Order: "1", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"})
+	ended, err := r.revoke(r.ctx, wire.OrderCancel{Order: "1", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -419,7 +419,7 @@ func TestUpdateOnTrialIsNotCanceledWhileItWaits(t *testing.T) {
 	r.wait()
 	r.give(r.order("first"))
 	await(t, "the one before", h.entered)
-	if _, err := r.revoke(wire.OrderCancel{Order: "update", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"}); err != nil {
+	if _, err := r.revoke(r.ctx, wire.OrderCancel{Order: "update", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"}); err != nil {
 		t.Fatal(err)
 	}
 	r.give(r.order("update"))
