@@ -151,8 +151,8 @@ const (
 	minBeat     = time.Second
 	voidSweep   = time.Minute
 	startLimit  = 60 * time.Second // for each step of the start but reading records, see loadIdle
-	intake      = 4096 // messages of devices that wait to be looked at
-	workers     = 8    // that look at them
+	intake      = 4096             // messages of devices that wait to be looked at
+	workers     = 8                // that look at them
 )
 
 // Start brings a coordinator up. ctx bounds the start only; see [Coordinator.Close].

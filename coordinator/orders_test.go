@@ -312,12 +312,7 @@ func TestReportsThatCameTogetherShareAnAck(t *testing.T) {
 		return err
 	}, w.outbox.online, w.outbox.now, w.log)
 	for i := range maxAcks + 1 {
-		o.ackMu.Lock()
-		if o.acks == nil {
-			o.acks = make(map[wire.DeviceID][]wire.Acked)
-		}
-		o.acks[d.id] = append(o.acks[d.id], wire.Acked{Order: fmt.Sprintf("%026d", i), Seq: uint64(i)})
-		o.ackMu.Unlock()
+		o.acks = append(o.acks, heldAck{d.id, wire.Acked{Order: fmt.Sprintf("%026d", i), Seq: uint64(i)}, time.Now().Add(-ackHold)})
 	}
 	o.flushAcks()
 	if len(acks) != 2 || len(acks[0].Reports) != maxAcks || len(acks[1].Reports) != 1 || acks[0].Device != d.id {

@@ -267,6 +267,7 @@ func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
 	if err := deaf.report(testContext(t), wire.Report{Order: "01OTHER", Device: d.id, State: wire.Succeeded}, raw); err == nil {
 		t.Error("a report was taken though the store is gone")
 	}
+	deaf.hold = 0
 	deaf.flushAcks()
 	if len(acked) != 0 {
 		t.Error("it was acknowledged though the store is gone")
@@ -337,9 +338,9 @@ func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
 	}
 }
 
-// TestAcksGoOutInRounds: a first one soon, then all that came in a pause
-// together.
-func TestAcksGoOutInRounds(t *testing.T) {
+// TestAcksWaitForTheSync and go out in rounds: what became ripe in a pause goes
+// together, and nothing that is younger, also not at the end.
+func TestAcksWaitForTheSync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, key, err := ed25519.GenerateKey(nil)
 		must(t, err)
@@ -363,14 +364,22 @@ func TestAcksGoOutInRounds(t *testing.T) {
 			}
 		}
 		ack(2)
-		after(ackDelay, 2)
+		after(orderSync)
 		ack(3)
-		after(ackPause/2, 2)
+		after(ackHold - orderSync - 1)
+		after(1, 2)
+		after(orderSync-1, 2)
+		after(1, 2, 3)
+		ack(2)
+		after(ackPause/4, 2, 3)
 		ack(4)
-		after(ackPause/2, 2, 7)
-		after(time.Hour, 2, 7)
+		after(ackHold-ackPause/4, 2, 3, 2)
+		after(ackPause, 2, 3, 2, 4)
 		ack(1)
-		after(ackDelay, 2, 7, 1)
+		after(ackHold/2, 2, 3, 2, 4)
+		ack(1)
+		o.closeAcks()
+		after(time.Hour, 2, 3, 2, 4)
 	})
 }
 

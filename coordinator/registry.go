@@ -79,6 +79,7 @@ func (r *registry) cutOff(id wire.DeviceID) {
 // live is how a device is now.
 type live struct {
 	online    bool
+	left      bool // said by the last will of session
 	lastSeen  time.Time
 	session   string // of the last hello
 	capacity  int64
@@ -136,8 +137,9 @@ func (r *registry) written(id wire.DeviceID, token string) bool {
 	return ok && d.Token == token
 }
 
-// enrolled adds a device if isNew, or renews what a member says of itself. What
-// the fleet says of it stays.
+// enrolled adds a device if isNew, or notes how long a member's new certificate
+// lasts. Nothing else changes: the request may be a copy in other hands, and what
+// a device says of itself comes in its signed hello.
 func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord, isNew bool) (api.DeviceRecord, error) {
 	return r.rows.change(ctx, string(d.ID), func(v *api.DeviceRecord, exists bool) error {
 		switch {
@@ -149,10 +151,10 @@ func (r *registry) enrolled(ctx context.Context, d api.DeviceRecord, isNew bool)
 		case v.Retired:
 			return errRetired(d.ID)
 		}
-		v.Agent, v.OS, v.Arch, v.Board = d.Agent, d.OS, d.Arch, d.Board
-		if !d.CertUntil.IsZero() {
-			v.CertUntil = d.CertUntil
+		if v.CertUntil.Equal(d.CertUntil) || d.CertUntil.IsZero() {
+			return errUnchanged
 		}
+		v.CertUntil = d.CertUntil
 		return nil
 	})
 }
@@ -260,7 +262,7 @@ func (r *registry) heard(p wire.Presence) (twins, ok bool) {
 	}
 	// The last will of an old session may come after the hello of a new one.
 	if p.Online || p.Session == l.session {
-		l.online, l.lastSeen = p.Online, r.now()
+		l.online, l.left, l.lastSeen = p.Online, !p.Online, r.now()
 	}
 	if p.Online {
 		l.session, l.capacity, l.used, l.dropped = p.Session, p.Capacity, p.Used, cleanDropped(p.Dropped)
@@ -283,7 +285,18 @@ func (r *registry) beat(b wire.Beat) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if l := r.liveOf(b.Device); l != nil {
-		l.online, l.lastSeen, l.telemetry, l.capacity, l.used = true, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
+		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
+	}
+}
+
+// seen is told of every verified report, which is a sign of life as a beat is:
+// on a slow link beats may be lost while reports come. One that was still on its
+// way when the device left brings it back to nobody.
+func (r *registry) seen(id wire.DeviceID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if l := r.liveOf(id); l != nil && !l.left {
+		l.online, l.lastSeen = true, r.now()
 	}
 }
 

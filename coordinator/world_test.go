@@ -90,7 +90,7 @@ func toyCompute(_ context.Context, module []byte, args []string, input []byte) (
 }
 
 func testConfig(dir string) Config {
-	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyCompute}
+	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyCompute, ackHold: time.Millisecond}
 }
 
 // open starts a coordinator in dir; the caller closes it.
