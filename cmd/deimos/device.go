@@ -255,6 +255,7 @@ func (d *deviceClaimCmd) Run(ctx context.Context, all *commands) error {
 
 type deviceRejectCmd struct {
 	Code string `arg:"" help:"Claim code, as \"deimos device pending\" shows it."`
+	cli.Output
 }
 
 func (d *deviceRejectCmd) Run(ctx context.Context, all *commands) error {
@@ -266,7 +267,13 @@ func (d *deviceRejectCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	return c.RejectClaim(ctx, code)
+	if err := c.RejectClaim(ctx, code); err != nil {
+		return err
+	}
+	return d.Print(map[string]string{"rejected": code}, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "The device that shows %s is turned away for a day.\n", code)
+		return err
+	})
 }
 
 type deviceRetireCmd struct {

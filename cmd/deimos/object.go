@@ -233,6 +233,7 @@ func (l *objectLsCmd) Run(ctx context.Context, all *commands) error {
 
 type objectRmCmd struct {
 	Name string `arg:"" help:"Name on the fleet."`
+	cli.Output
 }
 
 func (r *objectRmCmd) Run(ctx context.Context, all *commands) error {
@@ -240,7 +241,13 @@ func (r *objectRmCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	return c.RemoveObject(ctx, r.Name)
+	if err := c.RemoveObject(ctx, r.Name); err != nil {
+		return err
+	}
+	return r.Print(map[string]string{"removed": r.Name}, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s is removed; devices drop the chunks that no other file has.\n", r.Name)
+		return err
+	})
 }
 
 // progress is a line on a terminal that says how far a transfer is. Where

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
+	"net/url"
 	"os"
 	"time"
 
@@ -25,6 +27,7 @@ type operatorCreateCmd struct {
 	Valid duration `default:"90d" help:"How long it can be used (${default})."`
 	URL   string   `placeholder:"URL" help:"Address of the coordinator as they see it. Default: the one used here."`
 	Out   string   `type:"path" placeholder:"FILE" help:"New file for it, that only you can read. Default: print it."`
+	cli.Output
 }
 
 func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) {
@@ -34,6 +37,15 @@ func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) 
 	c, err := all.client()
 	if err != nil {
 		return err
+	}
+	file := c.Context("")
+	if o.URL != "" {
+		file.URL = o.URL
+		if _, err := api.NewClient(file); err != nil {
+			return &cli.Error{Code: cli.ExitUsage, Err: err}
+		}
+	} else if loopback(file.URL) {
+		fmt.Fprintf(os.Stderr, "%s is for this machine only; who works elsewhere needs another address in the file: name it with --url\n", file.URL)
 	}
 	out := io.Writer(os.Stdout)
 	if o.Out != "" {
@@ -54,19 +66,29 @@ func (o *operatorCreateCmd) Run(ctx context.Context, all *commands) (err error) 
 	if err != nil {
 		return err
 	}
-	file := c.Context(tok.Token)
-	if o.URL != "" {
-		file.URL = o.URL
-	}
+	file.Token = tok.Token
 	e := json.NewEncoder(out)
 	e.SetIndent("", "  ")
 	if err := e.Encode(file); err != nil {
 		return fmt.Errorf("the token could not be written and is lost; revoke operator %s and make another: %w", tok.Name, err)
 	}
-	if o.Out != "" {
-		fmt.Printf("%s can use it until %s with --context %s.\n", tok.Name, tok.Expires.Format(time.RFC3339), o.Out)
+	if o.Out == "" {
+		return nil
 	}
-	return nil
+	return o.Print(tok.Operator, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s can use it until %s with --context %s.\n", tok.Name, tok.Expires.Format(time.RFC3339), shellWord(o.Out))
+		return err
+	})
+}
+
+// loopback tells whether an address means something only on this machine.
+func loopback(address string) bool {
+	u, err := url.Parse(address)
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() == "localhost" || err == nil && (ip.IsLoopback() || ip.IsUnspecified())
 }
 
 type operatorListCmd struct{ cli.Output }

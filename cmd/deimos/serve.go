@@ -8,6 +8,7 @@ import (
 	"net/http/pprof"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator"
@@ -37,7 +38,27 @@ type serveCmd struct {
 	cli.LogFlags
 }
 
+// check refuses what can be seen to be wrong without trying.
+func (s *serveCmd) check() error {
+	for _, a := range []struct{ flag, addr string }{{"--listen", s.Listen}, {"--mqtt", s.MQTT}} {
+		_, port, err := net.SplitHostPort(a.addr)
+		if _, bad := net.LookupPort("tcp", port); err != nil || bad != nil {
+			return fmt.Errorf("%s %q is no address: it looks like :8443 or 192.0.2.1:8443", a.flag, a.addr)
+		}
+	}
+	if time.Duration(s.Beat) < time.Second {
+		return fmt.Errorf("--beat %s: devices beat every second at most", s.Beat)
+	}
+	if time.Duration(s.CertificateLife) < time.Minute {
+		return fmt.Errorf("--certificate-life %s: a certificate is good for at least a minute", s.CertificateLife)
+	}
+	return nil
+}
+
 func (s *serveCmd) Run(ctx context.Context) error {
+	if err := s.check(); err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
 		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
@@ -60,13 +81,24 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	defer c.Close()
 	context := filepath.Join(s.Dir, coordinator.ContextFile)
 	fmt.Printf("%s at %s, MQTT on port %s\n\nTo use it from this machine:\n  export DEIMOS_CONTEXT=%s\n  deimos token create\n",
-		api.Ready, c.URL(), c.Broker(), context)
+		api.Ready, c.URL(), c.Broker(), shellWord(context))
 	select {
 	case <-ctx.Done():
 		return nil
 	case err := <-c.Failed():
 		return err
 	}
+}
+
+// shellWord is a text as one word of a POSIX shell.
+func shellWord(s string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+:@%,", r)
+	}
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool { return !plain(r) }) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
 // profiles serves Go's profiles until end. They tell memory's content, so only
