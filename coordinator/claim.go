@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -119,7 +120,7 @@ func (p *waiting) knock(ctx context.Context, q wire.EnrolRequest, key ed25519.Pu
 		}
 		next := fresh
 		next.First, next.Last, next.Address = v.First, v.Last, v.Address // see site: a copied request moves nobody
-		again := v.Last.Equal(v.First) // that it came again is what saves it from makeRoom
+		again := v.Last.Equal(v.First)                                   // that it came again is what saves it from makeRoom
 		if !again && now.Sub(v.Last) < pendingWrite {
 			return errUnchanged
 		}
@@ -274,12 +275,28 @@ func (c *Coordinator) claim(r *http.Request, q api.Claim) (api.Device, error) {
 	}
 	about(r.Context(), p.Device)
 	defer c.enrolling.lock(string(p.Device))()
-	rec, err := c.reg.enrolled(r.Context(), api.DeviceRecord{
-		ID: p.Device, PublicKey: p.PublicKey, Group: q.Group, Labels: q.Labels, Enrolled: c.now().UTC(),
-		Agent: p.Agent, OS: p.OS, Arch: p.Arch, Board: p.Board,
-	}, true)
+	made := false // by this call, and no other's, here or at another coordinator
+	rec, err := c.reg.rows.change(r.Context(), string(p.Device), func(v *api.DeviceRecord, exists bool) error {
+		made = !exists
+		switch {
+		case made:
+			*v = api.DeviceRecord{
+				ID: p.Device, PublicKey: p.PublicKey, Group: q.Group, Labels: q.Labels, Enrolled: c.now().UTC(),
+				Agent: p.Agent, OS: p.OS, Arch: p.Arch, Board: p.Board,
+			}
+			return nil
+		case v.Retired:
+			return errRetired(p.Device)
+		case v.Group != q.Group || !maps.Equal(v.Labels, q.Labels):
+			return refuse(http.StatusConflict, "claimed", "device %s has become a member meanwhile, with another group or other labels; look at them with \"deimos device show\", change them with \"deimos device set\"", p.Device)
+		}
+		return errUnchanged
+	})
 	if err != nil {
 		return api.Device{}, err
+	}
+	if !made {
+		return c.reg.view(rec), c.waiting.remove(r.Context(), p.Device)
 	}
 	c.log.Info("device claimed", "device", p.Device, "group", q.Group, "board", p.Board, "from", p.Address)
 	c.noteMember(r.Context(), rec, p.Address)

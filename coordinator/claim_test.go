@@ -89,6 +89,47 @@ func TestADeviceWithoutATokenWaitsUntilItIsClaimed(t *testing.T) {
 	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound) // not a second time
 }
 
+// Both have found the code before either has made the device a member.
+func TestTwoClaimsOfOneCodeMakeOneMember(t *testing.T) {
+	for name, groups := range map[string][]string{"differing": {"attic", "cellar"}, "alike": {"attic", "attic"}} {
+		t.Run(name, func(t *testing.T) {
+			w := ownWorld(t)
+			key := newKey(t)
+			w.knocks(t, key)
+			id := wire.IDOf(key.Public().(ed25519.PublicKey))
+			p, err := w.waiting.find(w.codeFor(key))
+			must(t, err)
+			var made []api.Device
+			refused := 0
+			for _, g := range groups {
+				v, err := w.op.Claim(testContext(t), api.Claim{Code: w.codeFor(key), Group: g})
+				if err != nil {
+					wantRefusal(t, err, http.StatusConflict, "claimed")
+					refused++
+				} else if made = append(made, v); v.Group != g {
+					t.Errorf("who asked for %s is told %s", g, v.Group)
+				}
+				_, err = w.waiting.rows.change(testContext(t), string(id), func(v *PendingRecord, _ bool) error { *v = p; return nil })
+				must(t, err)
+			}
+			if differ := groups[0] != groups[1]; (refused == 1) != differ || len(made)+refused != 2 {
+				t.Errorf("%d made, %d refused", len(made), refused)
+			}
+			page, err := w.trail.page(testContext(t), 0, 1000)
+			must(t, err)
+			n := 0
+			for _, e := range page.Entries {
+				if strings.Contains(string(e), "device.enrol") {
+					n++
+				}
+			}
+			if n != 1 {
+				t.Errorf("%d entries say that it was enrolled", n)
+			}
+		})
+	}
+}
+
 func TestWrongClaimCodesAreExplained(t *testing.T) {
 	w := aWorld(t)
 	for code, want := range map[string]struct {

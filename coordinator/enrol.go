@@ -5,10 +5,13 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"net"
 	"net/http"
 	"slices"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -32,7 +35,7 @@ func (c *Coordinator) enrolRoutes() []route {
 // that key's id:
 //
 //   - a member gets a new certificate. It needs no token, and spends none that it
-//     brings: its group, labels and age stay, also when it was flashed anew;
+//     brings: its record stays, also when it was flashed anew;
 //   - a retired device is refused;
 //   - another comes in by a fleet token, or waits to be claimed.
 func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
@@ -45,6 +48,9 @@ func (c *Coordinator) enrol(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	id := wire.IDOf(key)
+	if err := c.limitProven(w, id); err != nil {
+		return err
+	}
 	defer c.enrolling.lock(string(id))()
 	// Not only from the copy: another coordinator may have taken it in just now.
 	d, _, known, err := c.reg.rows.load(r.Context(), string(id), false)
@@ -114,7 +120,7 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 	if d, err = c.reg.enrolled(r.Context(), d, isNew); err != nil {
 		return err
 	}
-	if err := c.reg.keepInventory(r.Context(), d.ID, q.Inventory); err != nil {
+	if err := c.inventory(r, d.ID, q.Inventory, isNew); err != nil {
 		return err
 	}
 	if isNew {
@@ -131,6 +137,22 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 		BeatSeconds: int(c.cfg.Beat / time.Second),
 	})
 	return nil
+}
+
+// inventory keeps what a device has found in itself: with its first enrolment,
+// and as long as there is none; after that only over a connection with the
+// device's certificate, for a renewal without one may be a copy in other hands.
+func (c *Coordinator) inventory(r *http.Request, id wire.DeviceID, found json.RawMessage, isNew bool) error {
+	if !isNew {
+		if by, err := c.checkDevice(r); err != nil || by != id {
+			ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
+			defer cancel()
+			if _, err := c.reg.inventories.Get(ctx, string(id)); !errors.Is(err, jetstream.ErrKeyNotFound) {
+				return err
+			}
+		}
+	}
+	return c.reg.keepInventory(r.Context(), id, found)
 }
 
 // noteMember puts a device that has become a member on the audit log.

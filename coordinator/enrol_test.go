@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	crand "crypto/rand"
+	"crypto/tls"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -204,9 +205,9 @@ func (w *world) enrolHere(q wire.EnrolRequest) *httptest.ResponseRecorder {
 	return rec
 }
 
-// A certificate is renewed by the key alone. Nothing else changes, and what a
-// flashed device brings along does not either.
-func TestRenewalChangesNothingThatTheFleetSays(t *testing.T) {
+// A certificate is renewed by the key alone, and whoever has seen a request for it
+// can send it again: nothing else changes.
+func TestRenewalChangesNothingButTheCertificate(t *testing.T) {
 	w := aWorld(t)
 	key := newKey(t)
 	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 2, Group: "attic", Labels: map[string]string{"floor": "3"}})
@@ -227,10 +228,10 @@ func TestRenewalChangesNothingThatTheFleetSays(t *testing.T) {
 	}
 	d, err := w.reg.device(first.Device)
 	must(t, err)
-	if d.Agent != "2.0.0" || d.Board != "new" || !d.CertUntil.After(before.CertUntil) {
-		t.Errorf("what the device says was not taken: %+v", d)
+	if d.Agent != "1.0.0" || d.Board != "old" || !d.CertUntil.After(before.CertUntil) {
+		t.Errorf("%+v", d)
 	}
-	if v, err := w.op.Device(testContext(t), string(d.ID)); err != nil || string(v.Inventory) != `{"a":2}` {
+	if v, err := w.op.Device(testContext(t), string(d.ID)); err != nil || string(v.Inventory) != `{"a":1}` {
 		t.Errorf("the inventory is %s: %v", v.Inventory, err)
 	}
 	if d.Group != "attic" || d.Labels["floor"] != "3" || !d.Enrolled.Equal(before.Enrolled) || d.Token != made.ID {
@@ -241,6 +242,29 @@ func TestRenewalChangesNothingThatTheFleetSays(t *testing.T) {
 			t.Errorf("a renewal spent a use: %d %s", status, e.Reason)
 		}
 	}
+}
+
+// A claimed device has none until its first renewal; a member's own connection
+// brings a newer one.
+func TestAnInventoryIsReplacedOnlyByTheMemberItself(t *testing.T) {
+	w := aWorld(t)
+	owner, neighbour := w.enrolled(t), w.enrolled(t)
+	send := func(as *tls.Certificate, inventory, want string) {
+		t.Helper()
+		raw, err := json.Marshal(wire.EnrolRequest{CSR: csr(t, owner.key), Inventory: json.RawMessage(inventory)})
+		must(t, err)
+		resp, err := w.plain(as).Post(w.URL()+enrolPath, "application/json", bytes.NewReader(raw))
+		must(t, err)
+		resp.Body.Close()
+		v, err := w.op.Device(testContext(t), string(owner.id))
+		if err != nil || resp.StatusCode != http.StatusOK || string(v.Inventory) != want {
+			t.Errorf("%s: %d, kept %s: %v", inventory, resp.StatusCode, v.Inventory, err)
+		}
+	}
+	send(nil, `{"first":1}`, `{"first":1}`)
+	send(nil, `{"copied":1}`, `{"first":1}`)
+	send(&neighbour.tls.Certificates[0], `{"forged":1}`, `{"first":1}`)
+	send(&owner.tls.Certificates[0], `{"newer":1}`, `{"newer":1}`)
 }
 
 func TestALargeInventoryIsNotKept(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // limits bound what one party can ask for, so that there is room for the others.
@@ -19,10 +21,16 @@ import (
 //   - Enrolment, one address: 50 a second after 200 at once, unless
 //     [Config.EnrolRate] says otherwise. A site with a whole
 //     fleet behind one address is in within minutes (devices come back by
-//     themselves), and a stranger cannot use all there is for everybody.
-//   - Enrolment, all together: 400 a second after 1000 at once. It costs a
-//     signature, a certificate and a few records, about a millisecond of a core:
-//     10,000 devices enrol in half a minute, and orders go on beside it.
+//     themselves), and a stranger cannot use all there is for everybody. With
+//     IPv6 an address is a /64; a household's /56 has the same rate, and a
+//     site's /48 up to four times that, but at most half of what there is for all.
+//   - Enrolment, all who are not members together: 400 a second after 1000 at
+//     once. It costs a signature, a certificate and a few records, about a
+//     millisecond of a core: 10,000 devices enrol in half a minute, and orders go
+//     on beside it. Only a request with the proof of a key is counted.
+//   - Renewals, all together: 800 a second after 2000 at once, which strangers
+//     cannot use up; and of one member 1 a second after 20 at once, for whoever
+//     has seen a member's request can repeat it.
 //   - Failed logins, one address: 10 a second after 1000 at once. Tokens have 256
 //     bits and cannot be guessed: this bounds work and log lines. A good token is
 //     taken all the same, or anybody behind the same address could lock the
@@ -33,7 +41,11 @@ import (
 // They are each coordinator's own: N of them let N times as much through.
 type limits struct {
 	enrol    *buckets // by address
+	enrol56  *buckets // by IPv6 /56
+	enrol48  *buckets // by IPv6 /48
 	enrolAll *rate.Limiter
+	renew    *buckets // by member
+	renewAll *rate.Limiter
 	logins   *buckets // by address
 	calls    *buckets // by operator
 }
@@ -53,9 +65,14 @@ func newLimits(perAddress int) *limits {
 		perAddress = enrolRate
 	}
 	all := max(perAddress, enrolRateAll)
+	perSite := max(perAddress, min(4*perAddress, all/2))
 	return &limits{
 		enrol:    newBuckets(rate.Limit(perAddress), 4*perAddress),
+		enrol56:  newBuckets(rate.Limit(perAddress), 4*perAddress),
+		enrol48:  newBuckets(rate.Limit(perSite), perSite*5/2),
 		enrolAll: rate.NewLimiter(rate.Limit(all), all*5/2),
+		renew:    newBuckets(1, 20),
+		renewAll: rate.NewLimiter(rate.Limit(2*all), 2*all*5/2),
 		logins:   newBuckets(10, 1000),
 		calls:    newBuckets(1000, 5000),
 	}
@@ -114,14 +131,38 @@ func slowly(w http.ResponseWriter, wait time.Duration, what string) error {
 	return refuse(http.StatusTooManyRequests, "too_many", "%s; try again in %d s", what, seconds)
 }
 
-// limitEnrol refuses an enrolment that is one too many.
+// limitEnrol refuses an enrolment that is one too many from where it comes.
 func (c *Coordinator) limitEnrol(w http.ResponseWriter, r *http.Request) error {
 	now := c.now()
-	if wait := c.limits.enrol.take(network(r), now); wait > 0 {
+	wait := c.limits.enrol.take(network(r), now)
+	if p, ok := prefix(host(r), 32, 56); wait == 0 && ok && p.Addr().Is6() {
+		wait = c.limits.enrol56.take(p.String(), now)
+	}
+	if p, ok := prefix(host(r), 32, 48); wait == 0 && ok && p.Addr().Is6() {
+		wait = c.limits.enrol48.take(p.String(), now)
+	}
+	if wait > 0 {
 		return slowly(w, wait, "too many devices are enrolling from this address")
 	}
-	if wait := take(c.limits.enrolAll, now); wait > 0 {
-		return slowly(w, wait, "too many devices are enrolling at once")
+	return nil
+}
+
+// limitProven refuses an enrolment that is one too many of all. The key of id was
+// proved. Members have a budget of their own: theirs must not end because
+// strangers ask.
+func (c *Coordinator) limitProven(w http.ResponseWriter, id wire.DeviceID) error {
+	now := c.now()
+	if !c.reg.member(id) {
+		if wait := take(c.limits.enrolAll, now); wait > 0 {
+			return slowly(w, wait, "too many devices are enrolling at once")
+		}
+		return nil
+	}
+	if wait := c.limits.renew.take(string(id), now); wait > 0 {
+		return slowly(w, wait, "this device's certificate is renewed too often")
+	}
+	if wait := take(c.limits.renewAll, now); wait > 0 {
+		return slowly(w, wait, "too many devices are renewing at once")
 	}
 	return nil
 }

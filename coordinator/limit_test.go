@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -60,28 +62,72 @@ func TestEnrolmentIsBoundedForAnAddressAndForAll(t *testing.T) {
 		}
 	}
 	wantSlowly(t, ask("[2001:db8:1:2:ffff::1]:1"))
-	if n := let("[2001:db8:1:3::1]:1", 1); n != 1 {
-		t.Error("another network is refused with it")
+	// A household has a /56 of them to choose from, and is one party too.
+	wantSlowly(t, ask("[2001:db8:1:3::1]:1"))
+	if n := let("[2001:db8:1:102::1]:1", 1); n != 1 {
+		t.Error("another household is refused with it")
+	}
+	site := w.limits.enrol48.burst
+	n := burst + 1 // of 2001:db8:1::/48
+	for i := 2; i < 100; i++ {
+		n += let(fmt.Sprintf("[2001:db8:1:%x00::1]:1", i), burst)
+	}
+	if n != site || 2*site > w.limits.enrolAll.Burst() {
+		t.Errorf("one site may ask %d times at once, want %d; all have %d", n, site, w.limits.enrolAll.Burst())
+	}
+	wantSlowly(t, ask("[2001:db8:1:ffff::1]:1"))
+	if n := let("[2001:db8:2::1]:1", 1); n != 1 {
+		t.Error("another site is refused with it")
 	}
 	advance(wait)
 	if n := let("192.0.2.1:1", 1); n != 1 {
 		t.Error("who came back when it was told to is refused")
 	}
-	// All together.
-	all := 0
-	for i := 0; i < 100 && all < 5000; i++ {
-		n := let(fmt.Sprintf("198.51.100.%d:1", i), burst)
-		if all += n; n < burst {
-			break
-		}
-	}
-	if all >= w.limits.enrolAll.Burst() {
-		t.Errorf("%d enrolments at once", all)
-	}
-	wantSlowly(t, ask("203.0.113.1:1"))
 	// A fleet of 10,000 behind 50 addresses is in within minutes.
 	if s := 10_000 / float64(w.limits.enrolAll.Limit()); s > 120 {
 		t.Errorf("a fleet of 10,000 needs %.0f s", s)
+	}
+}
+
+// What counts for all is only what proves a key, and members have their own.
+func TestStrangersCannotStopRenewals(t *testing.T) {
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	other := w.enrolled(t)
+	advance := stopped(w)
+	w.limits.enrolAll, w.limits.renewAll = rate.NewLimiter(1, 5), rate.NewLimiter(1, 30)
+	from := 0
+	ask := func(q any) *httptest.ResponseRecorder {
+		from++
+		raw, err := json.Marshal(q)
+		must(t, err)
+		return w.serveLocal(http.MethodPost, enrolPath, "", fmt.Sprintf("198.51.%d.%d:1", 100+from/250, from%250), raw)
+	}
+	for range 50 {
+		if rec := ask(wire.EnrolRequest{CSR: []byte("nothing")}); rec.Code != http.StatusBadRequest {
+			t.Fatalf("%d %s", rec.Code, rec.Body)
+		}
+	}
+	for i := range 5 {
+		if rec := ask(wire.EnrolRequest{CSR: csr(t, newKey(t))}); rec.Code != http.StatusAccepted {
+			t.Fatalf("new device %d, after requests that prove nothing: %d %s", i, rec.Code, rec.Body)
+		}
+	}
+	wait := wantSlowly(t, ask(wire.EnrolRequest{CSR: csr(t, newKey(t))}))
+	// A member's request may be in other hands, and is worth little there.
+	renewals := 0
+	for ask(wire.EnrolRequest{CSR: csr(t, d.key)}).Code == http.StatusOK {
+		renewals++
+	}
+	if renewals != w.limits.renew.burst {
+		t.Errorf("one member may renew %d times at once, want %d", renewals, w.limits.renew.burst)
+	}
+	if rec := ask(wire.EnrolRequest{CSR: csr(t, other.key)}); rec.Code != http.StatusOK {
+		t.Errorf("another member's renewal: %d %s", rec.Code, rec.Body)
+	}
+	advance(wait)
+	if rec := ask(wire.EnrolRequest{CSR: csr(t, newKey(t))}); rec.Code != http.StatusAccepted {
+		t.Errorf("who came back when it was told to: %d %s", rec.Code, rec.Body)
 	}
 }
 

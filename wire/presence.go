@@ -63,8 +63,12 @@ type Beat struct {
 //   - nothing, and it is a member already: its certificate is renewed;
 //   - nothing, and it is not: it waits until somebody claims it ([EnrolPending]).
 //
-// What comes back is of use only to who has the key, so a repeated request gives
-// nobody anything.
+// The signature covers the key and nothing else, so whoever has seen a request can
+// send it again, with other words about the device. It gets what is of use only to
+// who has the key; what it costs is bounded. Of a member it changes only until when
+// its newest certificate lasts, and the inventory where none is on record or the
+// connection shows the member's certificate; agent, os, arch and board come from
+// [Presence]. Of a device that waits it changes what is shown to who claims it.
 type EnrolRequest struct {
 	CSR   []byte `json:"csr"`             // PKCS #10, DER, signed by the device's key
 	Token string `json:"token,omitempty"` // fleet token
