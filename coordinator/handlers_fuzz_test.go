@@ -195,16 +195,6 @@ func asksDevices(path string) bool {
 	return false
 }
 
-// asksDevices is true for what may fail because of a device that is not there.
-func asksDevices(path string) bool {
-	for _, s := range []string{"/jobs", "/audits", "/chunks", "/objects"} {
-		if strings.HasPrefix(path, v1+s) {
-			return true
-		}
-	}
-	return false
-}
-
 // FuzzHandlers calls every handler through the mux, as an admin or as a device.
 // Whatever comes, it is answered; a refusal is in JSON and has a reason; and
 // nothing that can be sent is the coordinator's own fault.
