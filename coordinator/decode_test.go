@@ -1,8 +1,11 @@
 package coordinator
 
 import (
+	"encoding/json"
+	"fmt"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -36,6 +39,25 @@ func TestARequestForEverybodySaysSo(t *testing.T) {
 		}
 		if got := ask(`{"all":true,` + c.rest + "}\n "); got != want {
 			t.Errorf("%s %s for all: %d", c.method, path, got)
+		}
+	}
+}
+
+// A client made from the description sends what can be repeated as often as needed.
+func TestSelectorsAreDescribedAsLists(t *testing.T) {
+	raw, err := openapi(aWorld(t).table())
+	must(t, err)
+	var doc apiDocument
+	must(t, json.Unmarshal(raw, &doc))
+	for _, path := range []string{"/devices", "/orders", "/config/devices"} {
+		lists := 0
+		for _, p := range doc.Paths[v1+path]["get"].Parameters {
+			if (p.Name == "device" || p.Name == "group" || p.Name == "label") && strings.Contains(fmt.Sprint(p.Schema["type"]), "array") && p.Schema["items"] != nil {
+				lists++
+			}
+		}
+		if lists != 3 {
+			t.Errorf("%s: %d lists", path, lists)
 		}
 	}
 }

@@ -24,7 +24,7 @@ import (
 func (c *Coordinator) deviceRoutes() []route {
 	return []route{
 		{method: "GET", path: v1 + "/devices", needs: toRead, summary: "List the devices", out: []api.Device{},
-			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
+			query: []param{{"device", "this one; may be repeated", []string{}}, {"group", "of this group; may be repeated", []string{}}, {"label", "with this label, key=value; may be repeated", []string{}},
 				{"state", "online, offline or retired", ""}, pageAfter, pageLimit(api.MaxDevicePage)}, handle: c.listDevices},
 		{method: "PATCH", path: v1 + "/devices", needs: toOperate, summary: "Set the group and labels of devices", in: api.DeviceChange{}, out: []wire.DeviceID{},
 			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) {

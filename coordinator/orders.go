@@ -27,7 +27,7 @@ import (
 func (c *Coordinator) orderRoutes() []route {
 	return []route{
 		{method: "GET", path: v1 + "/orders", needs: toRead, summary: "List orders, the newest first", out: api.OrderList{},
-			query: []param{{"device", "one of these devices", ""}, {"group", "devices in one of these groups", ""}, {"label", "devices with this label, key=value", ""},
+			query: []param{{"device", "one of these devices", []string{}}, {"group", "devices in one of these groups", []string{}}, {"label", "devices with this label, key=value", []string{}},
 				{"order", "this order, whichever device has it", ""}, {"state", "in this state", ""}, {"kind", "of this kind", ""},
 				{"pending", "only what has not ended", false}, {"limit", "at most so many; default 100", 0}}, handle: c.listOrders},
 		{method: "POST", path: v1 + "/orders", needs: toAdmin, summary: "Send an order of a kind that has no service of its own", in: api.SendRequest{}, out: []api.Order{},
