@@ -48,7 +48,8 @@ import (
 // config.apply orders of the device that are still open are ended as
 // superseded, so at most one waits for a device that is away. The device's
 // answer is kept on the record. When a device says hello with an older version
-// and its order has ended, it gets another.
+// and its order has ended, it gets another; with the same values not before the
+// last is configAgain old, and a hello that is repeated, by whomever, counts once.
 //
 // All this is one function, [configs.settle], that can be run for a device at
 // any time. What could have changed something only notes the device.
@@ -64,13 +65,22 @@ type configs struct {
 	groups map[wire.DeviceID]string
 	beats  map[wire.DeviceID]time.Duration // that devices report
 	dirty  map[wire.DeviceID]greeting
+	early  map[wire.DeviceID]greeting // for which it is too soon; the next look is by run
+	said   map[wire.DeviceID]lastHello
 	wake   chan struct{} // capacity 1: there is something dirty
+}
+
+// lastHello is the one that counted.
+type lastHello struct {
+	session string
+	at      time.Time
 }
 
 // greeting is what a device said in its hello, if it said one.
 type greeting struct {
 	hello   bool
 	version uint64
+	early   string // the order that was too young when it was said
 }
 
 // configDoc is the document of one scope.
@@ -95,6 +105,7 @@ type configRow struct {
 
 const (
 	configRetry    = 5 * time.Second // after the state store failed
+	configAgain    = time.Minute     // until the same values may go out again
 	maxConfigKeys  = 64              // in one document
 	maxConfigKey   = 64              // bytes
 	maxConfigValue = 256             // bytes; three documents fit an order many times over
@@ -103,7 +114,7 @@ const (
 
 func newConfigs(reg *registry, o *outbox, now func() time.Time, log *slog.Logger) *configs {
 	return &configs{reg: reg, outbox: o, now: now, log: log, groups: make(map[wire.DeviceID]string),
-		beats: make(map[wire.DeviceID]time.Duration), dirty: make(map[wire.DeviceID]greeting), wake: make(chan struct{}, 1)}
+		beats: make(map[wire.DeviceID]time.Duration), dirty: make(map[wire.DeviceID]greeting), early: make(map[wire.DeviceID]greeting), said: make(map[wire.DeviceID]lastHello), wake: make(chan struct{}, 1)}
 }
 
 const fleetKey = "fleet"
@@ -217,6 +228,8 @@ func (s *configs) trackDevice(d api.DeviceRecord, gone bool) {
 	old, known := s.groups[d.ID]
 	if gone || d.Retired {
 		delete(s.groups, d.ID)
+		delete(s.said, d.ID)
+		delete(s.early, d.ID)
 		s.mu.Unlock()
 		return
 	}
@@ -252,8 +265,21 @@ func (s *configs) beat(d wire.DeviceID) time.Duration {
 // touch has a device settled soon.
 func (s *configs) touch(d wire.DeviceID) { s.note(d, greeting{}) }
 
-// hello is told of every verified hello.
-func (s *configs) hello(p wire.Presence) { s.note(p.Device, greeting{true, p.ConfigVersion}) }
+// hello is told of every verified hello. One counts if it is newer than the last
+// or of another session.
+func (s *configs) hello(p wire.Presence) {
+	s.mu.Lock()
+	last, any := s.said[p.Device]
+	counts := !any || p.Session != last.session || p.At.After(last.at)
+	if counts {
+		s.said[p.Device] = lastHello{p.Session, p.At}
+		delete(s.early, p.Device)
+	}
+	s.mu.Unlock()
+	if counts {
+		s.note(p.Device, greeting{hello: true, version: p.ConfigVersion})
+	}
+}
 
 // heard is told of every verified report that is kept.
 func (s *configs) heard(r wire.Report) {
@@ -276,10 +302,21 @@ func (s *configs) note(d wire.DeviceID, g greeting) {
 
 // run settles what was noted, one device after the other, until ctx ends.
 func (s *configs) run(ctx context.Context) {
+	t := time.NewTicker(configAgain / 4)
+	defer t.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-t.C:
+			s.mu.Lock()
+			early := s.early
+			s.early = make(map[wire.DeviceID]greeting)
+			s.mu.Unlock()
+			for d, g := range early {
+				s.later(d, g)
+			}
+			continue
 		case <-s.wake:
 		}
 		s.mu.Lock()
@@ -405,7 +442,7 @@ func (s *configs) want(ctx context.Context, d api.DeviceRecord, g greeting) (con
 		values := merged(layers)
 		if row, ok := s.rows.get(string(d.ID)); !ok && len(values) == 0 && g.version == 0 {
 			return row, nil
-		} else if ok && sameValues(row.Values, values) && !g.behind(row) {
+		} else if ok && sameValues(row.Values, values) && (!g.behind(row) || s.tooSoon(d.ID, row, g)) {
 			return row, nil
 		}
 		row, err := s.rows.change(ctx, string(d.ID), func(v *configRow, exists bool) error {
@@ -430,6 +467,24 @@ func (s *configs) want(ctx context.Context, d api.DeviceRecord, g greeting) (con
 			return row, err
 		}
 	}
+}
+
+// tooSoon tells whether the last order with a record's values is too young for
+// another with the same, and if so, sees to it that the greeting is looked at
+// again.
+func (s *configs) tooSoon(d wire.DeviceID, row configRow, g greeting) bool {
+	id, err := ulid.ParseStrict(row.Order)
+	if err != nil || g.early != "" && g.early != row.Order && g.version <= row.Version {
+		return err == nil // what it was to get has come another way
+	}
+	if s.now().Sub(id.Timestamp()) >= configAgain {
+		return false
+	}
+	g.early = row.Order
+	s.mu.Lock()
+	s.early[d] = g
+	s.mu.Unlock()
+	return true
 }
 
 // behind tells whether a device that greets like this has to be given an order
@@ -609,7 +664,7 @@ func (c *Coordinator) configRoutes() []route {
 				return c.config.change(r.Context(), q)
 			})},
 		{method: "GET", path: v1 + "/config/devices", needs: toRead, summary: "Which configuration devices run, and what they refuse", out: []api.DeviceConfig{},
-			query: []param{{"device", "this one; may be repeated", ""}, {"group", "of this group; may be repeated", ""}, {"label", "with this label, key=value; may be repeated", ""},
+			query: []param{{"device", "this one; may be repeated", []string{}}, {"group", "of this group; may be repeated", []string{}}, {"label", "with this label, key=value; may be repeated", []string{}},
 				pageAfter, pageLimit(api.MaxConfigPage)}, handle: c.deviceConfigs},
 	}
 }

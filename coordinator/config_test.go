@@ -61,7 +61,7 @@ func (d *tuned) runs() (uint64, map[string]json.RawMessage) {
 func (d *tuned) greet(version uint64) {
 	d.t.Helper()
 	d.say(wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: newNonce(),
-		Agent: "1.0.0", OS: "linux", Arch: "arm64", Board: "test", Capacity: d.capacity, ConfigVersion: version})
+		Agent: "1.0.0", OS: "linux", Arch: "arm64", Board: "test", Capacity: d.capacity, ConfigVersion: version, At: time.Now()})
 	next(d.t, d.welcomes, "the welcome")
 }
 
@@ -305,9 +305,70 @@ func TestAFailedConfigurationIsGivenAgainAtTheNextHello(t *testing.T) {
 		t.Errorf("%d orders without a hello", n)
 	}
 	d.on(wire.KindConfigApply, d.apply)
+	w.advance(configAgain)
 	d.greet(0)
 	if c := w.settled(t, d, "beat.seconds=30"); c.Wanted != 1 || c.State != api.ConfigApplied {
 		t.Errorf("%+v", c)
+	}
+}
+
+// TestAHelloThatIsRepeatedMakesOneOrder: neither a replay nor a device that
+// always says it has nothing is given the same values without end; who was too
+// early gets them when it is time.
+func TestAHelloThatIsRepeatedMakesOneOrder(t *testing.T) {
+	w := ownWorld(t)
+	w.freeze()
+	d := w.device(t)
+	d.on(wire.KindConfigApply, func(wire.Order) *reply { return failed("disk_full") })
+	w.set(t, api.ConfigScope{}, "beat.seconds=30")
+	orders := func() int {
+		l, err := w.outbox.listOf(testContext(t), d.id, api.OrderQuery{Limit: 1000, Kind: wire.KindConfigApply})
+		must(t, err)
+		return len(l.Orders)
+	}
+	ended := func() {
+		t.Helper()
+		eventually(t, "the failure is seen", func() bool { return w.configOf(t, d.id).State == api.ConfigFailed })
+	}
+	at := time.Now()
+	hello := func(at time.Time) {
+		t.Helper()
+		w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: newNonce(), Capacity: d.capacity, At: at})
+		eventually(t, "it is settled", func() bool {
+			w.config.mu.Lock()
+			defer w.config.mu.Unlock()
+			return len(w.config.dirty) == 0
+		})
+		ended()
+	}
+	ended()
+	for i := range 10 { // newer each time
+		hello(at.Add(time.Duration(i) * time.Second))
+	}
+	if n := orders(); n != 1 {
+		t.Fatalf("%d orders within a minute", n)
+	}
+	w.advance(2 * configAgain)
+	for range 10 { // the same again
+		hello(at)
+	}
+	if n := orders(); n != 1 {
+		t.Fatalf("%d orders though nothing was said anew", n)
+	}
+	w.config.mu.Lock()
+	g, early := w.config.early[d.id]
+	w.config.mu.Unlock()
+	if !early {
+		t.Fatal("who came too early was forgotten")
+	}
+	must(t, w.config.settle(testContext(t), d.id, g))
+	ended()
+	if n := orders(); n != 2 {
+		t.Errorf("%d orders, want the first and one after a minute", n)
+	}
+	must(t, w.config.settle(testContext(t), d.id, g)) // it is done
+	if n := orders(); n != 2 {
+		t.Errorf("%d orders", n)
 	}
 }
 

@@ -151,7 +151,7 @@ const (
 	minBeat     = time.Second
 	voidSweep   = time.Minute
 	startLimit  = 60 * time.Second // for each step of the start but reading records, see loadIdle
-	intake      = 4096             // messages of devices that wait to be looked at
+	intake      = 4096             // messages of devices that wait, of reports and of others to be looked at
 	workers     = 8                // that look at them
 )
 
@@ -436,19 +436,23 @@ func (c *Coordinator) publish(d wire.DeviceID, raw []byte) error {
 // a group; beats and presence change memory, so everybody hears them.
 func (c *Coordinator) listen() error {
 	ctx, cancel := context.WithCancel(context.Background())
-	msgs := make(chan *nats.Msg, intake)
+	// Reports have a queue of their own: they cost most, and however many there
+	// are, it is heard who is there.
+	msgs, reports := make(chan *nats.Msg, intake), make(chan *nats.Msg, intake)
 	var wg sync.WaitGroup
-	for range workers {
-		wg.Go(func() {
-			for {
-				select {
-				case m := <-msgs:
-					c.hear(ctx, m)
-				case <-ctx.Done():
-					return
+	for _, queue := range []chan *nats.Msg{msgs, reports} {
+		for range workers {
+			wg.Go(func() {
+				for {
+					select {
+					case m := <-queue:
+						c.hear(ctx, m)
+					case <-ctx.Done():
+						return
+					}
 				}
-			}
-		})
+			})
+		}
 	}
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.config.run(ctx) })
@@ -477,7 +481,7 @@ func (c *Coordinator) listen() error {
 		}
 		c.subs = append(c.subs, s)
 	}
-	s, err := nc.ChanQueueSubscribe(wire.Subject("", wire.ChannelReport), "coordinators", msgs)
+	s, err := nc.ChanQueueSubscribe(wire.Subject("", wire.ChannelReport), "coordinators", reports)
 	if err != nil {
 		return fmt.Errorf("listening to devices: %w", err)
 	}
