@@ -66,7 +66,7 @@ type Device struct {
 	Online    bool            `json:"online"`
 	LastSeen  time.Time       `json:"last_seen,omitzero"`
 	Telemetry json.RawMessage `json:"telemetry,omitempty"`
-	Inventory json.RawMessage `json:"inventory,omitempty"` // as it said when its certificate was made last
+	Inventory json.RawMessage `json:"inventory,omitempty"` // as it said when it enrolled
 	Dropped   []wire.Dropped  `json:"dropped,omitempty"`   // what its outbox gave up, by its last hello
 }
 
