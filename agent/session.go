@@ -36,7 +36,7 @@ type session struct {
 	rare   atomic.Bool   // see slow
 	wake   chan struct{} // ends the wait for the next attempt
 	denied int           // connections in a row that came to nothing; of run alone
-	met    bool          // this connection was welcomed; of run alone
+	met    atomic.Bool   // this connection was welcomed
 
 	mu     sync.Mutex
 	hellos []hello // of this connection, not answered, the oldest first
@@ -158,7 +158,7 @@ func (s *session) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		pause := wait.next(s.met)
+		pause := wait.next(s.met.Load())
 		if s.rare.Load() {
 			pause = rareBackoff/2 + mrand.N(rareBackoff)
 		}
@@ -219,7 +219,7 @@ func (s *session) once(ctx context.Context, broker string) (err error) {
 
 // begin forgets what was of the connection before.
 func (s *session) begin() {
-	s.met = false
+	s.met.Store(false)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.hellos = nil
@@ -354,7 +354,8 @@ func (s *session) take(raw []byte) error {
 	if !s.clock.Trust(w.Time, age) {
 		return fmt.Errorf("the coordinator's time %s is before what this device knows for sure; its clock must be set", w.Time.Format(time.RFC3339))
 	}
-	s.denied, s.met = 0, true
+	s.denied = 0
+	s.met.Store(true)
 	s.welcomed()
 	return nil
 }

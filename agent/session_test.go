@@ -500,14 +500,14 @@ func TestWaitsGrowUntilAWelcome(t *testing.T) {
 // A welcome counts for its own connection: see TestWaitsGrowUntilAWelcome.
 func TestAConnectionIsGoodOnceItIsWelcomed(t *testing.T) {
 	_, p, o, d, id, _ := meet(t)
-	if !d.met {
+	if !d.met.Load() {
 		t.Error("the welcome is not remembered")
 	}
 	p.cut(false)
 	o.presence(id, false)
 	o.presence(id, true)
 	d.stop()
-	if d.met {
+	if d.met.Load() {
 		t.Error("the connection that nobody welcomed counts as the one before")
 	}
 }

@@ -2,7 +2,6 @@ package coordinator
 
 import (
 	"fmt"
-	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -76,13 +75,11 @@ func TestADeviceThatMisbehavesHasOneLogLineAMinute(t *testing.T) {
 	w := ownWorld(t)
 	w.freeze()
 	d, e := w.enrolled(t), w.enrolled(t)
-	var out lines
-	w.log = slog.New(slog.NewTextHandler(&out, nil))
 	bad := func(d *device, n int) string {
 		for range n {
 			w.hearFrom(t, d, wire.ChannelReport, wire.TypeBeat, wire.Beat{Device: d.id})
 		}
-		return out.take()
+		return w.said.take()
 	}
 	count := func(log, what string, want int) {
 		t.Helper()

@@ -5,15 +5,17 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"github.com/nats-io/nats.go"
 	"log/slog"
 	"net/http"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota/repo"
@@ -344,9 +346,12 @@ func TestAcksWaitForTheSync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, key, err := ed25519.GenerateKey(nil)
 		must(t, err)
+		var mu sync.Mutex
 		var rounds []int
 		o := newOutbox(key, func(_ wire.DeviceID, raw []byte) error {
 			a, err := wire.Reread[wire.Ack](raw)
+			mu.Lock()
+			defer mu.Unlock()
 			rounds = append(rounds, len(a.Reports))
 			return err
 		}, func(wire.DeviceID) bool { return true }, time.Now, slog.New(slog.DiscardHandler))
@@ -359,6 +364,8 @@ func TestAcksWaitForTheSync(t *testing.T) {
 			t.Helper()
 			time.Sleep(d)
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if !slices.Equal(rounds, want) {
 				t.Fatalf("rounds of %v acks, want %v", rounds, want)
 			}

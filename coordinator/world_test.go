@@ -41,6 +41,8 @@ type world struct {
 	*Coordinator
 	dir string
 	op  *api.Client
+	// said is what it logged, unless that goes to standard error.
+	said lines
 	// skew is added to the coordinator's clock.
 	skew *atomic.Int64
 	// frozen is where that clock stands still; nil while it runs.
@@ -99,6 +101,7 @@ func open(t testing.TB, dir string) *world {
 	w := &world{dir: dir, skew: new(atomic.Int64), frozen: new(atomic.Pointer[time.Time])}
 	cfg := testConfig(dir)
 	cfg.now = w.time
+	cfg.Log = slog.New(slog.NewTextHandler(&w.said, nil))
 	if os.Getenv("DEIMOS_TEST_LOG") != "" {
 		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
