@@ -335,8 +335,8 @@ func (d *dispatcher) end(t *task, out wire.Outcome, err error) {
 	route := d.routes[t.order.Kind]
 	switch {
 	case route.Restart != nil && errors.Is(err, route.Restart):
-		d.abandon(t)
 		d.restart()
+		d.abandon(t) // last: who waits for the orders must find the wish
 		return
 	case route.Later != nil && errors.Is(err, route.Later), errors.Is(err, errNotBegun):
 		d.abandon(t)

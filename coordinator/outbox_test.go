@@ -114,8 +114,17 @@ func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
 	}
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, Progress: 0.5})
 	eventually(t, "it runs", func() bool { v := w.record(t, o); return v.State == wire.Running && v.Progress == 0.5 })
-	w.advance(kindOf(o.Kind).quiet) // nothing is left running for ever: it is asked about
-	d.orderOf(o.ID)
+	// Nothing is left running for ever: it is asked about. The report is on
+	// record a moment before its silence is counted, so time goes on until it is.
+	eventually(t, "it is asked about", func() bool {
+		w.advance(kindOf(o.Kind).quiet)
+		select {
+		case got := <-d.orders:
+			return got.ID == o.ID
+		case <-time.After(50 * time.Millisecond):
+			return false
+		}
+	})
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 2, State: wire.Succeeded})
 	d.ackOf(o.ID)
 	if n := len(w.outbox.unfinished(wire.KindUpdateInstall)); n != 0 {
