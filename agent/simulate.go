@@ -140,7 +140,7 @@ func (d *simulated) enrol(ctx context.Context, tok wire.FleetToken) error {
 	req := wire.EnrolRequest{Token: tok.String(), Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
 	for wait := enrolMin; ; wait = min(2*wait, enrolMax) {
 		d.member, _, err = enrol(ctx, d.id, pinned(tok.Fingerprint, d.clock), d.Coordinator, req)
-		if err == nil || errors.Is(err, ErrRefused) || errors.Is(err, ErrUntrusted) || errors.Is(err, ErrAddress) {
+		if err == nil || errors.Is(err, ErrRefused) || errors.Is(err, errStranger) || errors.Is(err, ErrAddress) {
 			return err
 		}
 		if err := rest(ctx, wait/2+mrand.N(wait)); err != nil {

@@ -135,15 +135,21 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 	refused(w)
 }
 
-// Another coordinator may have let the device in before it knew.
-func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
-	w := aWorld(t)
-	d := w.enrolled(t)
+// holdLine connects a device to the broker, and tells when it is cut off.
+func (d *device) holdLine(w *world) <-chan struct{} {
 	cut := make(chan struct{})
 	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
 		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
 		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
 	d.token(c.Connect())
+	return cut
+}
+
+// Another coordinator may have let the device in before it knew.
+func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
+	w := aWorld(t)
+	d := w.enrolled(t)
+	cut := d.holdLine(w)
 	rec, err := w.reg.device(d.id)
 	must(t, err)
 	rec.Retired = true
@@ -159,11 +165,7 @@ func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
 func TestADeviceIsCutOffWhenItsRetirementReturns(t *testing.T) {
 	w := ownWorld(t)
 	d := w.enrolled(t)
-	lost := make(chan struct{})
-	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
-		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
-		SetConnectionLostHandler(func(mqtt.Client, error) { close(lost) }))
-	d.token(c.Connect())
+	lost := d.holdLine(w)
 	w.reg.mu.Lock()
 	w.reg.retired[d.id] = true // the watch of the records finds nothing new to cut off
 	w.reg.mu.Unlock()

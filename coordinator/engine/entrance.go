@@ -21,8 +21,9 @@ import (
 // that is reading its state has no time for refusals either.
 type entrance struct {
 	opened chan struct{}
-	closed chan struct{}
-	once   [2]sync.Once // of each channel
+	once   sync.Once       // opens
+	life   context.Context // of those who wait; ends with close
+	end    context.CancelFunc
 	pace   *rate.Limiter
 	places chan struct{} // handshakes under way
 	last   atomic.Int64  // when somebody passed, Unix nanoseconds
@@ -50,20 +51,21 @@ const (
 
 func newEntrance(hold bool) *entrance {
 	perSecond := loginRate * runtime.GOMAXPROCS(0)
-	e := &entrance{places: make(chan struct{}, handshakes*runtime.GOMAXPROCS(0)), opened: make(chan struct{}), closed: make(chan struct{}), pace: rate.NewLimiter(rate.Limit(perSecond), perSecond/2)}
+	e := &entrance{places: make(chan struct{}, handshakes*runtime.GOMAXPROCS(0)), opened: make(chan struct{}), pace: rate.NewLimiter(rate.Limit(perSecond), perSecond/2)}
+	e.life, e.end = context.WithCancel(context.Background())
 	if !hold {
 		e.open()
 	}
 	return e
 }
 
-func (e *entrance) open() { e.once[0].Do(func() { close(e.opened) }) }
+func (e *entrance) open() { e.once.Do(func() { close(e.opened) }) }
 
 // close lets nobody pass any more, and returns when those who have are through:
 // nats-server 2.15 does not bear a login while it shuts down (it ends the
 // process by a nil pointer).
 func (e *entrance) close() {
-	e.once[1].Do(func() { close(e.closed) })
+	e.end()
 	time.Sleep(time.Until(time.Unix(0, e.last.Load()).Add(loginGrace)))
 }
 
@@ -73,17 +75,10 @@ var errEntrance = errors.New("too many devices are coming in; this one has to tr
 // handshake is done. Who does not get one is cut off without a TLS alert: an
 // alert would tell the device that something is wrong with it.
 func (e *entrance) pass(h *tls.ClientHelloInfo) (leave func(), err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), entranceWait)
+	ctx, cancel := context.WithTimeout(e.life, entranceWait)
 	defer cancel()
 	e.queue.Add(1)
 	defer e.queue.Add(-1)
-	go func() {
-		select {
-		case <-e.closed:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	select {
 	case <-e.opened:
 	case <-ctx.Done():
