@@ -55,13 +55,71 @@ type Board struct {
 	Model      string   `json:"model,omitempty"`      // what the machine calls itself
 	Vendor     string   `json:"vendor,omitempty"`     // DMI sys_vendor
 	Compatible []string `json:"compatible,omitempty"` // device tree, most specific first
-	LEDs       []LED    `json:"leds,omitempty"`       // of the profile; whether they exist here, hw tells
+	Facts
+}
+
+// Facts are what a profile says about a board, beyond which machines it fits.
+// Whether any of it exists in this machine, hw tells.
+type Facts struct {
+	LEDs     []LED    `toml:"leds" json:"leds,omitempty"`
+	Button   *Button  `toml:"button" json:"button,omitempty"`
+	Sensors  []Sensor `toml:"sensors" json:"sensors,omitempty"`
+	Disks    Disks    `toml:"disks" json:"disks,omitzero"`
+	Thermal  Thermal  `toml:"thermal" json:"thermal,omitzero"`
+	Slots    string   `toml:"slots" json:"slots,omitempty"`       // how firmware is updated: "" (the agent only) or "uki" (unified kernel images with boot counting)
+	Watchdog string   `toml:"watchdog" json:"watchdog,omitempty"` // driver identity of the one to feed, if there are several; "" takes the first
 }
 
 // LED is a light that a profile gives a purpose.
 type LED struct {
-	Use   string   `toml:"use" json:"use"`     // "status" or "power"
-	Names []string `toml:"names" json:"names"` // below /sys/class/leds; the first that exists is meant
+	Use   string   `toml:"use" json:"use"`               // "status" or "power"
+	Names []string `toml:"names" json:"names,omitempty"` // below /sys/class/leds; the first that exists is meant
+	Line  *Line    `toml:"line" json:"line,omitempty"`   // instead of names: a GPIO line
+}
+
+// Line is one line of a GPIO controller.
+type Line struct {
+	Chip      string `toml:"chip" json:"chip"`                       // label of the controller, which unlike its number is the same after a reboot
+	Offset    int    `toml:"offset" json:"offset"`                   // of the line in it
+	ActiveLow bool   `toml:"active_low" json:"active_low,omitempty"` // low is on, or pressed
+	Pull      string `toml:"pull" json:"pull,omitempty"`             // of an input: "", "up" or "down"
+}
+
+// Button is one that a person can press.
+type Button struct {
+	Use  string `toml:"use" json:"use"` // "reset": held for 10 s at start, it resets to factory
+	Line Line   `toml:"line" json:"line"`
+}
+
+// Sensor is one on a bus, which cannot be detected but by asking. Owners
+// declare theirs in the agent's configuration in the same form.
+type Sensor struct {
+	Name        string        `toml:"name" json:"name"`                         // unique, for people and series
+	Driver      string        `toml:"driver" json:"driver"`                     // one of hw/sensor
+	Bus         string        `toml:"bus" json:"bus"`                           // as in the inventory, such as "/dev/i2c-1" or "w1_bus_master1"
+	Address     string        `toml:"address" json:"address,omitempty"`         // "0x76", or "28-0000075565ad" on 1-wire; "" for the driver's own default
+	Every       string        `toml:"every" json:"every,omitempty"`             // Go duration; "" is one minute
+	Shunt       float64       `toml:"shunt_ohm" json:"shunt_ohm,omitempty"`     // of a current sensor
+	Calibration []Calibration `toml:"calibration" json:"calibration,omitempty"` // at most one a kind
+}
+
+// Calibration corrects a value: shown = read · Scale + Offset, in the kind's own unit.
+type Calibration struct {
+	Kind   string   `toml:"kind" json:"kind"`             // of hw.SensorKind
+	Scale  *float64 `toml:"scale" json:"scale,omitempty"` // nil is 1
+	Offset float64  `toml:"offset" json:"offset,omitempty"`
+}
+
+// Disks says which disks of a board may hold chunks, beyond the rules of hw/disk.
+type Disks struct {
+	Never  []string `toml:"never" json:"never,omitempty"`   // buses, such as "sd", whose disks are not used unless the owner says so
+	System bool     `toml:"system" json:"system,omitempty"` // the system's own disk may be used, above its floor
+}
+
+// Thermal is what the processor bears, in °C; 0 leaves it to what the machine says.
+type Thermal struct {
+	Warm     float64 `toml:"warm" json:"warm,omitempty"`         // from here on somebody should look
+	Critical float64 `toml:"critical" json:"critical,omitempty"` // from here on no jobs
 }
 
 // Profile is one file of profiles/.
@@ -69,7 +127,7 @@ type Profile struct {
 	Name  string `toml:"name"`  // same as the file's name without .toml
 	Title string `toml:"title"` // for people
 	Match Match  `toml:"match"`
-	LEDs  []LED  `toml:"leds"`
+	Facts
 }
 
 // Match says which machines a profile fits. Arch, where given, must fit too;
@@ -192,7 +250,7 @@ func detect(root, arch string) Board {
 		return b
 	}
 	if p := choose(all, arch, b.Compatible, DMI{b.Vendor, product}); p != nil {
-		b.Name, b.Title, b.LEDs = p.Name, p.Title, slices.Clone(p.LEDs)
+		b.Name, b.Title, b.Facts = p.Name, p.Title, p.Facts
 	}
 	return b
 }

@@ -31,6 +31,9 @@ type Inventory struct {
 	LEDs        []LED        `json:"leds"`
 	GPIO        []GPIOChip   `json:"gpio"`
 	Buses       []Bus        `json:"buses"`
+	Clocks      []Clock      `json:"clocks"`
+	TPMs        []TPM        `json:"tpms"`
+	Watchdogs   []Watchdog   `json:"watchdogs"`
 	Notes       []Note       `json:"notes"`
 }
 
@@ -85,6 +88,8 @@ type Disk struct {
 	Rotational    bool        `json:"rotational"`
 	Removable     bool        `json:"removable"`
 	ReadOnly      bool        `json:"read_only"`
+	System        bool        `json:"system"`           // holds the filesystem that the machine runs from
+	Bridge        *Bridge     `json:"bridge,omitempty"` // of a disk behind USB
 	Power         Power       `json:"power"`
 	Mounts        []string    `json:"mounts,omitempty"` // of the disk itself, without a partition table
 	Partitions    []Partition `json:"partitions,omitempty"`
@@ -102,6 +107,14 @@ type Partition struct {
 	dev string
 }
 
+// Bridge is what stands between USB and a disk.
+type Bridge struct {
+	ID     string `json:"id"`             // vendor and product, such as "152d:0578"
+	Name   string `json:"name,omitempty"` // as it calls itself
+	Driver string `json:"driver"`         // uas or usb-storage
+	SAT    bool   `json:"sat"`            // it passes ATA commands on, so that health can be read
+}
+
 // Health is what a disk says about itself. A field is absent if the disk does not say.
 type Health struct {
 	Source          string   `json:"source"`                     // nvme, smart or emmc
@@ -113,6 +126,10 @@ type Health struct {
 	Reallocated     *uint64  `json:"reallocated,omitempty"`      // sectors replaced by spares
 	Pending         *uint64  `json:"pending,omitempty"`          // sectors that could not be read and wait for a rewrite
 	MediaErrors     *uint64  `json:"media_errors,omitempty"`     //
+	Passed          *bool    `json:"passed,omitempty"`           // false: the disk itself expects to fail within a day (SMART status; a critical warning of NVMe)
+	Spare           *float64 `json:"spare,omitempty"`            // percent of the spare blocks that are left
+	WrittenBytes    *uint64  `json:"written_bytes,omitempty"`    // by the host, over its life
+	CRCErrors       *uint64  `json:"crc_errors,omitempty"`       // on the cable
 	Warnings        []string `json:"warnings,omitempty"`         // the disk's own, in words
 }
 
@@ -155,6 +172,9 @@ const (
 	Current     SensorKind = "current"     // A
 	PowerDraw   SensorKind = "power"       // W
 	Humidity    SensorKind = "humidity"    // %
+	AirPressure SensorKind = "pressure"    // Pa, of air
+	CO2         SensorKind = "co2"         // ppm
+	Illuminance SensorKind = "illuminance" // lx
 )
 
 // Sensor is one measured value.
@@ -215,6 +235,31 @@ const (
 	NoteUnreadable  NoteCode = "unreadable"
 	NoteUnsupported NoteCode = "unsupported"
 )
+
+// Clock is a real-time clock, one that goes on without power if it has a battery.
+type Clock struct {
+	Name   string `json:"name"`           // rtc0
+	Driver string `json:"driver"`         // as the kernel names it
+	System bool   `json:"system"`         // the kernel set its time by it at boot
+	Year   int    `json:"year,omitempty"` // that it shows; 1970 or 2000 on one whose battery is gone
+}
+
+// TPM is a trusted platform module.
+type TPM struct {
+	Name    string `json:"name"`    // tpm0
+	Version int    `json:"version"` // 1 or 2, of the specification
+	Access  Access `json:"access"`
+}
+
+// Watchdog resets the machine if nobody feeds it.
+type Watchdog struct {
+	Name      string `json:"name"`               // watchdog0
+	Identity  string `json:"identity,omitempty"` // of its driver
+	Timeout   int    `json:"timeout,omitempty"`  // seconds, as set now
+	Active    bool   `json:"active"`             // somebody feeds it
+	FiredLast bool   `json:"fired_last"`         // the last start of the machine was its doing
+	Access    Access `json:"access"`
+}
 
 // Note says what is missing and why.
 type Note struct {

@@ -59,7 +59,7 @@ func (p *prober) probe(ctx context.Context, limit time.Duration) (*Inventory, er
 		Format: Format, Taken: time.Now().UTC().Truncate(time.Second), Board: p.board,
 		CPU:   CPU{Crypto: []string{}},
 		Disks: []Disk{}, Filesystems: []Filesystem{}, Network: []Interface{}, Sensors: []Sensor{},
-		LEDs: []LED{}, GPIO: []GPIOChip{}, Buses: []Bus{},
+		LEDs: []LED{}, GPIO: []GPIOChip{}, Buses: []Bus{}, Clocks: []Clock{}, TPMs: []TPM{}, Watchdogs: []Watchdog{},
 	}
 	missing := p.run(ctx, limit, inv, []section{
 		{"system", p.system}, {"cpu", p.cpu}, {"memory", p.memory}, {"disks", p.disks},

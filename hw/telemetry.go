@@ -29,8 +29,60 @@ type Telemetry struct {
 	MemoryAvailable uint64             `json:"memory_available,omitempty"`
 	Temperatures    map[string]float64 `json:"temperatures,omitempty"` // °C by name of the sensor, as in the inventory
 	Data            *Usage             `json:"data,omitempty"`         // of the filesystem that holds the agent's data
+	Pressure        *Pressure          `json:"pressure,omitempty"`
+	Throttling      *Throttling        `json:"throttling,omitempty"`
+	Disks           map[string]DiskUse `json:"disks,omitempty"`    // by kernel name, as in the inventory
+	Links           map[string]Link    `json:"links,omitempty"`    // by name of the interface, as in the inventory; without virtual ones
+	Measured        []Measurement      `json:"measured,omitempty"` // by sensors outside of the board, see hw/sensor
 	Agent           Process            `json:"agent"`
 	Notes           []Note             `json:"notes,omitempty"`
+}
+
+// Pressure is how much work had to wait for lack of something: percent of the
+// last 10 seconds (Documentation/accounting/psi.rst). Some: at least one task
+// waited; full: all did.
+type Pressure struct {
+	MemorySome float64 `json:"memory_some"`
+	MemoryFull float64 `json:"memory_full"`
+	CPUSome    float64 `json:"cpu_some"`
+	IOSome     float64 `json:"io_some"`
+	IOFull     float64 `json:"io_full"`
+}
+
+// Throttling is what slows the processor down. A field is absent if this
+// machine does not tell.
+type Throttling struct {
+	Now          *bool   `json:"now,omitempty"`           // held below its speed because it is hot, or lacks power
+	Count        *uint64 `json:"count,omitempty"`         // how often, since boot
+	UnderVoltage *bool   `json:"under_voltage,omitempty"` // the supply is too weak
+}
+
+// DiskUse is what a disk did since the sample before. A mean is absent if
+// there was nothing to take it from.
+type DiskUse struct {
+	ReadBytes    uint64   `json:"read_bytes"`         // since boot
+	WrittenBytes uint64   `json:"written_bytes"`      // since boot
+	ReadMS       *float64 `json:"read_ms,omitempty"`  // mean time of a request, queueing included
+	WriteMS      *float64 `json:"write_ms,omitempty"` //
+	FlushMS      *float64 `json:"flush_ms,omitempty"` //
+	Busy         *float64 `json:"busy,omitempty"`     // percent of the time with a request under way
+	InFlight     uint64   `json:"in_flight"`          // requests under way; that do not end, if the disk hangs
+	Errors       *uint64  `json:"errors,omitempty"`   // that the kernel has counted since boot; not every driver does
+}
+
+// Link is the state of a network interface.
+type Link struct {
+	Up      bool   `json:"up"`
+	Changes uint64 `json:"changes"` // of the carrier, since boot
+}
+
+// Measurement is one value of a declared sensor.
+type Measurement struct {
+	Name  string     `json:"name"` // the sensor's, and for one with several values "sensor/kind"
+	Kind  SensorKind `json:"kind"`
+	Unit  string     `json:"unit"`
+	Value float64    `json:"value"` // calibrated
+	At    time.Time  `json:"at"`
 }
 
 // Process is what the agent itself uses, without its children.
@@ -39,6 +91,7 @@ type Process struct {
 	Anonymous  uint64   `json:"anonymous"`             // bytes in memory that are its own
 	CPUSeconds float64  `json:"cpu_seconds"`           // used since it started
 	CPUPercent *float64 `json:"cpu_percent,omitempty"` // of one processor, since the sample before
+	Written    uint64   `json:"written"`               // bytes sent to storage since it started (write_bytes of proc_pid_io(5))
 }
 
 // SampleOptions says what to sample.

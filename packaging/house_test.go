@@ -33,7 +33,7 @@ const module = "github.com/deimos-edge/deimos"
 var mayImport = map[string][]string{
 	"wire":               {},
 	"board":              {"wire"},
-	"hw":                 {"board", "wire"},
+	"hw":                 {"board", "wire", "internal/durable"},
 	"sync/chunk":         {"wire"},
 	"sync/store":         {"sync/chunk", "wire", "internal/durable"},
 	"sync/transfer":      {"wire"},

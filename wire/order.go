@@ -22,6 +22,9 @@ const (
 	KindOrderCancel   Kind = "order.cancel"
 	KindConfigApply   Kind = "config.apply"
 	KindPing          Kind = "device.ping"
+	KindIdentify      Kind = "device.identify"
+	KindInventory     Kind = "device.inventory"
+	KindHistory       Kind = "device.history"
 )
 
 // Priority says which of two waiting orders goes first: the lower number. Both
@@ -29,7 +32,7 @@ const (
 // Nothing in it tells a compute challenge from any other job.
 func (k Kind) Priority() int {
 	switch k {
-	case KindOrderCancel, KindConfigApply, KindPing:
+	case KindOrderCancel, KindConfigApply, KindPing, KindIdentify, KindInventory, KindHistory:
 		return 0 // short, and people wait for them
 	case KindUpdateInstall:
 		return 1

@@ -54,6 +54,10 @@ type Beat struct {
 	Telemetry      json.RawMessage `json:"telemetry,omitempty"` // hw.Telemetry
 	Capacity       int64           `json:"capacity,omitempty"`
 	Used           int64           `json:"used,omitempty"`
+	// InventoryDigest is of what the device has now; the coordinator asks for
+	// what it does not know with [KindInventory].
+	InventoryDigest string    `json:"inventory_digest,omitempty"`
+	Warnings        []Warning `json:"warnings,omitempty"` // at most MaxWarnings, the worst first
 }
 
 // EnrolRequest is the body of POST /enrol/v1. The device proves its key by the
