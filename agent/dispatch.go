@@ -269,6 +269,9 @@ func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, a
 		go d.end(t, wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind))
 		return
 	}
+	if o.Kind == wire.KindOrderCancel {
+		d.foresee(o)
+	}
 	if why := d.revoked[o.ID]; why != nil {
 		t.cancel(why)
 	}
@@ -670,17 +673,14 @@ const (
 // when it arrives again, its handler is called with its context already
 // canceled, and says that it is done or beyond recall, or stops.
 func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
-	c, err := wire.DecodeBody[wire.OrderCancel](o)
+	c, err := cancelOf(o)
 	if err != nil {
 		return wire.Outcome{}, err
-	}
-	if c.Order == "" || c.Order == o.ID || c.Expires.IsZero() {
-		return wire.Outcome{}, wire.RejectedBecause(wire.CodeBadBody, "the cancellation lacks the id or the expiry of another order")
 	}
 	d.mu.Lock()
 	agent := d.inFlight[o.ID].agent
 	d.mu.Unlock()
-	ended, err := d.revoke(agent, c, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + o.ID})
+	ended, err := d.revoke(agent, c, takenBack(o))
 	if err != nil {
 		return wire.Outcome{}, err
 	}
@@ -696,6 +696,31 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 	}
 	state, err := d.stateOf(c.Order)
 	return wire.Outcome{Body: wire.CancelResult{State: state}}, err
+}
+
+func cancelOf(o wire.Order) (wire.OrderCancel, error) {
+	c, err := wire.DecodeBody[wire.OrderCancel](o)
+	if err == nil && (c.Order == "" || c.Order == o.ID || c.Expires.IsZero()) {
+		err = wire.RejectedBecause(wire.CodeBadBody, "the cancellation lacks the id or the expiry of another order")
+	}
+	return c, err
+}
+
+func takenBack(by wire.Order) *wire.Problem {
+	return &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + by.ID}
+}
+
+// foresee has a cancellation count from its arrival on: the order that it takes
+// back may come right behind it, and would begin before the handler has run. The
+// handler says the rest; the mark goes with the report of that order. d.mu is held.
+func (d *dispatcher) foresee(o wire.Order) {
+	c, err := cancelOf(o)
+	if err != nil || d.inFlight[c.Order] != nil {
+		return
+	}
+	if _, done, err := d.journal.get(c.Order); !done && err == nil {
+		d.revoked[c.Order] = takenBack(o)
+	}
 }
 
 // revoke stops an order or keeps it from beginning. The channel, if there is

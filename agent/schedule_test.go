@@ -315,6 +315,42 @@ func TestOrderCanceledBeforeItArrivesNeverBegins(t *testing.T) {
 	}
 }
 
+// lateJournal holds up the beginning of one order.
+type lateJournal struct {
+	journal
+	order string
+	gate  chan struct{}
+}
+
+func (j lateJournal) begin(order string, until time.Time, durable bool) error {
+	if order == j.order {
+		<-j.gate
+	}
+	return j.journal.begin(order, until, durable)
+}
+
+// TestOrderRightBehindItsCancellationNeverBegins: the coordinator sends both at
+// once to a device that comes back, the cancellation first.
+func TestOrderRightBehindItsCancellationNeverBegins(t *testing.T) {
+	var c counter
+	gate := make(chan struct{})
+	r := newRig(t, c.handle, func(u *duties) { u.journal = lateJournal{u.journal, "c", gate} })
+	r.give(r.cancelOf("c", "1", time.Now().Add(time.Hour)))
+	r.give(r.order("1"))
+	if rep := r.ends("1"); !isCanceledReport(rep) || c.calls() != 0 {
+		t.Errorf("%+v after %d calls", rep, c.calls())
+	}
+	close(gate)
+	if got := r.canceled("c"); got != wire.Canceled {
+		t.Errorf("it is %s", got)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.revoked) != 0 {
+		t.Error("the mark stays for ever")
+	}
+}
+
 // TestCancelCutOffBeforeItsReportIsDoneAgain: the power went after the other
 // order's report and before the cancellation's own.
 func TestCancelCutOffBeforeItsReportIsDoneAgain(t *testing.T) {
