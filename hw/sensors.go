@@ -45,20 +45,20 @@ type source struct {
 }
 
 func (p *prober) sensors(ctx context.Context) (func(*Inventory), notes) {
-	found, missing := p.readSensors(ctx, func(source) bool { return true })
+	found, missing := p.readSources(ctx, findSensors(p.tree))
 	return func(inv *Inventory) { inv.Sensors = found }, missing
 }
 
-// readSensors reads the sensors that are wanted, in the order of their names.
-func (p *prober) readSensors(ctx context.Context, wanted func(source) bool) ([]Sensor, notes) {
+// readSources reads sensors, but those of a device that sleeps, in their order.
+func (p *prober) readSources(ctx context.Context, sources []source) ([]Sensor, notes) {
 	type reading struct {
 		sensor Sensor
 		err    error
 	}
 	var missing notes
 	found := []Sensor{}
-	for _, s := range findSensors(p.tree) {
-		if !wanted(s) {
+	for _, s := range sources {
+		if s.asleep(p.tree) {
 			continue
 		}
 		r, err := within(ctx, p.limit, p.root+" sensor "+s.value, func() reading {

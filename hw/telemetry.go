@@ -67,7 +67,7 @@ type DiskUse struct {
 	FlushMS      *float64 `json:"flush_ms,omitempty"` //
 	Busy         *float64 `json:"busy,omitempty"`     // percent of the time with a request under way
 	InFlight     uint64   `json:"in_flight"`          // requests under way; that do not end, if the disk hangs
-	Errors       *uint64  `json:"errors,omitempty"`   // that the kernel has counted since boot; not every driver does
+	Errors       *uint64  `json:"errors,omitempty"`   // that the kernel counts; where it begins differs, so that only a growth says something; not every driver counts
 }
 
 // Link is the state of a network interface.
@@ -108,9 +108,16 @@ type Sampler struct {
 	limit  time.Duration
 	data   string
 
-	mu    sync.Mutex // guards the rest
-	cpu   cpuTimes
-	agent cpuTimes
+	now func() time.Time
+
+	turn   chan struct{} // holds one; who has taken it may use the next two
+	layout *layout
+	stats  map[string]lastStat // of disks, by name
+
+	mu        sync.Mutex // guards the rest
+	cpu       cpuTimes
+	agent     cpuTimes
+	throttled throttled
 }
 
 // cpuTimes is time spent, in seconds, out of time passed.
@@ -137,7 +144,11 @@ func NewSampler(o SampleOptions) (*Sampler, error) {
 			return nil, err
 		}
 	}
-	s := &Sampler{prober: p, limit: limit, data: o.Data, agent: processTimes()}
+	s := &Sampler{
+		prober: p, limit: limit, data: o.Data, now: time.Now, turn: make(chan struct{}, 1),
+		layout: &layout{}, agent: processTimes(),
+	}
+	s.turn <- struct{}{}
 	s.cpu, _ = machineTimes(context.WithValue(context.Background(), common.EnvKey, p.env))
 	return s, nil
 }
@@ -164,10 +175,10 @@ func (s *Sampler) Sample(ctx context.Context) (Telemetry, error) {
 	limited, cancel := context.WithTimeout(context.WithValue(ctx, common.EnvKey, p.env), s.limit)
 	defer cancel()
 
-	t := Telemetry{At: time.Now().UTC()}
+	t := Telemetry{At: s.now().UTC()}
 	var missing notes
 	missing = append(missing, s.kernel(limited, &t)...)
-	missing = append(missing, s.temperatures(limited, &t)...)
+	missing = append(missing, s.devices(limited, &t)...)
 	if s.data != "" {
 		u, err := diskUsage(limited, p, s.data)
 		if err != nil {
@@ -197,6 +208,7 @@ func (s *Sampler) kernel(ctx context.Context, t *Telemetry) notes {
 	} else {
 		t.MemoryTotal, t.MemoryAvailable, t.MemoryUsed = m.Total, m.Available, m.Total-m.Available
 	}
+	t.Pressure = readPressure(s.prober.tree)
 	now, err := machineTimes(ctx)
 	if err != nil {
 		missing.add("cpu", NoteUnreadable, "", "the kernel does not say how busy the processor is")
@@ -212,8 +224,36 @@ func (s *Sampler) kernel(ctx context.Context, t *Telemetry) notes {
 
 func sane(v float64) bool { return v >= 0 && v < 1e6 }
 
-func (s *Sampler) temperatures(ctx context.Context, t *Telemetry) notes {
-	found, missing := s.prober.readSensors(ctx, func(x source) bool { return x.measure.kind == Temperature })
+// devices fills in what has to be looked for first. One sample at a time does so.
+func (s *Sampler) devices(ctx context.Context, t *Telemetry) notes {
+	var missing notes
+	select {
+	case <-s.turn:
+		defer func() { s.turn <- struct{}{} }()
+	case <-ctx.Done():
+		missing.add("sensors", NoteTimeout, "", "another sample still waits for a device that "+errTimeout.Error())
+		return missing
+	}
+	if now := s.now(); s.layout.found.IsZero() || now.Sub(s.layout.found) >= layoutAge {
+		l, err := within(ctx, s.prober.limit, s.prober.root+" layout", func() *layout { return findLayout(s.prober.tree, now) })
+		if err != nil {
+			missing.add("sensors", NoteTimeout, "", "the list of what there is to read "+err.Error())
+		} else {
+			s.layout = l
+		}
+	}
+	if s.layout.names == nil {
+		return missing
+	}
+	missing = append(missing, s.temperatures(ctx, s.layout.temperatures, t)...)
+	t.Throttling = s.throttling(ctx, s.layout.throttling)
+	t.Disks = s.disks(ctx, s.layout)
+	t.Links = s.links(ctx, s.layout.links)
+	return missing
+}
+
+func (s *Sampler) temperatures(ctx context.Context, sources []source, t *Telemetry) notes {
+	found, missing := s.prober.readSources(ctx, sources)
 	for _, x := range found {
 		if t.Temperatures == nil {
 			t.Temperatures = map[string]float64{}
@@ -226,6 +266,7 @@ func (s *Sampler) temperatures(ctx context.Context, t *Telemetry) notes {
 // own fills in what the agent uses.
 func (s *Sampler) own(t *Telemetry) {
 	t.Agent.RSS, t.Agent.Anonymous = ownMemory()
+	t.Agent.Written = ownWrites()
 	now := processTimes()
 	t.Agent.CPUSeconds = now.busy
 	s.mu.Lock()
@@ -270,6 +311,21 @@ func ownMemory() (rss, anonymous uint64) {
 		return 0, 0
 	}
 	return statusKB(raw, "VmRSS:"), statusKB(raw, "RssAnon:")
+}
+
+// ownWrites reads write_bytes of proc_pid_io(5).
+func ownWrites() uint64 {
+	raw, err := tree{root: "/"}.bytes("proc/self/io")
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(raw)) {
+		if text, ok := strings.CutPrefix(line, "write_bytes:"); ok {
+			v, _ := strconv.ParseUint(strings.TrimSpace(text), 10, 63)
+			return v
+		}
+	}
+	return 0
 }
 
 func statusKB(raw []byte, key string) uint64 {
