@@ -12,10 +12,14 @@ import (
 // usual for it, in a file.
 type Machine struct{}
 
-// NewMachine opens the memory in dir, or begins one. paths are the folders whose
-// filesystems matter: the state and the volumes. unclean says that the agent did not end in
-// good order before this boot.
-func NewMachine(dir string, b board.Board, paths []string, r *Registry, log *slog.Logger) (*Machine, error) {
+// Path is a folder whose filesystem matters.
+type Path struct {
+	Dir   string
+	Floor uint64 // bytes that what is in it leaves free on purpose, as volumes do; 0 if it is not meant to fill the disk
+}
+
+// NewMachine opens the memory in dir, or begins one.
+func NewMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.Logger) (*Machine, error) {
 	return &Machine{}, nil
 }
 
