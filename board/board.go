@@ -14,37 +14,34 @@
 // # Profiles
 //
 // What cannot be read from the machine, such as which LED is meant for status,
-// stands in a profile: one TOML file in profiles/, embedded in the binary. A
-// profile says which machines it fits. The most specific one wins:
+// stands in a profile: one TOML file. Those of profiles/ are embedded in the
+// binary; an owner puts more into a folder, [Dir] by default. A profile says
+// which machines it fits. The most specific one wins:
 //
-//  1. a compatible name of the device tree, earlier names before later ones
+//  1. a compatible name of the device tree, earlier names before later ones,
+//     and a name in full before a vendor's "vendor,*"
 //  2. DMI vendor and product
 //  3. the generic profile of the processor architecture
 //
 // so that there is always one, and a board that nobody has described still
-// works with what is detected. Each profile that states facts about a board
-// names their public source in a comment; [Parse] refuses keys it does not know.
+// works with what is detected. A file on disk replaces the embedded profile of
+// the same name, and wins over the embedded ones where both are as specific.
+// One that is unsound is left out and reported; it never stops the agent.
 //
-// # Not done yet
-//
-// Profiles on disk that override the embedded ones; buttons, sensor buses,
-// thermal limits and update slots in profiles.
+// Each embedded profile that states facts about a board names their public source
+// in a comment. docs/boards.md says how to write one, field by field.
 package board
 
 import (
 	"embed"
-	"fmt"
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"unicode"
 
-	"github.com/BurntSushi/toml"
 	"golang.org/x/sys/unix"
 )
 
@@ -67,7 +64,7 @@ type Facts struct {
 	Disks    Disks    `toml:"disks" json:"disks,omitzero"`
 	Thermal  Thermal  `toml:"thermal" json:"thermal,omitzero"`
 	Slots    string   `toml:"slots" json:"slots,omitempty"`       // how firmware is updated: "" (the agent only) or "uki" (unified kernel images with boot counting)
-	Watchdog string   `toml:"watchdog" json:"watchdog,omitempty"` // driver identity of the one to feed, if there are several; "" takes the first
+	Watchdog string   `toml:"watchdog" json:"watchdog,omitempty"` // identity, as in /sys/class/watchdog/*/identity, of the one to feed, if there are several; "" takes the first
 }
 
 // LED is a light that a profile gives a purpose.
@@ -122,26 +119,27 @@ type Thermal struct {
 	Critical float64 `toml:"critical" json:"critical,omitempty"` // from here on no jobs
 }
 
-// Profile is one file of profiles/.
+// Profile is one file.
 type Profile struct {
-	Name  string `toml:"name"`  // same as the file's name without .toml
-	Title string `toml:"title"` // for people
-	Match Match  `toml:"match"`
+	Name  string `toml:"name" json:"name"`   // same as the file's name without .toml
+	Title string `toml:"title" json:"title"` // for people
+	Match Match  `toml:"match" json:"match"`
 	Facts
+	File string `toml:"-" json:"file,omitempty"` // on disk; "" if it is embedded
 }
 
 // Match says which machines a profile fits. Arch, where given, must fit too;
 // a profile with nothing but Arch is the generic one of these architectures.
 type Match struct {
-	Arch       []string `toml:"arch"`       // as Go names them
-	Compatible []string `toml:"compatible"` // device tree names, any of them
-	DMI        []DMI    `toml:"dmi"`        // any of them
+	Arch       []string `toml:"arch" json:"arch,omitempty"`             // as Go names them
+	Compatible []string `toml:"compatible" json:"compatible,omitempty"` // device tree names, any of them; "vendor,*" is all of a vendor
+	DMI        []DMI    `toml:"dmi" json:"dmi,omitempty"`               // any of them
 }
 
 // DMI is one firmware identity; both fields must be equal.
 type DMI struct {
-	Vendor  string `toml:"vendor"`
-	Product string `toml:"product"`
+	Vendor  string `toml:"vendor" json:"vendor"`
+	Product string `toml:"product" json:"product"`
 }
 
 func (m Match) generic() bool { return len(m.Compatible) == 0 && len(m.DMI) == 0 }
@@ -177,100 +175,63 @@ func Profiles() ([]Profile, error) {
 	return slices.Clone(all), err
 }
 
-var profileName = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
+// Detect tells which board the machine below root is, by the embedded profiles;
+// root is "/" except for recorded machines. It reads four small files, never
+// fails and never blocks on anything but the kernel: what cannot be read is left empty.
+func Detect(root string) Board { return Builtin().Detect(root) }
 
-// Parse reads one profile. name is the file's name without ".toml". Unknown
-// keys, missing fields and an unknown use of an LED are errors.
-func Parse(name string, raw []byte) (Profile, error) {
-	var p Profile
-	meta, err := toml.Decode(string(raw), &p)
-	if err != nil {
-		return Profile{}, fmt.Errorf("board profile %s: %w", name, err)
-	}
-	if extra := meta.Undecoded(); len(extra) > 0 {
-		return Profile{}, fmt.Errorf("board profile %s: unknown key %q; remove it or correct its spelling", name, extra[0].String())
-	}
-	if err := p.check(name); err != nil {
-		return Profile{}, fmt.Errorf("board profile %s: %w", name, err)
-	}
-	return p, nil
+// identity is what a machine says of itself.
+type identity struct {
+	arch       string
+	compatible []string
+	dmi        DMI
+	model      string
 }
 
-func (p Profile) check(name string) error {
-	switch {
-	case p.Name != name:
-		return fmt.Errorf("its name is %q; it must be that of the file", p.Name)
-	case !profileName.MatchString(p.Name):
-		return fmt.Errorf("the name may have only a-z, 0-9 and single dashes")
-	case p.Title == "":
-		return fmt.Errorf("title is missing")
-	case p.Match.generic() && len(p.Match.Arch) == 0:
-		return fmt.Errorf("match is empty; it would fit every machine")
+func identify(root, arch string) identity {
+	id := identity{
+		arch:       arch,
+		compatible: stringList(read(root, "proc/device-tree/compatible")),
+		dmi:        DMI{readText(root, "sys/class/dmi/id/sys_vendor"), readText(root, "sys/class/dmi/id/product_name")},
+		model:      readText(root, "proc/device-tree/model"),
 	}
-	for _, c := range p.Match.Compatible {
-		if c == "" {
-			return fmt.Errorf("match.compatible has an empty name")
-		}
+	if id.model == "" {
+		id.model = id.dmi.Product
 	}
-	for _, d := range p.Match.DMI {
-		if d.Vendor == "" || d.Product == "" {
-			return fmt.Errorf("match.dmi needs vendor and product")
-		}
-	}
-	for _, l := range p.LEDs {
-		if l.Use != "status" && l.Use != "power" {
-			return fmt.Errorf("an LED's use is %q; it must be status or power", l.Use)
-		}
-		if len(l.Names) == 0 || slices.Contains(l.Names, "") {
-			return fmt.Errorf("the %s LED has no name", l.Use)
-		}
-	}
-	return nil
+	return id
 }
 
-// Detect tells which board the machine below root is; root is "/" except for
-// recorded machines. It reads four small files, never fails and never blocks
-// on anything but the kernel: what cannot be read is left empty.
-func Detect(root string) Board { return detect(root, runtime.GOARCH) }
-
-func detect(root, arch string) Board {
-	b := Board{
-		Vendor: readText(root, "sys/class/dmi/id/sys_vendor"),
-		Model:  readText(root, "proc/device-tree/model"),
-	}
-	product := readText(root, "sys/class/dmi/id/product_name")
-	if b.Model == "" {
-		b.Model = product
-	}
-	b.Compatible = stringList(read(root, "proc/device-tree/compatible"))
-
-	all, err := embedded()
-	if err != nil {
-		// Cannot happen in a tested binary; a machine without a profile still works.
-		return b
-	}
-	if p := choose(all, arch, b.Compatible, DMI{b.Vendor, product}); p != nil {
+// as is the machine with what a profile says about it; p may be nil.
+func (id identity) as(p *Profile) Board {
+	b := Board{Model: id.model, Vendor: id.dmi.Vendor, Compatible: id.compatible}
+	if p != nil {
 		b.Name, b.Title, b.Facts = p.Name, p.Title, p.Facts
 	}
 	return b
 }
 
-// choose finds the most specific profile, nil if there is none even for the architecture.
-func choose(all []Profile, arch string, compatible []string, dmi DMI) *Profile {
+// choose finds the most specific profile, nil if there is none even for the
+// architecture. Of equally specific ones the first wins.
+func choose(all []Profile, id identity) *Profile {
 	fits := func(yes func(Match) bool) *Profile {
 		for i, p := range all {
-			if (len(p.Match.Arch) == 0 || slices.Contains(p.Match.Arch, arch)) && yes(p.Match) {
+			if (len(p.Match.Arch) == 0 || slices.Contains(p.Match.Arch, id.arch)) && yes(p.Match) {
 				return &all[i]
 			}
 		}
 		return nil
 	}
-	for _, c := range compatible {
+	for _, c := range id.compatible {
 		if p := fits(func(m Match) bool { return slices.Contains(m.Compatible, c) }); p != nil {
 			return p
 		}
+		if vendor, _, ok := strings.Cut(c, ","); ok {
+			if p := fits(func(m Match) bool { return slices.Contains(m.Compatible, vendor+",*") }); p != nil {
+				return p
+			}
+		}
 	}
-	if p := fits(func(m Match) bool { return slices.Contains(m.DMI, dmi) }); p != nil {
+	if p := fits(func(m Match) bool { return slices.Contains(m.DMI, id.dmi) }); p != nil {
 		return p
 	}
 	return fits(Match.generic)
