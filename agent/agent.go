@@ -40,23 +40,16 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/deimos-edge/deimos/board"
-	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/jobs"
 	"github.com/deimos-edge/deimos/ota"
 	"github.com/deimos-edge/deimos/ota/repo"
@@ -75,10 +68,7 @@ type Agent struct {
 	cfg   Config
 	log   *slog.Logger
 	id    Identity
-	board board.Board
-	inv   *hw.Inventory
-	boot  string // the kernel's boot id
-	began time.Time
+	hw    *machine
 	rest  func(context.Context, time.Duration) error
 	level *slog.LevelVar // of log
 
@@ -98,14 +88,12 @@ type Agent struct {
 	orders  *dispatcher
 	session *session
 	desired *settings
-	sampler *hw.Sampler
 
 	restart chan struct{} // closed when a handler asked for a restart
 	once    sync.Once
 }
 
 const (
-	probeLimit   = 10 * time.Second
 	stopLimit    = 10 * time.Second
 	forgetEvery  = time.Hour
 	storeLimit   = 9 * time.Minute
@@ -118,6 +106,8 @@ const (
 	// dataStall is how long the data plane may be silent: as long as the session's
 	// writes, on the same line.
 	dataStall = writeTimeout
+	// beatLate is twice the longest heartbeat interval, and a little.
+	beatLate = 2*wire.MaxBeat*time.Second + time.Minute
 )
 
 // Run is the agent's whole life. It returns nil when ctx ends, ErrRestart when
@@ -129,16 +119,26 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	a := &Agent{cfg: cfg, began: time.Now(), start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), restart: make(chan struct{})}
+	a := &Agent{cfg: cfg, start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), restart: make(chan struct{})}
 	a.log, a.level = withLevel(cfg.Log)
+	if err := a.resetIfAsked(ctx); err != nil {
+		return err
+	}
 	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
 		return err
 	}
 	a.log = a.log.With("device", a.id.ID)
-	if err := a.know(ctx); err != nil {
+	if a.hw, err = openMachine(ctx, cfg, a.log); err != nil {
 		return err
 	}
-	if a.journal, err = openJournal(cfg.path("journal")); err != nil {
+	looking, look := a.hw.begin(ctx)
+	defer func() { err = errors.Join(err, look()) }()
+	return a.serve(looking)
+}
+
+// serve is what comes after the agent knows its machine.
+func (a *Agent) serve(ctx context.Context) (err error) {
+	if a.journal, err = openJournal(a.cfg.path("journal")); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, a.journal.close()) }()
@@ -146,9 +146,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	a.clock = NewClock(later(floor, cfg.Released))
-	if cfg.SystemTime != nil {
-		a.clock.system = cfg.SystemTime
+	a.clock = NewClock(later(floor, a.cfg.Released))
+	if a.cfg.SystemTime != nil {
+		a.clock.system = a.cfg.SystemTime
 	}
 	if err := a.join(ctx); err != nil {
 		if ctx.Err() != nil {
@@ -156,7 +156,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		}
 		return err
 	}
-	if err := a.openVolumes(); err != nil {
+	if err := a.openVolumes(ctx); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, a.chunks.Close()) }()
@@ -164,25 +164,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	return a.live(ctx)
-}
-
-// know finds out what machine this is.
-func (a *Agent) know(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
-	a.board = board.Detect("/")
-	inv, err := hw.Probe(ctx, hw.Options{Board: a.board})
-	if err != nil {
-		return fmt.Errorf("this machine cannot be probed: %w", err)
-	}
-	a.inv = inv
-	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return fmt.Errorf("the kernel does not tell its boot id: %w", err)
-	}
-	a.boot = strings.TrimSpace(string(raw))
-	a.sampler, err = hw.NewSampler(hw.SampleOptions{Data: a.cfg.StateDir})
-	return err
 }
 
 // rest waits for d; it returns an error if ctx ends before.
@@ -202,58 +183,6 @@ func plain(err error) error {
 		return op.Err
 	}
 	return err
-}
-
-// openVolumes opens what can be opened: one broken disk must not take the
-// others down with it. None at all is an error.
-func (a *Agent) openVolumes() error {
-	var open []*store.Volume
-	var failed error
-	for _, v := range a.cfg.Volumes {
-		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: a.floorOf(v), Log: a.log})
-		if err != nil {
-			failed = errors.Join(failed, err)
-			continue
-		}
-		open = append(open, vol)
-	}
-	if len(open) == 0 {
-		return failed
-	}
-	if failed != nil {
-		a.log.Error("a volume is not available; its chunks count as lost until it is", "error", failed)
-	}
-	a.chunks = store.NewSet(open...)
-	return nil
-}
-
-// sharedFloor is the least that chunks leave free on the disk that the agent's
-// own state is on: what the journal needs, twice over, and room for both to
-// compact. With less, a device could fill itself until it cannot report.
-const sharedFloor = 4 * journalFloor
-
-// floorOf is what a volume leaves free: what the owner says, but not less than
-// the agent's own state needs if both are on one disk. 0 stays the default.
-func (a *Agent) floorOf(v VolumeConfig) int64 {
-	if v.Floor == 0 || v.Floor >= sharedFloor || !sameDisk(v.Dir, a.cfg.StateDir) {
-		return v.Floor
-	}
-	a.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
-	return sharedFloor
-}
-
-// sameDisk tells whether two folders, of which the first may not be there yet,
-// are on one file system. In doubt they are.
-func sameDisk(dir, other string) bool {
-	var a, b unix.Stat_t
-	for unix.Stat(dir, &a) != nil {
-		up := filepath.Dir(dir)
-		if up == dir {
-			return true
-		}
-		dir = up
-	}
-	return unix.Stat(other, &b) != nil || a.Dev == b.Dev
 }
 
 // furnish builds the rooms and the table of routes.
@@ -283,7 +212,7 @@ func (a *Agent) furnish() error {
 	}
 	a.update, err = ota.New(ota.Options{
 		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, Version: a.cfg.Version,
-		Device: a.id.ID, Board: a.board.Name,
+		Device: a.id.ID, Board: a.hw.board.Name,
 		Root: func() []byte { return a.member.Load().UpdateRoot },
 		Source: func() (repo.Source, error) {
 			return repo.HTTP{Client: a.web, Base: a.member.Load().DataPlane[0] + "/data/v1/repo"}, nil
@@ -299,19 +228,21 @@ func (a *Agent) furnish() error {
 	if err != nil {
 		return err
 	}
+	routes := a.hw.routes()
+	maps.Copy(routes, map[wire.Kind]Route{
+		wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
+		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
+		wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
+		wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
+		wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
+		wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
+		wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
+		wire.KindPing:          {Handle: ping(a.cfg.Version, a.hw.began), Limit: pingLimit},
+	})
 	a.orders, err = newDispatcher(duties{
-		id: a.id, trusted: a.orderKey, clock: a.clock, journal: a.journal, epoch: epoch,
-		routes: map[wire.Kind]Route{
-			wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
-			wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
-			wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
-			wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
-			wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
-			wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
-			wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
-			wire.KindPing:          {Handle: ping(a.cfg.Version, a.began), Limit: pingLimit},
-		},
+		id: a.id, trusted: a.orderKey, clock: a.clock, journal: a.journal, epoch: epoch, routes: routes,
 		extra:   a.cfg.Routes,
+		busy:    a.hw.busy,
 		publish: func(raw []byte) { a.session.publish(wire.ChannelReport, raw) },
 		attach: func(ctx context.Context, order string, data []byte) error {
 			return a.move.Put(ctx, "/data/v1/attachment/"+order, data, "application/octet-stream")
@@ -324,7 +255,7 @@ func (a *Agent) furnish() error {
 	}
 	a.session = newSession(link{
 		id: a.id, brokers: func() []string { return a.member.Load().Brokers }, door: fleet, clock: a.clock, log: a.log,
-		hello: a.hello, trusted: a.orderKey, welcomed: a.welcomed, refused: a.doubted,
+		hello: a.hello, trusted: a.orderKey, welcomed: a.welcomed, lost: func() { a.hw.connected(false) }, refused: a.doubted,
 	})
 	return nil
 }
@@ -345,6 +276,9 @@ func (a *Agent) live(ctx context.Context) error {
 	if err := a.settle(); err != nil {
 		return err
 	}
+	a.hw.connected(false)
+	a.hw.check(a.feel)
+	a.hw.at(atWork)
 	var wg sync.WaitGroup
 	wg.Go(func() { a.session.run(ctx) })
 	wg.Go(func() { a.stayMember(ctx) })
@@ -352,7 +286,7 @@ func (a *Agent) live(ctx context.Context) error {
 	wg.Go(func() { a.beat(ctx) })
 	wg.Go(func() { a.housekeep(ctx) })
 	wg.Go(func() { a.checkChunks(ctx) })
-	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.board.Name, "slot", a.cfg.Slot)
+	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.hw.board.Name, "slot", a.cfg.Slot)
 	again := false
 	select {
 	case <-ctx.Done():
@@ -395,6 +329,7 @@ func (a *Agent) settle() error {
 // volumes open, this agent is healthy.
 func (a *Agent) welcomed() {
 	a.dismissed.Store(false) // who is welcomed is a member
+	a.hw.connected(true)
 	a.session.slow(false)
 	select {
 	case a.timed <- struct{}{}:
@@ -432,8 +367,8 @@ func (a *Agent) room() (capacity, used int64) {
 
 func (a *Agent) hello() wire.Presence {
 	p := wire.Presence{
-		BootID: a.boot, Instance: a.start, Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH,
-		Board: a.board.Name, Slot: a.cfg.Slot, InventoryDigest: a.inv.Digest(),
+		BootID: a.hw.boot, Instance: a.start, Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH,
+		Board: a.hw.board.Name, Slot: a.cfg.Slot, InventoryDigest: a.hw.inventory().digest,
 	}
 	p.Capacity, p.Used = a.room()
 	p.ConfigVersion = a.desired.version()
@@ -443,6 +378,8 @@ func (a *Agent) hello() wire.Presence {
 
 // beat sends heartbeats, jittered by a tenth so that a fleet's do not fall together.
 func (a *Agent) beat(ctx context.Context) {
+	pulse := a.hw.dog.Pulse("heartbeat", beatLate)
+	defer pulse.End()
 	for {
 		every, changed := a.desired.beat()
 		wait := every - every/20 + rand.N(every/10+1)
@@ -453,16 +390,13 @@ func (a *Agent) beat(ctx context.Context) {
 			continue // to wait by the new interval
 		case <-time.After(wait):
 		}
-		t, err := a.sampler.Sample(ctx)
-		if err != nil {
-			a.log.Debug("telemetry is incomplete", "error", err)
-		}
-		raw, err := json.Marshal(t)
+		pulse.Beat()
+		raw, err := json.Marshal(a.hw.telemetry())
 		if err != nil {
 			a.log.Error("telemetry cannot be encoded", "error", err)
 			continue
 		}
-		b := wire.Beat{Device: a.id.ID, Uptime: time.Since(a.began).Seconds(), Telemetry: raw}
+		b := wire.Beat{Device: a.id.ID, Uptime: time.Since(a.hw.began).Seconds(), Telemetry: raw, InventoryDigest: a.hw.inventory().digest, Warnings: a.hw.warnings()}
 		b.At, b.TimeConfidence = a.clock.Read()
 		b.Capacity, b.Used = a.room()
 		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)

@@ -132,8 +132,8 @@ func (a *Agent) enrolAnew(ctx context.Context, old *Membership) error {
 
 // request is what the device says of itself; the token is to be added.
 func (a *Agent) request() (wire.EnrolRequest, error) {
-	inv, err := json.Marshal(a.inv)
-	return wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.board.Name, Inventory: inv}, err
+	inv, err := json.Marshal(a.hw.inventory().Inventory)
+	return wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.hw.board.Name, Inventory: inv}, err
 }
 
 // enrolNow enrols with the configured token and keeps the answer.
@@ -189,6 +189,8 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
+	a.hw.at(atClaim)
+	defer a.hw.at(atStart)
 	var told time.Time
 	for wait := enrolMin; ; {
 		m, p, err := enrol(ctx, a.id, knows(ca, a.clock), a.cfg.Coordinator, req)

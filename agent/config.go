@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/jobs/policy"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -30,6 +33,23 @@ import (
 //	[jobs]                      # see jobs/policy
 //	enabled = true
 //
+//	[disks]                     # without any [[volume]]: which disks to use, see hw/disk
+//	auto = false                # every disk that the rules allow, such as an empty one
+//	use = ["/mnt/data"]         # these, whatever is on them
+//	never = ["WD-WX11D1234"]    # not these: mount points, names or serial numbers
+//
+//	[board]                     # see board
+//	name = ""                   # instead of what is detected
+//	profiles = "/etc/deimos/boards"
+//
+//	[[sensor]]                  # see hw/sensor; besides those of the board's profile
+//	name = "cabinet"
+//	driver = "bme280"
+//	bus = "/dev/i2c-1"
+//	address = "0x76"
+//
+//	watchdog = ""               # such as "/dev/watchdog0"; stands above the tables
+//
 // What stands below [jobs] also limits what the fleet's configuration can make
 // of it; what is missing there leaves it to the fleet.
 type Config struct {
@@ -37,7 +57,12 @@ type Config struct {
 	Token       string         `toml:"token"`
 	Volumes     []VolumeConfig `toml:"volume"`
 	Jobs        policy.Policy  `toml:"jobs"`
+	Disks       DisksConfig    `toml:"disks"`
+	Board       BoardConfig    `toml:"board"`
+	Sensors     []board.Sensor `toml:"sensor"`
+	Watchdog    string         `toml:"watchdog"`
 
+	Floor    int64        `toml:"-"` // of a volume that the agent chooses itself; 0: by the rules of hw/disk
 	StateDir string       `toml:"-"` // key, enrolment, journal, slots
 	Version  string       `toml:"-"` // of this agent
 	Released time.Time    `toml:"-"` // when that was made: no clock can be earlier
@@ -61,6 +86,22 @@ type VolumeConfig struct {
 	Capacity int64  `toml:"capacity_bytes"`
 	Floor    int64  `toml:"floor_bytes"`
 }
+
+// DisksConfig is the owner's word on disks that no [[volume]] names.
+type DisksConfig struct {
+	Auto  bool     `toml:"auto"`
+	Use   []string `toml:"use"`
+	Never []string `toml:"never"`
+}
+
+// BoardConfig is the owner's word on what board this is.
+type BoardConfig struct {
+	Name     string `toml:"name"`
+	Profiles string `toml:"profiles"` // folder; "" is [BoardProfiles]
+}
+
+// BoardProfiles is where an owner's own profiles are looked for.
+const BoardProfiles = "/etc/deimos/boards"
 
 // LoadConfig reads a configuration file; without a path, it returns the
 // defaults. A key that is not known is an error: it is most likely misspelt,
@@ -91,6 +132,30 @@ func LoadConfig(path string) (Config, error) {
 	return c, nil
 }
 
+// detectBoard asks the machine what it is, unless its owner knows better. A
+// profile that cannot be read is left out, and the log says so.
+func (c Config) detectBoard(log *slog.Logger) board.Board {
+	all, problems := board.Load(cmp.Or(c.Board.Profiles, BoardProfiles))
+	for _, p := range problems {
+		log.Warn("a board profile is left out", "error", p)
+	}
+	b, err := all.Named("/", c.Board.Name)
+	if err != nil {
+		log.Error("the configuration names a board that there is no profile of; what is detected is used", "error", err)
+		return all.Detect("/")
+	}
+	return b
+}
+
+// watched are the folders whose filesystems matter, with what must stay free there.
+func (c Config) watched() []health.Path {
+	all := []health.Path{{Dir: c.StateDir}}
+	for _, v := range c.Volumes {
+		all = append(all, health.Path{Dir: v.Dir, Floor: uint64(max(v.Floor, 0))})
+	}
+	return all
+}
+
 // ErrState begins the sentence about a state folder that cannot be used.
 var ErrState = errors.New("the state folder cannot")
 
@@ -98,13 +163,15 @@ func (c Config) path(parts ...string) string {
 	return filepath.Join(append([]string{c.StateDir}, parts...)...)
 }
 
+const lockFile = "agent.lock"
+
 // makeState makes the state folder and takes its lock, so that two agents
 // cannot both be this device on one machine. Closing the file gives it back.
 func (c Config) makeState() (*os.File, error) {
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("%w be made: %w; choose another with --state", ErrState, err)
 	}
-	f, err := os.OpenFile(c.path("agent.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(c.path(lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("%w be written: %w; choose another with --state", ErrState, err)
 	}

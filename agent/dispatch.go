@@ -81,7 +81,9 @@ type duties struct {
 	// attach puts a large attachment where the coordinator finds it.
 	attach  func(ctx context.Context, order string, data []byte) error
 	restart func() // called once, when a handler asked for it
-	log     *slog.Logger
+	// busy is called when an order begins (1) and when it has ended (-1); may be nil.
+	busy func(k wire.Kind, by int)
+	log  *slog.Logger
 }
 
 // dispatcher turns signed orders into effects and signed reports. It checks
@@ -126,6 +128,9 @@ func newDispatcher(u duties) (*dispatcher, error) {
 		inFlight: make(map[string]*task),
 		revoked:  make(map[string]error),
 		changed:  make(chan struct{}, 1),
+	}
+	if d.busy == nil {
+		d.busy = func(wire.Kind, int) {}
 	}
 	d.seq.Store(u.epoch)
 	d.out = outbox{journal: u.journal, bound: cmp.Or(u.outbox, defaultOutbox), id: u.id, clock: u.clock, number: func() uint64 { return d.seq.Add(1) }}
@@ -324,7 +329,9 @@ func (d *dispatcher) beginNext() {
 
 // carryOut runs an order to its terminal report.
 func (d *dispatcher) carryOut(t *task) {
+	d.busy(t.order.Kind, 1)
 	out, err := d.effect(t)
+	d.busy(t.order.Kind, -1)
 	d.mu.Lock()
 	d.schedule.ended(t.order.Kind)
 	d.beginNext()

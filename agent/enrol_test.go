@@ -21,8 +21,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -287,8 +287,15 @@ func joining(t *testing.T, id Identity, base, token string) *Agent {
 	t.Helper()
 	return &Agent{
 		cfg: Config{Coordinator: base, Token: token, StateDir: t.TempDir()},
-		log: discardLog(), id: id, board: board.Board{}, inv: &hw.Inventory{}, clock: NewClock(time.Time{}), rest: rest,
+		log: discardLog(), id: id, hw: bareMachine(), clock: NewClock(time.Time{}), rest: rest,
 	}
+}
+
+// bareMachine has found nothing yet.
+func bareMachine() *machine {
+	m := &machine{log: discardLog(), changed: make(chan struct{}, 1), health: health.New(time.Now)}
+	m.inv.Store(&inventory{&hw.Inventory{}, ""})
+	return m
 }
 
 func TestEnrolmentIsTriedUntilItSucceeds(t *testing.T) {

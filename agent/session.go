@@ -61,6 +61,8 @@ type link struct {
 	receive func(raw []byte) error
 	// welcomed is called after each verified welcome.
 	welcomed func()
+	// lost is called when a connection that was welcomed has ended; may be nil.
+	lost func()
 	// refused is called when a broker was reached that does not let this device
 	// in, or that again and again drops it before it is welcomed.
 	refused func()
@@ -104,6 +106,9 @@ const (
 )
 
 func newSession(l link) *session {
+	if l.lost == nil {
+		l.lost = func() {}
+	}
 	return &session{link: l, out: make(chan message, outgoing), again: welcomeWait, wake: make(chan struct{}, 1)}
 }
 
@@ -213,7 +218,12 @@ func (s *session) once(ctx context.Context, broker string) (err error) {
 	}
 	s.discard()
 	s.online.Store(true)
-	defer s.online.Store(false)
+	defer func() {
+		s.online.Store(false)
+		if s.met.Load() {
+			s.lost()
+		}
+	}()
 	return s.pump(ctx, c, id, in, lost)
 }
 

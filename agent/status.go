@@ -1,23 +1,79 @@
 package agent
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"time"
 
+	"github.com/deimos-edge/deimos/hw/panel"
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// Status is how a device stands with its fleet, as its state folder tells.
+// Status is how a device is and stands with its fleet, as its state folder tells.
 type Status struct {
+	Running     bool          `json:"running"`          // an agent runs with this folder
 	Device      wire.DeviceID `json:"device,omitempty"` // empty before the first start
 	Standing    Standing      `json:"standing"`
 	Coordinator string        `json:"coordinator,omitempty"`
 	ClaimCode   string        `json:"claim_code,omitempty"` // of a device that waits
 	Until       *time.Time    `json:"certificate_until,omitempty"`
+	Machine     *Feeling      `json:"machine,omitempty"` // absent before the first start
+}
+
+// Feeling is how a device feels, as its agent last noted. It is noted whenever
+// it changes.
+type Feeling struct {
+	At       time.Time      `json:"at"`
+	Ended    bool           `json:"ended,omitempty"` // in good order, then
+	Agent    string         `json:"agent"`           // version
+	Board    string         `json:"board"`
+	BootID   string         `json:"boot_id"`
+	Online   bool           `json:"online"`
+	Light    panel.State    `json:"light"` // what the light shows, if there is one
+	Warnings []wire.Warning `json:"warnings"`
+}
+
+const statusFile = "status.json"
+
+// saveStatus notes how the device feels, if that has changed since it was noted.
+func (m *machine) saveStatus(ended bool) error {
+	m.mu.Lock()
+	online := m.online
+	m.mu.Unlock()
+	f := Feeling{Ended: ended, Agent: m.version, Board: m.board.Name, BootID: m.boot, Online: online && !ended, Light: m.look(), Warnings: m.health.Visible()}
+	if m.noted != nil && reflect.DeepEqual(*m.noted, f) {
+		return nil
+	}
+	m.noted = &f
+	out := f
+	out.At = time.Now().UTC().Truncate(time.Second)
+	raw, err := json.MarshalIndent(out, "", "  ")
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(filepath.Join(m.state, statusFile), raw, 0o600)
+}
+
+// readFeeling returns nil without error if nothing was noted yet, or what was is damaged.
+func readFeeling(stateDir string) (*Feeling, error) {
+	raw, err := os.ReadFile(filepath.Join(stateDir, statusFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var f Feeling
+	if json.Unmarshal(raw, &f) != nil {
+		return nil, nil
+	}
+	return &f, nil
 }
 
 // Standing is where a device is on its way into a fleet.
@@ -57,7 +113,10 @@ func ReadStatus(stateDir string) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	s := Status{Device: id.ID, Standing: New}
+	s := Status{Device: id.ID, Standing: New, Running: locked(filepath.Join(stateDir, lockFile))}
+	if s.Machine, err = readFeeling(stateDir); err != nil {
+		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
+	}
 	m, err := loadMembership(dir, id)
 	if err != nil {
 		return Status{}, err

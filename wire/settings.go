@@ -47,12 +47,15 @@ const (
 	SettingLogLevel  = "log.level"
 )
 
+// MaxBeat is the longest heartbeat interval, in seconds.
+const MaxBeat = 3600
+
 const longestJob = 24 * 60 * 60 // seconds
 
 // Those of jobs have the names that the owner's configuration file has for them
 // (jobs/policy).
 var settings = []Setting{ // sorted by key
-	{Key: SettingBeat, Type: SettingInt, Unit: "s", Min: 5, Max: 3600, About: "Time between two heartbeats. Default: as the device was told when it enrolled."},
+	{Key: SettingBeat, Type: SettingInt, Unit: "s", Min: 5, Max: MaxBeat, About: "Time between two heartbeats. Default: as the device was told when it enrolled."},
 	{Key: SettingJobs, Type: SettingBool, About: "Whether the device runs jobs at all."},
 	{Key: SettingJobCPU, Type: SettingNumber, Unit: "s", Min: 1, Max: longestJob, About: "Most CPU time of one job."},
 	{Key: SettingJobMemory, Type: SettingInt, Unit: "bytes", Min: 1 << 16, Max: 4 << 30, About: "Most memory of one job."},

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -36,7 +36,8 @@ Without a token it shows a code, and waits until the fleet manager claims it.`
 
 type commands struct {
 	Run     runCmd     `cmd:"" help:"Join the fleet and serve it until stopped."`
-	Status  statusCmd  `cmd:"" help:"Show how this device stands with its fleet; works while the agent runs."`
+	Status  statusCmd  `cmd:"" help:"Show how this device feels and stands with its fleet; works while the agent runs."`
+	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
@@ -54,8 +55,8 @@ type runCmd struct {
 	Config      string   `env:"DEIMOS_CONFIG" placeholder:"FILE" help:"Configuration file (TOML)."`
 	Coordinator string   `env:"DEIMOS_COORDINATOR" placeholder:"URL" help:"Where to enrol, https://HOST:8443."`
 	Token       string   `env:"DEIMOS_TOKEN" placeholder:"TOKEN" help:"Fleet token, to join at once. A member needs none; one of another fleet moves it there."`
-	Volume      []string `placeholder:"DIR" help:"Folder for chunks, one a disk; may be repeated. Default: STATE/volumes/main."`
-	Floor       int64    `placeholder:"BYTES" help:"Bytes that chunks leave free on each volume's disk. Default: 512 MiB or 1%, whichever is more."`
+	Volume      []string `placeholder:"DIR" help:"Folder for chunks, one a disk; may be repeated. Default: the disks that the configuration allows (see deimos-agent disks), else STATE/volumes/main."`
+	Floor       int64    `placeholder:"BYTES" help:"Bytes that chunks leave free on each volume's disk. Default: 512 MiB or 1%, whichever is more; on the system's disk more."`
 	cli.LogFlags
 }
 
@@ -73,9 +74,7 @@ func (r *runCmd) Run(ctx context.Context) error {
 	for _, dir := range r.Volume {
 		cfg.Volumes = append(cfg.Volumes, agent.VolumeConfig{Dir: dir, Floor: r.Floor})
 	}
-	if len(cfg.Volumes) == 0 {
-		cfg.Volumes = []agent.VolumeConfig{{Dir: filepath.Join(r.State, "volumes", "main"), Floor: r.Floor}}
-	}
+	cfg.Floor = r.Floor
 	if cfg.Released, err = releaseTime(released); err != nil {
 		return err
 	}
@@ -131,6 +130,7 @@ func (c *statusCmd) Run() error {
 
 func writeStatus(w io.Writer, s agent.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	m := s.Machine
 	line := func(name, value string) {
 		if value != "" {
 			fmt.Fprintf(t, "%s\t%s\n", name, value)
@@ -138,6 +138,10 @@ func writeStatus(w io.Writer, s agent.Status) error {
 	}
 	line("device", string(s.Device))
 	line("standing", string(s.Standing))
+	if m != nil {
+		line("agent", agentLine(s))
+		line("board", m.Board)
+	}
 	line("coordinator", s.Coordinator)
 	if s.Until != nil {
 		line("certificate until", s.Until.Format(time.RFC3339))
@@ -146,7 +150,53 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		line("claim code", s.ClaimCode)
 		line("to let it in", "deimos device claim "+s.ClaimCode)
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil || m == nil {
+		return err
+	}
+	if len(m.Warnings) == 0 {
+		_, err := fmt.Fprintln(w, "\nnothing is wrong with it")
+		return err
+	}
+	for _, x := range m.Warnings {
+		title := x.Title
+		if x.Subject != "" {
+			title += ": " + x.Subject
+		}
+		fmt.Fprintf(w, "\n%s  %s (since %s)\n  %s\n", strings.ToUpper(string(x.Severity)), title, x.Since.Local().Format("2006-01-02 15:04"), x.Text)
+	}
+	return nil
+}
+
+// agentLine says what the agent does, or did when it was last heard of.
+func agentLine(s agent.Status) string {
+	m := s.Machine
+	switch {
+	case s.Running && m.Online:
+		return m.Agent + ", runs, online (" + string(m.Light) + ")"
+	case s.Running:
+		return m.Agent + ", runs, not online (" + string(m.Light) + ")"
+	case m.Ended:
+		return m.Agent + ", stopped in good order at " + m.At.Local().Format(time.DateTime)
+	}
+	return m.Agent + ", does not run; it did not end in good order (last noted " + m.At.Local().Format(time.DateTime) + ")"
+}
+
+type resetCmd struct {
+	State  string `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder of the agent's state (${default})."`
+	Config string `env:"DEIMOS_CONFIG" placeholder:"FILE" help:"Configuration file (TOML), for the volumes that it names."`
+	Yes    bool   `help:"Do it; nothing can be had back."`
+}
+
+func (c *resetCmd) Run() error {
+	if !c.Yes {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("this removes the device's key, its place in the fleet and every chunk that it holds; add --yes if that is meant")}
+	}
+	cfg, err := agent.LoadConfig(c.Config)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitConfig, Err: err}
+	}
+	cfg.StateDir = c.State
+	return agent.Reset(cfg)
 }
 
 type probeCmd struct {

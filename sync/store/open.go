@@ -579,3 +579,25 @@ func (w *newestWindow) ids() []chunk.ID {
 	}
 	return ids
 }
+
+// Erase removes a volume for good: its chunks first and its id last, so that one
+// that was cut off is found and erased again. A directory that is missing or
+// holds no volume is left as it is. It refuses one that a process has open.
+func Erase(dir string) error {
+	if _, err := os.Stat(filepath.Join(dir, idFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("the volume %s cannot be erased: %w", dir, err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	for _, name := range []string{chunksDir, ballastFile, syncFailedFile, idFile} {
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("the volume %s cannot be erased: %w", dir, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/hw/disk"
+	"github.com/deimos-edge/deimos/hw/health"
+	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// places is where chunks go: what the owner's file or the command line names,
+// and else what hw/disk chooses; at the least a folder in the state, whose floor
+// then decides whether there is room for anything.
+func (a *Agent) places() []VolumeConfig {
+	if len(a.cfg.Volumes) > 0 {
+		return a.cfg.Volumes
+	}
+	var chosen []VolumeConfig
+	own := VolumeConfig{Dir: a.cfg.path("volumes", "main"), Floor: a.cfg.Floor}
+	for _, c := range disk.Choose(a.hw.inventory().Inventory, a.cfg.diskOptions(a.hw)) {
+		switch {
+		case c.Use:
+			chosen = append(chosen, VolumeConfig{Dir: c.Dir, Capacity: c.Capacity, Floor: max(c.Floor, a.cfg.Floor)})
+			a.log.Info("a disk is used for chunks", "folder", c.Dir, "why", c.Why)
+		case c.Dir == own.Dir:
+			own.Floor = max(c.Floor, a.cfg.Floor)
+		}
+	}
+	if len(chosen) == 0 {
+		chosen = append(chosen, own)
+	}
+	return chosen
+}
+
+// chosenFile names the folders that were chosen, one a line, for who resets the
+// device.
+const chosenFile = "volumes.chosen"
+
+func (a *Agent) noteChosen(all []VolumeConfig) error {
+	var b strings.Builder
+	for _, v := range all {
+		fmt.Fprintln(&b, v.Dir)
+	}
+	if err := durable.WriteFile(a.cfg.path(chosenFile), []byte(b.String()), 0o600); err != nil {
+		return fmt.Errorf("the choice of disks cannot be saved: %w", err)
+	}
+	return nil
+}
+
+// chosenBefore reads what noteChosen wrote.
+func chosenBefore(c Config) ([]string, error) {
+	raw, err := os.ReadFile(c.path(chosenFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return strings.FieldsFunc(string(raw), func(r rune) bool { return r == '\n' }), err
+}
+
+func (c Config) diskOptions(m *machine) disk.Options {
+	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Board: m.board}
+}
+
+// openVolumes opens what can be opened and trusted: one broken disk must not
+// take the others down with it. None at all is an error.
+func (a *Agent) openVolumes(ctx context.Context) error {
+	tests, err := disk.OpenRecord(a.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	var open []*store.Volume
+	var failed error
+	places := a.places()
+	if err := a.noteChosen(places); err != nil {
+		return err
+	}
+	for _, v := range places {
+		vol, err := a.openVolume(ctx, tests, v)
+		if err != nil {
+			failed = errors.Join(failed, err)
+			continue
+		}
+		open = append(open, vol)
+	}
+	if len(open) == 0 {
+		return failed
+	}
+	if failed != nil {
+		a.log.Error("a volume is not available; its chunks count as lost until it is", "error", failed)
+	}
+	a.chunks = store.NewSet(open...)
+	return nil
+}
+
+func (a *Agent) openVolume(ctx context.Context, tests *disk.Record, v VolumeConfig) (*store.Volume, error) {
+	t, err := tests.Trusted(ctx, v.Dir, a.hw.inventory().Inventory, a.log)
+	if err == nil && !t.Passed {
+		err = fmt.Errorf("the disk of %s has failed its self-test: %s", v.Dir, t.Problem)
+	}
+	if err != nil {
+		a.hw.health.Set(health.DiskRefused, v.Dir, err.Error())
+		return nil, err
+	}
+	vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: a.floorOf(v), Log: a.log})
+	if err != nil {
+		a.hw.health.Set(health.VolumeFailed, v.Dir, err.Error())
+	}
+	return vol, err
+}
+
+// feel tells the registry of warnings how the agent's own parts are; it is
+// called with each sample.
+func (a *Agent) feel() {
+	for _, s := range a.chunks.Stats() {
+		a.hw.health.Is(health.VolumeFailed, s.Dir, s.ReadOnly != "", s.ReadOnly)
+	}
+	_, sure := a.clock.Read()
+	a.hw.health.Is(health.ClockUntrusted, "", sure != wire.ClockTrusted, "nobody has told this device the time since it started")
+	a.hw.health.Is(health.CoordinatorRefuses, "", a.dismissed.Load(), "the coordinator has sent this device away")
+}
+
+// sharedFloor is the least that chunks leave free on the disk that the agent's
+// own state is on: what the journal needs, twice over, and room for both to
+// compact. With less, a device could fill itself until it cannot report.
+const sharedFloor = 4 * journalFloor
+
+// floorOf is what a volume leaves free: what the owner says, but not less than
+// the agent's own state needs if both are on one disk. 0 stays the default.
+func (a *Agent) floorOf(v VolumeConfig) int64 {
+	if v.Floor == 0 || v.Floor >= sharedFloor || !sameDisk(v.Dir, a.cfg.StateDir) {
+		return v.Floor
+	}
+	a.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
+	return sharedFloor
+}
+
+// sameDisk tells whether two folders, of which the first may not be there yet,
+// are on one file system. In doubt they are.
+func sameDisk(dir, other string) bool {
+	var a, b unix.Stat_t
+	for unix.Stat(dir, &a) != nil {
+		up := filepath.Dir(dir)
+		if up == dir {
+			return true
+		}
+		dir = up
+	}
+	return unix.Stat(other, &b) != nil || a.Dev == b.Dev
+}
