@@ -514,6 +514,10 @@ func (s *configs) supersede(ctx context.Context, d wire.DeviceID, current string
 
 // change is an operator's change of one document.
 func (s *configs) change(ctx context.Context, q api.ConfigChange) (api.ConfigDocument, error) {
+	if err := q.CheckChange(); err != nil {
+		return api.ConfigDocument{}, refuse(http.StatusBadRequest, wire.CodeBadBody, "%v", err)
+	}
+	about(ctx, target(q.ConfigScope))
 	if err := s.checkScope(q.ConfigScope, s.reg.selected); err != nil {
 		return api.ConfigDocument{}, err
 	}
@@ -545,6 +549,17 @@ func (s *configs) change(ctx context.Context, q api.ConfigChange) (api.ConfigDoc
 		return nil
 	})
 	return s.document(q.ConfigScope, doc), err
+}
+
+// target is what the log calls a scope.
+func target(s api.ConfigScope) string {
+	switch {
+	case s.Device != "":
+		return cutText(string(s.Device), maxLoggedText)
+	case s.Group != "":
+		return "group:" + cutText(s.Group, maxLoggedText)
+	}
+	return "fleet"
 }
 
 // checkScope refuses a scope that there cannot be; resolve finds the device. A

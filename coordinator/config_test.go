@@ -65,10 +65,16 @@ func (d *tuned) greet(version uint64) {
 	next(d.t, d.welcomes, "the welcome")
 }
 
+// changeOf is a change for a scope that nothing is in yet.
+func changeOf(scope api.ConfigScope) api.ConfigChange {
+	return api.ConfigChange{ConfigScope: scope, All: scope == api.ConfigScope{}}
+}
+
 // set gives KEY=JSON to a scope.
 func (w *world) set(t testing.TB, scope api.ConfigScope, pairs ...string) {
 	t.Helper()
-	q := api.ConfigChange{ConfigScope: scope, Set: map[string]json.RawMessage{}}
+	q := changeOf(scope)
+	q.Set = map[string]json.RawMessage{}
 	for _, p := range pairs {
 		k, v, _ := strings.Cut(p, "=")
 		q.Set[k] = json.RawMessage(v)
@@ -79,7 +85,9 @@ func (w *world) set(t testing.TB, scope api.ConfigScope, pairs ...string) {
 
 func (w *world) unset(t testing.TB, scope api.ConfigScope, keys ...string) {
 	t.Helper()
-	_, err := w.op.ChangeConfig(testContext(t), api.ConfigChange{ConfigScope: scope, Unset: keys})
+	q := changeOf(scope)
+	q.Unset = keys
+	_, err := w.op.ChangeConfig(testContext(t), q)
 	must(t, err)
 }
 
@@ -230,7 +238,7 @@ func TestTwoOperatorsAtOnceLoseNothing(t *testing.T) {
 	errs := make([]error, n)
 	for i := range n {
 		wg.Go(func() {
-			_, errs[i] = w.op.ChangeConfig(testContext(t), api.ConfigChange{Set: map[string]json.RawMessage{fmt.Sprintf("new.key%d", i): json.RawMessage("1")}, Force: true})
+			_, errs[i] = w.op.ChangeConfig(testContext(t), api.ConfigChange{All: true, Set: map[string]json.RawMessage{fmt.Sprintf("new.key%d", i): json.RawMessage("1")}, Force: true})
 		})
 	}
 	wg.Wait()
@@ -412,6 +420,7 @@ func TestChangesThatMakeNoSenseAreRefused(t *testing.T) {
 		"unprintable group":   {api.ConfigChange{Set: one, ConfigScope: api.ConfigScope{Group: "a\x00"}}, http.StatusBadRequest, "printable"},
 		"a group's long name": {api.ConfigChange{Set: one, ConfigScope: api.ConfigScope{Group: strings.Repeat("g", 65)}}, http.StatusBadRequest, "64"},
 	} {
+		c.q.All = c.q.ConfigScope == api.ConfigScope{}
 		_, err := w.op.ChangeConfig(testContext(t), c.q)
 		var e *api.Error
 		if !errors.As(err, &e) || e.Status != c.status || !strings.Contains(e.Reason, c.says) {
@@ -429,6 +438,32 @@ func TestChangesThatMakeNoSenseAreRefused(t *testing.T) {
 	}
 	if err == nil || !strings.Contains(err.Error(), "at most 64") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A group that was left out or misspelt must not become the whole fleet.
+func TestAChangeSaysWhomItIsFor(t *testing.T) {
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	for _, body := range []string{
+		`{"set":{"beat.seconds":60}}`, `{"group":"","set":{"beat.seconds":60}}`, `{"groups":["a"],"set":{"beat.seconds":60}}`,
+		`{"unset":["beat.seconds"]}`, `{"all":true,"group":"a","set":{"beat.seconds":60}}`, `{"all":true,"device":"` + string(d.id) + `","set":{"beat.seconds":60}}`,
+	} {
+		if code := w.asOwner(t, http.MethodPatch, "/config", body, nil); code != http.StatusBadRequest {
+			t.Errorf("%s: %d", body, code)
+		}
+	}
+	for _, scope := range []api.ConfigScope{{}, {Group: "a"}} {
+		if doc, err := w.op.Config(testContext(t), scope); err != nil || len(doc.Values) != 0 {
+			t.Errorf("%+v has %s (%v)", scope, doc.Values, err)
+		}
+	}
+	for want, scope := range map[string]api.ConfigScope{"fleet": {}, "group:a": {Group: "a"}, string(d.id): {Device: d.id}} {
+		w.set(t, scope, "beat.seconds=60")
+		list := w.entries(t)
+		if e := list[len(list)-1]; e.Action != "config.change" || !slices.Equal(e.Targets, []string{want}) {
+			t.Errorf("the log says %+v, want %s", e, want)
+		}
 	}
 }
 
@@ -456,7 +491,8 @@ func TestTheLargestConfigurationFitsAnOrder(t *testing.T) {
 	w.join(t, d.id, "g")
 	value := json.RawMessage(`"` + strings.Repeat("v", maxConfigValue-2) + `"`)
 	for i, scope := range []api.ConfigScope{{}, {Group: "g"}, {Device: d.id}} {
-		q := api.ConfigChange{ConfigScope: scope, Force: true, Set: map[string]json.RawMessage{}}
+		q := changeOf(scope)
+		q.Force, q.Set = true, map[string]json.RawMessage{}
 		for j := range maxConfigKeys {
 			key := fmt.Sprintf("%d.%d.", i, j)
 			q.Set[key+strings.Repeat("k", maxConfigKey-len(key))] = value

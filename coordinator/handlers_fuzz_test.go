@@ -46,7 +46,7 @@ func handlerSeeds(c *Coordinator) []handlerInput {
 		"POST " + v1 + "/offers":                      {`{"version":"1.0.0","target":"x","devices":["DEVICE"],"labels":{"a":"b"}}`, `{"version":"1","target":"x","groups":[""]}`},
 		"POST " + v1 + "/claims":                      {`{"code":"abcde-fghij-klmno","group":"g"}`},
 		"PATCH " + v1 + "/devices":                    {`{"devices":["DEVICE"],"set_group":"g","set_labels":{"a":"b"},"remove_labels":["c"]}`},
-		"PATCH " + v1 + "/config":                     {`{"set":{"beat.seconds":60},"unset":["x"]}`, `{"set":{"x":{"a":[1]}},"force":true,"groups":["g"]}`},
+		"PATCH " + v1 + "/config":                     {`{"all":true,"set":{"beat.seconds":60},"unset":["x"]}`, `{"set":{"x":{"a":[1]}},"force":true,"groups":["g"]}`},
 		"POST " + v1 + "/orders":                      {`{"kind":"ping","body":{},"life_seconds":60,"key":"k","devices":["DEVICE"]}`, `{"kind":"chunk.drop","body":{"ids":["CHUNK"]},"life_seconds":1e300}`},
 		"POST " + v1 + "/orders/{device}/{id}/cancel": {`{"reason":"a"}`},
 		"PUT " + v1 + "/objects/{name}":               {`{"size":0,"sha256":"MODULE","chunks":[]}`, `{"size":3,"chunks":[{"id":"CHUNK","size":3}]}`},

@@ -101,7 +101,8 @@ func (u *configUnsetCmd) Run(ctx context.Context, all *commands) error {
 }
 
 func changeConfig(ctx context.Context, all *commands, s changedScope, o cli.Output, q api.ConfigChange) error {
-	if q.ConfigScope = s.api(); s.All != (q.ConfigScope == api.ConfigScope{}) {
+	q.ConfigScope, q.All = s.api(), s.All
+	if q.CheckChange() != nil {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("say whom it is for with --device or --group, or else --all")}
 	}
 	c, err := all.client()

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/url"
 	"time"
@@ -11,7 +12,8 @@ import (
 )
 
 // ConfigScope says whom a configuration document is for: one device, the
-// devices of a group, or, with neither, all of the fleet. At most one is set.
+// devices of a group, or, with neither, all of the fleet. At most one is set. A
+// change for all of the fleet says so too (see [ConfigChange.CheckChange]).
 type ConfigScope struct {
 	Device wire.DeviceID `json:"device,omitempty"`
 	Group  string        `json:"group,omitempty"`
@@ -41,10 +43,25 @@ type ConfigDocument struct {
 // so that two changes at the same time both hold.
 type ConfigChange struct {
 	ConfigScope
+	All   bool                       `json:"all,omitempty"` // the fleet's document, and neither device nor group is given
 	Set   map[string]json.RawMessage `json:"set,omitempty"`
 	Unset []string                   `json:"unset,omitempty"`
 	Force bool                       `json:"force,omitempty"` // also keys that the coordinator does not know
 }
+
+// CheckChange refuses a change that does not say plainly whom it is for, as
+// [Selector.CheckChange] does.
+func (q ConfigChange) CheckChange() error {
+	switch none := q.ConfigScope == (ConfigScope{}); {
+	case none && !q.All:
+		return errNoScope
+	case !none && q.All:
+		return errAllAndSome
+	}
+	return nil
+}
+
+var errNoScope = errors.New("say whose configuration is meant, a device's or a group's, or \"all\"")
 
 // ConfigState is how far a device is with its configuration.
 type ConfigState string
