@@ -82,23 +82,25 @@ func (p *prober) disk(ctx context.Context, name string) (Disk, notes, bool) {
 	if !f.ok {
 		return Disk{}, missing, false
 	}
-	type health struct {
-		health  *Health
-		power   Power
+	type answer struct {
+		disk    Disk
 		missing notes
 	}
-	h, err := within(ctx, p.limit, p.root+" health "+name, func() health {
-		h, power, missing := p.health(f.disk)
-		return health{h, power, missing}
+	d, missing := f.disk, f.missing
+	a, err := within(ctx, p.limit, p.root+" health "+name, func() answer {
+		d := d
+		if d.Bridge != nil {
+			d.Bridge = new(*d.Bridge) // shared with nobody if it hangs
+		}
+		missing := p.health(&d)
+		return answer{d, missing}
 	})
-	missing = append(f.missing, h.missing...)
-	d := f.disk
-	d.Power, d.Health = h.power, h.health
 	if err != nil {
 		d.Power = PowerUnknown
 		missing.add("disks", NoteTimeout, name, "asked for its health, it "+err.Error())
+		return d, missing, true
 	}
-	return d, missing, true
+	return a.disk, append(missing, a.missing...), true
 }
 
 func readDisk(t tree, name string) (Disk, notes) {
@@ -124,6 +126,9 @@ func readDisk(t tree, name string) (Disk, notes) {
 	d.Model = strings.TrimPrefix(d.Model, "ATA ")
 	if d.Bus == "virtio" {
 		d.Model = ""
+	}
+	if d.Bus == "usb" {
+		d.Bridge = bridgeOf(t, name)
 	}
 	size, err := sectors(t, dir+"/size")
 	if err != nil {

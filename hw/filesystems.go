@@ -71,7 +71,7 @@ func (p *prober) filesystems(ctx context.Context) (func(*Inventory), notes) {
 	}
 	found := []Filesystem{}
 	for _, fs := range onThisMachine(parseMountinfo(raw), nodevTypes(p.tree)) {
-		fs.Disk = diskBelow(p.tree, fs.dev, 0)
+		fs.Disk, fs.below = diskBelow(p.tree, fs.dev, 0), disksBelow(p.tree, fs.dev, 0)
 		if p.live() {
 			u, err := diskUsage(ctx, p, fs.Mount)
 			if err != nil {
@@ -143,24 +143,35 @@ func onThisMachine(mounts []mount, nodev map[string]bool) []Filesystem {
 	return found
 }
 
-// diskBelow follows a device that is made of others (LVM, encryption, RAID)
-// down to the first disk or partition; "" if it is one itself.
-func diskBelow(t tree, dev string, depth int) string {
+// disksBelow follows a device that is made of others (LVM, encryption, RAID)
+// down to the disks and partitions; none if it is one itself.
+func disksBelow(t tree, dev string, depth int) []string {
 	at := "sys/dev/block/" + dev
 	if depth > 8 { // the kernel allows fewer layers
-		return ""
+		return nil
 	}
-	parts := t.list(at + "/slaves")
-	if len(parts) == 0 {
-		return ""
-	}
-	below := parts[0]
-	if next := t.word(at + "/slaves/" + below + "/dev"); next != "" && next != dev {
-		if deeper := diskBelow(t, next, depth+1); deeper != "" {
-			return deeper
+	var all []string
+	for _, below := range t.list(at + "/slaves") {
+		var deeper []string
+		if next := t.word(at + "/slaves/" + below + "/dev"); next != "" && next != dev {
+			deeper = disksBelow(t, next, depth+1)
+		}
+		if len(deeper) == 0 {
+			deeper = []string{below}
+		}
+		if all = appendNew(all, deeper); len(all) > 1000 { // two layers that are made of each other
+			break
 		}
 	}
-	return below
+	return all
+}
+
+// diskBelow is the first of them; "" if there is none.
+func diskBelow(t tree, dev string, depth int) string {
+	if below := disksBelow(t, dev, depth); len(below) > 0 {
+		return below[0]
+	}
+	return ""
 }
 
 // Usage is how full a filesystem is, in bytes.

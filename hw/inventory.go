@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"slices"
 	"time"
 
@@ -145,6 +146,7 @@ type Filesystem struct {
 	Free     uint64 `json:"free,omitempty"`  // bytes that an ordinary user can still write
 
 	dev    string
+	below  []string // disks and partitions that it is made of, if there are layers between
 	mounts []string
 	whole  bool // Mount shows all of it, not one directory
 }
@@ -272,7 +274,8 @@ type Note struct {
 // Digest is the SHA-256, in hex, over what changes only if the machine, its
 // system or its mounts change. Not in it: figures (free space, temperatures,
 // uptime, speeds, levels), addresses, kernel names of disks that have a serial
-// number, random MACs, notes, and what depends on who asks (health, access).
+// number, random MACs, notes, what depends on who asks (health, access, whether a
+// bridge passes ATA commands), and what a watchdog or a clock shows.
 // Memory counts in steps of 64 MiB, because kernels differ by a few pages from boot to boot.
 func (inv *Inventory) Digest() string {
 	raw, err := json.Marshal(inv.stable())
@@ -286,7 +289,8 @@ func (inv *Inventory) Digest() string {
 type stableDisk struct {
 	Name, Model, Serial, Firmware, WWN, Bus string
 	Size                                    uint64
-	Rotational, Removable                   bool
+	Rotational, Removable, System           bool
+	Bridge                                  string
 	Partitions                              []uint64
 }
 
@@ -305,6 +309,9 @@ type stableInventory struct {
 	LEDs    []string
 	GPIO    []string
 	Buses   []string
+	Clocks  [][2]string // name, driver
+	TPMs    []string
+	Dogs    [][2]string // name, identity
 }
 
 func (inv *Inventory) stable() stableInventory {
@@ -346,13 +353,25 @@ func (inv *Inventory) stable() stableInventory {
 	for _, b := range inv.Buses {
 		s.Buses = append(s.Buses, b.Name)
 	}
+	for _, c := range inv.Clocks {
+		s.Clocks = append(s.Clocks, [2]string{c.Name, c.Driver})
+	}
+	for _, m := range inv.TPMs {
+		s.TPMs = append(s.TPMs, fmt.Sprint(m.Name, " ", m.Version))
+	}
+	for _, w := range inv.Watchdogs {
+		s.Dogs = append(s.Dogs, [2]string{w.Name, w.Identity})
+	}
 	return s
 }
 
 func (d Disk) stable() stableDisk {
 	s := stableDisk{
 		Model: d.Model, Serial: d.Serial, Firmware: d.Firmware, WWN: d.WWN, Bus: d.Bus,
-		Size: d.Size, Rotational: d.Rotational, Removable: d.Removable,
+		Size: d.Size, Rotational: d.Rotational, Removable: d.Removable, System: d.System,
+	}
+	if d.Bridge != nil {
+		s.Bridge = d.Bridge.ID
 	}
 	if d.Serial == "" && d.WWN == "" {
 		s.Name = d.Name

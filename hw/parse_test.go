@@ -193,16 +193,16 @@ func TestATAAttributes(t *testing.T) {
 	attr := func(id uint8, typ int, raw uint64) smart.AtaSmartAttr {
 		return smart.AtaSmartAttr{Id: id, Type: typ, ValueRaw: raw}
 	}
-	h := ataHealth(&smart.AtaSmartPage{Attrs: map[uint8]smart.AtaSmartAttr{
-		5: attr(5, smart.AtaDeviceAttributeTypeRaw16OptRaw16, 3), 9: attr(9, smart.AtaDeviceAttributeTypeMin2Hour, 60*1000),
-		12: attr(12, smart.AtaDeviceAttributeTypeRaw48, 44), 194: attr(194, smart.AtaDeviceAttributeTypeTempMinMax, 0x0000_0036_0014_0026),
-		197: attr(197, smart.AtaDeviceAttributeTypeRaw48, 0),
+	h := ataHealth(&ataPages{Attributes: []smart.AtaSmartAttr{
+		attr(5, smart.AtaDeviceAttributeTypeRaw16OptRaw16, 3), attr(9, smart.AtaDeviceAttributeTypeMin2Hour, 60*1000),
+		attr(12, smart.AtaDeviceAttributeTypeRaw48, 44), attr(194, smart.AtaDeviceAttributeTypeTempMinMax, 0x0000_0036_0014_0026),
+		attr(197, smart.AtaDeviceAttributeTypeRaw48, 0), attr(199, smart.AtaDeviceAttributeTypeRaw48, 0x7_0000_0002),
 	}})
-	if *h.Reallocated != 3 || *h.Pending != 0 || *h.PowerCycles != 44 || *h.PowerOnHours != 1000 || *h.Temperature != 38 {
+	if *h.Reallocated != 3 || *h.Pending != 0 || *h.PowerCycles != 44 || *h.PowerOnHours != 1000 || *h.Temperature != 38 || *h.CRCErrors != 2 {
 		t.Errorf("got %+v", h)
 	}
-	packed := ataHealth(&smart.AtaSmartPage{Attrs: map[uint8]smart.AtaSmartAttr{
-		9: attr(9, smart.AtaDeviceAttributeTypeRaw24OptRaw8, 0x1234_0000_1000),
+	packed := ataHealth(&ataPages{Attributes: []smart.AtaSmartAttr{
+		attr(9, smart.AtaDeviceAttributeTypeRaw24OptRaw8, 0x1234_0000_1000),
 	}})
 	if *packed.PowerOnHours != 0x1000 || packed.Temperature != nil || packed.Reallocated != nil {
 		t.Errorf("got %+v", packed)

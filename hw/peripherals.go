@@ -71,7 +71,11 @@ func (n *notes) access(section, name string, a Access) {
 	case AccessDenied:
 		n.add(section, NotePermission, name, "not allowed for this user; run with sudo, or add the user to the group that owns it in /dev")
 	case AccessNoNode:
-		n.add(section, NoteUnsupported, name, "the kernel has it, but no file in /dev; load the module i2c-dev or spidev to use it")
+		text := "the kernel has it, but no file in /dev"
+		if section == "buses" {
+			text += "; load the module i2c-dev or spidev to use it"
+		}
+		n.add(section, NoteUnsupported, name, text)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -24,7 +25,7 @@ type Options struct {
 	Root  string        // "/" if empty; else the directory of a recorded machine
 	Board board.Board   // as detected; detected from Root if its Name is empty
 	Limit time.Duration // for each section, all of which run at once; DefaultLimit if 0
-	User  *int          // numeric user id that the notes assume; the process's own if nil
+	User  *int          // numeric user id that the notes assume; if nil, the process's own, or that of the recording
 }
 
 // prober is one probe.
@@ -33,6 +34,8 @@ type prober struct {
 	board board.Board
 	limit time.Duration // of one reading of one device
 	user  int
+	arch  string
+	taken time.Time     // of a recorded machine, if it says so
 	env   common.EnvMap // tells gopsutil the root
 }
 
@@ -56,15 +59,18 @@ func Probe(ctx context.Context, o Options) (*Inventory, error) {
 
 func (p *prober) probe(ctx context.Context, limit time.Duration) (*Inventory, error) {
 	inv := &Inventory{
-		Format: Format, Taken: time.Now().UTC().Truncate(time.Second), Board: p.board,
+		Format: Format, Taken: p.taken, Board: p.board,
 		CPU:   CPU{Crypto: []string{}},
 		Disks: []Disk{}, Filesystems: []Filesystem{}, Network: []Interface{}, Sensors: []Sensor{},
 		LEDs: []LED{}, GPIO: []GPIOChip{}, Buses: []Bus{}, Clocks: []Clock{}, TPMs: []TPM{}, Watchdogs: []Watchdog{},
 	}
+	if p.taken.IsZero() {
+		inv.Taken = time.Now().UTC().Truncate(time.Second)
+	}
 	missing := p.run(ctx, limit, inv, []section{
 		{"system", p.system}, {"cpu", p.cpu}, {"memory", p.memory}, {"disks", p.disks},
 		{"filesystems", p.filesystems}, {"network", p.network}, {"sensors", p.sensors},
-		{"leds", p.leds}, {"buses", p.buses},
+		{"leds", p.leds}, {"buses", p.buses}, {"clocks", p.clocks}, {"tpms", p.tpms}, {"watchdogs", p.watchdogs},
 	})
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return nil, ctx.Err()
@@ -92,9 +98,17 @@ func newProber(o Options) (*prober, time.Duration, error) {
 	if limit <= 0 {
 		limit = DefaultLimit
 	}
-	p := &prober{tree: tree{root: root}, board: o.Board, limit: limit / 3, user: os.Geteuid(), env: rootEnv(root)}
+	p := &prober{
+		tree: tree{root: root}, limit: limit / 3, env: rootEnv(root),
+		board: o.Board, user: os.Geteuid(), arch: runtime.GOARCH,
+	}
 	if p.board.Name == "" {
 		p.board = board.Detect(root)
+	}
+	if !p.live() {
+		if err := p.asRecorded(); err != nil {
+			return nil, 0, err
+		}
 	}
 	if o.User != nil {
 		p.user = *o.User
@@ -150,28 +164,40 @@ func rootEnv(root string) common.EnvMap {
 	}
 }
 
+// systemMounts are where the filesystems are that a machine starts and runs
+// from. An image whose root is in memory or layered still has one of the others.
+var systemMounts = []string{"/", "/usr", "/boot", "/boot/firmware", "/boot/efi", "/efi"}
+
 // link says which filesystem is on which disk. Layers between the two (LVM,
 // encryption, RAID) were resolved when the filesystem was read.
 func link(inv *Inventory) {
 	for i := range inv.Filesystems {
 		f := &inv.Filesystems[i]
 		on := func(name, dev string) bool {
-			return f.dev == dev || f.Source == "/dev/"+name || f.Disk == name
+			return f.dev == dev || f.Source == "/dev/"+name || slices.Contains(f.below, name)
 		}
+		system := slices.ContainsFunc(f.mounts, func(m string) bool { return slices.Contains(systemMounts, m) })
+		found := ""
 		for d := range inv.Disks {
 			disk := &inv.Disks[d]
+			here := false
 			if on(disk.Name, disk.dev) {
 				disk.Mounts = appendNew(disk.Mounts, f.mounts)
-				f.Disk = disk.Name
+				here = true
 			}
 			for n := range disk.Partitions {
 				part := &disk.Partitions[n]
 				if on(part.Name, part.dev) {
 					part.Mounts = appendNew(part.Mounts, f.mounts)
-					f.Disk = disk.Name
+					here = true
 				}
 			}
+			if here {
+				found = firstOf(found, disk.Name)
+				disk.System = disk.System || system
+			}
 		}
+		f.Disk = firstOf(found, f.Disk)
 	}
 	for i := range inv.LEDs {
 		inv.LEDs[i].Use = ledUse(inv.Board, inv.LEDs, inv.LEDs[i].Name)

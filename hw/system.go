@@ -2,7 +2,6 @@ package hw
 
 import (
 	"context"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,7 +15,7 @@ func (p *prober) system(context.Context) (func(*Inventory), notes) {
 	s := System{
 		OS:     osName(p.tree),
 		Kernel: p.word("proc/sys/kernel/osrelease"),
-		Arch:   runtime.GOARCH,
+		Arch:   p.arch,
 		BootID: p.word("proc/sys/kernel/random/boot_id"),
 		User:   p.user,
 	}

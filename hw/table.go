@@ -191,9 +191,9 @@ func (t *table) memory(inv *Inventory) {
 		t.line("  unknown")
 		return
 	}
-	t.field("Total", fmt.Sprintf("%s, %s available", binary(m.Total), binary(m.Available)))
+	t.field("Total", fmt.Sprintf("%s, %s available", memorySize(m.Total), memorySize(m.Available)))
 	if m.SwapTotal > 0 {
-		t.field("Swap", fmt.Sprintf("%s, %s free", binary(m.SwapTotal), binary(m.SwapFree)))
+		t.field("Swap", fmt.Sprintf("%s, %s free", memorySize(m.SwapTotal), memorySize(m.SwapFree)))
 	}
 }
 
@@ -417,8 +417,8 @@ func decimal(v uint64) string {
 	return scaled(float64(v), 1000, []string{"B", "kB", "MB", "GB", "TB", "PB", "EB"})
 }
 
-// binary writes a size as memory is sold.
-func binary(v uint64) string {
+// memorySize writes a size as memory is sold.
+func memorySize(v uint64) string {
 	return scaled(float64(v), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"})
 }
 

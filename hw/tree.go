@@ -23,6 +23,7 @@ var errNotRegular = errors.New("is not a regular file")
 type tree struct {
 	root string
 	slow func(name string) // called before each read, if set; tests hang here as a device would
+	seen *sightings        // keeps what was read, if set
 }
 
 // live tells whether this is the running machine and not a recorded one.
@@ -34,6 +35,14 @@ func (t tree) path(name string) string { return filepath.Join(t.root, name) }
 // in a recorded tree is an error and not the end of the probe. A read of a
 // real device's attribute can still hang in the kernel: see within.
 func (t tree) bytes(name string) ([]byte, error) {
+	raw, err := t.read(name)
+	if err == nil {
+		t.seen.file(name, raw)
+	}
+	return raw, err
+}
+
+func (t tree) read(name string) ([]byte, error) {
 	if t.slow != nil {
 		t.slow(name)
 	}
@@ -121,12 +130,18 @@ func (t tree) list(dir string) []string {
 	names := make([]string, len(entries))
 	for i, e := range entries {
 		names[i] = e.Name()
+		if !e.Type().IsRegular() { // files are kept when they are read
+			t.seen.asked(dir + "/" + e.Name())
+		}
 	}
 	return names
 }
 
 func (t tree) exists(name string) bool {
 	_, err := os.Stat(t.path(name))
+	if err == nil {
+		t.seen.asked(name)
+	}
 	return err == nil
 }
 
@@ -140,19 +155,21 @@ func (t tree) device(name string) string {
 	if err != nil {
 		return ""
 	}
+	t.seen.asked(name)
 	return "/" + strings.TrimPrefix(strings.TrimPrefix(p, root), "/")
 }
 
 // access tells whether this process may use a device file.
 func (t tree) access(node string) Access {
-	switch err := unix.Access(t.path(node), unix.R_OK|unix.W_OK); {
-	case err == nil:
-		return AccessOK
-	case errors.Is(err, fs.ErrNotExist):
+	err := unix.Access(t.path(node), unix.R_OK|unix.W_OK)
+	if errors.Is(err, fs.ErrNotExist) {
 		return AccessNoNode
-	default:
+	}
+	t.seen.asked(node)
+	if err != nil {
 		return AccessDenied
 	}
+	return AccessOK
 }
 
 // clean makes text safe to print: no control characters, no invisible

@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
-	"github.com/deimos-edge/deimos/board"
-	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/ota/slot"
@@ -197,18 +195,6 @@ func (c *resetCmd) Run() error {
 	}
 	cfg.StateDir = c.State
 	return agent.Reset(cfg)
-}
-
-type probeCmd struct {
-	cli.Output
-}
-
-func (p *probeCmd) Run(ctx context.Context) error {
-	inv, err := hw.Probe(ctx, hw.Options{Board: board.Detect("/")})
-	if err != nil {
-		return err
-	}
-	return p.Print(inv, func(w io.Writer) error { return hw.WriteTable(w, inv) })
 }
 
 type versionCmd struct {
