@@ -114,6 +114,8 @@ type Coordinator struct {
 	releases *releases
 	staging  *staging
 
+	inventories *inventories
+
 	enrolling keyed // one enrolment of a device at a time
 	cert      *serverCert
 	operators *operators
@@ -310,6 +312,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.heard = newBuckets(hearRate, hearBurst)
 	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
+	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
@@ -321,7 +324,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 				c.config.trackDevice(d, gone)
 			})
 		},
-		func() (err error) { c.reg.inventories, err = c.openKV(ctx, "inventories"); return err },
+		func() error { return c.inventories.open(ctx, c) },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
@@ -361,7 +364,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	}
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
-	c.storage.staging, c.audits.staging = c.staging, c.staging
+	c.storage.staging, c.audits.staging, c.inventories.staging = c.staging, c.staging, c.staging
 	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
 	c.audits.compute = c.compute
 	cache := newStaging(repo)
@@ -456,6 +459,7 @@ func (c *Coordinator) listen() error {
 	}
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.config.run(ctx) })
+	wg.Go(func() { c.inventories.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
@@ -510,6 +514,7 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 			var b wire.Beat
 			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
 				c.reg.beat(b)
+				c.inventories.announced(id)
 				c.outbox.pump(id) // a coordinator that was restarted hears no hello
 			}
 		}
@@ -531,6 +536,7 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 		return err
 	}
 	c.config.heard(r)
+	c.inventories.heard(r)
 	return nil
 }
 
@@ -552,6 +558,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	}
 	c.outbox.hello(id)
 	c.config.hello(p)
+	c.inventories.announced(id)
 	return nil
 }
 

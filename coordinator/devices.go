@@ -3,7 +3,6 @@ package coordinator
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -14,10 +13,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"github.com/deimos-edge/deimos/coordinator/api"
-	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -25,7 +21,7 @@ func (c *Coordinator) deviceRoutes() []route {
 	return []route{
 		{method: "GET", path: v1 + "/devices", needs: toRead, summary: "List the devices", out: []api.Device{},
 			query: []param{{"device", "this one; may be repeated", []string{}}, {"group", "of this group; may be repeated", []string{}}, {"label", "with this label, key=value; may be repeated", []string{}},
-				{"state", "online, offline or retired", ""}, pageAfter, pageLimit(api.MaxDevicePage)}, handle: c.listDevices},
+				{"state", "online, offline or retired", ""}, {"trouble", "only those that something is wrong with", false}, pageAfter, pageLimit(api.MaxDevicePage)}, handle: c.listDevices},
 		{method: "PATCH", path: v1 + "/devices", needs: toOperate, summary: "Set the group and labels of devices", in: api.DeviceChange{}, out: []wire.DeviceID{},
 			handle: answer(func(r *http.Request, q api.DeviceChange) ([]wire.DeviceID, error) {
 				ctx, cancel := c.toTheEnd(r.Context())
@@ -33,7 +29,26 @@ func (c *Coordinator) deviceRoutes() []route {
 				return c.reg.set(ctx, q)
 			})},
 		{method: "GET", path: v1 + "/devices/{id}", needs: toRead, summary: "One device", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
-			v, err := c.reg.show(r.Context(), wire.DeviceID(r.PathValue("id")))
+			v, err := c.showDevice(r.Context(), wire.DeviceID(r.PathValue("id")))
+			if err == nil {
+				writeJSON(w, http.StatusOK, v)
+			}
+			return err
+		}},
+		{method: "POST", path: v1 + "/devices/{id}/identify", needs: toOperate, summary: "Have a device show by its light which one it is", in: api.IdentifyRequest{}, out: api.Order{},
+			handle: answer(func(r *http.Request, q api.IdentifyRequest) (api.Order, error) {
+				return c.identify(r.Context(), wire.DeviceID(r.PathValue("id")), q)
+			})},
+		{method: "POST", path: v1 + "/devices/{id}/history", needs: toRead, unlogged: true, summary: "Ask a device for what it has measured", in: wire.HistoryRequest{}, out: api.Order{},
+			handle: answer(func(r *http.Request, q wire.HistoryRequest) (api.Order, error) {
+				return c.askHistory(r.Context(), wire.DeviceID(r.PathValue("id")), q)
+			})},
+		{method: "POST", path: v1 + "/devices/{id}/inventory", needs: toOperate, summary: "Have a device say now what it has", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			id := wire.DeviceID(r.PathValue("id"))
+			if err := c.inventories.refresh(r.Context(), id); err != nil {
+				return err
+			}
+			v, err := c.showDevice(r.Context(), id)
 			if err == nil {
 				writeJSON(w, http.StatusOK, v)
 			}
@@ -96,55 +111,37 @@ func (c *Coordinator) listDevices(w http.ResponseWriter, r *http.Request) error 
 	if err != nil {
 		return err
 	}
+	trouble, err := parseTrouble(q.Get("trouble"))
+	if err != nil {
+		return err
+	}
 	var all []api.DeviceRecord
 	c.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
 		rec := d
 		rec.Retired = false // a list shows them too
-		if s.Matches(rec) && (state == "" || state == stateOf(d, c.reg.online(d.ID))) {
+		if s.Matches(rec) && (state == "" || state == stateOf(d, c.reg.online(d.ID))) && (!trouble || c.reg.troubled(d)) {
 			all = append(all, d)
 		}
 		return true
 	})
 	list := []api.Device{}
 	for _, d := range p.of(all) {
-		v := c.reg.view(d)
-		v.Telemetry = nil
-		list = append(list, v)
+		list = append(list, listed(c.reg.view(d)))
 	}
 	writeJSON(w, http.StatusOK, list)
 	return nil
 }
 
-// show is all that is known of one device.
-func (r *registry) show(ctx context.Context, id wire.DeviceID) (api.Device, error) {
-	d, err := r.device(id)
+// showDevice is all that is known of one device.
+func (c *Coordinator) showDevice(ctx context.Context, id wire.DeviceID) (api.Device, error) {
+	d, err := c.reg.device(id)
 	if err != nil {
 		return api.Device{}, err
 	}
-	v := r.view(d)
-	e, err := r.inventories.Get(ctx, string(id))
-	switch {
-	case errors.Is(err, jetstream.ErrKeyNotFound):
-		return v, nil
-	case err != nil:
-		return v, fmt.Errorf("the inventory of device %s cannot be read: %w", id, engine.StoreError(err))
-	}
-	v.Inventory = e.Value()
-	return v, nil
-}
-
-// keepInventory notes what a device has found in itself. It is not part of the
-// device's record: those are in memory, all of them.
-func (r *registry) keepInventory(ctx context.Context, id wire.DeviceID, inventory json.RawMessage) error {
-	if len(inventory) == 0 || len(inventory) > maxInventory {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
-	if _, err := r.inventories.Put(ctx, string(id), inventory); err != nil {
-		return fmt.Errorf("the inventory of device %s cannot be saved: %w", id, engine.StoreError(err))
-	}
-	return nil
+	v := c.reg.view(d)
+	raw, row, err := c.inventories.get(ctx, id)
+	v.Inventory, v.InventoryDigest, v.InventoryTaken = raw, row.Digest, row.Taken
+	return v, err
 }
 
 // selected is the devices that a selector means, sorted by id. A device that is

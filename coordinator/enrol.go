@@ -5,13 +5,10 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"net"
 	"net/http"
 	"slices"
 	"time"
-
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
@@ -120,7 +117,11 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 	if d, err = c.reg.enrolled(r.Context(), d, isNew); err != nil {
 		return err
 	}
-	if err := c.inventory(r, d.ID, q.Inventory, isNew); err != nil {
+	certain := func() bool {
+		by, err := c.checkDevice(r)
+		return isNew || err == nil && by == d.ID
+	}
+	if err := c.inventories.came(r.Context(), d.ID, q.Inventory, certain); err != nil {
 		return err
 	}
 	if isNew {
@@ -137,22 +138,6 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 		BeatSeconds: int(c.cfg.Beat / time.Second),
 	})
 	return nil
-}
-
-// inventory keeps what a device has found in itself: with its first enrolment,
-// and as long as there is none; after that only over a connection with the
-// device's certificate, for a renewal without one may be a copy in other hands.
-func (c *Coordinator) inventory(r *http.Request, id wire.DeviceID, found json.RawMessage, isNew bool) error {
-	if !isNew {
-		if by, err := c.checkDevice(r); err != nil || by != id {
-			ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
-			defer cancel()
-			if _, err := c.reg.inventories.Get(ctx, string(id)); !errors.Is(err, jetstream.ErrKeyNotFound) {
-				return err
-			}
-		}
-	}
-	return c.reg.keepInventory(r.Context(), id, found)
 }
 
 // noteMember puts a device that has become a member on the audit log.

@@ -439,7 +439,11 @@ func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request) erro
 	if !ok || v.State.Terminal() {
 		return refuse(http.StatusNotFound, wire.CodeNotFound, "device %s has no order %s under way", d, order)
 	}
-	data, err := readBody(w, r, maxAttachment)
+	most := int64(maxAttachment)
+	if v.Kind == wire.KindInventory {
+		most = maxInventory
+	}
+	data, err := readBody(w, r, most)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -34,6 +35,7 @@ func (c *Coordinator) orderRoutes() []route {
 			handle: answer(func(r *http.Request, q api.SendRequest) ([]api.Order, error) { return c.sendOrder(r.Context(), q) })},
 		{method: "GET", path: v1 + "/orders/{device}/{id}", needs: toRead, summary: "An order and what became of it", out: api.Order{},
 			query: []param{{"wait", "wait up to so many seconds for its end", 0.0}}, handle: c.getOrder},
+		{method: "GET", path: v1 + "/orders/{device}/{id}/attachment", needs: toRead, summary: "The bulk result of an order that has succeeded", out: bytes.Buffer{}, handle: c.getAttachment},
 		{method: "POST", path: v1 + "/orders/{device}/{id}/cancel", needs: toOperate, summary: "Ask a device to stop an order", in: api.CancelRequest{}, out: api.Order{},
 			handle: answer(func(r *http.Request, q api.CancelRequest) (api.Order, error) {
 				v, err := c.outbox.cancel(r.Context(), wire.DeviceID(r.PathValue("device")), r.PathValue("id"), q.Reason, operatorOf(r).Name)
@@ -68,6 +70,25 @@ func (c *Coordinator) getOrder(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	writeJSON(w, http.StatusOK, v.view())
+	return nil
+}
+
+// getAttachment gives what a device has sent with its report, if it is what the
+// device has signed for.
+func (c *Coordinator) getAttachment(w http.ResponseWriter, r *http.Request) error {
+	d, id := wire.DeviceID(r.PathValue("device")), r.PathValue("id")
+	v, err := c.outbox.get(r.Context(), d, id)
+	switch {
+	case err != nil:
+		return err
+	case v.State != wire.Succeeded || v.Result.Attachment == nil:
+		return refuse(http.StatusConflict, "no_attachment", "order %s has no bulk result: it is %s", id, v.State)
+	}
+	data, err := attachmentOf(r.Context(), c.staging, v.Result)
+	if err != nil {
+		return err
+	}
+	serveBytes(w, r, v.Result.Attachment.SHA256, data)
 	return nil
 }
 
@@ -326,6 +347,9 @@ var services = map[wire.Kind]string{
 	wire.KindUpdateInstall: "deimos release offer",
 	wire.KindConfigApply:   "deimos config set",
 	wire.KindOrderCancel:   "deimos order cancel",
+	wire.KindIdentify:      "deimos device identify",
+	wire.KindInventory:     "deimos device inventory --refresh",
+	wire.KindHistory:       "deimos device history",
 }
 
 const maxKind = 64 // bytes

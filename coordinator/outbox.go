@@ -131,6 +131,9 @@ var kinds = map[wire.Kind]kind{
 	wire.KindOrderCancel:   {quiet: 10 * time.Second}, // lives as long as what it cancels
 	wire.KindConfigApply:   {life: 7 * 24 * time.Hour, quiet: time.Minute},
 	wire.KindPing:          {life: time.Minute, quiet: 5 * time.Second},
+	wire.KindIdentify:      {life: time.Minute, quiet: 5 * time.Second},
+	wire.KindInventory:     {life: 10 * time.Minute, quiet: 15 * time.Second},
+	wire.KindHistory:       {life: 2 * time.Minute, quiet: 15 * time.Second},
 }
 
 // kindOf also answers for kinds of extensions.

@@ -16,8 +16,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -27,10 +25,8 @@ import (
 // memory, from the messages that every coordinator hears.
 type registry struct {
 	rows *table[api.DeviceRecord]
-	// inventories is what devices have found in themselves, by id.
-	inventories jetstream.KeyValue
-	log         *slog.Logger
-	now         func() time.Time
+	log  *slog.Logger
+	now  func() time.Time
 
 	// cut takes devices that must not be connected any more.
 	cut chan wire.DeviceID
@@ -86,6 +82,9 @@ type live struct {
 	used      int64
 	telemetry json.RawMessage
 	dropped   []wire.Dropped
+	inventory string // digest of what it has; empty if it does not say
+	health    []wire.Warning
+	healthAt  time.Time // of the heartbeat that said so
 	starts    starts
 }
 
@@ -266,6 +265,9 @@ func (r *registry) heard(p wire.Presence) (twins, ok bool) {
 	}
 	if p.Online {
 		l.session, l.capacity, l.used, l.dropped = p.Session, p.Capacity, p.Used, cleanDropped(p.Dropped)
+		if isDigest(p.InventoryDigest) {
+			l.inventory = p.InventoryDigest
+		}
 		twins = l.starts.hello(p, r.now())
 	}
 	return twins, true
@@ -286,7 +288,22 @@ func (r *registry) beat(b wire.Beat) {
 	defer r.mu.Unlock()
 	if l := r.liveOf(b.Device); l != nil {
 		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
+		l.health, l.healthAt = cleanWarnings(b.Warnings, r.now().UTC()), r.now().UTC()
+		if isDigest(b.InventoryDigest) {
+			l.inventory = b.InventoryDigest
+		}
 	}
+}
+
+// inventoryOf is the digest of the inventory that a device has, by its own word;
+// empty if it has not said so.
+func (r *registry) inventoryOf(id wire.DeviceID) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if l, ok := r.live[id]; ok {
+		return l.inventory
+	}
+	return ""
 }
 
 // seen is told of every verified report, which is a sign of life as a beat is:
@@ -353,6 +370,7 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 	}
 	if l, ok := r.live[d.ID]; ok {
 		v.Online, v.LastSeen, v.Telemetry, v.Dropped = l.online, l.lastSeen, l.telemetry, l.dropped
+		v.Health, v.HealthAt = l.health, l.healthAt
 		if l.capacity > 0 {
 			v.Capacity, v.Used = l.capacity, l.used
 		}

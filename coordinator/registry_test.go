@@ -324,14 +324,14 @@ func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
 	if err != nil || len(ids) != 1 {
 		t.Fatalf("%v %v", ids, err)
 	}
-	list, err := w.op.DevicesWhere(ctx, api.Selector{Groups: []string{"attic"}}, api.DeviceOffline)
+	list, err := w.op.DevicesWhere(ctx, api.DeviceQuery{Selector: api.Selector{Groups: []string{"attic"}}, State: api.DeviceOffline})
 	if err != nil || len(list) != 1 || list[0].ID != a.id || len(list[0].Labels) != 1 || list[0].Labels["y"] != "2" {
 		t.Fatalf("%+v %v", list, err)
 	}
 	if _, err := w.op.RetireDevice(ctx, string(a.id)); err != nil {
 		t.Fatal(err)
 	}
-	if list, err := w.op.DevicesWhere(ctx, api.Selector{Groups: []string{"attic"}}, api.DeviceRetired); err != nil || len(list) != 1 {
+	if list, err := w.op.DevicesWhere(ctx, api.DeviceQuery{Selector: api.Selector{Groups: []string{"attic"}}, State: api.DeviceRetired}); err != nil || len(list) != 1 {
 		t.Errorf("%+v %v", list, err)
 	}
 	if ids, err := w.op.ChangeDevices(ctx, api.DeviceChange{Selector: api.Selector{All: true}, SetGroup: &none}); err != nil || len(ids) != 1 || ids[0] != b.id {
@@ -350,6 +350,6 @@ func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
 		_, err := w.op.ChangeDevices(ctx, c.change)
 		wantRefusal(t, err, http.StatusBadRequest, c.code)
 	}
-	_, err = w.op.DevicesWhere(ctx, api.Selector{}, "lost")
+	_, err = w.op.DevicesWhere(ctx, api.DeviceQuery{State: "lost"})
 	wantRefusal(t, err, http.StatusBadRequest, "bad_state")
 }

@@ -45,6 +45,7 @@ func (c *Coordinator) status() api.Status {
 }
 
 func (c *Coordinator) statusOfDevices(s *api.Status, now time.Time) (see []api.Attention) {
+	health := healthOf{kinds: make(map[string]*api.HealthCount)}
 	c.reg.rows.each(func(_ string, rec api.DeviceRecord) bool {
 		d := c.reg.view(rec)
 		switch d.State {
@@ -65,8 +66,11 @@ func (c *Coordinator) statusOfDevices(s *api.Status, now time.Time) (see []api.A
 		for _, w := range d.Warnings {
 			see = append(see, aboutDevice(d.ID, w.Code, w.Title))
 		}
+		health.count(s, d)
 		return true
 	})
+	s.Health = health.most()
+	see = append(see, health.see...)
 	s.Devices.Pending = len(c.waiting.list(c.reg.known))
 	return see
 }

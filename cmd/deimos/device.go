@@ -23,11 +23,16 @@ type deviceCmd struct {
 	Claim   deviceClaimCmd   `cmd:"" help:"Take in the device that shows a claim code."`
 	Reject  deviceRejectCmd  `cmd:"" help:"Turn the device that shows a claim code away for a day."`
 	Retire  deviceRetireCmd  `cmd:"" help:"Send a device away for ever."`
+
+	Identify  deviceIdentifyCmd  `cmd:"" help:"Have a device blink, to find it among others."`
+	History   deviceHistoryCmd   `cmd:"" help:"What a device has measured: temperatures, load, disks."`
+	Inventory deviceInventoryCmd `cmd:"" help:"What a device has found in itself."`
 }
 
 type deviceListCmd struct {
 	targets
-	State string `enum:"all,online,offline,retired,pending" default:"all" placeholder:"STATE" help:"Which of them: ${enum} (${default})."`
+	State   string `enum:"all,online,offline,retired,pending" default:"all" placeholder:"STATE" help:"Which of them: ${enum} (${default})."`
+	Trouble bool   `help:"Only those that something is wrong with."`
 	cli.Output
 }
 
@@ -40,38 +45,42 @@ func (d *deviceListCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	var state api.DeviceState
+	q := api.DeviceQuery{Selector: s, Trouble: d.Trouble}
 	if d.State != "all" {
-		state = api.DeviceState(d.State)
+		q.State = api.DeviceState(d.State)
 	}
-	list, err := listDevices(ctx, c, s, state)
+	list, err := listDevices(ctx, c, q)
 	if err != nil {
 		return err
 	}
-	return d.Print(list, func(w io.Writer) error {
-		if len(list) == 0 {
-			if state != "" {
-				_, err := fmt.Fprintf(w, "No device that fits is %s.\n", state)
-				return err
-			}
-			return writeNobody(w, s)
-		}
-		var rows []string
-		warned := false
-		for _, v := range list {
-			state := string(v.State)
-			if len(v.Warnings) > 0 {
-				state, warned = state+" !", true
-			}
-			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s of %s\t%s",
-				v.ID, state, v.Agent, v.Board, v.Group, labelText(v.Labels), cli.Bytes(v.Used), cli.Bytes(v.Capacity), cli.Ago(v.LastSeen)))
-		}
-		err := cli.Table(w, "DEVICE\tSTATE\tAGENT\tBOARD\tGROUP\tLABELS\tUSED\tSEEN", rows)
-		if warned && err == nil {
-			_, err = fmt.Fprintln(w, "! There is a warning: \"deimos device show\" tells what it is.")
-		}
+	return d.Print(list, func(w io.Writer) error { return writeDevices(w, q, list) })
+}
+
+// writeDevices shows a list of devices to a person.
+func writeDevices(w io.Writer, q api.DeviceQuery, list []api.Device) error {
+	switch {
+	case len(list) > 0:
+	case q.Trouble:
+		_, err := fmt.Fprintln(w, "Nothing is wrong with any device that fits.")
 		return err
-	})
+	case q.State != "":
+		_, err := fmt.Fprintf(w, "No device that fits is %s.\n", q.State)
+		return err
+	default:
+		return writeNobody(w, q.Selector)
+	}
+	var rows []string
+	wrong := false
+	for _, v := range list {
+		wrong = wrong || api.Rank(v.Worst()) > api.Rank(wire.Info)
+		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s of %s\t%s",
+			v.ID, v.State, healthText(v), v.Agent, v.Board, v.Group, labelText(v.Labels), cli.Bytes(v.Used), cli.Bytes(v.Capacity), cli.Ago(v.LastSeen)))
+	}
+	err := cli.Table(w, "DEVICE\tSTATE\tHEALTH\tAGENT\tBOARD\tGROUP\tLABELS\tUSED\tSEEN", rows)
+	if wrong && err == nil {
+		_, err = fmt.Fprintln(w, "\"deimos device show DEVICE\" tells what is wrong and what to do.")
+	}
+	return err
 }
 
 // writeNobody says why a list of devices is empty.
@@ -86,15 +95,15 @@ func writeNobody(w io.Writer, s api.Selector) error {
 
 // listDevices is members, and those that wait to be claimed where they fit: they
 // have neither group nor label.
-func listDevices(ctx context.Context, c *api.Client, s api.Selector, state api.DeviceState) ([]api.Device, error) {
+func listDevices(ctx context.Context, c *api.Client, q api.DeviceQuery) ([]api.Device, error) {
 	list := []api.Device{}
-	if state != api.DevicePending {
+	if q.State != api.DevicePending {
 		var err error
-		if list, err = c.DevicesWhere(ctx, s, state); err != nil {
+		if list, err = c.DevicesWhere(ctx, q); err != nil {
 			return nil, err
 		}
 	}
-	if !s.Empty() || state != "" && state != api.DevicePending {
+	if !q.Selector.Empty() || q.Trouble || q.State != "" && q.State != api.DevicePending {
 		return list, nil
 	}
 	waiting, err := c.Pending(ctx)
@@ -135,10 +144,7 @@ func writeDevice(w io.Writer, d api.Device) error {
 	}
 	row("device", "%s", d.ID)
 	row("state", "%s, seen %s", d.State, cli.Ago(d.LastSeen))
-	for _, v := range d.Warnings {
-		row("warning", "%s, since %s, last seen %s", v.Title, v.Since.Format(time.RFC3339), cli.Ago(v.Last))
-		row("", "%s", v.Text)
-	}
+	writeHealth(w, d)
 	row("group", "%s", d.Group)
 	row("labels", "%s", labelText(d.Labels))
 	row("agent", "%s on %s/%s", d.Agent, d.OS, d.Arch)
@@ -161,7 +167,8 @@ func writeDevice(w io.Writer, d api.Device) error {
 	default:
 		row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
 	}
-	return nil
+	writeNow(row, d)
+	return writeInventory(w, d)
 }
 
 type deviceSetCmd struct {

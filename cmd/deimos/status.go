@@ -36,12 +36,20 @@ func writeStatus(w io.Writer, s api.Status) error {
 	for _, part := range []struct {
 		n    int
 		what string
-	}{{s.Devices.Retired, "retired"}, {s.Devices.Pending, "waiting to be claimed"}, {s.Devices.Warned, "with a warning"}} {
+	}{{s.Devices.Retired, "retired"}, {s.Devices.Pending, "waiting to be claimed"}, {s.Devices.Warned, "with a warning"},
+		{s.Devices.Critical, "in a critical state"}, {s.Devices.Troubled, "in trouble"}} {
 		if part.n > 0 {
 			devices += fmt.Sprintf(", %d %s", part.n, part.what)
 		}
 	}
 	row("devices", devices)
+	for i, h := range s.Health {
+		name := ""
+		if i == 0 {
+			name = "health"
+		}
+		row(name, fmt.Sprintf("%s: %s (%s)", cli.Count(h.Devices, "device"), cell(h.Title), h.Severity))
+	}
 	least := ""
 	if s.Orders.AtLeast {
 		least = "at least "

@@ -59,15 +59,27 @@ const (
 )
 
 // Device is a device's record and how it is now. Lists leave out Telemetry and
-// Inventory, which are tens of kilobytes of each device.
+// Inventory, which are tens of kilobytes of each device, and have the worst
+// [MaxListedHealth] of Health, without their texts.
 type Device struct {
 	DeviceRecord
 	State     DeviceState     `json:"state"`
 	Online    bool            `json:"online"`
 	LastSeen  time.Time       `json:"last_seen,omitzero"`
 	Telemetry json.RawMessage `json:"telemetry,omitempty"`
-	Inventory json.RawMessage `json:"inventory,omitempty"` // as it said when it enrolled
-	Dropped   []wire.Dropped  `json:"dropped,omitempty"`   // what its outbox gave up, by its last hello
+	Dropped   []wire.Dropped  `json:"dropped,omitempty"` // what its outbox gave up, by its last hello
+	// Health is what the device says is wrong with it, the worst first, by the
+	// heartbeat that came at HealthAt; zero: none was heard since this coordinator
+	// started. Warnings are the coordinator's own; see [Device.Troubles].
+	Health     []wire.Warning `json:"health,omitempty"`
+	HealthMore int            `json:"health_more,omitempty"` // how many a list leaves out
+	HealthAt   time.Time      `json:"health_at,omitzero"`
+	// Inventory is what the device has found in itself. With a digest, it has
+	// signed for it, and it was taken in at InventoryTaken; without, it came with
+	// the enrolment.
+	Inventory       json.RawMessage `json:"inventory,omitempty"`
+	InventoryDigest string          `json:"inventory_digest,omitempty"`
+	InventoryTaken  time.Time       `json:"inventory_taken,omitzero"`
 }
 
 // DeviceChange changes the devices of a selector. The empty selector means all.
@@ -141,22 +153,31 @@ func (c *Client) RevokeToken(ctx context.Context, id string) (Token, error) {
 
 // Devices lists the fleet.
 func (c *Client) Devices(ctx context.Context) ([]Device, error) {
-	return c.DevicesWhere(ctx, Selector{}, "")
+	return c.DevicesWhere(ctx, DeviceQuery{})
 }
 
-// DevicesWhere lists the devices of a selector, those of one state if it is not
-// empty.
-func (c *Client) DevicesWhere(ctx context.Context, s Selector, state DeviceState) ([]Device, error) {
-	q := s.Query()
-	if state != "" {
-		q.Set("state", string(state))
+// DeviceQuery says which devices are meant: those that fit everything given.
+type DeviceQuery struct {
+	Selector
+	State   DeviceState
+	Trouble bool // only those that something worse than [wire.Info] is wrong with
+}
+
+// DevicesWhere lists the devices that are meant.
+func (c *Client) DevicesWhere(ctx context.Context, d DeviceQuery) ([]Device, error) {
+	q := d.Query()
+	if d.State != "" {
+		q.Set("state", string(d.State))
+	}
+	if d.Trouble {
+		q.Set("trouble", "true")
 	}
 	return pages(ctx, c, "devices", q, MaxDevicePage, func(d Device) wire.DeviceID { return d.ID })
 }
 
-// MaxDevicePage is how many devices one answer lists at most. Labels make a
-// device of up to 5 kB.
-const MaxDevicePage = 10_000
+// MaxDevicePage is how many devices one answer lists at most. Labels and what is
+// wrong make a device of up to 10 kB.
+const MaxDevicePage = 5_000
 
 // pages reads a list by device, page after page. A page that is not full is the
 // last.

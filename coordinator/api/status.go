@@ -18,8 +18,14 @@ type Status struct {
 		Offline int `json:"offline"`
 		Pending int `json:"pending"` // wait to be claimed
 		Retired int `json:"retired"`
-		Warned  int `json:"warned"` // members with a warning
+		Warned  int `json:"warned"` // members that the coordinator has a warning about
+		// By the worst of what members said last: something should be looked at,
+		// or does not work.
+		Troubled int `json:"troubled"`
+		Critical int `json:"critical"`
 	} `json:"devices"`
+	// Health is what most members say is wrong with them, at most [MaxHealthCounts].
+	Health []HealthCount `json:"health"`
 	Orders struct {
 		Open    map[wire.State]int `json:"open"`
 		Ended   map[wire.State]int `json:"ended"`              // lately
@@ -31,6 +37,17 @@ type Status struct {
 	Attention []Attention `json:"attention"`
 	More      int         `json:"more,omitempty"`
 }
+
+// HealthCount is how many members have one kind of warning.
+type HealthCount struct {
+	Code     string        `json:"code"`
+	Title    string        `json:"title"`
+	Severity wire.Severity `json:"severity"` // the worst
+	Devices  int           `json:"devices"`
+}
+
+// MaxHealthCounts bounds [Status].Health.
+const MaxHealthCounts = 10
 
 // MaxAttention bounds [Status].Attention.
 const MaxAttention = 50

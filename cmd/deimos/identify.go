@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+type deviceIdentifyCmd struct {
+	ID   string   `arg:"" help:"Device id."`
+	For  duration `default:"1m" help:"How long it blinks (${default}), up to an hour."`
+	Stop bool     `help:"End it."`
+	cli.Output
+}
+
+func (d *deviceIdentifyCmd) Run(ctx context.Context, all *commands) error {
+	id, err := wire.ParseDeviceID(d.ID)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	seconds := int(time.Duration(d.For).Round(time.Second) / time.Second)
+	switch {
+	case d.Stop:
+		seconds = 0
+	case seconds < 1 || seconds > wire.MaxIdentify:
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a device blinks for one second to one hour")}
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	o, err := c.Identify(ctx, id, api.IdentifyRequest{Seconds: seconds})
+	if err != nil {
+		return err
+	}
+	if o, err = watchOrder(ctx, c, o, askedWait); err != nil {
+		return err
+	}
+	if err := awaited(o, "it cannot show itself"); err != nil {
+		return err
+	}
+	return d.Print(o, func(w io.Writer) error {
+		if d.Stop {
+			_, err := fmt.Fprintf(w, "Device %s has stopped.\n", id)
+			return err
+		}
+		_, err := fmt.Fprintf(w, "Device %s blinks for %s. End it with --stop.\n", id, time.Duration(seconds)*time.Second)
+		return err
+	})
+}
+
+// askedWait is a little longer than such orders live.
+const askedWait = 3 * time.Minute
+
+type deviceInventoryCmd struct {
+	ID      string `arg:"" help:"Device id."`
+	Refresh bool   `help:"Have the device look again now, and wait for it."`
+	cli.Output
+}
+
+func (d *deviceInventoryCmd) Run(ctx context.Context, all *commands) error {
+	id, err := wire.ParseDeviceID(d.ID)
+	if err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	var v api.Device
+	if d.Refresh {
+		v, err = c.RefreshInventory(ctx, id)
+	} else {
+		v, err = c.Device(ctx, string(id))
+	}
+	if err != nil {
+		return err
+	}
+	if len(v.Inventory) == 0 {
+		return fmt.Errorf("device %s has not said what it has; ask it with --refresh", id)
+	}
+	return d.Print(json.RawMessage(v.Inventory), func(w io.Writer) error { return writeInventory(w, v) })
+}
