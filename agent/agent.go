@@ -95,6 +95,7 @@ type Agent struct {
 
 const (
 	stopLimit    = 10 * time.Second
+	journalPause = 10 * time.Second // before a start that a failed sync makes necessary
 	forgetEvery  = time.Hour
 	storeLimit   = 9 * time.Minute
 	serveLimit   = 2 * time.Minute
@@ -292,6 +293,12 @@ func (a *Agent) live(ctx context.Context) error {
 	case <-ctx.Done():
 	case <-a.restart:
 		again = true
+	case <-a.journal.died:
+		// Nothing can be promised any more. Perhaps the next life can write; if not,
+		// it must not spin.
+		a.log.Error("the journal is lost to this process; the agent starts again", "in", journalPause.String(), "error", *a.journal.broken.Load())
+		again = true
+		_ = a.rest(ctx, journalPause)
 	}
 	cancel()
 	done := make(chan struct{})

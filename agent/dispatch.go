@@ -107,6 +107,8 @@ type dispatcher struct {
 	seq   atomic.Uint64  // of the last report; one count for all orders, as an order may begin again
 	quiet time.Duration  // quietFor, except in tests
 	retry time.Duration  // keepRetry, except in tests
+	// patience is cancelPatience, except in tests
+	patience time.Duration
 
 	mu       sync.Mutex
 	schedule *scheduler
@@ -115,6 +117,7 @@ type dispatcher struct {
 	acks     []wire.Acked     // of owed reports, not yet noted in the journal
 	revoked  map[string]error // orders that are canceled when they arrive again: see cancelOrder
 	full     bool             // the outbox or the disk, and the log says so
+	ackless  bool             // acks cannot be noted, and the log says so
 	tidying  bool             // tidy runs
 	changed  chan struct{}    // capacity 1: owed or acks has changed
 }
@@ -125,6 +128,7 @@ func newDispatcher(u duties) (*dispatcher, error) {
 		duties:   u,
 		quiet:    quietFor,
 		retry:    keepRetry,
+		patience: cancelPatience,
 		inFlight: make(map[string]*task),
 		revoked:  make(map[string]error),
 		changed:  make(chan struct{}, 1),
@@ -202,6 +206,21 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	if err != nil {
 		return err
 	}
+	if !again && d.journal.forgot(o.ID, o.Expires) {
+		// Not kept, as what has expired is not.
+		d.say(wire.Report{Order: o.ID, Seq: d.seq.Add(1), State: wire.Rejected, Code: wire.CodeExpired, Reason: "this device has forgotten which orders it did at that time, so this one may have been done; ask for it again"})
+		return nil
+	}
+	taken := d.revoked[o.ID]
+	if again && taken == nil {
+		by, err := d.journal.revokedBy(o.ID)
+		if err != nil {
+			return err
+		}
+		if by != "" {
+			taken = takenBack(by)
+		}
+	}
 	now, sure := d.clock.Read()
 	if err := o.CheckFor(d.id.ID, now); err != nil {
 		p := wire.ProblemOf(err)
@@ -220,7 +239,7 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	if ok, err := d.admit(o); !ok {
 		return err
 	}
-	d.enqueue(ctx, o, now, again)
+	d.enqueue(ctx, o, now, again, taken)
 	return nil
 }
 
@@ -265,8 +284,9 @@ func (d *dispatcher) tidy(need int64, most class) {
 	d.tidying = false
 }
 
-// enqueue puts an order under way. d.mu is held.
-func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, again bool) {
+// enqueue puts an order under way, or one that was taken back, to its report.
+// d.mu is held.
+func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, again bool, taken error) {
 	t := &task{order: o, class: classOf(o.Kind), again: again}
 	d.track(ctx, t)
 	d.step(t, wire.Report{Order: o.ID, State: wire.Queued})
@@ -277,8 +297,8 @@ func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, a
 	if o.Kind == wire.KindOrderCancel {
 		d.foresee(o)
 	}
-	if why := d.revoked[o.ID]; why != nil {
-		t.cancel(why)
+	if taken != nil {
+		t.cancel(taken)
 	}
 	waiting, stop := context.WithTimeoutCause(t.ctx, o.Expires.Sub(now), errWaitedTooLong)
 	unwatch := context.AfterFunc(waiting, func() { d.giveUp(t, context.Cause(waiting)) })
@@ -640,6 +660,11 @@ func (d *dispatcher) resendDue(now time.Time) time.Duration {
 			d.publish(e.Report)
 		}
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.acks) > 0 && (next == 0 || next > d.retry) {
+		next = d.retry
+	}
 	return next
 }
 
@@ -651,9 +676,16 @@ func (d *dispatcher) noteAcks() {
 	if len(acks) == 0 {
 		return
 	}
-	if err := d.out.acknowledged(acks); err != nil {
-		d.log.Warn("acknowledged reports are sent once more after the next start", "reports", len(acks), "error", err)
+	err := d.out.acknowledged(acks)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil {
+		d.acks = append(acks, d.acks...) // for the next round
 	}
+	if err != nil && !d.ackless {
+		d.log.Warn("that reports are acknowledged cannot be noted; it is tried again", "reports", len(acks), "error", err)
+	}
+	d.ackless = err != nil
 }
 
 // reconnected sends everything owed: the last link may have lost it.
@@ -687,12 +719,12 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 	d.mu.Lock()
 	agent := d.inFlight[o.ID].agent
 	d.mu.Unlock()
-	ended, err := d.revoke(agent, c, takenBack(o))
+	ended, err := d.revoke(agent, c, takenBack(o.ID))
 	if err != nil {
 		return wire.Outcome{}, err
 	}
 	if ended != nil {
-		patience := time.NewTimer(cancelPatience)
+		patience := time.NewTimer(d.patience)
 		defer patience.Stop()
 		select {
 		case <-ended:
@@ -702,6 +734,10 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 		}
 	}
 	state, err := d.stateOf(c.Order)
+	if err == nil && !state.Terminal() {
+		// The next life must know of it: this cancellation is done and will not come again.
+		err = d.journal.revoke(c.Order, o.ID, c.Expires)
+	}
 	return wire.Outcome{Body: wire.CancelResult{State: state}}, err
 }
 
@@ -713,8 +749,8 @@ func cancelOf(o wire.Order) (wire.OrderCancel, error) {
 	return c, err
 }
 
-func takenBack(by wire.Order) *wire.Problem {
-	return &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + by.ID}
+func takenBack(by string) *wire.Problem {
+	return &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + by}
 }
 
 // foresee has a cancellation count from its arrival on: the order that it takes
@@ -726,7 +762,7 @@ func (d *dispatcher) foresee(o wire.Order) {
 		return
 	}
 	if _, done, err := d.journal.get(c.Order); !done && err == nil {
-		d.revoked[c.Order] = takenBack(o)
+		d.revoked[c.Order] = takenBack(o.ID)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
+	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -42,6 +43,10 @@ type journal interface {
 	// costs no sync.
 	begin(order string, expires time.Time, durable bool) error
 	begun(order string) (bool, error)
+	// revoke notes, durably, that an order which was begun is taken back by another
+	// one; revokedBy tells which, "" if it is not. The note goes with the report.
+	revoke(order, by string, expires time.Time) error
+	revokedBy(order string) (string, error)
 	// writable is an error while nothing can be written.
 	writable() error
 	// saveFloor keeps the newest trusted time, durably.
@@ -53,6 +58,9 @@ type journal interface {
 	dropped() []wire.Dropped
 	// forget drops acknowledged orders that expired before now.
 	forget(now time.Time) error
+	// forgot tells whether an order that is not known may be one that was
+	// forgotten: see mark.
+	forgot(order string, expires time.Time) bool
 }
 
 // entry is a finished order.
@@ -119,6 +127,33 @@ func forgotten(now time.Time) func(*entry) fate {
 	}
 }
 
+// mark is what has been forgotten: orders that expired before Until, of which the
+// newest was made at Newest (milliseconds of its ULID). It only grows. By a right
+// clock it says no more than an order's expiry does. But if the coordinator's
+// clock was ahead for a while, orders were forgotten that have not expired by
+// the time that it tells later, and one of them may come again; orders made since
+// are newer, and are done.
+type mark struct {
+	Until  time.Time `json:"until"`
+	Newest uint64    `json:"newest"`
+}
+
+func (m mark) covers(order string, expires time.Time) bool {
+	id, err := ulid.ParseStrict(order)
+	return err == nil && id.Time() <= m.Newest && expires.Before(m.Until)
+}
+
+// grown is m with these orders, forgotten at now.
+func (m mark) grown(now time.Time, orders []string) mark {
+	m.Until = later(m.Until, now)
+	for _, order := range orders {
+		if id, err := ulid.ParseStrict(order); err == nil {
+			m.Newest = max(m.Newest, id.Time())
+		}
+	}
+	return m
+}
+
 // acknowledge notes that the coordinator has these reports. It need not be
 // durable: the worst that a lost note does is one report too many.
 func acknowledge(j journal, reports []wire.Acked) error {
@@ -166,8 +201,9 @@ func record(before []wire.Dropped, e entry) []wire.Dropped {
 // badgerJournal is the journal of a device, in a small Badger store of its own.
 //
 // Keys: "order/<id>" → JSON of [entry]; "begun/<id>" → the expiry of an order
-// whose handler was called and that has no report yet; "dropped" → JSON of []wire.Dropped; "floor" →
-// the newest trusted time; "epoch" → how often the agent was started.
+// whose handler was called and that has no report yet; "revoked/<id>" → JSON of
+// [revocation]; "forgotten" → JSON of [mark]; "dropped" → JSON of []wire.Dropped;
+// "floor" → the newest trusted time; "epoch" → how often the agent was started.
 //
 // # Group commit
 //
@@ -190,8 +226,17 @@ type badgerJournal struct {
 	queued []*write
 	turn   sync.Mutex // held by who commits
 	// broken is set once a sync has failed: what is in memory may not be on the
-	// disk, for good.
+	// disk, for good. died is closed then.
 	broken atomic.Pointer[error]
+	died   chan struct{}
+	gone   atomic.Pointer[mark] // never changed in place
+}
+
+// revocation is by which order another one is taken back, and until when that
+// can matter.
+type revocation struct {
+	By      string    `json:"by"`
+	Expires time.Time `json:"expires"`
 }
 
 // write is a change that waits for its commit.
@@ -215,14 +260,16 @@ type pair struct {
 const maxBatch = 320 << 10
 
 const (
-	orderPrefix = "order/"
-	begunPrefix = "begun/"
+	orderPrefix   = "order/"
+	begunPrefix   = "begun/"
+	revokedPrefix = "revoked/"
 )
 
 var (
-	floorKey   = []byte("floor")
-	epochKey   = []byte("epoch")
-	droppedKey = []byte("dropped")
+	floorKey     = []byte("floor")
+	epochKey     = []byte("epoch")
+	droppedKey   = []byte("dropped")
+	forgottenKey = []byte("forgotten")
 )
 
 // journalFloor is what the journal leaves free on its disk, in bytes. Badger
@@ -247,7 +294,7 @@ func openJournal(dir string) (*badgerJournal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("the journal's folder cannot be made: %w", err)
 	}
-	j := &badgerJournal{dir: dir}
+	j := &badgerJournal{dir: dir, died: make(chan struct{})}
 	j.leave.Store(journalFloor)
 	if err := j.room(); err != nil {
 		return nil, err
@@ -286,10 +333,11 @@ func openJournal(dir string) (*badgerJournal, error) {
 
 func (j *badgerJournal) close() error { return j.db.Close() }
 
-// count finds out what the entries take and what was lost before.
+// count finds out what the entries take, and what was lost and forgotten before.
 func (j *badgerJournal) count() error {
-	lost := []wire.Dropped{}
+	lost, gone := []wire.Dropped{}, mark{}
 	j.lost.Store(&lost)
+	j.gone.Store(&gone)
 	return j.db.View(func(tx *badger.Txn) error {
 		var used int64
 		if err := eachItem(tx, orderPrefix, func(item *badger.Item) error {
@@ -301,7 +349,10 @@ func (j *badgerJournal) count() error {
 			return err
 		}
 		j.used.Store(used)
-		return valueOf(tx, droppedKey, func(v []byte) error { return json.Unmarshal(v, &lost) })
+		return errors.Join(
+			valueOf(tx, droppedKey, func(v []byte) error { return json.Unmarshal(v, &lost) }),
+			valueOf(tx, forgottenKey, func(v []byte) error { return json.Unmarshal(v, &gone) }),
+		)
 	})
 }
 
@@ -331,8 +382,9 @@ func valueOf(tx *badger.Txn, key []byte, f func([]byte) error) error {
 	return item.Value(f)
 }
 
-func orderKey(order string) []byte { return []byte(orderPrefix + order) }
-func begunKey(order string) []byte { return []byte(begunPrefix + order) }
+func orderKey(order string) []byte   { return []byte(orderPrefix + order) }
+func begunKey(order string) []byte   { return []byte(begunPrefix + order) }
+func revokedKey(order string) []byte { return []byte(revokedPrefix + order) }
 
 func (j *badgerJournal) put(e entry) error {
 	w := &write{durable: true}
@@ -341,12 +393,38 @@ func (j *badgerJournal) put(e entry) error {
 		if err != nil {
 			return nil, err
 		}
-		return pairs, valueOf(tx, begunKey(e.Order), func([]byte) error {
-			pairs = append(pairs, pair{key: begunKey(e.Order)})
-			return nil
-		})
+		for _, key := range [][]byte{begunKey(e.Order), revokedKey(e.Order)} {
+			err = errors.Join(err, valueOf(tx, key, func([]byte) error {
+				pairs = append(pairs, pair{key: key})
+				return nil
+			}))
+		}
+		return pairs, err
 	}
 	return j.commit(w)
+}
+
+func (j *badgerJournal) revoke(order, by string, expires time.Time) error {
+	raw, err := json.Marshal(revocation{by, expires})
+	if err != nil {
+		return err
+	}
+	return j.set(true, revokedKey(order), raw)
+}
+
+func (j *badgerJournal) revokedBy(order string) (string, error) {
+	var r revocation
+	err := j.db.View(func(tx *badger.Txn) error {
+		return valueOf(tx, revokedKey(order), func(v []byte) error { return json.Unmarshal(v, &r) })
+	})
+	if err != nil {
+		err = fmt.Errorf("the journal cannot be read: %w", err)
+	}
+	return r.By, err
+}
+
+func (j *badgerJournal) forgot(order string, expires time.Time) bool {
+	return j.gone.Load().covers(order, expires)
 }
 
 // keep is e as it is stored; what was given up for it is recorded with it.
@@ -543,7 +621,9 @@ func (j *badgerJournal) sync() error {
 	}
 	if err != nil {
 		err = fmt.Errorf("the journal could not be synced to disk, and is not used until the agent is started again: %w", err)
-		j.broken.Store(&err)
+		if j.broken.Swap(&err) == nil {
+			close(j.died)
+		}
 	}
 	return err
 }
@@ -592,7 +672,8 @@ func (j *badgerJournal) each(f func(entry)) error {
 	})
 }
 
-// forget also drops what began and was never concluded.
+// forget also drops what began or was taken back and never concluded. That it
+// has forgotten is on the disk before anything is.
 func (j *badgerJournal) forget(now time.Time) error {
 	is := forgotten(now)
 	var old []string
@@ -604,18 +685,44 @@ func (j *badgerJournal) forget(now time.Time) error {
 		return err
 	}
 	var never []pair
+	drop := func(expires time.Time, item *badger.Item, prefix string) {
+		if expires.Add(keepConcluded).Before(now) {
+			never = append(never, pair{key: item.KeyCopy(nil)})
+			old = append(old, string(item.Key()[len(prefix):]))
+		}
+	}
 	err := j.db.View(func(tx *badger.Txn) error {
-		return eachItem(tx, begunPrefix, func(item *badger.Item) error {
-			return item.Value(func(v []byte) error {
-				var expires time.Time
-				if err := expires.UnmarshalText(v); err != nil || expires.Add(keepConcluded).Before(now) {
-					never = append(never, pair{key: item.KeyCopy(nil)})
-				}
-				return nil
-			})
-		})
+		return errors.Join(
+			eachItem(tx, begunPrefix, func(item *badger.Item) error {
+				return item.Value(func(v []byte) error {
+					var expires time.Time
+					_ = expires.UnmarshalText(v) // what cannot be read goes
+					drop(expires, item, begunPrefix)
+					return nil
+				})
+			}),
+			eachItem(tx, revokedPrefix, func(item *badger.Item) error {
+				return item.Value(func(v []byte) error {
+					var r revocation
+					_ = json.Unmarshal(v, &r) // the same
+					drop(r.Expires, item, revokedPrefix)
+					return nil
+				})
+			}))
 	})
-	if err == nil && len(never) > 0 {
+	if err != nil || len(old) == 0 {
+		return err
+	}
+	gone := j.gone.Load().grown(now, old)
+	raw, err := json.Marshal(gone)
+	if err != nil {
+		return err
+	}
+	if err := j.set(true, forgottenKey, raw); err != nil {
+		return err
+	}
+	j.gone.Store(&gone)
+	if len(never) > 0 {
 		err = j.commit(&write{change: func(*badger.Txn) ([]pair, error) { return never, nil }})
 	}
 	return errors.Join(err, j.revise(old, false, is))
@@ -663,12 +770,14 @@ type memoryJournal struct {
 	mu     sync.Mutex
 	orders map[string]entry
 	open   map[string]time.Time // begun
+	back   map[string]string    // revoked, by which order
 	used   int64
 	lost   []wire.Dropped
+	gone   mark
 }
 
 func newMemoryJournal() *memoryJournal {
-	return &memoryJournal{orders: map[string]entry{}, open: map[string]time.Time{}}
+	return &memoryJournal{orders: map[string]entry{}, open: map[string]time.Time{}, back: map[string]string{}}
 }
 
 // size is near what an entry takes in memory.
@@ -685,6 +794,7 @@ func (j *memoryJournal) put(e entry) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	delete(j.open, e.Order)
+	delete(j.back, e.Order)
 	j.set(e)
 	return nil
 }
@@ -766,15 +876,43 @@ func (j *memoryJournal) forget(now time.Time) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	is := forgotten(now)
+	var old []string
 	for order, e := range j.orders {
 		if is(&e) == remove {
 			j.drop(order)
+			old = append(old, order)
 		}
 	}
 	for order, expires := range j.open {
 		if expires.Add(keepConcluded).Before(now) {
 			delete(j.open, order)
+			delete(j.back, order)
+			old = append(old, order)
 		}
 	}
+	if len(old) > 0 {
+		j.gone = j.gone.grown(now, old)
+	}
 	return nil
+}
+
+func (j *memoryJournal) forgot(order string, expires time.Time) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.gone.covers(order, expires)
+}
+
+func (j *memoryJournal) revoke(order, by string, _ time.Time) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if _, open := j.open[order]; open {
+		j.back[order] = by
+	}
+	return nil
+}
+
+func (j *memoryJournal) revokedBy(order string) (string, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.back[order], nil
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
+	"github.com/oklog/ulid/v2"
 )
 
 const noDiskIsThatLarge = 1 << 62
@@ -303,4 +304,156 @@ func TestThatAnOrderBeginsIsNotedBeforeItsHandlerAndCostsNoSync(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestACancelThatWasAnsweredOutlivesACrash: the handler did not stop in time, so
+// the cancellation ended with RUNNING and will not come again.
+func TestACancelThatWasAnsweredOutlivesACrash(t *testing.T) {
+	for _, what := range []string{"while it runs", "before it comes again"} {
+		t.Run(what, func(t *testing.T) {
+			begun, gate := make(chan struct{}, 1), make(chan struct{})
+			r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+				begun <- struct{}{}
+				<-gate // deaf
+				return wire.Outcome{}, context.Cause(ctx)
+			})
+			r.patience = 0
+			o := r.order("a")
+			r.give(o)
+			await(t, "the handler", begun)
+			cancel := func() {
+				r.give(r.cancelOf("c", "a", o.Expires))
+				if got := r.canceled("c"); got != wire.Running {
+					t.Errorf("canceled, it is %s", got)
+				}
+			}
+			kill := func() { // what is in memory is lost, and nothing more is written
+				r.settled("c")
+				crashed := r.disk
+				if err := crashed.close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if what == "while it runs" {
+				cancel()
+			}
+			kill()
+			var told error
+			next := func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+				told = context.Cause(ctx)
+				return wire.Outcome{}, ctx.Err()
+			}
+			old := r
+			r = startRig(t, old.owner, old.id, old.dir, next)
+			if what != "while it runs" {
+				r.patience = 0
+				cancel()
+				kill()
+				r = startRig(t, old.owner, old.id, old.dir, next)
+			}
+			close(gate)
+			r.give(o)
+			if rep := r.ends("a"); rep.State != wire.Failed || rep.Code != wire.CodeInterrupted || !isCancel(told) {
+				t.Errorf("the handler was told %v; the report: %+v", told, rep)
+			}
+			r.wait()
+			if by, err := r.journal.revokedBy("a"); by != "" || err != nil {
+				t.Errorf("the note stays: %q, %v", by, err)
+			}
+		})
+	}
+}
+
+// settled waits until an order is no longer in flight.
+func (r *rig) settled(order string) {
+	r.t.Helper()
+	r.dispatcher.mu.Lock()
+	t := r.inFlight[order]
+	r.dispatcher.mu.Unlock()
+	if t != nil {
+		await(r.t, order, t.done)
+	}
+}
+
+// TestAnOrderForgottenByAWrongClockIsNotDoneAgain: the coordinator's clock was
+// ahead for a while, and what it had signed before comes again.
+func TestAnOrderForgottenByAWrongClockIsNotDoneAgain(t *testing.T) {
+	var c counter
+	r := newRig(t, c.handle)
+	at := func(when time.Time, tail string) string {
+		id := ulid.MustNew(ulid.Timestamp(when), strings.NewReader(tail))
+		return id.String()
+	}
+	now := time.Now()
+	o := r.order(at(now, "0123456789"))
+	o.Expires = now.Add(7 * 24 * time.Hour)
+	r.give(o)
+	seq := r.ends(o.ID).Seq
+	r.wait()
+	if err := acknowledge(r.journal, []wire.Acked{{Order: o.ID, Seq: seq}}); err != nil {
+		t.Fatal(err)
+	}
+	ahead := NewClock(time.Time{})
+	ahead.Trust(now.Add(8*24*time.Hour), 0)
+	if err := forget(r.journal, ahead); err != nil {
+		t.Fatal(err)
+	}
+	if _, known, err := r.journal.get(o.ID); known || err != nil {
+		t.Fatalf("it was not forgotten (%v)", err)
+	}
+	for range 2 { // in this life and the next
+		r.give(o)
+		if rep := r.ends(o.ID); rep.State != wire.Rejected || rep.Code != wire.CodeExpired || c.calls() != 1 {
+			t.Errorf("after %d calls: %+v", c.calls(), rep)
+		}
+		r = r.reborn(c.handle)
+	}
+	// What is made after that is done, though it expires before the wrong time.
+	fresh := r.order(at(now.Add(time.Minute), "abcdefghij"))
+	fresh.Expires = now.Add(time.Hour)
+	r.give(fresh)
+	if rep := r.ends(fresh.ID); rep.State != wire.Succeeded {
+		t.Errorf("a new order: %+v", rep)
+	}
+	// And what is older than others that were forgotten in due time.
+	pending := r.order(at(now.Add(-time.Minute), "klmnopqrst"))
+	pending.Expires = now.Add(30 * 24 * time.Hour)
+	r.give(pending)
+	if rep := r.ends(pending.ID); rep.State != wire.Succeeded {
+		t.Errorf("one that waited for long: %+v", rep)
+	}
+}
+
+func TestAcknowledgementsOnAFullDiskAreNotedLater(t *testing.T) {
+	var c counter
+	r := newRig(t, c.handle)
+	r.give(r.order("a"))
+	seq := r.ends("a").Seq
+	r.wait()
+	r.disk.leave.Store(noDiskIsThatLarge)
+	if err := r.receive(r.ctx, r.ack("a", seq)); err != nil {
+		t.Fatal(err)
+	}
+	if next := r.resendDue(time.Now()); next != r.retry {
+		t.Errorf("it is tried again in %s", next)
+	}
+	r.disk.leave.Store(0)
+	r.resendDue(time.Now())
+	if e, _, err := r.journal.get("a"); !e.Acked || err != nil {
+		t.Errorf("not noted (%v)", err)
+	}
+}
+
+// TestAFailedSyncIsTold, so that the agent ends: it must not stay online and
+// answer nothing.
+func TestAFailedSyncIsTold(t *testing.T) {
+	var c counter
+	r := newRig(t, c.handle)
+	r.disk.flush = func() error { return errors.New("the disk is broken") }
+	for range 2 {
+		if err := r.journal.saveFloor(time.Now()); err == nil {
+			t.Error("nothing was said")
+		}
+	}
+	await(t, "the end of the journal", r.disk.died)
 }
