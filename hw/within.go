@@ -60,3 +60,11 @@ func within[T any](ctx context.Context, limit time.Duration, name string, read f
 	hung.names[name]++
 	return none, errTimeout
 }
+
+// Within is within for the rooms below: it waits for read until limit or the
+// end of ctx. ok is false if it did not answer, and at once if an earlier
+// reading of the same name has still not come back.
+func Within[T any](ctx context.Context, limit time.Duration, name string, read func() T) (v T, ok bool) {
+	v, err := within(ctx, limit, name, read)
+	return v, err == nil
+}

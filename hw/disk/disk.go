@@ -1,14 +1,49 @@
 // Package disk says which disks may hold chunks, how much, and whether they can
 // be trusted with them.
+//
+// # Choosing
+//
+// [Choose] looks at each mounted filesystem of the inventory, and at each disk
+// that is not mounted, and gives every one a code and a sentence for its owner.
+// It writes nothing, formats nothing, and wakes no disk that sleeps. The rules,
+// the first that applies being the reason:
+//
+//	not mounted, virtual, no disk, the owner's never, read-only, failing,
+//	of the start of the system, no size: never
+//	a filesystem that loses data in a power cut, a bus that the board excludes,
+//	removable, mounted for a moment, the system's disk, somebody's data on it:
+//	only with the owner's consent
+//	the system's disk: also if the board says so or there is no other disk, and
+//	always only above a floor of 10 % and 8 GiB, whichever is more
+//	less than 1 GiB usable: never
+//	two filesystems of one disk: the one that the owner names, or the largest,
+//	as one disk is one domain of failure
+//
+// A disk that was in use stays so: if it has our folder and an earlier test in
+// the [Record], what its owner puts beside that, or that it sleeps, takes no
+// chunks away from a fleet that counts on them.
+//
+// # Trusting
+//
+// [SelfTest] writes what no other disk and no other place of this one holds,
+// syncs it, reads it back past the page cache and compares. [Record.Trusted]
+// does so once for each disk and filesystem, and at each start for one that failed.
+// The parties: the disk may lie (sold with more capacity than it has, or one that
+// drops writes), hang, or break; the owner of the folder may do anything, but other
+// users must not be able to have us write elsewhere, so no symbolic link is
+// followed at the test's file.
+//
+// # Not done yet
+//
+// The test is bounded: a disk that lies about what is beyond its first free
+// 64 MiB is found out when chunks are audited, not here. A filesystem over
+// several disks (RAID, LVM) is judged by the first of them.
 package disk
 
 import (
-	"context"
-	"log/slog"
 	"time"
 
 	"github.com/deimos-edge/deimos/board"
-	"github.com/deimos-edge/deimos/hw"
 )
 
 // Options are the owner's word.
@@ -20,16 +55,55 @@ type Options struct {
 	Board board.Board
 }
 
+// The codes of candidates that are used.
+const (
+	CodeOK      = "ok"      // by the rules
+	CodeConsent = "consent" // the owner says so
+	CodeOnly    = "only"    // the system's disk, as there is no other or the board says so
+	CodeInUse   = "in_use"  // was in use before
+)
+
+// The codes of candidates that are not used.
+const (
+	CodeNotMounted = "not_mounted"
+	CodeVirtual    = "virtual"    // network, memory, an image, an overlay
+	CodeNoDisk     = "no_disk"    // a disk of this machine is not found below it
+	CodeNever      = "never"      // the owner says so
+	CodeReadOnly   = "read_only"  //
+	CodeFailing    = "failing"    // the disk expects to fail
+	CodeBoot       = "boot"       // what the machine starts from
+	CodeUnreadable = "unreadable" // did not answer, or may not be read
+	CodeAsleep     = "asleep"     // not looked at, so as not to wake it
+	CodeWeak       = "weak"       // the filesystem cannot sync and rename well
+	CodeBus        = "bus"        // the board's profile excludes it
+	CodeRemovable  = "removable"  // a stick, a card
+	CodeTemporary  = "temporary"  // mounted by a desktop, for a moment
+	CodeSystem     = "system"     // the system's disk, and there are others
+	CodeForeign    = "foreign"    // somebody's data
+	CodeFull       = "full"       // below its floor
+	CodeSmall      = "small"      // less than MinCapacity
+	CodeSecond     = "second"     // another filesystem of the same disk is used
+	CodeNotAsked   = "not_asked"  // would be used if the owner asked
+)
+
+const (
+	gib = 1 << 30
+	mib = 1 << 20
+
+	// MinCapacity is the least that is worth a volume, in bytes.
+	MinCapacity = 1 * gib
+)
+
 // Candidate is one filesystem that could hold chunks.
 type Candidate struct {
-	Mount    string `json:"mount"`
-	Disk     string `json:"disk"` // kernel name
+	Mount    string `json:"mount"` // "" if it is not mounted
+	Disk     string `json:"disk"`  // kernel name
 	Serial   string `json:"serial,omitempty"`
 	System   bool   `json:"system"`
 	Size     int64  `json:"size"`     // bytes
 	Free     int64  `json:"free"`     // bytes
 	Floor    int64  `json:"floor"`    // bytes that chunks leave free
-	Capacity int64  `json:"capacity"` // bytes that may hold chunks; 0 if it is not used
+	Capacity int64  `json:"capacity"` // bytes that may hold chunks, those that it holds already among them; 0 if it is not used
 	Dir      string `json:"dir"`      // folder for the chunks
 	Use      bool   `json:"use"`
 	Why      string `json:"why"` // a sentence: why it is used, or is not and what would change that
@@ -44,26 +118,16 @@ type Test struct {
 	WriteBps float64   `json:"write_bps"` // bytes a second, synced
 	ReadBps  float64   `json:"read_bps"`  // bytes a second, past the page cache where the filesystem allows it
 	SyncMS   float64   `json:"sync_ms"`   // p50 of a small synced write
+	Direct   bool      `json:"direct"`    // read with O_DIRECT; else the kernel was asked to drop its cache first, which it may not have done
 	Passed   bool      `json:"passed"`
+	Code     string    `json:"code,omitempty"` // of the problem: full, read_only, denied, io_error, mismatch, hung, other
 	Problem  string    `json:"problem,omitempty"`
 }
 
-// Choose says for each mounted filesystem whether it may hold chunks and why.
-// It writes nothing.
-func Choose(inv *hw.Inventory, o Options) []Candidate { return nil }
-
-// SelfTest writes to dir, syncs, reads back and compares, bounded by time and size.
-// It removes what it wrote.
-func SelfTest(ctx context.Context, dir string, log *slog.Logger) (Test, error) { return Test{}, nil }
-
-// Record keeps the results of tests in the state folder, by disk and filesystem.
-type Record struct{}
-
-// OpenRecord reads the results.
-func OpenRecord(state string) (*Record, error) { return &Record{}, nil }
-
-// Trusted returns the test of the disk that dir is on, testing it if that was not done
-// yet, or not with this disk.
-func (r *Record) Trusted(ctx context.Context, dir string, inv *hw.Inventory, log *slog.Logger) (Test, error) {
-	return Test{Passed: true}, nil
+// floorOf is what chunks leave free on a filesystem of so many bytes.
+func floorOf(size int64, system bool) int64 {
+	if system {
+		return max(size/10, 8*gib)
+	}
+	return max(size/100, 512*mib)
 }
