@@ -73,6 +73,7 @@ func goldens() map[string]any {
 		"inventory_report": InventoryReport{Digest: goldenRoot},
 		"history_request":  HistoryRequest{From: goldenAt, To: hour, Points: 100, Series: []string{"load1", "temperature.*"}},
 		"history":          History{From: goldenAt, Step: 60, Count: 2, Series: map[string]Curve{"load1": {Unit: "°C", Mean: []*float64{nil, new(1.5)}, Min: []*float64{nil, new(1.0)}, Max: []*float64{nil, new(2.0)}}}},
+		"history_cut":      History{From: goldenAt, Step: 60, Count: 1, Series: map[string]Curve{"load1": {Mean: []*float64{new(1.5)}}}, LeftOut: []string{"load15"}},
 		"attachment_large": Attachment{SHA256: goldenRoot, Size: 1 << 20},
 	}
 }

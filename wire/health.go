@@ -58,6 +58,8 @@ type History struct {
 	Step   float64          `json:"step"`  // seconds
 	Count  int              `json:"count"` // points of each curve; point i is over [From+i·Step, From+(i+1)·Step)
 	Series map[string]Curve `json:"series"`
+
+	LeftOut []string `json:"left_out,omitempty"` // series that would have made this too large; ask for them by name, or for fewer points
 }
 
 // Curve is one measured value over time. A point is null where nothing was
