@@ -68,7 +68,7 @@ func (l *led) name() string { return filepath.Base(l.dir) }
 
 const (
 	noTrigger   = "none"
-	bootTrigger = "default" // the one that the board's description names; since Linux 6.15
+	bootTrigger = "default" // the one that the board's description names
 )
 
 // take remembers the trigger and takes the LED from it. One that was unplugged

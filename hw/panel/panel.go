@@ -20,7 +20,7 @@
 // While it runs, the agent takes the LED from its trigger; at the end it gives
 // it back, dark, to the trigger that it had. If it had none, that may be what an
 // agent that crashed has left behind, so it is given to the trigger that the
-// board gives it at boot (kernels before 6.15 cannot say that one), and stays
+// board gives it at boot (older kernels do not know it), and stays
 // dark if there is none. A brightness that somebody set by hand is not restored.
 //
 // # What always holds
