@@ -83,9 +83,9 @@ const (
 
 // liveDisk is what is known of a disk since this Machine began.
 type liveDisk struct {
-	slow      [3]row  // reads, writes, flushes
-	bytes     *uint64 // read and written, at the sample before
-	rate      float64 // bytes a second, at the sample before
+	slow      [3]row    // reads, writes, flushes
+	bytes     *uint64   // read and written, at the sample before
+	rate      float64   // bytes a second, at the sample before
 	stuck     time.Time // with a request under way and none done since; zero if not
 	ioHung    bool
 	probeHung bool
