@@ -186,9 +186,11 @@ func nvmeHealth(l *smart.NvmeSMARTLog) *Health {
 		UnsafeShutdowns: low(l.UnsafeShutdowns),
 		MediaErrors:     low(l.MediaErrors),
 		Wear:            new(float64(l.PercentUsed)),
-		Spare:           new(float64(l.AvailSpare)),
 		Passed:          new(l.CritWarning&^nvmeHot == 0),
 		WrittenBytes:    times(low(l.DataUnitsWritten), nvmeUnit),
+	}
+	if l.AvailSpare != 0 || l.SpareThresh != 0 { // none left, and none needed: not implemented
+		h.Spare = new(float64(l.AvailSpare))
 	}
 	if l.Temperature != 0 { // Kelvin; 0 means not implemented
 		h.Temperature = new(float64(l.Temperature) - 273)

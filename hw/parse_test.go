@@ -168,8 +168,11 @@ func TestNVMeHealthLog(t *testing.T) {
 	h := nvmeHealth(&smart.NvmeSMARTLog{
 		CritWarning: 1<<0 | 1<<3, Temperature: 273 + 41, PercentUsed: 103,
 		PowerOnHours: smart.Uint128{Val: [2]uint64{8760, 0}}, PowerCycles: smart.Uint128{Val: [2]uint64{7, 1}},
-		MediaErrors: smart.Uint128{Val: [2]uint64{2, 0}},
+		MediaErrors: smart.Uint128{Val: [2]uint64{2, 0}}, DataUnitsWritten: smart.Uint128{Val: [2]uint64{3, 0}},
 	})
+	if *h.Passed || h.Spare != nil || *h.WrittenBytes != 3*512000 {
+		t.Errorf("got passed %v, spare %v, written %v", *h.Passed, h.Spare, h.WrittenBytes)
+	}
 	if *h.Temperature != 41 || *h.Wear != 103 || *h.PowerOnHours != 8760 || *h.MediaErrors != 2 || h.PowerCycles != nil {
 		t.Errorf("got %+v", h)
 	}
@@ -183,8 +186,15 @@ func TestNVMeHealthLog(t *testing.T) {
 	if h := nvmeHealth(&smart.NvmeSMARTLog{}); h.Temperature != nil {
 		t.Errorf("temperature %v out of nothing", *h.Temperature)
 	}
-	hot := nvmeHealth(&smart.NvmeSMARTLog{Temperature: 65535, PowerOnHours: smart.Uint128{Val: [2]uint64{math.MaxUint64, 0}}})
-	if missing := hot.plausible("nvme0n1"); len(missing) != 2 || hot.Temperature != nil || hot.PowerOnHours != nil {
+	// A disk that is only hot is not about to fail.
+	if h := nvmeHealth(&smart.NvmeSMARTLog{CritWarning: 1 << 1, AvailSpare: 7, SpareThresh: 10}); !*h.Passed || *h.Spare != 7 {
+		t.Errorf("got passed %v, spare %v", *h.Passed, h.Spare)
+	}
+	hot := nvmeHealth(&smart.NvmeSMARTLog{
+		Temperature: 65535, AvailSpare: 101, PowerOnHours: smart.Uint128{Val: [2]uint64{math.MaxUint64, 0}},
+		DataUnitsWritten: smart.Uint128{Val: [2]uint64{1e13, 0}},
+	})
+	if missing := hot.plausible("nvme0n1"); len(missing) != 4 || hot.Temperature != nil || hot.PowerOnHours != nil || hot.Spare != nil || hot.WrittenBytes != nil {
 		t.Errorf("kept %+v, noted %+v", hot, missing)
 	}
 }
@@ -250,7 +260,7 @@ func TestSizesReadAsOnTheLabel(t *testing.T) {
 func TestBareMachineSaysNoneFound(t *testing.T) {
 	var out bytes.Buffer
 	must(t, WriteTable(&out, probe(t, Options{Root: t.TempDir()})))
-	for _, section := range []string{"DISKS", "FILESYSTEMS", "NETWORK", "SENSORS", "LEDS", "PINS AND BUSES"} {
+	for _, section := range []string{"DISKS", "FILESYSTEMS", "NETWORK", "SENSORS", "LEDS", "PINS AND BUSES", "CLOCK, SECURITY CHIP, WATCHDOG"} {
 		if !strings.Contains(out.String(), section+"\n  none found\n") {
 			t.Errorf("%s is left empty:\n%s", section, &out)
 		}
@@ -260,12 +270,14 @@ func TestBareMachineSaysNoneFound(t *testing.T) {
 // checkTable is what must hold of every table.
 func checkTable(tb testing.TB, inv *Inventory) {
 	tb.Helper()
-	var out bytes.Buffer
-	must(tb, WriteTable(&out, inv))
-	for line := range strings.Lines(out.String()) {
-		line = strings.TrimSuffix(line, "\n")
-		if n := utf8.RuneCountInString(line); n > tableWidth || strings.TrimRight(line, " ") != line {
-			tb.Errorf("line of %d columns: %q", n, line)
+	for _, columns := range []int{minWidth, 80, TableWidth} {
+		var out bytes.Buffer
+		must(tb, WriteTableIn(&out, inv, columns))
+		for line := range strings.Lines(out.String()) {
+			line = strings.TrimSuffix(line, "\n")
+			if n := utf8.RuneCountInString(line); n > columns || strings.TrimRight(line, " ") != line {
+				tb.Errorf("line of %d columns where %d fit: %q", n, columns, line)
+			}
 		}
 	}
 }
@@ -288,6 +300,9 @@ func TestTableFitsWhateverIsInIt(t *testing.T) {
 			inv.Network = append(inv.Network, Interface{Name: word(), Kind: "wifi", MAC: word(), Up: true, SpeedMbps: int(number() >> 40), Addresses: []string{word(), word()}})
 			inv.Sensors = append(inv.Sensors, Sensor{Name: word(), Kind: Temperature, Unit: "°C", Value: r.NormFloat64() * 1e6, High: new(r.Float64())})
 			inv.LEDs = append(inv.LEDs, LED{Name: word(), Trigger: word()})
+			inv.Clocks = append(inv.Clocks, Clock{Name: word(), Driver: word(), Year: r.IntN(3000)})
+			inv.TPMs = append(inv.TPMs, TPM{Name: word(), Version: r.IntN(3)})
+			inv.Watchdogs = append(inv.Watchdogs, Watchdog{Name: word(), Identity: word(), Timeout: int(number() >> 33), FiredLast: true})
 			inv.Buses = append(inv.Buses, Bus{Kind: "onewire", Name: word(), Devices: []string{word(), word()}})
 			inv.Notes = append(inv.Notes, Note{Section: word(), Subjects: slices.Repeat([]string{word()}, r.IntN(20)), Text: word() + " " + word()})
 		}
@@ -311,6 +326,8 @@ func TestLongTextsDoNotPushOutWhatMatters(t *testing.T) {
 func TestHealthReadsAsAPersonWouldSayIt(t *testing.T) {
 	for want, d := range map[string]Disk{
 		"no complaints 41.0 °C 3% 338 days":        {Health: &Health{Temperature: new(41.0), Wear: new(3.0), PowerOnHours: new(uint64(8123))}},
+		"FAILING, save your data; 1 cable error":   {Health: &Health{Passed: new(false), CRCErrors: new(uint64(1))}},
+		"no complaints 98% 1.5 TB":                 {Health: &Health{Passed: new(true), Spare: new(98.0), WrittenBytes: new(uint64(1.5e12))}},
 		"hot; 1 unreadable sector; 2 media errors": {Health: &Health{Warnings: []string{"hot"}, Pending: new(uint64(1)), MediaErrors: new(uint64(2))}},
 		"asleep, not asked":                        {Power: PowerAsleep, Health: &Health{Warnings: []string{"old"}}},
 		"not known":                                {},

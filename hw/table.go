@@ -12,14 +12,21 @@ import (
 	"unicode/utf8"
 )
 
-// tableWidth is how many columns a line of the table has at most.
-const tableWidth = 100
+// TableWidth is how many columns a line of the table has at most; narrower than
+// minWidth no table can be read.
+const (
+	TableWidth = 100
+	minWidth   = 60
+)
 
 // WriteTable writes the inventory for the owner of a machine: one section a
 // subject, sizes as on the label (1 GB = 10⁹ bytes; memory in GiB, as memory is
-// sold), no line longer than 100 columns, no colors.
-func WriteTable(w io.Writer, inv *Inventory) error {
-	t := &table{w: bufio.NewWriter(w)}
+// sold), no line longer than [TableWidth] columns, no colors.
+func WriteTable(w io.Writer, inv *Inventory) error { return WriteTableIn(w, inv, TableWidth) }
+
+// WriteTableIn is WriteTable for a terminal of that many columns.
+func WriteTableIn(w io.Writer, inv *Inventory, columns int) error {
+	t := &table{bufio.NewWriter(w), max(min(columns, TableWidth), minWidth)}
 	t.head(inv)
 	t.processor(inv)
 	t.memory(inv)
@@ -30,14 +37,18 @@ func WriteTable(w io.Writer, inv *Inventory) error {
 	t.sensors(inv)
 	t.lights(inv)
 	t.pins(inv)
+	t.keepers(inv)
 	t.notes(inv)
 	return t.w.Flush()
 }
 
 // table keeps its first error in w.
-type table struct{ w *bufio.Writer }
+type table struct {
+	w     *bufio.Writer
+	width int
+}
 
-func (t *table) line(s string) { fmt.Fprintln(t.w, strings.TrimRight(cut(s, tableWidth), " ")) }
+func (t *table) line(s string) { fmt.Fprintln(t.w, strings.TrimRight(cut(s, t.width), " ")) }
 
 func (t *table) section(name string) {
 	t.line("")
@@ -47,7 +58,7 @@ func (t *table) section(name string) {
 // field writes one named value, wrapped below itself.
 func (t *table) field(name, value string) {
 	const indent = 18
-	for i, l := range wrap(value, tableWidth-indent) {
+	for i, l := range wrap(value, t.width-indent) {
 		if i > 0 {
 			name = ""
 		}
@@ -76,7 +87,7 @@ func (t *table) rows(columns []column, rows [][]string) {
 			width[i] = max(width[i], utf8.RuneCountInString(r[i]))
 		}
 	}
-	shrink(columns, width, tableWidth-2-2*(len(columns)-1))
+	shrink(columns, width, t.width-2-2*(len(columns)-1))
 	write := func(cells []string) {
 		parts := make([]string, len(cells))
 		for i, cell := range cells {
@@ -148,13 +159,13 @@ func sum(list []int) int {
 func (t *table) head(inv *Inventory) {
 	name := firstOf(inv.Board.Model, inv.Board.Title, "This machine")
 	stamp := inv.Taken.Format("2006-01-02 15:04 MST")
-	gap := tableWidth - utf8.RuneCountInString(stamp)
+	gap := t.width - utf8.RuneCountInString(stamp)
 	t.line(pad(cut(name, gap-2), gap) + stamp)
 	parts := []string{inv.System.OS, "Linux " + inv.System.Kernel, inv.System.Arch}
 	if inv.System.Uptime > 0 {
 		parts = append(parts, "up "+duration(time.Duration(inv.System.Uptime)*time.Second))
 	}
-	for _, l := range wrap(strings.Join(parts, " · "), tableWidth) {
+	for _, l := range wrap(strings.Join(parts, " · "), t.width) {
 		t.line(l)
 	}
 	profile := "board profile " + firstOf(inv.Board.Name, "none")
@@ -206,13 +217,23 @@ func (t *table) disks(inv *Inventory) {
 	t.section("DISKS")
 	var rows [][]string
 	for _, d := range inv.Disks {
-		rows = append(rows, []string{d.Name, decimal(d.Size), diskKind(d), d.Model, d.Serial, strings.Join(d.Mounts, ", ")})
+		rows = append(rows, []string{d.Name, decimal(d.Size), diskKind(d), d.Model, d.Serial, mountedAt(d.Mounts)})
 		for _, p := range d.Partitions {
-			rows = append(rows, []string{"  " + p.Name, decimal(p.Size), "", "", "", strings.Join(p.Mounts, ", ")})
+			rows = append(rows, []string{"  " + p.Name, decimal(p.Size), "", "", "", mountedAt(p.Mounts)})
 		}
 	}
 	t.rows([]column{{title: "NAME"}, {title: "SIZE", right: true}, {title: "KIND"}, {title: "MODEL", wide: true},
 		{title: "SERIAL", wide: true}, {title: "MOUNTED AT", wide: true}}, rows)
+}
+
+// mountedAt shortens the list of a disk that is mounted all over the place, as
+// in a container: the first few say which it is.
+func mountedAt(mounts []string) string {
+	const most = 3
+	if len(mounts) > most {
+		return strings.Join(mounts[:most], ", ") + fmt.Sprintf(" and %d more", len(mounts)-most)
+	}
+	return strings.Join(mounts, ", ")
 }
 
 // diskHealth is a table of its own: what a disk complains about must not be
@@ -222,7 +243,7 @@ func (t *table) diskHealth(inv *Inventory) {
 	var rows [][]string
 	for _, d := range inv.Disks {
 		if d.Power == PowerAsleep {
-			rows = append(rows, []string{d.Name, "asleep, not asked", "", "", ""})
+			rows = append(rows, []string{d.Name, "asleep, not asked", "", "", "", "", ""})
 		} else if d.Health != nil {
 			rows = append(rows, healthRow(d.Name, d.Health))
 		}
@@ -231,12 +252,16 @@ func (t *table) diskHealth(inv *Inventory) {
 		t.line("  not known")
 		return
 	}
-	t.rows([]column{{title: "NAME"}, {title: "SAYS", wide: true}, {title: "TEMPERATURE", right: true},
-		{title: "WORN", right: true}, {title: "SWITCHED ON FOR", right: true}}, rows)
+	t.rows([]column{{title: "NAME"}, {title: "SAYS", wide: true}, {title: "TEMP", right: true}, {title: "WORN", right: true},
+		{title: "SPARE", right: true}, {title: "WRITTEN", right: true}, {title: "SWITCHED ON", right: true}}, rows)
 }
 
 func healthRow(name string, h *Health) []string {
-	says := slices.Clone(h.Warnings)
+	var says []string
+	if h.Passed != nil && !*h.Passed {
+		says = append(says, "FAILING, save your data")
+	}
+	says = append(says, h.Warnings...)
 	complain := func(n *uint64, what string) {
 		if n != nil && *n > 0 {
 			says = append(says, plural(int(min(*n, math.MaxInt32)), what))
@@ -244,15 +269,23 @@ func healthRow(name string, h *Health) []string {
 	}
 	complain(h.Pending, "unreadable sector")
 	complain(h.MediaErrors, "media error")
-	row := []string{name, firstOf(strings.Join(says, "; "), "no complaints"), "", "", ""}
+	complain(h.Reallocated, "replaced sector")
+	complain(h.CRCErrors, "cable error")
+	row := []string{name, firstOf(strings.Join(says, "; "), "no complaints"), "", "", "", "", ""}
 	if h.Temperature != nil {
 		row[2] = reading(*h.Temperature, "°C")
 	}
 	if h.Wear != nil {
 		row[3] = fmt.Sprintf("%.0f%%", *h.Wear)
 	}
+	if h.Spare != nil {
+		row[4] = fmt.Sprintf("%.0f%%", *h.Spare)
+	}
+	if h.WrittenBytes != nil {
+		row[5] = decimal(*h.WrittenBytes)
+	}
 	if h.PowerOnHours != nil {
-		row[4] = duration(time.Duration(*h.PowerOnHours) * time.Hour)
+		row[6] = duration(time.Duration(*h.PowerOnHours) * time.Hour)
 	}
 	return row
 }
@@ -266,6 +299,9 @@ func diskKind(d Disk) string {
 		kind += " SSD"
 	case d.Bus == "usb" && d.Removable:
 		kind += " stick"
+	}
+	if d.System {
+		kind += ", system"
 	}
 	if d.ReadOnly {
 		kind += ", read-only"
@@ -390,6 +426,43 @@ func (t *table) pins(inv *Inventory) {
 			detail = strings.Join(b.Devices, ", ")
 		}
 		rows = append(rows, []string{b.Name, kinds[b.Kind], detail, accessTitles[b.Access]})
+	}
+	t.rows([]column{{title: "NAME"}, {title: "KIND"}, {title: "WHAT", wide: true}, {title: "STATE"}}, rows)
+}
+
+// keepers are what keeps the time, the keys, and the machine going.
+func (t *table) keepers(inv *Inventory) {
+	t.section("CLOCK, SECURITY CHIP, WATCHDOG")
+	var rows [][]string
+	for _, c := range inv.Clocks {
+		state := "set the time at start"
+		if !c.System {
+			state = "did not set the time at start"
+		}
+		if c.Year > 0 && c.Year < inv.Taken.Year() {
+			state = fmt.Sprintf("shows the year %d: is its battery empty?", c.Year)
+		}
+		rows = append(rows, []string{c.Name, "clock", c.Driver, state})
+	}
+	for _, m := range inv.TPMs {
+		version := "TPM 2.0"
+		if m.Version == 1 {
+			version = "TPM 1.2"
+		}
+		rows = append(rows, []string{m.Name, "security chip", version, accessTitles[m.Access]})
+	}
+	for _, w := range inv.Watchdogs {
+		state := "off"
+		if w.Active {
+			state = "watching"
+		}
+		if w.Timeout > 0 {
+			state += fmt.Sprintf(" (%d s)", w.Timeout)
+		}
+		if w.FiredLast {
+			state += ", caused the last restart"
+		}
+		rows = append(rows, []string{w.Name, "watchdog", w.Identity, state})
 	}
 	t.rows([]column{{title: "NAME"}, {title: "KIND"}, {title: "WHAT", wide: true}, {title: "STATE"}}, rows)
 }

@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/internal/cli"
 )
@@ -38,5 +40,14 @@ func (p *probeCmd) Run(ctx context.Context) error {
 }
 
 func (p *probeCmd) print(inv *hw.Inventory) error {
-	return p.Print(inv, func(w io.Writer) error { return hw.WriteTable(w, inv) })
+	return p.Print(inv, func(w io.Writer) error { return hw.WriteTableIn(w, inv, columns()) })
+}
+
+// columns is how wide the terminal is; what goes elsewhere has the table's full width.
+func columns() int {
+	size, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col == 0 {
+		return hw.TableWidth
+	}
+	return int(size.Col)
 }
