@@ -545,8 +545,8 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	if err != nil {
 		return err
 	}
-	hello, err := c.reg.presence(ctx, p)
-	if err != nil || !hello {
+	what, err := c.reg.presence(ctx, p)
+	if err != nil || what == saidNothing {
 		return err
 	}
 	w, err := wire.Seal(c.auth.orderKey, wire.TypeWelcome, wire.Welcome{Device: id, Nonce: p.Nonce, Time: c.now().UTC()})
@@ -555,6 +555,9 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	}
 	if err := c.publish(id, w); err != nil {
 		return err
+	}
+	if what == saidAgain {
+		return nil
 	}
 	c.outbox.hello(id)
 	c.config.hello(p)

@@ -376,7 +376,9 @@ func (c *Coordinator) cutOffRetired(ctx context.Context) {
 // by that. So a hello counts only if, by the device's own signed and trusted
 // clock, it was said after all that was heard before, the hello of the other
 // instance included: of one agent after the other, the first can say nothing
-// later than the second.
+// later than the second. One that was said before is stale: nothing that is known
+// is changed by it. A hello without a trusted time cannot be placed, and counts,
+// unless its instance has said a time since or another took its place.
 type starts struct {
 	seen   []start   // the newest last, at most maxStarts
 	latest time.Time // newest trusted time of all
@@ -395,10 +397,13 @@ const (
 
 var startSeed = maphash.MakeSeed()
 
-// hello takes in a hello and tells whether it shows two machines.
-func (s *starts) hello(p wire.Presence, now time.Time) (twins bool) {
+// hello takes in a hello and tells whether it shows two machines, or is stale.
+func (s *starts) hello(p wire.Presence, now time.Time) (twins, stale bool) {
 	if p.Instance == "" {
-		return false // a program that does not say
+		return false, false // a program that does not say
+	}
+	if s.latest.After(now.Add(maxAhead)) {
+		s.latest = time.Time{} // our own clock was wrong then
 	}
 	var at time.Time
 	if p.TimeConfidence == wire.ClockTrusted && p.At.Before(now.Add(maxAhead)) {
@@ -409,12 +414,17 @@ func (s *starts) hello(p wire.Presence, now time.Time) (twins bool) {
 	last := len(s.seen) - 1
 	later := !at.IsZero() && at.After(s.latest)
 	switch {
+	case !at.IsZero() && !later:
+		return false, true
 	case i < 0:
 		if len(s.seen) == maxStarts {
 			s.seen = slices.Delete(s.seen, 0, 1)
 		}
 		s.seen = append(s.seen, start{h, at})
 	case i == last:
+		if p.TimeConfidence != wire.ClockTrusted && !s.seen[i].trusted.IsZero() {
+			return false, true // an agent that knows the time does not forget it
+		}
 		if later {
 			s.seen[i].trusted = at
 		}
@@ -422,17 +432,18 @@ func (s *starts) hello(p wire.Presence, now time.Time) (twins bool) {
 		twins = !s.seen[last].trusted.IsZero()
 		s.seen = append(slices.Delete(s.seen, i, i+1), start{h, at})
 	default:
-		return false // late, or repeated
+		return false, true // late, or repeated
 	}
 	if later {
 		s.latest = at
 	}
-	return twins
+	return twins, false
 }
 
 const (
 	warningLife  = 24 * time.Hour // without another observation
 	warningWrite = time.Minute    // the time of the last observation is kept so often
+	helloWrite   = time.Minute    // and so is the time of the newest hello
 )
 
 var duplicateKey = api.Warning{Code: api.WarningDuplicateKey, Title: "two machines use this device's key",

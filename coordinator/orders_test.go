@@ -79,6 +79,49 @@ func TestADeviceIsNeverGivenMoreThanItsWindow(t *testing.T) {
 	}
 }
 
+// Hellos that are repeated, copies or not, make no flood of orders; and no device
+// that comes back twice has to wait for longer than the first retry.
+func TestRepeatedHellosMakeFewOrders(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	w.freeze() // a slow machine must not send anything again
+	d.on(extension, silent)
+	var sent []wire.Order
+	for range window {
+		sent = append(sent, w.order(t, d, extension))
+	}
+	for range sent {
+		next(t, d.orders, "an order")
+	}
+	hello := wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: newNonce(), Capacity: d.capacity}
+	for range 10 {
+		w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, hello)
+	}
+	for i := range 10 {
+		hello.Nonce, hello.Session = newNonce(), fmt.Sprint(i)
+		d.session = hello.Session
+		w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, hello)
+	}
+	d.fence(t)
+	if n := len(d.orders); n != window {
+		t.Fatalf("%d orders were sent for 20 hellos, want %d", n, window)
+	}
+	for range window {
+		next(t, d.orders, "an order once more")
+	}
+	w.advance(firstRetry / 2)
+	w.outbox.step(testContext(t))
+	d.fence(t)
+	if n := len(d.orders); n != 0 {
+		t.Fatalf("%d orders came too soon", n)
+	}
+	w.advance(firstRetry / 2)
+	w.outbox.step(testContext(t))
+	for range window {
+		next(t, d.orders, "an order for the hellos that had to wait")
+	}
+}
+
 // Orders that a device never answers must not hold up others for ever.
 func TestUnansweredOrdersYieldToFreshOnes(t *testing.T) {
 	w := ownWorld(t)

@@ -507,11 +507,12 @@ func (o *outbox) unfinished(kind wire.Kind) []OrderRecord {
 	return out
 }
 
-// hello sends a device's pending orders anew: it has just come back.
+// hello sends a device's pending orders anew: it has just come back. What follows
+// too soon waits: whoever repeats hellos makes no more of it than the timers do.
 func (o *outbox) hello(d wire.DeviceID) {
 	o.mu.Lock()
 	if l := o.lines[d]; l != nil {
-		l.again()
+		l.back(o.now())
 		o.settle(l)
 	}
 	o.mu.Unlock()

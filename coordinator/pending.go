@@ -25,6 +25,8 @@ type line struct {
 	timed   places[*pending] // all, by time
 	flying  int              // sent and unanswered
 	poll    time.Time        // when to look again whether the device is there, while orders wait
+	came    time.Time        // when all went out anew
+	owed    time.Time        // when they have to once more; zero: not
 	due     time.Time
 	place   int
 }
@@ -108,8 +110,18 @@ func (l *line) heard(p *pending, now time.Time) {
 	l.rest(p, now.Add(kindOf(p.kind).quiet))
 }
 
-// again makes every order go out anew: the device has just come back.
-func (l *line) again() {
+// back is told that the device has just come back.
+func (l *line) back(now time.Time) {
+	if soon := l.came.Add(firstRetry); now.Before(soon) && !l.came.After(now) {
+		l.owed = soon
+		return
+	}
+	l.again(now)
+}
+
+// again makes every order go out anew.
+func (l *line) again(now time.Time) {
+	l.came, l.owed = now, time.Time{}
 	for _, p := range l.orders {
 		l.land(p)
 		p.tries, p.wait = 0, 0
@@ -121,6 +133,9 @@ func (l *line) again() {
 // overdue moves on what the time has come for, and returns the orders that are
 // over. Those stay for another look after retry, in case they cannot be ended.
 func (l *line) overdue(now time.Time, retry time.Duration) (over []*pending) {
+	if !l.owed.IsZero() && !l.owed.After(now) {
+		l.again(now)
+	}
 	for {
 		p, ok := l.timed.first()
 		if !ok || p.next.After(now) {
@@ -174,6 +189,9 @@ func (l *line) settle() {
 	l.due = time.Time{}
 	if p, ok := l.timed.first(); ok {
 		l.due = p.next
+	}
+	if !l.owed.IsZero() && l.owed.Before(l.due) {
+		l.due = l.owed
 	}
 	if _, ok := l.waiting.first(); ok && l.flying < window && l.poll.Before(l.due) {
 		l.due = l.poll

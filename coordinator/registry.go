@@ -78,6 +78,7 @@ type live struct {
 	left      bool // said by the last will of session
 	lastSeen  time.Time
 	session   string // of the last hello
+	nonce     string // of the last hello
 	capacity  int64
 	used      int64
 	telemetry json.RawMessage
@@ -214,16 +215,25 @@ func label(s string) string {
 	return s
 }
 
-// presence takes a hello or a last will. It returns true for a hello, which
-// has to be answered.
-func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) {
+// said is what a message about presence is.
+type said int
+
+const (
+	saidNothing said = iota // that has to be answered: a last will
+	saidAgain               // a hello that was heard before, or was said before one that was
+	saidHello
+)
+
+// presence takes a hello or a last will. A hello has to be answered; one that is
+// stale changes nothing.
+func (r *registry) presence(ctx context.Context, p wire.Presence) (said, error) {
 	p.Capacity, p.Used = space(p.Capacity), space(p.Used)
 	for _, s := range []*string{&p.Agent, &p.OS, &p.Arch, &p.Board, &p.Slot} {
 		*s = label(*s)
 	}
-	twins, ok := r.heard(p)
-	if !ok || !p.Online {
-		return false, nil
+	what, twins := r.heard(p)
+	if what != saidHello {
+		return what, nil
 	}
 	var warned bool
 	_, err := r.rows.change(ctx, string(p.Device), func(v *api.DeviceRecord, exists bool) error {
@@ -234,6 +244,9 @@ func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) 
 		changed := false
 		if twins {
 			changed, warned = warn(v, duplicateKey, r.now().UTC())
+		}
+		if p.Instance != "" && p.TimeConfidence == wire.ClockTrusted && p.At.Sub(v.Hello) >= helloWrite && p.At.Before(r.now().Add(maxAhead)) {
+			v.Hello, changed = p.At.UTC(), true
 		}
 		old := [5]string{v.Agent, v.OS, v.Arch, v.Board, v.Slot}
 		if !changed && old == [5]string{p.Agent, p.OS, p.Arch, p.Board, p.Slot} && v.Capacity == p.Capacity {
@@ -247,17 +260,29 @@ func (r *registry) presence(ctx context.Context, p wire.Presence) (bool, error) 
 		r.log.Warn("two machines use one device key; see \"deimos device show\"", "device", p.Device)
 		r.note(ctx, api.LogEntry{Actor: "coordinator", Action: "device.duplicate-key", Targets: []string{string(p.Device)}})
 	}
-	return true, err
+	return saidHello, err
 }
 
 // heard takes a hello or a last will into memory. twins is true if it shows that
-// the device's key is used twice; ok is false for a device that is retired.
-func (r *registry) heard(p wire.Presence) (twins, ok bool) {
+// the device's key is used twice.
+func (r *registry) heard(p wire.Presence) (what said, twins bool) {
+	rec, _ := r.rows.get(string(p.Device))
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l := r.liveOf(p.Device)
 	if l == nil {
-		return false, false
+		return saidNothing, false // retired
+	}
+	if p.Online {
+		stale := p.Nonce != "" && p.Nonce == l.nonce // a copy
+		if !stale {
+			l.starts.latest = later(l.starts.latest, rec.Hello) // of before a restart
+			twins, stale = l.starts.hello(p, r.now())
+		}
+		if stale {
+			return saidAgain, false
+		}
+		l.nonce = p.Nonce
 	}
 	// The last will of an old session may come after the hello of a new one.
 	if p.Online || p.Session == l.session {
@@ -268,9 +293,16 @@ func (r *registry) heard(p wire.Presence) (twins, ok bool) {
 		if isDigest(p.InventoryDigest) {
 			l.inventory = p.InventoryDigest
 		}
-		twins = l.starts.hello(p, r.now())
+		return saidHello, twins
 	}
-	return twins, true
+	return saidNothing, false
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 const maxDropped = 16 // retention classes; there are a handful

@@ -210,8 +210,8 @@ func TestARetirementThatWasCutOffIsSettledLater(t *testing.T) {
 	}
 }
 
-// said makes hellos as an agent's clock and starts would.
-type said struct {
+// greets makes hellos as an agent's clock and starts would.
+type greets struct {
 	instance string
 	at       int // minutes
 	trusted  bool
@@ -219,20 +219,23 @@ type said struct {
 
 func TestTwoMachinesWithOneKeyAreFoundAndNothingElseIs(t *testing.T) {
 	for name, c := range map[string]struct {
-		hellos []said
+		hellos []greets
 		twins  bool
 	}{
-		"reconnects":                         {[]said{{"a", 1, true}, {"a", 2, true}, {"a", 3, true}}, false},
-		"restarts":                           {[]said{{"a", 1, true}, {"b", 2, true}, {"c", 3, true}}, false},
-		"two in turn":                        {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 3, true}}, true},
-		"two in turn, booting":               {[]said{{"a", 1, true}, {"b", 0, false}, {"a", 3, true}, {"b", 4, true}, {"a", 5, true}}, true},
-		"a repeated hello":                   {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}}, false},
-		"a late hello":                       {[]said{{"a", 1, true}, {"b", 3, true}, {"a", 2, true}}, false},
-		"all repeated, again and again":      {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}}, false},
-		"late, over a start without a clock": {[]said{{"a", 1, true}, {"b", 0, false}, {"a", 2, true}}, false},
-		"no clock at all":                    {[]said{{"a", 1, false}, {"b", 2, false}, {"a", 3, false}}, false},
-		"from the future":                    {[]said{{"a", 1, true}, {"b", 2, true}, {"a", 99, true}}, false},
-		"an agent that does not say":         {[]said{{"", 1, true}, {"b", 2, true}, {"", 3, true}}, false},
+		"reconnects":                         {[]greets{{"a", 1, true}, {"a", 2, true}, {"a", 3, true}}, false},
+		"restarts":                           {[]greets{{"a", 1, true}, {"b", 2, true}, {"c", 3, true}}, false},
+		"two in turn":                        {[]greets{{"a", 1, true}, {"b", 2, true}, {"a", 3, true}}, true},
+		"two in turn, booting":               {[]greets{{"a", 1, true}, {"b", 0, false}, {"a", 3, true}, {"b", 4, true}, {"a", 5, true}}, true},
+		"a repeated hello":                   {[]greets{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}}, false},
+		"a late hello":                       {[]greets{{"a", 1, true}, {"b", 3, true}, {"a", 2, true}}, false},
+		"all repeated, again and again":      {[]greets{{"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}, {"a", 1, true}, {"b", 2, true}}, false},
+		"late, over a start without a clock": {[]greets{{"a", 1, true}, {"b", 0, false}, {"a", 2, true}}, false},
+		"no clock at all":                    {[]greets{{"a", 1, false}, {"b", 2, false}, {"a", 3, false}}, false},
+		"from the future":                    {[]greets{{"a", 1, true}, {"b", 2, true}, {"a", 99, true}}, false},
+		"after a restart of ours":            {[]greets{{"b", 2, true}, {"a", 1, true}, {"b", 3, true}}, false},
+		"of a start that is forgotten": {[]greets{{"a", 1, true}, {"b", 2, true}, {"c", 2, true}, {"d", 2, true}, {"e", 2, true}, {"f", 2, true}, {"g", 2, true}, {"h", 2, true},
+			{"i", 2, false}, {"i", 3, true}, {"a", 1, true}, {"i", 4, true}}, false},
+		"an agent that does not say": {[]greets{{"", 1, true}, {"b", 2, true}, {"", 3, true}}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			base := time.Now()
@@ -243,7 +246,8 @@ func TestTwoMachinesWithOneKeyAreFoundAndNothingElseIs(t *testing.T) {
 				if h.trusted {
 					p.TimeConfidence = wire.ClockTrusted
 				}
-				twins = s.hello(p, base.Add(5*time.Minute)) || twins
+				two, _ := s.hello(p, base.Add(5*time.Minute))
+				twins = twins || two
 			}
 			if twins != c.twins {
 				t.Errorf("two machines: %t", twins)
@@ -256,6 +260,69 @@ func TestTwoMachinesWithOneKeyAreFoundAndNothingElseIs(t *testing.T) {
 	}
 	if len(s.seen) > maxStarts {
 		t.Errorf("%d starts of one device are remembered", len(s.seen))
+	}
+}
+
+// A hello that the broker has kept says what was so once: it is answered, and
+// changes nothing, also after a restart of the coordinator.
+func TestAnOldHelloChangesNothing(t *testing.T) {
+	dir := t.TempDir()
+	w := open(t, dir)
+	d := w.enrolled(t)
+	base := w.now()
+	hello := func(instance, agent string, minutes int, sure wire.Confidence) wire.Presence {
+		return wire.Presence{Device: d.id, Online: true, Instance: instance, Session: newNonce(), Nonce: newNonce(), Agent: agent,
+			At: base.Add(time.Duration(minutes) * time.Minute), TimeConfidence: sure, Capacity: int64(100 + minutes)}
+	}
+	say := func(p wire.Presence) {
+		t.Helper()
+		w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, p)
+	}
+	gone := func(p wire.Presence) wire.Presence { p.Online, p.Nonce = false, newNonce(); return p }
+	first, second := hello("a", "1.0.0", -9, wire.ClockUnknown), hello("a", "1.0.0", -8, wire.ClockTrusted)
+	third := hello("b", "1.0.0", -7, wire.ClockTrusted)
+	newest := hello("b", "2.0.0", -5, wire.ClockTrusted)
+	for _, p := range []wire.Presence{first, second, third, newest} {
+		say(p)
+	}
+	unchanged := func(what string) {
+		t.Helper()
+		if v, err := w.op.Device(testContext(t), string(d.id)); err != nil || v.Online || v.Agent != "2.0.0" || v.Capacity != newest.Capacity || len(v.Warnings) != 0 {
+			t.Errorf("%s: %t, %s, %d, %v, %v", what, v.Online, v.Agent, v.Capacity, v.Warnings, err)
+		}
+	}
+	for name, p := range map[string]wire.Presence{"of an old life": first, "of an old life, with a time": second, "of an old session": third} {
+		say(p)
+		say(gone(newest)) // which still is its session
+		unchanged("a hello " + name + " before the end")
+		say(p)
+		unchanged("a hello " + name + " after the end")
+	}
+	say(newest)
+	unchanged("the newest once more")
+	w.Close()
+	w = open(t, dir)
+	t.Cleanup(w.Close)
+	for name, p := range map[string]wire.Presence{"of an old life": second, "of an old session": third} {
+		say(p)
+		unchanged("after a restart, a hello " + name)
+	}
+	say(hello("b", "2.0.1", -3, wire.ClockTrusted))
+	if v, err := w.op.Device(testContext(t), string(d.id)); err != nil || !v.Online || v.Agent != "2.0.1" {
+		t.Errorf("a new hello does not count: %+v %v", v, err)
+	}
+}
+
+// An old hello must be answered: the device that said it may still be waiting.
+func TestAStaleHelloIsAnswered(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	p := wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: newNonce(), Instance: "a", At: w.now(), TimeConfidence: wire.ClockTrusted}
+	for range 2 {
+		d.say(wire.ChannelPresence, wire.TypePresence, p)
+		if got := next(t, d.welcomes, "the welcome"); got.Nonce != p.Nonce {
+			t.Errorf("welcome to %q, want %q", got.Nonce, p.Nonce)
+		}
 	}
 }
 

@@ -30,8 +30,9 @@ type DeviceRecord struct {
 	Arch      string    `json:"arch"`
 	Board     string    `json:"board"`
 	Slot      string    `json:"slot,omitempty"`
-	Capacity  int64     `json:"capacity"` // bytes that may hold chunks
-	Used      int64     `json:"used"`     // bytes of chunks held
+	Capacity  int64     `json:"capacity"`       // bytes that may hold chunks
+	Used      int64     `json:"used"`           // bytes of chunks held
+	Hello     time.Time `json:"hello,omitzero"` // when the newest hello was said, by the device's own trusted clock, to the minute
 	Warnings  []Warning `json:"warnings,omitempty"`
 }
 
