@@ -49,7 +49,11 @@ const chosenFile = "volumes.chosen"
 func (a *Agent) noteChosen(all []VolumeConfig) error {
 	var b strings.Builder
 	for _, v := range all {
-		fmt.Fprintln(&b, v.Dir)
+		dir, err := filepath.Abs(v.Dir)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(&b, dir)
 	}
 	if err := durable.WriteFile(a.cfg.path(chosenFile), []byte(b.String()), 0o600); err != nil {
 		return fmt.Errorf("the choice of disks cannot be saved: %w", err)

@@ -1,0 +1,255 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/hw/health"
+	"github.com/deimos-edge/deimos/hw/panel"
+	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+func TestTheLightShowsWhatMattersMost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := bareMachine()
+		steps := []struct {
+			do   func()
+			want panel.State
+		}{
+			{func() {}, panel.Starting},
+			{func() { m.at(atClaim) }, panel.Waiting},
+			{func() { m.at(atWork) }, panel.Starting}, // not online yet
+			{func() { m.connected(true) }, panel.Online},
+			{func() { m.busy(wire.KindJobRun, 1) }, panel.Working},
+			{func() { m.busy(wire.KindPing, 1) }, panel.Working},
+			{func() { m.health.Set(health.DiskFailing, "sda", "it says so"); time.Sleep(time.Hour) }, panel.Trouble},
+			{func() { m.busy(wire.KindUpdateInstall, 1) }, panel.Updating},
+			{func() { m.busy(wire.KindUpdateInstall, -1) }, panel.Trouble},
+			{func() { m.health.Clear(health.DiskFailing, "sda"); time.Sleep(48 * time.Hour) }, panel.Working},
+			{func() { m.busy(wire.KindJobRun, -1) }, panel.Online},
+			{func() { m.connected(false) }, panel.Starting},
+		}
+		for i, s := range steps {
+			s.do()
+			if got := m.look(); got != s.want {
+				t.Errorf("step %d: %s, want %s; warnings %+v", i, got, s.want, m.health.Visible())
+			}
+		}
+	})
+}
+
+// realMachine looks at the machine that the test runs on.
+func realMachine(t *testing.T, cfg Config) (*machine, func() error) {
+	t.Helper()
+	m, err := openMachine(t.Context(), cfg, discardLog())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stop := m.begin(t.Context())
+	return m, stop
+}
+
+func (m *machine) asked(t *testing.T, k wire.Kind, body any) (wire.Outcome, error) {
+	t.Helper()
+	raw, err := json.Marshal(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m.routes()[k].Handle(t.Context(), wire.Order{Kind: k, Body: raw}, func(float64) {})
+}
+
+func TestTheMachineAnswersForItself(t *testing.T) {
+	m, stop := realMachine(t, Config{StateDir: t.TempDir(), Version: "1.2.3"})
+	m.sample(t.Context())
+	m.sample(t.Context())
+
+	out, err := m.asked(t, wire.KindInventory, struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var inv hw.Inventory
+	if err := json.Unmarshal(out.Attachment, &inv); err != nil || inv.Memory.Total == 0 {
+		t.Errorf("the inventory: %+v, %v", inv, err)
+	}
+	if got := out.Body.(wire.InventoryReport).Digest; got != inv.Digest() {
+		t.Errorf("its digest is %s, not %s", got, inv.Digest())
+	}
+
+	out, err = m.asked(t, wire.KindHistory, wire.HistoryRequest{Series: []string{"load1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var h wire.History
+	if err := json.Unmarshal(out.Attachment, &h); err != nil || len(h.Series["load1"].Mean) == 0 {
+		t.Errorf("the history: %+v, %v", h, err)
+	}
+
+	for _, seconds := range []int{-1, wire.MaxIdentify + 1} {
+		_, err := m.asked(t, wire.KindIdentify, wire.Identify{Seconds: seconds})
+		if p := wire.ProblemOf(err); err == nil || p.State != wire.Rejected || p.Code != wire.CodeBadBody {
+			t.Errorf("identify for %d s: %v", seconds, err)
+		}
+	}
+	if m.light.Exists() {
+		t.Skip("this machine has a status light; it is not made to blink")
+	}
+	_, err = m.asked(t, wire.KindIdentify, wire.Identify{Seconds: 1})
+	if p := wire.ProblemOf(err); err == nil || p.Code != wire.CodeNotSupported {
+		t.Errorf("identify without a light: %v", err)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStatusTellsTheWarnings, while the agent runs and afterwards.
+func TestStatusTellsTheWarnings(t *testing.T) {
+	cfg := Config{StateDir: t.TempDir(), Version: "1.2.3"}
+	lock, err := cfg.makeState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadIdentity(cfg.path("identity")); err != nil {
+		t.Fatal(err)
+	}
+	m, stop := realMachine(t, cfg)
+	m.health.Set(health.Stalled, "heart", "it has made no progress")
+	var s Status
+	for deadline := time.Now().Add(limit); ; {
+		if s, err = ReadStatus(cfg.StateDir); err != nil {
+			t.Fatal(err)
+		}
+		if s.Machine != nil && len(s.Machine.Warnings) > 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no warning was noted: %+v", s.Machine)
+		}
+		time.Sleep(20 * time.Millisecond) // another process reads it, too
+	}
+	if w := s.Machine.Warnings[0]; !s.Running || s.Machine.Ended || w.Code != string(health.Stalled) || w.Subject != "heart" {
+		t.Errorf("while it runs: %+v, %+v", s, s.Machine)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if err := lock.Close(); err != nil {
+		t.Error(err)
+	}
+	if s, err = ReadStatus(cfg.StateDir); err != nil || s.Running || !s.Machine.Ended || s.Machine.Online {
+		t.Errorf("afterwards: %+v, %+v, %v", s, s.Machine, err)
+	}
+}
+
+// TestAResetLeavesNothingOfTheDevice but its software, what is not its own, and
+// goes on after a power cut.
+func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
+	cfg := Config{StateDir: filepath.Join(t.TempDir(), "state")}
+	disk := filepath.Join(t.TempDir(), "deimos")
+	foreign := filepath.Join(t.TempDir(), "photos")
+	cfg.Volumes = []VolumeConfig{{Dir: foreign}}
+	if err := os.MkdirAll(foreign, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	holiday := filepath.Join(foreign, "holiday.jpg")
+	if err := os.WriteFile(holiday, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fill := func() {
+		t.Helper()
+		if _, err := LoadIdentity(cfg.path("identity")); err != nil {
+			t.Fatal(err)
+		}
+		for _, dir := range []string{disk, cfg.path("volumes", "main")} {
+			v, err := store.Open(dir, store.Options{Log: discardLog()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := v.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a := &Agent{cfg: cfg}
+		if err := a.noteChosen([]VolumeConfig{{Dir: disk}}); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"slots/a", "journal", "history", "update"} {
+			if err := os.MkdirAll(cfg.path(name), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	bare := func() {
+		t.Helper()
+		entries, err := os.ReadDir(cfg.StateDir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.Name() != "slots" && e.Name() != lockFile {
+				t.Errorf("%s is left", e.Name())
+			}
+		}
+		if _, err := os.Stat(cfg.path("slots", "a")); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(holiday); err != nil {
+			t.Errorf("what is not the device's is gone: %v", err)
+		}
+		if left, _ := os.ReadDir(disk); len(left) > 0 {
+			t.Errorf("the disk still holds %v", left)
+		}
+	}
+	fill()
+	if err := Reset(cfg); err != nil {
+		t.Fatal(err)
+	}
+	bare()
+
+	fill()
+	if err := os.WriteFile(cfg.path(resetMark), nil, 0o600); err != nil { // the power went
+		t.Fatal(err)
+	}
+	a := &Agent{cfg: cfg, log: discardLog()}
+	if err := a.resetIfAsked(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	bare()
+
+	fill()
+	if err := a.resetIfAsked(context.Background()); err != nil { // nobody has asked
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(cfg.path("identity", keyFile)); err != nil {
+		t.Errorf("a device was reset that nobody wanted to reset: %v", err)
+	}
+	lock, err := cfg.makeState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := Reset(cfg); err == nil {
+		t.Error("a device was reset while its agent runs")
+	}
+}
+
+func TestTheOwnersBoardWins(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "mine.toml"), []byte("name = \"mine\"\ntitle = \"My board\"\n[match]\ncompatible = [\"me,mine\"]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	detected := board.Detect("/").Name
+	for _, c := range []struct{ name, want string }{{"", detected}, {"mine", "mine"}, {"raspberry-pi-4", "raspberry-pi-4"}, {"no-such-board", detected}} {
+		if got := (Config{Board: BoardConfig{Name: c.name, Profiles: dir}}).detectBoard(discardLog()).Name; got != c.want {
+			t.Errorf("%q makes it %s, want %s", c.name, got, c.want)
+		}
+	}
+}
