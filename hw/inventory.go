@@ -19,8 +19,8 @@ const Format = 1
 // Inventory is what a machine has. A list is empty, never null, if nothing was
 // found; a field is absent if it is not known.
 type Inventory struct {
-	Format      int          `json:"format"`
-	Taken       time.Time    `json:"taken"`
+	Format      int          `json:"format"` // version of this format
+	Taken       time.Time    `json:"taken"`  // when it was read, to the second
 	Board       board.Board  `json:"board"`
 	System      System       `json:"system"`
 	CPU         CPU          `json:"cpu"`
@@ -59,10 +59,10 @@ type CPU struct {
 
 // Memory is in bytes.
 type Memory struct {
-	Total     uint64 `json:"total"` // what the kernel manages, a little below what is built in
-	Available uint64 `json:"available"`
-	SwapTotal uint64 `json:"swap_total"`
-	SwapFree  uint64 `json:"swap_free"`
+	Total     uint64 `json:"total"`      // what the kernel manages, a little below what is built in
+	Available uint64 `json:"available"`  // what programs can still take
+	SwapTotal uint64 `json:"swap_total"` // bytes of swap, compressed memory included
+	SwapFree  uint64 `json:"swap_free"`  // bytes of it that are free
 }
 
 // Power tells whether a disk may be asked questions.
@@ -77,20 +77,20 @@ const (
 
 // Disk is one physical (or virtual machine's) disk.
 type Disk struct {
-	Name          string      `json:"name"` // kernel name, may change with each boot
-	Model         string      `json:"model,omitempty"`
-	Serial        string      `json:"serial,omitempty"`
-	Firmware      string      `json:"firmware,omitempty"`
-	WWN           string      `json:"wwn,omitempty"` // world wide name or NVMe namespace id
-	Bus           string      `json:"bus"`           // nvme, sata, usb, sd, emmc, virtio, scsi, xen, other
-	Size          uint64      `json:"size"`          // bytes
-	LogicalBlock  uint64      `json:"logical_block,omitempty"`
-	PhysicalBlock uint64      `json:"physical_block,omitempty"`
-	Rotational    bool        `json:"rotational"`
-	Removable     bool        `json:"removable"`
-	ReadOnly      bool        `json:"read_only"`
-	System        bool        `json:"system"`           // holds the filesystem that the machine runs from
-	Bridge        *Bridge     `json:"bridge,omitempty"` // of a disk behind USB
+	Name          string      `json:"name"`                     // kernel name, may change with each boot
+	Model         string      `json:"model,omitempty"`          // as the disk calls itself
+	Serial        string      `json:"serial,omitempty"`         // of the disk; behind USB often the bridge's
+	Firmware      string      `json:"firmware,omitempty"`       // version
+	WWN           string      `json:"wwn,omitempty"`            // world wide name or NVMe namespace id
+	Bus           string      `json:"bus"`                      // nvme, sata, usb, sd, emmc, virtio, scsi, xen, other
+	Size          uint64      `json:"size"`                     // bytes
+	LogicalBlock  uint64      `json:"logical_block,omitempty"`  // bytes; what it is addressed in
+	PhysicalBlock uint64      `json:"physical_block,omitempty"` // bytes; what it really writes at once
+	Rotational    bool        `json:"rotational"`               // has a spindle, as far as the kernel knows
+	Removable     bool        `json:"removable"`                // the medium comes out, as in a card reader; USB sticks say so too
+	ReadOnly      bool        `json:"read_only"`                // as the kernel has it
+	System        bool        `json:"system"`                   // holds the filesystem that the machine runs from
+	Bridge        *Bridge     `json:"bridge,omitempty"`         // of a disk behind USB
 	Power         Power       `json:"power"`
 	Mounts        []string    `json:"mounts,omitempty"` // of the disk itself, without a partition table
 	Partitions    []Partition `json:"partitions,omitempty"`
@@ -101,7 +101,7 @@ type Disk struct {
 
 // Partition is a part of a disk.
 type Partition struct {
-	Name   string   `json:"name"`
+	Name   string   `json:"name"` // kernel name
 	Size   uint64   `json:"size"` // bytes
 	Mounts []string `json:"mounts,omitempty"`
 
@@ -120,13 +120,13 @@ type Bridge struct {
 type Health struct {
 	Source          string   `json:"source"`                     // nvme, smart or emmc
 	Temperature     *float64 `json:"temperature,omitempty"`      // °C
-	PowerOnHours    *uint64  `json:"power_on_hours,omitempty"`   //
-	PowerCycles     *uint64  `json:"power_cycles,omitempty"`     //
+	PowerOnHours    *uint64  `json:"power_on_hours,omitempty"`   // hours that it was switched on
+	PowerCycles     *uint64  `json:"power_cycles,omitempty"`     // times that it was switched on
 	UnsafeShutdowns *uint64  `json:"unsafe_shutdowns,omitempty"` // power lost without a flush
 	Wear            *float64 `json:"wear,omitempty"`             // percent of the rated life that is used, may pass 100
 	Reallocated     *uint64  `json:"reallocated,omitempty"`      // sectors replaced by spares
 	Pending         *uint64  `json:"pending,omitempty"`          // sectors that could not be read and wait for a rewrite
-	MediaErrors     *uint64  `json:"media_errors,omitempty"`     //
+	MediaErrors     *uint64  `json:"media_errors,omitempty"`     // errors that its correction could not mend
 	Passed          *bool    `json:"passed,omitempty"`           // false: the disk itself expects to fail within a day (SMART status; a critical warning of NVMe)
 	Spare           *float64 `json:"spare,omitempty"`            // percent of the spare blocks that are left
 	WrittenBytes    *uint64  `json:"written_bytes,omitempty"`    // by the host, over its life
@@ -136,11 +136,11 @@ type Health struct {
 
 // Filesystem is a mounted filesystem on this machine's own storage.
 type Filesystem struct {
-	Mount    string `json:"mount"`  // the shortest of its mount points that show all of it
-	Source   string `json:"source"` // as mounted
-	Disk     string `json:"disk,omitempty"`
-	Type     string `json:"type"`
-	ReadOnly bool   `json:"read_only"`
+	Mount    string `json:"mount"`           // the shortest of its mount points that show all of it
+	Source   string `json:"source"`          // as mounted
+	Disk     string `json:"disk,omitempty"`  // kernel name of the disk that it is on, the first of several
+	Type     string `json:"type"`            // such as ext4
+	ReadOnly bool   `json:"read_only"`       // in each of its mounts
 	Total    uint64 `json:"total,omitempty"` // bytes
 	Used     uint64 `json:"used,omitempty"`  // bytes
 	Free     uint64 `json:"free,omitempty"`  // bytes that an ordinary user can still write
@@ -153,14 +153,14 @@ type Filesystem struct {
 
 // Interface is one network interface other than loopback.
 type Interface struct {
-	Name      string   `json:"name"`
-	Kind      string   `json:"kind"` // ethernet, wifi, other; virtual if there is no device behind it
-	MAC       string   `json:"mac,omitempty"`
-	BurnedIn  bool     `json:"burned_in"` // the MAC is the device's own, not drawn at random
-	Up        bool     `json:"up"`        // has a link
-	SpeedMbps int      `json:"speed_mbps,omitempty"`
-	MTU       int      `json:"mtu,omitempty"`
-	Addresses []string `json:"addresses,omitempty"` // CIDR
+	Name      string   `json:"name"`                 // such as eth0
+	Kind      string   `json:"kind"`                 // ethernet, wifi, other; virtual if there is no device behind it
+	MAC       string   `json:"mac,omitempty"`        // hardware address as it is now
+	BurnedIn  bool     `json:"burned_in"`            // the MAC is the device's own, not drawn at random
+	Up        bool     `json:"up"`                   // has a link
+	SpeedMbps int      `json:"speed_mbps,omitempty"` // of the link, Mbit/s
+	MTU       int      `json:"mtu,omitempty"`        // bytes of the largest packet
+	Addresses []string `json:"addresses,omitempty"`  // CIDR
 }
 
 // SensorKind says what a sensor measures.
@@ -183,8 +183,8 @@ const (
 type Sensor struct {
 	Name     string     `json:"name"` // chip and label, unique on this machine, the same after a reboot
 	Kind     SensorKind `json:"kind"`
-	Unit     string     `json:"unit"`
-	Value    float64    `json:"value"`
+	Unit     string     `json:"unit"`               // of the values, by kind
+	Value    float64    `json:"value"`              // as just read
 	High     *float64   `json:"high,omitempty"`     // the device's own limit for concern
 	Critical *float64   `json:"critical,omitempty"` // the device's own limit for shutting down
 }
@@ -210,17 +210,17 @@ const (
 
 // GPIOChip is one GPIO controller.
 type GPIOChip struct {
-	Name   string `json:"name"` // gpiochip0
-	Label  string `json:"label,omitempty"`
-	Lines  int    `json:"lines,omitempty"`
+	Name   string `json:"name"`            // gpiochip0
+	Label  string `json:"label,omitempty"` // as its driver calls it
+	Lines  int    `json:"lines,omitempty"` // how many it has
 	Access Access `json:"access"`
 }
 
 // Bus is an I²C or 1-wire bus or a SPI chip select.
 type Bus struct {
-	Kind    string   `json:"kind"` // i2c, spi, onewire
-	Name    string   `json:"name"` // /dev/i2c-1, /dev/spidev0.0, w1_bus_master1
-	Label   string   `json:"label,omitempty"`
+	Kind    string   `json:"kind"`            // i2c, spi, onewire
+	Name    string   `json:"name"`            // /dev/i2c-1, /dev/spidev0.0, w1_bus_master1
+	Label   string   `json:"label,omitempty"` // as its driver calls it
 	Access  Access   `json:"access"`
 	Devices []string `json:"devices,omitempty"` // 1-wire only: family and serial, as the kernel names them
 }
