@@ -231,11 +231,11 @@ func (m *Machine) diskHealth(s string, mem *diskMemory, live *liveDisk, d hw.Dis
 	m.failing(s, what, mem, d)
 	m.wearing(s, what, mem, h)
 	if c := h.CRCErrors; c != nil && *c <= math.MaxUint32 {
-		mem.CRC.observe(*c, m.run(), cableWindow)
+		mem.CRC.observe(*c, m.run(), cableWindow, false)
 		m.judge(DiskCable, s, is(mem.CRC.Grew >= 10), 1, "", fmt.Sprintf("%s has counted %d damaged transfers of late", what, mem.CRC.Grew))
 	}
 	if c := h.UnsafeShutdowns; c != nil && *c <= math.MaxUint32 {
-		mem.Unsafe.observe(*c, m.run(), day)
+		mem.Unsafe.observe(*c, m.run(), day, false)
 		// The marker tells the same, for all.
 		_, told := m.mem.Events[string(UnsafeShutdown)]
 		m.r.Is(UnsafeShutdown, s, mem.Unsafe.Grew > 0 && !told, what+" has lost its power without notice")
@@ -279,7 +279,7 @@ func (m *Machine) failing(s, what string, mem *diskMemory, d hw.Disk) {
 	} {
 		if c.value != nil && *c.value <= c.most {
 			known = true
-			c.mem.observe(*c.value, m.run(), badWindow)
+			c.mem.observe(*c.value, m.run(), badWindow, c.mem == &mem.Pending)
 			grew += c.mem.Grew
 		}
 	}

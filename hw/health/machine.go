@@ -193,12 +193,15 @@ func (m *Machine) events() {
 	for name, e := range m.mem.Events {
 		k := eventKey(name)
 		switch {
-		case m.run()-e.Run < day:
+		case !e.Over && m.run()-e.Run < day:
 			m.r.Set(k.code, k.subject, e.Detail)
-		case e.Boot == m.boot && m.boot != "":
+			continue
+		case !e.Over:
+			e.Over, m.unsaved = true, true
+			m.mem.Events[name] = e
 			m.r.Clear(k.code, k.subject)
-		default:
-			m.r.Clear(k.code, k.subject)
+		}
+		if e.Boot != m.boot || m.boot == "" {
 			delete(m.mem.Events, name)
 		}
 	}

@@ -40,6 +40,7 @@ type event struct {
 	Run    float64 `json:"run"` // when
 	Boot   string  `json:"boot,omitempty"`
 	Detail string  `json:"detail"`
+	Over   bool    `json:"over,omitempty"` // no longer shown
 }
 
 // diskMemory is one disk, there or not.
@@ -104,6 +105,7 @@ func loadMemory(path string) (*memory, error) {
 
 func decodeMemory(raw []byte) (*memory, error) {
 	m := newMemory()
+	m.Format = 0
 	if err := json.Unmarshal(raw, m); err != nil {
 		return newMemory(), fmt.Errorf("it is damaged: %w", err)
 	}
@@ -185,9 +187,9 @@ func (m *memory) room() {
 	}
 }
 
-// counter is one that only grows in a sound disk's favour: it says how much it
-// has grown of late. One odd reading changes nothing: growth and decrease count
-// when two readings in a row show them.
+// counter tells how much a disk's own count of something bad has grown of late.
+// One odd reading changes nothing: growth and decrease count when two readings
+// in a row show them.
 type counter struct {
 	Known bool    `json:"known,omitempty"`
 	Last  uint64  `json:"last,omitempty"`
@@ -197,8 +199,10 @@ type counter struct {
 	before *uint64 // the reading before
 }
 
-// observe takes a reading; what grew is forgotten when nothing was added for window hours.
-func (c *counter) observe(v uint64, run, window float64) {
+// observe takes a reading; what grew is forgotten when nothing was added for
+// window hours. falls says that the count may become less. That of one that is kept for
+// life cannot: what is below its highest reading is a mistake.
+func (c *counter) observe(v uint64, run, window float64, falls bool) {
 	defer func() { c.before = &v }()
 	switch {
 	case !c.Known:
@@ -210,7 +214,7 @@ func (c *counter) observe(v uint64, run, window float64) {
 		if c.Grew > math.MaxUint32 {
 			c.Grew = math.MaxUint32
 		}
-	case v < c.Last && *c.before < c.Last: // begun anew, or wrapped
+	case falls && v < c.Last && *c.before < c.Last:
 		c.Last = max(v, *c.before)
 	}
 	if run-c.At > window {
