@@ -67,8 +67,10 @@ func openBMxx80(l *link, d declared) (chip, error) {
 // openDS18B20: the driver's New writes the resolution it is given to the chip's
 // EEPROM, and zeros to its alarm limits with it, if it is not the one that the
 // chip has. So it is given that. Its Sense sleeps for a conversion that the bus
-// has already waited for (see thermal), so LastTemp is used. Nine zeros, which a
-// bus shows whose wire is shorted, have a valid checksum and would be 0 °C.
+// has already waited for (see thermal), so LastTemp is used. That means to
+// refuse 85 °C, which the chip shows until it has measured and when it had too
+// little power to, but compares with 85 K; so it is refused here. Nine zeros,
+// which a bus shows whose wire is shorted, have a valid checksum and would be 0 °C.
 func openDS18B20(l *link, d declared) (chip, error) {
 	memory := make([]byte, 9)
 	if err := (&onewire.Dev{Bus: wireLink{l}, Addr: d.rom}).Tx([]byte{readMemory}, memory); err != nil {
@@ -94,6 +96,9 @@ func openDS18B20(l *link, d declared) (chip, error) {
 	}
 	return chip{read: func() (map[hw.SensorKind]float64, error) {
 		t, err := dev.LastTemp()
+		if err == nil && t == physic.ZeroCelsius+85*physic.Kelvin {
+			err = errors.New("it shows 85 °C, as before a measurement; its power or the pull-up resistor of 4.7 kΩ is too weak")
+		}
 		return map[hw.SensorKind]float64{hw.Temperature: t.Celsius()}, err
 	}}, nil
 }
@@ -161,9 +166,9 @@ func openAHT20(l *link, _ declared) (chip, error) {
 
 // openSCD4x: the driver writes a command and reads its answer in one transfer;
 // the datasheet (and the kernel's driver) have two, with the execution time of
-// 1 ms between them. Sense waits up to 6 s for a value and then says only that
-// it did, whatever the bus said; link knows. Between readings the chip goes on
-// measuring every 5 s; Halt stops it.
+// 1 ms between them. Its Sense waits for a value up to 6 s, whether the bus
+// still answers or not; so that is asked beforehand. Between readings the chip
+// goes on measuring every 5 s; Halt stops it.
 func openSCD4x(l *link, d declared) (chip, error) {
 	l.split = time.Millisecond
 	dev, err := scd4x.NewI2C(i2cLink{l}, d.i2c)
@@ -171,6 +176,9 @@ func openSCD4x(l *link, d declared) (chip, error) {
 		return chip{}, err
 	}
 	return chip{read: func() (map[hw.SensorKind]float64, error) {
+		if err := waitSCD4x(l, d.i2c); err != nil {
+			return nil, err
+		}
 		var e scd4x.Env
 		if err := dev.Sense(&e); err != nil {
 			return nil, err
@@ -179,6 +187,25 @@ func openSCD4x(l *link, d declared) (chip, error) {
 			hw.CO2: float64(e.CO2), hw.Temperature: e.Temperature.Celsius(), hw.Humidity: percent(e.Humidity),
 		}, nil
 	}, rest: dev.Halt}, nil
+}
+
+// waitSCD4x waits until there is a value: get_data_ready_status, of which the
+// lower 11 bits are 0 until then. A chip that lost its power since it was opened
+// never has one.
+func waitSCD4x(l *link, addr uint16) error {
+	status := make([]byte, 3)
+	for began := time.Now(); time.Since(began) < 6*time.Second; {
+		if err := (&i2c.Dev{Bus: i2cLink{l}, Addr: addr}).Tx([]byte{0xe4, 0xb8}, status); err != nil {
+			return err
+		}
+		if status[0]&7 != 0 || status[1] != 0 {
+			return nil
+		}
+		if err := pause(l.ctx, 500*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return errors.New("it does not measure; it may have lost its power; it is started again")
 }
 
 // openINA219: the driver sets a range of 16 V, although the chip and the text on
