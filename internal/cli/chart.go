@@ -126,7 +126,7 @@ func extent(c wire.Curve) (low, high float64, ok bool) {
 	low, high = math.Inf(1), math.Inf(-1)
 	for i := range c.Mean {
 		for _, v := range []*float64{least[i], c.Mean[i], most[i]} {
-			if v != nil && !math.IsInf(*v, 0) && !math.IsNaN(*v) {
+			if v != nil && math.Abs(*v) <= 1e300 { // beyond, differences are infinite
 				low, high, ok = min(low, *v), max(high, *v), true
 			}
 		}
@@ -142,11 +142,19 @@ func Quantity(v float64, unit string) string {
 	if unit == "B" && v >= 0 {
 		return Bytes(int64(min(v, math.MaxInt64/2)))
 	}
-	text := trimZeros(fmt.Sprintf("%.*f", decimals(math.Abs(v)/100), v))
+	text := number(v, math.Abs(v)/100)
 	if unit == "" {
 		return text
 	}
 	return text + " " + harmless(unit)
+}
+
+// number writes v so that it differs from what is a step away.
+func number(v, step float64) string {
+	if math.Abs(v) >= 1e9 || v != 0 && math.Abs(v) < 1e-6 {
+		return fmt.Sprintf("%.3g", v)
+	}
+	return trimZeros(fmt.Sprintf("%.*f", decimals(step), v))
 }
 
 // decimals is how many digits after the point a step of that size needs.
@@ -189,15 +197,24 @@ func newScale(low, high float64, unit string, lines int) scale {
 			break
 		}
 		at := lines - 1 - int(math.Round((v-s.low)/(s.high-s.low)*float64(lines-1)))
-		text := trimZeros(fmt.Sprintf("%.*f", decimals(step), v))
 		if unit == "B" && v >= 0 {
-			text = Bytes(int64(v))
-		} else if unit != "" {
-			text += " " + harmless(unit)
+			s.labels[at] = bytesTick(v, s.high, step)
+			continue
 		}
-		s.labels[at] = text
+		s.labels[at] = strings.TrimSpace(number(v, step) + " " + harmless(unit))
 	}
 	return s
+}
+
+// bytesTick says a size in the unit of the largest, with the digits that tell it from its neighbours.
+func bytesTick(v, largest, step float64) string {
+	i, size := 0, 1.0
+	for largest >= 1024*size && i < 5 {
+		size *= 1024
+		i++
+	}
+	unit := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"}[i]
+	return trimZeros(fmt.Sprintf("%.*f", decimals(step/size), v/size)) + " " + unit
 }
 
 // niceStep is 1, 2 or 5 times a power of ten, or a power of two for bytes.
@@ -372,7 +389,7 @@ func timeAxis(h wire.History, width int, zone *time.Location, dash, mark string)
 		zone = time.UTC
 	}
 	const apart = 10 // characters
-	span := time.Duration(h.Step * float64(h.Count) * float64(time.Second))
+	span := time.Duration(min(max(h.Step*float64(h.Count), 1), 9e9) * float64(time.Second))
 	step := timeSteps[len(timeSteps)-1]
 	for _, s := range timeSteps {
 		if float64(s)/float64(span)*float64(width) >= apart {
