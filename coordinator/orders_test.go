@@ -311,6 +311,30 @@ func TestACancelEndsAnOrderByTheDevicesReport(t *testing.T) {
 	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
 }
 
+// A device can lose a cancel that it has answered, in a crash: who asks again has
+// it told once more.
+func TestACancelThatHasEndedCanBeGivenAgain(t *testing.T) {
+	w := aWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	d.on(extension, silent)
+	d.on(wire.KindOrderCancel, func(wire.Order) *reply {
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Running}}
+	})
+	o := w.order(t, d, extension)
+	first, err := w.op.CancelOrder(ctx, d.id, o.ID, api.CancelRequest{})
+	must(t, err)
+	w.ended(t, wire.Order{Device: d.id, ID: first.Cancel.Order})
+	d.cancels(t)
+	second, err := w.op.CancelOrder(ctx, d.id, o.ID, api.CancelRequest{Reason: "really"})
+	if err != nil || second.Cancel.Order == first.Cancel.Order || second.Cancel.Reason != "really" {
+		t.Fatalf("%+v %v", second.Cancel, err)
+	}
+	if v := w.ended(t, o); v.State != wire.Canceled {
+		t.Errorf("%+v", v.Result)
+	}
+}
+
 // A crash can come between the mark and the order that it names: who asks again
 // has it sent.
 func TestACancelThatWasCutOffIsSentByTheNext(t *testing.T) {

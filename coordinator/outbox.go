@@ -640,8 +640,13 @@ func (o *outbox) openOf(d wire.DeviceID) []string {
 }
 
 // cancel asks the device to stop an order, or never to begin it. The order ends
-// by the device's own report. Who asks again gets what was asked first.
+// by the device's own report. Who asks again gets what was asked first, unless
+// that has ended and the order has not: the device may have lost it.
 func (o *outbox) cancel(ctx context.Context, d wire.DeviceID, id, reason, by string) (OrderRecord, error) {
+	over, err := o.cancelOver(ctx, d, id)
+	if err != nil {
+		return OrderRecord{}, err
+	}
 	row, err := o.rows.change(ctx, orderKeyOf(d, id), func(v *orderRow, exists bool) error {
 		switch {
 		case !exists:
@@ -650,7 +655,7 @@ func (o *outbox) cancel(ctx context.Context, d wire.DeviceID, id, reason, by str
 			return refuse(http.StatusConflict, "ended", "order %s has ended (%s): it cannot be canceled any more", id, v.State)
 		case v.Kind == wire.KindOrderCancel:
 			return refuse(http.StatusConflict, "is_cancel", "order %s is itself a cancel; send the other order anew instead", id)
-		case v.Cancel != nil:
+		case v.Cancel != nil && v.Cancel.Order != over:
 			return errUnchanged
 		}
 		v.Cancel = &api.Cancel{Order: ulid.Make().String(), At: o.now().UTC(), By: label(by), Reason: sentence(reason)}
@@ -666,4 +671,20 @@ func (o *outbox) cancel(ctx context.Context, d wire.DeviceID, id, reason, by str
 		return OrderRecord{}, err
 	}
 	return row.open()
+}
+
+// cancelOver is the cancel of an order, if there is one and it has ended.
+func (o *outbox) cancelOver(ctx context.Context, d wire.DeviceID, id string) (string, error) {
+	v, ok := o.rows.get(orderKeyOf(d, id))
+	if !ok || v.Cancel == nil {
+		return "", nil
+	}
+	asked, err := o.rows.find(ctx, orderKeyOf(d, v.Cancel.Order))
+	switch {
+	case errors.Is(err, errNotFound):
+		return "", nil // it was not made yet, see cancel
+	case err != nil || !asked.State.Terminal():
+		return "", err
+	}
+	return v.Cancel.Order, nil
 }
