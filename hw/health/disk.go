@@ -378,10 +378,10 @@ func inDays(days float64) string {
 // what is normal for its sort of disk under load.
 const (
 	slowTimes   = 8
-	slowInARow  = 5    // samples
-	fineTimes   = 4    // below so many times it is fine again
-	busyShare   = 0.25 // of the most that it moves: at work, not ill
-	busyBytes   = 4e6  // bytes a second, at least, for the same
+	slowInARow  = 5       // samples
+	fineTimes   = 4       // below so many times it is fine again
+	busyShare   = 0.25    // of the most that it moves: at work, not ill
+	busyBytes   = 4 << 20 // bytes a second, at least, for the same
 	bestKept    = 0.99999
 	maxRate     = 1e11 // bytes a second; faster is a mistake
 	hungInARow  = 30 * time.Second

@@ -111,14 +111,7 @@ func newMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder for what is usual for this machine: %w", err)
 	}
-	m := &Machine{
-		log: log, r: r, board: b, dir: dir, boot: boot, began: time.Now(),
-		write: func(path string, raw []byte) error { return durable.WriteFile(path, raw, 0o600) },
-		row:   map[key]int{}, live: map[string]*liveDisk{}, named: map[string]string{}, limits: map[string]hw.Sensor{},
-	}
-	for _, p := range paths {
-		m.paths = append(m.paths, place{p, resolved(p.Dir)})
-	}
+	m := blank(dir, b, paths, r, log, boot)
 	file := filepath.Join(dir, memoryName)
 	mem, err := loadMemory(file)
 	if err != nil {
@@ -128,6 +121,19 @@ func newMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.
 	m.lastEnd()
 	m.events()
 	return m, nil
+}
+
+// blank is a Machine without a memory.
+func blank(dir string, b board.Board, paths []Path, r *Registry, log *slog.Logger, boot string) *Machine {
+	m := &Machine{
+		log: log, r: r, board: b, dir: dir, boot: boot, began: time.Now(),
+		write: func(path string, raw []byte) error { return durable.WriteFile(path, raw, 0o600) },
+		row:   map[key]int{}, live: map[string]*liveDisk{}, named: map[string]string{}, limits: map[string]hw.Sensor{},
+	}
+	for _, p := range paths {
+		m.paths = append(m.paths, place{p, resolved(p.Dir)})
+	}
+	return m
 }
 
 // resolved is a folder behind its symbolic links, or as it is given if it is not there yet.

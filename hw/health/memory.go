@@ -295,7 +295,7 @@ func (w *wearing) sanitise(run float64) {
 			return !(e.Run >= 0 && e.Run <= run && e.Hours >= 0 && e.Hours <= maxRun && e.Wear >= 0 && e.Wear <= 255 && e.Written >= 0 && e.Written <= 1e21)
 		})
 		list = list[max(0, len(list)-most):]
-		if !slices.IsSortedFunc(list, func(a, b edge) int { return cmpFloat(a.Run, b.Run) }) {
+		if len(list) == 0 || !slices.IsSortedFunc(list, func(a, b edge) int { return cmpFloat(a.Run, b.Run) }) {
 			return nil
 		}
 		return list
