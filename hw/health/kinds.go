@@ -88,10 +88,10 @@ var kinds = []Kind{
 		0, time.Minute, nil},
 	{CoordinatorRefuses, wire.Critical, "The coordinator refuses this device",
 		"Ask your fleet manager whether it was retired, or join again.",
-		2 * time.Minute, 0, nil},
+		time.Minute, 0, []Code{Offline}}, // who was sent away is offline for that reason
 	{Offline, wire.Trouble, "The coordinator cannot be reached",
 		"Check network and power of your router. The device goes on with what it has and reports later.",
-		2 * time.Minute, 30 * time.Second, []Code{CoordinatorRefuses, ClockUntrusted}},
+		2 * time.Minute, 30 * time.Second, []Code{ClockUntrusted}},
 	{ClockUntrusted, wire.Trouble, "The clock cannot be trusted",
 		"Connect the device to a network with a time server. Until then it takes the coordinator's time.",
 		5 * time.Minute, 0, nil},
