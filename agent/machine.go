@@ -310,6 +310,7 @@ func (m *machine) show(ctx context.Context) {
 		if s := m.look(); s != shown {
 			shown = s
 			m.light.Show(s)
+			m.dog.Ready(said[s])
 		}
 		if err := m.saveStatus(false); err != nil {
 			m.log.Debug("the status file cannot be written", "error", err)
@@ -326,6 +327,16 @@ func (m *machine) show(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// said is what the service manager is told.
+var said = map[panel.State]string{
+	panel.Starting: "not online",
+	panel.Waiting:  "waits to be claimed; deimos-agent status shows the code",
+	panel.Online:   "online",
+	panel.Working:  "online, at work",
+	panel.Trouble:  "something is wrong; deimos-agent status tells",
+	panel.Updating: "updating",
 }
 
 // look is what the light shows.

@@ -321,6 +321,7 @@ type device struct {
 	launcher bool
 	noToken  bool     // it waits to be claimed, or is a member
 	args     []string // more flags of the agent
+	env      []string // more of its environment
 	id       wire.DeviceID
 	proc     *proc.Process
 }
@@ -367,7 +368,7 @@ func (d *device) start() {
 	if d.launcher {
 		argv = append([]string{program("deimos-launch"), "--state", d.state(), "--agent", program("deimos-agent"), "--confirm-within", "30s", "--"}, d.runArgs()...)
 	}
-	d.proc = d.f.start(proc.Command{Name: d.name, Log: d.log(), Argv: argv})
+	d.proc = d.f.start(proc.Command{Name: d.name, Log: d.log(), Argv: argv, Env: d.env})
 }
 
 func (d *device) log() string { return d.f.path("logs", d.name+".log") }

@@ -1,0 +1,183 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// onDevice runs the agent's program beside the agent, as its owner does.
+func (d *device) onDevice(args ...string) proc.Result {
+	d.f.t.Helper()
+	r, err := runToEnd(d.f.ctx, proc.Command{Argv: append([]string{program("deimos-agent")}, append(args, "--state", d.state())...)})
+	if err != nil {
+		d.f.t.Fatal(err)
+	}
+	return r
+}
+
+// TestADeviceTellsOfItself: what it has, how it was, and which one it is.
+func TestADeviceTellsOfItself(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	f.enrol(1, false)
+	d := f.devices[0]
+
+	var shown struct {
+		InventoryDigest string          `json:"inventory_digest"`
+		Inventory       json.RawMessage `json:"inventory"`
+	}
+	f.until("the coordinator asking what the device has", func() bool {
+		f.ok(&shown, "device", "show", string(d.id))
+		return shown.InventoryDigest != ""
+	})
+	var inv hw.Inventory
+	if err := json.Unmarshal(shown.Inventory, &inv); err != nil || inv.Digest() != shown.InventoryDigest {
+		t.Errorf("the inventory on record has the digest %s, the device said %s (%v)", inv.Digest(), shown.InventoryDigest, err)
+	}
+
+	var h wire.History
+	f.ok(&h, "device", "history", string(d.id), "load1", "--since", "1h")
+	if len(h.Series["load1"].Mean) == 0 || slices.IndexFunc(h.Series["load1"].Mean, func(v *float64) bool { return v != nil }) < 0 {
+		t.Errorf("the history: %+v", h)
+	}
+	f.fails(nil, cli.ExitUsage, "device", "history", string(d.id), "--since", "nonsense")
+
+	r := d.onDevice("status", "-o", "json")
+	var s struct {
+		Running  bool   `json:"running"`
+		Standing string `json:"standing"`
+		Machine  struct {
+			Online bool `json:"online"`
+		} `json:"machine"`
+	}
+	if err := json.Unmarshal(r.Stdout, &s); err != nil || !s.Running || s.Standing != "member" || !s.Machine.Online {
+		t.Errorf("its own status: %s (%v)", r.Stdout, err)
+	}
+	if len(inv.LEDs) == 0 { // else it would blink
+		if said := f.fails(nil, cli.ExitFailed, "device", "identify", string(d.id)); !strings.Contains(said, "no light") {
+			t.Errorf("identify without a light: %s", said)
+		}
+	}
+}
+
+// TestAKilledAgentIsNoSecret: the next start says what happened to the last, to
+// the owner and to the fleet manager.
+func TestAKilledAgentIsNoSecret(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	f.enrol(1, false)
+	d := f.devices[0]
+	killed := func(all []wire.Warning) bool {
+		return slices.ContainsFunc(all, func(w wire.Warning) bool { return w.Code == "agent_killed" })
+	}
+	d.stop()
+	d.start()
+	d.awaitOnline()
+	f.until("a heartbeat", func() bool { return len(d.now().Telemetry) > 0 })
+	if all := d.now().Health; killed(all) {
+		t.Errorf("after a stop in good order: %+v", all)
+	}
+	d.kill()
+	d.start()
+	f.until("the warning", func() bool { return killed(d.now().Health) })
+	if r := d.onDevice("status"); !bytes.Contains(r.Stdout, []byte("The agent was killed")) {
+		t.Errorf("the owner reads: %s", r.Stdout)
+	}
+	var list []api.Device
+	f.ok(&list, "device", "list")
+	if len(list) != 1 || !killed(list[0].Health) {
+		t.Errorf("the list: %+v", list)
+	}
+}
+
+// TestAServiceManagerIsFed by systemd's protocol.
+func TestAServiceManagerIsFed(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	sock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: f.path("notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sock.Close()
+	var tok api.Token
+	f.ok(&tok, "token", "create", "--uses", "1")
+	f.token = tok.Token
+	d := f.add(device{env: []string{"NOTIFY_SOCKET=" + f.path("notify"), "WATCHDOG_USEC=2000000"}})
+	d.start()
+	d.awaitOnline()
+	heard := map[string]int{}
+	listen := func(want string) {
+		t.Helper()
+		if err := sock.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 4096)
+		for heard[want] == 0 {
+			n, err := sock.Read(buf)
+			if err != nil {
+				t.Fatalf("no %s after %v: %v", want, heard, err)
+			}
+			for line := range strings.Lines(string(buf[:n])) {
+				heard[strings.TrimSpace(line)]++
+			}
+		}
+	}
+	listen("READY=1")
+	listen("STATUS=online")
+	heard["WATCHDOG=1"] = 0
+	listen("WATCHDOG=1")
+	d.stop()
+	listen("STOPPING=1")
+}
+
+// TestAResetDeviceIsANewOne: what it was comes back to nobody.
+func TestAResetDeviceIsANewOne(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	f.enrol(1, false)
+	d := f.devices[0]
+	o := f.put("kept", []byte(strings.Repeat("chunk ", 10000)), "--replicas", "1")
+	old := d.id
+	if r := d.onDevice("reset", "--yes"); r.Code == 0 {
+		t.Fatal("a device was reset while its agent runs")
+	}
+	d.stop()
+	if r := d.onDevice("reset"); r.Code != cli.ExitUsage {
+		t.Fatalf("without --yes: code %d, %s", r.Code, r.Said())
+	}
+	if r := d.onDevice("reset", "--yes"); r.Code != 0 {
+		t.Fatalf("reset: %s", r.Said())
+	}
+	entries, err := os.ReadDir(d.state())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.Name() != "agent.lock" && e.Name() != "slots" {
+			t.Errorf("%s is left", e.Name())
+		}
+	}
+	var tok api.Token
+	f.ok(&tok, "token", "create", "--uses", "1")
+	f.token, d.id = tok.Token, ""
+	d.start()
+	d.awaitOnline()
+	if d.id == old {
+		t.Error("it is the same device")
+	}
+	if v := d.now(); v.Used != 0 {
+		t.Errorf("it still holds %d bytes of %s", v.Used, o.Name)
+	}
+}
