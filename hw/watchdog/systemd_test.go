@@ -57,8 +57,9 @@ func (s *service) within(d time.Duration) string {
 func (s *service) expect(message string) (others map[string]int) {
 	s.t.Helper()
 	others = make(map[string]int)
+	limit := time.Now().Add(20 * time.Second)
 	for {
-		switch got := s.within(20 * time.Second); got {
+		switch got := s.within(time.Until(limit)); got {
 		case message:
 			return others
 		case "":
