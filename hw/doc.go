@@ -11,7 +11,7 @@
 //   - A probe never fails as a whole. What could not be read is a [Note] that
 //     says what is missing, why, and what to do about it.
 //   - A probe does not disturb. It writes nothing, opens no device for writing
-//     that is not a bus made for it, maps no registers (of periph only the drivers
+//     that is not a bus made for it, no watchdog (that would arm it) and no TPM, maps no registers (of periph only the drivers
 //     that go through the kernel are linked, not those that map /dev/mem), and wakes no disk:
 //     health is read only from disks that are known to be awake.
 //   - Numbers are believable or absent. A temperature of 200 °C or a negative
@@ -33,6 +33,9 @@
 //	                    /sys/class/thermal     Documentation/driver-api/thermal/sysfs-api
 //	LEDs                /sys/class/leds        Documentation/ABI/testing/sysfs-class-led
 //	buses, GPIO         /sys/bus, /dev         and periph.io/x/host
+//	clocks              /sys/class/rtc         Documentation/ABI/testing/sysfs-class-rtc
+//	TPMs                /sys/class/tpm         Documentation/ABI/stable/sysfs-class-tpm
+//	watchdogs           /sys/class/watchdog    Documentation/ABI/testing/sysfs-class-watchdog
 //	processor, memory   /proc                  github.com/shirou/gopsutil
 //
 // Sensors and LEDs are not read through gopsutil or periph, for a reason each: gopsutil
@@ -45,18 +48,29 @@
 // # Disks that sleep
 //
 // Health is read from a disk only if it is awake: the kernel's runtime power
-// state says active, and, if the disk has a spindle, the disk itself answers
-// CHECK POWER MODE, which does not spin it up. A disk that cannot be asked (behind a USB
-// bridge) is left alone. For the same reason the drivetemp chip of hwmon is not read.
+// state says active, and, if the disk has a spindle or is behind USB, where one
+// cannot tell, the disk itself answers CHECK POWER MODE, which does not spin it
+// up. One that does not answer (many bridges pass no ATA commands on) is left
+// alone, and USB sticks and card readers are not even asked. For the same reason
+// the drivetemp chip of hwmon is not read.
 //
 // # The inventory's format
 //
 // [Inventory] is the format, field by field, in JSON. Sizes are bytes,
 // temperatures °C, times RFC 3339. [Inventory.Digest] is a hash over what
 // changes only if the machine changes, so that only changes need to travel.
+// inventory.schema.json and docs/inventory.md are made from the types and their
+// comments by a test, which fails if they are behind.
+//
+// # Recorded machines
+//
+// [Record] keeps what a probe has read as a directory, which [Probe] takes for
+// the root of that machine: see recordFormat. Those of testdata were made with
+// it, but for the Raspberry Pi's, which is hand-made and says so.
 //
 // # Not done yet
 //
-// Drivers for sensors on I²C and 1-wire; health as warnings with severity;
-// watchdog, TPM and RTC; LED patterns; rings of telemetry; SMART behind USB bridges.
+// SMART of disks behind USB is read without the drive database, so that what
+// they have written and how worn they are is not known; RAID controllers that hide their disks; the sizes of
+// filesystems and addresses in recorded machines.
 package hw

@@ -378,6 +378,9 @@ func FuzzAttributes(f *testing.F) {
 			"sys/class/net/eth0/speed", "sys/class/net/eth0/address", "sys/class/thermal/thermal_zone0/type", "sys/class/thermal/thermal_zone0/temp",
 			"sys/class/hwmon/hwmon0/name", "sys/class/hwmon/hwmon0/temp1_input", "sys/class/hwmon/hwmon0/temp1_max", "sys/class/leds/a/trigger",
 			"sys/class/leds/a/brightness", "sys/bus/i2c/devices/i2c-1/name", "sys/bus/w1/devices/w1_bus_master1/w1_master_slaves",
+			"sys/class/thermal/thermal_zone0/trip_point_0_type", "sys/class/thermal/thermal_zone0/trip_point_0_temp", "sys/class/rtc/rtc0/name",
+			"sys/class/rtc/rtc0/date", "sys/class/tpm/tpm0/tpm_version_major", "sys/class/watchdog/watchdog0/identity", "sys/class/watchdog/watchdog0/timeout",
+			"sys/class/watchdog/watchdog0/bootstatus", recordHealth + "nvme0n1.nvme", recordHealth + "sda.ata.json", "sys/block/nvme0n1/device/model",
 		} {
 			put(t, root, name, string(raw))
 		}
