@@ -789,3 +789,39 @@ func BenchmarkReadOfAFullRing(b *testing.B) {
 		}
 	}
 }
+
+// Coarse rows wait for hours to be written; a restart must not cost them, or a
+// device that restarts each day has no curve of months.
+func TestRestartsLoseNoCoarseRows(t *testing.T) {
+	dir := t.TempDir()
+	const n, restarts = 4 * 60, 5
+	for k := range restarts {
+		r := opened(t, dir)
+		for i := range n {
+			must(t, r.Add(sampleAt(noon.Add(time.Duration(k*n+i)*time.Minute), 1)))
+		}
+		must(t, r.Close())
+	}
+	r, err := Load(dir)
+	must(t, err)
+	blocks := r.pending
+	for _, x := range r.coarse.refs() {
+		b, err := r.coarse.load(x)
+		must(t, err)
+		blocks = append(blocks, b)
+	}
+	samples := 0.0
+	for _, b := range blocks {
+		for _, c := range b.cols {
+			if c.name == "load1" && c.stat == statCount {
+				for _, v := range c.values {
+					samples += v
+				}
+			}
+		}
+	}
+	samples += r.bucket.cols["load1"].n
+	if samples != n*restarts {
+		t.Errorf("the coarse rows have %g of %d samples", samples, n*restarts)
+	}
+}
