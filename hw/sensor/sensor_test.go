@@ -68,7 +68,11 @@ func TestASensorThatDisappearsAndReturnsIsSilentInBetween(t *testing.T) {
 				m := play(f)
 				f.sensor.Every = "10s"
 				s, stop := running(t, m, f.sensor)
-				defer stop()
+				defer func() {
+					if stop(); m.open != 0 {
+						t.Errorf("%d buses are still open", m.open)
+					}
+				}()
 				time.Sleep(15 * time.Second)
 				before := values(s)
 				if len(before) == 0 {
@@ -165,6 +169,9 @@ func TestAHangHoldsItsBusOnceAndNothingElse(t *testing.T) {
 			t.Errorf("silent: %q %q", names, text)
 		}
 		began := time.Now()
+		if err := s.sensors[1].bus.wait(t.Context()); err == nil || time.Since(began) > 0 {
+			t.Errorf("a bus that is stuck was waited for: %v", err)
+		}
 		stop()
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("Run took %v to end", took)
@@ -181,22 +188,37 @@ func TestAHangHoldsItsBusOnceAndNothingElse(t *testing.T) {
 }
 
 func TestABusThatHungIsUsedAgainWhenItCameBack(t *testing.T) {
+	for _, name := range []string{"tmp102", "scd41"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := readTraffic(t, name)
+			f.sensor.Every = "20m"
+			m := play(f)
+			release := make(chan struct{})
+			m.before = func(string) { <-release }
+			s, stop := running(t, m, f.sensor)
+			time.Sleep(time.Minute)
+			if names, _ := silent(s); len(names) != 1 {
+				t.Fatal("a sensor that hangs is not silent")
+			}
+			close(release)
+			time.Sleep(retryMost + time.Minute)
+			if v := values(s); len(v) != len(f.values) {
+				_, text := silent(s)
+				t.Errorf("%s shows %v: %s", name, v, text)
+			}
+			if stop(); m.open != 0 {
+				t.Errorf("%s: %d buses are still open", name, m.open)
+			}
+		})
+	}
+}
+
+func TestWhyATransferFailedIsNotLostInTheDriver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := readTraffic(t, "tmp102")
-		m := play(f)
-		release := make(chan struct{})
-		m.before = func(string) { <-release }
-		s, stop := running(t, m, f.sensor)
-		defer stop()
-		time.Sleep(time.Minute)
-		if names, _ := silent(s); len(names) != 1 {
-			t.Fatal("a sensor that hangs is not silent")
-		}
-		close(release)
-		time.Sleep(retryMost + time.Minute)
-		if v := values(s); len(v) != 1 {
-			_, text := silent(s)
-			t.Errorf("shows %v: %s", v, text)
+		f := readTraffic(t, "ina219")
+		f.ops = f.ops[:1] // the driver says only that it failed to write
+		if r := readOne(t, play(f), f.sensor); r.Err == nil || !strings.Contains(r.Err.Error(), "unexpected Tx") {
+			t.Error(r.Err)
 		}
 	})
 }
@@ -556,16 +578,18 @@ func TestROMHasTheChecksumThatTheChipSends(t *testing.T) {
 	}
 }
 
-// w1 makes what the kernel shows of a 1-wire bus with one thermometer.
+// w1 makes what the kernel shows of a 1-wire bus with a thermometer of each family.
 func w1(t testing.TB, slave string) kernel {
 	root := t.TempDir()
-	dir := filepath.Join(root, "sys/bus/w1/devices/w1_bus_master1/28-0000070e41ac")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if slave != "" {
-		if err := os.WriteFile(filepath.Join(dir, "w1_slave"), []byte(slave), 0o644); err != nil {
+	for _, family := range []string{"28", "10"} {
+		dir := filepath.Join(root, "sys/bus/w1/devices/w1_bus_master1", family+"-0000070e41ac")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
+		}
+		if slave != "" {
+			if err := os.WriteFile(filepath.Join(dir, "w1_slave"), []byte(slave), 0o644); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	return kernel{root: root}
@@ -581,8 +605,14 @@ func TestThermometersAreReadThroughTheKernel(t *testing.T) {
 	}
 	other := s
 	other.Address = "28-0000070e41ad"
-	bus := s
-	bus.Bus = "w1_bus_master2"
+	bus, old := s, s
+	bus.Bus, old.Address = "w1_bus_master2", "10-0000070e41ac"
+	// A DS18S20 counts in half degrees: 0x32 is 25 °C (periph's TestParseTemperature).
+	memory := []byte{0x32, 0, 0, 0, 0xff, 0xff, 0x0c, 0x10}
+	r = readOne(t, w1(t, fmt.Sprintf("% x %02x : crc=00 YES\n", memory, onewire.CalcCRC(memory))), old)
+	if r.Err != nil || len(r.Values) != 1 || r.Values[0].Value != 25 {
+		t.Error(r.Values, r.Err)
+	}
 	for name, c := range map[string]struct {
 		file string
 		s    board.Sensor
@@ -596,6 +626,7 @@ func TestThermometersAreReadThroughTheKernel(t *testing.T) {
 		"another form":    {"e0 01", s, "not in its documented form"},
 		"too many bytes":  {"e0 01 00 00 3f ff 10 10 3f 3f : crc=3f YES", s, "not in its documented form"},
 		"shorted to zero": {"00 00 00 00 00 00 00 00 00 : crc=00 YES", s, "shorted to ground"},
+		"shorted DS18S20": {"00 00 00 00 00 00 00 00 00 : crc=00 YES", old, "shorted to ground"},
 	} {
 		if r := readOne(t, w1(t, c.file), c.s); r.Err == nil || len(r.Values) > 0 || !strings.Contains(r.Err.Error(), c.say) {
 			t.Errorf("%s: it shows %v and says %v", name, r.Values, r.Err)
