@@ -37,6 +37,7 @@ type commands struct {
 	Status  statusCmd  `cmd:"" help:"Show how this device feels and stands with its fleet; works while the agent runs."`
 	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
+	Sensors sensorsCmd `cmd:"" help:"Read the declared sensors once, or list which chips can be read."`
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
 
