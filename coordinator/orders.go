@@ -30,7 +30,7 @@ func (c *Coordinator) orderRoutes() []route {
 		{method: "GET", path: v1 + "/orders", needs: toRead, summary: "List orders, the newest first", out: api.OrderList{},
 			query: []param{{"device", "one of these devices", []string{}}, {"group", "devices in one of these groups", []string{}}, {"label", "devices with this label, key=value", []string{}},
 				{"order", "this order, whichever device has it", ""}, {"state", "in this state", ""}, {"kind", "of this kind", ""},
-				{"pending", "only what has not ended", false}, {"limit", "at most so many; default 100", 0}}, handle: c.listOrders},
+				{"pending", "only what has not ended", false}, {"before", "older than the order with this id: what an answer gave as next", ""}, {"limit", "at most so many; default 100", 0}}, handle: c.listOrders},
 		{method: "POST", path: v1 + "/orders", needs: toAdmin, summary: "Send an order of a kind that has no service of its own", in: api.SendRequest{}, out: []api.Order{},
 			handle: answer(func(r *http.Request, q api.SendRequest) ([]api.Order, error) { return c.sendOrder(r.Context(), q) })},
 		{method: "GET", path: v1 + "/orders/{device}/{id}", needs: toRead, summary: "An order and what became of it", out: api.Order{},
@@ -121,6 +121,11 @@ func parseOrderQuery(v url.Values) (api.OrderQuery, error) {
 			return bad("pending is true or false, not %q", s)
 		}
 	}
+	if q.Before = v.Get("before"); q.Before != "" {
+		if _, err := ulid.ParseStrict(q.Before); err != nil {
+			return bad("before is the id of an order, not %q", q.Before)
+		}
+	}
 	if s := v.Get("limit"); s != "" {
 		if q.Limit, err = strconv.Atoi(s); err != nil || q.Limit < 1 || q.Limit > api.MaxOrders {
 			return bad("limit is a number from 1 to %d, not %q", api.MaxOrders, s)
@@ -153,8 +158,12 @@ func (c *Coordinator) orders(ctx context.Context, q api.OrderQuery) (api.OrderLi
 }
 
 func fits(q api.OrderQuery, id string, k wire.Kind, s wire.State) bool {
-	return (q.ID == "" || q.ID == id) && (q.Kind == "" || q.Kind == k) && (q.State == "" || q.State == s) && !(q.Pending && s.Terminal())
+	return (q.ID == "" || q.ID == id) && older(id, q) && (q.Kind == "" || q.Kind == k) && (q.State == "" || q.State == s) && !(q.Pending && s.Terminal())
 }
+
+// older tells whether an order belongs to the part that is asked for: ids sort by
+// the time at which they were made.
+func older(id string, q api.OrderQuery) bool { return q.Before == "" || id < q.Before }
 
 // newest is the limit newest of many keys of orders.
 type newest struct {
@@ -228,6 +237,7 @@ func (o *outbox) list(of map[wire.DeviceID]bool, q api.OrderQuery) api.OrderList
 	}
 	switch {
 	case n.more:
+		_, out.Next = parseOrderKey(n.keys[len(n.keys)-1])
 		out.Cut = fmt.Sprintf("these are the newest %d; ask for more with a higher limit, or name a device, a kind or a state", len(out.Orders))
 	case lost:
 		out.Cut = fmt.Sprintf("only the last %d orders that ended are looked through; name one device to see all of its own", recentOrders)
@@ -245,6 +255,10 @@ func (o *outbox) listOf(ctx context.Context, d wire.DeviceID, q api.OrderQuery) 
 	if err != nil {
 		return out, err
 	}
+	keys = slices.DeleteFunc(keys, func(k string) bool {
+		_, id := parseOrderKey(k)
+		return !older(id, q)
+	})
 	n := newest{limit: max(maxReads, q.Limit), keys: keys}
 	n.cut()
 	for _, k := range n.keys {
@@ -260,12 +274,14 @@ func (o *outbox) listOf(ctx context.Context, d wire.DeviceID, q api.OrderQuery) 
 			continue
 		}
 		if len(out.Orders) == q.Limit {
+			out.Next = out.Orders[q.Limit-1].ID
 			out.Cut = fmt.Sprintf("these are the newest %d; ask for more with a higher limit, or for a kind or a state", q.Limit)
 			return out, nil
 		}
 		out.Orders = append(out.Orders, v.summary(k))
 	}
 	if n.more {
+		_, out.Next = parseOrderKey(n.keys[len(n.keys)-1])
 		out.Cut = fmt.Sprintf("only the newest %d of this device's orders were looked through", n.limit)
 	}
 	return out, nil

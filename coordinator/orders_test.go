@@ -434,6 +434,28 @@ func TestOrdersAreListedNewestFirst(t *testing.T) {
 			t.Errorf("%s: %v %q (%v), want %v", name, ids(list), list.Cut, err, c.want)
 		}
 	}
+	for name, q := range map[string]api.OrderQuery{
+		"all in parts": {Limit: 2}, "pending in parts": {Limit: 1, Pending: true}, "a device's in parts": {Limit: 2, Selector: api.Selector{Devices: []wire.DeviceID{d.id}}},
+	} {
+		var got []string
+		for range all {
+			list, err := w.op.Orders(ctx, q)
+			must(t, err)
+			got = append(got, ids(list)...)
+			if q.Before = list.Next; q.Before == "" {
+				break
+			}
+		}
+		want := map[bool][]string{true: all[:2], false: all}[q.Pending]
+		if len(q.Devices) > 0 {
+			want = all[2:]
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+	}
+	_, err := w.op.Orders(ctx, api.OrderQuery{Before: "yesterday"})
+	wantRefusal(t, err, http.StatusBadRequest, "bad_query")
 	list, err := w.op.Orders(ctx, api.OrderQuery{State: wire.Rejected})
 	must(t, err)
 	if s := list.Orders[0]; s.Device != d.id || s.Code != wire.CodePolicy || s.Updated.IsZero() {

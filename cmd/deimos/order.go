@@ -262,17 +262,22 @@ func (o *orderCancelCmd) Run(ctx context.Context, all *commands) error {
 // meant lists the orders to cancel.
 func (o *orderCancelCmd) meant(ctx context.Context, c *api.Client, sel api.Selector) ([]api.OrderSummary, error) {
 	if o.Pending {
-		list, err := c.Orders(ctx, api.OrderQuery{Selector: sel, Pending: true, Limit: api.MaxOrders})
-		if list.Cut != "" {
-			fmt.Fprintf(cli.Plain(os.Stderr), "(%s; run it again for the rest)\n", list.Cut)
-		}
 		var out []api.OrderSummary
-		for _, s := range list.Orders {
-			if s.Kind != wire.KindOrderCancel && !s.Canceled {
-				out = append(out, s)
+		for q := (api.OrderQuery{Selector: sel, Pending: true, Limit: api.MaxOrders}); ; {
+			list, err := c.Orders(ctx, q)
+			if err != nil {
+				return nil, err
 			}
+			for _, s := range list.Orders {
+				if s.Kind != wire.KindOrderCancel { // one that was canceled before: it may be lost
+					out = append(out, s)
+				}
+			}
+			if list.Next == "" || list.Next == q.Before {
+				return out, nil
+			}
+			q.Before = list.Next
 		}
-		return out, err
 	}
 	if len(o.IDs) == 1 {
 		d, id, err := findOrder(ctx, c, o.IDs)

@@ -47,7 +47,8 @@ type OrderSummary struct {
 // OrderList is a part of all orders, the newest first.
 type OrderList struct {
 	Orders []OrderSummary `json:"orders"`
-	Cut    string         `json:"cut,omitempty"` // a sentence: why there may be more than these; empty if these are all
+	Cut    string         `json:"cut,omitempty"`  // a sentence: why there may be more than these; empty if these are all
+	Next   string         `json:"next,omitempty"` // [OrderQuery.Before] of the next part; empty if there is none
 }
 
 // OrderQuery says which orders are meant: those that fit everything given.
@@ -56,8 +57,9 @@ type OrderQuery struct {
 	ID      string // one order, whichever device has it
 	State   wire.State
 	Kind    wire.Kind
-	Pending bool // only those that have not ended
-	Limit   int  // 0 for [DefaultOrders]
+	Pending bool   // only those that have not ended
+	Before  string // only those that are older than the order with this id
+	Limit   int    // 0 for [DefaultOrders]
 }
 
 // How many orders a list has if nobody says, and at most.
@@ -116,7 +118,7 @@ func (c *Client) AwaitOrder(ctx context.Context, device wire.DeviceID, id string
 // Orders lists orders, the newest first.
 func (c *Client) Orders(ctx context.Context, q OrderQuery) (OrderList, error) {
 	v := q.Query()
-	for k, s := range map[string]string{"order": q.ID, "state": string(q.State), "kind": string(q.Kind)} {
+	for k, s := range map[string]string{"order": q.ID, "before": q.Before, "state": string(q.State), "kind": string(q.Kind)} {
 		if s != "" {
 			v.Set(k, s)
 		}
