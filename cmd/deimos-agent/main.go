@@ -38,6 +38,7 @@ type commands struct {
 	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
 	Sensors sensorsCmd `cmd:"" help:"Read the declared sensors once, or list which chips can be read."`
+	History historyCmd `cmd:"" help:"Show what this device has measured; works while the agent runs."`
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
 
