@@ -1,0 +1,79 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/deimos-edge/deimos/hw/disk"
+	"github.com/deimos-edge/deimos/internal/cli"
+)
+
+func TestDisksAreShownWithTheReason(t *testing.T) {
+	var out bytes.Buffer
+	err := writeDisks(&out, []disk.Candidate{
+		{Mount: "/srv/data", Disk: "sda", Size: 1 << 40, Use: true, Capacity: 1 << 39, Code: disk.CodeOK, Why: "nothing else is on it",
+			Test: &disk.Test{Passed: true, WriteBps: 100 << 20, ReadBps: 200 << 20}},
+		{Mount: "/srv/bad", Disk: "sdb", Code: disk.CodeForeign, Why: "somebody's data is on it", Test: &disk.Test{}},
+		{Disk: "sdc", Code: disk.CodeNotMounted, Why: "/dev/sdc is not mounted"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"512.0 GiB", "100.0 MiB/s in, 200.0 MiB/s out", "failed", "not tested", "(not mounted)", "/srv/data: nothing else is on it.", "sdc: /dev/sdc is not mounted."} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is not shown in\n%s", want, out.String())
+		}
+	}
+}
+
+func TestDisksFollowTheConfiguration(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(file, []byte("[disks]\nuse = [\"/a\"]\nnever = [\"sdb\"]\n[board]\nname = \"rock-5b\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o, err := (&disksListCmd{State: "state", Config: file, Use: []string{"/b"}}).options()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o.Auto || !slices.Equal(o.Use, []string{"/a", "/b"}) || !slices.Equal(o.Never, []string{"sdb"}) || o.Board.Name != "rock-5b" || !filepath.IsAbs(o.State) {
+		t.Errorf("%+v", o)
+	}
+	if o, err := (&disksListCmd{State: "state"}).options(); err != nil || !o.Auto || o.Board.Name == "" {
+		t.Errorf("without a configuration: %+v %v", o, err)
+	}
+	if err := os.WriteFile(file, []byte("[board]\nname = \"rock-6\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (&disksListCmd{State: "state", Config: file}).options(); cli.CodeOf(err) != cli.ExitConfig {
+		t.Errorf("a board that there is no profile of: %v", err)
+	}
+}
+
+func TestADiskCanBeTestedByHand(t *testing.T) {
+	stdout := os.Stdout
+	defer func() { os.Stdout = stdout }()
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	os.Stdout = null
+	dir := t.TempDir()
+	if err := (&disksTestCmd{Dir: dir, Output: cli.Output{Format: "json"}}).Run(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := (&disksTestCmd{Dir: filepath.Join(dir, "missing")}).Run(t.Context()); err == nil {
+		t.Error("a folder that is missing passes")
+	}
+	var out bytes.Buffer
+	if err := writeTest(&out, disk.Test{Code: disk.ProblemMismatch, Bytes: 1 << 20, ReadBps: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if s := out.String(); !strings.Contains(s, "failed (mismatch)") || !strings.Contains(s, "may have read from its cache") {
+		t.Errorf("%s", s)
+	}
+}
