@@ -337,9 +337,10 @@ func (m *Machine) flush() {
 	m.saved, m.unsaved = m.run(), false
 	done := make(chan struct{})
 	m.writing = done
+	write := m.write
 	go func() {
 		defer close(done)
-		if err := m.write(filepath.Join(m.dir, memoryName), raw); err != nil {
+		if err := write(filepath.Join(m.dir, memoryName), raw); err != nil {
 			m.log.Warn("what is usual for this machine was not kept; it is tried again", "error", err)
 		}
 	}()

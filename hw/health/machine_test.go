@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -779,12 +780,12 @@ func TestADamagedMemoryIsBegunAnew(t *testing.T) {
 
 func TestTheMemoryIsWrittenRarely(t *testing.T) {
 	in(t, func(g *rig) {
-		var n int
+		var n atomic.Int32
 		write := g.m.write
-		g.m.write = func(path string, raw []byte) error { n++; return write(path, raw) }
+		g.m.write = func(path string, raw []byte) error { n.Add(1); return write(path, raw) }
 		g.pass(24 * time.Hour)
 		synctest.Wait()
-		if n < 4 || n > 6 {
+		if n := n.Load(); n < 4 || n > 6 {
 			t.Errorf("written %d times in a day", n)
 		}
 	})
@@ -794,16 +795,17 @@ func TestTheMemoryIsWrittenRarely(t *testing.T) {
 func TestADiskThatHangsDoesNotHoldUpWhoJudgesIt(t *testing.T) {
 	in(t, func(g *rig) {
 		g.pass(time.Hour)
-		stuck, writes := make(chan struct{}), 0
+		stuck := make(chan struct{})
+		var writes atomic.Int32
 		g.m.mu.Lock()
-		g.m.write = func(string, []byte) error { writes++; <-stuck; return errors.New("late") }
+		g.m.write = func(string, []byte) error { writes.Add(1); <-stuck; return errors.New("late") }
 		g.m.mu.Unlock()
 		g.use("nvme0n1", func(u *hw.DiskUse) { *u = hw.DiskUse{InFlight: 1, WrittenBytes: u.WrittenBytes} })
 		before := time.Now()
 		g.pass(24 * time.Hour)
 		g.expect("disk_hung N1")
-		if d := time.Since(before); d > 24*time.Hour+time.Minute || writes != 1 {
-			t.Errorf("%s, %d writes", d, writes)
+		if d := time.Since(before); d > 24*time.Hour+time.Minute || writes.Load() != 1 {
+			t.Errorf("%s, %d writes", d, writes.Load())
 		}
 		if err := g.m.Close(); err == nil || !strings.Contains(err.Error(), "does not answer") {
 			t.Errorf("%v", err)
