@@ -37,8 +37,10 @@ type commands struct {
 	Status  statusCmd  `cmd:"" help:"Show how this device feels and stands with its fleet; works while the agent runs."`
 	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
-	Sensors sensorsCmd `cmd:"" help:"Read the declared sensors once, or list which chips can be read."`
+	Disks   disksCmd   `cmd:"" help:"Show which disks would hold chunks and why, or test one."`
+	Board   boardCmd   `cmd:"" help:"Show which board this is, list profiles of boards, or check one."`
 	History historyCmd `cmd:"" help:"Show what this device has measured; works while the agent runs."`
+	Sensors sensorsCmd `cmd:"" help:"Read the declared sensors once, or list which chips can be read."`
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
 
