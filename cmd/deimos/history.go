@@ -8,9 +8,12 @@ import (
 	"io"
 	"maps"
 	"math"
+	"os"
 	"slices"
-	"strconv"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/wire"
@@ -60,92 +63,108 @@ func (d *deviceHistoryCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return fmt.Errorf("what device %s has sent is no history: %w", id, err)
 	}
-	return d.Print(h, func(w io.Writer) error { return writeHistory(w, h, len(d.Series) > 0) })
+	return d.Print(h, func(w io.Writer) error {
+		style := chartStyle()
+		if style.Color {
+			w = os.Stdout // the chart cleans what it shows; colors would not pass
+		}
+		return writeHistory(w, h, len(d.Series) > 0, style)
+	})
 }
 
-// maxCurves bounds what is shown of one device.
-const maxCurves = 1000
+// What of a device's history is shown; beyond it, it is no device that we know.
+const (
+	maxCurves  = 1000
+	maxName    = 64                     // bytes
+	mostFigure = 1e18                   // of anything that is measured
+	leastShown = 1e-12                  // below is nothing
+	maxHistory = 100 * 365 * day        // from the first point to the last
+	leastStep  = 100 * time.Millisecond // between two points
+)
 
-// readHistory takes what a device has sent, if it holds together.
+// readHistory takes what a device has sent, if it holds together and can be drawn.
 func readHistory(raw []byte) (wire.History, error) {
 	var h wire.History
 	if err := json.Unmarshal(raw, &h); err != nil {
 		return h, err
 	}
-	switch {
+	switch y := h.From.Year(); {
 	case h.Count < 0 || h.Count > wire.MaxPoints:
-		return h, fmt.Errorf("curves of %d points", h.Count)
-	case !(h.Step >= 0 && h.Step <= (365*day).Seconds()):
-		return h, fmt.Errorf("points %g seconds apart", h.Step)
+		return h, fmt.Errorf("it has curves of %d points", h.Count)
+	case h.Count > 0 && !(h.Step >= leastStep.Seconds() && h.Step*float64(h.Count) <= time.Duration(maxHistory).Seconds()):
+		return h, fmt.Errorf("its points are %g seconds apart", h.Step)
+	case y < 1970 || y > 2500:
+		return h, fmt.Errorf("it begins in the year %d", y)
 	case len(h.Series) > maxCurves:
-		return h, fmt.Errorf("%d curves", len(h.Series))
+		return h, fmt.Errorf("it has %d curves", len(h.Series))
 	}
 	for name, c := range h.Series {
-		if len(c.Mean) != h.Count || c.Min != nil && len(c.Min) != h.Count || c.Max != nil && len(c.Max) != h.Count {
-			return h, fmt.Errorf("the curve %q has not %d points", name, h.Count)
+		if !shows(name) || name == "" || !shows(c.Unit) {
+			return h, fmt.Errorf("a curve has the name %q and the unit %q", name, c.Unit)
+		}
+		for _, list := range [][]*float64{c.Mean, c.Min, c.Max} {
+			if len(list) != h.Count && (list != nil || h.Count > 0 && c.Mean == nil) {
+				return h, fmt.Errorf("the curve %q has not %d points", name, h.Count)
+			}
+			for _, v := range list {
+				switch {
+				case v == nil:
+				case math.Abs(*v) > mostFigure:
+					return h, fmt.Errorf("the curve %q goes to %g", name, *v)
+				case math.Abs(*v) < leastShown:
+					*v = 0
+				}
+			}
 		}
 	}
 	return h, nil
 }
 
-// writeHistory shows curves, or one line of each.
-func writeHistory(w io.Writer, h wire.History, draw bool) error {
+// shows tells whether a text can stand in a chart.
+func shows(s string) bool {
+	return len(s) <= maxName && strings.IndexFunc(s, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) }) < 0
+}
+
+// chartStyle is for standard output. What is piped gets a chart too.
+func chartStyle() cli.ChartStyle {
+	if s, ok := cli.ChartFor(os.Stdout); ok {
+		s.Height = min(s.Height, 14)
+		return s
+	}
+	return cli.ChartStyle{Width: 80, Height: 14, Zone: time.UTC}
+}
+
+const sparkWidth = 24
+
+// writeHistory draws curves, or shows each in a line.
+func writeHistory(w io.Writer, h wire.History, draw bool, style cli.ChartStyle) error {
 	if len(h.Series) == 0 || h.Count == 0 {
-		_, err := fmt.Fprintln(w, "The device has measured nothing in that time.")
+		_, err := fmt.Fprintln(w, "The device has measured nothing of that in that time.")
 		return err
 	}
-	end := h.From.Add(time.Duration(h.Step * float64(h.Count) * float64(time.Second)))
-	fmt.Fprintf(w, "%s to %s, a point every %s\n\n", h.From.UTC().Format(time.RFC3339), end.UTC().Format(time.RFC3339), time.Duration(h.Step*float64(time.Second)).Round(time.Second))
-	var rows []string
-	for _, name := range slices.Sorted(maps.Keys(h.Series)) {
-		c := h.Series[name]
-		s := summarise(c)
-		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", cell(name), cell(c.Unit), figure(s.last), figure(s.min), figure(s.mean), figure(s.max)))
+	names := slices.Sorted(maps.Keys(h.Series))
+	if draw {
+		for i, name := range names {
+			if i > 0 {
+				fmt.Fprintln(w)
+			}
+			if err := cli.Chart(w, h, name, style); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
-	return cli.Table(w, "SERIES\tUNIT\tLAST\tMIN\tMEAN\tMAX", rows)
-}
-
-// summary is a curve in four figures; NaN where nothing was measured.
-type summary struct{ last, min, mean, max float64 }
-
-func summarise(c wire.Curve) summary {
-	s := summary{math.NaN(), math.NaN(), math.NaN(), math.NaN()}
-	sum, n := 0.0, 0
-	for i, p := range c.Mean {
-		if p == nil {
+	end := h.From.Add(time.Duration(h.Step * float64(h.Count) * float64(time.Second)))
+	fmt.Fprintf(w, "%s to %s, a point every %s\n\n", h.From.UTC().Format(time.RFC3339), end.UTC().Format(time.RFC3339), time.Duration(h.Step*float64(time.Second)).Round(100*time.Millisecond))
+	rows := make([]string, 0, len(names))
+	for _, name := range names {
+		c := h.Series[name]
+		if !slices.ContainsFunc(c.Mean, func(v *float64) bool { return v != nil }) {
+			rows = append(rows, name+"\t-\t-\t-\t-\t")
 			continue
 		}
-		low, high := *p, *p
-		if i < len(c.Min) && c.Min[i] != nil {
-			low = *c.Min[i]
-		}
-		if i < len(c.Max) && c.Max[i] != nil {
-			high = *c.Max[i]
-		}
-		if n == 0 {
-			s.min, s.max = low, high
-		}
-		s.last, s.min, s.max = *p, min(s.min, low), max(s.max, high)
-		sum += *p
-		n++
+		s := cli.Summarize(c)
+		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", name, cli.Quantity(s.Last, c.Unit), cli.Quantity(s.Min, c.Unit), cli.Quantity(s.Mean, c.Unit), cli.Quantity(s.Max, c.Unit), cli.Sparkline(c.Mean, sparkWidth)))
 	}
-	if n > 0 {
-		s.mean = sum / float64(n)
-	}
-	return s
-}
-
-// figure says a number in few characters.
-func figure(v float64) string {
-	switch a := math.Abs(v); {
-	case math.IsNaN(v):
-		return "-"
-	case a != 0 && (a >= 1e9 || a < 1e-3):
-		return strconv.FormatFloat(v, 'e', 2, 64)
-	case a >= 100 || v == math.Trunc(v):
-		return strconv.FormatFloat(v, 'f', 0, 64)
-	case a >= 1:
-		return strconv.FormatFloat(v, 'f', 1, 64)
-	}
-	return strconv.FormatFloat(v, 'f', 3, 64)
+	return cli.Table(w, "SERIES\tLAST\tMIN\tMEAN\tMAX\tCURVE", rows)
 }
