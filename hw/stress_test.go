@@ -150,6 +150,27 @@ func TestOddKeepersAreNotedAndDropped(t *testing.T) {
 	}
 }
 
+func TestAHungClockDoesNotHideAnother(t *testing.T) {
+	root := t.TempDir()
+	put(t, root, "sys/class/rtc/rtc0/date", "2026-01-02\n")
+	put(t, root, "sys/class/rtc/rtc1/date", "2026-01-02\n")
+	p, limit, err := newProber(Options{Root: root, Limit: 1200 * time.Millisecond})
+	must(t, err)
+	release := make(chan struct{})
+	p.slow = func(name string) {
+		if strings.HasPrefix(name, "sys/class/rtc/rtc0/") {
+			<-release
+		}
+	}
+	inv, err := p.probe(t.Context(), limit)
+	close(release)
+	must(t, err)
+	waitForHung(t)
+	if len(inv.Clocks) != 1 || inv.Clocks[0].Name != "rtc1" || !noted(inv, "clocks", NoteTimeout, "rtc0") {
+		t.Errorf("%+v %+v", inv.Clocks, inv.Notes)
+	}
+}
+
 // TestWatchdogIsNotOpened probes one whose device would tell if it were.
 func TestWatchdogIsNotOpened(t *testing.T) {
 	root := t.TempDir()
