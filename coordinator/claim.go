@@ -50,9 +50,10 @@ const (
 
 // waiting are the devices that wait to be claimed.
 //
-// The table is bounded. When it is full, the network from which most wait gives
-// way: whoever makes up keys pushes out its own, and the device that is alone in
-// its network is the last to go. Of one network, those that came once and never
+// The table is bounded. When it is full, the provider from whose networks most
+// wait gives way, and of its networks the one from which most wait: whoever makes
+// up keys pushes out its own, and the device that is alone in its network is the
+// last to go. Of one network, those that came once and never
 // again go first, the oldest of them before.
 type waiting struct {
 	rows  *table[PendingRecord]
@@ -153,20 +154,26 @@ func (p *waiting) makeRoom(ctx context.Context) error {
 		return 1
 	}
 	slices.SortFunc(all, func(a, b PendingRecord) int { return cmp.Or(cmp.Compare(rank(a), rank(b)), a.Last.Compare(b.Last)) })
-	// Who has the most others of its site behind it goes: that levels the largest.
-	behind, of := make(map[wire.DeviceID]int, len(all)), make(map[string]int)
-	for _, v := range slices.Backward(all) {
-		where := site(v.Address)
-		behind[v.Device] = of[where]
-		of[where]++
-	}
-	slices.SortStableFunc(all, func(a, b PendingRecord) int { return cmp.Compare(behind[b.Device], behind[a.Device]) })
+	level(all, site)
+	level(all, provider)
 	for _, v := range all[:min(len(all), over+p.most/100)] {
 		if err := p.remove(ctx, v.Device); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// level puts first who has the most others of its place behind it: so the largest
+// place gives way until it is as large as the next.
+func level(all []PendingRecord, place func(address string) string) {
+	behind, of := make(map[wire.DeviceID]int, len(all)), make(map[string]int)
+	for _, v := range slices.Backward(all) {
+		where := place(v.Address)
+		behind[v.Device] = of[where]
+		of[where]++
+	}
+	slices.SortStableFunc(all, func(a, b PendingRecord) int { return cmp.Compare(behind[b.Device], behind[a.Device]) })
 }
 
 // full tells whether somebody may have been pushed out just now; makeRoom leaves
@@ -176,6 +183,15 @@ func (p *waiting) full() bool { return p.count() >= p.most-p.most/100 }
 // site is whose addresses are believed to be one party's: an IPv4 /24, an IPv6 /48.
 func site(address string) string {
 	if p, ok := prefix(address, 24, 48); ok {
+		return p.String()
+	}
+	return address
+}
+
+// provider is who gives out such addresses: an IPv4 /16, an IPv6 /32. There are
+// 65,536 sites in one.
+func provider(address string) string {
+	if p, ok := prefix(address, 16, 32); ok {
 		return p.String()
 	}
 	return address

@@ -197,8 +197,10 @@ func TestDevicesThatWaitAreForgottenAfterADay(t *testing.T) {
 // few minutes; so neither tells them apart. Where they come from does.
 func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
 	for name, flood := range map[string]func(i int) string{
-		"one IPv4 network": func(i int) string { return fmt.Sprintf("203.0.113.%d:1", i%250) },
-		"one IPv6 site":    func(i int) string { return fmt.Sprintf("[2001:db8:1:%x::1]:1", i) },
+		"one IPv4 network":                 func(i int) string { return fmt.Sprintf("203.0.113.%d:1", i%250) },
+		"one IPv6 site":                    func(i int) string { return fmt.Sprintf("[2001:db8:1:%x::1]:1", i) },
+		"all of an IPv6 provider's sites":  func(i int) string { return fmt.Sprintf("[2001:db8:%x::1]:1", i) },
+		"all networks of an IPv4 provider": func(i int) string { return fmt.Sprintf("203.0.%d.1:1", i) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := ownWorld(t)
@@ -217,7 +219,7 @@ func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
 				ask("192.0.2.7:1", alone)
 				w.advance(time.Second)
 			}
-			ask("[2001:db8:2::1]:1", once)
+			ask("[2001:db9:2::1]:1", once)
 			for i := range 2 * w.waiting.most {
 				key := newKey(t)
 				for range 2 {

@@ -195,6 +195,10 @@ func TestRefusedMeansThatNothingWasChanged(t *testing.T) {
 	w.outbox.rows.kv = failing{w.outbox.rows.kv, func(key string) bool { return strings.HasPrefix(key, string(second.id)) }}
 	_, err = w.op.SendOrder(ctx, api.SendRequest{Kind: extension, Selector: both})
 	wantRefusal(t, err, http.StatusInternalServerError, "partly_done")
+	// The log names some; all are in the list that the answer points to.
+	if s := err.Error(); !strings.Contains(s, "order list --kind "+string(extension)+" --limit 1\"") || strings.Contains(s, "deimos log") {
+		t.Errorf("it says %s", s)
+	}
 	made := w.outbox.openOf(first.id)
 	if e := w.last(t); e.Outcome != api.LogFailed || len(made) != 1 || !slices.Contains(e.Targets, made[0]) {
 		t.Errorf("%v %+v", made, e)

@@ -456,7 +456,7 @@ func (c *Coordinator) sendAll(ctx context.Context, base ulid.ULID, devices []api
 	about(ctx, to...)
 	about(ctx, made...)
 	if err != nil && len(made) > 0 {
-		return nil, partly(fmt.Sprintf("%d of %d orders were made; \"deimos log\" has their ids", len(made), len(devices)), err)
+		return nil, partly(fmt.Sprintf("%d of %d orders were made; \"deimos order list --kind %s --limit %d\" shows them", len(made), len(devices), k, min(len(made), api.MaxOrders)), err)
 	}
 	if err != nil {
 		return nil, err

@@ -159,9 +159,8 @@ const (
 	// of acks. A device sends its reports again after five seconds at the earliest.
 	ackHold   = orderSync + 500*time.Millisecond
 	ackPause  = 200 * time.Millisecond
-	maxAcks   = 500      // in one message: some 30 KiB
-	maxLate   = 64 << 10 // bytes of a late report that is kept
-	maxReason = 1 << 10  // bytes of a device's sentence that are shown
+	maxAcks   = 500     // in one message: some 30 KiB
+	maxReason = 1 << 10 // bytes of a device's sentence that are shown
 )
 
 // codeNoAnswer is the code of an order that the coordinator gave up on.
@@ -341,7 +340,7 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 			}
 			return errUnchanged
 		case v.State.Terminal():
-			if v.Reason == "" || len(v.Late) > 0 || !r.State.Terminal() || len(envelope) > maxLate {
+			if v.Reason == "" || len(v.Late) > 0 || !r.State.Terminal() {
 				return errUnchanged
 			}
 			v.Late = envelope

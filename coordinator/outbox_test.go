@@ -301,8 +301,11 @@ func TestSilenceTimesOut(t *testing.T) {
 	if v.State != wire.TimedOut || v.Result.Code != "no_answer" || !strings.Contains(v.Result.Reason, "deimos device show") {
 		t.Errorf("%+v", v)
 	}
-	// The answer that comes after all is acknowledged and changes nothing.
-	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 3, State: wire.Succeeded})
+	// The answer that comes after all is acknowledged and changes nothing, however
+	// large it is.
+	large, err := json.Marshal(strings.Repeat("x", wire.MaxMessage/2+wire.MaxMessage/8))
+	must(t, err)
+	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 3, State: wire.Succeeded, Body: large})
 	d.ackOf(o.ID)
 	if v := w.record(t, o); v.State != wire.TimedOut {
 		t.Errorf("a terminal state became %s", v.State)
