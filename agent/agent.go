@@ -50,6 +50,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/deimos-edge/deimos/hw/watchdog"
 	"github.com/deimos-edge/deimos/jobs"
 	"github.com/deimos-edge/deimos/ota"
 	"github.com/deimos-edge/deimos/ota/repo"
@@ -107,8 +108,11 @@ const (
 	// dataStall is how long the data plane may be silent: as long as the session's
 	// writes, on the same line.
 	dataStall = writeTimeout
-	// beatLate is twice the longest heartbeat interval, and a little.
-	beatLate = 2*wire.MaxBeat*time.Second + time.Minute
+	// Loops that wait for long wake up so often to show that they live, and hang
+	// if they have not for loopLate. The longest that one may block is connecting,
+	// or one message on a slow line.
+	pulseEvery = time.Minute
+	loopLate   = 5 * time.Minute
 )
 
 // Run is the agent's whole life. It returns nil when ctx ends, ErrRestart when
@@ -255,7 +259,8 @@ func (a *Agent) furnish() error {
 		return err
 	}
 	a.session = newSession(link{
-		id: a.id, brokers: func() []string { return a.member.Load().Brokers }, door: fleet, clock: a.clock, log: a.log,
+		pulse: func() *watchdog.Pulse { return a.hw.dog.Pulse("session", loopLate) },
+		id:    a.id, brokers: func() []string { return a.member.Load().Brokers }, door: fleet, clock: a.clock, log: a.log,
 		hello: a.hello, trusted: a.orderKey, welcomed: a.welcomed, lost: func() { a.hw.connected(false) }, refused: a.doubted,
 	})
 	return nil
@@ -283,7 +288,7 @@ func (a *Agent) live(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { a.session.run(ctx) })
 	wg.Go(func() { a.stayMember(ctx) })
-	wg.Go(func() { a.orders.resend(ctx) })
+	wg.Go(func() { a.orders.resend(ctx, a.hw.dog.Pulse("reports", loopLate)) })
 	wg.Go(func() { a.beat(ctx) })
 	wg.Go(func() { a.housekeep(ctx) })
 	wg.Go(func() { a.checkChunks(ctx) })
@@ -385,19 +390,12 @@ func (a *Agent) hello() wire.Presence {
 
 // beat sends heartbeats, jittered by a tenth so that a fleet's do not fall together.
 func (a *Agent) beat(ctx context.Context) {
-	pulse := a.hw.dog.Pulse("heartbeat", beatLate)
+	pulse := a.hw.dog.Pulse("heartbeat", loopLate)
 	defer pulse.End()
 	for {
-		every, changed := a.desired.beat()
-		wait := every - every/20 + rand.N(every/10+1)
-		select {
-		case <-ctx.Done():
+		if !a.awaitBeat(ctx, pulse) {
 			return
-		case <-changed:
-			continue // to wait by the new interval
-		case <-time.After(wait):
 		}
-		pulse.Beat()
 		raw, err := json.Marshal(a.hw.telemetry())
 		if err != nil {
 			a.log.Error("telemetry cannot be encoded", "error", err)
@@ -412,6 +410,26 @@ func (a *Agent) beat(ctx context.Context) {
 			continue
 		}
 		a.session.publish(wire.ChannelBeat, env)
+	}
+}
+
+// awaitBeat waits until a heartbeat is due, also by an interval that changes
+// meanwhile. It is false when ctx ends.
+func (a *Agent) awaitBeat(ctx context.Context, pulse *watchdog.Pulse) bool {
+	began, share := time.Now(), 0.95+rand.Float64()/10
+	for {
+		pulse.Beat()
+		every, changed := a.desired.beat()
+		left := time.Until(began.Add(time.Duration(share * float64(every))))
+		if left <= 0 {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-changed:
+		case <-time.After(min(left, pulseEvery)):
+		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/deimos-edge/deimos/hw/watchdog"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -624,8 +625,11 @@ func (d *dispatcher) acknowledged(a wire.Ack) error {
 }
 
 // resend sends owed reports again until ctx ends, and writes down what was
-// acknowledged.
-func (d *dispatcher) resend(ctx context.Context) {
+// acknowledged. As that takes d.mu, its pulse speaks for all of the dispatcher.
+func (d *dispatcher) resend(ctx context.Context, pulse *watchdog.Pulse) {
+	defer pulse.End()
+	tick := time.NewTicker(pulseEvery)
+	defer tick.Stop()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -635,7 +639,9 @@ func (d *dispatcher) resend(ctx context.Context) {
 			return
 		case <-d.changed:
 		case <-timer.C:
+		case <-tick.C:
 		}
+		pulse.Beat()
 		if next := d.resendDue(time.Now()); next > 0 {
 			timer.Reset(next)
 		} else {

@@ -621,7 +621,7 @@ func TestReconnectSendsWhatIsOwed(t *testing.T) {
 	r.dispatcher.mu.Unlock()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	go func() { defer close(done); r.resend(ctx) }()
+	go func() { defer close(done); r.resend(ctx, nil) }()
 	r.reconnected()
 	got := map[string]bool{}
 	for len(got) < 2 {

@@ -84,6 +84,9 @@ const (
 	// A sample is late when it has been missed for so long that the loop must
 	// hang: each reading has limits of its own.
 	sampleLate = 3 * time.Minute
+	// stopLate is what the agent allows itself for a stop in good order, twice:
+	// its work and then its machine, and as much again for the disk.
+	stopLate = 4 * stopLimit
 
 	historyDir = "history"
 	healthDir  = "health"
@@ -117,7 +120,7 @@ func openMachine(ctx context.Context, cfg Config, log *slog.Logger) (*machine, e
 	}
 	m.light = panel.NewLight("/", m.board, m.inventory().LEDs, log)
 	if m.dog, err = watchdog.New(watchdog.Options{Device: cfg.Watchdog, Log: log}); err != nil {
-		return nil, err
+		log.Error("the watchdog is not as it should be", "error", err)
 	}
 	return m, nil
 }
@@ -138,21 +141,31 @@ func (m *machine) probe(ctx context.Context) error {
 	return nil
 }
 
-// begin runs it. What it returns ends it and waits for that; the context ends
-// with the one given.
-func (m *machine) begin(ctx context.Context) (context.Context, func() error) {
+// begin runs it until the context that it returns has ended, which is when the
+// given one has, or by stop; stop waits for that. The watchdog is fed until then:
+// an agent that hangs while it stops is started anew, too.
+func (m *machine) begin(ctx context.Context) (_ context.Context, stop func() error) {
+	guarded, calm := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, cancel := context.WithCancel(ctx)
+	fed := make(chan struct{})
+	go func() { m.dog.Run(guarded); close(fed) }()
+	context.AfterFunc(ctx, func() { m.dog.Pulse("stop", stopLate) })
 	done := make(chan error, 1)
 	go func() { done <- m.run(ctx) }()
-	return ctx, func() error {
+	return ctx, func() (err error) {
 		cancel()
 		select {
-		case err := <-done:
-			return err
+		case err = <-done:
 		case <-time.After(stopLimit):
 			m.log.Warn("a device on this machine hangs; it is not waited for", "waited", stopLimit.String())
-			return nil
 		}
+		calm()
+		select {
+		case <-fed:
+		case <-time.After(stopLimit):
+			m.log.Warn("the watchdog does not let itself be disarmed", "waited", stopLimit.String())
+		}
+		return err
 	}
 }
 
@@ -160,7 +173,6 @@ func (m *machine) begin(ctx context.Context) (context.Context, func() error) {
 func (m *machine) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { m.light.Run(ctx) })
-	wg.Go(func() { m.dog.Run(ctx) })
 	wg.Go(func() { m.sensors.Run(ctx) })
 	wg.Go(func() { m.watch(ctx) })
 	wg.Go(func() { m.lookAgain(ctx) })

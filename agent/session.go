@@ -20,6 +20,7 @@ import (
 	mqtt "github.com/eclipse/paho.mqtt.golang"
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
+	"github.com/deimos-edge/deimos/hw/watchdog"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -35,8 +36,9 @@ type session struct {
 	again  time.Duration // without a welcome for so long, hello is said again
 	rare   atomic.Bool   // see slow
 	wake   chan struct{} // ends the wait for the next attempt
-	denied int           // connections in a row that came to nothing; of run alone
-	met    atomic.Bool   // this connection was welcomed
+	alive  *watchdog.Pulse
+	denied int         // connections in a row that came to nothing; of run alone
+	met    atomic.Bool // this connection was welcomed
 
 	mu     sync.Mutex
 	hellos []hello // of this connection, not answered, the oldest first
@@ -61,6 +63,8 @@ type link struct {
 	receive func(raw []byte) error
 	// welcomed is called after each verified welcome.
 	welcomed func()
+	// pulse is what the session's loop shows its life by; may be nil.
+	pulse func() *watchdog.Pulse
 	// lost is called when a connection that was welcomed has ended; may be nil.
 	lost func()
 	// refused is called when a broker was reached that does not let this device
@@ -155,6 +159,10 @@ func (b *backoff) next(welcomed bool) time.Duration {
 
 // run connects, and connects again with a growing, jittered wait, until ctx ends.
 func (s *session) run(ctx context.Context) {
+	if s.pulse != nil {
+		s.alive = s.pulse()
+		defer s.alive.End()
+	}
 	var wait backoff
 	for attempt := 0; ctx.Err() == nil; attempt++ {
 		brokers := s.brokers()
@@ -168,10 +176,23 @@ func (s *session) run(ctx context.Context) {
 			pause = rareBackoff/2 + mrand.N(rareBackoff)
 		}
 		s.log.Warn("no connection to the broker; trying again", "broker", broker, "in", pause.Round(time.Millisecond).String(), "error", err)
-		t := time.NewTimer(pause)
+		s.waitFor(ctx, pause)
+	}
+}
+
+// waitFor also ends when somebody wants the next attempt now.
+func (s *session) waitFor(ctx context.Context, pause time.Duration) {
+	for due := time.Now().Add(pause); ctx.Err() == nil; {
+		s.alive.Beat()
+		left := time.Until(due)
+		if left <= 0 {
+			return
+		}
+		t := time.NewTimer(min(left, pulseEvery))
 		select {
 		case <-ctx.Done():
 		case <-s.wake:
+			due = time.Time{}
 		case <-t.C:
 		}
 		t.Stop()
@@ -181,6 +202,7 @@ func (s *session) run(ctx context.Context) {
 // once holds one connection until it breaks or ctx ends.
 func (s *session) once(ctx context.Context, broker string) (err error) {
 	s.begin()
+	s.alive.Beat()
 	id := newNonce()
 	will, err := wire.Seal(s.id.key, wire.TypePresence, s.presence(false, id))
 	if err != nil {
@@ -311,8 +333,12 @@ func (s *session) pump(ctx context.Context, c mqtt.Client, id string, in <-chan 
 	again := time.NewTimer(jittered(pause))
 	defer again.Stop()
 	told := false
+	tick := time.NewTicker(pulseEvery)
+	defer tick.Stop()
 	for {
+		s.alive.Beat()
 		select {
+		case <-tick.C:
 		case err := <-lost:
 			return err
 		case <-ctx.Done():

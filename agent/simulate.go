@@ -186,7 +186,7 @@ func (d *simulated) live(ctx context.Context) error {
 	d.fleet.mu.Unlock()
 	var wg sync.WaitGroup
 	wg.Go(func() { s.run(ctx) })
-	wg.Go(func() { orders.resend(ctx) })
+	wg.Go(func() { orders.resend(ctx, nil) })
 	d.beat(ctx, s)
 	wg.Wait()
 	orders.wait()

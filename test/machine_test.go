@@ -3,6 +3,7 @@ package test
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"slices"
@@ -102,9 +103,16 @@ func TestAKilledAgentIsNoSecret(t *testing.T) {
 	}
 }
 
-// TestAServiceManagerIsFed by systemd's protocol.
+// TestAServiceManagerIsFed by systemd's protocol, also through the launcher, which
+// is the process that systemd knows.
 func TestAServiceManagerIsFed(t *testing.T) {
 	t.Parallel()
+	for _, launched := range []bool{false, true} {
+		t.Run(fmt.Sprintf("launched %v", launched), func(t *testing.T) { t.Parallel(); checkFed(t, launched) })
+	}
+}
+
+func checkFed(t *testing.T, launched bool) {
 	f := newFleet(t)
 	sock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: f.path("notify"), Net: "unixgram"})
 	if err != nil {
@@ -114,7 +122,10 @@ func TestAServiceManagerIsFed(t *testing.T) {
 	var tok api.Token
 	f.ok(&tok, "token", "create", "--uses", "1")
 	f.token = tok.Token
-	d := f.add(device{env: []string{"NOTIFY_SOCKET=" + f.path("notify"), "WATCHDOG_USEC=2000000"}})
+	d := f.add(device{launcher: launched, env: []string{"NOTIFY_SOCKET=" + f.path("notify"), "WATCHDOG_USEC=2000000"}})
+	if launched {
+		d.env = append(d.env, "WATCHDOG_PID=1") // any but the agent's
+	}
 	d.start()
 	d.awaitOnline()
 	heard := map[string]int{}
@@ -139,7 +150,9 @@ func TestAServiceManagerIsFed(t *testing.T) {
 	heard["WATCHDOG=1"] = 0
 	listen("WATCHDOG=1")
 	d.stop()
-	listen("STOPPING=1")
+	if !launched {
+		listen("STOPPING=1")
+	}
 }
 
 // TestAResetDeviceIsANewOne: what it was comes back to nobody.

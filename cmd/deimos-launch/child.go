@@ -6,6 +6,8 @@ import (
 	"log"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -76,7 +78,10 @@ func (l *launcher) run(c choice) ending {
 func (l *launcher) command(c choice) *exec.Cmd {
 	cmd := exec.Command(l.slots.Path(c.slot), l.args...)
 	// The agent keeps its state where its slots are, without being told twice.
-	cmd.Env = append(os.Environ(), slot.Env+"="+string(c.slot), "DEIMOS_STATE="+l.stateDir)
+	// systemd's watchdog is fed by the agent, not by us whom systemd started: by
+	// the variable that names us it would leave that to us.
+	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "WATCHDOG_PID=") })
+	cmd.Env = append(env, slot.Env+"="+string(c.slot), "DEIMOS_STATE="+l.stateDir)
 	if c.trial {
 		cmd.Env = append(cmd.Env, slot.EnvConfirmWithin+"="+l.confirmWithin.String())
 	}
