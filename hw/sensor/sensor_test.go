@@ -158,9 +158,11 @@ func TestAHangHoldsItsBusOnceAndNothingElse(t *testing.T) {
 		}
 		s, stop := running(t, m, a.sensor, b.sensor, c.sensor)
 		time.Sleep(20 * time.Minute)
+		mu.Lock()
 		if hanging != 1 {
 			t.Errorf("%d goroutines went into the kernel; one was to be left behind", hanging)
 		}
+		mu.Unlock()
 		if v := values(s); len(v) != 2 {
 			t.Errorf("the other bus shows %v", v)
 		}
