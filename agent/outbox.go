@@ -260,7 +260,7 @@ type debt struct {
 const (
 	// firstResend leaves the coordinator the time to sync its state before it
 	// acknowledges.
-	firstResend = 5 * time.Second
+	firstResend = 10 * time.Second
 	lastResend  = time.Minute
 	// resendBurst reports go out at once, and the next after resendGap: the
 	// session has room for 256 messages, and drops what is above.

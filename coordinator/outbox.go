@@ -154,10 +154,13 @@ const (
 	// maxEndings bounds what one sweep ends, so that it does not hold up sending.
 	maxEndings = 1000
 	// ackHold is how long after its report was written an ack is held: then the
-	// state has been synced, which takes its own time every orderSync, and no
-	// power cut takes the report. ackPause is the least time between two rounds
-	// of acks. A device sends its reports again after five seconds at the earliest.
-	ackHold   = orderSync + 500*time.Millisecond
+	// state has been synced, and no power cut takes the report. A sync begins
+	// orderSync after the last has ended, and one that was under way may have
+	// missed the report: so there is time for two of up to slowSync. ackPause is
+	// the least time between two rounds of acks. A device sends its reports again
+	// after ten seconds at the earliest.
+	slowSync  = 2 * time.Second
+	ackHold   = orderSync + 2*slowSync
 	ackPause  = 200 * time.Millisecond
 	maxAcks   = 500     // in one message: some 30 KiB
 	maxReason = 1 << 10 // bytes of a device's sentence that are shown

@@ -384,6 +384,11 @@ func TestAcksWaitForTheSync(t *testing.T) {
 		}
 		ack(2)
 		after(orderSync)
+		after(3900 * time.Millisecond) // a slow disk is still at it
+		after(ackHold-orderSync-3900*time.Millisecond, 2)
+		rounds = nil
+		ack(2)
+		after(orderSync)
 		ack(3)
 		after(ackHold - orderSync - 1)
 		after(1, 2)

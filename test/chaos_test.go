@@ -467,7 +467,7 @@ func (s *storm) checkCalls(d *device, asked map[string]bool) (twice int) {
 // ackTime is how long a report takes at most to be acknowledged on a good line:
 // the coordinator waits until it is synced, about 1.5 s. Nothing shows outside
 // when an agent has taken an acknowledgement.
-const ackTime = 4 * time.Second
+const ackTime = 8 * time.Second
 
 // checkDebts: every report is acknowledged, or it would be sent for ever. An
 // agent that has come back sends what it owes.
