@@ -465,7 +465,7 @@ func (s *storm) checkCalls(d *device, asked map[string]bool) (twice int) {
 }
 
 // ackTime is how long a report takes at most to be acknowledged on a good line:
-// the coordinator waits until it is synced, about 1.5 s. Nothing shows outside
+// the coordinator waits until it is synced, about 5 s. Nothing shows outside
 // when an agent has taken an acknowledgement.
 const ackTime = 8 * time.Second
 
