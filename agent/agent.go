@@ -38,7 +38,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"maps"
@@ -63,6 +62,9 @@ import (
 // ErrNotEnrolled says that the agent has neither an enrolment nor what it takes
 // to get one.
 var ErrNotEnrolled = errors.New("this device is in no fleet yet: start it with --coordinator https://HOST:8443; with --token TOKEN (a fleet manager makes one with \"deimos token create\") it joins at once, without one it shows a code by which the fleet manager claims it")
+
+// ErrConfig begins the sentence about a configuration that cannot be used.
+var ErrConfig = errors.New("the configuration cannot be used")
 
 // Agent is a device's daemon.
 type Agent struct {
@@ -396,7 +398,7 @@ func (a *Agent) beat(ctx context.Context) {
 		if !a.awaitBeat(ctx, pulse) {
 			return
 		}
-		raw, err := json.Marshal(a.hw.telemetry())
+		raw, err := a.hw.telemetry()
 		if err != nil {
 			a.log.Error("telemetry cannot be encoded", "error", err)
 			continue

@@ -14,7 +14,6 @@ import (
 	"github.com/BurntSushi/toml"
 
 	"github.com/deimos-edge/deimos/board"
-	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/jobs/policy"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -44,7 +43,7 @@ import (
 //
 //	[[sensor]]                  # see hw/sensor; besides those of the board's profile
 //	name = "cabinet"
-//	driver = "bme280"
+//	driver = "bmxx80"
 //	bus = "/dev/i2c-1"
 //	address = "0x76"
 //
@@ -97,11 +96,8 @@ type DisksConfig struct {
 // BoardConfig is the owner's word on what board this is.
 type BoardConfig struct {
 	Name     string `toml:"name"`
-	Profiles string `toml:"profiles"` // folder; "" is [BoardProfiles]
+	Profiles string `toml:"profiles"` // folder; "" is [board.Dir]
 }
-
-// BoardProfiles is where an owner's own profiles are looked for.
-const BoardProfiles = "/etc/deimos/boards"
 
 // LoadConfig reads a configuration file; without a path, it returns the
 // defaults. A key that is not known is an error: it is most likely misspelt,
@@ -135,7 +131,7 @@ func LoadConfig(path string) (Config, error) {
 // detectBoard asks the machine what it is, unless its owner knows better. A
 // profile that cannot be read is left out, and the log says so.
 func (c Config) detectBoard(log *slog.Logger) board.Board {
-	all, problems := board.Load(cmp.Or(c.Board.Profiles, BoardProfiles))
+	all, problems := board.Load(cmp.Or(c.Board.Profiles, board.Dir))
 	for _, p := range problems {
 		log.Warn("a board profile is left out", "error", p)
 	}
@@ -145,15 +141,6 @@ func (c Config) detectBoard(log *slog.Logger) board.Board {
 		return all.Detect("/")
 	}
 	return b
-}
-
-// watched are the folders whose filesystems matter, with what must stay free there.
-func (c Config) watched() []health.Path {
-	all := []health.Path{{Dir: c.StateDir}}
-	for _, v := range c.Volumes {
-		all = append(all, health.Path{Dir: v.Dir, Floor: uint64(max(v.Floor, 0))})
-	}
-	return all
 }
 
 // ErrState begins the sentence about a state folder that cannot be used.

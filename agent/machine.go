@@ -36,6 +36,7 @@ type machine struct {
 	board   board.Board
 	boot    string // the kernel's boot id
 	began   time.Time
+	places  []VolumeConfig // where chunks go
 
 	sampler *hw.Sampler
 	sensors *sensor.Set
@@ -108,14 +109,23 @@ func openMachine(ctx context.Context, cfg Config, log *slog.Logger) (*machine, e
 	if m.sampler, err = hw.NewSampler(hw.SampleOptions{Data: cfg.StateDir}); err != nil {
 		return nil, err
 	}
-	if m.sensors, err = sensor.New(slices.Concat(m.board.Sensors, cfg.Sensors), log); err != nil {
-		return nil, fmt.Errorf("the sensors that are declared: %w", err)
+	known := slices.DeleteFunc(slices.Clone(m.board.Sensors), func(s board.Sensor) bool {
+		err := sensor.Check(s)
+		if err != nil {
+			log.Warn("a sensor of the board's profile is left out", "board", m.board.Name, "error", err)
+		}
+		return err != nil
+	})
+	// What the owner declares is meant, and a mistake in it must not pass in silence.
+	if m.sensors, err = sensor.New(slices.Concat(known, cfg.Sensors), log); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	if m.history, err = history.Open(cfg.path(historyDir), history.Options{Log: log}); err != nil {
 		log.Error("the curves of this device cannot be kept; it runs without them", "error", err)
 	}
 	m.health = health.New(time.Now)
-	if m.judge, err = health.NewMachine(cfg.path(healthDir), m.board, cfg.watched(), m.health, log); err != nil {
+	m.places = cfg.places(m)
+	if m.judge, err = health.NewMachine(cfg.path(healthDir), m.board, cfg.watched(m.places), m.health, log); err != nil {
 		log.Error("what is usual for this machine is not known; it is learnt anew", "error", err)
 	}
 	m.light = panel.NewLight("/", m.board, m.inventory().LEDs, log)
@@ -267,9 +277,6 @@ func (m *machine) judgeInventory() {
 		m.judge.Inventory(m.inventory().Inventory)
 	}
 }
-
-// telemetry is the newest sample; nil before the first.
-func (m *machine) telemetry() *hw.Telemetry { return m.last.Load() }
 
 // at says how far the start has come.
 func (m *machine) at(s stage) {
@@ -425,6 +432,25 @@ func (m *machine) tellHistory(_ context.Context, o wire.Order, _ func(float64)) 
 	}
 	raw, err := json.Marshal(h)
 	return wire.Outcome{Attachment: raw}, err
+}
+
+// maxTelemetry bounds what travels in a heartbeat, in bytes. A machine with
+// hundreds of disks tells of them when it is asked for its history.
+const maxTelemetry = 16 << 10
+
+// telemetry is the newest sample as it travels; nil before the first.
+func (m *machine) telemetry() (json.RawMessage, error) {
+	t := m.last.Load()
+	if t == nil {
+		return nil, nil
+	}
+	raw, err := json.Marshal(t)
+	if err != nil || len(raw) <= maxTelemetry {
+		return raw, err
+	}
+	few := *t
+	few.Disks, few.Temperatures, few.Notes = nil, nil, nil
+	return json.Marshal(few)
 }
 
 // warnings are those that travel.

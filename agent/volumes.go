@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -18,28 +19,57 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// places is where chunks go: what the owner's file or the command line names,
-// and else what hw/disk chooses; at the least a folder in the state, whose floor
-// then decides whether there is room for anything.
-func (a *Agent) places() []VolumeConfig {
-	if len(a.cfg.Volumes) > 0 {
-		return a.cfg.Volumes
+// places is where chunks go, each with what it leaves free: what the owner's file
+// or the command line names, and else what hw/disk chooses; at the least a folder
+// in the state, whose floor then decides whether there is room for anything.
+func (c Config) places(m *machine) []VolumeConfig {
+	chosen := c.Volumes
+	if len(chosen) == 0 {
+		chosen = c.choose(m)
 	}
-	var chosen []VolumeConfig
-	own := VolumeConfig{Dir: a.cfg.path("volumes", "main"), Floor: a.cfg.Floor}
-	for _, c := range disk.Choose(a.hw.inventory().Inventory, a.cfg.diskOptions(a.hw)) {
+	for i := range chosen {
+		v := &chosen[i]
+		if v.Floor == 0 {
+			v.Floor = store.DefaultFloor(v.Dir)
+		}
+		// With less, a device could fill itself until it cannot report.
+		if v.Floor < sharedFloor && sameDisk(v.Dir, c.StateDir) {
+			m.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
+			v.Floor = sharedFloor
+		}
+	}
+	return chosen
+}
+
+// sharedFloor is the least that chunks leave free on the disk that the agent's
+// own state is on: what the journal needs, twice over, and room for both to
+// compact.
+const sharedFloor = 4 * journalFloor
+
+func (c Config) choose(m *machine) (chosen []VolumeConfig) {
+	own := VolumeConfig{Dir: c.path("volumes", "main"), Floor: c.Floor}
+	for _, x := range disk.Choose(m.inventory().Inventory, c.diskOptions(m.board)) {
 		switch {
-		case c.Use:
-			chosen = append(chosen, VolumeConfig{Dir: c.Dir, Capacity: c.Capacity, Floor: max(c.Floor, a.cfg.Floor)})
-			a.log.Info("a disk is used for chunks", "folder", c.Dir, "why", c.Why)
-		case c.Dir == own.Dir:
-			own.Floor = max(c.Floor, a.cfg.Floor)
+		case x.Use:
+			chosen = append(chosen, VolumeConfig{Dir: x.Dir, Capacity: x.Capacity, Floor: max(x.Floor, c.Floor)})
+			m.log.Info("a disk is used for chunks", "folder", x.Dir, "why", x.Why)
+		case x.Dir == own.Dir:
+			own.Floor = max(x.Floor, c.Floor)
 		}
 	}
 	if len(chosen) == 0 {
 		chosen = append(chosen, own)
 	}
 	return chosen
+}
+
+// watched are the folders whose filesystems matter.
+func (c Config) watched(places []VolumeConfig) []health.Path {
+	all := []health.Path{{Dir: c.StateDir}}
+	for _, v := range places {
+		all = append(all, health.Path{Dir: v.Dir, Floor: uint64(v.Floor)})
+	}
+	return all
 }
 
 // chosenFile names the folders that were chosen, one a line, for who resets the
@@ -70,8 +100,8 @@ func chosenBefore(c Config) ([]string, error) {
 	return strings.FieldsFunc(string(raw), func(r rune) bool { return r == '\n' }), err
 }
 
-func (c Config) diskOptions(m *machine) disk.Options {
-	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Board: m.board}
+func (c Config) diskOptions(b board.Board) disk.Options {
+	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Board: b}
 }
 
 // openVolumes opens what can be opened and trusted: one broken disk must not
@@ -83,11 +113,10 @@ func (a *Agent) openVolumes(ctx context.Context) error {
 	}
 	var open []*store.Volume
 	var failed error
-	places := a.places()
-	if err := a.noteChosen(places); err != nil {
+	if err := a.noteChosen(a.hw.places); err != nil {
 		return err
 	}
-	for _, v := range places {
+	for _, v := range a.hw.places {
 		vol, err := a.openVolume(ctx, tests, v)
 		if err != nil {
 			failed = errors.Join(failed, err)
@@ -114,7 +143,7 @@ func (a *Agent) openVolume(ctx context.Context, tests *disk.Record, v VolumeConf
 		a.hw.health.Set(health.DiskRefused, v.Dir, err.Error())
 		return nil, err
 	}
-	vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: a.floorOf(v), Log: a.log})
+	vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
 	if err != nil {
 		a.hw.health.Set(health.VolumeFailed, v.Dir, err.Error())
 	}
@@ -130,21 +159,6 @@ func (a *Agent) feel() {
 	_, sure := a.clock.Read()
 	a.hw.health.Is(health.ClockUntrusted, "", sure != wire.ClockTrusted, "nobody has told this device the time since it started")
 	a.hw.health.Is(health.CoordinatorRefuses, "", a.dismissed.Load(), "the coordinator has sent this device away")
-}
-
-// sharedFloor is the least that chunks leave free on the disk that the agent's
-// own state is on: what the journal needs, twice over, and room for both to
-// compact. With less, a device could fill itself until it cannot report.
-const sharedFloor = 4 * journalFloor
-
-// floorOf is what a volume leaves free: what the owner says, but not less than
-// the agent's own state needs if both are on one disk. 0 stays the default.
-func (a *Agent) floorOf(v VolumeConfig) int64 {
-	if v.Floor == 0 || v.Floor >= sharedFloor || !sameDisk(v.Dir, a.cfg.StateDir) {
-		return v.Floor
-	}
-	a.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
-	return sharedFloor
 }
 
 // sameDisk tells whether two folders, of which the first may not be there yet,

@@ -96,7 +96,7 @@ func coded(err error) error {
 		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	case errors.Is(err, agent.ErrRefused), errors.Is(err, agent.ErrUntrusted):
 		return &cli.Error{Code: cli.ExitNoPerm, Err: err}
-	case errors.Is(err, agent.ErrNotEnrolled):
+	case errors.Is(err, agent.ErrNotEnrolled), errors.Is(err, agent.ErrConfig):
 		return &cli.Error{Code: cli.ExitConfig, Err: err}
 	case errors.Is(err, agent.ErrState):
 		return &cli.Error{Code: cli.ExitNoCreate, Err: err}

@@ -84,7 +84,7 @@ func (c *sensorsReadCmd) declared() ([]board.Sensor, error) {
 	if err != nil {
 		return nil, err
 	}
-	profiles, problems := board.Load(cmp.Or(cfg.Board.Profiles, agent.BoardProfiles))
+	profiles, problems := board.Load(cmp.Or(cfg.Board.Profiles, board.Dir))
 	for _, p := range problems {
 		fmt.Fprintf(cli.Plain(os.Stderr), "left out: %v\n", p)
 	}

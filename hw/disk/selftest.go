@@ -24,6 +24,7 @@ const (
 	testTime  = 10 * time.Second
 	testGrace = 20 * time.Second // beyond testTime that a slow disk may take for one answer
 	testBytes = 64 * mib
+	testHome  = 8 * mib // of the disk that the agent's state is on: it is relied on anyway
 	testLeast = 4 * mib  // less says nothing
 	leastFree = 64 * mib // with less no test is made
 	block     = 1 * mib
@@ -62,6 +63,10 @@ type medium interface {
 // What is wrong with the disk is in the Test; the error is that there was no
 // test, as when the folder is missing, ctx ended, or another test runs there.
 func SelfTest(ctx context.Context, dir string, log *slog.Logger) (Test, error) {
+	return selfTest(ctx, dir, testBytes, log)
+}
+
+func selfTest(ctx context.Context, dir string, most int64, log *slog.Logger) (Test, error) {
 	type result struct {
 		t   Test
 		err error
@@ -70,7 +75,7 @@ func SelfTest(ctx context.Context, dir string, log *slog.Logger) (Test, error) {
 	ctx, cancel := context.WithTimeout(ctx, testTime+testGrace)
 	defer cancel()
 	r, ok := hw.Within(ctx, testTime+testGrace, "self-test of "+dir, func() result {
-		t, err := testFolder(ctx, dir, testTime, testBytes)
+		t, err := testFolder(ctx, dir, testTime, most)
 		return result{t, err}
 	})
 	switch {

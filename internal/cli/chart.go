@@ -407,10 +407,7 @@ func timeAxis(h wire.History, width int, zone *time.Location, dash, mark string)
 		if days := int(step / (24 * time.Hour)); days > 0 {
 			t = time.Date(year, month, day+int(n)*days, 0, 0, 0, 0, zone)
 		} else if t.Before(from) {
-			n += int64(from.Sub(t)/step) - 1
-			if n < 0 {
-				n = 0
-			}
+			n += max(int64(from.Sub(t)/step)-1, 0) // near, and then on by one
 		}
 		at := int(float64(t.Sub(from)) / float64(span) * float64(width))
 		if at >= width || n > 1e6 {

@@ -36,6 +36,23 @@ func chartOf(t *testing.T, h wire.History, s ChartStyle) []string {
 	return strings.Split(strings.TrimSuffix(b.String(), "\n"), "\n")
 }
 
+// TestAxisEnds wherever the history begins and whatever it spans.
+func TestAxisEnds(t *testing.T) {
+	for _, step := range []float64{0.5, 10, 60, 900, 7200, 86400} {
+		for _, late := range []time.Duration{0, time.Millisecond, 3*time.Hour + 4*time.Minute + 5*time.Second, 24*time.Hour - 1} {
+			h := curveOf(step, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+			h.From = h.From.Add(late)
+			ended := make(chan struct{})
+			go func() { chartOf(t, h, ChartStyle{Width: 60, Height: 5}); close(ended) }()
+			select {
+			case <-ended:
+			case <-time.After(30 * time.Second):
+				t.Fatalf("no end with a step of %g s from %s", step, h.From)
+			}
+		}
+	}
+}
+
 func TestChartShowsLineGapAxisAndTimes(t *testing.T) {
 	var values []float64
 	for i := range 60 {

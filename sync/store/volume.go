@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -387,7 +388,19 @@ func (v *Volume) floor(st *unix.Statfs_t) int64 {
 	case v.opt.FloorBytes < 0:
 		return 0
 	}
-	return max(defaultFloor, int64(st.Blocks)*int64(st.Bsize)/100)
+	return floorOf(st)
+}
+
+func floorOf(st *unix.Statfs_t) int64 { return max(defaultFloor, int64(st.Blocks)*int64(st.Bsize)/100) }
+
+// DefaultFloor is what a volume in dir leaves free if nobody says otherwise, in
+// bytes. dir need not be there yet, but the folder that it is to be in.
+func DefaultFloor(dir string) int64 {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil && unix.Statfs(filepath.Dir(dir), &st) != nil {
+		return defaultFloor
+	}
+	return floorOf(&st)
 }
 
 // free is what an ordinary user may still write, in bytes.
