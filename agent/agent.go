@@ -121,6 +121,9 @@ const (
 // it wants to be started again, and another error, which is a sentence for the
 // owner, when it cannot go on.
 func Run(ctx context.Context, cfg Config) (err error) {
+	if cfg, err = cfg.absolute(); err != nil {
+		return err
+	}
 	lock, err := cfg.makeState()
 	if err != nil {
 		return err

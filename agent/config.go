@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -151,6 +152,22 @@ func (c Config) path(parts ...string) string {
 }
 
 const lockFile = "agent.lock"
+
+// absolute makes the folders independent of the working directory, which what is
+// noted of them must outlive. It changes a copy.
+func (c Config) absolute() (Config, error) {
+	var err error
+	if c.StateDir, err = filepath.Abs(c.StateDir); err != nil {
+		return c, err
+	}
+	c.Volumes = slices.Clone(c.Volumes)
+	for i := range c.Volumes {
+		if c.Volumes[i].Dir, err = filepath.Abs(c.Volumes[i].Dir); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
 
 // makeState makes the state folder and takes its lock, so that two agents
 // cannot both be this device on one machine. Closing the file gives it back.

@@ -25,6 +25,9 @@ const resetMark = "reset"
 
 // Reset resets the device of a stopped agent to factory.
 func Reset(cfg Config) (err error) {
+	if cfg, err = cfg.absolute(); err != nil {
+		return err
+	}
 	lock, err := cfg.makeState()
 	if err != nil {
 		return err

@@ -79,11 +79,7 @@ const chosenFile = "volumes.chosen"
 func (a *Agent) noteChosen(all []VolumeConfig) error {
 	var b strings.Builder
 	for _, v := range all {
-		dir, err := filepath.Abs(v.Dir)
-		if err != nil {
-			return err
-		}
-		fmt.Fprintln(&b, dir)
+		fmt.Fprintln(&b, v.Dir)
 	}
 	if err := durable.WriteFile(a.cfg.path(chosenFile), []byte(b.String()), 0o600); err != nil {
 		return fmt.Errorf("the choice of disks cannot be saved: %w", err)
