@@ -38,7 +38,7 @@ func (p *prober) health(d *Disk) notes {
 		d.Health = emmcHealth(p.tree, d.Name)
 		return missing
 	case "nvme", "sata", "usb":
-		if p.live() {
+		if p.ask != nil {
 			raw, missing = p.askHealth(d)
 		} else {
 			raw, missing = p.recordedHealth(d)
@@ -60,6 +60,12 @@ func (p *prober) health(d *Disk) notes {
 
 const asleep = "asleep, so its health was not read; that would wake it"
 
+// asking is all that opens a disk's device file, which may wake the disk.
+type asking struct {
+	spinning func(node string) (bool, error) // whether it is awake; wakes none that sleeps by itself
+	pages    func(Disk) (pages, error)       // would wake it
+}
+
 // askHealth asks the disk itself, if it is known to be awake.
 func (p *prober) askHealth(d *Disk) (pages, notes) {
 	var missing notes
@@ -75,7 +81,7 @@ func (p *prober) askHealth(d *Disk) (pages, notes) {
 		missing.add("disks", NotePermission, d.Name, "not root, so its health (SMART) was not read; run with sudo to see it")
 		return pages{}, missing
 	case spinningMatters:
-		spinning, err := ataSpinning("/dev/" + d.Name)
+		spinning, err := p.ask.spinning("/dev/" + d.Name)
 		switch {
 		case err != nil:
 			d.Power = PowerUnknown
@@ -92,7 +98,7 @@ func (p *prober) askHealth(d *Disk) (pages, notes) {
 			return pages{}, missing
 		}
 	}
-	raw, err := askDisk(*d)
+	raw, err := p.ask.pages(*d)
 	if err != nil {
 		code := NoteUnreadable
 		if errors.Is(err, fs.ErrPermission) {

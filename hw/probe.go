@@ -37,6 +37,7 @@ type prober struct {
 	arch  string
 	taken time.Time     // of a recorded machine, if it says so
 	env   common.EnvMap // tells gopsutil the root
+	ask   *asking       // the disks themselves; nil for a recorded machine
 }
 
 // section reads one part of the inventory. It touches nothing that is shared:
@@ -105,10 +106,10 @@ func newProber(o Options) (*prober, time.Duration, error) {
 	if p.board.Name == "" {
 		p.board = board.Detect(root)
 	}
-	if !p.live() {
-		if err := p.asRecorded(); err != nil {
-			return nil, 0, err
-		}
+	if p.live() {
+		p.ask = &asking{ataSpinning, askDisk}
+	} else if err := p.asRecorded(); err != nil {
+		return nil, 0, err
 	}
 	if o.User != nil {
 		p.user = *o.User

@@ -24,7 +24,7 @@ const (
 	testTime  = 10 * time.Second
 	testGrace = 20 * time.Second // beyond testTime that a slow disk may take for one answer
 	testBytes = 64 * mib
-	testHome  = 8 * mib // of the disk that the agent's state is on: it is relied on anyway
+	testHome  = 8 * mib  // of the disk that the agent's state is on: it is relied on anyway
 	testLeast = 4 * mib  // less says nothing
 	leastFree = 64 * mib // with less no test is made
 	block     = 1 * mib
