@@ -2,6 +2,7 @@ package tour
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/wire"
@@ -25,27 +27,95 @@ import (
 
 // probe has the agent look at this machine, without any coordinator.
 func (t *tour) probe(ctx context.Context) ([]string, error) {
-	raw, err := t.exec(ctx, "deimos-agent", "probe", "-o", "json")
-	if err != nil {
-		return nil, err
-	}
 	var inv hw.Inventory
-	if err := json.Unmarshal(raw, &inv); err != nil {
-		return nil, fmt.Errorf("the inventory cannot be read: %w", err)
+	if err := t.ask(ctx, &inv, "probe"); err != nil {
+		return nil, err
 	}
 	if inv.Memory.Total == 0 || len(inv.Filesystems) == 0 {
 		return nil, errors.New("the inventory has neither memory nor a filesystem")
 	}
-	var disk uint64
-	for _, d := range inv.Disks {
-		disk += d.Size
+	var all []disk.Candidate
+	if err := t.ask(ctx, &all, "disks"); err != nil {
+		return nil, err
 	}
-	return []string{
-		fmt.Sprintf("%s, board %s", inv.CPU.Model, inv.Board.Name),
-		fmt.Sprintf("%s, %s of memory, %s (%s), %s, %s, %s",
-			cli.Count(inv.CPU.Cores, "core"), cli.Bytes(int64(inv.Memory.Total)), cli.Count(len(inv.Disks), "disk"), cli.Bytes(int64(disk)),
-			cli.Count(len(inv.Network), "network interface"), cli.Count(len(inv.Sensors), "sensor"), cli.Count(len(inv.LEDs), "LED")),
-	}, nil
+	if len(all) == 0 {
+		return nil, errors.New("the agent weighs no disk at all")
+	}
+	lines := []string{
+		fmt.Sprintf("machine  %s: %s, %s, %s of memory, %s", inv.Board.Title, inv.CPU.Model,
+			cli.Count(inv.CPU.Cores, "core"), cli.Bytes(int64(inv.Memory.Total)), cli.Count(len(inv.Network), "network interface")),
+	}
+	lines = append(lines, few("health", health(inv))...)
+	return append(lines, few("chunks", room(all))...), nil
+}
+
+// ask runs the agent's program and reads what it prints as JSON.
+func (t *tour) ask(ctx context.Context, into any, command string) error {
+	raw, err := t.exec(ctx, "deimos-agent", command, "-o", "json")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(raw, into); err != nil {
+		return fmt.Errorf("what deimos-agent %s prints cannot be read: %w", command, err)
+	}
+	return nil
+}
+
+// health is what the disks and the hottest sensor say, the worst first.
+func health(inv hw.Inventory) []string {
+	var bad, rest []string
+	for _, d := range inv.Disks {
+		name := fmt.Sprintf("disk %s, %s, ", d.Name, cli.Bytes(int64(d.Size)))
+		switch h := d.Health; {
+		case d.Power == hw.PowerAsleep:
+			rest = append(rest, name+"sleeps and was not asked")
+		case h == nil:
+			rest = append(rest, name+"does not tell how it is")
+		case h.Passed != nil && !*h.Passed:
+			bad = append(bad, name+"expects to fail: save what is on it")
+		case len(h.Warnings) > 0:
+			bad = append(bad, name+"warns: "+strings.Join(h.Warnings, "; "))
+		default:
+			rest = append(rest, name+"has no warning")
+		}
+	}
+	warmth := "no temperature can be read"
+	var hottest float64
+	for _, s := range inv.Sensors {
+		if s.Kind == hw.Temperature && s.Value > hottest {
+			hottest = s.Value
+			warmth = fmt.Sprintf("%.0f °C at the hottest sensor, %s", s.Value, s.Name)
+		}
+	}
+	return slices.Concat(bad, []string{warmth}, rest)
+}
+
+// room is which disks could hold chunks, those that could before the others.
+func room(all []disk.Candidate) (says []string) {
+	slices.SortStableFunc(all, func(a, b disk.Candidate) int { return cmp.Compare(b.Capacity, a.Capacity) })
+	for _, c := range all {
+		name := cmp.Or(c.Mount, c.Disk)
+		if c.Use {
+			says = append(says, fmt.Sprintf("%s could hold %s: %s", name, cli.Bytes(c.Capacity), c.Why))
+		} else {
+			says = append(says, fmt.Sprintf("%s not used: %s", name, c.Why))
+		}
+	}
+	return says
+}
+
+// few is at most three lines under one name.
+func few(name string, says []string) (lines []string) {
+	const most = 3
+	more := len(says) - most
+	if more > 0 {
+		says = append(slices.Clone(says[:most]), fmt.Sprintf("and %d more", more))
+	}
+	for _, s := range says {
+		lines = append(lines, fmt.Sprintf("%-7s  %s", name, s))
+		name = ""
+	}
+	return lines
 }
 
 // enrol starts the coordinator and three devices, and waits until all are online.
