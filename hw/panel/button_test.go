@@ -77,8 +77,8 @@ func TestAButtonIsHeldForItsTime(t *testing.T) {
 				t.Errorf("feedback %v", told)
 			}
 			synctest.Wait()
-			if f.closed != 1 || f.pulled != pull(l) {
-				t.Errorf("closed %d times, pull %v", f.closed, f.pulled)
+			if f.closed != 1 || f.P != pull(l) {
+				t.Errorf("closed %d times, pull %v", f.closed, f.P)
 			}
 		})
 	}

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"periph.io/x/conn/v3/gpio"
+	"periph.io/x/conn/v3/gpio/gpiotest"
 
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw"
@@ -586,50 +587,37 @@ func TestAMachineWithoutALightShowsNothing(t *testing.T) {
 	l.Run(context.Background()) // returns
 }
 
-// wire is a line of a GPIO controller as the library has it: an input with a
-// pull and nothing at it has the level of the pull.
+// wire is periph's own test pin, which can also fail and be let go of.
 type wire struct {
-	mu      sync.Mutex
-	level   gpio.Level
-	pulled  gpio.Pull
-	refuses error
+	gpiotest.Pin
+	refuses error // guarded by the pin's mutex, as is closed
 	closed  int
 }
 
-func (w *wire) In(p gpio.Pull, _ gpio.Edge) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.pulled = p
-	if p == gpio.PullUp || p == gpio.PullDown {
-		w.level = p == gpio.PullUp
-	}
-	return w.refuses
-}
-
-func (w *wire) Read() gpio.Level {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.level
-}
+func (w *wire) In(p gpio.Pull, e gpio.Edge) error { return errors.Join(w.Pin.In(p, e), w.refusal()) }
 
 func (w *wire) Out(l gpio.Level) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.refuses == nil {
-		w.level = l
+	if err := w.refusal(); err != nil {
+		return err
 	}
+	return w.Pin.Out(l)
+}
+
+func (w *wire) refusal() error {
+	w.Lock()
+	defer w.Unlock()
 	return w.refuses
 }
 
 func (w *wire) refuse(err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.Lock()
+	defer w.Unlock()
 	w.refuses = err
 }
 
 func (w *wire) Close() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.Lock()
+	defer w.Unlock()
 	w.closed++
 }
 
