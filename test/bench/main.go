@@ -4,7 +4,8 @@
 //
 // Ours is the real coordinator as a process of its own, and in this process as
 // many simulated devices as asked for (see agent.Simulation). The baseline is
-// in bare.go. Both share the processors that there are; nothing else should run.
+// in bare.go. For what a device spends while idle it is a real agent, and the
+// baseline its budget (steady.go). Both share the processors that there are; nothing else should run.
 package main
 
 import (
@@ -72,6 +73,11 @@ func run(ctx context.Context) error {
 	fmt.Printf("%d processors, %s, %d devices\n\n", runtime.NumCPU(), runtime.Version(), *fleet)
 	t.head()
 	sealing(&t)
+	idle, err := steady(ctx)
+	if err != nil {
+		return fmt.Errorf("an agent's steady state: %w", err)
+	}
+	t.row("idle agent, of a core (budget)", "%", idle, steadyBudget, "%.2f")
 	bare, err := measure(ctx, newBareSide)
 	if err != nil {
 		return fmt.Errorf("the baseline: %w", err)

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/coordinator/api"
+)
+
+// What a device's agent may cost when nothing is to be done but to look after
+// the machine, in percent of one core.
+const steadyBudget = 0.5
+
+const (
+	steadySettle = 15 * time.Second // after it is online: the first probe, inventory and heartbeats are over
+	steadyFor    = time.Minute
+	probeEvery   = 10 * time.Minute // the agent's
+)
+
+// steady is what a real agent uses that is a member, online and idle, in percent
+// of one core. A minute has its samples, sensors, history and heartbeats; of
+// the probe that each ten minutes have, a tenth of a whole run of the program
+// is added, its start included, which is more than a daemon pays.
+func steady(ctx context.Context) (percent float64, err error) {
+	dir, err := os.MkdirTemp("", "deimos-bench-")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir)
+	opened, err := newOurSide(dir)
+	if err != nil {
+		return 0, err
+	}
+	s := opened.(*ourSide)
+	if err := s.start(ctx); err != nil {
+		return 0, err
+	}
+	defer s.close()
+	tok, err := s.client.CreateToken(ctx, api.TokenRequest{Uses: 1, ValidSeconds: 3600})
+	if err != nil {
+		return 0, err
+	}
+	program, state := filepath.Join(*bin, "deimos-agent"), filepath.Join(dir, "agent")
+	device, err := startChild(program, "run", "--state", state, "--coordinator", "https://"+s.https, "--token", tok.Token, "--log-level", "error")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, device.kill()) }()
+	go func() { _, _ = io.Copy(io.Discard, device.out) }() // until it ends
+
+	if err := until(ctx, func() bool {
+		st, err := agent.ReadStatus(state)
+		return err == nil && st.Machine != nil && st.Machine.Online
+	}); err != nil {
+		return 0, fmt.Errorf("the agent did not come online: %w", err)
+	}
+	if err := rest(ctx, steadySettle); err != nil {
+		return 0, err
+	}
+	before, began := cpuOf(device.cmd.Process.Pid), time.Now()
+	if err := rest(ctx, steadyFor); err != nil {
+		return 0, err
+	}
+	after, passed := cpuOf(device.cmd.Process.Pid), time.Since(began)
+	if before == 0 || after < before {
+		return 0, errors.New("the agent has ended")
+	}
+	probe, err := probeCost(ctx, program)
+	return 100 * (float64(after-before)/float64(passed) + float64(probe)/float64(probeEvery)), err
+}
+
+func rest(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// probeCost is the processor time of one probe of this machine.
+func probeCost(ctx context.Context, program string) (time.Duration, error) {
+	cmd := exec.CommandContext(ctx, program, "probe", "-o", "json")
+	if err := cmd.Run(); err != nil {
+		return 0, fmt.Errorf("probe this machine: %w", err)
+	}
+	return cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), nil
+}
+
+// cpuOf is the processor time that a process has used, in the kernel's ticks of
+// 10 ms (utime and stime of proc_pid_stat(5)); 0 if it cannot be read.
+func cpuOf(pid int) time.Duration {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(raw), ") ") // the name may hold anything before
+	f := strings.Fields(rest)
+	if len(f) < 13 {
+		return 0
+	}
+	user, _ := strconv.ParseInt(f[11], 10, 64)
+	system, _ := strconv.ParseInt(f[12], 10, 64)
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
