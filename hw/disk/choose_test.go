@@ -193,6 +193,10 @@ func TestOneFilesystemOfADisk(t *testing.T) {
 	if got := used(auto(), map[string]entry{"WD1/a": {Test: Test{Passed: true}}}); !slices.Equal(got, []string{"/srv/data"}) {
 		t.Errorf("the one in use: %v", got)
 	}
+	o.Use = []string{"/srv/more"}
+	if got := used(o, map[string]entry{"WD1/a": {Test: Test{Passed: true}}}); !slices.Equal(got, []string{"/srv/data"}) {
+		t.Errorf("the one in use, before the one that the owner names: %v", got)
+	}
 }
 
 func TestADiskInUseStaysInUse(t *testing.T) {
@@ -244,6 +248,37 @@ func TestASleepingDiskIsNotRead(t *testing.T) {
 	}
 	if s := lookAt("x", dir, filepath.Join(dir, "deimos"), true); len(s.foreign) > 0 || s.fsid == "" || !s.asleep {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestADiskThatFailedItsTestIsNotInUse: what a test refused is somebody else's again.
+func TestADiskThatFailedItsTestIsNotInUse(t *testing.T) {
+	sees := shows(map[string]sight{"/srv/data": {fsid: "a", ours: true, foreign: []string{"photos"}}})
+	for passed, want := range map[bool]string{true: CodeInUse, false: CodeForeign} {
+		past := map[string]entry{"WD1/a": {Test: Test{Passed: passed}}}
+		if c := find(t, choose(twoDisks(), auto(), past, sees), "/srv/data"); c.Code != want {
+			t.Errorf("passed %v: %+v", passed, c)
+		}
+	}
+}
+
+func TestASmallDiskInUseStaysInUse(t *testing.T) {
+	inv := twoDisks()
+	inv.Filesystems[2].Total, inv.Filesystems[2].Free = 1400*mib, 600*mib
+	past := map[string]entry{"WD1/a": {Test: Test{Passed: true}}}
+	sees := shows(map[string]sight{"/srv/data": {fsid: "a", ours: true, used: 300 * mib}})
+	if c := find(t, choose(inv, auto(), past, sees), "/srv/data"); c.Code != CodeInUse || c.Capacity <= 0 || c.Capacity >= MinCapacity {
+		t.Errorf("%+v", c)
+	}
+}
+
+// TestARecordedMachinesFoldersAreNotLookedAt: what has the same name here is another.
+func TestARecordedMachinesFoldersAreNotLookedAt(t *testing.T) {
+	inv, dir := twoDisks(), t.TempDir()
+	inv.System.Root = "/somewhere"
+	inv.Filesystems[2].Mount = dir
+	if c := find(t, Choose(inv, Options{Auto: true}), dir); c.Code != CodeUnreadable {
+		t.Errorf("%+v", c)
 	}
 }
 
@@ -305,6 +340,13 @@ func TestALookSeesWhatIsThere(t *testing.T) {
 	s := lookAt("look", dir, own, false)
 	if s.err != nil || !s.ours || s.used < 1<<20 || s.used > 2<<20 || !slices.Equal(s.foreign, []string{"ph?otos"}) {
 		t.Errorf("%+v", s)
+	}
+	file := t.TempDir()
+	if err := os.WriteFile(filepath.Join(file, "lost+found"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if s := lookAt("look", file, filepath.Join(file, "deimos"), false); len(s.foreign) != 1 {
+		t.Errorf("a file is taken for the folder of fsck: %+v", s)
 	}
 	other := t.TempDir()
 	if err := os.Symlink(own, filepath.Join(other, "deimos")); err != nil {

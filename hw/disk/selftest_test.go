@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,6 +30,7 @@ type fake struct {
 	flips   int64 // if set, the bit at this place reads wrong
 	failing func(op string, at int64) error
 	syncs   int
+	cached  bool // its pages cannot be dropped
 }
 
 func newFake() *fake { return &fake{data: make([]byte, testBytes)} }
@@ -53,7 +55,7 @@ func (f *fake) Write(p []byte, at int64) error {
 
 func (f *fake) Sync() error { f.syncs++; return f.fault("sync", 0) }
 
-func (f *fake) Forget() bool { return true }
+func (f *fake) Forget() bool { return !f.cached }
 
 func (f *fake) Read(p []byte, at int64) error {
 	if err := f.fault("read", at); err != nil {
@@ -85,8 +87,11 @@ func TestAGoodDiskPasses(t *testing.T) {
 	if !got.Passed || got.Bytes != 16*mib || got.WriteBps <= 0 || got.ReadBps <= 0 || got.Problem != "" || got.Code != "" {
 		t.Errorf("%+v", got)
 	}
-	if f.syncs < smalls+2 {
-		t.Errorf("only %d syncs", f.syncs)
+	if want := smalls + 16*mib/syncEvery + 1; f.syncs != want {
+		t.Errorf("%d syncs, want %d", f.syncs, want)
+	}
+	if f.cached = true; !got.Direct || testOf(t, f).Direct {
+		t.Error("it is not told whether the disk itself was read")
 	}
 }
 
@@ -157,6 +162,9 @@ func TestASlowDiskIsTestedInBounds(t *testing.T) {
 	got, err := run(t.Context(), f, Test{}, time.Nanosecond, testBytes)
 	if err != nil || !got.Passed || got.Bytes != testLeast {
 		t.Errorf("no time, and not just the least: %+v %v", got, err)
+	}
+	if bytes.ContainsFunc(f.data[testLeast:], func(r rune) bool { return r != 0 }) {
+		t.Error("no time, and more than the least was written")
 	}
 }
 

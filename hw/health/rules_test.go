@@ -1,0 +1,94 @@
+package health
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/hw"
+)
+
+// TestWhatADiskIsDecidesWhatIsSaidOfIt has one case for each side of a rule
+// that TestEachRuleFiresAndEnds shows only one side of.
+func TestWhatADiskIsDecidesWhatIsSaidOfIt(t *testing.T) {
+	gone := func(g *rig, name string) {
+		g.pass(time.Hour)
+		g.inv.Disks = slices.DeleteFunc(g.inv.Disks, func(d hw.Disk) bool { return d.Name == name })
+		g.pass(time.Hour)
+	}
+	for name, c := range map[string]struct {
+		do   func(*rig)
+		want []string
+	}{
+		"a disk in the machine is missed though nothing of ours is on it": {func(g *rig) {
+			g.inv.Disks = append(g.inv.Disks, hw.Disk{Name: "sdz", Serial: "Z1", Bus: "sata", Size: GiB})
+			gone(g, "sdz")
+		}, []string{"disk_gone Z1"}},
+		"a disk on USB is missed if a volume is on it": {func(g *rig) {
+			g.disk("sda").Bus = "usb"
+			gone(g, "sda")
+		}, []string{"disk_gone S1"}},
+		"a disk on USB without one is not": {func(g *rig) {
+			g.inv.Disks = append(g.inv.Disks, hw.Disk{Name: "sdz", Serial: "Z1", Bus: "usb", Size: GiB})
+			gone(g, "sdz")
+		}, nil},
+		"of two with one serial number it is told which": {func(g *rig) {
+			g.inv.Disks = append(g.inv.Disks, hw.Disk{Name: "sdy", Serial: "same", Bus: "usb", Size: GiB},
+				hw.Disk{Name: "sdz", Serial: "same", Bus: "usb", Size: GiB, Health: &hw.Health{Passed: new(false)}})
+			g.pass(time.Hour)
+		}, []string{"disk_failing sdz"}},
+		"an NVMe disk knows itself what is too hot": {func(g *rig) {
+			g.disk("nvme0n1").Health.Temperature = new(float64(ssdWarm + 5))
+			g.pass(time.Hour)
+		}, nil},
+		"more bad sectors than it has are a mistake": {func(g *rig) {
+			g.pass(time.Hour)
+			g.disk("sda").Health.Reallocated = new(uint64(1 << 40))
+			g.pass(time.Hour)
+		}, nil},
+		"sectors that cannot be read once are not told": {func(g *rig) {
+			g.pass(time.Hour)
+			g.disk("sda").Health.Pending = new(uint64(8))
+			g.m.Inventory(g.inv)
+			time.Sleep(probing / 2)
+		}, nil},
+		"spare blocks run out, as the disk says": {func(g *rig) {
+			h := g.disk("nvme0n1").Health
+			h.Spare, h.Wear, h.Passed, h.Warnings = nil, nil, new(false), []string{"spare blocks are running out"}
+			g.pass(time.Hour)
+		}, []string{"disk_wearing N1"}},
+		"a power cut is told once, by the machine or by the disk": {func(g *rig) {
+			g.pass(time.Hour)
+			g.boot("boot2") // without Close
+			g.disk("nvme0n1").Health.UnsafeShutdowns = new(uint64(13))
+			g.pass(time.Hour)
+		}, []string{"unsafe_shutdown"}},
+		"a disk that moves little of what it could is not at work": {func(g *rig) {
+			g.pass(time.Hour)
+			g.m.mem.Disks["S1"].Best = 100 * busyBytes
+			for range 2 * slowInARow {
+				g.use("sda", func(u *hw.DiskUse) { u.ReadMS = new(900.0); u.WrittenBytes += 15 * busyBytes })
+				g.m.Telemetry(g.tel, nil)
+				time.Sleep(sampling)
+			}
+			g.pass(10 * time.Minute)
+		}, []string{"disk_slow S1"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(g *rig) {
+				c.do(g)
+				g.expect(c.want...)
+			})
+		})
+	}
+}
+
+func TestALatencyThatCannotBeIsForgotten(t *testing.T) {
+	m, err := decodeMemory([]byte(`{"format":1,"run":5,"disks":{"A":{"read":{"log":1e300,"n":500},"write":{"log":1.5,"n":500}}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := m.Disks["A"]; d.Read != (usual{}) || d.Write != (usual{1.5, 500}) {
+		t.Errorf("%+v", d)
+	}
+}
