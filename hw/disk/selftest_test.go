@@ -384,6 +384,12 @@ func TestTheRecordForgetsTheOldest(t *testing.T) {
 	if _, ok := r.disks["1"]; ok {
 		t.Error("the oldest is still there")
 	}
+	if err := r.put("new", entry{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := r.disks["new"]; !ok || len(r.disks) != maxDisks {
+		t.Error("what was just put there was forgotten")
+	}
 }
 
 func TestAReadOnlyStateDoesNotStopTheTest(t *testing.T) {

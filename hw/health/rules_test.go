@@ -73,6 +73,33 @@ func TestWhatADiskIsDecidesWhatIsSaidOfIt(t *testing.T) {
 			}
 			g.pass(10 * time.Minute)
 		}, []string{"disk_slow S1"}},
+		"one odd count of bytes does not make a disk at work seem idle": {func(g *rig) {
+			g.pass(time.Hour)
+			g.use("sda", func(u *hw.DiskUse) { u.WrittenBytes += 1e11 })
+			for range 2 * slowInARow {
+				g.m.Telemetry(g.tel, nil)
+				time.Sleep(sampling)
+				g.use("sda", func(u *hw.DiskUse) { u.ReadMS = new(900.0); u.WrittenBytes += 20 * busyBytes })
+			}
+			g.use("sda", func(u *hw.DiskUse) { u.ReadMS = nil })
+			g.pass(10 * time.Minute)
+		}, nil},
+		"a latency is not judged until it is known": {func(g *rig) {
+			g.pass(learnMean * sampling)
+			g.use("sda", func(u *hw.DiskUse) { u.ReadMS = new(900.0) })
+			g.pass(2 * slowInARow * sampling)
+			g.use("sda", func(u *hw.DiskUse) { u.ReadMS = nil })
+			g.pass(10 * time.Minute)
+		}, nil},
+		"a disk that one sample leaves out is not gone": {func(g *rig) {
+			g.pass(time.Hour + time.Minute)
+			use := g.tel.Disks["sda"]
+			delete(g.tel.Disks, "sda")
+			g.m.Telemetry(g.tel, nil)
+			g.expect()
+			g.tel.Disks["sda"] = use
+			g.m.Telemetry(g.tel, nil)
+		}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(g *rig) {

@@ -5,7 +5,7 @@
 // Ours is the real coordinator as a process of its own, and in this process as
 // many simulated devices as asked for (see agent.Simulation). The baseline is
 // in bare.go. For what a device spends while idle it is a real agent, and the
-// baseline its budget (steady.go). Both share the processors that there are; nothing else should run.
+// baseline its budget or the bare databases (steady.go). Both share the processors that there are; nothing else should run.
 package main
 
 import (
@@ -73,11 +73,20 @@ func run(ctx context.Context) error {
 	fmt.Printf("%d processors, %s, %d devices\n\n", runtime.NumCPU(), runtime.Version(), *fleet)
 	t.head()
 	sealing(&t)
+	known, err := knowing(ctx)
+	if err != nil {
+		return fmt.Errorf("know the machine: %w", err)
+	}
+	t.row("know the machine, of a core (budget)", "%", known, steadyBudget, "%.3f")
 	idle, err := steady(ctx)
 	if err != nil {
 		return fmt.Errorf("an agent's steady state: %w", err)
 	}
-	t.row("idle agent, of a core (budget)", "%", idle, steadyBudget, "%.2f")
+	bases, err := databases(ctx)
+	if err != nil {
+		return fmt.Errorf("idle databases: %w", err)
+	}
+	t.row("idle agent, of a core (databases)", "%", idle, bases, "%.3f")
 	bare, err := measure(ctx, newBareSide)
 	if err != nil {
 		return fmt.Errorf("the baseline: %w", err)

@@ -10,21 +10,83 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	badger "github.com/dgraph-io/badger/v4"
 
 	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/hw"
 )
 
-// What a device's agent may cost when nothing is to be done but to look after
-// the machine, in percent of one core.
+// What it may cost to know the machine, in percent of one core.
 const steadyBudget = 0.5
 
 const (
+	sampleEvery  = 10 * time.Second // the agent's
 	steadySettle = 15 * time.Second // after it is online: the first probe, inventory and heartbeats are over
 	steadyFor    = time.Minute
 	probeEvery   = 10 * time.Minute // the agent's
 )
+
+// knowing is what it takes to sample and probe this machine as often as an agent
+// does, in percent of one core. Nothing else may run in this process.
+func knowing(ctx context.Context) (percent float64, err error) {
+	s, err := hw.NewSampler(hw.SampleOptions{Data: os.TempDir()})
+	if err != nil {
+		return 0, err
+	}
+	sample, err := each(100, func() error { _, err := s.Sample(ctx); return err })
+	if err != nil {
+		return 0, err
+	}
+	probe, err := each(10, func() error { _, err := hw.Probe(ctx, hw.Options{}); return err })
+	return 100 * (sample/sampleEvery.Seconds() + probe/probeEvery.Seconds()), err
+}
+
+// databases is what an agent's databases use while nobody asks them, in percent
+// of one core: that of the journal and that of one volume. Each looks 40 times a
+// second whether there is something to compact.
+func databases(ctx context.Context) (percent float64, err error) {
+	for range 2 {
+		dir, err := os.MkdirTemp("", "deimos-bench-")
+		if err != nil {
+			return 0, err
+		}
+		defer os.RemoveAll(dir)
+		db, err := badger.Open(badger.DefaultOptions(dir).WithLogger(nil).WithNumCompactors(2))
+		if err != nil {
+			return 0, err
+		}
+		defer db.Close()
+	}
+	before, began := ownCPU(), time.Now()
+	err = rest(ctx, steadySettle)
+	return 100 * float64(ownCPU()-before) / float64(time.Since(began)), err
+}
+
+// each is the processor time that one of n takes, in seconds, the first left
+// out: it finds out what there is.
+func each(n int, do func() error) (seconds float64, err error) {
+	if err := do(); err != nil {
+		return 0, err
+	}
+	before := ownCPU()
+	for range n {
+		if err := do(); err != nil {
+			return 0, err
+		}
+	}
+	return (ownCPU() - before).Seconds() / float64(n), nil
+}
+
+// ownCPU is the processor time that this process has used.
+func ownCPU() time.Duration {
+	var u syscall.Rusage
+	check(syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
 
 // steady is what a real agent uses that is a member, online and idle, in percent
 // of one core. A minute has its samples, sensors, history and heartbeats; of
