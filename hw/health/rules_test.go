@@ -1,8 +1,11 @@
 package health
 
 import (
+	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/deimos-edge/deimos/hw"
@@ -91,6 +94,12 @@ func TestWhatADiskIsDecidesWhatIsSaidOfIt(t *testing.T) {
 			g.use("sda", func(u *hw.DiskUse) { u.ReadMS = nil })
 			g.pass(10 * time.Minute)
 		}, nil},
+		"a count of errors that begins anew is none": {func(g *rig) {
+			g.use("sda", func(u *hw.DiskUse) { u.Errors = new(uint64(5)) })
+			g.pass(time.Hour)
+			g.use("sda", func(u *hw.DiskUse) { u.Errors = new(uint64(2)) })
+			g.pass(time.Hour)
+		}, nil},
 		"a disk that one sample leaves out is not gone": {func(g *rig) {
 			g.pass(time.Hour + time.Minute)
 			use := g.tel.Disks["sda"]
@@ -118,4 +127,34 @@ func TestALatencyThatCannotBeIsForgotten(t *testing.T) {
 	if d := m.Disks["A"]; d.Read != (usual{}) || d.Write != (usual{1.5, 500}) {
 		t.Errorf("%+v", d)
 	}
+}
+
+func TestAVerdictCountsFromTheOppositeOne(t *testing.T) {
+	in(t, func(g *rig) {
+		for _, v := range []verdict{no, no, yes, unknown, yes} {
+			g.m.judge(DiskFailing, "x", v, 3, "", "it fails")
+		}
+		g.expect()
+		g.m.judge(DiskFailing, "x", yes, 3, "", "it fails")
+		g.expect("disk_failing x")
+	})
+}
+
+func TestDisksThatComeAndGoDoNotWearOutTheMemorysOwn(t *testing.T) {
+	in(t, func(g *rig) {
+		g.pass(time.Hour)
+		var n atomic.Int32
+		write := g.m.write
+		g.m.write = func(path string, raw []byte) error { n.Add(1); return write(path, raw) }
+		sticks := len(g.inv.Disks)
+		for i := range 144 { // a day of probes
+			g.inv.Disks = append(g.inv.Disks[:sticks:sticks], hw.Disk{Name: "sdz", Serial: fmt.Sprint("Z", i), Bus: "usb", Size: GiB})
+			g.m.Inventory(g.inv)
+			time.Sleep(probing)
+		}
+		synctest.Wait()
+		if n := n.Load(); n < 20 || n > 25 {
+			t.Errorf("written %d times in a day", n)
+		}
+	})
 }
