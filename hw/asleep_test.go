@@ -87,6 +87,7 @@ func TestASleepingDiskIsLeftAlone(t *testing.T) {
 	m.add(t, "up", "sata", "active", true, false)
 	m.add(t, "ssd", "sata", "active", false, false)
 	m.add(t, "nvme", "nvme", "active", false, false)
+	put(t, m.root, "sys/devices/pci0000:00/usb1/1-1/idVendor", "152d\n")
 	stats := map[string][10]uint64{}
 	for _, name := range (tree{root: m.root}).list("sys/block") {
 		stats[name] = [10]uint64{1, 8, 1}
@@ -112,6 +113,9 @@ func TestASleepingDiskIsLeftAlone(t *testing.T) {
 			}
 			if d.Power != want {
 				t.Errorf("%s is %q, want %q", d.Name, d.Power, want)
+			}
+			if answers := d.Name == "usb-down"; d.Bus == "usb" && (d.Bridge == nil || d.Bridge.SAT != answers) {
+				t.Errorf("%s: bridge %+v", d.Name, d.Bridge)
 			}
 		}
 		if got := sample(t, s); len(got.Disks) != len(stats) {
