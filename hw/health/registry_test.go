@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
+	"unicode/utf8"
 )
 
 // shown lists what is visible as "code subject".
@@ -289,7 +290,7 @@ func TestTextsAreCleanAndBounded(t *testing.T) {
 	evil := "\x1b[31m" + strings.Repeat("ö\u202e\n", 100000) + "\xff"
 	r.Set(DiskFailing, evil, evil)
 	w := r.Visible()[0]
-	if len(w.Subject) > maxSubject || len(w.Text) > maxDetail+400 || strings.ContainsAny(w.Subject+w.Text, "\x1b\n\u202e\xff\ufffd") {
+	if len(w.Subject) > maxSubject || len(w.Text) > maxDetail+400 || !utf8.ValidString(w.Subject+w.Text) || strings.ContainsAny(w.Subject+w.Text, "\x1b\n\u202e\ufffd") {
 		t.Errorf("%q %q", w.Subject, w.Text)
 	}
 	r.Set(DiskFailing, "a", "ende gut")

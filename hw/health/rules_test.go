@@ -100,6 +100,33 @@ func TestWhatADiskIsDecidesWhatIsSaidOfIt(t *testing.T) {
 			g.use("sda", func(u *hw.DiskUse) { u.Errors = new(uint64(2)) })
 			g.pass(time.Hour)
 		}, nil},
+		"a lone temperature is the processor's": {func(g *rig) {
+			g.inv.Sensors = []hw.Sensor{{Name: "temp1", Kind: hw.Temperature}}
+			g.tel.Temperatures = map[string]float64{"temp1": defaultWarm + 1}
+			g.pass(time.Hour)
+		}, []string{"overheating temp1"}},
+		"a large machine with a small share available has memory": {func(g *rig) {
+			g.tel.MemoryTotal, g.tel.MemoryAvailable = 512*GiB, GiB
+			g.pass(time.Hour)
+		}, nil},
+		"short of memory until there is clearly more": {func(g *rig) {
+			g.tel.MemoryTotal, g.tel.MemoryAvailable = 2*GiB, 60<<20
+			g.pass(time.Hour)
+			g.tel.MemoryAvailable = 100 << 20
+			g.pass(time.Hour)
+		}, []string{"memory_pressure"}},
+		"a count of throttling that begins anew is none": {func(g *rig) {
+			for i := range uint64(40) {
+				g.tel.Throttling = &hw.Throttling{Count: new(100 - i)}
+				g.m.Telemetry(g.tel, nil)
+				time.Sleep(sampling)
+			}
+		}, nil},
+		"a folder that another filesystem now covers was not written to there": {func(g *rig) {
+			g.pass(time.Hour)
+			g.inv.Filesystems = append(g.inv.Filesystems, hw.Filesystem{Mount: "/mnt/disk1/deimos", Disk: "sda", ReadOnly: true, Total: GiB, Free: GiB})
+			g.pass(time.Hour)
+		}, nil},
 		"a disk that one sample leaves out is not gone": {func(g *rig) {
 			g.pass(time.Hour + time.Minute)
 			use := g.tel.Disks["sda"]
@@ -157,4 +184,19 @@ func TestDisksThatComeAndGoDoNotWearOutTheMemorysOwn(t *testing.T) {
 			t.Errorf("written %d times in a day", n)
 		}
 	})
+}
+
+func TestAMountPointHoldsWhatIsBelowIt(t *testing.T) {
+	for _, c := range []struct {
+		mount, dir string
+		depth      int
+		ok         bool
+	}{
+		{"/", "/srv", 0, true}, {"/srv", "/srv", 4, true}, {"/srv/", "/srv/a/b", 4, true},
+		{"/srv", "/srv2", 4, false}, {"/srv/a", "/srv", 6, false},
+	} {
+		if depth, ok := below(c.mount, c.dir); depth != c.depth || ok != c.ok {
+			t.Errorf("%s below %s: %d %v", c.dir, c.mount, depth, ok)
+		}
+	}
 }

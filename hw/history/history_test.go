@@ -31,13 +31,11 @@ func must(tb testing.TB, err error) {
 	}
 }
 
-// machine is a board whose clocks the test moves: wall is what its clock shows,
-// up the time since boot.
+// machine is a board whose clocks the test moves: up is the time since boot.
 type machine struct {
 	boot bootID
 	real time.Time // carries Go's monotonic reading; up is counted from it
 	up   time.Duration
-	wall time.Duration // what the wall clock is ahead of real
 }
 
 func newMachine(boot byte) *machine { return &machine{boot: bootID{boot}, real: time.Now()} }

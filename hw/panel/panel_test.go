@@ -90,12 +90,6 @@ func (r *recorder) giveBack() error {
 	return nil
 }
 
-func (r *recorder) fail(err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.fails = err
-}
-
 // since is how long it was on, off, on … from the first time it went on after t;
 // the last, unfinished step is left out.
 func (r *recorder) since(t time.Time) []time.Duration {
