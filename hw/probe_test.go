@@ -389,7 +389,7 @@ func TestSleepingDevicesAreLeftAlone(t *testing.T) {
 
 func TestHealthIsAskedOnlyWhereAllowed(t *testing.T) {
 	ask := func(user int, d Disk) (Power, notes) {
-		p := &prober{tree: tree{root: "/"}, user: user}
+		p := &prober{tree: tree{root: "/"}, user: user, ask: &asking{ataSpinning, askDisk}}
 		missing := p.health(&d)
 		if d.Health != nil {
 			t.Errorf("%+v has health without a device", d)
