@@ -86,7 +86,7 @@ func (s *Sampler) disks(ctx context.Context, l *layout) map[string]DiskUse {
 			use.rates(stat, before.stat, passed)
 		}
 		last[name] = seen
-		use.Errors = s.diskErrors(ctx, name, d)
+		use.Errors, use.IOErrors = s.diskErrors(ctx, name, d)
 		if found == nil {
 			found = map[string]DiskUse{}
 		}
@@ -171,30 +171,33 @@ type knownDisk struct {
 	ext4 []string // errors_count of the filesystems on it
 }
 
-// diskErrors sums what the kernel counts; nil if it counts nothing for this disk.
-func (s *Sampler) diskErrors(ctx context.Context, name string, d knownDisk) *uint64 {
+// diskErrors reads what the kernel counts; nil is what it does not count for
+// this disk. The two are kept apart: scsi_complete in drivers/scsi/scsi_lib.c
+// counts each command that brings sense data, as ATA commands with CK_COND
+// always do (ata_scsi_qc_complete), those of a probe among them.
+func (s *Sampler) diskErrors(ctx context.Context, name string, d knownDisk) (ext4, scsi *uint64) {
 	if d.scsi == "" && len(d.ext4) == 0 {
-		return nil
+		return nil, nil
 	}
+	type counts struct{ ext4, scsi *uint64 }
 	p := s.prober
-	n, err := within(ctx, p.limit, p.root+" errors "+name, func() *uint64 {
-		var sum *uint64
+	n, err := within(ctx, p.limit, p.root+" errors "+name, func() (n counts) {
 		if d.scsi != "" { // in hex, such as 0x1f (drivers/scsi/scsi_sysfs.c)
 			if v, err := strconv.ParseUint(p.word(d.scsi), 0, 32); err == nil {
-				sum = new(v)
+				n.scsi = new(v)
 			}
 		}
 		for _, file := range d.ext4 {
 			if v, err := p.integer(file); err == nil && v >= 0 {
-				sum = new(value(sum) + uint64(v))
+				n.ext4 = new(value(n.ext4) + uint64(v))
 			}
 		}
-		return sum
+		return n
 	})
 	if err != nil {
-		return nil
+		return nil, nil
 	}
-	return n
+	return n.ext4, n.scsi
 }
 
 // findDisk tells whether a name of diskstats is a disk of the inventory.

@@ -128,10 +128,10 @@ func TestErrorsOfTheDiskAndItsFilesystemsAreCounted(t *testing.T) {
 	put(t, root, "sys/fs/ext4/sda/errors_count", "3\n")
 	s, _ := sampled(t, root)
 	got := sample(t, s).Disks
-	if e := got["sda"].Errors; e == nil || *e != 34 {
+	if e, io := got["sda"].Errors, got["sda"].IOErrors; e == nil || *e != 3 || io == nil || *io != 31 {
 		t.Errorf("got %v", got["sda"])
 	}
-	if got["mmcblk0"].Errors != nil {
+	if d := got["mmcblk0"]; d.Errors != nil || d.IOErrors != nil {
 		t.Error("a disk that counts nothing has a count")
 	}
 	// A counter that does not answer costs itself.
@@ -146,7 +146,7 @@ func TestErrorsOfTheDiskAndItsFilesystemsAreCounted(t *testing.T) {
 	d, ok := sample(t, s).Disks["sda"]
 	close(release)
 	waitForHung(t)
-	if !ok || d.Errors != nil {
+	if !ok || d.Errors != nil || d.IOErrors != nil {
 		t.Errorf("got %+v", d)
 	}
 }

@@ -54,7 +54,8 @@ var SeriesKinds = []SeriesKind{
 	{"disk.<name>.flush_ms", "ms", "mean time of a flush"},
 	{"disk.<name>.busy", "%", "of the time, with a request under way"},
 	{"disk.<name>.in_flight", "", "requests under way"},
-	{"disk.<name>.errors", "", "that the kernel counts; only a growth says something"},
+	{"disk.<name>.errors", "", "that ext4 found since its last check; only a growth says something"},
+	{"disk.<name>.io_errors", "", "commands of SCSI that did not end plainly, harmless ones among them"},
 }
 
 // Series is the sample as flat names and numbers, of the kinds in [SeriesKinds]
@@ -112,6 +113,7 @@ func (t Telemetry) Series() map[string]float64 {
 		s.floats(at+".busy", d.Busy)
 		s.add(at+".in_flight", float64(d.InFlight))
 		s.counts(at+".errors", d.Errors)
+		s.counts(at+".io_errors", d.IOErrors)
 	}
 	return s
 }

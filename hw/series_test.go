@@ -16,7 +16,7 @@ func full() Telemetry {
 		Load1: f, Load5: f, Load15: f, CPUPercent: f, MemoryTotal: 3, MemoryUsed: 1, MemoryAvailable: 2,
 		Temperatures: map[string]float64{"cpu-thermal": 48.2}, Data: &Usage{Total: 3, Used: 1, Free: 2},
 		Pressure: &Pressure{}, Throttling: &Throttling{Now: b, Count: n, UnderVoltage: new(false)},
-		Disks:    map[string]DiskUse{"sda": {ReadMS: f, WriteMS: f, FlushMS: f, Busy: f, Errors: n}},
+		Disks:    map[string]DiskUse{"sda": {ReadMS: f, WriteMS: f, FlushMS: f, Busy: f, Errors: n, IOErrors: n}},
 		Links:    map[string]Link{"eth0": {Up: true, Changes: 3}},
 		Measured: []Measurement{{Name: "greenhouse/humidity", Kind: Humidity, Unit: "%", Value: 61}},
 		Agent:    Process{RSS: 1, Anonymous: 1, CPUPercent: f, Written: 1},

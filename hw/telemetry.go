@@ -67,7 +67,10 @@ type DiskUse struct {
 	FlushMS      *float64 `json:"flush_ms,omitempty"` //
 	Busy         *float64 `json:"busy,omitempty"`     // percent of the time with a request under way
 	InFlight     uint64   `json:"in_flight"`          // requests under way; that do not end, if the disk hangs
-	Errors       *uint64  `json:"errors,omitempty"`   // that the kernel counts; where it begins differs, so that only a growth says something; not every driver counts
+	Errors       *uint64  `json:"errors,omitempty"`   // that ext4 found on it since its last check; only a growth says something
+	// Commands that did not end plainly, since boot. SCSI only, and no sign of a bad
+	// disk: each one that reads the health of an ATA disk is among them.
+	IOErrors *uint64 `json:"io_errors,omitempty"`
 }
 
 // Link is the state of a network interface.

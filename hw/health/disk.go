@@ -530,14 +530,15 @@ func (l *liveDisk) io(use hw.DiskUse, still bool, now time.Time) {
 	}
 }
 
-// errors judges the kernel's own count, which begins anew with each boot.
+// errors judges what the filesystems on a disk count, which stays over a restart:
+// only what is added while we watch is new.
 func (m *Machine) errors(s string, mem *diskMemory, live *liveDisk, count *uint64, now time.Time) {
 	if count == nil {
 		return
 	}
 	if live.errors != nil && *count > *live.errors {
 		live.errorAt = now
-		m.r.Set(DiskErrors, s, fmt.Sprintf("%s has failed %d requests since the machine started", title(s, mem.Name, mem.Model), *count))
+		m.r.Set(DiskErrors, s, fmt.Sprintf("%s: the filesystems on it have counted %d errors", title(s, mem.Name, mem.Model), *count))
 	} else if !live.errorAt.IsZero() && now.Sub(live.errorAt) > errorsShown {
 		live.errorAt = time.Time{}
 		m.r.Clear(DiskErrors, s)

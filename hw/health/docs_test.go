@@ -74,7 +74,7 @@ chunks on it.
 | a disk is slow | reads, writes or flushes take %d times as long as is usual for it, and at least 50 ms (SSD), 150 (eMMC), 300 (hard disk) or 500 (SD card, USB), %d samples in a row | below %d times, as often |
 | a disk hangs | a request has been under way for %s and none was done; or it did not answer a probe | it does something |
 | a disk is gone | it was there before, with a serial number, is not removable or held chunks, and a probe or %d samples do not have it | it returns, or it is forgotten |
-| a filesystem is full | below %d%% and %s free; where volumes fill it on purpose: below %d%% of their floor | a fifth more; %d%% of the floor |
+| a filesystem is full | below %d%% and %s free; where volumes fill it on purpose, also below %d%% of their floor | a fifth more |
 | it is too hot | %d samples above the board's limit, or the sensor's own | %d °C below |
 | memory is short | programs wait for it %d%% of the time, all of them %d%%, or less than %d%% and %s are available, %d samples in a row | %d%%; %d%%; half as much again |
 
@@ -92,7 +92,7 @@ and at the end. If it is damaged, it is begun anew.
 		wornHigh, spareLow, forecastDays, wornLow, spareGood, forecastBack,
 		slowTimes, slowInARow, fineTimes,
 		spell(hungInARow, ""), goneInARow,
-		int(fullShare*100), size(fullBytes), int(floorShare*100), int(floorBack*100),
+		int(fullShare*100), size(fullBytes), int(floorShare*100),
 		hotInARow, coolBelow,
 		someHigh, fullHigh, int(leastShare*100), size(leastAvailable), memoryInARow, someLow, fullLow,
 		learnBelow, size(busyBytes), "`"+memoryName+"`", spell(saveEvery, ""))

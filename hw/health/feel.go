@@ -288,13 +288,15 @@ func (m *Machine) readOnly(f hw.Filesystem, dir string) {
 }
 
 // A filesystem is nearly full below a share of it, of a large one below so many
-// bytes. Where volumes fill it on purpose, it is when well below their floor:
-// stores work in files of up to 256 MiB and hover around it.
+// bytes. Where volumes fill it on purpose, it is so only when also well below
+// their floor: stores work in files of up to 256 MiB and hover around it. The
+// floor alone says nothing: that of a small system disk may be more than it ever
+// has free.
 const (
 	fullShare, fullBytes         = 0.05, 10 << 30
 	criticalShare, criticalBytes = 0.01, 1 << 30
-	floorShare, floorBack        = 0.75, 0.9
-	floorCritical                = 0.25
+	fullBack                     = 1.2
+	floorShare, floorCritical    = 0.75, 0.25
 )
 
 func (m *Machine) full(f hw.Filesystem) {
@@ -303,16 +305,16 @@ func (m *Machine) full(f hw.Filesystem) {
 	}
 	free, total := float64(f.Free), float64(f.Total)
 	warn, critical := min(fullShare*total, fullBytes), min(criticalShare*total, criticalBytes)
-	enough, why := 1.2*warn, ""
+	why := ""
 	if floor := float64(m.floors[f.Mount]); floor > 0 {
-		warn, critical, enough = floorShare*floor, floorCritical*floor, floorBack*floor
+		warn, critical = min(warn, floorShare*floor), min(critical, floorCritical*floor)
 		why = fmt.Sprintf(", where volumes leave %s", size(m.floors[f.Mount]))
 	}
 	v, s := unknown, wire.Trouble
 	switch {
 	case free < warn:
 		v = yes
-	case free >= enough:
+	case free >= fullBack*warn:
 		v = no
 	}
 	if free < critical {

@@ -247,7 +247,7 @@ func TestEachRuleFiresAndEnds(t *testing.T) {
 			}, probing, "disk_gone S1", "on it was /mnt/disk1/deimos", wire.Critical,
 			func(g *rig) { g.inv = well() }, probing},
 		"the kernel counts errors": {
-			func(g *rig) { g.use("sda", func(u *hw.DiskUse) { u.Errors = new(uint64(4)) }) }, time.Minute, "disk_errors S1", "4 requests", wire.Trouble,
+			func(g *rig) { g.use("sda", func(u *hw.DiskUse) { u.Errors = new(uint64(4)) }) }, time.Minute, "disk_errors S1", "counted 4 errors", wire.Trouble,
 			func(*rig) {}, 26 * time.Hour},
 		"the system's disk is nearly full": {
 			func(g *rig) { g.tel.Data = &hw.Usage{Total: 480 * GiB, Free: 5 * GiB} }, 3 * time.Minute, "filesystem_full /", "5.0 GiB of 480 GiB left", wire.Trouble,
@@ -666,6 +666,37 @@ func TestAVolumeAtItsFloorIsNotFull(t *testing.T) {
 			g.pass(time.Hour)
 			g.expect()
 		}
+	})
+}
+
+// The system's floor of 8 GiB is more than such a board's disk can have free.
+func TestASmallBoardIsNotFullForItsFloor(t *testing.T) {
+	const total = uint64(71 * GiB / 10)
+	in(t, func(g *rig) {
+		g.m.paths[1].real, g.m.paths[1].Floor = "/var/lib/deimos/volumes/main", 8*GiB
+		set := func(free uint64) {
+			f := &g.inv.Filesystems[0]
+			f.Total, f.Free, f.Used = total, free, total-free
+			g.tel.Data = &hw.Usage{Total: total, Free: free}
+			g.pass(time.Hour)
+		}
+		set(41 * GiB / 10)
+		g.expect()
+		set(GiB / 2)
+		g.expect()
+		set(GiB / 5)
+		g.expect("filesystem_full /")
+	})
+}
+
+// Linux counts each command that reads a disk's health as one that failed.
+func TestCommandsThatTheKernelCountsAsFailedAreNoErrors(t *testing.T) {
+	in(t, func(g *rig) {
+		for n := range uint64(20) {
+			g.use("sda", func(u *hw.DiskUse) { u.IOErrors = new(3 * n) })
+			g.pass(time.Hour)
+		}
+		g.expect()
 	})
 }
 
