@@ -86,6 +86,7 @@ type Agent struct {
 	clock   *Clock
 	journal *badgerJournal
 	chunks  *store.Set
+	places  volumes
 	move    *transfer.Client
 	update  *ota.Service
 	orders  *dispatcher
@@ -142,7 +143,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	looking, look := a.hw.begin(ctx)
-	defer func() { err = errors.Join(err, look()) }()
+	defer func() { err = errors.Join(err, look(err)) }()
 	return a.serve(looking)
 }
 
@@ -160,6 +161,8 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if a.cfg.SystemTime != nil {
 		a.clock.system = a.cfg.SystemTime
 	}
+	a.hw.answered(false)
+	a.hw.check(a.feel)
 	if err := a.join(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil // asked to end before it was a member
@@ -288,7 +291,8 @@ func (a *Agent) live(ctx context.Context) error {
 		return err
 	}
 	a.hw.connected(false)
-	a.hw.check(a.feel)
+	a.hw.check(a.feelVolumes)
+	a.hw.retry(a.openRest)
 	a.hw.at(atWork)
 	var wg sync.WaitGroup
 	wg.Go(func() { a.session.run(ctx) })
@@ -310,6 +314,7 @@ func (a *Agent) live(ctx context.Context) error {
 		again = true
 		_ = a.rest(ctx, journalPause)
 	}
+	a.hw.stopping()
 	cancel()
 	done := make(chan struct{})
 	go func() { wg.Wait(); a.orders.wait(); close(done) }()
@@ -368,18 +373,6 @@ func (a *Agent) welcomed() {
 	}
 	a.log.Info("online", "broker_time", now.Format(time.RFC3339))
 	a.orders.reconnected()
-}
-
-// room is how much may hold chunks, used included, and how much does.
-func (a *Agent) room() (capacity, used int64) {
-	for _, s := range a.chunks.Stats() {
-		used += s.Used
-		capacity += s.Used
-		if s.ReadOnly == "" {
-			capacity += s.Free
-		}
-	}
-	return capacity, used
 }
 
 func (a *Agent) hello() wire.Presence {

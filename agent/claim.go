@@ -130,9 +130,16 @@ func (a *Agent) enrolAnew(ctx context.Context, old *Membership) error {
 	return ctx.Err()
 }
 
+// maxRequest is the largest inventory that goes with a request, in bytes: a
+// machine with hundreds of disks must come in, too. It is asked for more later.
+const maxRequest = 64 << 10
+
 // request is what the device says of itself; the token is to be added.
 func (a *Agent) request() (wire.EnrolRequest, error) {
 	inv, err := json.Marshal(a.hw.inventory().Inventory)
+	if len(inv) > maxRequest {
+		inv = nil
+	}
 	return wire.EnrolRequest{Agent: a.cfg.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: a.hw.board.Name, Inventory: inv}, err
 }
 
@@ -203,6 +210,7 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 			a.forgetClaim()
 			return err
 		case err == nil:
+			a.hw.answered(true)
 			wait = enrolMin
 			if told.IsZero() || time.Since(told) > claimRemind {
 				told = time.Now()
@@ -216,6 +224,7 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 			a.log.Error("somebody else answers than when this device first asked, and is told nothing; if the coordinator was set up anew, remove "+filepath.Join(dir, pendingFile)+" and start the agent again, else somebody stands between",
 				"coordinator", a.cfg.Coordinator)
 		default:
+			a.hw.answered(false)
 			a.log.Warn("the coordinator cannot be asked whether this device was claimed; trying again", "coordinator", a.cfg.Coordinator, "error", plain(err))
 		}
 		if err := a.rest(ctx, max(wait/2+rand.N(wait), putOff(err))); err != nil {

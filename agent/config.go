@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/BurntSushi/toml"
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/jobs/policy"
@@ -87,6 +89,34 @@ type VolumeConfig struct {
 	Floor    int64  `toml:"floor_bytes"`
 }
 
+const maxConfig = 1 << 20 // bytes
+
+// readConfig reads a file, and nothing that has no end or no beginning.
+func readConfig(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("there is no configuration file %s", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
+	case !st.Mode().IsRegular():
+		return nil, fmt.Errorf("the configuration %s is no file", path)
+	case st.Size() > maxConfig:
+		return nil, fmt.Errorf("the configuration file %s has %d bytes; more than %d cannot be meant", path, st.Size(), maxConfig)
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxConfig))
+	if err != nil {
+		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
+	}
+	return raw, nil
+}
+
 // DisksConfig is the owner's word on disks that no [[volume]] names.
 type DisksConfig struct {
 	Auto  bool     `toml:"auto"`
@@ -108,11 +138,13 @@ func LoadConfig(path string) (Config, error) {
 	if path == "" {
 		return c, nil
 	}
-	meta, err := toml.DecodeFile(path, &c)
+	raw, err := readConfig(path)
+	if err != nil {
+		return c, err
+	}
+	meta, err := toml.Decode(string(raw), &c)
 	var parse toml.ParseError
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return c, fmt.Errorf("there is no configuration file %s", path)
 	case errors.As(err, &parse):
 		return c, fmt.Errorf("the configuration file %s, line %d: %s", path, parse.Position.Line, parse.Message)
 	case err != nil:

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/deimos-edge/deimos/jobs/policy"
+	"golang.org/x/sys/unix"
 )
 
 func loadText(t *testing.T, text string) (Config, string, error) {
@@ -110,4 +112,25 @@ func TestOneAgentAtATime(t *testing.T) {
 		t.Fatalf("the lock outlived its agent: %v", err)
 	}
 	lock.Close()
+}
+
+// TestAConfigurationIsAFile: one without an end, or that nobody writes, must not
+// hold the agent.
+func TestAConfigurationIsAFile(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	large := filepath.Join(dir, "large")
+	if err := os.WriteFile(large, bytes.Repeat([]byte("# nothing\n"), 200_000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{fifo, large, "/dev/zero", dir} {
+		done := make(chan error, 1)
+		go func() { _, err := LoadConfig(path); done <- err }()
+		if err := await(t, path, done); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
 }

@@ -82,7 +82,8 @@ type duties struct {
 	// attach puts a large attachment where the coordinator finds it.
 	attach  func(ctx context.Context, order string, data []byte) error
 	restart func() // called once, when a handler asked for it
-	// busy is called when an order begins (1) and when it has ended (-1); may be nil.
+	// busy is called when an order is under way (1) and when it no longer is (-1);
+	// may be nil, and must not block.
 	busy func(k wire.Kind, by int)
 	log  *slog.Logger
 }
@@ -316,6 +317,7 @@ func (d *dispatcher) track(ctx context.Context, t *task) {
 	t.ctx, t.cancel = context.WithCancelCause(ctx)
 	d.inFlight[t.order.ID] = t
 	d.wg.Add(1)
+	d.busy(t.order.Kind, 1)
 }
 
 func (d *dispatcher) release(t *task) {
@@ -325,6 +327,7 @@ func (d *dispatcher) release(t *task) {
 	t.cancel(nil)
 	delete(d.inFlight, t.order.ID)
 	close(t.done)
+	d.busy(t.order.Kind, -1)
 	d.wg.Done()
 }
 
@@ -350,9 +353,7 @@ func (d *dispatcher) beginNext() {
 
 // carryOut runs an order to its terminal report.
 func (d *dispatcher) carryOut(t *task) {
-	d.busy(t.order.Kind, 1)
 	out, err := d.effect(t)
-	d.busy(t.order.Kind, -1)
 	d.mu.Lock()
 	d.schedule.ended(t.order.Kind)
 	d.beginNext()

@@ -35,7 +35,7 @@ func TestWithoutAVolumeChunksGoBelowTheState(t *testing.T) {
 	if len(m.places) != 1 || m.places[0].Dir != filepath.Join(m.state, "volumes", "main") || m.places[0].Floor < store.DefaultFloor(m.state) {
 		t.Errorf("chunks go to %+v", m.places)
 	}
-	if err := stop(); err != nil {
+	if err := stop(nil); err != nil {
 		t.Error(err)
 	}
 }

@@ -52,13 +52,16 @@ type machine struct {
 
 	changed chan struct{} // capacity 1: what the light shows may have
 	noted   *Feeling      // of show, and after it of run alone
+	why     error         // the agent ends; set before run is told to
+	stop    sync.Once
 
 	mu      sync.Mutex // guards the rest
 	stage   stage
 	online  bool
-	working int      // long orders under way
-	updates int      // update orders under way
-	checks  []func() // called with each sample, to tell the registry how things are
+	working int                     // long orders under way
+	updates int                     // update orders under way
+	checks  []func()                // called with each sample, to tell the registry how things are
+	again   []func(context.Context) // called with each probe
 }
 
 // inventory is what was found, and its digest.
@@ -154,15 +157,16 @@ func (m *machine) probe(ctx context.Context) error {
 // begin runs it until the context that it returns has ended, which is when the
 // given one has, or by stop; stop waits for that. The watchdog is fed until then:
 // an agent that hangs while it stops is started anew, too.
-func (m *machine) begin(ctx context.Context) (_ context.Context, stop func() error) {
+func (m *machine) begin(ctx context.Context) (_ context.Context, stop func(why error) error) {
 	guarded, calm := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, cancel := context.WithCancel(ctx)
 	fed := make(chan struct{})
 	go func() { m.dog.Run(guarded); close(fed) }()
-	context.AfterFunc(ctx, func() { m.dog.Pulse("stop", stopLate) })
+	context.AfterFunc(ctx, m.stopping)
 	done := make(chan error, 1)
 	go func() { done <- m.run(ctx) }()
-	return ctx, func() (err error) {
+	return ctx, func(why error) (err error) {
+		m.why = why
 		cancel()
 		select {
 		case err = <-done:
@@ -179,12 +183,16 @@ func (m *machine) begin(ctx context.Context) (_ context.Context, stop func() err
 	}
 }
 
+// stopping begins the time that a stop in good order may take.
+func (m *machine) stopping() { m.stop.Do(func() { m.dog.Pulse("stop", stopLate) }) }
+
 // run does all of it until ctx ends, and closes what openMachine has opened.
 func (m *machine) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { m.light.Run(ctx) })
 	wg.Go(func() { m.sensors.Run(ctx) })
 	wg.Go(func() { m.watch(ctx) })
+	wg.Go(func() { m.watchLoops(ctx) })
 	wg.Go(func() { m.lookAgain(ctx) })
 	wg.Go(func() { m.show(ctx) })
 	wg.Wait()
@@ -234,14 +242,24 @@ func (m *machine) sample(ctx context.Context) {
 	if m.judge != nil {
 		m.judge.Telemetry(t, silent)
 	}
-	for name, late := range m.dog.Stalled() {
-		m.health.Set(health.Stalled, name, fmt.Sprintf("it has made no progress for %s", late.Round(time.Second)))
-	}
 	m.mu.Lock()
 	checks := slices.Clone(m.checks)
 	m.mu.Unlock()
 	for _, check := range checks {
 		check()
+	}
+}
+
+// watchLoops tells the registry which loops are stuck. It is not one of them: it
+// touches no device.
+func (m *machine) watchLoops(ctx context.Context) {
+	for rest(ctx, sampleEvery) == nil {
+		var names []string
+		for name, late := range m.dog.Stalled() {
+			names = append(names, name)
+			m.health.Set(health.Stalled, name, fmt.Sprintf("it has made no progress for %s", late.Round(time.Second)))
+		}
+		m.health.Only(health.Stalled, names...)
 	}
 }
 
@@ -252,10 +270,23 @@ func (m *machine) check(f func()) {
 	m.checks = append(m.checks, f)
 }
 
+// retry adds one that is called with each probe.
+func (m *machine) retry(f func(context.Context)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.again = append(m.again, f)
+}
+
 // lookAgain probes now and then: disks come and go, and their health changes.
 func (m *machine) lookAgain(ctx context.Context) {
 	for {
 		m.judgeInventory()
+		m.mu.Lock()
+		again := slices.Clone(m.again)
+		m.mu.Unlock()
+		for _, f := range again {
+			f(ctx)
+		}
 		if rest(ctx, probeEvery-probeEvery/20+rand.N(probeEvery/10)) != nil {
 			return
 		}
@@ -286,19 +317,25 @@ func (m *machine) at(s stage) {
 	m.touch()
 }
 
-// connected is told whether the coordinator answers.
+// connected is told whether the device is in touch with its fleet.
 func (m *machine) connected(yes bool) {
 	m.mu.Lock()
 	m.online = yes
 	m.mu.Unlock()
-	m.health.Is(health.Offline, "", !yes, "the coordinator does not answer")
+	m.answered(yes)
 	if yes {
 		m.health.Clear(health.CoordinatorRefuses, "")
 	}
 	m.touch()
 }
 
-// busy is told when an order begins (1) and ends (-1).
+// answered is told whether a coordinator answers at all, of a device that is no
+// member yet.
+func (m *machine) answered(yes bool) {
+	m.health.Is(health.Offline, "", !yes, "the coordinator does not answer")
+}
+
+// busy is told when an order arrives (1) and when it has ended (-1).
 func (m *machine) busy(k wire.Kind, by int) {
 	m.mu.Lock()
 	switch k {
@@ -340,6 +377,7 @@ func (m *machine) show(ctx context.Context) {
 		case <-warned:
 		case <-m.changed:
 		case <-hourly.C:
+			m.noted = nil // so that the file shows that somebody is there
 		}
 		// Warnings and work come in bursts; the eye does not need each.
 		if rest(ctx, 200*time.Millisecond) != nil {

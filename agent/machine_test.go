@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/hw/panel"
+	"github.com/deimos-edge/deimos/hw/watchdog"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -47,7 +49,7 @@ func TestTheLightShowsWhatMattersMost(t *testing.T) {
 }
 
 // realMachine looks at the machine that the test runs on.
-func realMachine(t *testing.T, cfg Config) (*machine, func() error) {
+func realMachine(t *testing.T, cfg Config) (*machine, func(error) error) {
 	t.Helper()
 	m, err := openMachine(t.Context(), cfg, discardLog())
 	if err != nil {
@@ -105,7 +107,7 @@ func TestTheMachineAnswersForItself(t *testing.T) {
 	if p := wire.ProblemOf(err); err == nil || p.Code != wire.CodeNotSupported {
 		t.Errorf("identify without a light: %v", err)
 	}
-	if err := stop(); err != nil {
+	if err := stop(nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -138,7 +140,7 @@ func TestStatusTellsTheWarnings(t *testing.T) {
 	if w := s.Machine.Warnings[0]; !s.Running || s.Machine.Ended || w.Code != string(health.Stalled) || w.Subject != "heart" {
 		t.Errorf("while it runs: %+v, %+v", s, s.Machine)
 	}
-	if err := stop(); err != nil {
+	if err := stop(nil); err != nil {
 		t.Error(err)
 	}
 	if err := lock.Close(); err != nil {
@@ -181,7 +183,7 @@ func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
 		if err := a.noteChosen([]VolumeConfig{{Dir: disk}}); err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"slots/a", "journal", "history", "update"} {
+		for _, name := range []string{"slots/a", "journal", "history", "ota"} {
 			if err := os.MkdirAll(cfg.path(name), 0o700); err != nil {
 				t.Fatal(err)
 			}
@@ -251,5 +253,120 @@ func TestTheOwnersBoardWins(t *testing.T) {
 		if got := (Config{Board: BoardConfig{Name: c.name, Profiles: dir}}).detectBoard(discardLog()).Name; got != c.want {
 			t.Errorf("%q makes it %s, want %s", c.name, got, c.want)
 		}
+	}
+}
+
+// TestAStuckLoopIsAWarningOnlyWhileItIs.
+func TestAStuckLoopIsAWarningOnlyWhileItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := bareMachine()
+		var err error
+		if m.dog, err = watchdog.New(watchdog.Options{Log: discardLog()}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		over := make(chan struct{})
+		go func() { m.watchLoops(ctx); close(over) }()
+		pulse := m.dog.Pulse("heart", time.Minute)
+		time.Sleep(2 * time.Minute)
+		if all := m.health.Visible(); len(all) != 1 || all[0].Code != string(health.Stalled) || all[0].Subject != "heart" {
+			t.Errorf("stuck: %+v", all)
+		}
+		for range 60 {
+			pulse.Beat()
+			time.Sleep(30 * time.Second)
+		}
+		if all := m.health.Visible(); len(all) != 0 {
+			t.Errorf("it goes on, and still: %+v", all)
+		}
+		cancel()
+		<-over
+	})
+}
+
+// TestADeviceThatIsNoMemberYetSaysThatNobodyAnswers: that is when its owner looks.
+func TestADeviceThatIsNoMemberYetSaysThatNobodyAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := bareMachine()
+		m.at(atClaim)
+		m.answered(false)
+		time.Sleep(time.Hour)
+		if all := m.health.Visible(); len(all) != 1 || all[0].Code != string(health.Offline) {
+			t.Errorf("with nobody there: %+v", all)
+		}
+		m.answered(true) // it may wait
+		time.Sleep(time.Hour)
+		if all := m.health.Visible(); len(all) != 0 {
+			t.Errorf("while it waits to be claimed: %+v", all)
+		}
+		if m.look() != panel.Waiting {
+			t.Errorf("the light shows %s", m.look())
+		}
+	})
+}
+
+func TestOnlyAStateFolderCanBeReset(t *testing.T) {
+	home := t.TempDir()
+	photo := filepath.Join(home, "photo.jpg")
+	if err := os.WriteFile(photo, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Reset(Config{StateDir: home}); err == nil {
+		t.Error("a folder without a device was reset")
+	}
+	entries, err := os.ReadDir(home)
+	if err != nil || len(entries) != 1 {
+		t.Errorf("it holds %v, %v", entries, err)
+	}
+	// What somebody else has put beside a device stays, too.
+	if _, err := LoadIdentity(filepath.Join(home, "identity")); err != nil {
+		t.Fatal(err)
+	}
+	if err := Reset(Config{StateDir: home}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(photo); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAMachineWithManyDisksComesInWithoutThem(t *testing.T) {
+	a := joining(t, newIdentity(t), "https://127.0.0.1:1", "")
+	many := hw.Inventory{Disks: make([]hw.Disk, 1000)}
+	a.hw.inv.Store(&inventory{&many, ""})
+	q, err := a.request()
+	if err != nil || q.Inventory != nil {
+		t.Errorf("its request carries %d bytes of inventory (%v)", len(q.Inventory), err)
+	}
+}
+
+// TestADeviceWhoseDisksAllFailStaysToSayIt.
+func TestADeviceWhoseDisksAllFailStaysToSayIt(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{StateDir: t.TempDir(), Volumes: []VolumeConfig{{Dir: filepath.Join(file, "chunks")}}}
+	m, stop := realMachine(t, cfg)
+	a := &Agent{cfg: cfg, log: discardLog(), hw: m}
+	if err := a.openVolumes(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(a.chunks.Volumes()); n != 0 {
+		t.Errorf("%d volumes are open", n)
+	}
+	if err := os.Remove(file); err != nil { // the disk is put in order
+		t.Fatal(err)
+	}
+	a.openRest(t.Context())
+	if n := len(a.chunks.Volumes()); n != 1 {
+		t.Errorf("%d volumes are open then", n)
+	}
+	a.measure()
+	if capacity, _ := a.room(); capacity == 0 {
+		t.Error("and there is no room")
+	}
+	if err := errors.Join(a.chunks.Close(), stop(nil)); err != nil {
+		t.Error(err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/sync/store"
 )
@@ -16,8 +17,9 @@ import (
 // others, and what it has learnt. What is left is the software, in its slots,
 // and the owner's own configuration file.
 
-// survives is what stays below the state folder.
-var survives = map[string]bool{"slots": true, lockFile: true, resetMark: true}
+// made is what the agent makes below the state folder, but for its volumes. In
+// what is not in this list, a reset finds nothing of the device's.
+var made = []string{claimFile, settingsFile, statusFile, chosenFile, disk.RecordFile, historyDir, healthDir, "jobs", "ota", "journal", "identity"}
 
 // resetMark stands below the state folder while it is reset, so that a power cut
 // in the middle does not leave half a device: the next start goes on.
@@ -26,6 +28,9 @@ const resetMark = "reset"
 // Reset resets the device of a stopped agent to factory.
 func Reset(cfg Config) (err error) {
 	if cfg, err = cfg.absolute(); err != nil {
+		return err
+	}
+	if err := cfg.isDevice(); err != nil {
 		return err
 	}
 	lock, err := cfg.makeState()
@@ -37,6 +42,9 @@ func Reset(cfg Config) (err error) {
 }
 
 func (c Config) reset() error {
+	if err := c.isDevice(); err != nil {
+		return err
+	}
 	if err := os.WriteFile(c.path(resetMark), nil, 0o600); err != nil {
 		return fmt.Errorf("the device cannot be reset: %w", err)
 	}
@@ -58,19 +66,27 @@ func (c Config) reset() error {
 	if failed != nil {
 		return failed // and the mark stays
 	}
-	entries, err := os.ReadDir(c.StateDir)
-	if err != nil {
-		return fmt.Errorf("the device cannot be reset: %w", err)
-	}
-	for _, e := range entries {
-		if !survives[e.Name()] {
-			failed = errors.Join(failed, os.RemoveAll(c.path(e.Name())))
+	for _, name := range made {
+		if err := os.RemoveAll(c.path(name)); err != nil {
+			return fmt.Errorf("the device cannot be reset: %w", err)
 		}
 	}
-	if failed != nil {
-		return fmt.Errorf("the device cannot be reset: %w", failed)
+	// A folder that something else is in or mounted on is not the device's alone.
+	for _, dir := range append(volumes, c.path("volumes")) {
+		_ = os.Remove(dir)
 	}
 	return os.Remove(c.path(resetMark))
+}
+
+// isDevice tells a state folder from others: a reset must remove nothing that a
+// slip of the hand names.
+func (c Config) isDevice() error {
+	for _, name := range []string{resetMark, filepath.Join("identity", keyFile)} {
+		if _, err := os.Lstat(c.path(name)); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s holds no device: there is no %s in it; name its state folder with --state", c.StateDir, filepath.Join("identity", keyFile))
 }
 
 // resetIfAsked resets a device whose button is held at the start, or whose reset
@@ -86,7 +102,7 @@ func (a *Agent) resetIfAsked(ctx context.Context) error {
 	if err != nil {
 		a.log.Warn("the reset button cannot be read", "error", err)
 	}
-	if !held {
+	if !held || a.cfg.isDevice() != nil { // or it is as it left the factory
 		return nil
 	}
 	a.log.Warn("the reset button was held: this device is reset to factory")

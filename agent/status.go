@@ -30,7 +30,8 @@ type Status struct {
 // it changes.
 type Feeling struct {
 	At       time.Time      `json:"at"`
-	Ended    bool           `json:"ended,omitempty"` // in good order, then
+	Ended    bool           `json:"ended,omitempty"` // then
+	Error    string         `json:"error,omitempty"` // why it ended, if not in good order
 	Agent    string         `json:"agent"`           // version
 	Board    string         `json:"board"`
 	BootID   string         `json:"boot_id"`
@@ -46,18 +47,29 @@ func (m *machine) saveStatus(ended bool) error {
 	m.mu.Lock()
 	online := m.online
 	m.mu.Unlock()
-	f := Feeling{Ended: ended, Agent: m.version, Board: m.board.Name, BootID: m.boot, Online: online && !ended, Light: m.look(), Warnings: m.health.Visible()}
+	f := Feeling{Ended: ended, Error: m.lastWords(ended), Agent: m.version, Board: m.board.Name, BootID: m.boot, Online: online && !ended, Light: m.look(), Warnings: m.health.Visible()}
 	if m.noted != nil && reflect.DeepEqual(*m.noted, f) {
 		return nil
 	}
-	m.noted = &f
 	out := f
 	out.At = time.Now().UTC().Truncate(time.Second)
 	raw, err := json.MarshalIndent(out, "", "  ")
 	if err != nil {
 		return err
 	}
-	return durable.WriteFile(filepath.Join(m.state, statusFile), raw, 0o600)
+	if err := durable.WriteFile(filepath.Join(m.state, statusFile), raw, 0o600); err != nil {
+		return err
+	}
+	m.noted = &f
+	return nil
+}
+
+// lastWords is why the agent ends, if that is no stop in good order.
+func (m *machine) lastWords(ended bool) string {
+	if !ended || m.why == nil || errors.Is(m.why, ErrRestart) {
+		return ""
+	}
+	return m.why.Error()
 }
 
 // readFeeling returns nil without error if nothing was noted yet, or what was is damaged.
@@ -116,6 +128,9 @@ func ReadStatus(stateDir string) (Status, error) {
 	s := Status{Device: id.ID, Standing: New, Running: locked(filepath.Join(stateDir, lockFile))}
 	if s.Machine, err = readFeeling(stateDir); err != nil {
 		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
+	}
+	if f := s.Machine; f != nil && !s.Running {
+		f.Online, f.Light = false, "" // whatever it was when the agent was cut off
 	}
 	m, err := loadMembership(dir, id)
 	if err != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,10 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -29,11 +33,15 @@ func (c Config) places(m *machine) []VolumeConfig {
 	}
 	for i := range chosen {
 		v := &chosen[i]
-		if v.Floor == 0 {
-			v.Floor = store.DefaultFloor(v.Dir)
+		// A disk that hangs is not waited for; what is decided then is on the safe side.
+		floor, ok := hw.Within(context.Background(), statLimit, "floor of "+v.Dir, func() int64 { return store.DefaultFloor(v.Dir) })
+		if !ok {
+			floor = sharedFloor
 		}
+		v.Floor = cmp.Or(v.Floor, floor)
+		shared, ok := hw.Within(context.Background(), statLimit, "place of "+v.Dir, func() bool { return sameDisk(v.Dir, c.StateDir) })
 		// With less, a device could fill itself until it cannot report.
-		if v.Floor < sharedFloor && sameDisk(v.Dir, c.StateDir) {
+		if v.Floor < sharedFloor && (shared || !ok) {
 			m.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
 			v.Floor = sharedFloor
 		}
@@ -100,38 +108,73 @@ func (c Config) diskOptions(b board.Board) disk.Options {
 	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Board: b}
 }
 
-// openVolumes opens what can be opened and trusted: one broken disk must not
-// take the others down with it. None at all is an error.
-func (a *Agent) openVolumes(ctx context.Context) error {
-	tests, err := disk.OpenRecord(a.cfg.StateDir)
-	if err != nil {
+// volumes is the device's places for chunks, as they are now.
+type volumes struct {
+	tests *disk.Record
+	left  []VolumeConfig // that could not be opened; of live's probe loop alone
+
+	mu             sync.Mutex
+	capacity, used int64 // see Agent.room
+}
+
+const (
+	// openLimit is how long a volume may take to open: the chunks of its newest
+	// log are read, up to a gigabyte from a slow disk.
+	openLimit = 5 * time.Minute
+	statLimit = 2 * time.Second
+)
+
+// openVolumes opens what can be opened and trusted. One broken disk must not take
+// the others down with it, and a device without any still has to say so, and to
+// take jobs and updates. What failed is tried again, see openRest.
+func (a *Agent) openVolumes(ctx context.Context) (err error) {
+	if a.places.tests, err = disk.OpenRecord(a.cfg.StateDir); err != nil {
+		return err
+	}
+	if err := a.noteChosen(a.hw.places); err != nil {
 		return err
 	}
 	var open []*store.Volume
 	var failed error
-	if err := a.noteChosen(a.hw.places); err != nil {
-		return err
-	}
 	for _, v := range a.hw.places {
-		vol, err := a.openVolume(ctx, tests, v)
+		vol, err := a.openVolume(ctx, v)
 		if err != nil {
+			a.places.left = append(a.places.left, v)
 			failed = errors.Join(failed, err)
 			continue
 		}
 		open = append(open, vol)
 	}
-	if len(open) == 0 {
-		return failed
-	}
 	if failed != nil {
-		a.log.Error("a volume is not available; its chunks count as lost until it is", "error", failed)
+		a.log.Error("a volume is not available; its chunks count as lost until it is, and it is tried again", "error", failed)
 	}
 	a.chunks = store.NewSet(open...)
+	a.measure()
 	return nil
 }
 
-func (a *Agent) openVolume(ctx context.Context, tests *disk.Record, v VolumeConfig) (*store.Volume, error) {
-	t, err := tests.Trusted(ctx, v.Dir, a.hw.inventory().Inventory, a.log)
+// openRest tries again what could not be opened: a disk that was slow at the
+// start, or was put back.
+func (a *Agent) openRest(ctx context.Context) {
+	left := a.places.left
+	a.places.left = nil
+	for _, v := range left {
+		vol, err := a.openVolume(ctx, v)
+		if err != nil {
+			a.places.left = append(a.places.left, v)
+			continue
+		}
+		a.log.Info("a volume is available again", "volume", v.Dir)
+		a.hw.health.Clear(health.DiskRefused, v.Dir)
+		a.hw.health.Clear(health.VolumeFailed, v.Dir)
+		a.chunks.Add(vol)
+	}
+}
+
+// openVolume gives a disk that hangs up in time. What it opens after that is
+// closed again.
+func (a *Agent) openVolume(ctx context.Context, v VolumeConfig) (*store.Volume, error) {
+	t, err := a.places.tests.Trusted(ctx, v.Dir, a.hw.inventory().Inventory, a.log)
 	if err == nil && !t.Passed {
 		err = fmt.Errorf("the disk of %s has failed its self-test: %s", v.Dir, t.Problem)
 	}
@@ -139,22 +182,83 @@ func (a *Agent) openVolume(ctx context.Context, tests *disk.Record, v VolumeConf
 		a.hw.health.Set(health.DiskRefused, v.Dir, err.Error())
 		return nil, err
 	}
-	vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
-	if err != nil {
-		a.hw.health.Set(health.VolumeFailed, v.Dir, err.Error())
+	type answer struct {
+		vol *store.Volume
+		err error
 	}
-	return vol, err
+	opened := make(chan answer, 1)
+	go func() {
+		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
+		opened <- answer{vol, err}
+	}()
+	var x answer
+	limit := time.NewTimer(openLimit)
+	defer limit.Stop()
+	select {
+	case x = <-opened:
+	case <-limit.C:
+		x.err = fmt.Errorf("the disk of %s does not answer", v.Dir)
+	case <-ctx.Done():
+		x.err = ctx.Err()
+	}
+	if x.err != nil {
+		a.hw.health.Set(health.VolumeFailed, v.Dir, x.err.Error())
+		if x.vol == nil {
+			go func() {
+				if late := <-opened; late.vol != nil {
+					_ = late.vol.Close() // nothing was written
+				}
+			}()
+		}
+	}
+	return x.vol, x.err
 }
 
 // feel tells the registry of warnings how the agent's own parts are; it is
 // called with each sample.
 func (a *Agent) feel() {
-	for _, s := range a.chunks.Stats() {
-		a.hw.health.Is(health.VolumeFailed, s.Dir, s.ReadOnly != "", s.ReadOnly)
-	}
 	_, sure := a.clock.Read()
 	a.hw.health.Is(health.ClockUntrusted, "", sure != wire.ClockTrusted, "nobody has told this device the time since it started")
 	a.hw.health.Is(health.CoordinatorRefuses, "", a.dismissed.Load(), "the coordinator has sent this device away")
+}
+
+// feelVolumes does so of the volumes, and learns how much room there is.
+func (a *Agent) feelVolumes() {
+	for _, s := range a.measure() {
+		a.hw.health.Is(health.VolumeFailed, s.Dir, s.ReadOnly != "", s.ReadOnly)
+	}
+}
+
+// measure asks each volume for its figures. One whose disk hangs is left out, and
+// is the disk's warning.
+func (a *Agent) measure() []store.Stats {
+	var all []store.Stats
+	var capacity, used int64
+	for _, v := range a.chunks.Volumes() {
+		s, ok := hw.Within(context.Background(), statLimit, "volume "+v.Dir(), v.Stats)
+		if !ok {
+			a.hw.health.Set(health.VolumeFailed, v.Dir(), "its disk does not answer")
+			continue
+		}
+		all = append(all, s)
+		used += s.Used
+		capacity += s.Used
+		if s.ReadOnly == "" {
+			capacity += s.Free
+		}
+	}
+	a.places.mu.Lock()
+	defer a.places.mu.Unlock()
+	a.places.capacity, a.places.used = capacity, used
+	return all
+}
+
+// room is how much may hold chunks, used included, and how much does, as
+// measured with the newest sample: who asks must not wait for a disk.
+func (a *Agent) room() (capacity, used int64) {
+	a.places.mu.Lock()
+	defer a.places.mu.Unlock()
+	return a.places.capacity, a.places.used
 }
 
 // sameDisk tells whether two folders, of which the first may not be there yet,

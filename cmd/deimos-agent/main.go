@@ -156,7 +156,11 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		return err
 	}
 	if len(m.Warnings) == 0 {
-		_, err := fmt.Fprintln(w, "\nnothing is wrong with it")
+		verdict := "nothing is wrong with it"
+		if !s.Running {
+			verdict = "when last heard of, nothing was wrong with it"
+		}
+		_, err := fmt.Fprintln(w, "\n"+verdict)
 		return err
 	}
 	for _, x := range m.Warnings {
@@ -171,16 +175,20 @@ func writeStatus(w io.Writer, s agent.Status) error {
 
 // agentLine says what the agent does, or did when it was last heard of.
 func agentLine(s agent.Status) string {
-	m := s.Machine
+	m, at := s.Machine, s.Machine.At.Local().Format(time.DateTime)
 	switch {
+	case s.Running && string(m.Light) == "online":
+		return m.Agent + ", online"
 	case s.Running && m.Online:
-		return m.Agent + ", runs, online (" + string(m.Light) + ")"
+		return m.Agent + ", online, " + string(m.Light)
 	case s.Running:
-		return m.Agent + ", runs, not online (" + string(m.Light) + ")"
+		return m.Agent + ", runs, not online"
+	case m.Error != "":
+		return m.Agent + ", ended at " + at + ": " + m.Error
 	case m.Ended:
-		return m.Agent + ", stopped in good order at " + m.At.Local().Format(time.DateTime)
+		return m.Agent + ", stopped in good order at " + at
 	}
-	return m.Agent + ", does not run; it did not end in good order (last noted " + m.At.Local().Format(time.DateTime) + ")"
+	return m.Agent + ", does not run and did not end in good order; last heard of at " + at
 }
 
 type resetCmd struct {

@@ -2,6 +2,7 @@ package health
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -141,11 +142,20 @@ func resolved(dir string) string {
 	if abs, err := filepath.Abs(dir); err == nil {
 		dir = abs
 	}
-	if real, err := filepath.EvalSymlinks(dir); err == nil {
+	real, ok := hw.Within(context.Background(), resolveLimit, "resolve "+dir, func() string {
+		real, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return dir
+		}
 		return real
+	})
+	if !ok { // its disk hangs
+		return dir
 	}
-	return dir
+	return real
 }
+
+const resolveLimit = 2 * time.Second
 
 // run is the memory's time, in hours.
 func (m *Machine) run() float64 { return min(m.start+time.Since(m.began).Hours(), maxRun) }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -14,14 +15,25 @@ import (
 // several (a disk came back), any whole copy will do. Errors are those of the
 // methods of [Volume] that have the same names.
 type Set struct {
-	volumes []*Volume
+	volumes atomic.Pointer[[]*Volume] // never changed in place
 }
 
 // NewSet takes the volumes over; [Set.Close] closes them.
-func NewSet(volumes ...*Volume) *Set { return &Set{volumes: volumes} }
+func NewSet(volumes ...*Volume) *Set {
+	s := &Set{}
+	s.volumes.Store(&volumes)
+	return s
+}
 
-// Volumes returns the volumes, in the order that NewSet was given.
-func (s *Set) Volumes() []*Volume { return slices.Clone(s.volumes) }
+// Add takes over one more volume, of a disk that has come later. It must not be
+// called by two at once, nor with Close.
+func (s *Set) Add(v *Volume) {
+	more := append(s.Volumes(), v)
+	s.volumes.Store(&more)
+}
+
+// Volumes returns the volumes, in the order in which they came.
+func (s *Set) Volumes() []*Volume { return slices.Clone(*s.volumes.Load()) }
 
 // Put makes a chunk durable on the volume that holds it already, or else on the
 // one with most free space that takes it. It returns that volume's id.
@@ -57,8 +69,9 @@ func (s *Set) order(id chunk.ID) []*Volume {
 		has  bool
 		free int64
 	}
-	all := make([]candidate, len(s.volumes))
-	for i, v := range s.volumes {
+	volumes := *s.volumes.Load()
+	all := make([]candidate, len(volumes))
+	for i, v := range volumes {
 		all[i] = candidate{v, v.Has(id), v.Stats().Free}
 	}
 	slices.SortStableFunc(all, func(a, b candidate) int {
@@ -80,7 +93,7 @@ func (s *Set) order(id chunk.ID) []*Volume {
 // CanTake tells whether any volume would take a chunk of size bytes now.
 func (s *Set) CanTake(size int64) error {
 	var err error = errNoVolume
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		if err = v.CanTake(size); err == nil {
 			return nil
 		}
@@ -129,7 +142,7 @@ func (s *Set) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, pat
 // that knows the chunk outweighs "not found".
 func (s *Set) first(id chunk.ID, try func(*Volume) error) error {
 	failed := notFound(id)
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		err := try(v)
 		if err == nil {
 			return nil
@@ -144,7 +157,7 @@ func (s *Set) first(id chunk.ID, try func(*Volume) error) error {
 // Drop forgets chunks on every volume. It goes on after an error.
 func (s *Set) Drop(ctx context.Context, ids []chunk.ID) error {
 	var failed error
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		if err := v.dropHeld(ctx, ids); err != nil && failed == nil {
 			failed = err
 		}
@@ -154,12 +167,12 @@ func (s *Set) Drop(ctx context.Context, ids []chunk.ID) error {
 
 // Has tells whether any volume holds the chunk and does not know it to be lost.
 func (s *Set) Has(id chunk.ID) bool {
-	return slices.ContainsFunc(s.volumes, func(v *Volume) bool { return v.Has(id) })
+	return slices.ContainsFunc(*s.volumes.Load(), func(v *Volume) bool { return v.Has(id) })
 }
 
 // List calls fn for every chunk of every volume, volume by volume.
 func (s *Set) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		if err := v.List(ctx, fn); err != nil {
 			return err
 		}
@@ -169,8 +182,9 @@ func (s *Set) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bo
 
 // Stats returns the figures of each volume.
 func (s *Set) Stats() []Stats {
-	all := make([]Stats, len(s.volumes))
-	for i, v := range s.volumes {
+	volumes := *s.volumes.Load()
+	all := make([]Stats, len(volumes))
+	for i, v := range volumes {
 		all[i] = v.Stats()
 	}
 	return all
@@ -179,7 +193,7 @@ func (s *Set) Stats() []Stats {
 // Lost lists what is lost on one volume and not whole on another.
 func (s *Set) Lost() []Loss {
 	var all []Loss
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		for _, l := range v.Lost() {
 			if !s.Has(l.ID) {
 				all = append(all, l)
@@ -192,7 +206,7 @@ func (s *Set) Lost() []Loss {
 // Close closes every volume.
 func (s *Set) Close() error {
 	var err error
-	for _, v := range s.volumes {
+	for _, v := range *s.volumes.Load() {
 		err = errors.Join(err, v.Close())
 	}
 	return err
