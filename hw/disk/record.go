@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	recordFile   = "disks.json"
+	RecordFile   = "disks.json"
 	recordFormat = 1
 	maxRecord    = 1 << 20 // bytes
 	maxDisks     = 64      // entries; those not asked for the longest are forgotten
@@ -73,7 +73,7 @@ func OpenRecord(state string) (*Record, error) {
 }
 
 func readRecord(state string) *Record {
-	r := &Record{path: filepath.Join(state, recordFile), disks: map[string]entry{}}
+	r := &Record{path: filepath.Join(state, RecordFile), disks: map[string]entry{}}
 	raw, err := readSmall(r.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return r
