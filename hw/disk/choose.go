@@ -71,7 +71,7 @@ func choose(inv *hw.Inventory, o Options, past map[string]entry, look func(disk,
 		wg.Go(func() {
 			free <- struct{}{}
 			defer func() { <-free }()
-			c.sight = look(c.Disk, c.Mount, c.Dir, c.disk.Power == hw.PowerAsleep)
+			c.sight = look(c.Disk, c.Mount, c.Dir, c.asleep(past))
 		})
 	}
 	wg.Wait()
@@ -186,6 +186,29 @@ func (c *choice) never(o Options) bool {
 	})
 }
 
+// asleep tells whether a look could wake the disk. Of one that does not say
+// whether it sleeps, as behind many USB bridges, only what the owner names or
+// what is in use anyway is looked at.
+func (c *choice) asleep(past map[string]entry) bool {
+	switch c.disk.Power {
+	case hw.PowerAsleep:
+		return true
+	case hw.PowerUnknown:
+		return (c.disk.Rotational || c.disk.Bus == "usb") && !c.consented && !trusted(past, c.disk)
+	}
+	return false
+}
+
+// trusted tells whether any filesystem of a disk has passed its test.
+func trusted(past map[string]entry, d *hw.Disk) bool {
+	for key, e := range past {
+		if e.Test.Passed && strings.HasPrefix(key, keyOf(d, "")) {
+			return true
+		}
+	}
+	return false
+}
+
 // weigh applies the rest, with what was seen on it.
 func (c *choice) weigh(inv *hw.Inventory, o Options, past map[string]entry) {
 	if e, ok := past[keyOf(c.disk, c.sight.fsid)]; ok && c.sight.fsid != "" {
@@ -234,6 +257,8 @@ func (c *choice) refused() bool {
 	switch {
 	case c.sight.err != nil:
 		c.no(CodeUnreadable, "%s", c.sight.err)
+	case c.sight.asleep && !c.before && c.disk.Power == hw.PowerUnknown:
+		c.no(CodeAsleep, "the disk does not say whether it sleeps, and was not looked at, so as not to wake it; %s", c.ask())
 	case c.sight.asleep && !c.before:
 		c.no(CodeAsleep, "the disk sleeps and was not looked at, so as not to wake it; use it once and start the agent again")
 	default:

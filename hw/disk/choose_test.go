@@ -251,6 +251,58 @@ func TestASleepingDiskIsNotRead(t *testing.T) {
 	}
 }
 
+// Behind many bridges, and for who is not root, it is not known whether a disk sleeps.
+func TestADiskThatMaySleepIsReadOnlyIfItIsNamedOrInUse(t *testing.T) {
+	passed := map[string]entry{"WD1/a": {Test: Test{Passed: true}}}
+	for name, c := range map[string]struct {
+		change func(*hw.Disk, *Options)
+		past   map[string]entry
+		want   string
+	}{
+		"behind USB":         {func(d *hw.Disk, _ *Options) { d.Bus = "usb" }, nil, CodeAsleep},
+		"a hard disk":        {func(d *hw.Disk, _ *Options) { d.Rotational = true }, nil, CodeAsleep},
+		"an SSD":             {func(*hw.Disk, *Options) {}, nil, CodeOK},
+		"named by its owner": {func(d *hw.Disk, o *Options) { d.Rotational, o.Use = true, []string{"/srv/data"} }, nil, CodeConsent},
+		"in use":             {func(d *hw.Disk, _ *Options) { d.Rotational = true }, passed, CodeInUse},
+		"another was in use": {func(d *hw.Disk, _ *Options) { d.Rotational, d.Serial = true, "WD11" }, passed, CodeAsleep},
+	} {
+		inv, o := twoDisks(), auto()
+		inv.Disks[1].Power = hw.PowerUnknown
+		c.change(&inv.Disks[1], &o)
+		got := find(t, choose(inv, o, c.past, shows(map[string]sight{"/srv/data": {fsid: "a", ours: true, used: 3e9}})), "/srv/data")
+		if got.Code != c.want || got.Use && got.Capacity != 9e11+3e9-tb/100 {
+			t.Errorf("%s: %+v, want %s", name, got, c.want)
+		}
+	}
+}
+
+func TestAnOwnersFolderOfOurNameIsForeign(t *testing.T) {
+	dir := t.TempDir()
+	own := filepath.Join(dir, "deimos")
+	put := func(name string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(own, 0o700), os.WriteFile(filepath.Join(own, name), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(what string, want bool) {
+		t.Helper()
+		if s := lookAt("look", dir, own, false); s.ours != want || want == slices.Contains(s.foreign, "deimos") {
+			t.Errorf("%s: %+v", what, s)
+		}
+	}
+	if err := os.Mkdir(own, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	check("empty", true)
+	put(testFile)
+	check("a test that was cut short", true)
+	put("thesis.odt")
+	check("an owner's file", false)
+	put(volumeFile)
+	check("a volume", true)
+}
+
 // TestADiskThatFailedItsTestIsNotInUse: what a test refused is somebody else's again.
 func TestADiskThatFailedItsTestIsNotInUse(t *testing.T) {
 	sees := shows(map[string]sight{"/srv/data": {fsid: "a", ours: true, foreign: []string{"photos"}}})
@@ -334,7 +386,7 @@ func TestALookSeesWhatIsThere(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(own, "a", "chunk"), make([]byte, 1<<20), 0o600); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(own, volumeFile), nil, 0o600), os.WriteFile(filepath.Join(own, "a", "chunk"), make([]byte, 1<<20), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	s := lookAt("look", dir, own, false)

@@ -3,8 +3,10 @@ package disk
 import (
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,11 +25,14 @@ type file struct {
 func openTestFile(dir string) (*file, error) {
 	path := filepath.Join(dir, testFile)
 	for range 3 {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+		f, made, err := create(path)
+		if errors.Is(err, fs.ErrNotExist) && dirExists(dir) { // removed meanwhile
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
-		if held, err := lock(f, path); held || err != nil {
+		if held, err := lock(f, path, made); held || err != nil {
 			if err != nil {
 				f.Close()
 				return nil, err
@@ -39,15 +44,33 @@ func openTestFile(dir string) (*file, error) {
 	return nil, errBusy
 }
 
+func create(path string) (f *os.File, made bool, err error) {
+	const flags = os.O_RDWR | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	if f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o600); err == nil || !errors.Is(err, fs.ErrExist) {
+		return f, err == nil, err
+	}
+	f, err = os.OpenFile(path, flags, 0)
+	return f, false, err
+}
+
+func dirExists(dir string) bool {
+	_, err := os.Stat(dir)
+	return err == nil
+}
+
 // lock tells whether f is ours now; not if it was removed meanwhile by the one
-// that had it.
-func lock(f *os.File, path string) (bool, error) {
+// that had it. What a crash has left is emptied, so it must not be somebody's
+// file, nor have another name as well.
+func lock(f *os.File, path string, made bool) (bool, error) {
 	opened, err := f.Stat()
 	if err != nil {
 		return false, err
 	}
 	if !opened.Mode().IsRegular() {
 		return false, errors.New(path + " is in the way and is no file; remove it")
+	}
+	if st, ok := opened.Sys().(*syscall.Stat_t); ok && !made && (st.Nlink > 1 || int(st.Uid) != os.Geteuid()) {
+		return false, errors.New(path + " is in the way: it is not this user's, or has another name as well; remove it")
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return false, errBusy

@@ -32,8 +32,8 @@ var errRecorded = errors.New("this is a recorded machine, whose disks are not he
 type sight struct {
 	fsid    string   // "" if it was not read
 	asleep  bool     // and so not looked at
-	ours    bool     // has our folder
-	used    int64    // bytes in our folder
+	ours    bool     // has our folder, or an empty one for us
+	used    int64    // bytes in it
 	foreign []string // names of what is neither ours nor the filesystem's own, a few
 	err     error    // what an owner is told
 }
@@ -88,19 +88,38 @@ func (s *sight) read(mount, dir string) {
 		s.err = err
 		return
 	}
+	s.ours = isOurs(dir)
 	for _, e := range entries {
 		switch name := e.Name(); {
 		case name == "lost+found" && e.IsDir():
-		case filepath.Join(mount, name) == dir && e.IsDir():
+		case filepath.Join(mount, name) == dir && s.ours:
 		case len(s.foreign) < maxForeign:
 			s.foreign = append(s.foreign, shown(name))
 		}
 	}
 	slices.Sort(s.foreign)
-	if st, err := os.Lstat(dir); err == nil && st.IsDir() {
-		s.ours = true
+	if s.ours {
 		s.used = measure(dir)
 	}
+}
+
+// volumeFile is what the store calls the file with a volume's id.
+const volumeFile = "VOLUME"
+
+// isOurs tells whether a folder may be written to: it holds a volume, or only
+// what one whose making was cut short leaves, which may be nothing. An owner's
+// folder that has our name by chance is foreign, as is a symbolic link.
+func isOurs(dir string) bool {
+	if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
+		return false
+	}
+	if st, err := os.Lstat(filepath.Join(dir, volumeFile)); err == nil {
+		return st.Mode().IsRegular()
+	}
+	entries, err := os.ReadDir(dir)
+	return err == nil && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+		return !slices.Contains([]string{testFile, "chunks", "ballast", "lost+found"}, e.Name())
+	})
 }
 
 // measure adds up what our folder takes. It ends after so many files: the

@@ -22,8 +22,10 @@ import (
 	"github.com/deimos-edge/deimos/internal/durable"
 )
 
+// RecordFile is the record's name in the state folder.
+const RecordFile = "disks.json"
+
 const (
-	RecordFile   = "disks.json"
 	recordFormat = 1
 	maxRecord    = 1 << 20 // bytes
 	maxDisks     = 64      // entries; those not asked for the longest are forgotten

@@ -23,6 +23,7 @@ import (
 const (
 	testTime  = 10 * time.Second
 	testGrace = 20 * time.Second // beyond testTime that a slow disk may take for one answer
+	testTidy  = time.Second      // to remove its file, once it is to end
 	testBytes = 64 * mib
 	testHome  = 8 * mib  // of the disk that the agent's state is on: it is relied on anyway
 	testLeast = 4 * mib  // less says nothing
@@ -74,7 +75,10 @@ func selfTest(ctx context.Context, dir string, most int64, log *slog.Logger) (Te
 	started := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, testTime+testGrace)
 	defer cancel()
-	r, ok := hw.Within(ctx, testTime+testGrace, "self-test of "+dir, func() result {
+	waiting, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(testTidy, giveUp) })()
+	r, ok := hw.Within(waiting, testTime+testGrace, "self-test of "+dir, func() result {
 		t, err := testFolder(ctx, dir, testTime, most)
 		return result{t, err}
 	})

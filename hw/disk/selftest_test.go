@@ -249,6 +249,51 @@ func TestWhatIsInTheWayIsNotFollowed(t *testing.T) {
 	}
 }
 
+func TestAnOwnersFileIsNotEmptied(t *testing.T) {
+	dir := t.TempDir()
+	precious, path := filepath.Join(dir, "precious"), filepath.Join(dir, testFile)
+	if err := errors.Join(os.WriteFile(precious, []byte("keep"), 0o600), os.Link(precious, path)); err != nil {
+		t.Fatal(err)
+	}
+	check := func(what string) {
+		t.Helper()
+		if got, err := testFolder(t.Context(), dir, time.Second, testLeast); err != nil || got.Passed || !strings.Contains(got.Problem, "in the way") {
+			t.Errorf("%s: %+v %v", what, got, err)
+		}
+		if raw, _ := os.ReadFile(path); string(raw) != "keep" {
+			t.Errorf("%s was overwritten", what)
+		}
+	}
+	check("a file with two names")
+	if os.Geteuid() != 0 {
+		return
+	}
+	if err := errors.Join(os.Remove(precious), os.Chown(path, 12345, -1)); err != nil {
+		t.Fatal(err)
+	}
+	check("another user's file")
+}
+
+// A context that ends while the test runs ends it after its file is removed.
+func TestAnInterruptedTestLeavesNothingBehind(t *testing.T) {
+	dir := t.TempDir()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		for ctx.Err() == nil {
+			if st, err := os.Stat(filepath.Join(dir, testFile)); err == nil && st.Size() > 0 {
+				cancel()
+			}
+		}
+	}()
+	if _, err := SelfTest(ctx, dir, quiet()); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 func TestNoFolderIsAnError(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := SelfTest(t.Context(), filepath.Join(dir, "missing"), quiet()); !errors.Is(err, os.ErrNotExist) {
@@ -306,7 +351,7 @@ func TestADiskIsTestedOnce(t *testing.T) {
 	if again := trust("A"); again != first {
 		t.Error("the first disk was forgotten")
 	}
-	if st, err := os.Stat(filepath.Join(state, recordFile)); err != nil || st.Mode().Perm() != 0o600 {
+	if st, err := os.Stat(filepath.Join(state, RecordFile)); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("%v %v", st, err)
 	}
 }
@@ -336,7 +381,7 @@ func TestADamagedRecordIsBegunAnew(t *testing.T) {
 		"too large": append(good, make([]byte, maxRecord)...), "another shape": []byte(`{"format":1,"disks":[]}`),
 	} {
 		state, dir := t.TempDir(), t.TempDir()
-		if err := os.WriteFile(filepath.Join(state, recordFile), raw, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(state, RecordFile), raw, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		var said strings.Builder
@@ -361,7 +406,7 @@ func TestADamagedRecordIsBegunAnew(t *testing.T) {
 		}
 	}
 	fifo := t.TempDir()
-	if err := syscall.Mkfifo(filepath.Join(fifo, recordFile), 0o600); err != nil {
+	if err := syscall.Mkfifo(filepath.Join(fifo, RecordFile), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if r := open(t, fifo); r.warn == "" {
