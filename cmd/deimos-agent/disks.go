@@ -124,13 +124,17 @@ type disksTestCmd struct {
 }
 
 func (disksTestCmd) Help() string {
-	return `Takes about 10 s at most. What is on the disk stays as it is. Ends with 1 if the disk has failed.
+	return `Takes about 10 s at most. What is on the disk stays as it is. Ends with 1 if the disk has failed,
+and with 130 if it was interrupted.
 
   sudo deimos-agent disks test /mnt/data`
 }
 
 func (c *disksTestCmd) Run(ctx context.Context) error {
 	t, err := disk.SelfTest(ctx, c.Dir, cli.Logger("text", "error"))
+	if errors.Is(err, context.Canceled) { // no verdict must not look like a good one to a script
+		return &cli.Error{Code: 130, Err: errors.New("the self-test was interrupted and says nothing about the disk")}
+	}
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
@@ -68,6 +69,11 @@ func TestADiskCanBeTestedByHand(t *testing.T) {
 	}
 	if err := (&disksTestCmd{Dir: filepath.Join(dir, "missing")}).Run(t.Context()); err == nil {
 		t.Error("a folder that is missing passes")
+	}
+	interrupted, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := coded((&disksTestCmd{Dir: dir}).Run(interrupted)); cli.CodeOf(err) != 130 {
+		t.Errorf("a test that was interrupted ends with %v", err)
 	}
 	var out bytes.Buffer
 	if err := writeTest(&out, disk.Test{Code: disk.ProblemMismatch, Bytes: 1 << 20, ReadBps: 1 << 20}); err != nil {
