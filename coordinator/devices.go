@@ -140,7 +140,7 @@ func (c *Coordinator) showDevice(ctx context.Context, id wire.DeviceID) (api.Dev
 	}
 	v := c.reg.view(d)
 	raw, row, err := c.inventories.get(ctx, id)
-	v.Inventory, v.InventoryDigest, v.InventoryTaken = raw, row.Digest, row.Taken
+	v.Inventory, v.InventoryDigest, v.InventoryTaken, v.InventoryProblem = raw, row.Digest, row.Taken, row.Problem
 	return v, err
 }
 

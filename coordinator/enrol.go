@@ -15,10 +15,11 @@ import (
 )
 
 const (
-	maxEnrol = 256 << 10 // bytes of a request; the inventory is most of it
-	// maxInventory is the largest inventory that is kept, in bytes. A device with
+	maxEnrol = maxInventory + 256<<10 // bytes of a request; the inventory is most of it
+	// maxInventory is the largest inventory that is kept, in bytes: one with 1,000
+	// disks has up to 500 KiB, and a record of the store up to 1 MiB. A device with
 	// a larger one is a member all the same.
-	maxInventory = 64 << 10
+	maxInventory = 768 << 10
 )
 
 func (c *Coordinator) enrolRoutes() []route {

@@ -28,7 +28,8 @@ import (
 //
 // A device that changes its mind all the time must not burn its link: at most one
 // order of a device is open, and they are made inventoryPause apart, the first and
-// an operator's own excepted. An agent that does not know such orders is not asked
+// an operator's own excepted; twice as far after each that brought nothing, up to
+// inventoryRest. An agent that does not know such orders is not asked
 // again before its version changes.
 //
 // # Two records
@@ -62,14 +63,22 @@ type inventoryRow struct {
 	Ended  string    `json:"ended,omitempty"`  // the last Order whose end is taken in here
 	// Problem is why the newest order brought nothing; empty if it did.
 	Problem string `json:"problem,omitempty"`
+	// Vain is how many orders in a row brought nothing.
+	Vain int `json:"vain,omitempty"`
 	// Deaf is the version of an agent that does not know such orders.
 	Deaf string `json:"deaf,omitempty"`
 }
 
 func (r inventoryRow) open() bool { return r.Order != r.Ended }
 
+// pause is how long after the newest order the next one may be made.
+func (r inventoryRow) pause() time.Duration {
+	return min(inventoryPause<<min(r.Vain, 5), inventoryRest)
+}
+
 const (
 	inventoryPause = time.Hour
+	inventoryRest  = 24 * time.Hour
 	inventorySweep = time.Minute
 	// refreshLife is for an operator, who waits for it.
 	refreshLife = 2 * time.Minute
@@ -140,7 +149,7 @@ func (s *inventories) put(ctx context.Context, id wire.DeviceID, raw []byte, sti
 // (certain), for a renewal without one may be a copy in other hands. One that the
 // device has signed for is not replaced: it follows the device's changes.
 func (s *inventories) came(ctx context.Context, id wire.DeviceID, found json.RawMessage, certain func() bool) error {
-	if len(found) == 0 || len(found) > maxInventory {
+	if len(found) == 0 || len(found) > maxInventory || tooDeep(found) {
 		return nil
 	}
 	if !certain() {
@@ -159,7 +168,7 @@ func (s *inventories) due(row inventoryRow, agent, digest string) bool {
 	case row.Deaf != "" && row.Deaf == agent:
 		return false
 	}
-	return row.Order == "" || s.now().Sub(row.Asked) >= inventoryPause
+	return row.Order == "" || s.now().Sub(row.Asked) >= row.pause()
 }
 
 // announced is told of every verified hello and heartbeat.
@@ -304,10 +313,12 @@ func (s *inventories) takeEnd(ctx context.Context, d api.DeviceRecord) (inventor
 		}
 		v.Ended, v.Problem, v.Deaf = v.Order, "", ""
 		if refused == nil {
+			v.Vain = 0
 			before, v.Digest, v.Taken = v.Digest, digest, s.now().UTC()
 			return nil
 		}
-		v.Problem = refused.Reason
+		v.Vain++
+		v.Problem = cutText(sentence(refused.Reason), maxWarningText) // often the device's words
 		if o.State == wire.Rejected && (o.Result.Code == wire.CodeUnknownKind || o.Result.Code == wire.CodeNotSupported) {
 			v.Deaf = d.Agent
 		}
@@ -346,6 +357,9 @@ func (s *inventories) foundBy(ctx context.Context, o OrderRecord) (digest string
 	}
 	if raw = bytes.TrimSpace(raw); len(raw) == 0 || raw[0] != '{' || !json.Valid(raw) {
 		return no("sent an inventory that is no JSON object")
+	}
+	if tooDeep(raw) {
+		return no("sent an inventory that is nested more than %d deep", maxDepth)
 	}
 	return body.Digest, raw, nil
 }
@@ -388,4 +402,30 @@ func isDigest(s string) bool {
 		}
 	}
 	return len(s) == 64
+}
+
+// maxDepth is how deep JSON may be nested that a device has sent and that is
+// shown to others as it is. encoding/json reads up to 10,000 levels, and would not
+// write that within an answer of its own.
+const maxDepth = 32
+
+// tooDeep tells whether raw, which is valid JSON, is nested deeper.
+func tooDeep(raw []byte) bool {
+	depth, text := 0, false
+	for i := 0; i < len(raw); i++ {
+		switch c := raw[i]; {
+		case text && c == '\\':
+			i++
+		case c == '"':
+			text = !text
+		case text:
+		case c == '{' || c == '[':
+			if depth++; depth > maxDepth {
+				return true
+			}
+		case c == '}' || c == ']':
+			depth--
+		}
+	}
+	return false
 }

@@ -90,6 +90,61 @@ func TestAnInventoryFollowsWhatTheDeviceHas(t *testing.T) {
 	}
 }
 
+// One whose answers are refused is asked ever less often, and it is seen why.
+func TestADeviceThatIsAskedInVainIsAskedLessOften(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	w.freeze()
+	answer := &reply{state: wire.Succeeded, body: wire.InventoryReport{Digest: digestOf("bad")}, attachment: []byte(`[1]`)}
+	d.on(wire.KindInventory, func(wire.Order) *reply { return answer })
+	w.beats(t, d, digestOf("0"))
+	last := w.endsAsking(t, d)
+	for i, pause := range []time.Duration{2, 4, 8, 16, 24, 24} {
+		w.advance(pause*time.Hour - time.Minute)
+		if w.beats(t, d, digestOf(fmt.Sprint(i))); w.inventoryRow(d).Order != last.Order {
+			t.Fatalf("it was asked before %d h", pause)
+		}
+		w.advance(time.Minute)
+		if w.beats(t, d, digestOf(fmt.Sprint(i))); w.inventoryRow(d).Order == last.Order {
+			t.Fatalf("it was not asked after %d h", pause)
+		}
+		last = w.endsAsking(t, d)
+	}
+	v, err := w.op.Device(testContext(t), string(d.id))
+	if err != nil || !strings.Contains(v.InventoryProblem, "no JSON object") {
+		t.Errorf("shown is %q, %v", v.InventoryProblem, err)
+	}
+	answer = found("good")
+	w.advance(24 * time.Hour)
+	w.beats(t, d, digestOf("good"))
+	if row := w.endsAsking(t, d); row.Vain != 0 || row.Problem != "" {
+		t.Errorf("after a good one: %+v", row)
+	}
+	if v, err = w.op.Device(testContext(t), string(d.id)); err != nil || v.InventoryProblem != "" {
+		t.Errorf("shown is %q, %v", v.InventoryProblem, err)
+	}
+}
+
+// Whatever a device says of itself, others see that and the rest.
+func TestNoDeviceMakesItselfUnshowable(t *testing.T) {
+	w := ownWorld(t)
+	deep := json.RawMessage(`{"a\"[[":` + strings.Repeat("[", 9990) + strings.Repeat("]", 9990) + `}`)
+	status, m, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{}), Inventory: deep})
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Reason)
+	}
+	if v, err := w.op.Device(testContext(t), string(m.Device)); err != nil || v.Inventory != nil {
+		t.Errorf("%d bytes are shown, %v", len(v.Inventory), err)
+	}
+	d := w.enrolled(t)
+	for want, telemetry := range map[string]json.RawMessage{"": deep, `{"a\"[[":[{}]}`: json.RawMessage(`{"a\"[[":[{}]}`)} {
+		w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id, Telemetry: telemetry})
+		if v, err := w.op.Device(testContext(t), string(d.id)); err != nil || !v.Online || string(v.Telemetry) != want {
+			t.Errorf("%.40s: shown is %.40s, %v", telemetry, v.Telemetry, err)
+		}
+	}
+}
+
 func TestAHelloAnnouncesAnInventoryToo(t *testing.T) {
 	w := aWorld(t)
 	d := w.device(t)
@@ -197,6 +252,7 @@ func TestBadInventoriesAreNotTaken(t *testing.T) {
 		"half of an object": {attachment: []byte(`{"format":1`)},
 		"no object":         {attachment: []byte(`[1]`)},
 		"empty":             {attachment: []byte{}},
+		"nested":            {attachment: []byte(`{"a":` + strings.Repeat("[", 9999) + strings.Repeat("]", 9999) + `}`)},
 		"nothing":           {},
 		"too large":         {attachment: large, withhold: true},
 		"never sent":        {attachment: []byte(`{"a":1}`), withhold: true},
@@ -212,7 +268,7 @@ func TestBadInventoriesAreNotTaken(t *testing.T) {
 			bad.body = wire.InventoryReport{Digest: digestOf("bad")}
 		}
 		answer = bad
-		w.advance(inventoryPause + time.Minute)
+		w.advance(inventoryRest + time.Minute)
 		w.beats(t, d, digestOf(name))
 		if row := w.endsAsking(t, d); row.Problem == "" || row.Digest != digestOf("good") || row.Deaf != "" {
 			t.Errorf("%s: %+v", name, row)
@@ -221,7 +277,7 @@ func TestBadInventoriesAreNotTaken(t *testing.T) {
 	}
 	// What it uploads is bounded while it comes.
 	answer = nil
-	w.advance(inventoryPause + time.Minute)
+	w.advance(inventoryRest + time.Minute)
 	w.beats(t, d, digestOf("upload"))
 	order := w.inventoryRow(d).Order
 	if status, _ := d.transfer(http.MethodPut, "/data/v1/attachment/"+order, large); status != http.StatusRequestEntityTooLarge {
@@ -241,7 +297,7 @@ func TestBadInventoriesAreNotTaken(t *testing.T) {
 func TestALargeInventoryIsFetched(t *testing.T) {
 	w := aWorld(t)
 	d := w.device(t)
-	raw := fmt.Appendf(nil, `{"format":1,"x":%q}`, strings.Repeat("x", wire.MaxInline+1))
+	raw := fmt.Appendf(nil, `{"format":1,"x":%q}`, strings.Repeat("x", maxInventory-100)) // the store takes it
 	d.on(wire.KindInventory, func(wire.Order) *reply {
 		return &reply{state: wire.Succeeded, body: wire.InventoryReport{Digest: digestOf("large")}, attachment: raw}
 	})

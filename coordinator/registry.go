@@ -179,7 +179,9 @@ func openFrom[T wire.Report | wire.Presence | wire.Beat](r *registry, id wire.De
 	var of wire.DeviceID
 	switch m := any(v).(type) {
 	case wire.Report:
-		of = m.Device
+		if of = m.Device; tooDeep(m.Body) {
+			return none, fmt.Errorf("its report is nested more than %d deep", maxDepth)
+		}
 	case wire.Presence:
 		of = m.Device
 	case wire.Beat:
@@ -318,6 +320,9 @@ func cleanDropped(list []wire.Dropped) []wire.Dropped {
 func (r *registry) beat(b wire.Beat) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if tooDeep(b.Telemetry) {
+		b.Telemetry = nil
+	}
 	if l := r.liveOf(b.Device); l != nil {
 		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
 		l.health, l.healthAt = cleanWarnings(b.Warnings, r.now().UTC()), r.now().UTC()

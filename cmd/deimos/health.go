@@ -156,6 +156,9 @@ func size(n uint64) string { return cli.Bytes(int64(min(n, 1<<62))) }
 
 // writeInventory shows what a device has found in itself.
 func writeInventory(w io.Writer, d api.Device) error {
+	if d.InventoryProblem != "" {
+		fmt.Fprintf(w, "\nIts newest inventory was not taken: %s.\n", strings.TrimRight(cell(d.InventoryProblem), "."))
+	}
 	if len(d.Inventory) == 0 {
 		return nil
 	}

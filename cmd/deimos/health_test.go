@@ -85,6 +85,17 @@ func TestWhatIsWrongWithDevicesIsSeen(t *testing.T) {
 	}
 }
 
+func TestAnInventoryThatWasNotTakenIsTold(t *testing.T) {
+	for _, raw := range []string{"", `{"format":1}`} {
+		d := illDevice()
+		d.Inventory, d.InventoryProblem = json.RawMessage(raw), "it is too large"
+		var out bytes.Buffer
+		if err := writeDevice(&out, d); err != nil || !strings.Contains(out.String(), "not taken: it is too large.\n") {
+			t.Errorf("%q: %v\n%s", raw, err, out.String())
+		}
+	}
+}
+
 // What a device says of itself is anything.
 func TestOddInventoriesDoNoHarm(t *testing.T) {
 	for _, raw := range []string{`{"format":2}`, `[]`, `{"disks":7}`, `nothing`, `{"cpu":{"cores":-5,"max_mhz":-1e300}}`, `{"disks":[{"size":18446744073709551615,"health":{"temperature":1e300,"wear":-1e300}}]}`,

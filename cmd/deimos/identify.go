@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -82,6 +83,9 @@ func (d *deviceInventoryCmd) Run(ctx context.Context, all *commands) error {
 	}
 	if err != nil {
 		return err
+	}
+	if len(v.Inventory) == 0 && v.InventoryProblem != "" {
+		return fmt.Errorf("there is no inventory of device %s: %s", id, strings.TrimRight(cell(v.InventoryProblem), "."))
 	}
 	if len(v.Inventory) == 0 {
 		return fmt.Errorf("device %s has not said what it has; ask it with --refresh", id)

@@ -81,6 +81,8 @@ type Device struct {
 	Inventory       json.RawMessage `json:"inventory,omitempty"`
 	InventoryDigest string          `json:"inventory_digest,omitempty"`
 	InventoryTaken  time.Time       `json:"inventory_taken,omitzero"`
+	// InventoryProblem is why a newer one was not taken in; empty if the newest was.
+	InventoryProblem string `json:"inventory_problem,omitempty"`
 }
 
 // DeviceChange changes the devices of a selector. The empty selector means all.
