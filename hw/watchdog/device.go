@@ -66,7 +66,12 @@ func (d *Dog) guard(ctx context.Context) {
 		}
 		next := armRetry
 		if w.file == nil {
-			w.tell(w.arm())
+			err := w.arm()
+			if errors.Is(err, errNoWatchdog) { // and will not become one
+				w.log.Error("the machine's watchdog is not armed; the agent runs without it", "watchdog", w.path, "error", err)
+				return
+			}
+			w.tell(err)
 		}
 		if w.file != nil {
 			var err error
@@ -89,12 +94,20 @@ const armRetry = time.Minute
 // tell logs a failure once, until it is over.
 func (w *device) tell(err error) {
 	if err != nil && !w.failing {
-		w.log.Error("the machine's watchdog does not work; it is tried again", "device", w.path, "error", err)
+		w.log.Error("the machine's watchdog does not work; it is tried again", "watchdog", w.path, "error", err)
 	}
 	w.failing = err != nil
 }
 
-// arm opens the device, which starts its clock.
+var errNoWatchdog = errors.New("it is no watchdog; name one, such as /dev/watchdog0")
+
+// foreign tells whether a device does not know what each watchdog does: the
+// kernel answers WDIOC_GETSUPPORT for all of them. Drivers refuse what they do not
+// know with ENOTTY, and some (/dev/random) with EINVAL.
+func foreign(err error) bool { return errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EINVAL) }
+
+// arm opens the device, which starts its clock. What is no watchdog gets nothing
+// written: it may be a serial port.
 func (w *device) arm() error {
 	f, err := w.open(w.path)
 	if errors.Is(err, unix.EBUSY) {
@@ -103,9 +116,13 @@ func (w *device) arm() error {
 	if err != nil {
 		return fmt.Errorf("it cannot be opened: %w", err)
 	}
+	options, identity, err := f.Support()
+	if foreign(err) {
+		_ = f.Close()
+		return fmt.Errorf("%w: %w", errNoWatchdog, err)
+	}
 	// From here on the machine depends on it: nothing below may keep it unfed.
 	w.file = f
-	options, identity, err := f.Support()
 	if err != nil {
 		options = unix.WDIOF_SETTIMEOUT | unix.WDIOF_MAGICCLOSE // what most can; to try costs nothing
 	}
@@ -117,11 +134,11 @@ func (w *device) arm() error {
 	if s, err := f.Timeout(); err == nil && s > 0 {
 		w.timeout = time.Duration(s) * time.Second
 	}
-	w.log.Info("the machine's watchdog is armed: if the agent hangs, it resets the machine", "device", w.path, "driver", line(identity), "timeout", w.timeout.String())
+	w.log.Info("the machine's watchdog is armed: if the agent hangs, it resets the machine", "watchdog", w.path, "driver", line(identity), "timeout", w.timeout.String())
 	if nowayout(w.sys, w.path) {
-		w.log.Warn("this watchdog cannot be disarmed (nowayout): whoever stops the agent has to start it again within the timeout, or the machine is reset", "device", w.path, "timeout", w.timeout.String())
+		w.log.Warn("this watchdog cannot be disarmed (nowayout): whoever stops the agent has to start it again within the timeout, or the machine is reset", "watchdog", w.path, "timeout", w.timeout.String())
 	} else if !w.magic {
-		w.log.Warn("this watchdog is disarmed also when the agent dies: it guards against an agent that hangs, not against one that crashed", "device", w.path)
+		w.log.Warn("this watchdog is disarmed also when the agent dies: it guards against an agent that hangs, not against one that crashed", "watchdog", w.path)
 	}
 	return nil
 }
@@ -142,19 +159,22 @@ func (w *device) disarm() {
 	err = errors.Join(err, w.file.Close())
 	switch {
 	case nowayout(w.sys, w.path):
-		w.log.Warn("the machine's watchdog stays armed (nowayout); unless the agent is started again, the machine is reset", "device", w.path, "within", w.timeout.String())
+		w.log.Warn("the machine's watchdog stays armed (nowayout); unless the agent is started again, the machine is reset", "watchdog", w.path, "within", w.timeout.String())
 	case err != nil:
-		w.log.Error("the machine's watchdog cannot be disarmed; unless the agent is started again, the machine is reset", "device", w.path, "within", w.timeout.String(), "error", err)
+		w.log.Error("the machine's watchdog cannot be disarmed; unless the agent is started again, the machine is reset", "watchdog", w.path, "within", w.timeout.String(), "error", err)
 	default:
-		w.log.Info("the machine's watchdog is disarmed", "device", w.path)
+		w.log.Info("the machine's watchdog is disarmed", "watchdog", w.path)
 	}
 }
 
 // kernel is an open device of this machine.
 type kernel int
 
+// openKernel neither waits for a modem nor takes a terminal: path may be one by
+// mistake.
 func openKernel(path string) (opened, error) {
-	fd, err := again(func() (int, error) { return unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0) })
+	const how = unix.O_WRONLY | unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK
+	fd, err := again(func() (int, error) { return unix.Open(path, how, 0) })
 	if err != nil {
 		return nil, err
 	}

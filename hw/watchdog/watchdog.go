@@ -17,8 +17,10 @@
 //     after the loop's limit and the device's timeout. A loop that beats again in
 //     time is forgiven, within a second.
 //   - Opening the device arms it, so it is opened only if named, only by Run, and
-//     only once there is a pulse: a device that waits for days to be claimed, or
-//     an agent without a loop, is not reset.
+//     only once there is a pulse: an agent without a loop is not reset. The agent
+//     samples from its start on, so it is guarded also while it waits for days to
+//     be claimed.
+//   - What does not answer as a watchdog is closed, and nothing is written to it.
 //   - It is disarmed only where Run ends because its context did. An agent that
 //     panics, is killed or hangs leaves it armed, on purpose. Where the driver
 //     or the kernel does not play along, the log says so when it is armed.

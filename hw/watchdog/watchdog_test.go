@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -81,7 +82,7 @@ func (m *machine) Write(b []byte) (int, error) {
 
 func (m *machine) Support() (uint32, string, error) {
 	if m.mute {
-		return 0, "", unix.ENOTTY
+		return 0, "", unix.EOPNOTSUPP
 	}
 	return m.options, "Software Watchdog\x1b[2J", nil
 }
@@ -312,7 +313,7 @@ func TestTheDeviceIsNotArmedBeforeThereIsALoop(t *testing.T) {
 		m := &machine{options: usual, own: 30}
 		d, _ := kennel(t, m)
 		stop := run(d)
-		time.Sleep(72 * time.Hour) // waits for its claim
+		time.Sleep(72 * time.Hour)
 		if opens, _, _ := m.state(); opens != 0 {
 			t.Fatal("opened")
 		}
@@ -461,6 +462,48 @@ func TestWhatIsNoWatchdogIsRefusedButSystemdIsServed(t *testing.T) {
 	}
 	if err := errors.Join(f.SetTimeout(60), f.Close()); !errors.Is(err, unix.ENOTTY) {
 		t.Errorf("set timeout: %v", err)
+	}
+}
+
+// A terminal tells whether something was written to it.
+func TestADeviceThatIsNoWatchdogGetsNothingWritten(t *testing.T) {
+	ptmx, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skipf("no terminals here: %v", err)
+	}
+	defer ptmx.Close()
+	n, err := unix.IoctlGetInt(int(ptmx.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.IoctlSetPointerInt(int(ptmx.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NOTIFY_SOCKET", "")
+	for _, path := range []string{fmt.Sprintf("/dev/pts/%d", n), "/dev/null", "/dev/random"} {
+		j := &journal{}
+		d, err := New(Options{Device: path, Log: slog.New(slog.NewTextHandler(j, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Pulse("loop", time.Hour)
+		ended := make(chan struct{})
+		go func() { d.guard(t.Context()); close(ended) }()
+		select {
+		case <-ended: // it is not tried again
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%s: still tried, and the log says %s", path, j.text.String())
+		}
+		if j.count("is no watchdog") != 1 || j.count("is armed") != 0 || d.device.file != nil {
+			t.Errorf("%s: the log says %s", path, j.text.String())
+		}
+	}
+	waiting := []unix.PollFd{{Fd: int32(ptmx.Fd()), Events: unix.POLLIN}}
+	if _, err := unix.Poll(waiting, 0); err != nil {
+		t.Fatal(err)
+	}
+	if waiting[0].Revents&unix.POLLIN != 0 {
+		t.Error("something was written to the terminal")
 	}
 }
 
