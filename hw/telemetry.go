@@ -120,7 +120,7 @@ type Sampler struct {
 	mu        sync.Mutex // guards the rest
 	cpu       cpuTimes
 	agent     cpuTimes
-	throttled throttled
+	throttled *uint64 // how often, at the sample before
 }
 
 // cpuTimes is time spent, in seconds, out of time passed.

@@ -7,17 +7,16 @@ import (
 )
 
 // throttleSources is where this machine tells that it holds its processor back.
-// None of it is there on a virtual machine.
+// None of it is there on a virtual machine. A limit of cpufreq (scaling_max_freq)
+// says nothing: an owner or a power profile may have set it.
 //
 //	x86           cpu*/thermal_throttle        Documentation/ABI/testing/sysfs-devices-system-cpu
 //	any           cooling devices of the CPU   Documentation/driver-api/thermal/sysfs-api
-//	any           cpufreq/policy*              Documentation/admin-guide/pm/cpufreq
 //	Raspberry Pi  hwmon chip rpi_volt          Documentation/hwmon/raspberrypi-hwmon
 //	Raspberry Pi  soc:firmware/get_throttled   vcgencmd get_throttled, raspberrypi.com/documentation/computers/os.html
 type throttleSources struct {
 	counters map[string][]string // files, by package of the processor
 	cooling  []string            // cur_state of the devices that cool by slowing the processor down
-	limits   []string            // scaling_max_freq of each policy
 	alarm    string              // of under-voltage
 	firmware string              // the Raspberry Pi's word of flags
 }
@@ -42,11 +41,6 @@ func findThrottling(t tree) throttleSources {
 		dir := "sys/class/thermal/" + name
 		if withNumber(name, "cooling_device") && coolsProcessor(t.word(dir+"/type")) {
 			s.cooling = append(s.cooling, dir+"/cur_state")
-		}
-	}
-	for _, name := range t.list("sys/devices/system/cpu/cpufreq") {
-		if file := "sys/devices/system/cpu/cpufreq/" + name + "/scaling_max_freq"; withNumber(name, "policy") && t.exists(file) {
-			s.limits = append(s.limits, file)
 		}
 	}
 	for _, chip := range t.list("sys/class/hwmon") {
@@ -80,7 +74,6 @@ func coolsProcessor(kind string) bool {
 type throttleReading struct {
 	count    *uint64
 	cooled   *bool
-	limits   map[string]uint64 // kHz by file
 	flags    *uint64
 	underVol *bool
 }
@@ -98,14 +91,6 @@ func (s throttleSources) read(t tree) throttleReading {
 	for _, file := range s.cooling {
 		if v, err := t.integer(file); err == nil && v >= 0 {
 			r.cooled = new(v > 0 || r.cooled != nil && *r.cooled)
-		}
-	}
-	for _, file := range s.limits {
-		if v := t.count(file); v > 0 {
-			if r.limits == nil {
-				r.limits = map[string]uint64{}
-			}
-			r.limits[file] = v
 		}
 	}
 	if s.alarm != "" {
@@ -135,16 +120,7 @@ const (
 	flagsSlowed      = 1<<1 | 1<<2 | 1<<3 // frequency capped, throttled, soft temperature limit
 )
 
-// throttled is what an earlier reading is needed for.
-type throttled struct {
-	count  *uint64           // of the sample before
-	limits map[string]uint64 // the highest that each policy was allowed
-}
-
 // throttling reads what slows the processor down; nil if this machine does not tell.
-//
-// A policy's limit alone says nothing, since an owner may set it: only one that
-// is below what it was before is taken for a throttle.
 func (s *Sampler) throttling(ctx context.Context, sources throttleSources) *Throttling {
 	p := s.prober
 	r, err := within(ctx, p.limit, p.root+" throttling", func() throttleReading { return sources.read(p.tree) })
@@ -155,17 +131,10 @@ func (s *Sampler) throttling(ctx context.Context, sources throttleSources) *Thro
 	defer s.mu.Unlock()
 	t := Throttling{Now: r.cooled, Count: r.count, UnderVoltage: r.underVol}
 	also := func(slowed bool) { t.Now = new(slowed || t.Now != nil && *t.Now) }
-	if r.count != nil && s.throttled.count != nil {
-		also(*r.count > *s.throttled.count)
+	if r.count != nil && s.throttled != nil {
+		also(*r.count > *s.throttled)
 	}
-	s.throttled.count = r.count
-	for file, khz := range r.limits {
-		if s.throttled.limits == nil {
-			s.throttled.limits = map[string]uint64{}
-		}
-		s.throttled.limits[file] = max(s.throttled.limits[file], khz)
-		also(khz < s.throttled.limits[file])
-	}
+	s.throttled = r.count
 	if r.flags != nil {
 		also(*r.flags&flagsSlowed != 0)
 		under := *r.flags&flagUnderVoltage != 0

@@ -75,7 +75,7 @@ chunks on it.
 | a disk hangs | a request has been under way for %s and none was done; or it did not answer a probe | it does something |
 | a disk is gone | it was there before, with a serial number, is not removable or held chunks, and a probe or %d samples do not have it | it returns, or it is forgotten |
 | a filesystem is full | below %d%% and %s free; where volumes fill it on purpose, also below %d%% of their floor | a fifth more |
-| it is too hot | %d samples above the board's limit, or the sensor's own | %d °C below |
+| it is too hot | %d samples of a processor, a disk or a thermal zone above the board's limit, or the sensor's own | %d °C below |
 | memory is short | programs wait for it %d%% of the time, all of them %d%%, or less than %d%% and %s are available, %d samples in a row | %d%%; %d%%; half as much again |
 
 The forecast of a disk's life is made from when its wear has gone up, by the time that the device and the disk were running: the

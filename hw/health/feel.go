@@ -35,6 +35,19 @@ func processor(name string) bool {
 	return slices.ContainsFunc(processorNames, func(s string) bool { return strings.Contains(name, s) })
 }
 
+// chips of hwmon whose temperatures are of a processor or a disk.
+var chips = []string{"coretemp", "k8temp", "k10temp", "zenpower", "via_cputemp", "scpi_sensors", "scmi_sensors", "nvme"}
+
+// judged tells whether what a sensor shows can be believed to be the temperature
+// of something. Thermal zones can (their names have no label); of the chips of
+// hwmon, those above and those that say that they are a processor's. The chips on
+// mainboards that watch its fans (Super I/O) show 115 °C and the like where nothing
+// is connected, and their limits are what the firmware left there.
+func judged(name string) bool {
+	chip, _, labelled := strings.Cut(name, " ")
+	return !labelled || slices.Contains(chips, chip) || strings.Contains(chip, "cpu") || strings.Contains(chip, "soc")
+}
+
 // temperatureLimits remembers the limits that the machine itself tells.
 func (m *Machine) temperatureLimits(inv *hw.Inventory) {
 	limits := map[string]hw.Sensor{}
@@ -95,7 +108,7 @@ func (m *Machine) limit(name string) (warm, critical float64) {
 func (m *Machine) temperatures(t hw.Telemetry) {
 	for name, v := range t.Temperatures {
 		warm, critical := m.limit(name)
-		if warm == 0 || v < -100 || v > 200 {
+		if warm == 0 || v < -100 || v > 200 || !judged(name) {
 			continue
 		}
 		m.hot(name, label(name, 64), v, warm, critical, hotInARow)

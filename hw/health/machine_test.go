@@ -712,6 +712,21 @@ func TestWhatWasNeverWritableIsMeantToBeSo(t *testing.T) {
 	})
 }
 
+func TestAMainboardsLooseInputsAreNotHot(t *testing.T) {
+	in(t, func(g *rig) {
+		for _, name := range []string{"nct6775 AUXTIN0", "it8728 temp3", "nct6775 CPUTIN"} {
+			g.inv.Sensors = append(g.inv.Sensors, hw.Sensor{Name: name, Kind: hw.Temperature, High: new(80.0)})
+			g.tel.Temperatures[name] = 115
+		}
+		g.pass(time.Hour)
+		g.expect()
+		g.inv.Sensors = append(g.inv.Sensors, hw.Sensor{Name: "coretemp Package id 0", Kind: hw.Temperature, High: new(84.0)})
+		g.tel.Temperatures["coretemp Package id 0"] = 95
+		g.pass(time.Hour)
+		g.expect("overheating coretemp Package id 0")
+	})
+}
+
 func TestLimitsOfTheBoardComeFirst(t *testing.T) {
 	in(t, func(g *rig) {
 		g.m.board.Thermal = board.Thermal{Warm: 60, Critical: 70}
