@@ -97,6 +97,7 @@ type warning struct {
 	detail   string
 	since    time.Duration
 	wall     time.Time     // since, by the wall clock
+	earlier  time.Time     // since, if that was before this registry began; else zero
 	ended    time.Duration // it lingers since then; 0 if it is still so
 }
 
@@ -164,6 +165,16 @@ func (r *Registry) set(c Code, subject, detail string, s wire.Severity) {
 	}
 	w.severity, w.detail, w.ended = s, label(detail, maxDetail), 0
 	r.arm(w.next(at), at)
+}
+
+// setEarlier is Set for what is so since a time before this registry began.
+func (r *Registry) setEarlier(c Code, subject, detail string, since time.Time) {
+	r.Set(c, subject, detail)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w := r.all[key{c, label(subject, maxSubject)}]; w != nil {
+		w.earlier = since
+	}
 }
 
 // Clear says that it is no longer so.
@@ -316,6 +327,9 @@ const driftAllowed = 5 * time.Second
 func (r *Registry) tell(w *warning) wire.Warning {
 	if since := r.now().Add(w.since - r.elapsed()); since.Sub(w.wall).Abs() > driftAllowed {
 		w.wall = since
+	}
+	if !w.earlier.IsZero() {
+		w.wall = w.earlier
 	}
 	return wire.Warning{
 		Code: string(w.code), Subject: w.subject, Severity: w.severity,

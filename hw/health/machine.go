@@ -169,9 +169,9 @@ func (m *Machine) lastEnd() {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil || before == "" || m.boot == "":
-		m.happened(AgentKilled, "", "the agent did not end in good order the last time; whether the power was cut cannot be told")
+		m.happened(AgentKilled, "", "the agent that ran until then did not end in good order; whether the power was cut cannot be told")
 	case before == m.boot:
-		m.happened(AgentKilled, "", "the agent did not end in good order the last time, while the machine ran on")
+		m.happened(AgentKilled, "", "the agent that ran until then did not end in good order, while the machine ran on")
 	default:
 		m.happened(UnsafeShutdown, "", "the machine went down without ending the agent: its power was cut, or it crashed")
 	}
@@ -192,7 +192,7 @@ func (m *Machine) happened(c Code, subject, detail string) {
 		}
 		delete(m.mem.Events, oldest)
 	}
-	m.mem.Events[key{c, subject}.String()] = event{Run: m.run(), Boot: m.boot, Detail: detail}
+	m.mem.Events[key{c, subject}.String()] = event{Run: m.run(), Boot: m.boot, Detail: detail, noticed: time.Now()}
 	m.unsaved = true
 }
 
@@ -210,7 +210,11 @@ func (m *Machine) events() {
 		k := eventKey(name)
 		switch {
 		case !e.Over && m.run()-e.Run < day:
-			m.r.Set(k.code, k.subject, e.Detail)
+			if e.noticed.IsZero() && !e.At.IsZero() {
+				m.r.setEarlier(k.code, k.subject, e.Detail, e.At)
+			} else {
+				m.r.Set(k.code, k.subject, e.Detail)
+			}
 			continue
 		case !e.Over:
 			e.Over, m.unsaved = true, true
@@ -329,6 +333,15 @@ func (m *Machine) save() {
 	}
 }
 
+// encode is the memory as it is now.
+func (m *Machine) encode() ([]byte, error) {
+	m.mem.Run = m.run()
+	for name, e := range m.mem.Events {
+		m.mem.Events[name] = e.dated()
+	}
+	return json.Marshal(m.mem)
+}
+
 // flush begins to write the memory, if the write before has come to its end.
 func (m *Machine) flush() {
 	if m.writing != nil {
@@ -338,8 +351,7 @@ func (m *Machine) flush() {
 			return
 		}
 	}
-	m.mem.Run = m.run()
-	raw, err := json.Marshal(m.mem)
+	raw, err := m.encode()
 	if err != nil {
 		m.log.Error("what is usual for this machine cannot be kept", "error", err)
 		return
@@ -378,8 +390,7 @@ func (m *Machine) Close() error {
 			return hangs
 		}
 	}
-	m.mem.Run = m.run()
-	raw, err := json.Marshal(m.mem)
+	raw, err := m.encode()
 	if err != nil {
 		return fmt.Errorf("keep what is usual for this machine: %w", err)
 	}
@@ -420,7 +431,7 @@ func (m *Machine) sensors(silent []sensor.Silent) {
 // has set it, it looks well until the next start.
 func (m *Machine) clocks(inv *hw.Inventory) {
 	for _, c := range inv.Clocks {
-		if c.Year > 0 && c.Year < 2020 && m.mem.Battery != m.boot {
+		if c.Year > 0 && c.Year < clockEpoch.Year() && m.mem.Battery != m.boot {
 			m.mem.Battery, m.unsaved = m.boot, true
 		}
 	}

@@ -794,6 +794,41 @@ func TestAPowerCutIsToldFromAKilledAgent(t *testing.T) {
 	})
 }
 
+func TestAnEventKeepsItsTimeOverRestarts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(time.Until(clockEpoch.AddDate(6, 0, 0))) // the test's clock begins in 2000
+		g := newRig(t)
+		defer func() { _ = g.m.Close() }()
+		g.pass(time.Hour)
+		g.boot("boot1") // without Close
+		killed := time.Now().UTC().Truncate(time.Second)
+		for range 3 {
+			w := g.r.Visible()
+			if len(w) != 1 || w[0].Code != "agent_killed" || w[0].Since.Sub(killed).Abs() > time.Second {
+				t.Fatalf("killed at %s, shown is %+v", killed, w)
+			}
+			if strings.Contains(w[0].Text, "last time") || !strings.Contains(w[0].Text, "until then did not end in good order") {
+				t.Errorf("the text is %q", w[0].Text)
+			}
+			g.pass(5 * time.Hour)
+			g.restart("boot1")
+		}
+	})
+}
+
+// A board without a clock's battery begins in 1970: that is not when it was.
+func TestAnEventOfAClockThatWasNeverSetHasNoTime(t *testing.T) {
+	begun := time.Now()
+	if at := (event{noticed: begun}).dated().At; at.Sub(begun).Abs() > 2*time.Second {
+		t.Errorf("noticed at %s, dated %s", begun, at)
+	}
+	synctest.Test(t, func(t *testing.T) { // its clock begins in 2000
+		if at := (event{noticed: time.Now()}).dated().At; !at.IsZero() {
+			t.Errorf("dated %s", at)
+		}
+	})
+}
+
 func TestWhatIsUsualSurvivesARestart(t *testing.T) {
 	in(t, func(g *rig) {
 		g.pass(2 * time.Hour)

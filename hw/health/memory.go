@@ -41,6 +41,27 @@ type event struct {
 	Boot   string  `json:"boot,omitempty"`
 	Detail string  `json:"detail"`
 	Over   bool    `json:"over,omitempty"` // no longer shown
+
+	// At is when, by the wall clock as it was when this was last saved by the agent
+	// that noticed it; zero if that showed a time long ago.
+	At      time.Time `json:"at,omitzero"`
+	noticed time.Time // with the monotonic clock; zero if by an agent before this one
+}
+
+// clockEpoch is before each day on which this can run: a clock that shows less
+// has never been set.
+var clockEpoch = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// dated is e with the wall clock's time, which may have been set since e was noticed.
+func (e event) dated() event {
+	if e.noticed.IsZero() {
+		return e
+	}
+	e.At = time.Now().UTC().Round(0).Add(-time.Since(e.noticed)).Truncate(time.Second)
+	if e.At.Before(clockEpoch) {
+		e.At = time.Time{}
+	}
+	return e
 }
 
 // diskMemory is one disk, there or not.
