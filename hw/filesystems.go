@@ -80,7 +80,7 @@ func (p *prober) filesystems(ctx context.Context) (func(*Inventory), notes) {
 			}
 			fs.Total, fs.Used, fs.Free = u.Total, u.Used, u.Free
 		}
-		fs.Mount = clean(fs.Mount)
+		fs.path, fs.Mount = fs.Mount, clean(fs.Mount)
 		for i := range fs.mounts {
 			fs.mounts[i] = clean(fs.mounts[i])
 		}

@@ -145,11 +145,17 @@ type Filesystem struct {
 	Used     uint64 `json:"used,omitempty"`  // bytes
 	Free     uint64 `json:"free,omitempty"`  // bytes that an ordinary user can still write
 
+	path   string // Mount as the kernel has it
 	dev    string
 	below  []string // disks and partitions that it is made of, if there are layers between
 	mounts []string
 	whole  bool // Mount shows all of it, not one directory
 }
+
+// Path is where the filesystem is mounted, to be opened: Mount is made fit to be
+// printed, and may differ. The path of an inventory that was not read here is
+// its Mount.
+func (f Filesystem) Path() string { return cmp.Or(f.path, f.Mount) }
 
 // Interface is one network interface other than loopback.
 type Interface struct {
@@ -388,7 +394,7 @@ type notes []Note
 func (n *notes) add(section string, code NoteCode, subject, text string) {
 	var subjects []string
 	if subject != "" {
-		subjects = []string{subject}
+		subjects = []string{clean(subject)}
 	}
 	*n = append(*n, Note{section, code, subjects, text})
 }

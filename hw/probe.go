@@ -200,8 +200,23 @@ func link(inv *Inventory) {
 		}
 		f.Disk = firstOf(found, f.Disk)
 	}
+	printable(inv)
 	for i := range inv.LEDs {
 		inv.LEDs[i].Use = ledUse(inv.Board, inv.LEDs, inv.LEDs[i].Name)
+	}
+}
+
+// printable cleans the kernel's names of disks, which until now were parts of paths.
+func printable(inv *Inventory) {
+	for i := range inv.Disks {
+		d := &inv.Disks[i]
+		d.Name = clean(d.Name)
+		for n := range d.Partitions {
+			d.Partitions[n].Name = clean(d.Partitions[n].Name)
+		}
+	}
+	for i := range inv.Filesystems {
+		inv.Filesystems[i].Disk = clean(inv.Filesystems[i].Disk)
 	}
 }
 

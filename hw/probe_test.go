@@ -526,6 +526,30 @@ func planted(t *testing.T) string {
 
 var roots = map[*testing.T]string{}
 
+func TestNamesOfDisksArePrintableAndTheirFilesStillFound(t *testing.T) {
+	root := plant(t, "raspberry-pi-4.tree")
+	const odd = "sd\x1b[2Jz"
+	for file, text := range map[string]string{"/dev": "8:240\n", "/size": "2000\n", "/device/model": "X\n", "/" + odd + "1/partition": "1\n", "/" + odd + "1/dev": "8:241\n"} {
+		put(t, root, "sys/block/"+odd+file, text)
+	}
+	long := "/srv/" + strings.Repeat("x", 300)
+	put(t, root, "proc/self/mountinfo", "1 0 8:241 / /srv/my\\040\\040data rw - ext4 /dev/x rw\n2 0 8:242 / "+long+" rw - ext4 /dev/y rw\n")
+	inv := probe(t, Options{Root: root})
+	i := slices.IndexFunc(inv.Disks, func(d Disk) bool { return d.Name == "sd[2Jz" })
+	if i < 0 || inv.Disks[i].Size != 1024000 || len(inv.Disks[i].Partitions) != 1 || inv.Disks[i].Partitions[0].Name != "sd[2Jz1" {
+		t.Fatalf("got %+v", inv.Disks)
+	}
+	if len(inv.Filesystems) != 2 {
+		t.Fatalf("got %+v", inv.Filesystems)
+	}
+	if f := inv.Filesystems[0]; f.Mount != "/srv/my data" || f.Path() != "/srv/my  data" || f.Disk != "sd[2Jz" {
+		t.Errorf("got %+v", f)
+	}
+	if f := inv.Filesystems[1]; len(f.Mount) != 200 || f.Path() != long {
+		t.Errorf("got %+v", f)
+	}
+}
+
 // TestEveryFieldHasItsPlaceInTheDigest fails when a section is added, until
 // somebody has decided whether it is stable.
 func TestEveryFieldHasItsPlaceInTheDigest(t *testing.T) {

@@ -71,7 +71,7 @@ func choose(inv *hw.Inventory, o Options, past map[string]entry, look func(disk,
 		wg.Go(func() {
 			free <- struct{}{}
 			defer func() { <-free }()
-			c.sight = look(c.Disk, c.Mount, c.Dir, c.asleep(past))
+			c.sight = look(c.Disk, c.fs.Path(), c.Dir, c.asleep(past))
 		})
 	}
 	wg.Wait()
@@ -89,10 +89,10 @@ func choose(inv *hw.Inventory, o Options, past map[string]entry, look func(disk,
 }
 
 func newChoice(inv *hw.Inventory, f *hw.Filesystem, o Options, home string) *choice {
-	c := &choice{fs: f, state: f.Mount == home}
+	c := &choice{fs: f, state: f.Path() == home}
 	c.Mount, c.Disk = f.Mount, f.Disk
 	c.Size, c.Free = bytesOf(f.Total), bytesOf(f.Free)
-	c.Dir = filepath.Join(f.Mount, "deimos")
+	c.Dir = filepath.Join(f.Path(), "deimos")
 	if c.state {
 		c.Dir = filepath.Join(o.State, "volumes", "main")
 	}
@@ -110,7 +110,8 @@ func newChoice(inv *hw.Inventory, f *hw.Filesystem, o Options, home string) *cho
 func bytesOf(n uint64) int64 { return int64(min(n, 1<<62)) }
 
 func (c *choice) isMount(s string) bool {
-	return strings.HasPrefix(s, "/") && filepath.Clean(s) == c.Mount
+	s = filepath.Clean(s)
+	return strings.HasPrefix(s, "/") && (s == c.Mount || c.fs != nil && s == c.fs.Path())
 }
 
 // stateMount finds the filesystem that the state folder is on: of those of the
@@ -121,8 +122,8 @@ func stateMount(inv *hw.Inventory, state string) string {
 		return best
 	}
 	for _, f := range inv.Filesystems {
-		if below(state, f.Mount) && len(f.Mount) > len(best) {
-			best = f.Mount
+		if below(state, f.Path()) && len(f.Path()) > len(best) {
+			best = f.Path()
 		}
 	}
 	return best
@@ -297,7 +298,7 @@ func (c *choice) ownState(o Options) bool {
 	if !c.state {
 		return false
 	}
-	rel, err := filepath.Rel(c.Mount, filepath.Clean(o.State))
+	rel, err := filepath.Rel(c.fs.Path(), filepath.Clean(o.State))
 	if err != nil {
 		return false
 	}

@@ -178,7 +178,7 @@ func diskOf(inv *hw.Inventory, dir string) *hw.Disk {
 	}
 	mount := stateMount(inv, dir)
 	for _, f := range inv.Filesystems {
-		if f.Mount != mount || f.Disk == "" {
+		if f.Path() != mount || f.Disk == "" {
 			continue
 		}
 		if i := slices.IndexFunc(inv.Disks, func(d hw.Disk) bool { return d.Name == f.Disk }); i >= 0 {

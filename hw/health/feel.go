@@ -210,7 +210,7 @@ func filesystemOf(inv *hw.Inventory, dir string) (hw.Filesystem, bool) {
 		}
 	}
 	for _, f := range inv.Filesystems {
-		consider(f.Mount, f)
+		consider(f.Path(), f)
 		for _, mount := range alsoMounted(inv, f) {
 			consider(mount, f)
 		}
