@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/hw/history"
@@ -22,27 +22,19 @@ import (
 const historyFolder = "history"
 
 type historyCmd struct {
-	Series []string      `arg:"" optional:"" help:"Curves to draw, such as cpu or 'temperature.*'; none: a table of all."`
-	Since  time.Duration `default:"24h" help:"How far to look back (${default}); 0: as far as there is."`
-	Points int           `placeholder:"N" help:"Points of a curve; default: what fits the terminal."`
-	State  string        `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder of the agent's state (${default})."`
+	Series []string       `arg:"" optional:"" help:"Curves to draw, such as cpu or 'temperature.*'; none: a table of all."`
+	Since  *time.Duration `placeholder:"24h" help:"How far to look back; 0: as far as there is; default: 24h, or from the first that was measured in it."`
+	Points int            `placeholder:"N" help:"Points of a curve; default: what fits the terminal."`
+	State  string         `default:"/var/lib/deimos" env:"DEIMOS_STATE" placeholder:"DIR" help:"Folder of the agent's state (${default})."`
 	cli.Output
 }
 
-func (c *historyCmd) Run() error {
-	ring, err := history.Load(filepath.Join(c.State, historyFolder))
-	if errors.Is(err, fs.ErrNotExist) {
-		return &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("%s holds no history; start the agent, or give the folder of its state with --state", c.State)}
-	}
-	if err != nil {
-		return err
-	}
-	defer ring.Close()
+// storageLimit is how long a command waits for the agent's folder, whose disk may hang.
+const storageLimit = 20 * time.Second
+
+func (c *historyCmd) Run(ctx context.Context) error {
 	style, terminal := cli.ChartFor(os.Stdout)
-	h, err := ring.Read(c.request(style, terminal), time.Now())
-	if p := (*wire.Problem)(nil); errors.As(err, &p) {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
+	h, err := within(ctx, storageLimit, c.State, func() (wire.History, error) { return c.read(c.request(style, terminal)) })
 	if err != nil {
 		return err
 	}
@@ -52,24 +44,67 @@ func (c *historyCmd) Run() error {
 	if len(h.Series) == 0 {
 		return errors.New(c.nothing())
 	}
-	switch {
-	case len(c.Series) == 0:
-		err = writeSummary(cli.Plain(os.Stdout), h, terminal && !style.ASCII)
-	case terminal:
-		err = writeCharts(os.Stdout, h, style)
-	default:
-		err = writePoints(cli.Plain(os.Stdout), h)
+	if len(c.Series) > 0 && !terminal {
+		if err := writePoints(cli.Plain(os.Stdout), h); err != nil {
+			return err
+		}
+		return cli.WriteLeftOut(cli.Plain(os.Stderr), h)
 	}
-	if err == nil && len(h.LeftOut) > 0 {
-		fmt.Fprintf(cli.Plain(os.Stderr), "left out, because it is too much at once: %s\n", strings.Join(h.LeftOut, " "))
+	style.ASCII = style.ASCII || !terminal
+	return cli.WriteHistory(os.Stdout, h, len(c.Series) > 0, style)
+}
+
+// within does what reads a folder. What does not return in time, or when ctx
+// ends, is left behind: nothing gets it out of a disk that hangs.
+func within[T any](ctx context.Context, limit time.Duration, dir string, read func() (T, error)) (T, error) {
+	type answer struct {
+		v   T
+		err error
 	}
-	return err
+	done := make(chan answer, 1)
+	go func() {
+		v, err := read()
+		done <- answer{v, err}
+	}()
+	var none T
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	select {
+	case a := <-done:
+		return a.v, a.err
+	case <-ctx.Done():
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return none, fmt.Errorf("%s does not answer for %s: its disk may hang; \"journalctl -k\" shows what the system says of it", dir, limit)
+		}
+		return none, ctx.Err()
+	}
+}
+
+// read reads what is asked for; a young device's from its first point on.
+func (c *historyCmd) read(q wire.HistoryRequest) (h wire.History, err error) {
+	ring, err := history.Load(filepath.Join(c.State, historyFolder))
+	if errors.Is(err, fs.ErrNotExist) {
+		return h, &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("%s holds no history; start the agent, or give the folder of its state with --state", c.State)}
+	}
+	if err != nil {
+		return h, err
+	}
+	defer ring.Close()
+	h, err = ring.Read(q, time.Now())
+	if at, mostly := cli.MostlyEmpty(h); err == nil && mostly && c.Since == nil {
+		q.From = at
+		h, err = ring.Read(q, time.Now())
+	}
+	if p := (*wire.Problem)(nil); errors.As(err, &p) {
+		return h, &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
+	return h, err
 }
 
 func (c *historyCmd) request(style cli.ChartStyle, terminal bool) wire.HistoryRequest {
 	q := wire.HistoryRequest{Points: c.Points, Series: c.Series}
-	if c.Since != 0 {
-		q.From = time.Now().Add(-c.Since)
+	if since := c.since(); since != 0 {
+		q.From = time.Now().Add(-since)
 	}
 	if q.Points == 0 && terminal && len(c.Series) > 0 {
 		q.Points = min(2*style.Width, wire.MaxPoints) // a character shows two
@@ -77,51 +112,27 @@ func (c *historyCmd) request(style cli.ChartStyle, terminal bool) wire.HistoryRe
 	return q
 }
 
+func (c *historyCmd) since() time.Duration {
+	if c.Since == nil {
+		return 24 * time.Hour
+	}
+	return *c.Since
+}
+
 // nothing says why there is nothing to show.
 func (c *historyCmd) nothing() string {
-	what := "nothing was measured"
+	what, try := "nothing was measured", "the agent writes every five minutes, for the first time five minutes after its start"
 	if len(c.Series) > 0 {
-		what = "nothing of that name was measured"
+		what, try = "nothing of that name was measured", "no names show a table of all; the agent writes every five minutes"
 	}
-	if c.Since != 0 {
-		what += fmt.Sprintf(" in the last %v", c.Since)
-	}
-	return what + `; the agent writes every five minutes. Try --since 0, or no names for a table of all`
-}
-
-func writeCharts(w io.Writer, h wire.History, style cli.ChartStyle) error {
-	for i, name := range slices.Sorted(maps.Keys(h.Series)) {
-		if i > 0 {
-			fmt.Fprintln(w)
+	if since := c.since(); since != 0 {
+		what += fmt.Sprintf(" in the last %v", since)
+		if c.Since == nil && len(c.Series) == 0 {
+			return what + "; " + try // most likely it is young
 		}
-		if err := cli.Chart(w, h, name, style); err != nil {
-			return err
-		}
+		try += "; --since 0 looks as far back as there is"
 	}
-	return nil
-}
-
-const sparkWidth = 20
-
-func writeSummary(w io.Writer, h wire.History, sparks bool) error {
-	head := "SERIES\tMIN\tMEAN\tMAX\tLAST"
-	if sparks {
-		head += "\tCURVE"
-	}
-	var rows []string
-	for _, name := range slices.Sorted(maps.Keys(h.Series)) {
-		c := h.Series[name]
-		s := cli.Summarize(c)
-		row := name
-		for _, v := range []float64{s.Min, s.Mean, s.Max, s.Last} {
-			row += "\t" + cli.Quantity(v, c.Unit)
-		}
-		if sparks {
-			row += "\t" + cli.Sparkline(c.Mean, sparkWidth)
-		}
-		rows = append(rows, row)
-	}
-	return cli.Table(w, head, rows)
+	return what + "; " + try
 }
 
 // writePoints is for other programs and files: one line a point that was measured.

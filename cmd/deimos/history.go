@@ -6,24 +6,23 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math"
 	"os"
-	"slices"
 	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 type deviceHistoryCmd struct {
-	ID     string   `arg:"" help:"Device id."`
-	Series []string `arg:"" optional:"" help:"What to draw, as the table without it names it; \"temperature*\" means all that begin so."`
-	Since  duration `default:"24h" help:"How far back (${default})."`
-	Points int      `default:"240" help:"How many points a curve has at most (${default})."`
+	ID     string    `arg:"" help:"Device id."`
+	Series []string  `arg:"" optional:"" help:"What to draw, as the table without it names it; \"temperature*\" means all that begin so."`
+	Since  *duration `placeholder:"24h" help:"How far back; default: 24h, or from the first that was measured in it."`
+	Points int       `default:"240" help:"How many points a curve has at most (${default})."`
 	cli.Output
 }
 
@@ -35,33 +34,27 @@ func (d *deviceHistoryCmd) Run(ctx context.Context, all *commands) error {
 	if d.Points < 1 || d.Points > wire.MaxPoints {
 		return &cli.Error{Code: cli.ExitUsage, Err: fmt.Errorf("a curve has 1 to %d points", wire.MaxPoints)}
 	}
-	if d.Since == 0 {
+	since := defaultSince
+	if d.Since != nil {
+		since = time.Duration(*d.Since)
+	}
+	if since <= 0 {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("--since must be more than nothing")}
 	}
 	c, err := all.client()
 	if err != nil {
 		return err
 	}
-	o, err := c.AskHistory(ctx, id, wire.HistoryRequest{From: time.Now().UTC().Add(-time.Duration(d.Since)), Points: d.Points, Series: d.Series})
+	q := wire.HistoryRequest{From: time.Now().UTC().Add(-since), Points: d.Points, Series: d.Series}
+	h, err := fetchHistory(ctx, c, id, q)
 	if err != nil {
 		return err
 	}
-	if o, err = watchOrder(ctx, c, o, askedWait); err != nil {
-		return err
-	}
-	if err := awaited(o, "it keeps no history"); err != nil {
-		return err
-	}
-	if o.Result.Attachment == nil {
-		return fmt.Errorf("device %s has sent nothing with its report", id)
-	}
-	raw, err := c.Attachment(ctx, id, o.Order.ID, *o.Result.Attachment)
-	if err != nil {
-		return err
-	}
-	h, err := readHistory(raw)
-	if err != nil {
-		return fmt.Errorf("what device %s has sent is no history: %w", id, err)
+	if at, mostly := cli.MostlyEmpty(h); mostly && d.Since == nil {
+		q.From = at // it is young
+		if h, err = fetchHistory(ctx, c, id, q); err != nil {
+			return err
+		}
 	}
 	return d.Print(h, func(w io.Writer) error {
 		style := chartStyle()
@@ -72,12 +65,40 @@ func (d *deviceHistoryCmd) Run(ctx context.Context, all *commands) error {
 	})
 }
 
+const defaultSince = 24 * time.Hour
+
+// fetchHistory asks a device, and waits for its answer.
+func fetchHistory(ctx context.Context, c *api.Client, id wire.DeviceID, q wire.HistoryRequest) (wire.History, error) {
+	var none wire.History
+	o, err := c.AskHistory(ctx, id, q)
+	if err != nil {
+		return none, err
+	}
+	if o, err = watchOrder(ctx, c, o, askedWait); err != nil {
+		return none, err
+	}
+	if err := awaited(o, "it keeps no history"); err != nil {
+		return none, err
+	}
+	if o.Result.Attachment == nil {
+		return none, fmt.Errorf("device %s has sent nothing with its report", id)
+	}
+	raw, err := c.Attachment(ctx, id, o.Order.ID, *o.Result.Attachment)
+	if err != nil {
+		return none, err
+	}
+	h, err := readHistory(raw)
+	if err != nil {
+		return none, fmt.Errorf("what device %s has sent is no history: %w", id, err)
+	}
+	return h, nil
+}
+
 // What of a device's history is shown; beyond it, it is no device that we know.
 const (
 	maxCurves  = 1000
 	maxName    = 64                     // bytes
 	mostFigure = 1e18                   // of anything that is measured
-	leastShown = 1e-12                  // below is nothing
 	maxHistory = 100 * 365 * day        // from the first point to the last
 	leastStep  = 100 * time.Millisecond // between two points
 )
@@ -107,12 +128,8 @@ func readHistory(raw []byte) (wire.History, error) {
 				return h, fmt.Errorf("the curve %q has not %d points", name, h.Count)
 			}
 			for _, v := range list {
-				switch {
-				case v == nil:
-				case math.Abs(*v) > mostFigure:
+				if v != nil && math.Abs(*v) > mostFigure {
 					return h, fmt.Errorf("the curve %q goes to %g", name, *v)
-				case math.Abs(*v) < leastShown:
-					*v = 0
 				}
 			}
 		}
@@ -134,37 +151,13 @@ func chartStyle() cli.ChartStyle {
 	return cli.ChartStyle{Width: 80, Height: 14, Zone: time.UTC}
 }
 
-const sparkWidth = 24
-
 // writeHistory draws curves, or shows each in a line.
 func writeHistory(w io.Writer, h wire.History, draw bool, style cli.ChartStyle) error {
 	if len(h.Series) == 0 || h.Count == 0 {
-		_, err := fmt.Fprintln(w, "The device has measured nothing of that in that time.")
-		return err
-	}
-	names := slices.Sorted(maps.Keys(h.Series))
-	if draw {
-		for i, name := range names {
-			if i > 0 {
-				fmt.Fprintln(w)
-			}
-			if err := cli.Chart(w, h, name, style); err != nil {
-				return err
-			}
+		if _, err := fmt.Fprintln(w, "The device has measured nothing of that in that time."); err != nil {
+			return err
 		}
-		return nil
+		return cli.WriteLeftOut(w, h)
 	}
-	end := h.From.Add(time.Duration(h.Step * float64(h.Count) * float64(time.Second)))
-	fmt.Fprintf(w, "%s to %s, a point every %s\n\n", h.From.UTC().Format(time.RFC3339), end.UTC().Format(time.RFC3339), time.Duration(h.Step*float64(time.Second)).Round(100*time.Millisecond))
-	rows := make([]string, 0, len(names))
-	for _, name := range names {
-		c := h.Series[name]
-		if !slices.ContainsFunc(c.Mean, func(v *float64) bool { return v != nil }) {
-			rows = append(rows, name+"\t-\t-\t-\t-\t")
-			continue
-		}
-		s := cli.Summarize(c)
-		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", name, cli.Quantity(s.Last, c.Unit), cli.Quantity(s.Min, c.Unit), cli.Quantity(s.Mean, c.Unit), cli.Quantity(s.Max, c.Unit), cli.Sparkline(c.Mean, sparkWidth)))
-	}
-	return cli.Table(w, "SERIES\tLAST\tMIN\tMEAN\tMAX\tCURVE", rows)
+	return cli.WriteHistory(w, h, draw, style)
 }

@@ -182,12 +182,13 @@ type scale struct {
 }
 
 func newScale(low, high float64, unit string, lines int) scale {
-	if high-low <= math.Abs(high)*1e-9 { // a flat line lies in the middle
-		room := max(math.Abs(high)*0.05, 0.5)
-		low, high = low-room, high+room
-		if high > room && low < 0 {
-			low = 0
+	if largest := max(math.Abs(low), math.Abs(high)); high-low <= max(largest*1e-9, 1e-12) {
+		// A flat line lies in the middle, but of what is never negative, on the ground.
+		room, ground := max(largest*0.05, 0.5), math.Inf(-1)
+		if low >= 0 {
+			ground = 0
 		}
+		low, high = max(low-room, ground), high+room
 	}
 	step := niceStep((high-low)/4, unit == "B")
 	s := scale{low: math.Floor(low/step+1e-9) * step, high: math.Ceil(high/step-1e-9) * step, labels: make([]string, lines)}

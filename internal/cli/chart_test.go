@@ -131,6 +131,17 @@ func TestChartOfStrangeCurves(t *testing.T) {
 	}
 }
 
+// What differs by less than can be drawn is flat, and what is never negative has
+// no negative axis.
+func TestAFlatLineHasAnAxis(t *testing.T) {
+	for name, h := range map[string]wire.History{"zero": curveOf(60, 0, 0), "a denormal": curveOf(60, 0, 5e-324), "its negative": curveOf(60, -5e-324, 0), "almost": curveOf(60, 0, 1e-13), "large": curveOf(60, -1e18, -1e18+128)} {
+		got := strings.Join(chartOf(t, h, ChartStyle{Width: 60, Height: 10, ASCII: true})[1:], "\n")
+		if !strings.Contains(got, "**") || (name == "zero" || name == "a denormal" || name == "almost") && strings.Contains(strings.ReplaceAll(got, "--", ""), "-0") {
+			t.Errorf("%s:\n%s", name, got)
+		}
+	}
+}
+
 func TestChartPrintsNothingThatSteersATerminal(t *testing.T) {
 	h := curveOf(60, 1, 2)
 	c := h.Series["t"]
