@@ -16,7 +16,7 @@ import (
 )
 
 type boardCmd struct {
-	Show  boardShowCmd  `cmd:"" help:"Show which board this is and what is known about it."`
+	Show  boardShowCmd  `cmd:"" default:"withargs" help:"Show which board this is and what is known about it."`
 	List  boardListCmd  `cmd:"" help:"List the profiles of boards, built in and of the owner."`
 	Check boardCheckCmd `cmd:"" help:"Check profiles before they are used; lists every problem."`
 }
@@ -24,7 +24,7 @@ type boardCmd struct {
 func (boardCmd) Help() string {
 	return `A profile says what cannot be read from a machine: which LED shows the status, a button, sensors on a bus, which disks may be used.
 
-  deimos-agent board show                    which board this is
+  deimos-agent board                         which board this is
   deimos-agent board list                    all profiles
   deimos-agent board check mybox.toml        before it is put into /etc/deimos/boards`
 }

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/alecthomas/kong"
+
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/internal/cli"
 )
@@ -94,6 +96,22 @@ func TestABoardIsShownWithAllThatIsKnown(t *testing.T) {
 	for _, want := range []string{"raspberry-pi-4", "ACT or led0", "line 3 of pinctrl, active low, pulled up", "bmxx80 on /dev/i2c-1 0x76", "sd", "80 °C", "85 °C", "Broadcom", "may be used"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is not shown in\n%s", want, out.String())
+		}
+	}
+}
+
+func TestBoardAloneShowsTheBoard(t *testing.T) {
+	for line, want := range map[string]string{"": "board show", "rock-5b": "board show <name>", "list": "board list"} {
+		var all struct {
+			Board boardCmd `cmd:""`
+		}
+		p, err := kong.New(&all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := p.Parse(append([]string{"board"}, strings.Fields(line)...))
+		if err != nil || got.Command() != want {
+			t.Errorf("board %s: %v %v, want %s", line, got, err, want)
 		}
 	}
 }

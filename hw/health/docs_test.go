@@ -55,7 +55,7 @@ warning says what happened, since when, and what to do.
 		}
 	}
 	b.WriteString("| code | title | severity | after | stays | follows from | what to do |\n|---|---|---|---|---|---|---|\n")
-	sorted := Kinds()
+	sorted := slices.Clone(kinds)
 	slices.SortStableFunc(sorted, func(a, b Kind) int { return rank[b.Severity] - rank[a.Severity] })
 	for _, k := range sorted {
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s | %s | %s |\n", k.Code, k.Title, k.Severity,

@@ -111,7 +111,7 @@ var kinds = []Kind{
 		"Replace it, or fit one. Without it the time is wrong after each start until the network has told it.",
 		0, 0, nil},
 	{UpdateWaiting, wire.Info, "An update waits",
-		"Nothing: it is installed by itself, within the hours that you allow.",
+		"Nothing: it is installed by itself. If this stays for days, look into the agent's log.",
 		time.Hour, 0, nil},
 }
 
@@ -125,9 +125,6 @@ func init() {
 		byCode[k.Code], order[k.Code] = k, i
 	}
 }
-
-// Kinds returns all kinds of warnings.
-func Kinds() []Kind { return append([]Kind(nil), kinds...) }
 
 // kindOf makes one up for a code that is not known: a mistake of ours must not
 // hide what is wrong, nor stop the agent.

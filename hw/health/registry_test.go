@@ -228,7 +228,7 @@ func TestNoConsequenceBeforeItsCause(t *testing.T) {
 
 func TestEachKindIsWhole(t *testing.T) {
 	seen := map[Code]bool{}
-	for _, k := range Kinds() {
+	for _, k := range kinds {
 		if seen[k.Code] || k.Title == "" || len(k.Title) > 50 || !strings.HasSuffix(k.Todo, ".") || rank[k.Severity] == 0 && k.Severity != wire.Info || k.After < 0 || k.Hold < 0 {
 			t.Errorf("%+v", k)
 		}
