@@ -45,6 +45,9 @@ func (d *deviceHistoryCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
+	if err := awake(ctx, c, id); err != nil {
+		return offlineError(err, "its history is on the device alone: ask again when it is back, it measures all the same")
+	}
 	q := wire.HistoryRequest{From: time.Now().UTC().Add(-since), Points: d.Points, Series: d.Series}
 	h, err := fetchHistory(ctx, c, id, q)
 	if err != nil {

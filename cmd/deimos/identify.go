@@ -41,6 +41,9 @@ func (d *deviceIdentifyCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
+	if err := awake(ctx, c, id); err != nil {
+		return offlineError(err, fmt.Sprintf("it shows itself if it comes back before %s; \"deimos order cancel %s %s\" takes that back", o.Order.Expires.UTC().Format(time.RFC3339), id, o.Order.ID))
+	}
 	if o, err = watchOrder(ctx, c, o, askedWait); err != nil {
 		return err
 	}
@@ -60,6 +63,30 @@ func (d *deviceIdentifyCmd) Run(ctx context.Context, all *commands) error {
 // askedWait is a little longer than such orders live.
 const askedWait = 3 * time.Minute
 
+// errOffline says that a device would not answer.
+type errOffline struct{ error }
+
+// awake tells at once if a device is offline, with an errOffline.
+func awake(ctx context.Context, c *api.Client, id wire.DeviceID) error {
+	d, err := c.Device(ctx, string(id))
+	if err != nil || d.State != api.DeviceOffline {
+		return err // one that is retired is refused with the reason
+	}
+	seen := "not heard of since the coordinator started"
+	if !d.LastSeen.IsZero() {
+		seen = "seen " + cli.Ago(d.LastSeen)
+	}
+	return errOffline{fmt.Errorf("device %s is offline, %s", id, seen)}
+}
+
+// offlineError adds to an errOffline what becomes of what was wanted.
+func offlineError(err error, next string) error {
+	if offline, ok := errors.AsType[errOffline](err); ok {
+		return &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("%w; %s", offline.error, next)}
+	}
+	return err
+}
+
 type deviceInventoryCmd struct {
 	ID      string `arg:"" help:"Device id."`
 	Refresh bool   `help:"Have the device look again now, and wait for it."`
@@ -77,6 +104,9 @@ func (d *deviceInventoryCmd) Run(ctx context.Context, all *commands) error {
 	}
 	var v api.Device
 	if d.Refresh {
+		if err := awake(ctx, c, id); err != nil {
+			return offlineError(err, "what it said last is shown without --refresh")
+		}
 		v, err = c.RefreshInventory(ctx, id)
 	} else {
 		v, err = c.Device(ctx, string(id))
