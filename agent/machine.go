@@ -21,6 +21,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/hw/sensor"
 	"github.com/deimos-edge/deimos/hw/watchdog"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -91,6 +92,8 @@ const (
 	// stopLate is what the agent allows itself for a stop in good order, twice:
 	// its work and then its machine, and as much again for the disk.
 	stopLate = 4 * stopLimit
+	// The launcher waits for so long before it kills.
+	_ = uint(slot.StopWithin - stopLate)
 
 	historyDir = "history"
 	healthDir  = "health"

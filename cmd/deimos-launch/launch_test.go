@@ -446,6 +446,17 @@ func TestDeafAgentIsKilledOnStop(t *testing.T) {
 	}
 }
 
+// An agent that is killed while it stops leaves the machine's watchdog armed.
+func TestAnAgentHasTheTimeThatItAllowsItselfToStop(t *testing.T) {
+	l, err := parse([]string{"--state", "state", "--agent", "agent"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.stopWithin <= slot.StopWithin {
+		t.Errorf("killed after %s, but it may take %s", l.stopWithin, slot.StopWithin)
+	}
+}
+
 func TestDeadLauncherTakesAgentAlong(t *testing.T) {
 	r := newRig(t, "0.1.0", "hang")
 	l := r.start()

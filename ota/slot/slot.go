@@ -50,6 +50,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 )
 
 // Name is one of the two slots.
@@ -84,6 +85,10 @@ const (
 	// EnvConfirmWithin tells an agent on trial how long it has to call
 	// [Store.Confirm], as a Go duration. It is missing otherwise.
 	EnvConfirmWithin = "DEIMOS_CONFIRM_WITHIN"
+
+	// StopWithin is what an agent allows itself for a stop in good order. Who kills
+	// it before that leaves the machine's watchdog armed, and the machine is reset.
+	StopWithin = 40 * time.Second
 
 	// Tries is how often a new version is started before it is given up: one
 	// power cut, and even two, are not the version's fault.
