@@ -29,6 +29,7 @@ type Inventory struct {
 	Filesystems []Filesystem `json:"filesystems"`
 	Network     []Interface  `json:"network"`
 	Sensors     []Sensor     `json:"sensors"`
+	Silent      []string     `json:"silent,omitempty"` // names of sensors that show nothing now: their device sleeps, or could not be read
 	LEDs        []LED        `json:"leds"`
 	GPIO        []GPIOChip   `json:"gpio"`
 	Buses       []Bus        `json:"buses"`
@@ -350,6 +351,8 @@ func (inv *Inventory) stable() stableInventory {
 	for _, x := range inv.Sensors {
 		s.Sensors = append(s.Sensors, x.Name)
 	}
+	s.Sensors = append(s.Sensors, inv.Silent...) // which ones show something depends on the moment
+	slices.Sort(s.Sensors)
 	for _, l := range inv.LEDs {
 		s.LEDs = append(s.LEDs, l.Name)
 	}

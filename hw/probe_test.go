@@ -550,10 +550,28 @@ func TestNamesOfDisksArePrintableAndTheirFilesStillFound(t *testing.T) {
 	}
 }
 
+func TestASensorThatSleepsOrFailsDoesNotChangeTheDigest(t *testing.T) {
+	root := plant(t, "raspberry-pi-4.tree")
+	awake := probe(t, Options{Root: root})
+	put(t, root, "sys/class/hwmon/hwmon2/device/power/runtime_status", "suspended\n")
+	put(t, root, "sys/class/thermal/thermal_zone0/temp", "hot\n")
+	now := probe(t, Options{Root: root})
+	if len(now.Sensors) >= len(awake.Sensors) || len(now.Sensors)+len(now.Silent) != len(awake.Sensors)+len(awake.Silent) {
+		t.Errorf("%d sensors and %v, then %d and %v", len(awake.Sensors), awake.Silent, len(now.Sensors), now.Silent)
+	}
+	raw, err := json.Marshal(now)
+	must(t, err)
+	var sent Inventory
+	must(t, json.Unmarshal(raw, &sent))
+	if now.Digest() != awake.Digest() || sent.Digest() != awake.Digest() {
+		t.Error("the digest has changed, and the machine has not")
+	}
+}
+
 // TestEveryFieldHasItsPlaceInTheDigest fails when a section is added, until
 // somebody has decided whether it is stable.
 func TestEveryFieldHasItsPlaceInTheDigest(t *testing.T) {
-	decided := []string{"Format", "Taken", "Board", "System", "CPU", "Memory", "Disks", "Filesystems", "Network", "Sensors", "LEDs", "GPIO", "Buses", "Clocks", "TPMs", "Watchdogs", "Notes"}
+	decided := []string{"Format", "Taken", "Board", "System", "CPU", "Memory", "Disks", "Filesystems", "Network", "Sensors", "Silent", "LEDs", "GPIO", "Buses", "Clocks", "TPMs", "Watchdogs", "Notes"}
 	for i := range reflect.TypeFor[Inventory]().NumField() {
 		if name := reflect.TypeFor[Inventory]().Field(i).Name; !slices.Contains(decided, name) {
 			t.Errorf("%s is new: put it into stable() or leave it out on purpose, then name it here", name)

@@ -45,8 +45,19 @@ type source struct {
 }
 
 func (p *prober) sensors(ctx context.Context) (func(*Inventory), notes) {
-	found, missing := p.readSources(ctx, findSensors(p.tree))
-	return func(inv *Inventory) { inv.Sensors = found }, missing
+	all := findSensors(p.tree)
+	found, missing := p.readSources(ctx, all)
+	return func(inv *Inventory) { inv.Sensors, inv.Silent = found, silent(all, found) }, missing
+}
+
+// silent lists those of all that are not among the ones found, in their order.
+func silent(all []source, found []Sensor) (names []string) {
+	for _, s := range all {
+		if !slices.ContainsFunc(found, func(f Sensor) bool { return f.Name == s.name }) {
+			names = append(names, s.name)
+		}
+	}
+	return names
 }
 
 // readSources reads sensors, but those of a device that sleeps, in their order.
@@ -180,11 +191,10 @@ func hwmonChannels(t tree) []source {
 	return all
 }
 
-// skipChip leaves out chips that repeat a thermal zone, and those whose reading
-// could wake a disk: drivetemp's always (it may keep a disk from spinning
-// down, Documentation/hwmon/drivetemp), others' if their device is suspended.
+// skipChip leaves out chips that repeat a thermal zone, and drivetemp, whose reading
+// may keep a disk from spinning down (Documentation/hwmon/drivetemp). Those whose
+// device is suspended are listed and not read, see readSources.
 func skipChip(t tree, dir, name string) bool {
 	return name == "drivetemp" ||
-		strings.Contains(t.device(dir), "/thermal_zone") ||
-		t.word(dir+"/device/power/runtime_status") == "suspended"
+		strings.Contains(t.device(dir), "/thermal_zone")
 }
