@@ -5,7 +5,10 @@
 //
 // [Choose] looks at each mounted filesystem of the inventory, and at each disk
 // that is not mounted, and gives every one a code and a sentence for its owner.
-// It writes nothing, formats nothing, and wakes no disk that sleeps. The rules,
+// It writes nothing, formats nothing, and wakes no disk that sleeps: one that does
+// not say whether it does is looked at only if its owner names it or it was in use.
+// Our folder is one that holds a volume, or nothing yet; any other of that name is
+// somebody's data. The rules,
 // the first that applies being the reason:
 //
 //	not mounted, virtual, no disk, the owner's never, read-only, failing,
@@ -31,7 +34,8 @@
 // The parties: the disk may lie (sold with more capacity than it has, or one that
 // drops writes), hang, or break; the owner of the folder may do anything, but other
 // users must not be able to have us write elsewhere, so no symbolic link is
-// followed at the test's file.
+// followed at the test's file, and no file is emptied that is another user's or
+// has a second name.
 //
 // # Not done yet
 //
