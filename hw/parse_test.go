@@ -246,7 +246,7 @@ func TestEMMCLifeTime(t *testing.T) {
 
 func TestSizesReadAsOnTheLabel(t *testing.T) {
 	for v, want := range map[uint64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_600: "1.0 MB", 31_914_983_424: "31.9 GB", 256_000_000_000: "256 GB", 999_999_999_999: "1.0 TB", 2_000_398_934_016: "2.0 TB", math.MaxUint64: "18.4 EB"} {
-		if got := decimal(v); got != want {
+		if got := DiskSize(v); got != want {
 			t.Errorf("%d: %s, want %s", v, got, want)
 		}
 	}
@@ -404,4 +404,17 @@ func FuzzAttributes(f *testing.F) {
 		}
 		checkTable(t, inv)
 	})
+}
+
+// What is root's alone is not free, and not used: df divides by the rest.
+func TestTheShareUsedIsAsDfSays(t *testing.T) {
+	for want, f := range map[string]Filesystem{
+		"50%":  {Total: 200, Used: 90, Free: 90},
+		"100%": {Total: 200, Used: 190},
+		"":     {Total: 200},
+	} {
+		if got := usedShare(f); got != want {
+			t.Errorf("%+v: %s, want %s", f, got, want)
+		}
+	}
 }

@@ -217,9 +217,9 @@ func (t *table) disks(inv *Inventory) {
 	t.section("DISKS")
 	var rows [][]string
 	for _, d := range inv.Disks {
-		rows = append(rows, []string{d.Name, decimal(d.Size), diskKind(d), d.Model, d.Serial, mountedAt(d.Mounts)})
+		rows = append(rows, []string{d.Name, DiskSize(d.Size), diskKind(d), d.Model, d.Serial, mountedAt(d.Mounts)})
 		for _, p := range d.Partitions {
-			rows = append(rows, []string{"  " + p.Name, decimal(p.Size), "", "", "", mountedAt(p.Mounts)})
+			rows = append(rows, []string{"  " + p.Name, DiskSize(p.Size), "", "", "", mountedAt(p.Mounts)})
 		}
 	}
 	t.rows([]column{{title: "NAME"}, {title: "SIZE", right: true}, {title: "KIND"}, {title: "MODEL", wide: true},
@@ -282,7 +282,7 @@ func healthRow(name string, h *Health) []string {
 		row[4] = fmt.Sprintf("%.0f%%", *h.Spare)
 	}
 	if h.WrittenBytes != nil {
-		row[5] = decimal(*h.WrittenBytes)
+		row[5] = DiskSize(*h.WrittenBytes)
 	}
 	if h.PowerOnHours != nil {
 		row[6] = duration(time.Duration(*h.PowerOnHours) * time.Hour)
@@ -313,11 +313,11 @@ func (t *table) filesystems(inv *Inventory) {
 	t.section("FILESYSTEMS")
 	var rows [][]string
 	for _, f := range inv.Filesystems {
-		size, free, used := decimal(f.Total), decimal(f.Free), ""
+		size, free, used := DiskSize(f.Total), DiskSize(f.Free), ""
 		if f.Total == 0 {
 			size, free = "", ""
 		} else {
-			used = fmt.Sprintf("%.0f%%", 100*float64(f.Used)/float64(f.Total))
+			used = usedShare(f)
 		}
 		kind := f.Type
 		if f.ReadOnly {
@@ -327,6 +327,14 @@ func (t *table) filesystems(inv *Inventory) {
 	}
 	t.rows([]column{{title: "MOUNTED AT", wide: true}, {title: "DEVICE", wide: true}, {title: "DISK"}, {title: "TYPE"},
 		{title: "SIZE", right: true}, {title: "USED", right: true}, {title: "FREE", right: true}}, rows)
+}
+
+// usedShare is what df shows: of what there is for everybody. Some is root's alone.
+func usedShare(f Filesystem) string {
+	if f.Used == 0 && f.Free == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.0f%%", 100*float64(f.Used)/(float64(f.Used)+float64(f.Free)))
 }
 
 func (t *table) network(inv *Inventory) {
@@ -485,8 +493,8 @@ func (t *table) notes(inv *Inventory) {
 	}
 }
 
-// decimal writes a size as on the label of a disk: three digits that count.
-func decimal(v uint64) string {
+// DiskSize writes a size as on the label of a disk: three digits that count.
+func DiskSize(v uint64) string {
 	return scaled(float64(v), 1000, []string{"B", "kB", "MB", "GB", "TB", "PB", "EB"})
 }
 

@@ -16,11 +16,12 @@ import (
 
 type disksCmd struct {
 	List disksListCmd `cmd:"" default:"withargs" help:"Show which disks would hold chunks, and why or why not."`
-	Test disksTestCmd `cmd:"" help:"Test the disk that a folder is on: 64 MiB are written, read back and removed."`
+	Test disksTestCmd `cmd:"" help:"Test the disk that a folder is on: 67 MB are written, read back and removed."`
 }
 
 func (disksCmd) Help() string {
-	return `Nothing is written, no disk is formatted, and none that sleeps is woken, but for "test".
+	return `Nothing is written but by "test", no disk is formatted, and none that sleeps is woken. Without --config it is
+answered as if auto of [disks] were true.
 
   deimos-agent disks                              what would be used, by the rules
   deimos-agent disks --use /mnt/data              what if I agreed to that one?
@@ -53,7 +54,13 @@ func (c *disksListCmd) Run(ctx context.Context) error {
 	if all == nil {
 		all = []disk.Candidate{}
 	}
-	return c.Print(all, func(w io.Writer) error { return writeDisks(w, all) })
+	return c.Print(all, func(w io.Writer) error {
+		if err := writeDisks(w, all); err != nil || c.Config != "" {
+			return err
+		}
+		_, err := fmt.Fprintln(w, "\nWithout --config: this is what would be used with auto = true.")
+		return err
+	})
 }
 
 func (c *disksListCmd) options() (disk.Options, error) {
@@ -86,13 +93,13 @@ func writeDisks(w io.Writer, all []disk.Candidate) error {
 	for _, c := range all {
 		use, chunks := "no", "-"
 		if c.Use {
-			use, chunks = "yes", cli.Bytes(c.Capacity)
+			use, chunks = "yes", diskSize(c.Capacity)
 		}
 		mount := c.Mount
 		if mount == "" {
 			mount = "(not mounted)"
 		}
-		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", mount, c.Disk, cli.Bytes(c.Size), use, chunks, speed(c.Test), c.Code))
+		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", mount, c.Disk, diskSize(c.Size), use, chunks, speed(c.Test), c.Code))
 	}
 	if err := cli.Table(w, "MOUNTED AT\tDISK\tSIZE\tUSED\tFOR CHUNKS\tSPEED\tREASON", rows); err != nil || len(all) == 0 {
 		return err
@@ -108,6 +115,9 @@ func writeDisks(w io.Writer, all []disk.Candidate) error {
 	return nil
 }
 
+// diskSize is in the unit of the inventory and of labels of disks.
+func diskSize[T int64 | uint64 | float64](n T) string { return hw.DiskSize(uint64(max(n, 0))) }
+
 func speed(t *disk.Test) string {
 	switch {
 	case t == nil:
@@ -115,7 +125,7 @@ func speed(t *disk.Test) string {
 	case !t.Passed:
 		return "failed"
 	}
-	return fmt.Sprintf("%s/s in, %s/s out", cli.Bytes(int64(t.WriteBps)), cli.Bytes(int64(t.ReadBps)))
+	return fmt.Sprintf("%s/s in, %s/s out", diskSize(t.WriteBps), diskSize(t.ReadBps))
 }
 
 type disksTestCmd struct {
@@ -124,7 +134,7 @@ type disksTestCmd struct {
 }
 
 func (disksTestCmd) Help() string {
-	return `Takes about 10 s at most. What is on the disk stays as it is. Ends with 1 if the disk has failed,
+	return `Takes about 10 s, and 30 s if the disk hangs. What is on the disk stays as it is. Ends with 1 if the disk has failed,
 and with 130 if it was interrupted.
 
   sudo deimos-agent disks test /mnt/data`
@@ -152,16 +162,16 @@ func writeTest(w io.Writer, t disk.Test) error {
 	if !t.Passed {
 		result = "failed (" + t.Code + ")"
 	}
-	rows := []string{"result\t" + result, "written and read back\t" + cli.Bytes(t.Bytes)}
+	rows := []string{"result\t" + result, "written and read back\t" + diskSize(t.Bytes)}
 	if t.WriteBps > 0 {
-		rows = append(rows, "writes\t"+cli.Bytes(int64(t.WriteBps))+"/s")
+		rows = append(rows, "writes\t"+diskSize(t.WriteBps)+"/s")
 	}
 	if t.ReadBps > 0 {
 		how := ", past the cache"
 		if !t.Direct {
 			how = "; this filesystem may have read from its cache"
 		}
-		rows = append(rows, "reads\t"+cli.Bytes(int64(t.ReadBps))+"/s"+how)
+		rows = append(rows, "reads\t"+diskSize(t.ReadBps)+"/s"+how)
 	}
 	if t.SyncMS > 0 {
 		rows = append(rows, fmt.Sprintf("a small synced write\t%.1f ms", t.SyncMS))

@@ -16,15 +16,15 @@ import (
 func TestDisksAreShownWithTheReason(t *testing.T) {
 	var out bytes.Buffer
 	err := writeDisks(&out, []disk.Candidate{
-		{Mount: "/srv/data", Disk: "sda", Size: 1 << 40, Use: true, Capacity: 1 << 39, Code: disk.CodeOK, Why: "nothing else is on it",
-			Test: &disk.Test{Passed: true, WriteBps: 100 << 20, ReadBps: 200 << 20}},
+		{Mount: "/srv/data", Disk: "sda", Size: 1e12, Use: true, Capacity: 5e11, Code: disk.CodeOK, Why: "nothing else is on it",
+			Test: &disk.Test{Passed: true, WriteBps: 1e8, ReadBps: 2e8}},
 		{Mount: "/srv/bad", Disk: "sdb", Code: disk.CodeForeign, Why: "somebody's data is on it", Test: &disk.Test{}},
 		{Disk: "sdc", Code: disk.CodeNotMounted, Why: "/dev/sdc is not mounted"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"512.0 GiB", "100.0 MiB/s in, 200.0 MiB/s out", "failed", "not tested", "(not mounted)", "/srv/data: nothing else is on it.", "sdc: /dev/sdc is not mounted."} {
+	for _, want := range []string{"1.0 TB", "500 GB", "100 MB/s in, 200 MB/s out", "failed", "not tested", "(not mounted)", "/srv/data: nothing else is on it.", "sdc: /dev/sdc is not mounted."} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is not shown in\n%s", want, out.String())
 		}
@@ -52,6 +52,42 @@ func TestDisksFollowTheConfiguration(t *testing.T) {
 	if _, err := (&disksListCmd{State: "state", Config: file}).options(); cli.CodeOf(err) != cli.ExitConfig {
 		t.Errorf("a board that there is no profile of: %v", err)
 	}
+}
+
+func TestWithoutAConfigurationTheAnswerSaysWhatItIs(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for config, want := range map[string]bool{"": true, file: false} {
+		out := printed(t, func() {
+			if err := (&disksListCmd{State: t.TempDir(), Config: config, Output: cli.Output{Format: "table"}}).Run(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+		if strings.Contains(out, "would be used with auto = true") != want {
+			t.Errorf("with %q:\n%s", config, out)
+		}
+	}
+}
+
+// printed is what is written to standard output meanwhile.
+func printed(t *testing.T, run func()) string {
+	t.Helper()
+	stdout := os.Stdout
+	defer func() { os.Stdout = stdout }()
+	f, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	os.Stdout = f
+	run()
+	raw, err := os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(raw)
 }
 
 func TestADiskCanBeTestedByHand(t *testing.T) {
