@@ -81,7 +81,10 @@ var Help = kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommand
 func Parse(name, about string, grammar any, coded func(error) error, binds ...any) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	// A second Ctrl-C ends a program that does not end well.
+	// A second Ctrl-C ends a program that does not end well. A second SIGTERM does
+	// not: systemd sends one to the launcher and to the agent, and the launcher its
+	// own to the agent, which would die of it and leave the watchdog armed.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
 	p, err := kong.New(grammar,
 		kong.Name(name), kong.Description(about), kong.UsageOnError(),
