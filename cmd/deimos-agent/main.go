@@ -122,8 +122,8 @@ type statusCmd struct {
 	cli.Output
 }
 
-func (c *statusCmd) Run() error {
-	s, err := agent.ReadStatus(c.State)
+func (c *statusCmd) Run(ctx context.Context) error {
+	s, err := within(ctx, storageLimit, c.State, func() (agent.Status, error) { return agent.ReadStatus(c.State) })
 	if err != nil {
 		return err
 	}
@@ -168,7 +168,10 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		if x.Subject != "" {
 			title += ": " + x.Subject
 		}
-		fmt.Fprintf(w, "\n%s  %s (since %s)\n  %s\n", strings.ToUpper(string(x.Severity)), title, x.Since.Local().Format("2006-01-02 15:04"), x.Text)
+		fmt.Fprintf(w, "\n%s  %s (since %s)\n", strings.ToUpper(string(x.Severity)), title, x.Since.Local().Format("2006-01-02 15:04"))
+		for _, line := range cli.Wrap(x.Text, 76) {
+			fmt.Fprintln(w, "  "+line)
+		}
 	}
 	return nil
 }

@@ -56,28 +56,10 @@ func writeHealth(w io.Writer, d api.Device) {
 			since = ", since " + v.Since.UTC().Format(time.RFC3339)
 		}
 		fmt.Fprintf(w, "%-12s %s: %s%s\n", name, v.Severity, cell(api.Brief(v)), since)
-		for _, l := range wrapped(cell(v.Text), 86) {
+		for _, l := range cli.Wrap(cell(v.Text), 86) {
 			fmt.Fprintf(w, "%-12s   %s\n", "", l)
 		}
 	}
-}
-
-// wrapped breaks text into lines of at most width characters.
-func wrapped(s string, width int) (lines []string) {
-	line := ""
-	for _, word := range strings.Fields(s) {
-		if line != "" && len([]rune(line))+1+len([]rune(word)) > width {
-			lines, line = append(lines, line), ""
-		}
-		if line != "" {
-			line += " "
-		}
-		line += word
-	}
-	if line == "" {
-		return lines
-	}
-	return append(lines, line)
 }
 
 // writeNow shows how a device feels, by its last heartbeat. What cannot be read
