@@ -152,7 +152,7 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if a.journal, err = openJournal(a.cfg.path("journal")); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.journal.close()) }()
+	defer func() { err = errors.Join(err, a.closeStores()) }()
 	floor, err := a.journal.floor()
 	if err != nil {
 		return err
@@ -172,7 +172,6 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if err := a.openVolumes(ctx); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.chunks.Close()) }()
 	if err := a.furnish(); err != nil {
 		return err
 	}
@@ -358,7 +357,7 @@ func (a *Agent) welcomed() {
 	default:
 	}
 	now := a.clock.Now()
-	if err := a.journal.saveFloor(now); err != nil {
+	if err := errors.Join(a.journal.saveFloor(now), a.journal.timeIs(now)); err != nil {
 		a.log.Warn("the time cannot be saved", "error", err)
 	}
 	trial, err := a.update.OnTrial()
@@ -451,14 +450,17 @@ func (a *Agent) housekeep(ctx context.Context) {
 // log without a word, and a loss must be known before somebody asks.
 func (a *Agent) checkChunks(ctx context.Context) {
 	for _, v := range a.chunks.Volumes() {
-		r, err := v.Check(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		if err != nil {
-			a.log.Error("a volume cannot be checked", "volume", v.Dir(), "error", err)
-			continue
-		}
+		a.checkVolume(ctx, v)
+	}
+}
+
+func (a *Agent) checkVolume(ctx context.Context, v *store.Volume) {
+	r, err := v.Check(ctx)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		a.log.Error("a volume cannot be checked", "volume", v.Dir(), "error", err)
+	default:
 		a.log.Info("volume checked", "volume", v.Dir(), "result", r)
 	}
 }

@@ -208,7 +208,8 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	if err != nil {
 		return err
 	}
-	if !again && d.journal.forgot(o.ID, o.Expires) {
+	now, sure := d.clock.Read()
+	if !again && d.journal.forgot(o.ID, o.Expires, now) {
 		// Not kept, as what has expired is not.
 		d.say(wire.Report{Order: o.ID, Seq: d.seq.Add(1), State: wire.Rejected, Code: wire.CodeExpired, Reason: "this device has forgotten which orders it did at that time, so this one may have been done; ask for it again"})
 		return nil
@@ -223,7 +224,6 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 			taken = takenBack(by)
 		}
 	}
-	now, sure := d.clock.Read()
 	if err := o.CheckFor(d.id.ID, now); err != nil {
 		p := wire.ProblemOf(err)
 		expired := p.Code == wire.CodeExpired

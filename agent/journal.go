@@ -59,8 +59,9 @@ type journal interface {
 	// forget drops acknowledged orders that expired before now.
 	forget(now time.Time) error
 	// forgot tells whether an order that is not known may be one that was
-	// forgotten: see mark.
-	forgot(order string, expires time.Time) bool
+	// forgotten; timeIs says what time it is for sure. See mark.
+	forgot(order string, expires, now time.Time) bool
+	timeIs(now time.Time) error
 }
 
 // entry is a finished order.
@@ -128,19 +129,39 @@ func forgotten(now time.Time) func(*entry) fate {
 }
 
 // mark is what has been forgotten: orders that expired before Until, of which the
-// newest was made at Newest (milliseconds of its ULID). It only grows. By a right
-// clock it says no more than an order's expiry does. But if the coordinator's
-// clock was ahead for a while, orders were forgotten that have not expired by
-// the time that it tells later, and one of them may come again; orders made since
-// are newer, and are done.
+// newest was made at Newest (milliseconds of its ULID). By a right clock it says no
+// more than an order's expiry does. But if the coordinator's clock was ahead for a
+// while, orders were forgotten that have not expired by the time that it tells
+// later, and one of them may come again; orders made since are newer, and are done.
+// Those that were made while it was ahead bear times to come, up to Ahead: see
+// setRight.
 type mark struct {
 	Until  time.Time `json:"until"`
 	Newest uint64    `json:"newest"`
+	Ahead  uint64    `json:"ahead,omitempty"`
 }
 
-func (m mark) covers(order string, expires time.Time) bool {
+// aheadOf is more than the clocks of coordinators differ: an order made later than
+// that is of a time when one was wrong.
+const aheadOf = time.Hour
+
+func (m mark) covers(order string, expires, now time.Time) bool {
 	id, err := ulid.ParseStrict(order)
-	return err == nil && id.Time() <= m.Newest && expires.Before(m.Until)
+	if err != nil || !expires.Before(m.Until) {
+		return false
+	}
+	return id.Time() <= m.Newest || id.Time() <= m.Ahead && id.Time() > ulid.Timestamp(now.Add(aheadOf))
+}
+
+// setRight is m for a clock that turns out to have been ahead: what is made from
+// now on must not count as forgotten. changed is false if it does not.
+func (m mark) setRight(now time.Time) (_ mark, changed bool) {
+	at := ulid.Timestamp(now)
+	if m.Newest <= at {
+		return m, false
+	}
+	m.Ahead, m.Newest = max(m.Ahead, m.Newest), at
+	return m, true
 }
 
 // grown is m with these orders, forgotten at now.
@@ -227,9 +248,10 @@ type badgerJournal struct {
 	turn   sync.Mutex // held by who commits
 	// broken is set once a sync has failed: what is in memory may not be on the
 	// disk, for good. died is closed then.
-	broken atomic.Pointer[error]
-	died   chan struct{}
-	gone   atomic.Pointer[mark] // never changed in place
+	broken  atomic.Pointer[error]
+	died    chan struct{}
+	gone    atomic.Pointer[mark] // never changed in place
+	marking sync.Mutex           // held by who changes gone
 }
 
 // revocation is by which order another one is taken back, and until when that
@@ -423,8 +445,31 @@ func (j *badgerJournal) revokedBy(order string) (string, error) {
 	return r.By, err
 }
 
-func (j *badgerJournal) forgot(order string, expires time.Time) bool {
-	return j.gone.Load().covers(order, expires)
+func (j *badgerJournal) forgot(order string, expires, now time.Time) bool {
+	return j.gone.Load().covers(order, expires, now)
+}
+
+func (j *badgerJournal) timeIs(now time.Time) error {
+	j.marking.Lock()
+	defer j.marking.Unlock()
+	gone, changed := j.gone.Load().setRight(now)
+	if !changed {
+		return nil
+	}
+	return j.mark(gone)
+}
+
+// mark puts what is forgotten on the disk, and then in force. j.marking is held.
+func (j *badgerJournal) mark(gone mark) error {
+	raw, err := json.Marshal(gone)
+	if err != nil {
+		return err
+	}
+	if err := j.set(true, forgottenKey, raw); err != nil {
+		return err
+	}
+	j.gone.Store(&gone)
+	return nil
 }
 
 // keep is e as it is stored; what was given up for it is recorded with it.
@@ -713,15 +758,12 @@ func (j *badgerJournal) forget(now time.Time) error {
 	if err != nil || len(old) == 0 {
 		return err
 	}
-	gone := j.gone.Load().grown(now, old)
-	raw, err := json.Marshal(gone)
+	j.marking.Lock()
+	err = j.mark(j.gone.Load().grown(now, old))
+	j.marking.Unlock()
 	if err != nil {
 		return err
 	}
-	if err := j.set(true, forgottenKey, raw); err != nil {
-		return err
-	}
-	j.gone.Store(&gone)
 	if len(never) > 0 {
 		err = j.commit(&write{change: func(*badger.Txn) ([]pair, error) { return never, nil }})
 	}
@@ -896,10 +938,17 @@ func (j *memoryJournal) forget(now time.Time) error {
 	return nil
 }
 
-func (j *memoryJournal) forgot(order string, expires time.Time) bool {
+func (j *memoryJournal) forgot(order string, expires, now time.Time) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return j.gone.covers(order, expires)
+	return j.gone.covers(order, expires, now)
+}
+
+func (j *memoryJournal) timeIs(now time.Time) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.gone, _ = j.gone.setRight(now)
+	return nil
 }
 
 func (j *memoryJournal) revoke(order, by string, _ time.Time) error {

@@ -37,7 +37,7 @@ type machine struct {
 	board   board.Board
 	boot    string // the kernel's boot id
 	began   time.Time
-	places  []VolumeConfig // where chunks go
+	places  []place
 
 	sampler *hw.Sampler
 	sensors *sensor.Set
@@ -53,12 +53,12 @@ type machine struct {
 
 	changed chan struct{} // capacity 1: what the light shows may have
 	noted   *Feeling      // of show, and after it of run alone
-	why     error         // the agent ends; set before run is told to
 	stop    sync.Once
 
 	mu      sync.Mutex // guards the rest
 	stage   stage
 	online  bool
+	why     error                   // the agent ends
 	working int                     // long orders under way
 	updates int                     // update orders under way
 	checks  []func()                // called with each sample, to tell the registry how things are
@@ -169,10 +169,15 @@ func (m *machine) begin(ctx context.Context) (_ context.Context, stop func(why e
 	done := make(chan error, 1)
 	go func() { done <- m.run(ctx) }()
 	return ctx, func(why error) (err error) {
+		m.mu.Lock()
 		m.why = why
+		m.mu.Unlock()
 		cancel()
 		select {
 		case err = <-done:
+			if why != nil { // run may have ended before that was known
+				err = errors.Join(err, m.saveStatus(true))
+			}
 		case <-time.After(stopLimit):
 			m.log.Warn("a device on this machine hangs; it is not waited for", "waited", stopLimit.String())
 		}

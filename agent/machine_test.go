@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/watchdog"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
+	"golang.org/x/sys/unix"
 )
 
 func TestTheLightShowsWhatMattersMost(t *testing.T) {
@@ -180,7 +183,7 @@ func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
 			}
 		}
 		a := &Agent{cfg: cfg}
-		if err := a.noteChosen([]VolumeConfig{{Dir: disk}}); err != nil {
+		if err := a.noteChosen([]place{{VolumeConfig: VolumeConfig{Dir: disk}}}); err != nil {
 			t.Fatal(err)
 		}
 		for _, name := range []string{"slots/a", "journal", "history", "ota"} {
@@ -358,6 +361,12 @@ func TestADeviceWhoseDisksAllFailStaysToSayIt(t *testing.T) {
 	if err := os.Remove(file); err != nil { // the disk is put in order
 		t.Fatal(err)
 	}
+	for _, u := range a.places.left {
+		if u.next.Before(time.Now()) {
+			t.Error("it is tried again at once")
+		}
+		u.next = time.Time{}
+	}
 	a.openRest(t.Context())
 	if n := len(a.chunks.Volumes()); n != 1 {
 		t.Errorf("%d volumes are open then", n)
@@ -365,6 +374,104 @@ func TestADeviceWhoseDisksAllFailStaysToSayIt(t *testing.T) {
 	a.measure()
 	if capacity, _ := a.room(); capacity == 0 {
 		t.Error("and there is no room")
+	}
+	if err := errors.Join(a.chunks.Close(), stop(nil)); err != nil {
+		t.Error(err)
+	}
+}
+
+// resettable is a state folder with a key in it.
+func resettable(t *testing.T) Config {
+	t.Helper()
+	cfg := Config{StateDir: t.TempDir()}
+	if _, err := LoadIdentity(cfg.path("identity")); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+func TestAResetFollowsALinkToTheKey(t *testing.T) {
+	cfg := resettable(t)
+	elsewhere := filepath.Join(t.TempDir(), "identity")
+	if err := errors.Join(os.Rename(cfg.path("identity"), elsewhere), os.Symlink(elsewhere, cfg.path("identity"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := Reset(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(elsewhere, keyFile)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the key is still there (%v)", err)
+	}
+}
+
+// TestAResetEndsWhereSomethingIsMounted below the state.
+func TestAResetEndsWhereSomethingIsMounted(t *testing.T) {
+	cfg := resettable(t)
+	if err := os.Mkdir(cfg.path("jobs"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", cfg.path("jobs"), "tmpfs", 0, "size=1m"); err != nil {
+		t.Skipf("only root can mount: %v", err)
+	}
+	defer func() {
+		if err := unix.Unmount(cfg.path("jobs"), 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := os.WriteFile(cfg.path("jobs", "module"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Reset(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(cfg.path("jobs")); err != nil || len(left) != 0 {
+		t.Errorf("%v is left (%v)", left, err)
+	}
+	if _, err := os.Stat(cfg.path("identity")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the key is still there (%v)", err)
+	}
+}
+
+// TestADiskThatIsAwayAtOneStartIsStillReset at the next.
+func TestADiskThatIsAwayAtOneStartIsStillReset(t *testing.T) {
+	a := &Agent{cfg: resettable(t)}
+	at := func(dir string) []place { return []place{{VolumeConfig: VolumeConfig{Dir: dir}}} }
+	for _, dir := range []string{"/a", "/b", "/a"} {
+		if err := a.noteChosen(at(dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := chosenBefore(a.cfg); err != nil || !slices.Equal(all, []string{"/a", "/b"}) {
+		t.Errorf("%v, %v", all, err)
+	}
+}
+
+// TestNoVolumeIsMadeUnderADiskThatWasTakenOut: below its empty mount point is the
+// system's own disk.
+func TestNoVolumeIsMadeUnderADiskThatWasTakenOut(t *testing.T) {
+	mount := filepath.Join(t.TempDir(), "disk")
+	if err := os.Mkdir(mount, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", mount, "tmpfs", unix.MS_RDONLY, "size=1m"); err != nil {
+		t.Skipf("only root can mount: %v", err)
+	}
+	cfg := Config{StateDir: t.TempDir(), Volumes: []VolumeConfig{{Dir: filepath.Join(mount, "chunks")}}}
+	m, stop := realMachine(t, cfg)
+	a := &Agent{cfg: cfg, log: discardLog(), hw: m}
+	err := a.openVolumes(t.Context())
+	if u := unix.Unmount(mount, 0); err != nil || u != nil {
+		t.Fatal(err, u)
+	}
+	for _, u := range a.places.left {
+		u.next = time.Time{}
+	}
+	a.openRest(t.Context())
+	if n := len(a.chunks.Volumes()); n != 0 || len(a.places.left) != 1 {
+		t.Errorf("%d volumes are open, %d wait", n, len(a.places.left))
+	}
+	if left, err := os.ReadDir(mount); err != nil || len(left) != 0 {
+		t.Errorf("the empty mount point holds %v (%v)", left, err)
 	}
 	if err := errors.Join(a.chunks.Close(), stop(nil)); err != nil {
 		t.Error(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/sync/store"
+	"golang.org/x/sys/unix"
 )
 
 // A reset to factory takes the device's key, its membership, what it holds for
@@ -57,25 +59,40 @@ func (c Config) reset() error {
 		return err
 	}
 	for _, v := range c.Volumes {
-		volumes = append(volumes, v.Dir)
+		chosen = append(chosen, v.Dir)
 	}
+	// One disk that fails keeps nothing else from going, the key least of all; but
+	// the mark stays.
 	var failed error
-	for _, dir := range append(volumes, chosen...) {
+	for _, dir := range append(chosen, volumes...) {
 		failed = errors.Join(failed, store.Erase(dir))
 	}
-	if failed != nil {
-		return failed // and the mark stays
-	}
 	for _, name := range made {
-		if err := os.RemoveAll(c.path(name)); err != nil {
-			return fmt.Errorf("the device cannot be reset: %w", err)
-		}
+		failed = errors.Join(failed, wipe(c.path(name)))
 	}
 	// A folder that something else is in or mounted on is not the device's alone.
 	for _, dir := range append(volumes, c.path("volumes")) {
 		_ = os.Remove(dir)
 	}
+	if failed != nil {
+		return fmt.Errorf("the device cannot be reset whole: %w", failed)
+	}
 	return os.Remove(c.path(resetMark))
+}
+
+// wipe removes a file, or a folder with what is in it, also where that is a link
+// or something is mounted there.
+func wipe(path string) error {
+	var failed error
+	if entries, err := os.ReadDir(path); err == nil {
+		for _, e := range entries {
+			failed = errors.Join(failed, os.RemoveAll(filepath.Join(path, e.Name())))
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) {
+		failed = errors.Join(failed, err)
+	}
+	return failed
 }
 
 // isDevice tells a state folder from others: a reset must remove nothing that a

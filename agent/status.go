@@ -66,6 +66,8 @@ func (m *machine) saveStatus(ended bool) error {
 
 // lastWords is why the agent ends, if that is no stop in good order.
 func (m *machine) lastWords(ended bool) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if !ended || m.why == nil || errors.Is(m.why, ErrRestart) {
 		return ""
 	}

@@ -424,6 +424,50 @@ func TestAnOrderForgottenByAWrongClockIsNotDoneAgain(t *testing.T) {
 	}
 }
 
+// TestAClockThatIsSetRightRefusesNoNewOrders, though orders were made, done and
+// forgotten while it was a year ahead; those do not come back, either.
+func TestAClockThatIsSetRightRefusesNoNewOrders(t *testing.T) {
+	var c counter
+	r := newRig(t, c.handle)
+	at := func(when time.Time, tail string) string {
+		return ulid.MustNew(ulid.Timestamp(when), strings.NewReader(tail)).String()
+	}
+	now := time.Now()
+	wrong := now.Add(365 * 24 * time.Hour)
+	r.clock.Trust(wrong, 0)
+	o := r.order(at(wrong, "0123456789"))
+	o.Issued, o.Expires = wrong, wrong.Add(time.Hour)
+	r.give(o)
+	seq := r.ends(o.ID).Seq
+	r.wait()
+	if err := acknowledge(r.journal, []wire.Acked{{Order: o.ID, Seq: seq}}); err != nil {
+		t.Fatal(err)
+	}
+	ahead := NewClock(time.Time{})
+	ahead.Trust(wrong.Add(48*time.Hour), 0)
+	if err := forget(r.journal, ahead); err != nil {
+		t.Fatal(err)
+	}
+	r.clock.Trust(now, 0)
+	if err := r.journal.timeIs(now); err != nil {
+		t.Fatal(err)
+	}
+	for life := range 2 {
+		fresh := r.order(at(now.Add(time.Minute), fmt.Sprintf("abcdefghi%d", life)))
+		fresh.Expires = now.Add(time.Hour)
+		r.give(fresh)
+		if rep := r.ends(fresh.ID); rep.State != wire.Succeeded {
+			t.Errorf("a new order: %+v", rep)
+		}
+		calls := c.calls()
+		r.give(o)
+		if rep := r.ends(o.ID); rep.State != wire.Rejected || c.calls() != calls {
+			t.Errorf("one that was done: %+v", rep)
+		}
+		r = r.reborn(c.handle)
+	}
+}
+
 func TestAcknowledgementsOnAFullDiskAreNotedLater(t *testing.T) {
 	var c counter
 	r := newRig(t, c.handle)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,13 +27,15 @@ import (
 // places is where chunks go, each with what it leaves free: what the owner's file
 // or the command line names, and else what hw/disk chooses; at the least a folder
 // in the state, whose floor then decides whether there is room for anything.
-func (c Config) places(m *machine) []VolumeConfig {
+func (c Config) places(m *machine) []place {
 	chosen := c.Volumes
 	if len(chosen) == 0 {
 		chosen = c.choose(m)
 	}
+	all := make([]place, len(chosen))
 	for i := range chosen {
-		v := &chosen[i]
+		all[i].VolumeConfig = chosen[i]
+		v := &all[i]
 		// A disk that hangs is not waited for; what is decided then is on the safe side.
 		floor, ok := hw.Within(context.Background(), statLimit, "floor of "+v.Dir, func() int64 { return store.DefaultFloor(v.Dir) })
 		if !ok {
@@ -40,13 +43,20 @@ func (c Config) places(m *machine) []VolumeConfig {
 		}
 		v.Floor = cmp.Or(v.Floor, floor)
 		shared, ok := hw.Within(context.Background(), statLimit, "place of "+v.Dir, func() bool { return sameDisk(v.Dir, c.StateDir) })
+		v.shared = shared && ok
 		// With less, a device could fill itself until it cannot report.
 		if v.Floor < sharedFloor && (shared || !ok) {
 			m.log.Warn("the floor is raised: this volume is on the disk of the agent's own state", "volume", v.Dir, "floor_bytes", int64(sharedFloor))
 			v.Floor = sharedFloor
 		}
 	}
-	return chosen
+	return all
+}
+
+// place is where chunks go.
+type place struct {
+	VolumeConfig
+	shared bool // it is on the disk of the agent's state
 }
 
 // sharedFloor is the least that chunks leave free on the disk that the agent's
@@ -72,7 +82,7 @@ func (c Config) choose(m *machine) (chosen []VolumeConfig) {
 }
 
 // watched are the folders whose filesystems matter.
-func (c Config) watched(places []VolumeConfig) []health.Path {
+func (c Config) watched(places []place) []health.Path {
 	all := []health.Path{{Dir: c.StateDir}}
 	for _, v := range places {
 		all = append(all, health.Path{Dir: v.Dir, Floor: uint64(v.Floor)})
@@ -80,16 +90,24 @@ func (c Config) watched(places []VolumeConfig) []health.Path {
 	return all
 }
 
-// chosenFile names the folders that were chosen, one a line, for who resets the
-// device.
+// chosenFile names the folders that were ever chosen, one a line, for who resets
+// the device: a disk that is away today may hold chunks, too.
 const chosenFile = "volumes.chosen"
 
-func (a *Agent) noteChosen(all []VolumeConfig) error {
-	var b strings.Builder
-	for _, v := range all {
-		fmt.Fprintln(&b, v.Dir)
+const maxChosen = 256
+
+func (a *Agent) noteChosen(all []place) error {
+	dirs, err := chosenBefore(a.cfg)
+	if err != nil {
+		return fmt.Errorf("the choice of disks cannot be read: %w", err)
 	}
-	if err := durable.WriteFile(a.cfg.path(chosenFile), []byte(b.String()), 0o600); err != nil {
+	for _, v := range all {
+		if !slices.Contains(dirs, v.Dir) {
+			dirs = append(dirs, v.Dir)
+		}
+	}
+	dirs = dirs[max(0, len(dirs)-maxChosen):]
+	if err := durable.WriteFile(a.cfg.path(chosenFile), []byte(strings.Join(dirs, "\n")+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the choice of disks cannot be saved: %w", err)
 	}
 	return nil
@@ -111,17 +129,34 @@ func (c Config) diskOptions(b board.Board) disk.Options {
 // volumes is the device's places for chunks, as they are now.
 type volumes struct {
 	tests *disk.Record
-	left  []VolumeConfig // that could not be opened; of live's probe loop alone
+	left  []*unopened // of the probe loop alone, once the agent lives
 
 	mu             sync.Mutex
 	capacity, used int64 // see Agent.room
+	closed         bool  // nothing is to be opened any more
+}
+
+// unopened is a volume that could not be opened, and is tried again.
+type unopened struct {
+	place
+	late  <-chan opened // that is still opening; nil if none is
+	tries int
+	next  time.Time
+	final bool // not before the next start
+}
+
+// opened is what has become of opening a volume.
+type opened struct {
+	vol *store.Volume
+	err error
 }
 
 const (
-	// openLimit is how long a volume may take to open: the chunks of its newest
-	// log are read, up to a gigabyte from a slow disk.
-	openLimit = 5 * time.Minute
+	// openLimit is how long the start waits for a volume. It may take longer, as
+	// the chunks of its newest log are read; then it comes later.
+	openLimit = 20 * time.Second
 	statLimit = 2 * time.Second
+	retryMost = 24 * time.Hour
 )
 
 // openVolumes opens what can be opened and trusted. One broken disk must not take
@@ -134,84 +169,124 @@ func (a *Agent) openVolumes(ctx context.Context) (err error) {
 	if err := a.noteChosen(a.hw.places); err != nil {
 		return err
 	}
-	var open []*store.Volume
-	var failed error
+	a.chunks = store.NewSet()
 	for _, v := range a.hw.places {
-		vol, err := a.openVolume(ctx, v)
-		if err != nil {
-			a.places.left = append(a.places.left, v)
-			failed = errors.Join(failed, err)
-			continue
-		}
-		open = append(open, vol)
+		a.open(ctx, &unopened{place: v})
 	}
-	if failed != nil {
-		a.log.Error("a volume is not available; its chunks count as lost until it is, and it is tried again", "error", failed)
+	if len(a.places.left) > 0 {
+		a.log.Error("a volume is not available; its chunks count as lost until it is, and it is tried again", "volumes", len(a.places.left))
 	}
-	a.chunks = store.NewSet(open...)
 	a.measure()
 	return nil
 }
 
 // openRest tries again what could not be opened: a disk that was slow at the
-// start, or was put back.
+// start, or was put back. A folder that is on the system's disk now and was not
+// then is one whose disk was taken out.
 func (a *Agent) openRest(ctx context.Context) {
 	left := a.places.left
 	a.places.left = nil
-	for _, v := range left {
-		vol, err := a.openVolume(ctx, v)
-		if err != nil {
-			a.places.left = append(a.places.left, v)
+	for _, u := range left {
+		shared, ok := hw.Within(ctx, statLimit, "place of "+u.Dir, func() bool { return sameDisk(u.Dir, a.cfg.StateDir) })
+		if u.late == nil && (u.final || time.Now().Before(u.next) || !ok || shared && !u.shared) {
+			a.places.left = append(a.places.left, u)
 			continue
 		}
-		a.log.Info("a volume is available again", "volume", v.Dir)
-		a.hw.health.Clear(health.DiskRefused, v.Dir)
-		a.hw.health.Clear(health.VolumeFailed, v.Dir)
-		a.chunks.Add(vol)
+		if vol := a.open(ctx, u); vol != nil {
+			a.log.Info("a volume is available again", "volume", u.Dir)
+			a.hw.health.Clear(health.DiskRefused, u.Dir)
+			a.hw.health.Clear(health.VolumeFailed, u.Dir)
+			go a.checkVolume(ctx, vol)
+		}
 	}
 }
 
-// openVolume gives a disk that hangs up in time. What it opens after that is
-// closed again.
-func (a *Agent) openVolume(ctx context.Context, v VolumeConfig) (*store.Volume, error) {
-	t, err := a.places.tests.Trusted(ctx, v.Dir, a.hw.inventory().Inventory, a.log)
-	if err == nil && !t.Passed {
-		err = fmt.Errorf("the disk of %s has failed its self-test: %s", v.Dir, t.Problem)
+// open adds a volume to the chunks, or notes that it has to be tried again.
+func (a *Agent) open(ctx context.Context, u *unopened) *store.Volume {
+	vol, err := a.openVolume(ctx, u)
+	if err == nil && a.adopt(vol) {
+		return vol
 	}
 	if err != nil {
-		a.hw.health.Set(health.DiskRefused, v.Dir, err.Error())
-		return nil, err
+		a.log.Warn("a volume cannot be opened", "volume", u.Dir, "error", err)
+		u.next = time.Now().Add(min(probeEvery<<min(u.tries, 16), retryMost))
+		u.tries++
 	}
-	type answer struct {
-		vol *store.Volume
-		err error
+	a.places.left = append(a.places.left, u)
+	return nil
+}
+
+// adopt is false if the agent ends.
+func (a *Agent) adopt(vol *store.Volume) bool {
+	a.places.mu.Lock()
+	defer a.places.mu.Unlock()
+	if a.places.closed {
+		go vol.Close() // it is as one that was never opened
+		return false
 	}
-	opened := make(chan answer, 1)
-	go func() {
-		vol, err := store.Open(v.Dir, store.Options{Capacity: v.Capacity, FloorBytes: v.Floor, Log: a.log})
-		opened <- answer{vol, err}
-	}()
-	var x answer
+	a.chunks.Add(vol)
+	return true
+}
+
+// openVolume waits for openLimit. What opens after that is found the next time.
+func (a *Agent) openVolume(ctx context.Context, u *unopened) (*store.Volume, error) {
+	if u.late == nil {
+		t, err := a.places.tests.Trusted(ctx, u.Dir, a.hw.inventory().Inventory, a.log)
+		if err == nil && !t.Passed {
+			// A disk that lies may pass by luck the next time.
+			u.final = t.Code == disk.ProblemMismatch
+			err = fmt.Errorf("the disk of %s has failed its self-test: %s", u.Dir, t.Problem)
+		}
+		if err != nil {
+			a.hw.health.Set(health.DiskRefused, u.Dir, err.Error())
+			return nil, err
+		}
+		late := make(chan opened, 1)
+		go func() {
+			vol, err := store.Open(u.Dir, store.Options{Capacity: u.Capacity, FloorBytes: u.Floor, Log: a.log})
+			late <- opened{vol, err}
+		}()
+		u.late = late
+	}
 	limit := time.NewTimer(openLimit)
 	defer limit.Stop()
 	select {
-	case x = <-opened:
-	case <-limit.C:
-		x.err = fmt.Errorf("the disk of %s does not answer", v.Dir)
-	case <-ctx.Done():
-		x.err = ctx.Err()
-	}
-	if x.err != nil {
-		a.hw.health.Set(health.VolumeFailed, v.Dir, x.err.Error())
-		if x.vol == nil {
-			go func() {
-				if late := <-opened; late.vol != nil {
-					_ = late.vol.Close() // nothing was written
-				}
-			}()
+	case x := <-u.late:
+		u.late = nil
+		if x.err != nil {
+			a.hw.health.Set(health.VolumeFailed, u.Dir, x.err.Error())
 		}
+		return x.vol, x.err
+	case <-limit.C:
+		err := fmt.Errorf("the disk of %s has not answered for %s; it is waited for", u.Dir, openLimit)
+		a.hw.health.Set(health.VolumeFailed, u.Dir, err.Error())
+		return nil, err
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	return x.vol, x.err
+}
+
+// closeStores closes volumes and journal. A disk that hangs is not waited for:
+// what was promised is on the disks already.
+func (a *Agent) closeStores() error {
+	a.places.mu.Lock()
+	a.places.closed = true
+	a.places.mu.Unlock()
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		if a.chunks != nil {
+			err = a.chunks.Close()
+		}
+		done <- errors.Join(err, a.journal.close())
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(stopLimit):
+		a.log.Error("a disk does not let itself be closed and is left", "waited", stopLimit.String())
+		return nil
+	}
 }
 
 // feel tells the registry of warnings how the agent's own parts are; it is

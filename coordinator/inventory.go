@@ -63,8 +63,10 @@ type inventoryRow struct {
 	Ended  string    `json:"ended,omitempty"`  // the last Order whose end is taken in here
 	// Problem is why the newest order brought nothing; empty if it did.
 	Problem string `json:"problem,omitempty"`
-	// Vain is how many orders in a row brought nothing.
-	Vain int `json:"vain,omitempty"`
+	// Vain is how many orders in a row the agent of version VainAgent has answered
+	// with nothing that is of use.
+	Vain      int    `json:"vain,omitempty"`
+	VainAgent string `json:"vain_agent,omitempty"`
 	// Deaf is the version of an agent that does not know such orders.
 	Deaf string `json:"deaf,omitempty"`
 }
@@ -167,6 +169,9 @@ func (s *inventories) due(row inventoryRow, agent, digest string) bool {
 		return false
 	case row.Deaf != "" && row.Deaf == agent:
 		return false
+	}
+	if row.VainAgent != agent {
+		row.Vain = 0 // another one may do better
 	}
 	return row.Order == "" || s.now().Sub(row.Asked) >= row.pause()
 }
@@ -317,7 +322,12 @@ func (s *inventories) takeEnd(ctx context.Context, d api.DeviceRecord) (inventor
 			before, v.Digest, v.Taken = v.Digest, digest, s.now().UTC()
 			return nil
 		}
-		v.Vain++
+		if d.Agent != v.VainAgent {
+			v.Vain, v.VainAgent = 0, d.Agent
+		}
+		if o.State == wire.Succeeded || o.State == wire.Rejected || o.State == wire.Failed {
+			v.Vain++ // the device's own answer, not that it was away
+		}
 		v.Problem = cutText(sentence(refused.Reason), maxWarningText) // often the device's words
 		if o.State == wire.Rejected && (o.Result.Code == wire.CodeUnknownKind || o.Result.Code == wire.CodeNotSupported) {
 			v.Deaf = d.Agent

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -205,9 +206,12 @@ func (s *Set) Lost() []Loss {
 
 // Close closes every volume.
 func (s *Set) Close() error {
-	var err error
-	for _, v := range *s.volumes.Load() {
-		err = errors.Join(err, v.Close())
+	volumes := *s.volumes.Load()
+	failed := make([]error, len(volumes))
+	var wg sync.WaitGroup
+	for i, v := range volumes { // at once: one disk that hangs must not keep the others open
+		wg.Go(func() { failed[i] = v.Close() })
 	}
-	return err
+	wg.Wait()
+	return errors.Join(failed...)
 }
