@@ -29,6 +29,20 @@ export FILE
 .PHONY: build
 build: $(HOST) $(ARM64) $(ARMV7) $(GUESTS) $(TOUR) ## Build every program, for this machine, arm64 and armv7, and the guest modules
 
+##@ Image
+.PHONY: image image-debug image-lock
+image: ## The disk image of a device, arm64, UEFI (CONFIG=file becomes its deimos.toml)
+	@$(MAKE_IMAGE)
+image-debug: ## The same with a shell and the kernel's messages
+	@$(MAKE_IMAGE) -debug
+image-lock: ## Take Debian's newest packages for the image from now on
+	@$(GO) run ./packaging/image -lock
+image image-debug: $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init
+export CONFIG
+
+##@ Install
+.PHONY: deb
+deb: ## Debian packages of agent and coordinator, into bin/deb
 ##@ Check
 .PHONY: test
 test: ## Everything: set-up, format, vet, lint, unit tests, integration, race detector, the arm64 agent, reproducibility
@@ -46,6 +60,10 @@ device: ## Size, form and a run of the shipped device programs under emulation
 	@scripts/test device
 integration: ## The real processes together, and the long tests of the rooms
 	@scripts/test integration
+
+.PHONY: deb-test
+deb-test: ## Install, upgrade, remove and purge the Debian packages under a systemd of their own; lintian; same bytes twice (root)
+	@scripts/test-deb
 
 .PHONY: repro
 repro: ## Build the device programs twice, from nothing, in two places, and compare (minutes)
@@ -100,6 +118,9 @@ $(HOST): $(BIN)/%: $(SOURCES) $(STAMP)
 $(ARM64): $(BIN)/arm64/%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(VERSION),cmd/$*)
 
+$(BIN)/arm64/deimos-init: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(VERSION),packaging/init)
+
 $(ARMV7): $(BIN)/armv7/%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm GOARM=7,$(VERSION),cmd/$*)
 
@@ -111,3 +132,38 @@ $(BIN)/tour/agent-next: $(SOURCES) $(STAMP)
 
 $(BIN)/tour/agent-broken: $(SOURCES) $(STAMP)
 	$(call go-build,$(NATIVE),0.3.0,packaging/tour/brokenagent)
+
+MAKE_IMAGE = $(GO) run ./packaging/image -version $(VERSION) -agent $(BIN)/arm64/deimos-agent -init $(BIN)/arm64/deimos-init \
+               -out $(BIN)/image $(if $(CONFIG),-config "$$CONFIG")
+
+# Programs that only packages need: for each architecture of Debian, and the one
+# that offers a packaged agent to the slots.
+AMD64   := $(addprefix $(BIN)/amd64/,deimos deimos-agent deimos-launch)
+DEBS    := deimos-agent_amd64 deimos-agent_arm64 deimos-agent_armhf deimos_amd64 deimos_arm64
+
+$(AMD64): $(BIN)/amd64/%: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=amd64 GOAMD64=v1,$(VERSION),cmd/$*)
+
+$(BIN)/arm64/deimos: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(VERSION),cmd/deimos)
+
+$(BIN)/amd64/deimos-offer: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=amd64 GOAMD64=v1,$(VERSION),packaging/deb/offer)
+
+$(BIN)/arm64/deimos-offer: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(VERSION),packaging/deb/offer)
+
+$(BIN)/armv7/deimos-offer: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm GOARM=7,$(VERSION),packaging/deb/offer)
+
+deb: $(DEBS:%=$(BIN)/deb/%)
+
+# $(BIN)/deb/PACKAGE_ARCH stands for the package, whose name has the version too.
+.PHONY: $(DEBS:%=$(BIN)/deb/%)
+$(BIN)/deb/deimos-agent_amd64: $(addprefix $(BIN)/amd64/,deimos-agent deimos-launch deimos-offer)
+$(BIN)/deb/deimos-agent_arm64: $(addprefix $(BIN)/arm64/,deimos-agent deimos-launch deimos-offer)
+$(BIN)/deb/deimos-agent_armhf: $(addprefix $(BIN)/armv7/,deimos-agent deimos-launch deimos-offer)
+$(BIN)/deb/deimos_amd64: $(BIN)/amd64/deimos
+$(BIN)/deb/deimos_arm64: $(BIN)/arm64/deimos
+$(DEBS:%=$(BIN)/deb/%): $(BIN)/deb/%:
+	@packaging/deb/build $(subst _, ,$*) $(VERSION) $(RELEASED) $(<D) $(BIN)/deb

@@ -31,7 +31,7 @@ var modules = []string{
 // firmware that cannot even start uses up its tries.
 const (
 	commandLine      = "panic=10 quiet"
-	commandLineDebug = "panic=10 deimos.debug"
+	commandLineDebug = "panic=10"
 )
 
 // firmware is one whole firmware: what goes into a unified kernel image.
