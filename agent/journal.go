@@ -17,6 +17,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -237,6 +238,7 @@ func record(before []wire.Dropped, e entry) []wire.Dropped {
 // transactions with a sync after each.
 type badgerJournal struct {
 	db    *badger.DB
+	rest  *compactors.Keeper
 	dir   string
 	leave atomic.Int64 // bytes left free on the disk
 	flush func() error // db.Sync, except in tests
@@ -350,10 +352,14 @@ func openJournal(dir string) (*badgerJournal, error) {
 	if err := j.count(); err != nil {
 		return nil, errors.Join(fmt.Errorf("the agent's journal in %s cannot be read: %w", dir, err), j.db.Close())
 	}
+	j.rest = compactors.Keep(j.db)
 	return j, nil
 }
 
-func (j *badgerJournal) close() error { return j.db.Close() }
+func (j *badgerJournal) close() error {
+	j.rest.Close()
+	return j.db.Close()
+}
 
 // count finds out what the entries take, and what was lost and forgotten before.
 func (j *badgerJournal) count() error {
@@ -589,6 +595,8 @@ type batch struct {
 }
 
 func (j *badgerJournal) attempt(all []*write) (n int, b batch, err error) {
+	j.rest.Begin(maxBatch)
+	defer j.rest.End()
 	tx := j.db.NewTransaction(true)
 	defer tx.Discard()
 	for ; n < len(all); n++ {

@@ -35,12 +35,12 @@ var mayImport = map[string][]string{
 	"board":              {"wire"},
 	"hw":                 {"board", "wire", "internal/durable"},
 	"sync/chunk":         {"wire"},
-	"sync/store":         {"sync/chunk", "wire", "internal/durable"},
+	"sync/store":         {"sync/chunk", "wire", "internal/compactors", "internal/durable"},
 	"sync/transfer":      {"wire"},
 	"sync/orders":        {"sync/chunk", "sync/store", "sync/transfer", "wire"},
 	"jobs":               {"wire"},
 	"ota":                {"wire", "internal/durable"},
-	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/durable"},
+	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/compactors", "internal/durable"},
 	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo", "internal/durable"},
 	"coordinator/engine": {"wire"},
 	"coordinator/api":    {"wire", "sync/chunk"},
@@ -50,9 +50,10 @@ var mayImport = map[string][]string{
 	"packaging":          {""},
 	// On no map: the tests of the whole, what runs processes for them and for
 	// the tour, and how files are replaced.
-	"test":             {""},
-	"internal/proc":    {},
-	"internal/durable": {},
+	"test":                {""},
+	"internal/proc":       {},
+	"internal/compactors": {},
+	"internal/durable":    {},
 }
 
 // goPackage is the part of `go list -json` that the rules look at.

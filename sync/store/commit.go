@@ -11,6 +11,7 @@ import (
 
 	"github.com/dgraph-io/badger/v4"
 
+	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -20,6 +21,8 @@ const (
 	maxBatchBytes    = 16 << 20 // chunks that share one sync
 	maxBatchRequests = 1024
 	maxDropsAtOnce   = 1000 // ids in one transaction
+
+	keyBytes = 64 // a key in the tree with its value where that is no chunk (a size, or where the chunk lies), rounded up
 )
 
 // request is one change that waits for the committer, or with neither data nor
@@ -198,6 +201,7 @@ type stage struct {
 	chunks   int
 
 	txns []*badger.Txn
+	tree int64      // bytes that they set in Badger's tree, at most
 	mu   sync.Mutex // guards err while Badger writes
 	err  error
 }
@@ -300,7 +304,7 @@ func (s *stage) addPut(r *request) error {
 	if err := s.takeRoom(size); err != nil {
 		return err
 	}
-	s.write(func(txn *badger.Txn) error {
+	s.write(2, min(size, smallValue), func(txn *badger.Txn) error {
 		index := binary.BigEndian.AppendUint32(nil, uint32(size))
 		return errors.Join(
 			txn.Set(keyOf(chunkPrefix, r.id), r.data),
@@ -341,7 +345,7 @@ func (s *stage) addDrops(r *request) error {
 		s.state[id] = held{}
 	}
 	s.unlost = append(s.unlost, there...)
-	s.write(func(txn *badger.Txn) error {
+	s.write(2*len(there), 0, func(txn *badger.Txn) error {
 		for _, id := range there {
 			if err := errors.Join(txn.Delete(keyOf(chunkPrefix, id)), txn.Delete(keyOf(indexPrefix, id))); err != nil {
 				return err
@@ -352,9 +356,10 @@ func (s *stage) addDrops(r *request) error {
 	return nil
 }
 
-// write prepares a transaction; finish hands it on. An error fails the batch as
-// a whole.
-func (s *stage) write(fill func(*badger.Txn) error) {
+// write prepares a transaction of so many keys, with values of so many bytes that
+// stay in the tree; finish hands it on. An error fails the batch as a whole.
+func (s *stage) write(keys int, values int64, fill func(*badger.Txn) error) {
+	s.tree += int64(keys)*(keyBytes+compactors.EntryBytes) + values
 	txn := s.v.db.NewTransaction(true)
 	s.txns = append(s.txns, txn)
 	if err := fill(txn); err != nil {
@@ -378,6 +383,11 @@ func (s *stage) finish() error {
 		}
 		return s.err
 	}
+	if len(s.txns) == 0 {
+		return nil
+	}
+	s.v.rest.Begin(s.tree)
+	defer s.v.rest.End()
 	var writes sync.WaitGroup
 	for _, txn := range s.txns {
 		writes.Add(1)
@@ -389,7 +399,7 @@ func (s *stage) finish() error {
 		})
 	}
 	writes.Wait()
-	if s.err != nil || len(s.txns) == 0 {
+	if s.err != nil {
 		return s.err
 	}
 	return s.v.syncer.sync()

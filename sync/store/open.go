@@ -24,6 +24,7 @@ import (
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -112,6 +113,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	}
 	v.readAll(context.Background(), newest)
 	v.keepBallast()
+	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
 	return v, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -42,6 +43,7 @@ type Volume struct {
 	opt     Options
 	lock    *os.File // holds the directory's flock
 	db      *badger.DB
+	rest    *compactors.Keeper
 	syncer  syncer // the committer's, once it runs
 	queue   chan *request
 	stop    chan struct{} // closed: the committer ends
@@ -448,7 +450,10 @@ func (v *Volume) Close() error {
 		return fmt.Errorf("volume %s is not closed, though all its chunks are safe: %w", v.id, err)
 	}
 	closed := make(chan error, 1)
-	go func() { closed <- v.db.Close() }()
+	go func() {
+		v.rest.Close()
+		closed <- v.db.Close()
+	}()
 	select {
 	case err := <-closed:
 		process.giveBack(v.opt.Capacity)
