@@ -55,7 +55,6 @@ func TestADeviceTellsOfItself(t *testing.T) {
 	}
 	f.fails(nil, cli.ExitUsage, "device", "history", string(d.id), "--since", "nonsense")
 
-	r := d.onDevice("status", "-o", "json")
 	var s struct {
 		Running  bool   `json:"running"`
 		Standing string `json:"standing"`
@@ -63,9 +62,13 @@ func TestADeviceTellsOfItself(t *testing.T) {
 			Online bool `json:"online"`
 		} `json:"machine"`
 	}
-	if err := json.Unmarshal(r.Stdout, &s); err != nil || !s.Running || s.Standing != "member" || !s.Machine.Online {
-		t.Errorf("its own status: %s (%v)", r.Stdout, err)
-	}
+	f.until("its own status", func() bool { // which is noted a moment later
+		r := d.onDevice("status", "-o", "json")
+		if err := json.Unmarshal(r.Stdout, &s); err != nil {
+			t.Fatalf("its own status: %s (%v)", r.Stdout, err)
+		}
+		return s.Running && s.Standing == "member" && s.Machine.Online
+	})
 	if len(inv.LEDs) == 0 { // else it would blink
 		if said := f.fails(nil, cli.ExitFailed, "device", "identify", string(d.id)); !strings.Contains(said, "no light") {
 			t.Errorf("identify without a light: %s", said)
@@ -93,9 +96,9 @@ func TestAKilledAgentIsNoSecret(t *testing.T) {
 	d.kill()
 	d.start()
 	f.until("the warning", func() bool { return killed(d.now().Health) })
-	if r := d.onDevice("status"); !bytes.Contains(r.Stdout, []byte("The agent was killed")) {
-		t.Errorf("the owner reads: %s", r.Stdout)
-	}
+	f.until("the owner reading it", func() bool {
+		return bytes.Contains(d.onDevice("status").Stdout, []byte("The agent was killed"))
+	})
 	var list []api.Device
 	f.ok(&list, "device", "list")
 	if len(list) != 1 || !killed(list[0].Health) {
