@@ -75,70 +75,142 @@ func fetch(ctx context.Context, all []debPackage, cache, dir string) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return err
 	}
+	if err := fetchMissing(ctx, all, cache); err != nil {
+		return err
+	}
 	for _, p := range all {
 		deb := filepath.Join(cache, p.fileName())
 		sum, err := digest(deb)
-		if errors.Is(err, os.ErrNotExist) {
-			if err = download(ctx, p, cache); err == nil {
-				sum, err = digest(deb)
-			}
-		}
 		if err != nil {
 			return err
 		}
 		if sum != p.sha256 {
 			return fmt.Errorf("%s is not the package that %s names (SHA-256 %s); remove it and try again", deb, lockFile, sum)
 		}
-		if err := run(ctx, "", "dpkg-deb", "-x", deb, dir); err != nil {
+		if _, err := run(ctx, "", nil, "dpkg-deb", "-x", deb, dir); err != nil {
 			return fmt.Errorf("unpack %s: %w", deb, err)
 		}
 	}
 	return nil
 }
 
-// download has apt-get put a package into the cache, whole or not at all.
-func download(ctx context.Context, p debPackage, cache string) error {
-	tmp, err := os.MkdirTemp(cache, "download-")
+// fetchMissing asks the network only if the cache lacks a package.
+func fetchMissing(ctx context.Context, all []debPackage, cache string) error {
+	var missing []debPackage
+	for _, p := range all {
+		if _, err := os.Stat(filepath.Join(cache, p.fileName())); errors.Is(err, os.ErrNotExist) {
+			missing = append(missing, p)
+		} else if err != nil {
+			return err
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	a, err := openApt(ctx, cache)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
-	fmt.Println("fetch ", p.name, p.version)
-	if err := aptDownload(ctx, tmp, p.name+":arm64="+p.version); err != nil {
-		return fmt.Errorf("%w\nIf Debian has a newer version by now, \"make image-lock\" takes it; "+
-			"the old one is at https://snapshot.debian.org, to be put at %s", err, filepath.Join(cache, p.fileName()))
+	for _, p := range missing {
+		if err := a.download(ctx, p, cache); err != nil {
+			return errors.Join(err, a.close())
+		}
 	}
-	return os.Rename(filepath.Join(tmp, p.fileName()), filepath.Join(cache, p.fileName()))
+	return a.close()
 }
 
-func aptDownload(ctx context.Context, dir, what string) error {
-	// Without a sandbox user: that one may not write into our folder, and apt-get warns.
-	if err := run(ctx, dir, "apt-get", "-q", "-o", "APT::Sandbox::User=", "-o", "Acquire::Retries=3", "download", what); err != nil {
-		return fmt.Errorf("fetch %s: %w\nDebian's packages for arm64 must be known: dpkg --add-architecture arm64 && apt-get update", what, err)
+// download has apt-get put a package into the cache, whole or not at all.
+func (a apt) download(ctx context.Context, p debPackage, cache string) error {
+	fmt.Println("fetch ", p.name, p.version)
+	if err := a.get(ctx, "-q", "download", p.name+"="+p.version); err != nil {
+		return fmt.Errorf("fetch %s: %w\nIf Debian has a newer version by now, \"make image-lock\" takes it; "+
+			"the old one is at https://snapshot.debian.org, to be put at %s", p.name, err, filepath.Join(cache, p.fileName()))
 	}
-	return nil
+	return os.Rename(filepath.Join(a.dir, p.fileName()), filepath.Join(cache, p.fileName()))
+}
+
+// apt is apt-get with lists of its own, so that neither the release of Debian
+// that this machine runs nor the architectures that it knows matter, and nobody
+// has to be root. Proxies are the machine's.
+type apt struct{ dir string }
+
+const (
+	keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+	sources = "deb [signed-by=" + keyring + "] http://deb.debian.org/debian bookworm main\n" +
+		"deb [signed-by=" + keyring + "] http://deb.debian.org/debian-security bookworm-security main\n"
+)
+
+// openApt asks Debian what there is. The folder goes with close.
+func openApt(ctx context.Context, cache string) (a apt, err error) {
+	if _, err := os.Stat(keyring); err != nil {
+		return a, fmt.Errorf("Debian's keys are missing: %w; install debian-archive-keyring", err)
+	}
+	if cache, err = filepath.Abs(cache); err != nil {
+		return a, err
+	}
+	if a.dir, err = os.MkdirTemp(cache, "apt-"); err != nil {
+		return a, err
+	}
+	config := fmt.Sprintf("Dir::State %q;\nDir::State::status %q;\nDir::Cache %q;\nDir::Etc::SourceList %q;\nDir::Etc::SourceParts \"/dev/null\";\n"+
+		"APT::Architecture \"arm64\";\n#clear APT::Architectures;\nAPT::Architectures { \"arm64\"; };\nAPT::Sandbox::User \"root\";\n"+
+		"Acquire::Languages \"none\";\nAcquire::Retries \"3\";\n#clear APT::Update;\n#clear DPkg::Post-Invoke;\n",
+		filepath.Join(a.dir, "state"), filepath.Join(a.dir, "status"), filepath.Join(a.dir, "cache"), filepath.Join(a.dir, "sources.list"))
+	err = errors.Join(
+		os.MkdirAll(filepath.Join(a.dir, "state/lists/partial"), 0o755),
+		os.MkdirAll(filepath.Join(a.dir, "cache/archives/partial"), 0o755),
+		os.WriteFile(filepath.Join(a.dir, "status"), nil, 0o644),
+		os.WriteFile(filepath.Join(a.dir, "sources.list"), []byte(sources), 0o644),
+		os.WriteFile(filepath.Join(a.dir, "apt.conf"), []byte(config), 0o644))
+	if err == nil {
+		fmt.Println("ask    Debian for its lists")
+		err = a.get(ctx, "-q", "-o", "APT::Update::Error-Mode=any", "update")
+	}
+	if err != nil {
+		return a, errors.Join(fmt.Errorf("ask Debian what there is: %w", err), a.close())
+	}
+	return a, nil
+}
+
+func (a apt) close() error { return os.RemoveAll(a.dir) }
+
+func (a apt) get(ctx context.Context, args ...string) error {
+	_, err := a.run(ctx, "apt-get", args...)
+	return err
+}
+
+func (a apt) run(ctx context.Context, name string, args ...string) ([]byte, error) {
+	return run(ctx, a.dir, []string{"APT_CONFIG=" + filepath.Join(a.dir, "apt.conf"), "LC_ALL=C"}, name, args...)
 }
 
 // refresh fetches what Debian offers now and writes the lock file.
-func refresh(ctx context.Context, cache string) ([]debPackage, error) {
-	kernel, err := newestKernel(ctx)
-	if err != nil {
-		return nil, err
-	}
+func refresh(ctx context.Context, cache string) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return nil, err
+		return err
 	}
-	tmp, err := os.MkdirTemp(cache, "download-")
+	a, err := openApt(ctx, cache)
+	if err != nil {
+		return err
+	}
+	all, err := a.newest(ctx, cache)
+	if err := errors.Join(err, a.close()); err != nil {
+		return err
+	}
+	return writeLock(all)
+}
+
+// newest downloads the newest of all packages into the cache.
+func (a apt) newest(ctx context.Context, cache string) ([]debPackage, error) {
+	kernel, err := a.kernel(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(tmp)
 	var all []debPackage
 	for _, name := range append([]string{kernel}, wanted...) {
-		if err := aptDownload(ctx, tmp, name+":arm64"); err != nil {
-			return nil, err
+		fmt.Println("fetch ", name)
+		if err := a.get(ctx, "-q", "download", name); err != nil {
+			return nil, fmt.Errorf("fetch %s: %w", name, err)
 		}
-		found, err := filepath.Glob(filepath.Join(tmp, name+"_*_arm64.deb"))
+		found, err := filepath.Glob(filepath.Join(a.dir, name+"_*_arm64.deb"))
 		if err != nil || len(found) != 1 {
 			return nil, fmt.Errorf("apt-get downloaded %d files for %s, not one", len(found), name)
 		}
@@ -152,23 +224,21 @@ func refresh(ctx context.Context, cache string) ([]debPackage, error) {
 		}
 		all = append(all, p)
 	}
-	return all, writeLock(all)
+	return all, nil
 }
 
-// newestKernel is the package that linux-image-arm64 stands for today.
-func newestKernel(ctx context.Context) (string, error) {
-	cmd := exec.CommandContext(ctx, "apt-cache", "depends", kernelPrefix+"arm64:arm64")
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	out, err := cmd.Output()
+// kernel is the package that linux-image-arm64 stands for today.
+func (a apt) kernel(ctx context.Context) (string, error) {
+	out, err := a.run(ctx, "apt-cache", "depends", kernelPrefix+"arm64")
 	if err != nil {
-		return "", fmt.Errorf("find Debian's kernel: %w; first: dpkg --add-architecture arm64 && apt-get update", err)
+		return "", fmt.Errorf("find Debian's kernel: %w", err)
 	}
 	_, name, ok := strings.Cut(string(out), "Depends: "+kernelPrefix)
 	name, _, _ = strings.Cut(name, "\n")
 	if !ok {
-		return "", errors.New("Debian's linux-image-arm64 depends on no kernel")
+		return "", errors.New("linux-image-arm64 of Debian depends on no kernel")
 	}
-	return kernelPrefix + strings.TrimSuffix(strings.TrimSpace(name), ":arm64"), nil
+	return kernelPrefix + strings.TrimSpace(name), nil
 }
 
 func digest(name string) (string, error) {
@@ -184,11 +254,14 @@ func digest(name string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-func run(ctx context.Context, dir, name string, args ...string) error {
+// run runs a program in a folder, with more in its environment.
+func run(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w\n%s", name, err, bytes.TrimSpace(out))
+	cmd.Env = append(os.Environ(), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w\n%s", name, err, bytes.TrimSpace(out))
 	}
-	return nil
+	return out, nil
 }

@@ -106,9 +106,12 @@ func main() {
 	case flag.NArg() > 0:
 		err = fmt.Errorf("%q is no option", flag.Arg(0))
 	case *lock:
-		_, err = refresh(ctx, o.cache)
+		err = refresh(ctx, o.cache)
 	default:
-		err = build(ctx, o)
+		var packages []debPackage
+		if packages, err = readLock(lockText); err == nil {
+			err = build(ctx, o, packages)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "image:", err)
@@ -116,15 +119,12 @@ func main() {
 	}
 }
 
-// build makes the firmware and the image around it.
-func build(ctx context.Context, o options) error {
+// build makes the firmware and the image around it from Debian's packages.
+func build(ctx context.Context, o options, packages []debPackage) error {
 	if !versionForm.MatchString(o.version) {
 		return fmt.Errorf("%q is no version: letters, digits, dots, - and ~ were expected", o.version)
 	}
-	packages, err := readLock(lockText)
-	if err != nil {
-		return err
-	}
+	var err error
 	if o.debian, err = os.MkdirTemp("", "deimos-image-"); err != nil {
 		return err
 	}
