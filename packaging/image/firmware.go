@@ -38,7 +38,7 @@ const (
 type firmware struct {
 	version     string
 	init, agent string // files of the two programs
-	debian      string // Debian's packages, unpacked
+	unpacked    string // Debian's packages, unpacked
 	debug       bool   // with a shell
 	appended    string // to the kernel's command line
 }
@@ -53,7 +53,7 @@ func (fw firmware) image() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	kernels, err := filepath.Glob(filepath.Join(fw.debian, "boot", "vmlinuz-*"))
+	kernels, err := filepath.Glob(filepath.Join(fw.unpacked, "boot", "vmlinuz-*"))
 	if err != nil || len(kernels) != 1 {
 		return nil, fmt.Errorf("Debian's packages have %d kernels, not one", len(kernels))
 	}
@@ -61,7 +61,7 @@ func (fw firmware) image() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	stub, err := os.ReadFile(filepath.Join(fw.debian, "usr/lib/systemd/boot/efi/linuxaa64.efi.stub"))
+	stub, err := os.ReadFile(filepath.Join(fw.unpacked, "usr/lib/systemd/boot/efi/linuxaa64.efi.stub"))
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +93,7 @@ func (fw firmware) root() ([]byte, error) {
 			return nil, err
 		}
 	}
-	if err := addFile(&root, "etc/mke2fs.conf", filepath.Join(fw.debian, "etc/mke2fs.conf"), false); err != nil {
+	if err := addFile(&root, "etc/mke2fs.conf", filepath.Join(fw.unpacked, "etc/mke2fs.conf"), false); err != nil {
 		return nil, err
 	}
 	if err := fw.addPrograms(&root, "sbin/mke2fs", "sbin/resize2fs", "sbin/e2fsck"); err != nil {
@@ -103,7 +103,7 @@ func (fw firmware) root() ([]byte, error) {
 		return nil, err
 	}
 	if fw.debug {
-		if err := addFile(&root, "bin/busybox", filepath.Join(fw.debian, "bin/busybox"), true); err != nil {
+		if err := addFile(&root, "bin/busybox", filepath.Join(fw.unpacked, "bin/busybox"), true); err != nil {
 			return nil, err
 		}
 		root.Symlink("bin/sh", "busybox")
@@ -121,7 +121,7 @@ func addFile(root *initramfs.Archive, name, from string, program bool) error {
 }
 
 func (fw firmware) addModules(root *initramfs.Archive) error {
-	files, err := initramfs.Modules(fw.debian, modules)
+	files, err := initramfs.Modules(fw.unpacked, modules)
 	if err != nil {
 		return err
 	}
@@ -166,7 +166,7 @@ func (fw firmware) addPrograms(root *initramfs.Archive, names ...string) error {
 		return nil
 	}
 	for _, name := range names {
-		file := filepath.Join(fw.debian, name)
+		file := filepath.Join(fw.unpacked, name)
 		if err := addFile(root, name, file, true); err != nil {
 			return err
 		}
@@ -180,12 +180,12 @@ func (fw firmware) addPrograms(root *initramfs.Archive, names ...string) error {
 // library finds a library in Debian's packages.
 func (fw firmware) library(name string) (string, error) {
 	for _, dir := range []string{"lib", "lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gnu"} {
-		file := filepath.Join(fw.debian, dir, name)
+		file := filepath.Join(fw.unpacked, dir, name)
 		if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
 			return file, err
 		}
 	}
-	return "", fmt.Errorf("needs %s, which no package of %s has", name, lockFile)
+	return "", fmt.Errorf("needs %s, which none of the packages has", name)
 }
 
 // neededBy lists the shared libraries of a program or library.

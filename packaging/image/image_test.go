@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"debug/pe"
 	"encoding/binary"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
@@ -13,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/deimos-edge/deimos/packaging/image/debian"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -150,7 +153,7 @@ func fakeELF(modinfo string, libraries ...string) []byte {
 
 // fakeDebian builds packages as Debian does, small ones, into a cache folder,
 // and returns their lock.
-func fakeDebian(t *testing.T, cache string) []debPackage {
+func fakeDebian(t *testing.T, cache string) []debian.Package {
 	t.Helper()
 	if _, err := exec.LookPath("dpkg-deb"); err != nil {
 		t.Skip("packages are built and unpacked with dpkg-deb, which is not here")
@@ -163,7 +166,7 @@ func fakeDebian(t *testing.T, cache string) []debPackage {
 	kernel["lib/modules/6.1.0/ext4.ko"] = string(fakeELF("depends=jbd2\x00"))
 	kernel["lib/modules/6.1.0/jbd2.ko"] = string(fakeELF("depends=\x00"))
 	program := string(fakeELF("", "libext2fs.so.2", "libc.so.6"))
-	var lock []debPackage
+	var lock []debian.Package
 	for name, files := range map[string]map[string]string{
 		"linux-image-6.1.0-arm64": kernel,
 		"e2fsprogs":               {"sbin/mke2fs": program, "sbin/resize2fs": program, "sbin/e2fsck": program, "etc/mke2fs.conf": "[defaults]\n"},
@@ -178,15 +181,12 @@ func fakeDebian(t *testing.T, cache string) []debPackage {
 		for f, content := range files {
 			put(t, filepath.Join(dir, f), content)
 		}
-		p := debPackage{name: name, version: "1:2-3"}
-		deb := filepath.Join(cache, p.fileName())
+		p := debian.Package{Name: name, Version: "1:2-3"}
+		deb := filepath.Join(cache, p.FileName())
 		if out, err := exec.Command("dpkg-deb", "--root-owner-group", "-Znone", "-b", dir, deb).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		var err error
-		if p.sha256, err = digest(deb); err != nil {
-			t.Fatal(err)
-		}
+		p.SHA256 = fmt.Sprintf("%x", sha256.Sum256(read(t, deb)))
 		lock = append(lock, p)
 	}
 	return lock
@@ -203,7 +203,7 @@ func put(t *testing.T, name, content string) {
 }
 
 // ask is a build of small parts, which takes no time.
-func ask(t *testing.T) (o options, lock []debPackage) {
+func ask(t *testing.T) (o options, lock []debian.Package) {
 	t.Helper()
 	o.cache, o.out = t.TempDir(), t.TempDir()
 	lock = fakeDebian(t, o.cache)
@@ -303,7 +303,7 @@ func TestTwoBuildsGiveTheSameBytes(t *testing.T) {
 	two.out = t.TempDir()
 	two.cache = t.TempDir()
 	for _, p := range lock {
-		put(t, filepath.Join(two.cache, p.fileName()), string(read(t, filepath.Join(o.cache, p.fileName()))))
+		put(t, filepath.Join(two.cache, p.FileName()), string(read(t, filepath.Join(o.cache, p.FileName()))))
 	}
 	slices.Reverse(lock)
 	sameBytes(t, lock, o, two)
@@ -316,7 +316,7 @@ func TestTwoRealBuildsGiveTheSameBytes(t *testing.T) {
 	if bin == "" {
 		t.Skip("DEIMOS_IMAGE does not name the folder with the arm64 programs")
 	}
-	lock, err := readLock(lockText)
+	lock, err := debian.Locked()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +328,7 @@ func TestTwoRealBuildsGiveTheSameBytes(t *testing.T) {
 	sameBytes(t, lock, o, two)
 }
 
-func sameBytes(t *testing.T, lock []debPackage, one, two options) {
+func sameBytes(t *testing.T, lock []debian.Package, one, two options) {
 	t.Helper()
 	for _, o := range []options{one, two} {
 		if err := build(t.Context(), o, lock); err != nil {
@@ -344,12 +344,12 @@ func sameBytes(t *testing.T, lock []debPackage, one, two options) {
 
 func TestPackageThatIsNotTheLockedOneIsRefused(t *testing.T) {
 	o, lock := ask(t)
-	deb := filepath.Join(o.cache, lock[0].fileName())
+	deb := filepath.Join(o.cache, lock[0].FileName())
 	raw := read(t, deb)
 	raw[len(raw)/2] ^= 1
 	put(t, deb, string(raw))
 	err := build(t.Context(), o, lock)
-	if err == nil || !strings.Contains(err.Error(), lock[0].name) {
+	if err == nil || !strings.Contains(err.Error(), lock[0].Name) {
 		t.Errorf("a package with one bit flipped: %v", err)
 	}
 	if left, _ := os.ReadDir(o.out); len(left) != 0 {
@@ -359,7 +359,7 @@ func TestPackageThatIsNotTheLockedOneIsRefused(t *testing.T) {
 
 func TestMissingLibraryStopsTheBuild(t *testing.T) {
 	o, lock := ask(t)
-	lock = slices.DeleteFunc(lock, func(p debPackage) bool { return p.name == "libext2fs2" })
+	lock = slices.DeleteFunc(lock, func(p debian.Package) bool { return p.Name == "libext2fs2" })
 	if err := build(t.Context(), o, lock); err == nil || !strings.Contains(err.Error(), "libext2fs.so.2") {
 		t.Errorf("an image without a library of mke2fs: %v", err)
 	}
@@ -371,30 +371,6 @@ func TestVersionThatBreaksFileNamesIsRefused(t *testing.T) {
 		o.version = version
 		if err := build(context.Background(), o, nil); err == nil || !strings.Contains(err.Error(), "is no version") {
 			t.Errorf("version %q: %v", version, err)
-		}
-	}
-}
-
-func TestLockNamesEveryPackageOnce(t *testing.T) {
-	lock, err := readLock(lockText)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	kernels := 0
-	for _, p := range lock {
-		if strings.HasPrefix(p.name, kernelPrefix) {
-			kernels++
-			continue
-		}
-		names = append(names, p.name)
-	}
-	if slices.Sort(names); !slices.Equal(names, wanted) || kernels != 1 {
-		t.Errorf("the lock has %d kernels and %q, wanted are one and %q", kernels, names, wanted)
-	}
-	for _, line := range []string{"a 1", "a 1 ff", "../a 1 " + strings.Repeat("f", 64)} {
-		if _, err := readLock(line); err == nil {
-			t.Errorf("the lock took %q", line)
 		}
 	}
 }

@@ -59,6 +59,8 @@ import (
 	"regexp"
 	"syscall"
 	"time"
+
+	"github.com/deimos-edge/deimos/packaging/image/debian"
 )
 
 const (
@@ -94,7 +96,7 @@ func main() {
 	flag.StringVar(&o.config, "config", "", "owner's configuration to put on the EFI system partition as deimos.toml")
 	flag.StringVar(&o.out, "out", "bin/image", "folder for the image and the firmware")
 	flag.StringVar(&o.cache, "cache", ".tools/debian", "folder where Debian's packages are kept")
-	lock := flag.Bool("lock", false, "take Debian's newest packages, write "+lockFile+", and make nothing")
+	lock := flag.Bool("lock", false, "take Debian's newest packages, write their lock file, and make nothing")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -106,10 +108,10 @@ func main() {
 	case flag.NArg() > 0:
 		err = fmt.Errorf("%q is no option", flag.Arg(0))
 	case *lock:
-		err = refresh(ctx, o.cache)
+		err = debian.Refresh(ctx, o.cache)
 	default:
-		var packages []debPackage
-		if packages, err = readLock(lockText); err == nil {
+		var packages []debian.Package
+		if packages, err = debian.Locked(); err == nil {
 			err = build(ctx, o, packages)
 		}
 	}
@@ -120,16 +122,16 @@ func main() {
 }
 
 // build makes the firmware and the image around it from Debian's packages.
-func build(ctx context.Context, o options, packages []debPackage) error {
+func build(ctx context.Context, o options, packages []debian.Package) error {
 	if !versionForm.MatchString(o.version) {
 		return fmt.Errorf("%q is no version: letters, digits, dots, - and ~ were expected", o.version)
 	}
 	var err error
-	if o.debian, err = os.MkdirTemp("", "deimos-image-"); err != nil {
+	if o.unpacked, err = os.MkdirTemp("", "deimos-image-"); err != nil {
 		return err
 	}
-	defer os.RemoveAll(o.debian)
-	if err := fetch(ctx, packages, o.cache, o.debian); err != nil {
+	defer os.RemoveAll(o.unpacked)
+	if err := debian.Fetch(ctx, packages, o.cache, o.unpacked); err != nil {
 		return err
 	}
 	uki, err := o.image()
@@ -161,7 +163,7 @@ func build(ctx context.Context, o options, packages []debPackage) error {
 
 // espFiles is what the EFI system partition holds.
 func (o options) espFiles(uki []byte) ([]file, error) {
-	loader, err := os.ReadFile(filepath.Join(o.debian, "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"))
+	loader, err := os.ReadFile(filepath.Join(o.unpacked, "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"))
 	if err != nil {
 		return nil, err
 	}

@@ -7,9 +7,8 @@
 //	go test ./hw -run TestPack -pack DIR=qemu-virt-arm64
 //
 // It needs qemu-system-aarch64 (Debian: qemu-system-arm), dpkg-deb, and Debian's
-// kernel for arm64: a package named with -kernel, or else one that apt-get
-// downloads, for which arm64 must be a foreign architecture
-// (dpkg --add-architecture arm64 && apt-get update).
+// kernel for arm64: a package named with -kernel, or else the one that the image
+// is made from.
 //
 // The same program is process 1 of the machine: it loads the modules that it was
 // given, has the agent record the machine, writes the record to the console as a tar file in
@@ -24,8 +23,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/deimos-edge/deimos/packaging/image/debian"
 )
 
 const (
@@ -41,7 +43,7 @@ func main() {
 	if os.Getpid() == 1 {
 		beInit()
 	}
-	kernel := flag.String("kernel", "", "Debian package of an arm64 kernel; downloaded if not given")
+	kernel := flag.String("kernel", "", "Debian package of an arm64 kernel; that of the image if not given")
 	agent := flag.String("agent", "./cmd/deimos-agent", "package of the agent")
 	flag.Parse()
 	if flag.NArg() != 1 {
@@ -63,17 +65,17 @@ func record(deb, agent, dir string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 
-	if deb == "" {
-		if deb, err = download(ctx, tmp); err != nil {
-			return err
-		}
-	}
 	kernel := filepath.Join(tmp, "kernel")
-	if err := run(ctx, "", "dpkg-deb", "-x", deb, kernel); err != nil {
+	if deb == "" {
+		err = lockedKernel(ctx, kernel)
+	} else {
+		err = run(ctx, "dpkg-deb", "-x", deb, kernel)
+	}
+	if err != nil {
 		return err
 	}
 	for name, pkg := range map[string]string{"init": "./packaging/record-qemu", "deimos-agent": agent} {
-		if err := run(ctx, "", "go", "build", "-trimpath", "-ldflags=-s", "-o", filepath.Join(tmp, name), pkg); err != nil {
+		if err := run(ctx, "go", "build", "-trimpath", "-ldflags=-s", "-o", filepath.Join(tmp, name), pkg); err != nil {
 			return err
 		}
 	}
@@ -92,7 +94,7 @@ func record(deb, agent, dir string) error {
 	}
 	images, err := filepath.Glob(filepath.Join(kernel, "boot", "vmlinuz-*"))
 	if err != nil || len(images) != 1 {
-		return fmt.Errorf("%s holds %d kernels; one was wanted", deb, len(images))
+		return fmt.Errorf("there are %d kernels in the package; one was wanted", len(images))
 	}
 	console, err := boot(ctx, tmp, images[0])
 	if err != nil {
@@ -104,26 +106,18 @@ func record(deb, agent, dir string) error {
 	return nil
 }
 
-func download(ctx context.Context, tmp string) (string, error) {
-	out, err := exec.CommandContext(ctx, "apt-cache", "depends", "linux-image-arm64:arm64").Output()
+// lockedKernel unpacks the kernel that the image has, too.
+func lockedKernel(ctx context.Context, dir string) error {
+	packages, err := debian.Locked()
 	if err != nil {
-		return "", fmt.Errorf("find Debian's kernel: %w; add arm64 as a foreign architecture, or use -kernel", err)
+		return err
 	}
-	_, name, _ := strings.Cut(string(out), "Depends: ")
-	name, _, _ = strings.Cut(name, "\n")
-	if err := run(ctx, tmp, "apt-get", "-q", "download", strings.TrimSpace(name)); err != nil {
-		return "", err
-	}
-	found, err := filepath.Glob(filepath.Join(tmp, "linux-image-*.deb"))
-	if err != nil || len(found) != 1 {
-		return "", fmt.Errorf("apt-get downloaded %d kernels", len(found))
-	}
-	return found[0], nil
+	packages = slices.DeleteFunc(packages, func(p debian.Package) bool { return !strings.HasPrefix(p.Name, debian.KernelPrefix) })
+	return debian.Fetch(ctx, packages, filepath.Join(".tools", "debian"), dir)
 }
 
-func run(ctx context.Context, dir, name string, args ...string) error {
+func run(ctx context.Context, name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
 	if name == "go" {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=arm64")
 	}

@@ -1,4 +1,15 @@
-package main
+// Package debian gets Debian's packages for arm64, byte for byte those that
+// debian.lock names, and unpacks them.
+//
+// They are fetched by apt-get, which checks Debian's signatures, with lists of
+// its own: no root, and whatever release and architectures the host has. A cache
+// keeps them; with all of them in it there is no network. Their SHA-256 is
+// checked each time.
+//
+// Debian serves only the newest version of a package. After a security update
+// the lock must be written anew ([Refresh]), or the old file be put into the cache from
+// snapshot.debian.org.
+package debian
 
 import (
 	"bufio"
@@ -16,14 +27,14 @@ import (
 	"strings"
 )
 
-// lockFile names Debian's packages by what is in them; see readLock.
-const lockFile = "packaging/image/debian.lock"
+// lockFile names Debian's packages by what is in them; see [Locked].
+const lockFile = "packaging/image/debian/debian.lock"
 
 //go:embed debian.lock
 var lockText string
 
-// kernelPrefix begins the name of the package with the kernel; the rest is its ABI.
-const kernelPrefix = "linux-image-"
+// KernelPrefix begins the name of the package with the kernel; the rest is its ABI.
+const KernelPrefix = "linux-image-"
 
 // wanted are the packages besides the kernel's.
 var wanted = []string{
@@ -32,20 +43,23 @@ var wanted = []string{
 	"systemd-boot-efi",
 }
 
-// debPackage is a line of the lock file.
-type debPackage struct {
-	name, version string
-	sha256        string // of the .deb, lower-case hex
+// Package is a line of the lock file.
+type Package struct {
+	Name, Version string
+	SHA256        string // of the .deb, lower-case hex
 }
 
-// fileName is the name that apt-get gives the file.
-func (p debPackage) fileName() string {
-	return p.name + "_" + strings.ReplaceAll(p.version, ":", "%3a") + "_arm64.deb"
+// FileName is the name that apt-get gives the file, and that it has in the cache.
+func (p Package) FileName() string {
+	return p.Name + "_" + strings.ReplaceAll(p.Version, ":", "%3a") + "_arm64.deb"
 }
+
+// Locked lists the packages that the image is made from.
+func Locked() ([]Package, error) { return readLock(lockText) }
 
 // readLock reads "NAME VERSION SHA256", a package a line.
-func readLock(text string) ([]debPackage, error) {
-	var all []debPackage
+func readLock(text string) ([]Package, error) {
+	var all []Package
 	for s := bufio.NewScanner(strings.NewReader(text)); s.Scan(); {
 		line := strings.TrimSpace(s.Text())
 		if line == "" || line[0] == '#' {
@@ -55,23 +69,24 @@ func readLock(text string) ([]debPackage, error) {
 		if len(f) != 3 || len(f[2]) != 2*sha256.Size || strings.ContainsAny(line, "/") {
 			return nil, fmt.Errorf("%s: no line of the form NAME VERSION SHA256: %q", lockFile, line)
 		}
-		all = append(all, debPackage{f[0], f[1], f[2]})
+		all = append(all, Package{f[0], f[1], f[2]})
 	}
 	return all, nil
 }
 
-func writeLock(all []debPackage) error {
+func writeLock(all []Package) error {
 	var out bytes.Buffer
 	out.WriteString("# Debian's packages for arm64 that the image is made from: name, version, SHA-256.\n" +
 		"# Written by \"make image-lock\".\n")
 	for _, p := range all {
-		fmt.Fprintf(&out, "%s %s %s\n", p.name, p.version, p.sha256)
+		fmt.Fprintf(&out, "%s %s %s\n", p.Name, p.Version, p.SHA256)
 	}
 	return os.WriteFile(lockFile, out.Bytes(), 0o644)
 }
 
-// fetch has every package of the lock in the cache folder and unpacks them into dir.
-func fetch(ctx context.Context, all []debPackage, cache, dir string) error {
+// Fetch has every package in the cache folder, by network if it must, and
+// unpacks them into dir. A package that is not the locked one is an error.
+func Fetch(ctx context.Context, all []Package, cache, dir string) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return err
 	}
@@ -79,12 +94,12 @@ func fetch(ctx context.Context, all []debPackage, cache, dir string) error {
 		return err
 	}
 	for _, p := range all {
-		deb := filepath.Join(cache, p.fileName())
+		deb := filepath.Join(cache, p.FileName())
 		sum, err := digest(deb)
 		if err != nil {
 			return err
 		}
-		if sum != p.sha256 {
+		if sum != p.SHA256 {
 			return fmt.Errorf("%s is not the package that %s names (SHA-256 %s); remove it and try again", deb, lockFile, sum)
 		}
 		if _, err := run(ctx, "", nil, "dpkg-deb", "-x", deb, dir); err != nil {
@@ -95,10 +110,10 @@ func fetch(ctx context.Context, all []debPackage, cache, dir string) error {
 }
 
 // fetchMissing asks the network only if the cache lacks a package.
-func fetchMissing(ctx context.Context, all []debPackage, cache string) error {
-	var missing []debPackage
+func fetchMissing(ctx context.Context, all []Package, cache string) error {
+	var missing []Package
 	for _, p := range all {
-		if _, err := os.Stat(filepath.Join(cache, p.fileName())); errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(cache, p.FileName())); errors.Is(err, os.ErrNotExist) {
 			missing = append(missing, p)
 		} else if err != nil {
 			return err
@@ -120,13 +135,13 @@ func fetchMissing(ctx context.Context, all []debPackage, cache string) error {
 }
 
 // download has apt-get put a package into the cache, whole or not at all.
-func (a apt) download(ctx context.Context, p debPackage, cache string) error {
-	fmt.Println("fetch ", p.name, p.version)
-	if err := a.get(ctx, "-q", "download", p.name+"="+p.version); err != nil {
+func (a apt) download(ctx context.Context, p Package, cache string) error {
+	fmt.Println("fetch ", p.Name, p.Version)
+	if err := a.get(ctx, "-q", "download", p.Name+"="+p.Version); err != nil {
 		return fmt.Errorf("fetch %s: %w\nIf Debian has a newer version by now, \"make image-lock\" takes it; "+
-			"the old one is at https://snapshot.debian.org, to be put at %s", p.name, err, filepath.Join(cache, p.fileName()))
+			"the old one is at https://snapshot.debian.org, to be put at %s", p.Name, err, filepath.Join(cache, p.FileName()))
 	}
-	return os.Rename(filepath.Join(a.dir, p.fileName()), filepath.Join(cache, p.fileName()))
+	return os.Rename(filepath.Join(a.dir, p.FileName()), filepath.Join(cache, p.FileName()))
 }
 
 // apt is apt-get with lists of its own, so that neither the release of Debian
@@ -182,8 +197,9 @@ func (a apt) run(ctx context.Context, name string, args ...string) ([]byte, erro
 	return run(ctx, a.dir, []string{"APT_CONFIG=" + filepath.Join(a.dir, "apt.conf"), "LC_ALL=C"}, name, args...)
 }
 
-// refresh fetches what Debian offers now and writes the lock file.
-func refresh(ctx context.Context, cache string) error {
+// Refresh fetches what Debian offers now and writes the lock file. It runs in
+// the top folder of the sources.
+func Refresh(ctx context.Context, cache string) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return err
 	}
@@ -199,12 +215,12 @@ func refresh(ctx context.Context, cache string) error {
 }
 
 // newest downloads the newest of all packages into the cache.
-func (a apt) newest(ctx context.Context, cache string) ([]debPackage, error) {
+func (a apt) newest(ctx context.Context, cache string) ([]Package, error) {
 	kernel, err := a.kernel(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var all []debPackage
+	var all []Package
 	for _, name := range append([]string{kernel}, wanted...) {
 		fmt.Println("fetch ", name)
 		if err := a.get(ctx, "-q", "download", name); err != nil {
@@ -215,11 +231,11 @@ func (a apt) newest(ctx context.Context, cache string) ([]debPackage, error) {
 			return nil, fmt.Errorf("apt-get downloaded %d files for %s, not one", len(found), name)
 		}
 		version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(found[0]), name+"_"), "_arm64.deb")
-		p := debPackage{name: name, version: strings.ReplaceAll(version, "%3a", ":")}
-		if p.sha256, err = digest(found[0]); err != nil {
+		p := Package{Name: name, Version: strings.ReplaceAll(version, "%3a", ":")}
+		if p.SHA256, err = digest(found[0]); err != nil {
 			return nil, err
 		}
-		if err := os.Rename(found[0], filepath.Join(cache, p.fileName())); err != nil {
+		if err := os.Rename(found[0], filepath.Join(cache, p.FileName())); err != nil {
 			return nil, err
 		}
 		all = append(all, p)
@@ -229,18 +245,19 @@ func (a apt) newest(ctx context.Context, cache string) ([]debPackage, error) {
 
 // kernel is the package that linux-image-arm64 stands for today.
 func (a apt) kernel(ctx context.Context) (string, error) {
-	out, err := a.run(ctx, "apt-cache", "depends", kernelPrefix+"arm64")
+	out, err := a.run(ctx, "apt-cache", "depends", KernelPrefix+"arm64")
 	if err != nil {
 		return "", fmt.Errorf("find Debian's kernel: %w", err)
 	}
-	_, name, ok := strings.Cut(string(out), "Depends: "+kernelPrefix)
+	_, name, ok := strings.Cut(string(out), "Depends: "+KernelPrefix)
 	name, _, _ = strings.Cut(name, "\n")
 	if !ok {
 		return "", errors.New("linux-image-arm64 of Debian depends on no kernel")
 	}
-	return kernelPrefix + strings.TrimSpace(name), nil
+	return KernelPrefix + strings.TrimSpace(name), nil
 }
 
+// digest is the SHA-256 of a file, lower-case hex.
 func digest(name string) (string, error) {
 	f, err := os.Open(name)
 	if err != nil {
