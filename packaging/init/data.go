@@ -1,0 +1,368 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/packaging/init/gpt"
+)
+
+// leastData is the smallest data partition that is made, bytes: a journal of
+// ext4, the agent's state and its floor.
+const leastData = 512 << 20
+
+// dataNote is the file on the ESP that names the data partition once it was
+// mounted for the first time. It stands for two things that must not be guessed:
+// which partition is awaited, so that a disk that answers late does not get the
+// device a second identity, and that the partition has held data, so that it is
+// never formatted.
+const dataNote = "deimos-data.id"
+
+// errNoData is for a machine that will run from memory.
+var errNoData = errors.New("there is no place for data")
+
+// dataDisk finds, makes, checks and grows the data partition. All of it runs
+// before anything is mounted but the ESP.
+type dataDisk struct {
+	disks     func() []blockDevice
+	processes *processes
+	log       *slog.Logger
+	boot      string        // path of the disk that the machine was started from; "" if not known
+	esp       string        // where the ESP is mounted; "" if it is not
+	settle    time.Duration // how long a disk may take to answer
+	node      func(p partition) error
+	tool      func(name string) string // path of a program of e2fsprogs
+}
+
+// prepare returns the partition, ready to be mounted.
+func (d *dataDisk) prepare(ctx context.Context) (partition, error) {
+	known := d.note()
+	p, found := d.await(ctx, known)
+	switch {
+	case !found && known != "":
+		return p, fmt.Errorf("%w: the disk with the data partition %s of this device is missing; put it back, or write the image anew", errNoData, known)
+	case !found:
+		var err error
+		if p, err = d.make(); err != nil {
+			return p, err
+		}
+	default:
+		p = d.grow(p)
+	}
+	if err := d.node(p); err != nil {
+		return p, err
+	}
+	return p, d.ready(ctx, p, known != "")
+}
+
+// note is the id of the partition that was used before; "" if none.
+func (d *dataDisk) note() string {
+	if d.esp == "" {
+		return ""
+	}
+	return readWord(filepath.Join(d.esp, dataNote))
+}
+
+// remember notes a partition that is mounted.
+func (d *dataDisk) remember(p partition) error {
+	if d.esp == "" || d.note() == p.ID.String() {
+		return nil
+	}
+	path := filepath.Join(d.esp, dataNote)
+	if err := renameio.WriteFile(path, []byte(p.ID.String()+"\n"), 0o600, renameio.WithTempDir(d.esp)); err != nil {
+		return fmt.Errorf("note which partition holds the data: %w", err)
+	}
+	return syncDir(d.esp)
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// await looks for the partition until it is there, or time is up. Without a note,
+// one that is there already is enough.
+func (d *dataDisk) await(ctx context.Context, known string) (partition, bool) {
+	until := time.Now().Add(d.settle)
+	for {
+		if p, ok := d.find(known); ok {
+			return p, true
+		}
+		if time.Now().After(until) || ctx.Err() != nil {
+			return partition{}, false
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (d *dataDisk) find(known string) (partition, bool) {
+	all := find(d.disks(), func(p gpt.Partition) bool {
+		if known != "" {
+			return p.ID.String() == known
+		}
+		return p.Name == dataName && p.Type == gpt.LinuxData
+	})
+	if len(all) == 0 {
+		return partition{}, false
+	}
+	for _, p := range all {
+		if p.disk.path == d.boot {
+			return p, true
+		}
+	}
+	return all[0], true
+}
+
+// make adds the partition: on the largest empty disk, else behind the ESP.
+func (d *dataDisk) make() (partition, error) {
+	var why []error
+	for _, disk := range d.candidates() {
+		p, err := d.makeOn(disk)
+		if err == nil {
+			d.log.Info("made the data partition", "partition", p.path, "bytes", p.Size())
+			return p, nil
+		}
+		why = append(why, fmt.Errorf("%s: %w", disk.path, err))
+	}
+	return partition{}, errors.Join(append([]error{errNoData}, why...)...)
+}
+
+func (d *dataDisk) candidates() []blockDevice {
+	var empty, boot []blockDevice
+	for _, disk := range d.disks() {
+		switch {
+		case disk.path == d.boot && disk.table != nil:
+			boot = append(boot, disk)
+		case disk.removable || disk.size < leastData+4<<20:
+		default:
+			is, err := blank(disk)
+			if err != nil {
+				d.log.Warn("a disk cannot be read; it is left alone", "disk", disk.path, "error", err)
+			} else if is {
+				empty = append(empty, disk)
+			}
+		}
+	}
+	slices.SortStableFunc(empty, func(a, b blockDevice) int { return cmp.Compare(b.size, a.size) })
+	return append(empty, boot...)
+}
+
+func (d *dataDisk) makeOn(disk blockDevice) (partition, error) {
+	f, err := os.OpenFile(disk.path, os.O_RDWR, 0)
+	if err != nil {
+		return partition{}, err
+	}
+	defer f.Close()
+	table := disk.table
+	if table == nil {
+		table = gpt.New(newGUID())
+	}
+	p, err := table.Append(disk.size, gpt.LinuxData, newGUID(), dataName, leastData)
+	if err != nil {
+		return partition{}, err
+	}
+	if err := table.Write(f, disk.size); err != nil {
+		return partition{}, err
+	}
+	if disk.table == nil { // last: without it, nothing reads the table
+		if _, err := f.WriteAt(gpt.ProtectiveMBR(disk.size), 0); err != nil {
+			return partition{}, err
+		}
+		if err := f.Sync(); err != nil {
+			return partition{}, err
+		}
+	}
+	return partition{disk: disk, Partition: p, path: partitionPath(disk.path, p.Number)}, tellKernel(f, blkpgAdd, p)
+}
+
+// grow lets the partition end where its disk ends. A disk that cannot be grown
+// is used as it is.
+func (d *dataDisk) grow(p partition) partition {
+	larger, ok := p.disk.table.Grow(p.disk.size, p.Number)
+	if !ok {
+		return p
+	}
+	f, err := os.OpenFile(p.disk.path, os.O_RDWR, 0)
+	if err == nil {
+		defer f.Close()
+		if err = p.disk.table.Write(f, p.disk.size); err == nil {
+			err = tellKernel(f, blkpgResize, larger)
+		}
+	}
+	if err != nil {
+		d.log.Warn("the disk has grown, but the data partition could not", "partition", p.path, "error", err)
+		return p
+	}
+	d.log.Info("the data partition grows with its disk", "partition", p.path, "bytes", larger.Size())
+	p.Partition = larger
+	return p
+}
+
+// ready formats a partition that never held anything, else checks its file
+// system and lets it fill the partition.
+func (d *dataDisk) ready(ctx context.Context, p partition, used bool) error {
+	fs, err := readExt4(p.path)
+	if err != nil {
+		return err
+	}
+	if fs == 0 && !used {
+		return d.format(ctx, p)
+	}
+	if err := d.check(ctx, p, "-p"); err != nil {
+		d.log.Warn("the data partition needs a thorough repair", "partition", p.path, "error", err)
+		if err := d.check(ctx, p, "-y", "-f"); err != nil {
+			return fmt.Errorf("%w: the file system of %s cannot be repaired, and is not formatted, because it has held data: %w", errNoData, p.path, err)
+		}
+	}
+	if fs, err = readExt4(p.path); err != nil {
+		return err
+	}
+	if fs+1<<20 > p.Size() {
+		return nil
+	}
+	return d.resize(ctx, p)
+}
+
+// format is for a partition that we made: nothing of anybody's is in it. With the
+// ESP mounted, a missing note says so, and a first boot that was cut off while it
+// formatted is begun again; else the partition must be empty.
+func (d *dataDisk) format(ctx context.Context, p partition) error {
+	if d.esp == "" {
+		f, err := os.Open(p.path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if is, err := zeros(f, 0, 1<<20); err != nil || !is {
+			return errors.Join(fmt.Errorf("%w: %s holds something that is no ext4 file system, and is not formatted", errNoData, p.path), err)
+		}
+	}
+	code, text, err := d.processes.run(ctx, d.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-L", dataName, "-m", "1",
+		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", p.path)
+	return toolError("mke2fs", code, text, err)
+}
+
+// check runs e2fsck, whose codes 1 and 2 say that it has repaired.
+func (d *dataDisk) check(ctx context.Context, p partition, flags ...string) error {
+	code, text, err := d.processes.run(ctx, append(append([]string{d.tool("e2fsck")}, flags...), p.path)...)
+	if err == nil && (code == 1 || code == 2) {
+		d.log.Warn("the data partition was repaired", "partition", p.path, "said", text)
+		return nil
+	}
+	return toolError("e2fsck", code, text, err)
+}
+
+// resize never fails the boot: the file system is whole before and after.
+func (d *dataDisk) resize(ctx context.Context, p partition) error {
+	err := d.check(ctx, p, "-p", "-f") // resize2fs insists
+	if err == nil {
+		code, text, runErr := d.processes.run(ctx, d.tool("resize2fs"), p.path)
+		err = toolError("resize2fs", code, text, runErr)
+	}
+	if err != nil {
+		d.log.Warn("the file system of the data partition could not grow; it is used as it is", "partition", p.path, "error", err)
+	}
+	return nil
+}
+
+func toolError(name string, code int, text string, err error) error {
+	if err == nil && code != 0 {
+		err = fmt.Errorf("%s exited with code %d: %s", name, code, clean(strings.ReplaceAll(text, "\n", "; ")))
+	}
+	return err
+}
+
+// readExt4 is the size of the ext4 file system that begins at the front of a
+// partition, in bytes; 0 if there is none. Its superblock stands at byte 1024
+// (Documentation/filesystems/ext4/super.rst).
+func readExt4(path string) (int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	sb := make([]byte, 1024)
+	if _, err := f.ReadAt(sb, 1024); err != nil {
+		return 0, fmt.Errorf("read %s: %w", path, err)
+	}
+	if binary.LittleEndian.Uint16(sb[0x38:]) != 0xef53 {
+		return 0, nil
+	}
+	blocks := int64(binary.LittleEndian.Uint32(sb[0x4:]))
+	if binary.LittleEndian.Uint32(sb[0x60:])&0x80 != 0 { // INCOMPAT_64BIT
+		blocks |= int64(binary.LittleEndian.Uint32(sb[0x150:])) << 32
+	}
+	if shift := binary.LittleEndian.Uint32(sb[0x18:]); shift <= 6 {
+		return blocks << (10 + shift), nil
+	}
+	return 0, nil
+}
+
+// repairTables makes primary and backup tables of our own disks alike; a power
+// cut may have come while one was written.
+func repairTables(disks []blockDevice, log *slog.Logger) {
+	for _, disk := range disks {
+		if disk.table == nil {
+			continue
+		}
+		_, esp := disk.table.Find(espName)
+		_, data := disk.table.Find(dataName)
+		if !esp && !data {
+			continue
+		}
+		f, err := os.OpenFile(disk.path, os.O_RDWR, 0)
+		if err != nil {
+			log.Warn("a disk cannot be written", "disk", disk.path, "error", err)
+			continue
+		}
+		repaired, err := gpt.Repair(f, disk.size)
+		switch {
+		case err != nil:
+			log.Warn("a partition table cannot be repaired", "disk", disk.path, "error", err)
+		case repaired:
+			log.Info("the two copies of a partition table are alike again", "disk", disk.path)
+			reread(f)
+		}
+		f.Close()
+	}
+}
+
+// newGUID is random (RFC 9562, version 4).
+func newGUID() gpt.GUID {
+	var g gpt.GUID
+	_, _ = rand.Read(g[:]) // never fails
+	g[7] = g[7]&0x0f | 0x40
+	g[8] = g[8]&0x3f | 0x80
+	return g
+}
+
+// mountData mounts the partition; data=ordered and barriers are ext4's defaults.
+func mountData(p partition, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount(p.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro"); err != nil {
+		return fmt.Errorf("mount %s: %w", p.path, err)
+	}
+	return nil
+}

@@ -1,0 +1,395 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/beevik/ntp"
+	"github.com/brutella/dnssd"
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/packaging/init/logring"
+)
+
+// Limits of the steps. A check of a large file system that was cut off is the
+// slowest; without its journal it reads every inode.
+const (
+	modulesLimit = 60 * time.Second
+	diskSettle   = 8 * time.Second
+	dataLimit    = 20 * time.Minute
+	shortLimit   = 15 * time.Second
+	stopWithin   = slot.StopWithin + 5*time.Second
+	killWait     = 3 * time.Second
+	downLimit    = stopWithin + 45*time.Second // then the machine goes down as it is
+	maxConfig    = 1 << 20                     // bytes, as the agent has it
+)
+
+// machine is what init works on; tests replace its parts.
+type machine struct {
+	root             string
+	console          io.Writer
+	signals, sigchld <-chan os.Signal
+	disks            func() []blockDevice
+	node             func(partition) error
+	wired            func(string) bool
+	browse           func(context.Context, func(dnssd.BrowseEntry)) error
+	query            func(string) (*ntp.Response, error)
+	setClock         func(time.Time) error
+	down             func(how int) error
+	agent            []string
+	released         time.Time
+
+	journal   *journal
+	log       *slog.Logger
+	processes processes
+	params    params
+	esp       string // where it is mounted; "" if it is not
+	inMemory  bool   // /data is lost with the power
+	ring      *logring.Ring
+
+	mu       sync.Mutex // guards found
+	found    string     // coordinator, by DNS-SD
+	declared string     // coordinator of the configuration
+}
+
+// run does not return, but in tests.
+func (m *machine) run(mounted error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	m.journal = newJournal(m.console)
+	m.log = m.journal.logger()
+	writers := m.background(ctx)
+	m.log.Info("Deimos starts", "firmware", version, "release", m.released.Format(time.DateOnly))
+	if mounted != nil {
+		m.log.Error("not everything could be mounted", "error", mounted)
+	}
+	_ = unix.Sethostname([]byte("deimos"))
+	m.params = parseCommandLine(readWord(m.path("proc/cmdline")))
+	_ = step(m.log, "loading modules", modulesLimit, func(context.Context) error {
+		return loadModules(m.path("lib/modules.list"), m.path("lib/modules"), m.log)
+	})
+	press := make(chan struct{}, 1)
+	watchPower(m.path("dev"), func() { press <- struct{}{} }, m.log)
+
+	// A machine that is told to stop while it checks a disk stops: the rest of
+	// the start runs beside the wait for that.
+	stopAgent, agentStops := context.WithCancel(ctx)
+	agentDone := make(chan struct{})
+	go func() {
+		defer close(agentDone)
+		guard(m.log, "start", func() { m.start(stopAgent, writers) })
+	}()
+	how := m.awaitStop(press)
+	m.stop(how, agentStops, agentDone, func() { cancel(); writers.wait() })
+}
+
+// writersOf is the goroutines that write the log.
+type writersOf struct {
+	console, ring sync.WaitGroup
+}
+
+func (w *writersOf) wait() {
+	done := make(chan struct{})
+	go func() { w.console.Wait(); w.ring.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(2 * time.Second): // a console that nobody reads
+	}
+}
+
+func (m *machine) background(ctx context.Context) *writersOf {
+	w := &writersOf{}
+	w.console.Go(func() { m.journal.console.drain(ctx) })
+	go guard(m.log, "reaper", func() { m.processes.reap(context.WithoutCancel(ctx), m.sigchld) })
+	return w
+}
+
+func (m *machine) start(ctx context.Context, w *writersOf) {
+	m.prepareDisks()
+	if ctx.Err() != nil {
+		return
+	}
+	if m.openRing() == nil {
+		w.ring.Go(func() { m.journal.ring.drain(ctx); m.ring.Close() })
+	}
+	m.configure()
+	c := &clock{floor: newest(m.released, m.path("data/deimos/status.json")), now: time.Now, set: m.setClock, query: m.query, log: m.log}
+	_ = step(m.log, "setting the clock", shortLimit, func(context.Context) error { return c.raise() })
+	kick := make(chan struct{}, 1)
+	m.goOnline(ctx, c, kick)
+	m.supervise(ctx, kick)
+}
+
+func (m *machine) prepareDisks() {
+	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: diskSettle, node: m.node, tool: m.tool}
+	_ = step(m.log, "mounting the ESP", diskSettle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data) })
+	err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error {
+		p, err := data.prepare(ctx)
+		if err != nil {
+			return err
+		}
+		if ctx.Err() != nil { // too late: memory is mounted there by now
+			return ctx.Err()
+		}
+		if err := mountData(p, m.path("data")); err != nil {
+			return err
+		}
+		if err := data.remember(p); err != nil {
+			m.log.Warn("the next start may wait for less", "error", err)
+		}
+		return nil
+	})
+	if err != nil {
+		m.useMemory()
+	}
+}
+
+// mountESP waits for the disk that we were started from. A machine that was
+// started without one, such as by QEMU's -kernel, has none.
+func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
+	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
+	for until := time.Now().Add(diskSettle); ; {
+		disks := m.disks()
+		if p, ok := findESP(disks, booted); ok {
+			repairTables(disks, m.log)
+			data.boot = p.disk.path
+			if err := m.node(p); err != nil {
+				return err
+			}
+			dir := m.path("efi")
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				return err
+			}
+			if err := unix.Mount(p.path, dir, "vfat", quiet|unix.MS_NOATIME, "umask=0077,flush,errors=remount-ro"); err != nil {
+				return fmt.Errorf("mount %s: %w", p.path, err)
+			}
+			m.esp, data.esp = dir, dir
+			return nil
+		}
+		_, have := data.find("")
+		if time.Now().After(until) || booted == "" && have || !sleep(ctx, 100*time.Millisecond) {
+			repairTables(disks, m.log)
+			return errors.New("there is no EFI system partition called " + espName + "; the owner's deimos.toml cannot be read, and firmware not be updated")
+		}
+	}
+}
+
+func (m *machine) useMemory() {
+	m.inMemory = true
+	err := step(m.log, "mounting memory instead of the data partition", shortLimit, func(context.Context) error {
+		if err := os.MkdirAll(m.path("data"), 0o700); err != nil {
+			return err
+		}
+		return unix.Mount("tmpfs", m.path("data"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700,size=50%")
+	})
+	if err != nil {
+		return
+	}
+	for _, line := range []string{
+		"********************************************************************",
+		"***  THIS DEVICE HAS NO DATA DISK AND RUNS FROM MEMORY.          ***",
+		"***  Its identity and all chunks are lost when it is switched    ***",
+		"***  off. The lines above say why.                               ***",
+		"********************************************************************",
+	} {
+		m.journal.say(tellTo + line)
+	}
+}
+
+func (m *machine) openRing() error {
+	return step(m.log, "opening the log", shortLimit, func(context.Context) error {
+		limits := ringLimits
+		if m.inMemory {
+			limits.Size /= 8
+		}
+		r, err := logring.Open(m.path("data/log"), limits)
+		if err != nil {
+			return err
+		}
+		m.ring, m.journal.ring.write = r, r.WriteLine
+		return nil
+	})
+}
+
+// configure writes the agent's configuration file. It is read anew at each start
+// of the machine, not of the agent.
+func (m *machine) configure() {
+	_ = step(m.log, "reading the configuration", shortLimit, func(context.Context) error {
+		raw, source, err := m.readConfig()
+		if source != "" {
+			m.log.Info("the configuration is read", "file", source)
+		}
+		watchdog := ""
+		if exists(m.path("dev/watchdog0")) {
+			watchdog = "/dev/watchdog0"
+		}
+		config, coordinator := prepareConfig(raw, watchdog)
+		m.declared = coordinator
+		if m.params.coordinator != "" {
+			m.declared = m.params.coordinator
+		}
+		if mkdir := os.MkdirAll(m.path("run/deimos"), 0o700); mkdir != nil {
+			return errors.Join(err, mkdir)
+		}
+		return errors.Join(err, os.WriteFile(m.path("run/deimos/deimos.toml"), config, 0o600))
+	})
+}
+
+func (m *machine) readConfig() (raw []byte, source string, err error) {
+	for _, path := range []string{m.path("efi/deimos.toml"), m.path("sys/firmware/qemu_fw_cfg/by_name/opt/deimos/config/raw")} {
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		defer f.Close()
+		raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+		if err == nil && len(raw) > maxConfig {
+			err = fmt.Errorf("%s has more than %d bytes; it is left out", path, maxConfig)
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		return raw, path, nil
+	}
+	return nil, "", nil
+}
+
+// goOnline begins what needs no end before the machine's: links, clock, coordinator.
+func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) {
+	n := newNetwork(m.wired, m.path("etc/resolv.conf"), m.log)
+	go guard(m.log, "network", func() { n.run(ctx) })
+	go guard(m.log, "clock", func() {
+		if len(m.params.ntp) == 1 && m.params.ntp[0] == "off" || !awaitAddress(ctx, n) {
+			return
+		}
+		c.follow(ctx, func() []string { return firstOf(m.params.ntp, n.ntpServers(), publicNTP) })
+	})
+	if m.declared != "" || exists(m.path("data/deimos/membership.json")) {
+		return
+	}
+	d := &discovery{browse: m.browse, log: m.log, found: func(address string) {
+		m.mu.Lock()
+		m.found = address
+		m.mu.Unlock()
+		kick <- struct{}{}
+	}}
+	go guard(m.log, "discovery", func() {
+		if awaitAddress(ctx, n) {
+			d.run(ctx)
+		}
+	})
+}
+
+// awaitAddress also ends after a while: a network may have IPv6 only.
+func awaitAddress(ctx context.Context, n *network) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-n.first:
+	case <-time.After(20 * time.Second):
+	}
+	return true
+}
+
+func firstOf(lists ...[]string) []string {
+	for _, l := range lists {
+		if len(l) > 0 {
+			return l
+		}
+	}
+	return nil
+}
+
+func (m *machine) supervise(ctx context.Context, kick <-chan struct{}) {
+	s := &supervisor{
+		processes: &m.processes, command: m.command, say: m.journal.say, log: m.log, kick: kick,
+		stopWithin: stopWithin, first: firstPause,
+		crashed: func() {
+			if m.ring != nil {
+				_ = m.ring.Sync() // somebody will ask what it said
+			}
+		},
+	}
+	s.run(ctx)
+}
+
+// command is how the agent is started, with what is known now. The token goes by
+// the environment, which other users cannot read.
+func (m *machine) command() (argv, env []string) {
+	argv = append(append([]string(nil), m.agent...), "run", "--state", m.path("data/deimos"))
+	if config := m.path("run/deimos/deimos.toml"); exists(config) {
+		argv = append(argv, "--config", config)
+	}
+	env = append(env, toolEnv...)
+	if m.esp != "" {
+		env = append(env, "DEIMOS_ESP="+m.esp)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.params.coordinator != "":
+		env = append(env, "DEIMOS_COORDINATOR="+m.params.coordinator)
+	case m.declared == "" && m.found != "":
+		env = append(env, "DEIMOS_COORDINATOR="+m.found)
+	}
+	if m.params.token != "" {
+		env = append(env, "DEIMOS_TOKEN="+m.params.token)
+	}
+	return argv, env
+}
+
+// awaitStop returns how the machine is to go down.
+func (m *machine) awaitStop(press <-chan struct{}) (how int) {
+	select {
+	case <-press:
+		m.log.Info("the power button was pressed")
+		return unix.LINUX_REBOOT_CMD_POWER_OFF
+	case s := <-m.signals:
+		switch s {
+		case unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2:
+			return unix.LINUX_REBOOT_CMD_POWER_OFF
+		}
+		return unix.LINUX_REBOOT_CMD_RESTART
+	}
+}
+
+// stop takes the machine down.
+func (m *machine) stop(how int, agentStops func(), agentDone <-chan struct{}, closeLog func()) {
+	m.log.Info("the machine stops")
+	last := time.AfterFunc(downLimit, func() { _ = m.down(how) })
+	defer last.Stop()
+	agentStops()
+	select {
+	case <-agentDone:
+	case <-time.After(stopWithin + 15*time.Second):
+	}
+	killAll(context.Background(), os.Getpid(), m.path("proc"))
+	m.log.Info("goodbye")
+	closeLog()
+	for _, dir := range []string{"data", "efi"} {
+		unmount(m.path(dir))
+	}
+	unix.Sync()
+	_ = m.down(how)
+}
+
+// unmount makes a file system that is still in use read-only, which is as good.
+func unmount(dir string) {
+	for range 10 {
+		if err := unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	_ = unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+}

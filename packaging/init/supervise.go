@@ -1,0 +1,163 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/ota/slot"
+)
+
+const (
+	firstPause = time.Second
+	mostPause  = time.Minute
+	steady     = 10 * time.Minute // an agent that lived so long starts with firstPause again
+	agentLine  = 4 << 10          // bytes of a line of the agent's that are kept
+)
+
+// supervisor runs the agent for as long as the machine runs. Exit code 75 asks
+// for another start at once; after any other end there is a pause, which doubles.
+// Nothing makes it give up: a device that nobody visits has nothing better to do.
+type supervisor struct {
+	processes  *processes
+	command    func() (argv, env []string) // asked before each start
+	say        func(line string)           // each line of the agent's
+	log        *slog.Logger
+	kick       <-chan struct{} // ends a pause: there is news for the agent
+	stopWithin time.Duration
+	first      time.Duration // pause
+	crashed    func()        // after an end that nobody asked for; nil: nothing
+}
+
+// run returns once ctx has ended and the agent with it.
+func (s *supervisor) run(ctx context.Context) {
+	pause := s.first
+	for ctx.Err() == nil {
+		began := time.Now()
+		end := s.once(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		lived := time.Since(began)
+		if lived >= steady {
+			pause = s.first
+		}
+		if end.again && lived >= s.first {
+			s.log.Info("the agent asks to be started again")
+			continue
+		}
+		if s.crashed != nil && !end.again {
+			s.crashed()
+		}
+		s.log.Error("the agent ended; it is started again", "end", end.text, "lived", lived.Round(time.Millisecond), "in", pause)
+		if s.wait(ctx, pause) {
+			pause = s.first
+			continue
+		}
+		pause = min(2*pause, mostPause)
+	}
+}
+
+// wait tells whether it ended early because there is news.
+func (s *supervisor) wait(ctx context.Context, pause time.Duration) (news bool) {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	case <-s.kick:
+		return true
+	}
+	return false
+}
+
+type agentEnd struct {
+	again bool
+	text  string
+}
+
+func (s *supervisor) once(ctx context.Context) agentEnd {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return agentEnd{text: err.Error()}
+	}
+	argv, env := s.command()
+	c, err := s.processes.start(argv, env, w)
+	w.Close()
+	if err != nil {
+		r.Close()
+		return agentEnd{text: err.Error()}
+	}
+	drained := make(chan struct{})
+	go func() { // ends with the pipe: reapNow kills the agent's whole group
+		defer close(drained)
+		defer r.Close()
+		eachLine(r, s.say)
+	}()
+	end := s.end(ctx, c)
+	select {
+	case <-drained:
+	case <-time.After(time.Second): // somebody left its group and holds the pipe
+	}
+	return end
+}
+
+func (s *supervisor) end(ctx context.Context, c *process) agentEnd {
+	select {
+	case status := <-c.ended:
+		return endOf(status)
+	case <-ctx.Done():
+	}
+	c.signal(unix.SIGTERM)
+	timer := time.NewTimer(s.stopWithin)
+	defer timer.Stop()
+	select {
+	case status := <-c.ended:
+		return endOf(status)
+	case <-timer.C:
+	}
+	s.log.Error("the agent did not stop in time; it is killed", "within", s.stopWithin)
+	c.kill()
+	timer.Reset(5 * time.Second)
+	select {
+	case status := <-c.ended:
+		return endOf(status)
+	case <-timer.C:
+		s.log.Error("the agent cannot be killed: it hangs in the kernel, most likely at a disk")
+		return agentEnd{text: "could not be killed"}
+	}
+}
+
+func endOf(status unix.WaitStatus) agentEnd {
+	switch {
+	case status.Signaled():
+		return agentEnd{text: fmt.Sprintf("killed by the signal %v", status.Signal())}
+	case status.ExitStatus() == slot.ExitRestart:
+		return agentEnd{again: true, text: "asked to be started again"}
+	}
+	return agentEnd{text: fmt.Sprintf("exit code %d", status.ExitStatus())}
+}
+
+// eachLine hands over lines, cut to agentLine, until r ends.
+func eachLine(r io.Reader, say func(string)) {
+	b := bufio.NewReaderSize(r, agentLine)
+	for {
+		line, err := b.ReadSlice('\n')
+		if len(line) > 0 {
+			say(string(line))
+		}
+		for errors.Is(err, bufio.ErrBufferFull) { // the rest of a line too long
+			_, err = b.ReadSlice('\n')
+		}
+		if err != nil {
+			return
+		}
+	}
+}
