@@ -1,0 +1,378 @@
+// Package firmware keeps two images of a whole firmware on the EFI system
+// partition, and lets systemd-boot try the new one before it is kept. It is to a
+// device that boots our image what package slot is to an agent under its
+// launcher. (It is a package of its own, so that the launcher does not carry it.)
+//
+// # Parties
+//
+// An image is a unified kernel image: kernel, command line, initramfs and agent
+// in one file. The agent installs one, restarts the machine, and confirms it from
+// inside once it is healthy. systemd-boot chooses and counts, as the Boot Loader
+// Specification says under "boot counting". It takes the newest version (of the
+// image's own .osrel, which must say what the file name says) among those that
+// are not used up, and before it starts one with a counter it pays for the try:
+//
+//	EFI/Linux/deimos_VERSION.efi              confirmed
+//	EFI/Linux/deimos_VERSION+LEFT.efi         to be tried LEFT times
+//	EFI/Linux/deimos_VERSION+LEFT-DONE.efi    tried DONE times; with LEFT 0 used up: taken only if nothing else is there
+//	EFI/Linux/deimos_VERSION+LEFT.efi.tmp     an install in progress; worthless after a cut
+//	STATE/firmware.json                       the order of the trial, and how the last one ended
+//
+// Which one runs is told by the release file in its own initramfs: that comes out
+// of the image itself, where the boot loader's variables need a firmware that
+// keeps them. So no two images may have the same version.
+//
+// # States
+//
+//	on the ESP             runs   is                     leaves it by
+//	1                      1      settled                Install 2
+//	1, 2+3.tmp             1      settled, cut           Install, which begins anew
+//	1, 2+3                 1      on trial               restart
+//	1, 2+2-1               2      being tried            Confirm, or a restart
+//	1, 2+0-3               2      the last try           the same
+//	1, 2+0-3               1      rolled back            Settled: reports, and removes 2
+//	1, 2                   2      settled, 1 kept        Install 3, which removes 1 first
+//	1+2-1                  1      new device             Confirm
+//	1+2-1, 1               1      settled, cut           nothing; 1+2-1 goes with the next Confirm if it is a copy
+//
+// # What always holds
+//
+//   - The image that runs and the newest confirmed one are never written to and
+//     never removed. So at any moment there is an image to boot that was whole and
+//     on the disk before.
+//   - FAT has no journal and keeps no order: what was not synced may be there in
+//     any part, and a rename is two changes, of which either may be missing. So an
+//     image gets a name that boots only after its bytes are synced, and changes
+//     that rely on one another have a sync of the directory between them. (Linux
+//     syncs a FAT file with its part of the allocation table.)
+//   - A rename that is cut between its two changes leaves two names of the same
+//     blocks, and FAT has no such thing: who removes one frees the blocks of the
+//     other. So a file that shares its first block with another (or that may, where
+//     the kernel does not tell) is left alone. It takes its space until the
+//     partition is checked with fsck.vfat, while it is not mounted.
+//   - A rename may lose the file: that costs a new image, never the old one. With
+//     no other confirmed image beside it an image is not renamed to be confirmed,
+//     but copied, and the counted name removed after.
+//   - The order of a trial is on disk before its image, and the outcome before the
+//     used-up image goes, so that no roll-back goes unreported.
+//
+// All methods may be called again after any cut; they then finish, or do nothing.
+//
+// A version that is older than the one that runs cannot be installed: the boot
+// loader would not take it.
+package firmware
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/deimos-edge/deimos/ota/slot"
+)
+
+// margin is left free on the ESP, in bytes: for directories, and the boot loader's own files.
+const margin = 1 << 20
+
+// ErrRunning is returned for an install of the version that runs.
+var ErrRunning = errors.New("this firmware runs already")
+
+// ErrOlder is returned for an install of a version that the boot loader would pass over.
+var ErrOlder = errors.New("this firmware is older than the one that runs, which the boot loader would take instead")
+
+// ErrUnknown is returned when the image that runs is not on the ESP.
+var ErrUnknown = errors.New("the image of the firmware that runs is not on the EFI system partition")
+
+// ErrTwice is returned when a power cut has left a file that a new one would collide with.
+var ErrTwice = errors.New("a power cut has left two names of one file on the EFI system partition; check it with fsck.vfat")
+
+// ErrSpace is returned when an image does not fit.
+var ErrSpace = errors.New("the EFI system partition has too little room")
+
+// record is what is remembered outside of the ESP.
+type record struct {
+	Trial *trial        `json:"trial,omitempty"`
+	Last  *slot.Outcome `json:"last,omitempty"`
+}
+
+type trial struct {
+	Order  string `json:"order"`
+	From   string `json:"from"`
+	To     string `json:"to"`
+	SHA256 string `json:"sha256"`
+}
+
+// Store is the firmware images of one device. One process has it at a time.
+type Store struct {
+	disk    disk
+	running string
+	mu      sync.Mutex
+}
+
+// Open uses the images in esp, the folder EFI/Linux of the mounted ESP. running
+// is the version that runs, of the release file in its initramfs.
+func Open(esp, stateDir, running string) (*Store, error) {
+	if err := checkVersion(running); err != nil {
+		return nil, err
+	}
+	return &Store{disk: &mounted{esp: esp, state: stateDir}, running: running}, nil
+}
+
+// Install puts a new image on trial: from the next start of the machine on it is
+// tried [slot.Tries] times. content is size bytes with the digest image.SHA256,
+// which must be given. A repeat of an order that is on trial does nothing.
+//
+// Errors: [slot.ErrBusy] while an image is on trial, [ErrRunning], [ErrOlder],
+// [ErrSpace], [ErrUnknown]; else the content or the disk failed, and nothing has
+// changed but that an older image was removed to make room.
+func (s *Store) Install(ctx context.Context, order string, image slot.Image, size int64, content io.Reader) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := checkVersion(image.Version); err != nil {
+		return err
+	}
+	if _, err := s.settle(); err != nil {
+		return err
+	}
+	all, rec, err := s.look()
+	if err != nil {
+		return err
+	}
+	if t := rec.Trial; t != nil && t.Order == order && t.To == image.Version && t.SHA256 == image.SHA256 && all.has(func(f file) bool { return f.version == t.To }) {
+		return nil
+	}
+	current, ok := all.find(s.running)
+	switch order := compareVersions(image.Version, s.running); {
+	case order == 0:
+		return ErrRunning
+	case order < 0:
+		return ErrOlder
+	case !ok:
+		return ErrUnknown
+	case current.counted, all.has(func(f file) bool { return f.counted && f.left > 0 }):
+		return slot.ErrBusy
+	case all.has(func(f file) bool { return !f.counted && compareVersions(f.version, s.running) > 0 }):
+		return fmt.Errorf("a newer firmware than the one that runs is confirmed; restart to use it: %w", slot.ErrBusy)
+	}
+	if err := s.makeRoom(all, image.Version, size); err != nil {
+		return err
+	}
+	rec.Trial = &trial{Order: order, From: s.running, To: image.Version, SHA256: image.SHA256}
+	if err := s.disk.save(rec); err != nil {
+		return err
+	}
+	return s.write(file{version: image.Version, counted: true, left: slot.Tries}, size, image.SHA256, reader{ctx, content})
+}
+
+// makeRoom removes all but the image that runs, if that makes room enough for one
+// of that version and size.
+func (s *Store) makeRoom(all images, version string, size int64) error {
+	free, err := s.disk.free()
+	if err != nil {
+		return err
+	}
+	var old []string
+	for _, f := range all {
+		switch {
+		case !f.tmp && f.version == s.running:
+		case !s.shares(f, all):
+			old = append(old, f.name)
+			free += f.size
+		case f.version == version:
+			return ErrTwice
+		}
+	}
+	if free < size+margin {
+		return fmt.Errorf("%w: %d MiB are free for an image of %d MiB; delete other files there", ErrSpace, free>>20, size>>20)
+	}
+	return s.remove(old)
+}
+
+// shares tells whether a file may have the same blocks as another one.
+func (s *Store) shares(f file, all images) bool {
+	for _, other := range all {
+		if other.name == f.name || other.size != f.size || f.size == 0 {
+			continue
+		}
+		if same, err := s.disk.same(f.name, other.name); same || err != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// remove removes files, and returns when they are gone for good.
+func (s *Store) remove(names []string) error {
+	if len(names) == 0 {
+		return nil
+	}
+	for _, name := range names {
+		if err := s.disk.remove(name); err != nil {
+			return err
+		}
+	}
+	return s.disk.sync()
+}
+
+// write makes a new image, aside first. What was left aside is written over.
+func (s *Store) write(f file, size int64, sum string, content io.Reader) error {
+	aside := f.String() + asideEnd
+	out, err := s.disk.create(aside)
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	n, err := io.Copy(io.MultiWriter(out, h), io.LimitReader(content, size+1))
+	if got := hex.EncodeToString(h.Sum(nil)); err == nil && (n != size || got != sum) {
+		err = fmt.Errorf("the image is not what was announced: %d bytes with SHA-256 %.12s…, expected %d with %.12s…", n, got, size, sum)
+	}
+	if err == nil {
+		err = out.Sync()
+	}
+	if err = errors.Join(err, out.Close()); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", aside, err), s.disk.remove(aside))
+	}
+	if err := s.disk.sync(); err != nil { // before its name can boot, the file is there whole
+		return err
+	}
+	return s.rename(aside, f.String())
+}
+
+func (s *Store) rename(from, to string) error {
+	if err := s.disk.rename(from, to); err != nil {
+		return err
+	}
+	return s.disk.sync()
+}
+
+// OnTrial tells whether the image that runs must be confirmed.
+func (s *Store) OnTrial() (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, err := s.disk.list()
+	mine, ok := all.find(s.running)
+	return ok && mine.counted, err
+}
+
+// Confirm makes the image that runs the one to keep. It does nothing if it is
+// that already.
+func (s *Store) Confirm() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, err := s.disk.list()
+	if err != nil {
+		return err
+	}
+	mine, ok := all.find(s.running)
+	switch {
+	case !ok:
+		return ErrUnknown
+	case mine.counted && all.has(func(f file) bool { return f.version != s.running && !f.counted }):
+		return s.rename(mine.name, file{version: s.running}.String())
+	case mine.counted:
+		if err := s.copy(mine, file{version: s.running}); err != nil {
+			return err
+		}
+		return s.remove([]string{mine.name}) // it is a copy for certain
+	}
+	var rest []string
+	for _, f := range all {
+		if !f.tmp && f.version == s.running && f.counted && !s.shares(f, all) {
+			rest = append(rest, f.name)
+		}
+	}
+	return s.remove(rest)
+}
+
+// copy writes an image a second time, under another name.
+func (s *Store) copy(from, to file) error {
+	if free, err := s.disk.free(); err != nil || free < from.size+margin {
+		return cmp.Or(err, fmt.Errorf("%w to confirm the only firmware: %d MiB are free, %d are needed; delete other files there", ErrSpace, free>>20, (from.size+margin)>>20))
+	}
+	sum := sha256.New()
+	if err := s.read(from.name, sum); err != nil {
+		return err
+	}
+	in, err := s.disk.open(from.name)
+	if err != nil {
+		return err
+	}
+	err = s.write(to, from.size, hex.EncodeToString(sum.Sum(nil)), in)
+	return errors.Join(err, in.Close())
+}
+
+func (s *Store) read(name string, to io.Writer) error {
+	in, err := s.disk.open(name)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, in)
+	return errors.Join(err, in.Close())
+}
+
+// Settled tells how the last trial ended, nil if there was none or it is not
+// decided. It keeps telling until the next one has ended, as what is reported can
+// be lost; the order tells a repeat. It removes an image that was rolled back.
+func (s *Store) Settled() (*slot.Outcome, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.settle()
+}
+
+func (s *Store) settle() (*slot.Outcome, error) {
+	all, rec, err := s.look()
+	if err != nil {
+		return nil, err
+	}
+	var bad []string
+	for _, f := range all {
+		if !f.tmp && f.counted && f.left == 0 && f.version != s.running && !s.shares(f, all) {
+			bad = append(bad, f.name)
+		}
+	}
+	if t := rec.Trial; t != nil {
+		out := slot.Outcome{Order: t.Order, From: t.From, To: t.To}
+		confirmed := func(f file) bool { return f.version == t.To && !f.counted }
+		usedUp := func(f file) bool { return f.version == t.To && f.counted && f.left == 0 }
+		switch {
+		case all.has(confirmed):
+			out.Result = slot.Confirmed
+		case t.To != s.running && all.has(usedUp):
+			out.Result = slot.RolledBack
+			out.Reason = fmt.Sprintf("not confirmed in %d starts of the machine", slot.Tries)
+		default:
+			return rec.Last, nil
+		}
+		rec.Last, rec.Trial = &out, nil
+		if err := s.disk.save(rec); err != nil {
+			return nil, err
+		}
+	}
+	return rec.Last, s.remove(bad)
+}
+
+func (s *Store) look() (images, record, error) {
+	rec, err := s.disk.load()
+	if err != nil {
+		return nil, rec, err
+	}
+	all, err := s.disk.list()
+	return all, rec, err
+}
+
+// reader ends with its context.
+type reader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (r reader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, context.Cause(r.ctx)
+	}
+	return r.r.Read(p)
+}

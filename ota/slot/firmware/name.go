@@ -1,0 +1,129 @@
+package firmware
+
+import (
+	"cmp"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+const asideEnd = ".tmp"
+
+// The counter's forms are the Boot Loader Specification's. A version has neither
+// capital letters, which FAT does not tell from small ones, nor a "+", which
+// begins the counter, nor a "_", which ends the name.
+var (
+	versionForm = regexp.MustCompile(`^[0-9][0-9a-z.~^-]{0,63}$`)
+	nameForm    = regexp.MustCompile(`^deimos_([0-9][0-9a-z.~^-]{0,63})(?:\+([0-9]{1,4})(?:-([0-9]{1,4}))?)?\.efi(\.tmp)?$`)
+)
+
+func checkVersion(version string) error {
+	if !versionForm.MatchString(version) {
+		return fmt.Errorf("%.64q cannot be the version of a firmware: it may have digits, small letters, and . - ~ ^", version)
+	}
+	return nil
+}
+
+// file is an image on the ESP, or what is to become one.
+type file struct {
+	name    string // as it is on the disk; empty for one that is to be made
+	size    int64  // bytes
+	version string
+	counted bool
+	left    int // tries
+	tried   int
+	tmp     bool
+}
+
+// parseName tells what a file name says; ok is false for one that is not ours.
+func parseName(name string) (f file, ok bool) {
+	m := nameForm.FindStringSubmatch(strings.ToLower(name))
+	if m == nil {
+		return file{}, false
+	}
+	f = file{name: name, version: m[1], counted: m[2] != "", tmp: m[4] != ""}
+	f.left, _ = strconv.Atoi(m[2]) // digits, or none
+	f.tried, _ = strconv.Atoi(m[3])
+	return f, true
+}
+
+// String is the name that f should have.
+func (f file) String() string {
+	counter := ""
+	if f.counted {
+		counter = fmt.Sprintf("+%d", f.left)
+		if f.tried > 0 {
+			counter += fmt.Sprintf("-%d", f.tried)
+		}
+	}
+	return "deimos_" + f.version + counter + ".efi"
+}
+
+// images are the files of ours.
+type images []file
+
+// has tells whether there is an image like that; one that is aside is none.
+func (all images) has(like func(file) bool) bool {
+	return slices.ContainsFunc(all, func(f file) bool { return !f.tmp && like(f) })
+}
+
+// find prefers the confirmed one.
+func (all images) find(version string) (found file, ok bool) {
+	for _, f := range all {
+		if !f.tmp && f.version == version && (!ok || !f.counted) {
+			found, ok = f, true
+		}
+	}
+	return found, ok
+}
+
+// compareVersions is the order of the UAPI group's Version Format Specification,
+// which systemd-boot sorts by, for the characters that we allow.
+func compareVersions(a, b string) int {
+	digit := func(c byte) bool { return c >= '0' && c <= '9' }
+	letter := func(c byte) bool { return c >= 'a' && c <= 'z' }
+	at := func(s string) byte { return (s + "\x00")[0] }
+	cut := func(s string, in func(byte) bool) (head, tail string) {
+		n := 0
+		for n < len(s) && in(s[n]) {
+			n++
+		}
+		return s[:n], s[n:]
+	}
+	for {
+		// In this order: "~" is below the end, which is below "-", "^", ".".
+		for _, c := range []byte{'~', 0, '-', '^', '.'} {
+			inA, inB := at(a) == c, at(b) == c
+			switch {
+			case inA && inB && c == 0:
+				return 0
+			case inA && inB:
+				a, b = a[1:], b[1:]
+			case inA:
+				return -1
+			case inB:
+				return 1
+			default:
+				continue
+			}
+			break
+		}
+		var x, y string
+		if digit(at(a)) || digit(at(b)) {
+			x, a = cut(a, digit)
+			y, b = cut(b, digit)
+			x, y = strings.TrimLeft(x, "0"), strings.TrimLeft(y, "0")
+			if c := cmp.Compare(len(x), len(y)); c != 0 {
+				return c
+			}
+		} else {
+			x, a = cut(a, letter)
+			y, b = cut(b, letter)
+		}
+		if c := strings.Compare(x, y); c != 0 {
+			return c
+		}
+	}
+}
