@@ -1,0 +1,140 @@
+package deb
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/deimos-edge/deimos/agent"
+)
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(raw)
+}
+
+// tool is a program that not every machine has.
+func tool(t *testing.T, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("%s is not here", name)
+	}
+	return path
+}
+
+var units = []string{"agent/deimos-agent.service", "coordinator/deimos.service"}
+
+func TestUnitsAreRatedTwoOrBetter(t *testing.T) {
+	analyze := tool(t, "systemd-analyze")
+	for _, u := range units {
+		// The threshold is in tenths, and what equals it passes.
+		out, err := exec.CommandContext(t.Context(), analyze, "security", "--offline=true", "--threshold=20", "--no-pager", u).CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", u, err, out)
+		}
+	}
+}
+
+func TestUnitsHaveNoUnknownWords(t *testing.T) {
+	analyze := tool(t, "systemd-analyze")
+	for _, u := range units {
+		out, _ := exec.CommandContext(t.Context(), analyze, "verify", "--man=no", "--recursive-errors=no", u).CombinedOutput()
+		for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+			if line != "" && strings.Contains(line, filepath.Base(u)) && !strings.Contains(line, "is not executable") { // not installed here
+				t.Errorf("%s", line)
+			}
+		}
+	}
+}
+
+// TestStopOutlastsTheWatchdog: who kills the agent before it has ended leaves the
+// machine's watchdog armed.
+func TestStopOutlastsTheWatchdog(t *testing.T) {
+	unit := read(t, units[0])
+	for _, want := range []string{"Type=notify\n", "NotifyAccess=all\n", "KillMode=mixed\n", "Restart=always\n", "TimeoutStopSec=75\n"} {
+		if !strings.Contains(unit, "\n"+want) {
+			t.Errorf("the agent's unit has no %s", want)
+		}
+	}
+}
+
+// uncommented is a conffile with all its examples in force.
+func uncommented(s string) string {
+	return regexp.MustCompile(`(?m)^#([a-zA-Z\[])`).ReplaceAllString(s, "$1")
+}
+
+func TestEveryLineOfTheAgentsConffileIsUnderstood(t *testing.T) {
+	raw := read(t, "agent/agent.toml")
+	all := uncommented(raw)
+	if all == raw || strings.Contains(all, "\n#coord") {
+		t.Fatal("no example was found")
+	}
+	for _, text := range []string{raw, all} {
+		file := filepath.Join(t.TempDir(), "agent.toml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := agent.LoadConfig(file); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestCoordinatorKnowsItsSettings(t *testing.T) {
+	source := read(t, "../../cmd/deimos/serve.go")
+	names := regexp.MustCompile(`(?m)^#?(DEIMOS_[A-Z_]+)=`).FindAllStringSubmatch(read(t, "coordinator/coordinator.env"), -1)
+	if len(names) < 5 {
+		t.Fatalf("only %d settings found", len(names))
+	}
+	for _, m := range names {
+		if !strings.Contains(source, `env:"`+m[1]+`"`) {
+			t.Errorf("deimos serve has no %s", m[1])
+		}
+	}
+}
+
+// TestGroupsOfTheRuleExist: udev ignores a rule whose group it does not know.
+func TestGroupsOfTheRuleExist(t *testing.T) {
+	users := read(t, "agent/sysusers.conf")
+	rules := read(t, "agent/udev.rules")
+	groups := regexp.MustCompile(`GROUP="([^"]+)"|chgrp ([a-z0-9-]+) `).FindAllStringSubmatch(rules, -1)
+	if len(groups) < 4 {
+		t.Fatalf("only %d groups found", len(groups))
+	}
+	for _, m := range groups {
+		if !regexp.MustCompile(`(?m)^[ug] ` + m[1] + m[2] + ` `).MatchString(users) {
+			t.Errorf("nothing makes the group %s%s", m[1], m[2])
+		}
+	}
+}
+
+func TestScriptsAreShell(t *testing.T) {
+	scripts, err := filepath.Glob("*/p*[mt]")
+	if err != nil || len(scripts) != 6 {
+		t.Fatalf("maintainer scripts: %v, %v", scripts, err)
+	}
+	for _, s := range slices.Concat(scripts, []string{"lifecycle.sh"}) {
+		if out, err := exec.CommandContext(t.Context(), "sh", "-n", s).CombinedOutput(); err != nil {
+			t.Errorf("%s: %s", s, out)
+		}
+		if !strings.Contains(read(t, s), "\nset -e") {
+			t.Errorf("%s goes on after an error", s)
+		}
+	}
+}
+
+func TestChangelogHasThisRelease(t *testing.T) {
+	version := regexp.MustCompile(`(?m)^VERSION *:= *(\S+)`).FindStringSubmatch(read(t, "../../Makefile"))
+	if version == nil || !strings.HasPrefix(read(t, "changelog"), "deimos ("+version[1]+") ") {
+		t.Errorf("the changelog does not begin with version %v of the Makefile", version)
+	}
+}
