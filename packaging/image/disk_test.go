@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf16"
+
+	"github.com/deimos-edge/deimos/packaging/init/gpt"
 )
 
 // readFAT reads a file system as the specification says, sharing nothing with
@@ -250,6 +252,22 @@ func TestPartitionTableIsWhole(t *testing.T) {
 	}
 	if disk[450] != 0xEE || le.Uint32(disk[454:]) != 1 || le.Uint32(disk[458:]) != sectors-1 || disk[510] != 0x55 || disk[511] != 0xAA {
 		t.Error("no protective MBR")
+	}
+}
+
+// TestFirstBootReadsThePartitionTable asks the reader that the device has.
+func TestFirstBootReadsThePartitionTable(t *testing.T) {
+	disk := make(memory, 10_000*sector)
+	if err := writeGPT(disk, 10_000, diskGUID, []partition{{typeESP, espGUID, 2048, 4095, "deimos-esp"}}); err != nil {
+		t.Fatal(err)
+	}
+	table, err := gpt.Read(bytes.NewReader(disk), int64(len(disk)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	esp, ok := table.Find("deimos-esp")
+	if !ok || esp.Number != 1 || esp.First != 2048 || esp.Last != 4095 || esp.Type != gpt.GUID(typeESP) {
+		t.Errorf("the device sees %+v (%t)", esp, ok)
 	}
 }
 
