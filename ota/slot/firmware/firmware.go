@@ -236,9 +236,6 @@ func (s *Store) write(f file, size int64, sum string, content io.Reader) error {
 	if err = errors.Join(err, out.Close()); err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", aside, err), s.disk.remove(aside))
 	}
-	if err := s.disk.sync(); err != nil { // before its name can boot, the file is there whole
-		return err
-	}
 	return s.rename(aside, f.String())
 }
 
