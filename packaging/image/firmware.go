@@ -55,7 +55,7 @@ func (fw firmware) image() ([]byte, error) {
 	}
 	kernels, err := filepath.Glob(filepath.Join(fw.unpacked, "boot", "vmlinuz-*"))
 	if err != nil || len(kernels) != 1 {
-		return nil, fmt.Errorf("Debian's packages have %d kernels, not one", len(kernels))
+		return nil, fmt.Errorf("the packages have %d kernels, not one", len(kernels))
 	}
 	kernel, err := os.ReadFile(kernels[0])
 	if err != nil {

@@ -158,7 +158,7 @@ const (
 // openApt asks Debian what there is. The folder goes with close.
 func openApt(ctx context.Context, cache string) (a apt, err error) {
 	if _, err := os.Stat(keyring); err != nil {
-		return a, fmt.Errorf("Debian's keys are missing: %w; install debian-archive-keyring", err)
+		return a, fmt.Errorf("the keys of Debian are missing: %w; install debian-archive-keyring", err)
 	}
 	if cache, err = filepath.Abs(cache); err != nil {
 		return a, err

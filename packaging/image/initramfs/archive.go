@@ -79,7 +79,7 @@ func (a *Archive) Bytes() ([]byte, error) {
 	var out bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(a.entries)) { // a directory sorts before what is in it
 		e := a.entries[name]
-		if len(e.content) > math.MaxUint32 {
+		if uint64(len(e.content)) > math.MaxUint32 {
 			return nil, fmt.Errorf("%s is too large for a cpio archive", name)
 		}
 		write(&out, name, e)
