@@ -45,6 +45,7 @@ type machine struct {
 	down             func(how int) error
 	agent            []string
 	released         time.Time
+	settle           time.Duration // how long a disk may take to answer
 
 	journal   *journal
 	log       *slog.Logger
@@ -128,8 +129,8 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 }
 
 func (m *machine) prepareDisks() {
-	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: diskSettle, node: m.node, tool: m.tool}
-	_ = step(m.log, "mounting the ESP", diskSettle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data) })
+	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool}
+	_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data) })
 	err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error {
 		p, err := data.prepare(ctx)
 		if err != nil {
@@ -155,7 +156,7 @@ func (m *machine) prepareDisks() {
 // started without one, such as by QEMU's -kernel, has none.
 func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
 	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
-	for until := time.Now().Add(diskSettle); ; {
+	for until := time.Now().Add(m.settle); ; {
 		disks := m.disks()
 		if p, ok := findESP(disks, booted); ok {
 			repairTables(disks, m.log)

@@ -95,7 +95,7 @@ func main() {
 		root: "/", console: openConsole("/dev/console"), signals: signals, sigchld: sigchld,
 		disks: func() []blockDevice { return listDisks("/sys", "/dev") }, node: ensureNode,
 		wired: hasWire("/sys"), browse: browseLAN, query: askNTP, setClock: setClock, down: unix.Reboot,
-		agent: []string{"/bin/deimos-agent"}, released: releaseDay(released),
+		agent: []string{"/bin/deimos-agent"}, released: releaseDay(released), settle: diskSettle,
 	}
 	m.run(mounted)
 }

@@ -30,7 +30,7 @@ type supervisor struct {
 	command    func() (argv, env []string) // asked before each start
 	say        func(line string)           // each line of the agent's
 	log        *slog.Logger
-	kick       <-chan struct{} // ends a pause: there is news for the agent
+	kick       <-chan struct{} // there is news for the agent's command: ends a pause, and an agent that was started without it
 	stopWithin time.Duration
 	first      time.Duration // pause
 	crashed    func()        // after an end that nobody asked for; nil: nothing
@@ -48,6 +48,11 @@ func (s *supervisor) run(ctx context.Context) {
 		lived := time.Since(began)
 		if lived >= steady {
 			pause = s.first
+		}
+		if end.news {
+			s.log.Info("the agent is started again with what was found out")
+			pause = s.first
+			continue
 		}
 		if end.again && lived >= s.first {
 			s.log.Info("the agent asks to be started again")
@@ -79,7 +84,8 @@ func (s *supervisor) wait(ctx context.Context, pause time.Duration) (news bool) 
 }
 
 type agentEnd struct {
-	again bool
+	again bool // it asked for another start at once
+	news  bool // we stopped it, to start it with another command
 	text  string
 }
 
@@ -114,7 +120,15 @@ func (s *supervisor) end(ctx context.Context, c *process) agentEnd {
 	case status := <-c.ended:
 		return endOf(status)
 	case <-ctx.Done():
+		return s.stop(c)
+	case <-s.kick:
+		end := s.stop(c)
+		end.news = true
+		return end
 	}
+}
+
+func (s *supervisor) stop(c *process) agentEnd {
 	c.signal(unix.SIGTERM)
 	timer := time.NewTimer(s.stopWithin)
 	defer timer.Stop()
