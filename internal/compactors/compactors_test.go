@@ -121,7 +121,11 @@ func TestWritesNeverStall(t *testing.T) {
 	dir := t.TempDir()
 	db := open(t, dir)
 	k := keep(db, atOnce)
-	const keys, group, rounds = 4000, 50, 5 // the same keys again: what is old must go
+	const keys, group = 4000, 50
+	rounds := 5 // of the same keys: what is old must go
+	if testing.Short() {
+		rounds = 3
+	}
 	inTime("writing", func() {
 		for i := 0; i < keys*rounds; i += group {
 			if err := write(k, i%keys, group); err != nil {
@@ -180,7 +184,7 @@ func TestABatchOfManyMemtablesNeverStalls(t *testing.T) {
 	defer db.Close()
 	k := keep(db, atOnce)
 	defer k.Close()
-	for range 3 {
+	for range 2 {
 		eventually(t, "the compactors rest", k.resting.Load)
 		inTime("a large batch", func() {
 			if err := write(k, 0, 12<<10); err != nil {
