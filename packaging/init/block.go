@@ -179,7 +179,7 @@ const (
 type blkpgPartition struct {
 	start, length int64 // bytes
 	number        int32
-	names         [128]byte
+	_             [128]byte // names
 	_             [4]byte
 }
 

@@ -79,7 +79,7 @@ func TestKilledWriterLeavesWholeLinesWithinTheLimit(t *testing.T) {
 
 func TestTornLineIsCutOff(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "00000007.log"), []byte("whole\nto"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "00000007.log"), []byte("whole\na torn line, longer than the next"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r, err := Open(dir, small)
