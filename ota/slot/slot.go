@@ -42,7 +42,7 @@
 // Time limits of a try are the launcher's, on its monotonic clock: a device's
 // wall clock may jump by decades while the new version is being tried.
 //
-// Not here yet: the same for firmware images (boot counting by the boot loader).
+// The same for firmware images, with the boot loader as launcher: package firmware.
 package slot
 
 import (
