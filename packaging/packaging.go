@@ -13,6 +13,7 @@
 // nothing, and over invented ones that break it, where it must speak. A rule
 // that has gone blind therefore fails, too.
 //
-// Below it: tour/, the tour of a whole fleet on one machine (`deimos dev`).
-// Debian packages, systemd units and the QEMU image are to come.
+// Below it: tour/, the tour of a whole fleet on one machine (`deimos dev`);
+// image/, the bootable arm64 image, and init/, its process 1; deb/, the Debian
+// packages and systemd units; record-qemu/, which records QEMU's machine.
 package packaging
