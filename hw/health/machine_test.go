@@ -405,7 +405,9 @@ func TestAMonthOfNoiseGivesNoWarning(t *testing.T) {
 			if rng.IntN(10) == 0 {
 				g.tel.Pressure.MemorySome = 90 * rng.Float64()
 			}
-			if rng.IntN(50) == 0 {
+			// Three of these in a row and a fourth soon after are a warning, and would
+			// come in one month of 25 by chance if one sample in 50 were so.
+			if rng.IntN(500) == 0 {
 				g.tel.Throttling.Now = new(true)
 			}
 			g.tel.MemoryAvailable = uint64((0.1 + 0.8*rng.Float64()) * 4 * GiB)
