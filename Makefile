@@ -70,7 +70,7 @@ repro: ## Build the device programs twice, from nothing, in two places, and comp
 	@scripts/repro --from-nothing
 
 .PHONY: bench
-bench: $(BIN)/deimos ## What the line between coordinator and devices bears, against a baseline in the same run (AGENTS=1000; minutes; leave the machine alone)
+bench: $(BIN)/deimos $(BIN)/deimos-agent ## What the line between coordinator and devices bears, against a baseline in the same run (AGENTS=1000; minutes; leave the machine alone)
 	@CGO_ENABLED=0 $(GO) run ./test/bench -bin $(BIN) -agents $(or $(AGENTS),1000)
 
 ##@ Else
