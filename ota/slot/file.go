@@ -220,7 +220,8 @@ func moveIntoPlace(from, to string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-func digest(path string) (string, error) {
+// Digest is the SHA-256 of a file, in lower-case hex.
+func Digest(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return "", err

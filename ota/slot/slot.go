@@ -249,7 +249,7 @@ func (s *Store) MarkTrial(order string, image Image) error {
 		case in == nil || in.Order != order:
 			return ErrNotInstalling
 		}
-		sum, err := digest(s.StagedPath(in.Slot))
+		sum, err := Digest(s.StagedPath(in.Slot))
 		switch {
 		case err != nil:
 			return fmt.Errorf("read the new agent: %w", err)
@@ -402,7 +402,7 @@ func (s *Store) Check(st State, n Name) error {
 	if want == "" {
 		return nil
 	}
-	got, err := digest(s.Path(n))
+	got, err := Digest(s.Path(n))
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -297,11 +298,11 @@ func (t *tour) readBack(ctx context.Context) ([]string, error) {
 	if err := t.cli(ctx, nil, "object", "get", objectName, "--out", out); err != nil {
 		return nil, err
 	}
-	want, err := fileSHA256(t.File)
+	want, err := slot.Digest(t.File)
 	if err != nil {
 		return nil, err
 	}
-	got, err := fileSHA256(out)
+	got, err := slot.Digest(out)
 	if err != nil {
 		return nil, err
 	}

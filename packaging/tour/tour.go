@@ -6,8 +6,6 @@ package tour
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -303,19 +301,6 @@ func (t *tour) chunkOf(i int) ([]byte, error) {
 		return nil, fmt.Errorf("%s has changed since it was stored: %w", t.File, err)
 	}
 	return data, nil
-}
-
-func fileSHA256(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // holders lists the tour's devices that hold a chunk.

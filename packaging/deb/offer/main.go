@@ -21,12 +21,9 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"log"
 	"os"
@@ -71,7 +68,7 @@ func offer(ctx context.Context, state, agent string, again bool) (string, error)
 	case st.Trial != nil:
 		return fmt.Sprintf("version %s is on trial; the packaged agent waits", st.Trial.Version), nil
 	}
-	sum, err := digest(agent)
+	sum, err := slot.Digest(agent)
 	if err != nil {
 		return "", fmt.Errorf("cannot read it: %w", err)
 	}
@@ -131,17 +128,4 @@ func offered(marker string) string {
 		return ""
 	}
 	return strings.TrimSpace(string(raw))
-}
-
-func digest(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }

@@ -17,14 +17,14 @@ import (
 	"context"
 	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/deimos-edge/deimos/ota/slot"
 )
 
 // lockFile names Debian's packages by what is in them; see [Locked].
@@ -95,7 +95,7 @@ func Fetch(ctx context.Context, all []Package, cache, dir string) error {
 	}
 	for _, p := range all {
 		deb := filepath.Join(cache, p.FileName())
-		sum, err := digest(deb)
+		sum, err := slot.Digest(deb)
 		if err != nil {
 			return err
 		}
@@ -232,7 +232,7 @@ func (a apt) newest(ctx context.Context, cache string) ([]Package, error) {
 		}
 		version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(found[0]), name+"_"), "_arm64.deb")
 		p := Package{Name: name, Version: strings.ReplaceAll(version, "%3a", ":")}
-		if p.SHA256, err = digest(found[0]); err != nil {
+		if p.SHA256, err = slot.Digest(found[0]); err != nil {
 			return nil, err
 		}
 		if err := os.Rename(found[0], filepath.Join(cache, p.FileName())); err != nil {
@@ -255,20 +255,6 @@ func (a apt) kernel(ctx context.Context) (string, error) {
 		return "", errors.New("linux-image-arm64 of Debian depends on no kernel")
 	}
 	return KernelPrefix + strings.TrimSpace(name), nil
-}
-
-// digest is the SHA-256 of a file, lower-case hex.
-func digest(name string) (string, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // run runs a program in a folder, with more in its environment.
