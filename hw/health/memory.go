@@ -1,6 +1,7 @@
 package health
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -316,22 +317,12 @@ func (w *wearing) sanitise(run float64) {
 			return !(e.Run >= 0 && e.Run <= run && e.Hours >= 0 && e.Hours <= maxRun && e.Wear >= 0 && e.Wear <= 255 && e.Written >= 0 && e.Written <= 1e21)
 		})
 		list = list[max(0, len(list)-most):]
-		if len(list) == 0 || !slices.IsSortedFunc(list, func(a, b edge) int { return cmpFloat(a.Run, b.Run) }) {
+		if len(list) == 0 || !slices.IsSortedFunc(list, func(a, b edge) int { return cmp.Compare(a.Run, b.Run) }) {
 			return nil
 		}
 		return list
 	}
 	w.Edges, w.Marks = good(w.Edges, maxEdges), good(w.Marks, maxMarks)
-}
-
-func cmpFloat(a, b float64) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // observe takes one reading. The first edge is not one: nobody saw the step.

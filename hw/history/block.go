@@ -320,18 +320,11 @@ type parser struct {
 
 func (p *parser) fail() { p.failed, p.rest = true, nil }
 
-func (p *parser) signed() int64 {
-	v, n := binary.Varint(p.rest)
-	if n <= 0 {
-		p.fail()
-		return 0
-	}
-	p.rest = p.rest[n:]
-	return v
-}
+func (p *parser) signed() int64    { return varint(p, binary.Varint) }
+func (p *parser) unsigned() uint64 { return varint(p, binary.Uvarint) }
 
-func (p *parser) unsigned() uint64 {
-	v, n := binary.Uvarint(p.rest)
+func varint[T int64 | uint64](p *parser, read func([]byte) (T, int)) T {
+	v, n := read(p.rest)
 	if n <= 0 {
 		p.fail()
 		return 0

@@ -2,6 +2,7 @@ package history
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -91,18 +92,8 @@ func (f *files) scan() error {
 		f.damaged += s.size - good
 		f.segs = append(f.segs, s)
 	}
-	slices.SortFunc(f.segs, func(a, b *segment) int { return compare(a.number, b.number) })
+	slices.SortFunc(f.segs, func(a, b *segment) int { return cmp.Compare(a.number, b.number) })
 	return nil
-}
-
-func compare(a, b uint64) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 func readSome(path string, most int64) ([]byte, error) {
