@@ -115,20 +115,16 @@ func listDevices(ctx context.Context, c *api.Client, q api.DeviceQuery) ([]api.D
 }
 
 type deviceShowCmd struct {
-	ID string `arg:"" help:"Device id."`
+	ID deviceFlag `arg:"" help:"Device id."`
 	cli.Output
 }
 
 func (d *deviceShowCmd) Run(ctx context.Context, all *commands) error {
-	id, err := wire.ParseDeviceID(d.ID)
-	if err != nil {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
 	c, err := all.client()
 	if err != nil {
 		return err
 	}
-	v, err := c.Device(ctx, string(id))
+	v, err := c.Device(ctx, string(d.ID))
 	if err != nil {
 		return err
 	}
@@ -284,21 +280,17 @@ func (d *deviceRejectCmd) Run(ctx context.Context, all *commands) error {
 }
 
 type deviceRetireCmd struct {
-	ID  string `arg:"" help:"Device id."`
-	Yes bool   `help:"Do not ask."`
+	ID  deviceFlag `arg:"" help:"Device id."`
+	Yes bool       `help:"Do not ask."`
 	cli.Output
 }
 
 func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
-	id, err := wire.ParseDeviceID(d.ID)
-	if err != nil {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
 	if !d.Yes && !cli.Terminal(os.Stdin) {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done: there is nobody here to ask whether the device is to be retired for ever; if it is, say --yes")}
 	}
 	if !d.Yes {
-		fmt.Fprintf(os.Stderr, "Device %s will be cut off for ever, and the chunks that it holds count as lost. Type \"yes\" to go on: ", id)
+		fmt.Fprintf(os.Stderr, "Device %s will be cut off for ever, and the chunks that it holds count as lost. Type \"yes\" to go on: ", d.ID)
 		line, _ := bufio.NewReader(os.Stdin).ReadString('\n') // an end is no "yes"
 		if strings.TrimSpace(line) != "yes" {
 			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done; with --yes there is no question")}
@@ -308,7 +300,7 @@ func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	v, err := c.RetireDevice(ctx, string(id))
+	v, err := c.RetireDevice(ctx, string(d.ID))
 	if err != nil {
 		return err
 	}

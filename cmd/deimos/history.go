@@ -19,18 +19,15 @@ import (
 )
 
 type deviceHistoryCmd struct {
-	ID     string    `arg:"" help:"Device id."`
-	Series []string  `arg:"" optional:"" help:"What to draw, as the table without it names it; \"temperature*\" means all that begin so."`
-	Since  *duration `placeholder:"24h" help:"How far back; default: 24h, or from the first that was measured in it."`
-	Points int       `default:"240" help:"How many points a curve has at most (${default})."`
+	ID     deviceFlag `arg:"" help:"Device id."`
+	Series []string   `arg:"" optional:"" help:"What to draw, as the table without it names it; \"temperature*\" means all that begin so."`
+	Since  *duration  `placeholder:"24h" help:"How far back; default: 24h, or from the first that was measured in it."`
+	Points int        `default:"240" help:"How many points a curve has at most (${default})."`
 	cli.Output
 }
 
 func (d *deviceHistoryCmd) Run(ctx context.Context, all *commands) error {
-	id, err := wire.ParseDeviceID(d.ID)
-	if err != nil {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
+	id := wire.DeviceID(d.ID)
 	if d.Points < 1 || d.Points > wire.MaxPoints {
 		return &cli.Error{Code: cli.ExitUsage, Err: fmt.Errorf("a curve has 1 to %d points", wire.MaxPoints)}
 	}

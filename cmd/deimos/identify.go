@@ -15,17 +15,14 @@ import (
 )
 
 type deviceIdentifyCmd struct {
-	ID   string   `arg:"" help:"Device id."`
-	For  duration `default:"1m" help:"How long it blinks (${default}), up to an hour."`
-	Stop bool     `help:"End it."`
+	ID   deviceFlag `arg:"" help:"Device id."`
+	For  duration   `default:"1m" help:"How long it blinks (${default}), up to an hour."`
+	Stop bool       `help:"End it."`
 	cli.Output
 }
 
 func (d *deviceIdentifyCmd) Run(ctx context.Context, all *commands) error {
-	id, err := wire.ParseDeviceID(d.ID)
-	if err != nil {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
+	id := wire.DeviceID(d.ID)
 	seconds := int(time.Duration(d.For).Round(time.Second) / time.Second)
 	switch {
 	case d.Stop:
@@ -88,16 +85,13 @@ func offlineError(err error, next string) error {
 }
 
 type deviceInventoryCmd struct {
-	ID      string `arg:"" help:"Device id."`
-	Refresh bool   `help:"Have the device look again now, and wait for it."`
+	ID      deviceFlag `arg:"" help:"Device id."`
+	Refresh bool       `help:"Have the device look again now, and wait for it."`
 	cli.Output
 }
 
 func (d *deviceInventoryCmd) Run(ctx context.Context, all *commands) error {
-	id, err := wire.ParseDeviceID(d.ID)
-	if err != nil {
-		return &cli.Error{Code: cli.ExitUsage, Err: err}
-	}
+	id := wire.DeviceID(d.ID)
 	c, err := all.client()
 	if err != nil {
 		return err

@@ -58,7 +58,7 @@ func (n *name) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// deviceFlag is the id of a device.
+// deviceFlag is the id of a device, as a flag or an argument.
 type deviceFlag wire.DeviceID
 
 func (d *deviceFlag) UnmarshalText(text []byte) error {
