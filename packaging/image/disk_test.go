@@ -220,8 +220,7 @@ func TestFileSystemTooSmallForFAT32IsRefused(t *testing.T) {
 func TestPartitionTableIsWhole(t *testing.T) {
 	const sectors = 10_000
 	disk := make(memory, sectors*sector)
-	parts := []partition{{typeESP, espGUID, 2048, 4095, "deimos-esp"}}
-	if err := writeGPT(disk, sectors, diskGUID, parts); err != nil {
+	if err := writeGPT(disk, sectors, 2048, 4095); err != nil {
 		t.Fatal(err)
 	}
 	le := binary.LittleEndian
@@ -258,15 +257,15 @@ func TestPartitionTableIsWhole(t *testing.T) {
 // TestFirstBootReadsThePartitionTable asks the reader that the device has.
 func TestFirstBootReadsThePartitionTable(t *testing.T) {
 	disk := make(memory, 10_000*sector)
-	if err := writeGPT(disk, 10_000, diskGUID, []partition{{typeESP, espGUID, 2048, 4095, "deimos-esp"}}); err != nil {
+	if err := writeGPT(disk, 10_000, 2048, 4095); err != nil {
 		t.Fatal(err)
 	}
-	table, err := gpt.Read(bytes.NewReader(disk), int64(len(disk)))
+	table, err := gpt.Read(disk, int64(len(disk)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	esp, ok := table.Find("deimos-esp")
-	if !ok || esp.Number != 1 || esp.First != 2048 || esp.Last != 4095 || esp.Type != gpt.GUID(typeESP) {
+	if !ok || esp.Number != 1 || esp.First != 2048 || esp.Last != 4095 || esp.Type != gpt.EFISystem {
 		t.Errorf("the device sees %+v (%t)", esp, ok)
 	}
 }
@@ -274,4 +273,6 @@ func TestFirstBootReadsThePartitionTable(t *testing.T) {
 // memory is a disk in memory.
 type memory []byte
 
+func (m memory) ReadAt(p []byte, at int64) (int, error)  { return bytes.NewReader(m).ReadAt(p, at) }
 func (m memory) WriteAt(p []byte, at int64) (int, error) { return copy(m[at:], p), nil }
+func (m memory) Sync() error                             { return nil }

@@ -187,8 +187,7 @@ func writeDisk(f *os.File, files []file) error {
 	if err := f.Truncate(imageSize); err != nil {
 		return err
 	}
-	esp := partition{typeESP, espGUID, alignment, alignment + espSectors - 1, "deimos-esp"}
-	if err := writeGPT(f, imageSize/sector, diskGUID, []partition{esp}); err != nil {
+	if err := writeGPT(f, imageSize/sector, alignment, alignment+espSectors-1); err != nil {
 		return err
 	}
 	return writeFAT(io.NewOffsetWriter(f, alignment*sector), espSectors, alignment, espSerial, "DEIMOS-ESP", files)

@@ -1,6 +1,6 @@
 // Package gpt reads a GUID partition table (UEFI specification 2.10, section
-// 5.3), adds one partition behind the last, and lets the last one grow with its
-// disk. It does no more than the first boot of a device needs.
+// 5.3), adds partitions, and lets the last one grow with its disk. It does no
+// more than the image and the first boot of a device need.
 //
 // Why it is written here: a power cut may come at any point. A change is first
 // written as the backup table at the end of the disk and made durable, then as
@@ -184,26 +184,39 @@ func (t *Table) Find(name string) (Partition, bool) {
 // Append adds a partition from the end of the last one, rounded up to 1 MiB, to
 // the end of a disk of size bytes. It changes t only; see [Table.Write].
 func (t *Table) Append(size int64, kind, id GUID, name string, atLeast int64) (Partition, error) {
-	units := utf16.Encode([]rune(name))
-	if len(units) > nameUnits {
-		return Partition{}, fmt.Errorf("%q is too long for the name of a partition", name)
-	}
 	p := Partition{Type: kind, ID: id, First: le64(t.header[:], 40), Last: t.lastUsable(size), Name: name}
 	for _, q := range t.Partitions {
 		p.First = max(p.First, q.Last+1)
 	}
 	p.First = (p.First + align - 1) / align * align
 	p.Last = (p.Last+1)/align*align - 1
+	if p.Last < p.First || p.Size() < atLeast {
+		return Partition{}, ErrFull
+	}
+	return t.Add(p)
+}
+
+// Add adds a partition where p says, under the first free number. It changes t
+// only; whether the disk is large enough, [Table.Write] tells.
+func (t *Table) Add(p Partition) (Partition, error) {
+	units := utf16.Encode([]rune(p.Name))
+	if len(units) > nameUnits {
+		return Partition{}, fmt.Errorf("%q is too long for the name of a partition", p.Name)
+	}
+	taken := func(q Partition) bool { return p.First <= q.Last && q.First <= p.Last }
+	if p.First < le64(t.header[:], 40) || p.Last < p.First || slices.ContainsFunc(t.Partitions, taken) {
+		return Partition{}, fmt.Errorf("a partition cannot be from block %d to %d", p.First, p.Last)
+	}
 	for p.Number = 1; slices.ContainsFunc(t.Partitions, func(q Partition) bool { return q.Number == p.Number }); {
 		p.Number++
 	}
-	if p.Number*entrySize > len(t.entries) || p.Last < p.First || p.Size() < atLeast {
+	if p.Number*entrySize > len(t.entries) {
 		return Partition{}, ErrFull
 	}
 	e := t.entries[(p.Number-1)*entrySize:][:entrySize]
 	clear(e)
-	copy(e, kind[:])
-	copy(e[16:], id[:])
+	copy(e, p.Type[:])
+	copy(e[16:], p.ID[:])
 	put64(e, 32, p.First)
 	put64(e, 40, p.Last)
 	for i, u := range units {

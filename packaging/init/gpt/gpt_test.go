@@ -81,6 +81,19 @@ func TestAppendedPartitionIsReadBackAndTheOthersKeepTheirs(t *testing.T) {
 	}
 }
 
+func TestPartitionIsAddedOnlyWhereThereIsRoom(t *testing.T) {
+	table := New(GUID{1})
+	for _, c := range []struct {
+		first, last int64
+		fits        bool
+	}{{33, 99, false}, {200, 199, false}, {100, 199, true}, {199, 300, false}, {34, 100, false}, {34, 99, true}} {
+		p, err := table.Add(Partition{Type: LinuxData, First: c.first, Last: c.last})
+		if (err == nil) != c.fits || c.fits && p.Number != len(table.Partitions) {
+			t.Errorf("from %d to %d: %+v, %v", c.first, c.last, p, err)
+		}
+	}
+}
+
 func TestLastPartitionGrowsWithItsDiskAndNoOther(t *testing.T) {
 	m := shipped(t, size)
 	table, err := Read(m, 2*size)
