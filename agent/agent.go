@@ -132,14 +132,15 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer lock.Close()
 	a := &Agent{cfg: cfg, start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), restart: make(chan struct{})}
 	a.log, a.level = withLevel(cfg.Log)
-	if err := a.resetIfAsked(ctx); err != nil {
+	on := cfg.detectBoard(a.log)
+	if err := a.resetIfAsked(ctx, on); err != nil {
 		return err
 	}
 	if a.id, err = LoadIdentity(cfg.path("identity")); err != nil {
 		return err
 	}
 	a.log = a.log.With("device", a.id.ID)
-	if a.hw, err = openMachine(ctx, cfg, a.log); err != nil {
+	if a.hw, err = openMachine(ctx, cfg, on, a.log); err != nil {
 		return err
 	}
 	looking, look := a.hw.begin(ctx)

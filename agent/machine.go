@@ -99,11 +99,10 @@ const (
 	healthDir  = "health"
 )
 
-// openMachine finds out what machine this is. Nothing of it can keep an agent
-// from running but a machine that cannot be probed at all.
-func openMachine(ctx context.Context, cfg Config, log *slog.Logger) (*machine, error) {
-	m := &machine{log: log, state: cfg.StateDir, version: cfg.Version, began: time.Now(), changed: make(chan struct{}, 1)}
-	m.board = cfg.detectBoard(log)
+// openMachine finds out what machine this is, on its board. Nothing of it can keep
+// an agent from running but a machine that cannot be probed at all.
+func openMachine(ctx context.Context, cfg Config, on board.Board, log *slog.Logger) (*machine, error) {
+	m := &machine{log: log, state: cfg.StateDir, version: cfg.Version, board: on, began: time.Now(), changed: make(chan struct{}, 1)}
 	if err := m.probe(ctx); err != nil {
 		return nil, fmt.Errorf("this machine cannot be probed: %w", err)
 	}

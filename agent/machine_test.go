@@ -54,7 +54,7 @@ func TestTheLightShowsWhatMattersMost(t *testing.T) {
 // realMachine looks at the machine that the test runs on.
 func realMachine(t *testing.T, cfg Config) (*machine, func(error) error) {
 	t.Helper()
-	m, err := openMachine(t.Context(), cfg, discardLog())
+	m, err := openMachine(t.Context(), cfg, cfg.detectBoard(discardLog()), discardLog())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,13 +224,13 @@ func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := &Agent{cfg: cfg, log: discardLog()}
-	if err := a.resetIfAsked(context.Background()); err != nil {
+	if err := a.resetIfAsked(context.Background(), cfg.detectBoard(discardLog())); err != nil {
 		t.Fatal(err)
 	}
 	bare()
 
 	fill()
-	if err := a.resetIfAsked(context.Background()); err != nil { // nobody has asked
+	if err := a.resetIfAsked(context.Background(), cfg.detectBoard(discardLog())); err != nil { // nobody has asked
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(cfg.path("identity", keyFile)); err != nil {

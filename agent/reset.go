@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/sync/store"
@@ -108,12 +109,12 @@ func (c Config) isDevice() error {
 
 // resetIfAsked resets a device whose button is held at the start, or whose reset
 // was cut off. A button that cannot be read resets nothing.
-func (a *Agent) resetIfAsked(ctx context.Context) error {
+func (a *Agent) resetIfAsked(ctx context.Context, on board.Board) error {
 	if _, err := os.Stat(a.cfg.path(resetMark)); err == nil {
 		a.log.Warn("a reset to factory was cut off; it goes on")
 		return a.cfg.reset()
 	}
-	held, err := panel.Held(ctx, a.cfg.detectBoard(a.log), panel.HoldForReset, func(d time.Duration) {
+	held, err := panel.Held(ctx, on, panel.HoldForReset, func(d time.Duration) {
 		a.log.Warn("the reset button is held", "for", d.Round(time.Second).String(), "reset_after", panel.HoldForReset.String())
 	})
 	if err != nil {
