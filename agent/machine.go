@@ -130,7 +130,7 @@ func openMachine(ctx context.Context, cfg Config, on board.Board, log *slog.Logg
 	}
 	m.health = health.New(time.Now)
 	m.places = cfg.places(m)
-	if m.judge, err = health.NewMachine(cfg.path(healthDir), m.board, cfg.watched(m.places), m.health, log); err != nil {
+	if m.judge, err = health.NewMachine(cfg.path(healthDir), m.board, cfg.watched(m.places), m.health, log, m.boot); err != nil {
 		log.Error("what is usual for this machine is not known; it is learnt anew", "error", err)
 	}
 	m.light = panel.NewLight("/", m.board, m.inventory().LEDs, log)

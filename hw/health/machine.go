@@ -99,20 +99,13 @@ type liveDisk struct {
 // NewMachine opens the memory in dir, or begins one. paths are the folders whose
 // filesystems matter: first the state, which hw.Telemetry.Data measures, then the
 // volumes, by the names under which they are the subject of VolumeFailed. An agent
-// that did not end in good order is noticed here.
-func NewMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.Logger) (*Machine, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		log.Debug("the kernel does not tell boots apart", "error", err)
-	}
-	return newMachine(dir, b, paths, r, log, label(string(boot), 64))
-}
-
-func newMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.Logger, boot string) (*Machine, error) {
+// that did not end in good order is noticed here, and by boot, the kernel's id of
+// it, whether the power was cut; "" is one that is not known.
+func NewMachine(dir string, b board.Board, paths []Path, r *Registry, log *slog.Logger, boot string) (*Machine, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder for what is usual for this machine: %w", err)
 	}
-	m := blank(dir, b, paths, r, log, boot)
+	m := blank(dir, b, paths, r, log, label(boot, 64))
 	file := filepath.Join(dir, memoryName)
 	mem, err := loadMemory(file)
 	if err != nil {

@@ -76,7 +76,7 @@ func (g *rig) boot(id string) {
 	g.Helper()
 	g.r = New(time.Now)
 	var err error
-	if g.m, err = newMachine(g.dir, g.b, rigPaths, g.r, slog.New(slog.NewTextHandler(g, nil)), id); err != nil {
+	if g.m, err = NewMachine(g.dir, g.b, rigPaths, g.r, slog.New(slog.NewTextHandler(g, nil)), id); err != nil {
 		g.Fatal(err)
 	}
 	g.put = g.m.write
@@ -912,14 +912,14 @@ func TestAFullDiskDoesNotKeepItFromStarting(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, markerName), 0o700); err != nil { // nothing can be written there
 		t.Fatal(err)
 	}
-	m, err := NewMachine(dir, board.Board{}, nil, r, slog.New(slog.DiscardHandler))
+	m, err := NewMachine(dir, board.Board{}, nil, r, slog.New(slog.DiscardHandler), "boot1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	m.Inventory(well())
 	m.Telemetry(fine(), nil)
 	_ = m.Close()
-	if _, err := NewMachine(filepath.Join(dir, memoryName, "x"), board.Board{}, nil, r, slog.New(slog.DiscardHandler)); err == nil {
+	if _, err := NewMachine(filepath.Join(dir, memoryName, "x"), board.Board{}, nil, r, slog.New(slog.DiscardHandler), "boot1"); err == nil {
 		t.Error("a folder that cannot be made is no error")
 	}
 }
