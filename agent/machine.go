@@ -405,12 +405,8 @@ var said = map[panel.State]string{
 
 // look is what the light shows.
 func (m *machine) look() panel.State {
-	worst := wire.Info
-	for _, w := range m.health.Visible() {
-		if w.Severity == wire.Critical || w.Severity == wire.Trouble && worst == wire.Info {
-			worst = w.Severity
-		}
-	}
+	all := m.health.Visible() // the worst first
+	trouble := len(all) > 0 && all[0].Severity != wire.Info
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {
@@ -420,7 +416,7 @@ func (m *machine) look() panel.State {
 		return panel.Starting
 	case m.stage == atClaim:
 		return panel.Waiting
-	case worst != wire.Info:
+	case trouble:
 		return panel.Trouble
 	case !m.online:
 		return panel.Starting
