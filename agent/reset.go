@@ -44,10 +44,8 @@ func Reset(cfg Config) (err error) {
 	return cfg.reset()
 }
 
+// reset is for a folder that isDevice.
 func (c Config) reset() error {
-	if err := c.isDevice(); err != nil {
-		return err
-	}
 	if err := os.WriteFile(c.path(resetMark), nil, 0o600); err != nil {
 		return fmt.Errorf("the device cannot be reset: %w", err)
 	}
