@@ -187,8 +187,12 @@ func (a *Agent) openRest(ctx context.Context) {
 	left := a.places.left
 	a.places.left = nil
 	for _, u := range left {
-		shared, ok := hw.Within(ctx, statLimit, "place of "+u.Dir, func() bool { return sameDisk(u.Dir, a.cfg.StateDir) })
-		if u.late == nil && (u.final || time.Now().Before(u.next) || !ok || shared && !u.shared) {
+		waits := u.final || time.Now().Before(u.next)
+		if !waits {
+			shared, ok := hw.Within(ctx, statLimit, "place of "+u.Dir, func() bool { return sameDisk(u.Dir, a.cfg.StateDir) })
+			waits = !ok || shared && !u.shared
+		}
+		if waits && u.late == nil {
 			a.places.left = append(a.places.left, u)
 			continue
 		}
