@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -14,9 +13,9 @@ import (
 	"time"
 
 	"github.com/BurntSushi/toml"
-	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/board"
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/jobs/policy"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -91,26 +90,11 @@ type VolumeConfig struct {
 
 const maxConfig = 1 << 20 // bytes
 
-// readConfig reads a file, and nothing that has no end or no beginning.
 func readConfig(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	raw, err := durable.ReadFile(path, maxConfig)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("there is no configuration file %s", path)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
-	case !st.Mode().IsRegular():
-		return nil, fmt.Errorf("the configuration %s is no file", path)
-	case st.Size() > maxConfig:
-		return nil, fmt.Errorf("the configuration file %s has %d bytes; more than %d cannot be meant", path, st.Size(), maxConfig)
-	}
-	raw, err := io.ReadAll(io.LimitReader(f, maxConfig))
 	if err != nil {
 		return nil, fmt.Errorf("the configuration file %s cannot be read: %w", path, err)
 	}

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -15,8 +14,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -76,7 +73,7 @@ func OpenRecord(state string) (*Record, error) {
 
 func readRecord(state string) *Record {
 	r := &Record{path: filepath.Join(state, RecordFile), disks: map[string]entry{}}
-	raw, err := readSmall(r.path)
+	raw, err := durable.ReadFile(r.path, maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return r
 	}
@@ -93,20 +90,6 @@ func readRecord(state string) *Record {
 	}
 	maps.Copy(r.disks, file.Disks)
 	return r
-}
-
-func readSmall(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if st, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !st.Mode().IsRegular() || st.Size() > maxRecord {
-		return nil, errors.New("it is no file, or too large")
-	}
-	return io.ReadAll(io.LimitReader(f, maxRecord))
 }
 
 // Trusted returns the test of the disk that dir is on, testing it if that was not done

@@ -7,9 +7,10 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
-	"os"
 	"slices"
 	"time"
+
+	"github.com/deimos-edge/deimos/internal/durable"
 )
 
 // What is remembered over restarts, in the file memory.json: which disks there
@@ -109,16 +110,10 @@ func newMemory() *memory {
 // loadMemory returns a new memory if there is none. If it cannot be used, it
 // returns a new one and why.
 func loadMemory(path string) (*memory, error) {
-	st, err := os.Stat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	raw, err := durable.ReadFile(path, maxMemory)
+	if errors.Is(err, fs.ErrNotExist) {
 		return newMemory(), nil
-	case err != nil:
-		return newMemory(), err
-	case st.Size() > maxMemory:
-		return newMemory(), fmt.Errorf("%s has %d bytes, which none of ours has", path, st.Size())
 	}
-	raw, err := os.ReadFile(path)
 	if err != nil {
 		return newMemory(), err
 	}

@@ -4,6 +4,8 @@
 // It wraps renameio, which does the first three, but not the last, and which by
 // itself may write aside in the machine's common temporary folder, where a
 // crash would leave a secret behind.
+//
+// [ReadFile] reads back what is small, whatever stands in its place.
 package durable
 
 import (

@@ -76,3 +76,25 @@ func TestAFailureLeavesTheOldFileAndNothingElse(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+func TestOnlyARegularFileOfThatSizeIsRead(t *testing.T) {
+	dir := t.TempDir()
+	file, fifo := filepath.Join(dir, "f"), filepath.Join(dir, "fifo")
+	if err := errors.Join(os.WriteFile(file, []byte("four"), 0o600), syscall.Mkfifo(fifo, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if raw, err := ReadFile(file, 4); err != nil || string(raw) != "four" {
+		t.Errorf("%q %v", raw, err)
+	}
+	if raw, err := ReadFile(file, 3); err == nil {
+		t.Errorf("one byte too many: %q", raw)
+	}
+	for _, path := range []string{fifo, dir, "/dev/zero"} {
+		if _, err := ReadFile(path, 4); err == nil || errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if _, err := ReadFile(filepath.Join(dir, "none"), 4); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+}
