@@ -95,7 +95,7 @@ const (
 	// The launcher waits for so long before it kills.
 	_ = uint(slot.StopWithin - stopLate)
 
-	historyDir = "history"
+	HistoryDir = "history" // below the state, what [history.Open] keeps
 	healthDir  = "health"
 )
 
@@ -125,7 +125,7 @@ func openMachine(ctx context.Context, cfg Config, on board.Board, log *slog.Logg
 	if m.sensors, err = sensor.New(slices.Concat(known, cfg.Sensors), log); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	if m.history, err = history.Open(cfg.path(historyDir), history.Options{Log: log}); err != nil {
+	if m.history, err = history.Open(cfg.path(HistoryDir), history.Options{Log: log}); err != nil {
 		log.Error("the curves of this device cannot be kept; it runs without them", "error", err)
 	}
 	m.health = health.New(time.Now)

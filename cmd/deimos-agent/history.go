@@ -13,13 +13,11 @@ import (
 	"slices"
 	"time"
 
+	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/hw/history"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/wire"
 )
-
-// historyFolder is where the agent keeps its ring, below its state.
-const historyFolder = "history"
 
 type historyCmd struct {
 	Series []string       `arg:"" optional:"" help:"Curves to draw, such as cpu or 'temperature.*'; none: a table of all."`
@@ -82,7 +80,7 @@ func within[T any](ctx context.Context, limit time.Duration, dir string, read fu
 
 // read reads what is asked for; a young device's from its first point on.
 func (c *historyCmd) read(q wire.HistoryRequest) (h wire.History, err error) {
-	ring, err := history.Load(filepath.Join(c.State, historyFolder))
+	ring, err := history.Load(filepath.Join(c.State, agent.HistoryDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return h, &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("%s holds no history; start the agent, or give the folder of its state with --state", c.State)}
 	}
