@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/hw/history"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/wire"
@@ -59,23 +60,17 @@ func within[T any](ctx context.Context, limit time.Duration, dir string, read fu
 		v   T
 		err error
 	}
-	done := make(chan answer, 1)
-	go func() {
+	a, ok := hw.Within(ctx, limit, dir, func() answer {
 		v, err := read()
-		done <- answer{v, err}
-	}()
-	var none T
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	select {
-	case a := <-done:
+		return answer{v, err}
+	})
+	switch {
+	case ok:
 		return a.v, a.err
-	case <-ctx.Done():
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			return none, fmt.Errorf("%s does not answer for %s: its disk may hang; \"journalctl -k\" shows what the system says of it", dir, limit)
-		}
-		return none, ctx.Err()
+	case ctx.Err() != nil:
+		return a.v, ctx.Err()
 	}
+	return a.v, fmt.Errorf("%s does not answer for %s: its disk may hang; \"journalctl -k\" shows what the system says of it", dir, limit)
 }
 
 // read reads what is asked for; a young device's from its first point on.
