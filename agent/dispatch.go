@@ -117,7 +117,7 @@ type dispatcher struct {
 	inFlight map[string]*task // by order id
 	owed     debts            // unacknowledged terminal reports
 	acks     []wire.Acked     // of owed reports, not yet noted in the journal
-	revoked  map[string]error // orders that are canceled when they arrive again: see cancelOrder
+	revoked  map[string]error // orders that are canceled when they arrive again: see revoke
 	full     bool             // the outbox or the disk, and the log says so
 	ackless  bool             // acks cannot be noted, and the log says so
 	tidying  bool             // tidy runs
@@ -297,7 +297,16 @@ func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, a
 		return
 	}
 	if o.Kind == wire.KindOrderCancel {
-		d.foresee(o)
+		// Now, not when its handler runs: the order that it takes back may come
+		// right behind it.
+		c, err := cancelOf(o)
+		if err == nil {
+			err = d.revoke(ctx, c, takenBack(o.ID))
+		}
+		if err != nil {
+			go d.end(t, wire.Outcome{}, err)
+			return
+		}
 	}
 	if taken != nil {
 		t.cancel(taken)
@@ -710,8 +719,8 @@ const (
 	cancelPatience = 10 * time.Second
 )
 
-// cancelOrder carries out order.cancel. It leaves the other order with a
-// terminal report or on its way to one, so that it may be done again after a
+// cancelOrder carries out order.cancel, as far as revoke has not when it arrived:
+// it waits for the end of the other order. All of it may be done again after a
 // crash.
 //
 // An order that a former life has begun and not reported on may have been done,
@@ -724,17 +733,13 @@ func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float
 		return wire.Outcome{}, err
 	}
 	d.mu.Lock()
-	agent := d.inFlight[o.ID].agent
+	t := d.inFlight[c.Order]
 	d.mu.Unlock()
-	ended, err := d.revoke(agent, c, takenBack(o.ID))
-	if err != nil {
-		return wire.Outcome{}, err
-	}
-	if ended != nil {
+	if t != nil {
 		patience := time.NewTimer(d.patience)
 		defer patience.Stop()
 		select {
-		case <-ended:
+		case <-t.done:
 		case <-patience.C:
 		case <-ctx.Done():
 			return wire.Outcome{}, ctx.Err()
@@ -760,38 +765,25 @@ func takenBack(by string) *wire.Problem {
 	return &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "the order was taken back by order " + by}
 }
 
-// foresee has a cancellation count from its arrival on: the order that it takes
-// back may come right behind it, and would begin before the handler has run. The
-// handler says the rest; the mark goes with the report of that order. d.mu is held.
-func (d *dispatcher) foresee(o wire.Order) {
-	c, err := cancelOf(o)
-	if err != nil || d.inFlight[c.Order] != nil {
-		return
-	}
-	if _, done, err := d.journal.get(c.Order); !done && err == nil {
-		d.revoked[c.Order] = takenBack(o.ID)
-	}
-}
-
-// revoke stops an order or keeps it from beginning. The channel, if there is
-// one, is closed when that is done. agent ends with the agent.
-func (d *dispatcher) revoke(agent context.Context, c wire.OrderCancel, why *wire.Problem) (ended <-chan struct{}, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// revoke stops an order or keeps it from beginning: it is in flight until that is
+// done, or has ended, or is canceled when it arrives again. agent ends with the
+// agent. d.mu is held.
+func (d *dispatcher) revoke(agent context.Context, c wire.OrderCancel, why *wire.Problem) error {
 	if t, ok := d.inFlight[c.Order]; ok {
+		d.revoked[c.Order] = why // it may end without a report, and arrive again
 		t.cancel(why)
-		return t.done, nil
+		return nil
 	}
 	if _, done, err := d.journal.get(c.Order); done || err != nil {
-		return nil, err
+		return err
 	}
 	begun, err := d.journal.begun(c.Order)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if begun {
 		d.revoked[c.Order] = why
-		return nil, nil
+		return nil
 	}
 	// Never seen. It is in flight until its report is kept, so that it cannot
 	// arrive and begin meanwhile.
@@ -799,7 +791,7 @@ func (d *dispatcher) revoke(agent context.Context, c wire.OrderCancel, why *wire
 	d.track(agent, t)
 	t.last = wire.Report{Order: c.Order, Seq: d.seq.Add(1), State: wire.Queued}
 	go d.end(t, wire.Outcome{}, why)
-	return t.done, nil
+	return nil
 }
 
 // isCancel tells a cancellation from the end of the agent or of a time limit.

@@ -190,6 +190,21 @@ func (r *rig) cancelOf(id, order string, expires time.Time) wire.Order {
 	return o
 }
 
+// takeBack has an order revoked, as by a cancellation of which nothing else
+// happens. What it returns is closed when that is done, nil if nothing is in flight.
+func (r *rig) takeBack(order string) <-chan struct{} {
+	r.t.Helper()
+	r.dispatcher.mu.Lock()
+	defer r.dispatcher.mu.Unlock()
+	if err := r.revoke(r.ctx, wire.OrderCancel{Order: order, Expires: time.Now().Add(time.Hour)}, takenBack("c")); err != nil {
+		r.t.Fatal(err)
+	}
+	if t := r.inFlight[order]; t != nil {
+		return t.done
+	}
+	return nil
+}
+
 // canceled awaits the end of an order.cancel and tells the state of the other.
 func (r *rig) canceled(id string) wire.State {
 	r.t.Helper()
@@ -351,16 +366,49 @@ func TestOrderRightBehindItsCancellationNeverBegins(t *testing.T) {
 	}
 }
 
+// TestOrderThatArrivesAgainBeforeItsCancellationIsHandledIsCanceled: it was left
+// open just after the cancellation had come.
+func TestOrderThatArrivesAgainBeforeItsCancellationIsHandledIsCanceled(t *testing.T) {
+	later := errors.New("later")
+	gate, entered := make(chan struct{}), make(chan error, 1)
+	var lives int
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+		lives++
+		entered <- ctx.Err()
+		if lives == 1 {
+			<-ctx.Done()
+			return wire.Outcome{}, later
+		}
+		return wire.Outcome{}, ctx.Err()
+	}, func(u *duties) {
+		u.journal = lateJournal{u.journal, "c", gate}
+		x := u.routes[kindTest]
+		x.Later = later
+		u.routes[kindTest] = x
+	})
+	r.give(r.order("1"))
+	await(t, "it", entered)
+	r.give(r.cancelOf("c", "1", time.Now().Add(time.Hour)))
+	r.settled("1")
+	r.give(r.order("1"))
+	if await(t, "it again", entered) == nil {
+		t.Error("its handler was not told")
+	}
+	if rep := r.ends("1"); !isCanceledReport(rep) {
+		t.Errorf("its report: %+v", rep)
+	}
+	close(gate)
+	if got := r.canceled("c"); got != wire.Canceled {
+		t.Errorf("it is %s", got)
+	}
+}
+
 // TestCancelCutOffBeforeItsReportIsDoneAgain: the power went after the other
 // order's report and before the cancellation's own.
 func TestCancelCutOffBeforeItsReportIsDoneAgain(t *testing.T) {
 	var c counter
 	r := newRig(t, c.handle)
-	ended, err := r.revoke(r.ctx, wire.OrderCancel{Order: "1", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	await(t, "the report", ended)
+	await(t, "the report", r.takeBack("1"))
 	seq := r.final("1").Seq
 	r = r.reborn(c.handle)
 	r.give(r.cancelOf("c", "1", time.Now().Add(time.Hour)))
@@ -455,9 +503,7 @@ func TestUpdateOnTrialIsNotCanceledWhileItWaits(t *testing.T) {
 	r.wait()
 	r.give(r.order("first"))
 	await(t, "the one before", h.entered)
-	if _, err := r.revoke(r.ctx, wire.OrderCancel{Order: "update", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"}); err != nil {
-		t.Fatal(err)
-	}
+	r.takeBack("update")
 	r.give(r.order("update"))
 	close(h.gate)
 	r.wait()

@@ -114,10 +114,7 @@ func TestAReportThatCannotBeKeptIsTriedAgainAndItsOrderIsNot(t *testing.T) {
 func TestTheAgentEndsWithAReportThatCannotBeKept(t *testing.T) {
 	r := newRig(t, nil)
 	r.disk.leave.Store(noDiskIsThatLarge)
-	ended, err := r.revoke(r.ctx, wire.OrderCancel{Order: "1", Expires: time.Now().Add(time.Hour)}, &wire.Problem{State: wire.Canceled, Code: wire.CodeCanceled, Reason: "taken back"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	ended := r.takeBack("1")
 	for !strings.Contains(r.logged.String(), "cannot be kept") {
 		time.Sleep(time.Millisecond)
 	}
