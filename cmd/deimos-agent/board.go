@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw/sensor"
 	"github.com/deimos-edge/deimos/internal/cli"
@@ -41,6 +42,11 @@ func (f profilesFlag) load() board.Set {
 		fmt.Fprintf(cli.Plain(os.Stderr), "deimos-agent: %v\n", err)
 	}
 	return set
+}
+
+// boardOf is the machine's board, or the one that the configuration names.
+func boardOf(cfg agent.Config) (board.Board, error) {
+	return profilesFlag{cmp.Or(cfg.Board.Profiles, board.Dir)}.load().Named("/", cfg.Board.Name)
 }
 
 type boardShowCmd struct {

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 
 	"github.com/deimos-edge/deimos/agent"
-	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/internal/cli"
@@ -68,11 +67,7 @@ func (c *disksListCmd) options() (disk.Options, error) {
 	if err != nil {
 		return disk.Options{}, &cli.Error{Code: cli.ExitConfig, Err: err}
 	}
-	dir := cfg.Board.Profiles
-	if dir == "" {
-		dir = board.Dir
-	}
-	b, err := profilesFlag{dir}.load().Named("/", cfg.Board.Name)
+	b, err := boardOf(cfg)
 	if err != nil {
 		return disk.Options{}, &cli.Error{Code: cli.ExitConfig, Err: err}
 	}

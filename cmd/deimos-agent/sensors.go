@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -84,11 +83,8 @@ func (c *sensorsReadCmd) declared() ([]board.Sensor, error) {
 	if err != nil {
 		return nil, err
 	}
-	profiles, problems := board.Load(cmp.Or(cfg.Board.Profiles, board.Dir))
-	for _, p := range problems {
-		fmt.Fprintf(cli.Plain(os.Stderr), "left out: %v\n", p)
-	}
-	b, err := profiles.Named("/", cmp.Or(c.Board, cfg.Board.Name))
+	cfg.Board.Name = cmp.Or(c.Board, cfg.Board.Name)
+	b, err := boardOf(cfg)
 	if err != nil {
 		return nil, err
 	}
