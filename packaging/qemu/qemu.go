@@ -195,7 +195,7 @@ func (m *Machine) Kill() { m.proc.Kill() }
 
 // PowerOff presses the power button and waits until the machine is off.
 func (m *Machine) PowerOff(ctx context.Context) error {
-	if err := m.monitor(ctx, "system_powerdown"); err != nil {
+	if _, err := m.monitor(ctx, "system_powerdown"); err != nil {
 		return err
 	}
 	select {
@@ -207,24 +207,60 @@ func (m *Machine) PowerOff(ctx context.Context) error {
 }
 
 // Reset presses the reset button.
-func (m *Machine) Reset(ctx context.Context) error { return m.monitor(ctx, "system_reset") }
+func (m *Machine) Reset(ctx context.Context) error {
+	_, err := m.monitor(ctx, "system_reset")
+	return err
+}
 
-// monitor gives QEMU an order (QEMU Machine Protocol).
-func (m *Machine) monitor(ctx context.Context, command string) error {
+// Written is what the machine has written to a disk since it started.
+type Written struct {
+	Writes, Flushes int64
+	Bytes           int64
+}
+
+// Written tells it of each disk, in the order of [Options].
+func (m *Machine) Written(ctx context.Context) ([]Written, error) {
+	raw, err := m.monitor(ctx, "query-blockstats")
+	if err != nil {
+		return nil, err
+	}
+	var devices []struct {
+		Node  string `json:"node-name"`
+		Stats struct {
+			Writes  int64 `json:"wr_operations"`
+			Flushes int64 `json:"flush_operations"`
+			Bytes   int64 `json:"wr_bytes"`
+		}
+	}
+	if err := json.Unmarshal(raw, &devices); err != nil {
+		return nil, fmt.Errorf("QEMU's statistics of its disks: %w", err)
+	}
+	var all []Written
+	for _, d := range devices {
+		if strings.HasPrefix(d.Node, "disk") {
+			all = append(all, Written(d.Stats))
+		}
+	}
+	return all, nil
+}
+
+// monitor gives QEMU an order and returns its answer (QEMU Machine Protocol).
+func (m *Machine) monitor(ctx context.Context, command string) (json.RawMessage, error) {
 	c, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "unix", m.qmp())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
 	d := json.NewDecoder(c)
 	var greeting json.RawMessage
 	if err := d.Decode(&greeting); err != nil {
-		return err
+		return nil, err
 	}
+	var last json.RawMessage
 	for _, name := range []string{"qmp_capabilities", command} {
 		if _, err := fmt.Fprintf(c, `{"execute":%q}`+"\n", name); err != nil {
-			return err
+			return nil, err
 		}
 		for answered := false; !answered; {
 			var answer struct {
@@ -232,15 +268,15 @@ func (m *Machine) monitor(ctx context.Context, command string) error {
 				Error         *struct{ Desc string }
 			}
 			if err := d.Decode(&answer); err != nil {
-				return err
+				return nil, err
 			}
 			if answer.Error != nil {
-				return fmt.Errorf("QEMU refuses %s: %s", name, answer.Error.Desc)
+				return nil, fmt.Errorf("QEMU refuses %s: %s", name, answer.Error.Desc)
 			}
-			answered = answer.Return != nil
+			last, answered = answer.Return, answer.Return != nil
 		}
 	}
-	return nil
+	return last, nil
 }
 
 // Said is what the machine wrote to its console so far, without the carriage returns.

@@ -41,13 +41,16 @@ var (
 	bin    = flag.String("bin", "bin", "folder with the built programs")
 	fleet  = flag.Int("agents", 1000, "devices for the rows on memory and on coming back")
 	orders = flag.Int("orders", 10_000, "orders for the row on their rate")
+
+	idleFor   = flag.Duration("idle", 2*time.Minute, "how long a device of the image is left alone")
+	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 )
 
 const (
 	rateDevices   = 64 // for the row on the rate of orders
 	latencyOrders = 500
 	connectAtOnce = 32
-	limit         = 10 * time.Minute // for everything
+	limit         = 15 * time.Minute // for everything, but the time that a device of the image is left alone
 )
 
 func main() {
@@ -56,7 +59,7 @@ func main() {
 		return
 	}
 	flag.Parse()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(context.Background(), limit+*idleFor)
 	defer cancel()
 	check(run(ctx))
 }
@@ -72,6 +75,9 @@ func run(ctx context.Context) error {
 	var t table
 	fmt.Printf("%d processors, %s, %d devices\n\n", runtime.NumCPU(), runtime.Version(), *fleet)
 	t.head()
+	if *imageOnly {
+		return imageRows(ctx, &t)
+	}
 	sealing(&t)
 	known, err := knowing(ctx)
 	if err != nil {
@@ -87,6 +93,9 @@ func run(ctx context.Context) error {
 		return fmt.Errorf("idle databases: %w", err)
 	}
 	t.row("idle agent, of a core (databases)", "%", idle, bases, "%.3f")
+	if err := imageRows(ctx, &t); err != nil {
+		return err
+	}
 	bare, err := measure(ctx, newBareSide)
 	if err != nil {
 		return fmt.Errorf("the baseline: %w", err)
