@@ -27,6 +27,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/packaging/tour"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -47,32 +48,32 @@ type attacker struct {
 }
 
 func newAttacker(f *fleet) *attacker {
-	f.t.Helper()
-	secret, err := os.ReadFile(f.path("coordinator", "keys", "engine.secret"))
+	f.T.Helper()
+	secret, err := os.ReadFile(f.Path("coordinator", "keys", "engine.secret"))
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
-	eng, err := engine.Start(f.ctx, engine.Config{
-		URL: f.nats, Secret: secret, DialTLS: &tls.Config{RootCAs: roots},
+	roots.AppendCertsFromPEM(readFile(f.T, f.Path("coordinator", "keys", "ca.pem")))
+	eng, err := engine.Start(f.Ctx, engine.Config{
+		URL: f.NATS, Secret: secret, DialTLS: &tls.Config{RootCAs: roots},
 		Authorize: func(context.Context, wire.DeviceID, *x509.Certificate) error { return nil },
 	})
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
-	f.t.Cleanup(func() { eng.Close() })
+	f.T.Cleanup(func() { eng.Close() })
 	a := &attacker{
-		f: f, nc: eng.Conn(), orderKey: readKey(f.t, f.path("coordinator", "keys", "orders.key")),
+		f: f, nc: eng.Conn(), orderKey: readKey(f.T, f.Path("coordinator", "keys", "orders.key")),
 		reports: map[string][][]byte{}, orders: map[string][]byte{}, kinds: map[string]wire.Order{}, changed: make(chan struct{}),
 	}
 	for _, ch := range []wire.Channel{wire.ChannelReport, wire.ChannelOrder} {
 		if _, err := a.nc.Subscribe(wire.Subject("", ch), a.hear); err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 	}
 	if err := a.nc.Flush(); err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	return a
 }
@@ -106,10 +107,10 @@ func (a *attacker) hear(m *nats.Msg) {
 
 // order makes an order for d that is valid but for what edit changes.
 func (a *attacker) order(d *device, kind wire.Kind, body any, edit func(*wire.Order)) wire.Order {
-	a.f.t.Helper()
+	a.f.T.Helper()
 	raw, err := json.Marshal(body)
 	if err != nil {
-		a.f.t.Fatal(err)
+		a.f.T.Fatal(err)
 	}
 	now := time.Now().UTC()
 	o := wire.Order{ID: ulid.Make().String(), Device: d.id, Kind: kind, Issued: now, Expires: now.Add(time.Minute), Body: raw}
@@ -120,26 +121,26 @@ func (a *attacker) order(d *device, kind wire.Kind, body any, edit func(*wire.Or
 }
 
 func (a *attacker) seal(key ed25519.PrivateKey, o wire.Order) []byte {
-	a.f.t.Helper()
+	a.f.T.Helper()
 	raw, err := wire.Seal(key, wire.TypeOrder, o)
 	if err != nil {
-		a.f.t.Fatal(err)
+		a.f.T.Fatal(err)
 	}
 	return raw
 }
 
 func (a *attacker) send(d *device, envelope []byte) {
-	a.f.t.Helper()
+	a.f.T.Helper()
 	if err := a.nc.Publish(wire.Subject(d.id, wire.ChannelOrder), envelope); err != nil {
-		a.f.t.Fatal(err)
+		a.f.T.Fatal(err)
 	}
 }
 
 // terminal is the nth terminal report on an order, counted from 0, and its bytes.
 func (a *attacker) terminal(d *device, order string, n int) (wire.Report, []byte) {
-	a.f.t.Helper()
+	a.f.T.Helper()
 	key := ed25519.PublicKey(d.now().PublicKey)
-	deadline := time.After(patience)
+	deadline := time.After(testbed.Patience)
 	for {
 		a.mu.Lock()
 		seen, changed := slices.Clone(a.reports[order]), a.changed
@@ -148,7 +149,7 @@ func (a *attacker) terminal(d *device, order string, n int) (wire.Report, []byte
 		for _, raw := range seen {
 			r, err := wire.OpenAs[wire.Report](raw, key, wire.TypeReport)
 			if err != nil {
-				a.f.t.Fatalf("a report that %s has not signed: %v", d.name, err)
+				a.f.T.Fatalf("a report that %s has not signed: %v", d.name, err)
 			}
 			if !r.State.Terminal() {
 				continue
@@ -161,7 +162,7 @@ func (a *attacker) terminal(d *device, order string, n int) (wire.Report, []byte
 		select {
 		case <-changed:
 		case <-deadline:
-			a.f.t.Fatalf("order %s was not reported on", order)
+			a.f.T.Fatalf("order %s was not reported on", order)
 		}
 	}
 }
@@ -177,11 +178,11 @@ func (a *attacker) reported(order string) int {
 // attacks. It takes messages one after another, so whatever came before has
 // been taken or refused when the fence is reported on.
 func (a *attacker) fence(d *device) {
-	a.f.t.Helper()
+	a.f.T.Helper()
 	o := a.order(d, wire.KindChunkDrop, wire.ChunkDrop{IDs: []string{strings.Repeat("0", 64)}}, nil)
 	a.send(d, a.seal(a.orderKey, o))
 	if r, _ := a.terminal(d, o.ID, 0); r.State != wire.Succeeded {
-		a.f.t.Fatalf("a valid order ended as %s: %s", r.State, r.Reason)
+		a.f.T.Fatalf("a valid order ended as %s: %s", r.State, r.Reason)
 	}
 }
 
@@ -202,7 +203,7 @@ func (a *attacker) sent(d *device, kind wire.Kind) (ids []string) {
 func TestAttacksOnTheOrderTopic(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, external)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(2, false)
 	a := newAttacker(f)
 	d, other := f.devices[0], f.devices[1]
@@ -210,7 +211,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 	hunt := func() {
 		t.Helper()
 		name := ulid.Make().String()
-		prey = wire.ChunkDrop{IDs: []string{f.put(name, randomBytes(rng, 100_000)).Chunks[0].ID}}
+		prey = wire.ChunkDrop{IDs: []string{f.Put(name, testbed.RandomBytes(rng, 100_000)).Chunks[0].ID}}
 	}
 	_, stranger, err := ed25519.GenerateKey(nil)
 	if err != nil {
@@ -280,7 +281,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 			return o.ID, a.seal(a.orderKey, o)
 		}, wire.CodeUnknownKind},
 	} {
-		f.sub(c.name, func(t *testing.T) {
+		f.Sub(c.name, func(t *testing.T) {
 			hunt()
 			order, raw := c.envelope()
 			a.send(d, raw)
@@ -307,7 +308,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 		t.Fatalf("the valid order: %s %s", r.State, r.Reason)
 	}
 	var lost api.Audit
-	f.fails(&lost, 1, "audit", "storage", string(d.id))
+	f.Fails(&lost, 1, "audit", "storage", string(d.id))
 	if lost.Outcome != api.AuditLost {
 		t.Errorf("after a valid drop the audit says %q", lost.Outcome)
 	}
@@ -317,22 +318,22 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 func TestReplayHasNoSecondEffect(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, external)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(1, false)
 	a := newAttacker(f)
 	d := f.devices[0]
-	data := randomBytes(rng, 200_000)
+	data := testbed.RandomBytes(rng, 200_000)
 
 	// A drop, while the chunk is there again for a reason of its own.
-	f.put("prey", data, "--replicas", "1")
-	f.ok(nil, "object", "rm", "prey")
-	f.until("the drop order being sent", func() bool { return len(a.sent(d, wire.KindChunkDrop)) == 1 })
+	f.Put("prey", data, "--replicas", "1")
+	f.OK(nil, "object", "rm", "prey")
+	f.Until("the drop order being sent", func() bool { return len(a.sent(d, wire.KindChunkDrop)) == 1 })
 	drop := a.sent(d, wire.KindChunkDrop)[0]
 	first, raw := a.terminal(d, drop, 0)
 	if first.State != wire.Succeeded {
 		t.Fatalf("the drop: %s %s", first.State, first.Reason)
 	}
-	f.put("prey", data, "--replicas", "1")
+	f.Put("prey", data, "--replicas", "1")
 	check := func(order string, raw []byte) {
 		t.Helper()
 		a.mu.Lock()
@@ -354,13 +355,13 @@ func TestReplayHasNoSecondEffect(t *testing.T) {
 			t.Errorf("a replay was answered with %d reports, want the old one", n)
 		}
 		d.checkStorage()
-		f.checkGet("prey", data)
+		f.CheckGet("prey", data)
 	}
 	check(drop, raw)
 
 	// A job, whose second run would cost the owner's CPU, also after a restart.
 	var j api.Job
-	f.ok(&j, "job", "run", guest("wordcount"), "--input", "prey")
+	f.OK(&j, "job", "run", testbed.Guest("wordcount"), "--input", "prey")
 	_, raw = a.terminal(d, j.Order, 0)
 	check(j.Order, raw)
 	d.kill()
@@ -427,23 +428,23 @@ type lie func(o wire.Order) (r wire.Report)
 // takeOver stops the device's agent and connects with its identity.
 func takeOver(d *device) *impostor {
 	f := d.f
-	f.t.Helper()
+	f.T.Helper()
 	d.stop()
 	var m wire.EnrolReply
-	if err := json.Unmarshal(readFile(f.t, d.state("identity", "membership.json")), &m); err != nil {
-		f.t.Fatal(err)
+	if err := json.Unmarshal(readFile(f.T, d.state("identity", "membership.json")), &m); err != nil {
+		f.T.Fatal(err)
 	}
-	i := &impostor{f: f, d: d, key: readKey(f.t, d.state("identity", "key.pem")), lies: map[wire.Kind]lie{}}
+	i := &impostor{f: f, d: d, key: readKey(f.T, d.state("identity", "key.pem")), lies: map[wire.Kind]lie{}}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(m.CA)
 	cert, _ := pem.Decode(m.Certificate)
 	i.mqtt = mqtt.NewClient(mqtt.NewClientOptions().AddBroker(m.Brokers[0]).SetClientID(string(d.id)).SetAutoReconnect(false).
-		SetConnectTimeout(patience).SetWriteTimeout(patience).SetTLSConfig(&tls.Config{
+		SetConnectTimeout(testbed.Patience).SetWriteTimeout(testbed.Patience).SetTLSConfig(&tls.Config{
 		RootCAs: roots, Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Bytes}, PrivateKey: i.key}},
 	}))
 	i.wait(i.mqtt.Connect())
 	gone := make(chan struct{})
-	f.t.Cleanup(func() { close(gone); i.mqtt.Disconnect(100) })
+	f.T.Cleanup(func() { close(gone); i.mqtt.Disconnect(100) })
 	i.wait(i.mqtt.Subscribe(wire.Topic(d.id, wire.ChannelOrder), 0, func(_ mqtt.Client, msg mqtt.Message) {
 		if o, err := wire.OpenAs[wire.Order](msg.Payload(), m.OrderKey, wire.TypeOrder); err == nil {
 			go i.answer(o)
@@ -455,14 +456,14 @@ func takeOver(d *device) *impostor {
 		Agent: now.Agent, OS: now.OS, Arch: now.Arch, Board: now.Board, Capacity: now.Capacity, Used: now.Used, At: time.Now().UTC(), TimeConfidence: wire.ClockTrusted,
 	})
 	go i.beat(gone)
-	f.until("the impostor passing for "+d.name, func() bool { return d.now().Online })
+	f.Until("the impostor passing for "+d.name, func() bool { return d.now().Online })
 	return i
 }
 
 func (i *impostor) wait(tok mqtt.Token) {
-	i.f.t.Helper()
-	if !tok.WaitTimeout(patience) || tok.Error() != nil {
-		i.f.t.Fatalf("the impostor's connection: %v", tok.Error())
+	i.f.T.Helper()
+	if !tok.WaitTimeout(testbed.Patience) || tok.Error() != nil {
+		i.f.T.Fatalf("the impostor's connection: %v", tok.Error())
 	}
 }
 
@@ -518,10 +519,10 @@ func succeeded(body any, attachment []byte) wire.Report {
 func TestLiar(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(2, false)
-	data := randomBytes(rng, 3<<20)
-	o := f.put("file", data)
+	data := testbed.RandomBytes(rng, 3<<20)
+	o := f.Put("file", data)
 	d := f.devices[0]
 	d.checkCompute()
 	d.checkStorage()
@@ -531,27 +532,27 @@ func TestLiar(t *testing.T) {
 		chunks[c.ID] = data[n<<20:][:c.Size]
 	}
 
-	f.sub("a wrong result", func(t *testing.T) {
+	f.Sub("a wrong result", func(t *testing.T) {
 		i.lieTo(wire.KindJobRun, func(o wire.Order) wire.Report {
 			body, _ := wire.DecodeBody[wire.JobRun](o)
 			return jobResult(body, []byte(strings.Repeat("0", 64)+"\n"))
 		})
-		i.checkCaught(t, api.AuditWrong, "audit", "compute", string(d.id), "--module", guest("sha256sum"))
+		i.checkCaught(t, api.AuditWrong, "audit", "compute", string(d.id), "--module", testbed.Guest("sha256sum"))
 	})
-	f.sub("the right result in another job's name", func(t *testing.T) {
+	f.Sub("the right result in another job's name", func(t *testing.T) {
 		i.lieTo(wire.KindJobRun, func(o wire.Order) wire.Report {
 			body, _ := wire.DecodeBody[wire.JobRun](o)
 			sum := sha256.Sum256(chunks[body.Input])
 			body.Input = strings.Repeat("1", 64)
 			return jobResult(body, []byte(hex.EncodeToString(sum[:])+"\n"))
 		})
-		i.checkCaught(t, api.AuditWrong, "audit", "compute", string(d.id), "--module", guest("sha256sum"))
+		i.checkCaught(t, api.AuditWrong, "audit", "compute", string(d.id), "--module", testbed.Guest("sha256sum"))
 	})
-	f.sub("a job refused is no lie", func(t *testing.T) {
+	f.Sub("a job refused is no lie", func(t *testing.T) {
 		i.lieTo(wire.KindJobRun, func(wire.Order) wire.Report {
 			return wire.Report{State: wire.Rejected, Code: wire.CodePolicy, Reason: "the owner does not allow jobs"}
 		})
-		i.checkCaught(t, api.AuditRefused, "audit", "compute", string(d.id), "--module", guest("sha256sum"))
+		i.checkCaught(t, api.AuditRefused, "audit", "compute", string(d.id), "--module", testbed.Guest("sha256sum"))
 	})
 
 	honest := func(o wire.Order) (wire.AuditAnswer, []wire.AuditLeaf) {
@@ -571,10 +572,10 @@ func TestLiar(t *testing.T) {
 		return succeeded(a, raw)
 	}
 	const few = "3" // leaves, so that the attachment fits in the report
-	f.sub("the truth passes", func(t *testing.T) {
+	f.Sub("the truth passes", func(t *testing.T) {
 		i.lieTo(wire.KindAudit, func(o wire.Order) wire.Report { return report(honest(o)) })
 		var a api.Audit
-		f.ok(&a, "audit", "storage", string(d.id), "--leaves", few)
+		f.OK(&a, "audit", "storage", string(d.id), "--leaves", few)
 		if a.Outcome != api.AuditRight {
 			t.Errorf("the truth was judged as %q: %s", a.Outcome, a.Reason)
 		}
@@ -607,12 +608,12 @@ func TestLiar(t *testing.T) {
 		},
 	}
 	for _, name := range slices.Sorted(maps.Keys(lies)) {
-		f.sub(name, func(t *testing.T) {
+		f.Sub(name, func(t *testing.T) {
 			i.lieTo(wire.KindAudit, lies[name])
 			i.checkCaught(t, api.AuditWrong, "audit", "storage", string(d.id), "--leaves", few)
 		})
 	}
-	f.sub("another leaf of the same chunk", func(t *testing.T) {
+	f.Sub("another leaf of the same chunk", func(t *testing.T) {
 		i.lieTo(wire.KindAudit, func(o wire.Order) wire.Report {
 			a, leaves := honest(o)
 			l := &leaves[0]
@@ -625,12 +626,12 @@ func TestLiar(t *testing.T) {
 			t.Errorf("%d chunks are called wrong, one is: %v", len(a.Wrong), a.Wrong)
 		}
 	})
-	f.sub("made-up leaves", func(t *testing.T) {
+	f.Sub("made-up leaves", func(t *testing.T) {
 		seed := rng.Uint64()
 		i.lieTo(wire.KindAudit, func(o wire.Order) wire.Report {
 			a, leaves := honest(o)
 			for n := range leaves {
-				leaves[n].Data = randomBytes(rand.New(rand.NewPCG(seed, 1)), 4<<10)
+				leaves[n].Data = testbed.RandomBytes(rand.New(rand.NewPCG(seed, 1)), 4<<10)
 			}
 			return report(a, leaves)
 		})
@@ -639,7 +640,7 @@ func TestLiar(t *testing.T) {
 			t.Errorf("%d leaves are called right, %d chunks wrong", a.Right, len(a.Wrong))
 		}
 	})
-	f.checkGet("file", data) // from the other
+	f.CheckGet("file", data) // from the other
 }
 
 func jobResult(job wire.JobRun, output []byte) wire.Report {
@@ -650,7 +651,7 @@ func jobResult(job wire.JobRun, output []byte) wire.Report {
 // checkCaught runs a challenge that must fail for the reason named by outcome.
 func (i *impostor) checkCaught(t *testing.T, outcome api.AuditOutcome, args ...string) (a api.Audit) {
 	t.Helper()
-	said := i.f.fails(&a, 1, args...)
+	said := i.f.Fails(&a, 1, args...)
 	if a.Outcome != outcome || a.Reason == "" {
 		t.Errorf("judged as %q (%s), want %q", a.Outcome, a.Reason, outcome)
 	}
@@ -665,10 +666,10 @@ func (i *impostor) checkCaught(t *testing.T, outcome api.AuditOutcome, args ...s
 func TestTamper(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(2, false)
-	data := randomBytes(rng, 6<<20)
-	o := f.put("file", data)
+	data := testbed.RandomBytes(rng, 6<<20)
+	o := f.Put("file", data)
 	d := f.devices[0]
 	flip := func(n int) {
 		t.Helper()
@@ -691,7 +692,7 @@ func TestTamper(t *testing.T) {
 	challenge := func(n int) {
 		t.Helper()
 		var a api.Audit
-		f.fails(&a, 1, "audit", "storage", string(d.id), "--leaves", "512")
+		f.Fails(&a, 1, "audit", "storage", string(d.id), "--leaves", "512")
 		if a.Outcome != api.AuditLost && a.Outcome != api.AuditWrong {
 			t.Errorf("judged as %q: %s", a.Outcome, a.Reason)
 		}
@@ -706,6 +707,6 @@ func TestTamper(t *testing.T) {
 	challenge(1)
 	flip(4)
 	challenge(4)
-	f.checkGet("file", data)
+	f.CheckGet("file", data)
 	d.checkStorage() // of what it still claims to hold
 }

@@ -31,6 +31,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -75,27 +76,27 @@ type faults struct {
 // restarted with the other address in its membership.
 func interpose(d *device, seed uint64) *evilBroker {
 	f := d.f
-	f.t.Helper()
+	f.T.Helper()
 	d.stop()
 	b := &evilBroker{f: f, d: d, rng: rand.New(rand.NewPCG(seed, 1)), did: map[string]int{}, orders: map[string]int{}}
 	var m wire.EnrolReply
-	if err := json.Unmarshal(readFile(f.t, d.state("identity", "membership.json")), &m); err != nil {
-		f.t.Fatal(err)
+	if err := json.Unmarshal(readFile(f.T, d.state("identity", "membership.json")), &m); err != nil {
+		f.T.Fatal(err)
 	}
 	cert, _ := pem.Decode(m.Certificate)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(m.CA)
 	b.inner = &tls.Config{RootCAs: roots, ServerName: "127.0.0.1", Certificates: []tls.Certificate{{
-		Certificate: [][]byte{cert.Bytes}, PrivateKey: readKey(f.t, d.state("identity", "key.pem")),
+		Certificate: [][]byte{cert.Bytes}, PrivateKey: readKey(f.T, d.state("identity", "key.pem")),
 	}}}
 	var err error
 	if b.listen, err = tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
 		MinVersion: tls.VersionTLS13, ClientAuth: tls.RequireAnyClientCert, Certificates: []tls.Certificate{f.brokerCertificate()},
 	}); err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	b.wg.Go(b.serve)
-	f.t.Cleanup(b.close)
+	f.T.Cleanup(b.close)
 	d.reach(func(m map[string]any) { m["brokers"] = []string{"ssl://" + b.listen.Addr().String()} })
 	d.start()
 	d.awaitOnline()
@@ -104,27 +105,27 @@ func interpose(d *device, seed uint64) *evilBroker {
 
 // reach changes the addresses in a stopped device's membership.
 func (d *device) reach(edit func(map[string]any)) {
-	d.f.t.Helper()
+	d.f.T.Helper()
 	path := d.state("identity", "membership.json")
 	var m map[string]any
-	if err := json.Unmarshal(readFile(d.f.t, path), &m); err != nil {
-		d.f.t.Fatal(err)
+	if err := json.Unmarshal(readFile(d.f.T, path), &m); err != nil {
+		d.f.T.Fatal(err)
 	}
 	edit(m)
 	raw, err := json.Marshal(m)
 	if err != nil {
-		d.f.t.Fatal(err)
+		d.f.T.Fatal(err)
 	}
-	overwrite(d.f.t, path, raw)
+	overwrite(d.f.T, path, raw)
 }
 
 // brokerCertificate is one that devices believe: this broker is the fleet's own,
 // gone bad.
 func (f *fleet) brokerCertificate() tls.Certificate {
-	f.t.Helper()
+	f.T.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	return f.certify(key, x509.Certificate{Subject: pkix.Name{CommonName: "evil"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 }
@@ -132,16 +133,16 @@ func (f *fleet) brokerCertificate() tls.Certificate {
 // certify signs with the fleet's authority, which only somebody has who reads
 // the coordinator's disk. Without times the certificate is good for this hour.
 func (f *fleet) certify(key crypto.Signer, t x509.Certificate) tls.Certificate {
-	f.t.Helper()
-	ca, _ := pem.Decode(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
+	f.T.Helper()
+	ca, _ := pem.Decode(readFile(f.T, f.Path("coordinator", "keys", "ca.pem")))
 	issuer, err := x509.ParseCertificate(ca.Bytes)
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
-	block, _ := pem.Decode(readFile(f.t, f.path("coordinator", "keys", "ca.key")))
+	block, _ := pem.Decode(readFile(f.T, f.Path("coordinator", "keys", "ca.key")))
 	caKey, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	t.SerialNumber = big.NewInt(666)
 	if t.NotAfter.IsZero() {
@@ -149,7 +150,7 @@ func (f *fleet) certify(key crypto.Signer, t x509.Certificate) tls.Certificate {
 	}
 	der, err := x509.CreateCertificate(crand.Reader, &t, issuer, key.Public(), caKey)
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	return tls.Certificate{Certificate: [][]byte{der, issuer.Raw}, PrivateKey: key}
 }
@@ -177,7 +178,7 @@ func (b *evilBroker) relay(device net.Conn) {
 		return // the device has gone, or does not get through
 	}
 	_ = device.SetReadDeadline(time.Time{})
-	broker, err := tls.Dial("tcp", b.f.mqtt, b.inner)
+	broker, err := tls.Dial("tcp", b.f.MQTT, b.inner)
 	if err != nil {
 		return // the real one is away
 	}
@@ -270,7 +271,7 @@ func (b *evilBroker) write(dir direction, p packets.ControlPacket) bool {
 	if to == nil {
 		return false
 	}
-	_ = to.SetWriteDeadline(time.Now().Add(stopLimit)) // a dead peer ends with its reader
+	_ = to.SetWriteDeadline(time.Now().Add(testbed.StopLimit)) // a dead peer ends with its reader
 	return p.Write(to) == nil
 }
 
@@ -328,8 +329,8 @@ func (b *evilBroker) close() {
 
 // awaitEnds waits until the device has ended every order that it was handed.
 func (b *evilBroker) awaitEnds() {
-	b.f.t.Helper()
-	b.f.until(b.d.name+" ending all of its orders", func() bool {
+	b.f.T.Helper()
+	b.f.Until(b.d.name+" ending all of its orders", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		open := len(b.orders)
@@ -403,7 +404,7 @@ func (b *evilBroker) checkOnceEach(t *testing.T) (ended, repeated int) {
 func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(3, false)
 	var evil []*evilBroker
 	for _, d := range f.devices {
@@ -417,7 +418,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	const objects, chunks = 6, 4
 	contents := make([][]byte, objects)
 	for i := range contents {
-		contents[i] = randomText(rng, chunks*(1000+rng.IntN(30_000)))
+		contents[i] = testbed.RandomText(rng, chunks*(1000+rng.IntN(30_000)))
 	}
 	placed := make(chan api.Placement, objects*chunks)
 	var users sync.WaitGroup
@@ -431,7 +432,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	}
 	// Challenges and jobs, side by side.
 	for i := range contents {
-		users.Go(func() { f.jobInTheEnd(guest("sha256sum"), fmt.Sprint("object-", i), i%chunks) })
+		users.Go(func() { f.jobInTheEnd(testbed.Guest("sha256sum"), fmt.Sprint("object-", i), i%chunks) })
 	}
 	for _, d := range f.devices {
 		users.Go(func() { d.provesInTheEnd() })
@@ -445,7 +446,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	// once more, must not take it.
 	gone := rng.Perm(objects)[:objects/2]
 	for _, i := range gone {
-		f.ok(nil, "object", "rm", fmt.Sprint("object-", i))
+		f.OK(nil, "object", "rm", fmt.Sprint("object-", i))
 	}
 	back := gone[0]
 	again := make(chan api.Placement, chunks)
@@ -463,7 +464,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	wanted := map[string]bool{}
 	for i := range contents {
 		if kept(i) {
-			o, err := f.client.Object(f.ctx, fmt.Sprint("object-", i))
+			o, err := f.Client.Object(f.Ctx, fmt.Sprint("object-", i))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -483,9 +484,9 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 	for i, want := range contents {
 		name := fmt.Sprint("object-", i)
 		if kept(i) {
-			f.checkGet(name, want)
+			f.CheckGet(name, want)
 		} else {
-			f.fails(nil, 1, "object", "get", name, "--out", f.path("nothing"))
+			f.Fails(nil, 1, "object", "get", name, "--out", f.Path("nothing"))
 		}
 	}
 	ended, repeated := 0, 0
@@ -521,13 +522,13 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 // tries repeats a command as a user would who reads "no answer in time": only
 // that may happen, and not for ever.
 func (f *fleet) tries(what string, once func() (done bool, said string)) {
-	for deadline := time.Now().Add(cmp.Or(f.trial, 2*patience)); ; {
+	for deadline := time.Now().Add(cmp.Or(f.trial, 2*testbed.Patience)); ; {
 		done, said := once()
 		if done {
 			return
 		}
-		if time.Now().After(deadline) || f.ctx.Err() != nil {
-			f.t.Errorf("%s does not succeed: %s", what, said)
+		if time.Now().After(deadline) || f.Ctx.Err() != nil {
+			f.T.Errorf("%s does not succeed: %s", what, said)
 			return
 		}
 		time.Sleep(100 * time.Millisecond) // a refusal can come at once
@@ -537,9 +538,9 @@ func (f *fleet) tries(what string, once func() (done bool, said string)) {
 func (f *fleet) jobInTheEnd(module, object string, index int) {
 	f.tries("a job over "+object, func() (bool, string) {
 		var j api.Job
-		code, said := f.try(&j, "job", "run", module, "--input", object, "--chunk", fmt.Sprint(index))
+		code, said := f.Try(&j, "job", "run", module, "--input", object, "--chunk", fmt.Sprint(index))
 		if code != 0 && !unanswered(said) {
-			f.t.Errorf("a job over %s: %s", object, said)
+			f.T.Errorf("a job over %s: %s", object, said)
 			return true, ""
 		}
 		return code == 0, said
@@ -549,9 +550,9 @@ func (f *fleet) jobInTheEnd(module, object string, index int) {
 func (d *device) provesInTheEnd() {
 	d.f.tries("a challenge of "+d.name, func() (bool, string) {
 		var a api.Audit
-		code, said := d.f.try(&a, "audit", "storage", string(d.id), "--leaves", "3")
+		code, said := d.f.Try(&a, "audit", "storage", string(d.id), "--leaves", "3")
 		if a.Outcome != api.AuditRight && a.Outcome != api.AuditUnreachable {
-			d.f.t.Errorf("%s is judged %q for what its broker does: %s", d.name, a.Outcome, said)
+			d.f.T.Errorf("%s is judged %q for what its broker does: %s", d.name, a.Outcome, said)
 			return true, ""
 		}
 		return code == 0, said
@@ -571,23 +572,23 @@ func unanswered(said string) bool {
 // copiesOnDisk stops the devices and counts, for each chunk, the volumes that
 // hold it.
 func (f *fleet) copiesOnDisk() map[string]int {
-	f.t.Helper()
+	f.T.Helper()
 	out := map[string]int{}
 	for _, d := range f.devices {
-		f.stopped(d.proc, 0)
+		f.Stopped(d.proc, 0)
 		v, err := store.Open(d.state("volumes", "main"), store.Options{Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		err = v.List(context.Background(), func(id chunk.ID, _ int64, lost bool) error {
 			if lost {
-				f.t.Errorf("%s has lost chunk %s", d.name, id)
+				f.T.Errorf("%s has lost chunk %s", d.name, id)
 			}
 			out[id.String()]++
 			return nil
 		})
 		if err = errors.Join(err, v.Close()); err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 	}
 	return out

@@ -21,6 +21,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -58,7 +59,7 @@ func TestEveryEffectOnceInAStorm(t *testing.T) {
 			t.Fatalf("CHAOS is no duration of a second or more: %q", v)
 		}
 	}
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	s := newStorm(t, length, rng)
 	began := time.Now()
 	s.f.enrol(chaosDevices, false)
@@ -105,24 +106,24 @@ func newStorm(t *testing.T, length time.Duration, rng *rand.Rand) *storm {
 	})
 	s.f = newFleet(t, func(f *fleet) {
 		var cancel context.CancelFunc
-		f.ctx, cancel = context.WithTimeout(context.Background(), testLimit+2*length+chaosCalm)
+		f.Ctx, cancel = context.WithTimeout(context.Background(), testLimit+2*length+chaosCalm)
 		t.Cleanup(cancel)
 		effectAgent(f)
-		f.beat = "2s"
-		f.natsAt = freeAddress(t)
+		f.Beat = "2s"
+		f.natsAt = testbed.FreeAddress(t)
 		s.nats = newWay(t, "nats", f.natsAt, rng.Uint64())
-		f.nats = "tls://" + s.nats.proxy.Listen
-		s.https = newWay(t, "https", f.https, rng.Uint64())
+		f.NATS = "tls://" + s.nats.proxy.Listen
+		s.https = newWay(t, "https", f.HTTPS, rng.Uint64())
 		f.door = s.https.proxy.Listen
-		f.public = []string{"--public-https", f.door}
+		f.Flags = []string{"--public-https", f.door}
 		for i := range mqttWays {
-			w := newWay(t, fmt.Sprint("mqtt-", i), f.mqtt, rng.Uint64())
+			w := newWay(t, fmt.Sprint("mqtt-", i), f.MQTT, rng.Uint64())
 			s.mqtt = append(s.mqtt, w)
-			f.public = append(f.public, "--public-mqtt", w.proxy.Listen)
+			f.Flags = append(f.Flags, "--public-mqtt", w.proxy.Listen)
 		}
 		external(f)
 	})
-	c, err := api.LoadContext(s.f.path("coordinator", "operator.json"))
+	c, err := api.LoadContext(s.f.Path("coordinator", "operator.json"))
 	if err == nil {
 		c.URL = "https://" + s.f.door
 		s.api, err = api.NewClient(c)
@@ -193,7 +194,7 @@ func (s *storm) send(began time.Time, all []*request) <-chan struct{} {
 			select {
 			case <-time.After(time.Until(began.Add(r.at))):
 				todo <- r
-			case <-s.f.ctx.Done():
+			case <-s.f.Ctx.Done():
 				return
 			}
 		}
@@ -202,8 +203,8 @@ func (s *storm) send(began time.Time, all []*request) <-chan struct{} {
 }
 
 func (s *storm) ask(r *request) {
-	for s.f.ctx.Err() == nil {
-		ctx, cancel := context.WithTimeout(s.f.ctx, 10*time.Second)
+	for s.f.Ctx.Err() == nil {
+		ctx, cancel := context.WithTimeout(s.f.Ctx, 10*time.Second)
 		orders, err := s.api.SendOrder(ctx, r.SendRequest)
 		cancel()
 		if err == nil {
@@ -212,7 +213,7 @@ func (s *storm) ask(r *request) {
 		}
 		select {
 		case <-time.After(300 * time.Millisecond):
-		case <-s.f.ctx.Done():
+		case <-s.f.Ctx.Done():
 		}
 	}
 }
@@ -249,10 +250,10 @@ func (s *storm) drawStrokes(rng *rand.Rand) (out []stroke) {
 		return func() { s.f.server.Kill(); s.down["broker"] = true }, func() { s.down["broker"] = false; s.launchBroker() }
 	})
 	often("coordinators killed", 12*time.Second, 100*ms, 2*time.Second, func() (func(), func()) {
-		return func() { s.f.serve.Kill(); s.down["coordinator"] = true }, func() { s.down["coordinator"] = false; s.launchServe() }
+		return func() { s.f.Serve.Kill(); s.down["coordinator"] = true }, func() { s.down["coordinator"] = false; s.launchServe() }
 	})
 	often("coordinators stopped for a while", 15*time.Second, 500*ms, 3*time.Second, func() (func(), func()) {
-		return func() { s.f.serve.Signal(syscall.SIGSTOP) }, func() { s.f.serve.Signal(syscall.SIGCONT) }
+		return func() { s.f.Serve.Signal(syscall.SIGSTOP) }, func() { s.f.Serve.Signal(syscall.SIGCONT) }
 	})
 	last = s.length
 	for _, w := range s.ways() {
@@ -307,12 +308,12 @@ func (s *storm) supervise() {
 	if !s.down["broker"] && s.f.server.Ended() {
 		s.t.Fatalf("the broker ended by itself: %s", s.f.server.LastWords())
 	}
-	if s.down["coordinator"] || !s.f.serve.Ended() {
+	if s.down["coordinator"] || !s.f.Serve.Ended() {
 		return
 	}
 	if s.again.IsZero() {
-		if said := s.f.serve.LastWords(); !strings.Contains(said, "message server") {
-			s.t.Fatalf("the coordinator ended by itself with code %d: %s", s.f.serve.ExitCode(), said)
+		if said := s.f.Serve.LastWords(); !strings.Contains(said, "message server") {
+			s.t.Fatalf("the coordinator ended by itself with code %d: %s", s.f.Serve.ExitCode(), said)
 		}
 		s.gaveUp++
 		s.again = time.Now().Add(200 * time.Millisecond)
@@ -325,10 +326,10 @@ func (s *storm) supervise() {
 // launchServe and launchBroker do not wait, as nothing may be there to wait for.
 func (s *storm) launchServe() {
 	s.again = time.Time{}
-	s.f.serve = s.f.start(proc.Command{Name: "the coordinator", Log: s.f.path("logs", "coordinator.log"), Argv: s.f.serveArgs()})
+	s.f.Serve = s.f.Start(proc.Command{Name: "the coordinator", Log: s.f.Path("logs", "coordinator.log"), Argv: s.f.ServeArgs()})
 }
 
-func (s *storm) launchBroker() { s.f.launchNATS(s.f.path("logs", "nats.log")) }
+func (s *storm) launchBroker() { s.f.launchNATS(s.f.Path("logs", "nats.log")) }
 
 // clear ends the storm. Every stroke has had its end by now.
 func (s *storm) clear() {
@@ -351,7 +352,7 @@ func (s *storm) awaitCalm(sent <-chan struct{}) {
 		s.supervise()
 		select {
 		case <-sent:
-			left, err = s.api.Orders(s.f.ctx, api.OrderQuery{Pending: true, Limit: 3})
+			left, err = s.api.Orders(s.f.Ctx, api.OrderQuery{Pending: true, Limit: 3})
 			if err == nil && len(left.Orders) == 0 {
 				return
 			}
@@ -401,7 +402,7 @@ func (s *storm) check(requests []*request) {
 // checkRecords: what the coordinator has of a device is what was asked for, and
 // has succeeded by the device's own word.
 func (s *storm) checkRecords(d *device, asked map[string]bool) {
-	list, err := s.api.Orders(s.f.ctx, api.OrderQuery{Selector: api.Selector{Devices: []wire.DeviceID{d.id}}, Kind: chaosKind, Limit: api.MaxOrders})
+	list, err := s.api.Orders(s.f.Ctx, api.OrderQuery{Selector: api.Selector{Devices: []wire.DeviceID{d.id}}, Kind: chaosKind, Limit: api.MaxOrders})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -477,12 +478,12 @@ func (s *storm) checkDebts() {
 		time.Sleep(ackTime)
 		var all sync.WaitGroup
 		for _, d := range s.f.devices {
-			all.Go(func() { s.f.stopped(d.proc, 0) })
+			all.Go(func() { s.f.Stopped(d.proc, 0) })
 		}
 		all.Wait()
 		owed = nil
 		for _, d := range s.f.devices {
-			r, err := runToEnd(s.f.ctx, proc.Command{Argv: []string{s.f.agent, "owed", "--state", d.state()}})
+			r, err := testbed.RunToEnd(s.f.Ctx, proc.Command{Argv: []string{s.f.agent, "owed", "--state", d.state()}})
 			if err != nil || r.Code != 0 {
 				s.t.Fatalf("the journal of %s: %v: %s", d.name, err, r.Stderr)
 			}
@@ -510,7 +511,7 @@ func (s *storm) blame(d wire.DeviceID, id, what string, args ...any) {
 	if s.strokes["told"]++; s.strokes["told"] > 5 {
 		return // one like the other
 	}
-	ctx, cancel := context.WithTimeout(s.f.ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(s.f.Ctx, 10*time.Second)
 	defer cancel()
 	o, err := s.api.Order(ctx, d, id, 0)
 	record, _ := json.MarshalIndent(o, "", "  ")
@@ -605,7 +606,7 @@ func newWay(t *testing.T, name, to string, seed uint64) *way {
 	t.Helper()
 	w := &way{t: t}
 	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
-	w.proxy = toxiproxy.NewProxy(server, name, freeAddress(t), to)
+	w.proxy = toxiproxy.NewProxy(server, name, testbed.FreeAddress(t), to)
 	key := t.Name() + name + w.proxy.Listen
 	chaosWays.Store(key, w)
 	w.open()

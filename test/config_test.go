@@ -13,15 +13,15 @@ import (
 func TestConfiguration(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	owner := f.write("agent.toml", []byte("[jobs]\nmax_memory_bytes = 268435456\n"))
+	owner := f.Write("agent.toml", []byte("[jobs]\nmax_memory_bytes = 268435456\n"))
 	f.enrol(1, false, "--config", owner)
 	d := f.devices[0]
 
-	if said := f.fails(nil, 1, "config", "set", "--all", "beat.second=5"); !strings.Contains(said, "beat.seconds") {
+	if said := f.Fails(nil, 1, "config", "set", "--all", "beat.second=5"); !strings.Contains(said, "beat.seconds") {
 		t.Errorf("a misspelt key: %s", said)
 	}
-	f.ok(nil, "config", "set", "--all", "beat.seconds=60", "log.level=debug")
-	f.ok(nil, "config", "set", "--group", "test", "beat.seconds=5", "jobs.enabled=false", "jobs.max_memory_bytes=1GiB")
+	f.OK(nil, "config", "set", "--all", "beat.seconds=60", "log.level=debug")
+	f.OK(nil, "config", "set", "--group", "test", "beat.seconds=5", "jobs.enabled=false", "jobs.max_memory_bytes=1GiB")
 	c := d.awaitConfig(api.ConfigPartly, map[string]string{wire.SettingBeat: "5", wire.SettingLogLevel: `"debug"`, wire.SettingJobs: "false", wire.SettingJobMemory: "268435456"})
 	if r := c.Reported.Refused[wire.SettingJobMemory]; r.Code != wire.CodePolicy || !strings.Contains(r.Reason, "268435456") {
 		t.Errorf("the owner's limit: %+v", c.Reported.Refused)
@@ -31,13 +31,13 @@ func TestConfiguration(t *testing.T) {
 	d.kill()
 	d.start()
 	d.awaitOnline()
-	f.ok(nil, "config", "unset", "--all", "log.level")
+	f.OK(nil, "config", "unset", "--all", "log.level")
 	d.awaitConfig(api.ConfigPartly, map[string]string{wire.SettingBeat: "5", wire.SettingLogLevel: `"info"`, wire.SettingJobs: "false"})
 
 	// Away, it misses three versions and gets the last.
 	d.stop()
 	for _, memory := range []string{"64MiB", "100MiB", "128MiB"} {
-		f.ok(nil, "config", "set", "--device", string(d.id), "jobs.max_memory_bytes="+memory, "jobs.enabled=true")
+		f.OK(nil, "config", "set", "--device", string(d.id), "jobs.max_memory_bytes="+memory, "jobs.enabled=true")
 	}
 	if s := d.config().State; s != api.ConfigWaiting {
 		t.Errorf("a device that is away is %s", s)
@@ -45,21 +45,21 @@ func TestConfiguration(t *testing.T) {
 	d.start()
 	d.awaitOnline()
 	d.awaitConfig(api.ConfigApplied, map[string]string{wire.SettingBeat: "5", wire.SettingJobs: "true", wire.SettingJobMemory: "134217728"})
-	f.ok(nil, "config", "list")
-	f.ok(nil, "config", "keys")
-	f.ok(nil, "config", "show", "--group", "test")
+	f.OK(nil, "config", "list")
+	f.OK(nil, "config", "keys")
+	f.OK(nil, "config", "show", "--group", "test")
 }
 
 func (d *device) config() (c api.DeviceConfig) {
-	d.f.t.Helper()
-	d.f.ok(&c, "config", "show", "--device", string(d.id))
+	d.f.T.Helper()
+	d.f.OK(&c, "config", "show", "--device", string(d.id))
 	return c
 }
 
 // awaitConfig waits until the device reports these values of the wanted version.
 func (d *device) awaitConfig(state api.ConfigState, running map[string]string) (c api.DeviceConfig) {
-	d.f.t.Helper()
-	d.f.until(d.name+" running its configuration", func() bool {
+	d.f.T.Helper()
+	d.f.Until(d.name+" running its configuration", func() bool {
 		c = d.config()
 		if c.State != state || c.Reported == nil || c.Reported.Version != c.Wanted {
 			return false

@@ -26,6 +26,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/object"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -35,13 +36,13 @@ func TestKilledBetweenEffectAndReport(t *testing.T) {
 	t.Parallel()
 	const objects, chunks, wantKills = 40, 5, 10
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(3, false)
 
 	var contents [objects][]byte
 	for i := range contents {
 		for range chunks {
-			contents[i] = append(contents[i], randomBytes(rng, 1+rng.IntN(60_000))...)
+			contents[i] = append(contents[i], testbed.RandomBytes(rng, 1+rng.IntN(60_000))...)
 		}
 	}
 	placed := make(chan api.Placement, 3*objects*chunks)
@@ -66,7 +67,7 @@ func TestKilledBetweenEffectAndReport(t *testing.T) {
 
 	kills := 0
 	for ; left.Load() > 0 || kills < wantKills; kills++ {
-		if t.Failed() || f.ctx.Err() != nil {
+		if t.Failed() || f.Ctx.Err() != nil {
 			break
 		}
 		d := f.devices[rng.IntN(len(f.devices))]
@@ -86,7 +87,7 @@ func TestKilledBetweenEffectAndReport(t *testing.T) {
 	}
 	for i, want := range contents {
 		var got bytes.Buffer
-		if _, err := object.Get(f.ctx, f.client, fmt.Sprint("object-", i), &got, nil); err != nil || !bytes.Equal(got.Bytes(), want) {
+		if _, err := object.Get(f.Ctx, f.Client, fmt.Sprint("object-", i), &got, nil); err != nil || !bytes.Equal(got.Bytes(), want) {
 			t.Errorf("object %d came back as %d bytes, %v", i, got.Len(), err)
 		}
 	}
@@ -101,14 +102,14 @@ func (f *fleet) storeInChunks(name string, data []byte, n int, placed chan<- api
 	sum := sha256.Sum256(data)
 	o.SHA256 = hex.EncodeToString(sum[:])
 	again := func(what string, call func() error) bool {
-		for deadline := time.Now().Add(patience); ; {
+		for deadline := time.Now().Add(testbed.Patience); ; {
 			err := call()
 			if err == nil {
 				return true
 			}
 			var refused *api.Error
 			if !errors.As(err, &refused) || refused.Status < 500 || time.Now().After(deadline) {
-				f.t.Errorf("%s of %s: %v", what, name, err)
+				f.T.Errorf("%s of %s: %v", what, name, err)
 				return false
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -118,7 +119,7 @@ func (f *fleet) storeInChunks(name string, data []byte, n int, placed chan<- api
 		part := data[:min(size, len(data))]
 		id := chunk.Sum(part).String()
 		if !again("a chunk", func() error {
-			p, err := f.client.PutChunk(f.ctx, id, part, 2)
+			p, err := f.Client.PutChunk(f.Ctx, id, part, 2)
 			if err == nil {
 				placed <- p
 			}
@@ -129,7 +130,7 @@ func (f *fleet) storeInChunks(name string, data []byte, n int, placed chan<- api
 		o.Chunks = append(o.Chunks, api.Chunk{ID: id, Size: int64(len(part))})
 	}
 	again("the record", func() error {
-		_, err := f.client.PutObject(f.ctx, o)
+		_, err := f.Client.PutObject(f.Ctx, o)
 		return err
 	})
 }
@@ -137,13 +138,13 @@ func (f *fleet) storeInChunks(name string, data []byte, n int, placed chan<- api
 // checkReceipts stops the fleet and looks for every receipted chunk on the
 // volume that its receipt names, without any agent between.
 func (f *fleet) checkReceipts(placed <-chan api.Placement) {
-	f.t.Helper()
+	f.T.Helper()
 	volumes := map[wire.DeviceID]*store.Volume{}
 	for _, d := range f.devices {
-		f.stopped(d.proc, 0)
+		f.Stopped(d.proc, 0)
 		v, err := store.Open(d.state("volumes", "main"), store.Options{Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		defer v.Close()
 		volumes[d.id] = v
@@ -152,75 +153,75 @@ func (f *fleet) checkReceipts(placed <-chan api.Placement) {
 	for p := range placed {
 		id, err := chunk.ParseID(p.ID)
 		if err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		for _, h := range p.Holders {
 			receipts++
-			data, err := volumes[h.Device].Get(f.ctx, id)
+			data, err := volumes[h.Device].Get(f.Ctx, id)
 			if err != nil || chunk.Sum(data) != id || volumes[h.Device].ID() != h.Volume {
-				f.t.Errorf("device %s gave a receipt for chunk %s and has not got it: %v", h.Device, p.ID, err)
+				f.T.Errorf("device %s gave a receipt for chunk %s and has not got it: %v", h.Device, p.ID, err)
 			}
 		}
 	}
-	f.t.Logf("%d receipts", receipts)
+	f.T.Logf("%d receipts", receipts)
 }
 
 // checkAllOrdersEnd waits until every order that was ever given has ended.
 func (f *fleet) checkAllOrdersEnd() {
-	f.t.Helper()
-	f.stopped(f.serve, 0)
+	f.T.Helper()
+	f.Stopped(f.Serve, 0)
 	pending := f.pendingOrders()
-	f.startServe()
+	f.StartServe()
 	f.awaitOrders(pending)
 }
 
 func (f *fleet) awaitOrders(list []wire.Order) {
-	f.t.Helper()
-	ctx, cancel := context.WithTimeout(f.ctx, patience)
+	f.T.Helper()
+	ctx, cancel := context.WithTimeout(f.Ctx, testbed.Patience)
 	defer cancel()
 	for _, o := range list {
-		v, err := f.client.AwaitOrder(ctx, o.Device, o.ID, nil)
+		v, err := f.Client.AwaitOrder(ctx, o.Device, o.ID, nil)
 		if err != nil {
-			f.t.Errorf("the %s order %s hangs as %s: %v", o.Kind, o.ID, v.State, err)
+			f.T.Errorf("the %s order %s hangs as %s: %v", o.Kind, o.ID, v.State, err)
 		}
 	}
 }
 
 // pendingOrders reads a copy of the stopped coordinator's state.
 func (f *fleet) pendingOrders() (pending []wire.Order) {
-	f.t.Helper()
-	dir := filepath.Join(f.t.TempDir(), "nats")
-	if err := os.CopyFS(dir, os.DirFS(f.path("coordinator", "nats"))); err != nil {
-		f.t.Fatal(err)
+	f.T.Helper()
+	dir := filepath.Join(f.T.TempDir(), "nats")
+	if err := os.CopyFS(dir, os.DirFS(f.Path("coordinator", "nats"))); err != nil {
+		f.T.Fatal(err)
 	}
 	ca := x509.NewCertPool()
-	ca.AppendCertsFromPEM(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
-	eng, err := engine.Start(f.ctx, engine.Config{
+	ca.AppendCertsFromPEM(readFile(f.T, f.Path("coordinator", "keys", "ca.pem")))
+	eng, err := engine.Start(f.Ctx, engine.Config{
 		Dir: dir, MQTTListen: "127.0.0.1:0",
 		TLS:       &tls.Config{ClientCAs: ca, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return nil, errors.New("nobody is expected") }},
 		Authorize: func(context.Context, wire.DeviceID, *x509.Certificate) error { return errors.New("nobody is expected") },
 	})
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	defer eng.Close()
-	kv, err := eng.KV(f.ctx, "orders")
+	kv, err := eng.KV(f.Ctx, "orders")
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
-	keys, err := kv.Keys(f.ctx)
+	keys, err := kv.Keys(f.Ctx)
 	if err != nil && !errors.Is(err, jetstream.ErrNoKeysFound) {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	total := 0
 	for _, k := range keys {
-		e, err := kv.Get(f.ctx, k)
+		e, err := kv.Get(f.Ctx, k)
 		if err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		var rec coordinator.OrderRecord
 		if err := json.Unmarshal(e.Value(), &rec); err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		total++
 		if rec.State.Terminal() {
@@ -228,13 +229,13 @@ func (f *fleet) pendingOrders() (pending []wire.Order) {
 		}
 		o, err := wire.Reread[wire.Order](rec.Envelope)
 		if err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		pending = append(pending, o)
 	}
-	f.t.Logf("%d orders, %d of them have not ended", total, len(pending))
+	f.T.Logf("%d orders, %d of them have not ended", total, len(pending))
 	if total == 0 {
-		f.t.Error("there is no order at all; is this the coordinator's state?")
+		f.T.Error("there is no order at all; is this the coordinator's state?")
 	}
 	return pending
 }
@@ -244,46 +245,46 @@ func (f *fleet) pendingOrders() (pending []wire.Order) {
 func TestCoordinatorKilled(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(3, false)
-	kept := randomBytes(rng, 2<<20+17)
-	f.put("kept", kept)
-	doomed := f.put("doomed", randomBytes(rng, 1<<20))
+	kept := testbed.RandomBytes(rng, 2<<20+17)
+	f.Put("kept", kept)
+	doomed := f.Put("doomed", testbed.RandomBytes(rng, 1<<20))
 
 	// An order that nobody can answer now: its device is down.
 	away := f.holdersOf(doomed, 0)[0]
 	away.kill()
-	f.ok(nil, "object", "rm", "doomed")
+	f.OK(nil, "object", "rm", "doomed")
 
 	// A compute challenge and storing, under way when the power goes.
 	stored := map[string][]byte{}
 	for round := range 3 {
 		name := fmt.Sprint("round-", round)
-		stored[name] = randomBytes(rng, 3<<20)
-		file := f.write("in-"+name, stored[name])
+		stored[name] = testbed.RandomBytes(rng, 3<<20)
+		file := f.Write("in-"+name, stored[name])
 		began := make(chan struct{})
 		var busy sync.WaitGroup
 		for _, args := range [][]string{
 			{"object", "put", file, "--name", name},
-			{"job", "run", guest("sha256sum"), "--input", "kept"},
+			{"job", "run", testbed.Guest("sha256sum"), "--input", "kept"},
 		} {
 			busy.Go(func() {
 				<-began
 				// It may succeed or be cut off; only that it ends counts.
-				if _, err := f.deimos(args...); err != nil {
+				if _, err := f.Deimos(args...); err != nil {
 					t.Errorf("deimos %v: %v", args, err)
 				}
 			})
 		}
 		close(began)
 		time.Sleep(time.Duration(50+rng.IntN(400)) * time.Millisecond) // any moment will do
-		f.serve.Kill()
+		f.Serve.Kill()
 		busy.Wait()
 		pending := f.pendingOrders()
 		if len(pending) == 0 {
 			t.Error("nothing was pending when the coordinator died, not even the drop order of a device that is away")
 		}
-		f.startServe()
+		f.StartServe()
 		for _, d := range f.devices {
 			if d != away {
 				d.awaitOnline()
@@ -296,22 +297,22 @@ func TestCoordinatorKilled(t *testing.T) {
 			}
 		}
 		f.awaitOrders(answerable)
-		f.checkGet("kept", kept)
-		f.ok(nil, "object", "put", file, "--name", name) // again, as a user would; a repeat of what succeeded is fine
+		f.CheckGet("kept", kept)
+		f.OK(nil, "object", "put", file, "--name", name) // again, as a user would; a repeat of what succeeded is fine
 	}
 
-	f.serve.Kill()
+	f.Serve.Kill()
 	pending := f.pendingOrders()
-	f.startServe()
+	f.StartServe()
 	away.start()
 	for _, d := range f.devices {
 		d.awaitOnline()
 	}
 	f.awaitOrders(pending)
 	for name, want := range stored {
-		f.checkGet(name, want)
+		f.CheckGet(name, want)
 	}
-	f.checkGet("kept", kept)
+	f.CheckGet("kept", kept)
 	for _, d := range f.devices {
 		d.checkStorage()
 	}
@@ -322,21 +323,21 @@ func TestCoordinatorKilled(t *testing.T) {
 func TestDevicesOutliveALongAbsence(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(2, true)
-	data := randomBytes(rng, 1<<20)
-	f.put("file", data)
-	f.serve.Kill()
+	data := testbed.RandomBytes(rng, 1<<20)
+	f.Put("file", data)
+	f.Serve.Kill()
 	for _, d := range f.devices {
 		// Three refusals in a row.
-		f.until(d.name+" trying again and again", func() bool {
+		f.Until(d.name+" trying again and again", func() bool {
 			return bytes.Count(readFile(t, d.log()), []byte("no connection to the broker")) >= 3
 		})
 	}
-	f.startServe()
+	f.StartServe()
 	for _, d := range f.devices {
 		d.awaitOnline()
 		d.checkStorage()
 	}
-	f.checkGet("file", data)
+	f.CheckGet("file", data)
 }

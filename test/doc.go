@@ -1,6 +1,6 @@
 // Package test is the tests of the whole: a coordinator, devices and the
-// command line as processes, the binaries that users start, found in
-// $DEIMOS_BIN (default ../bin, as "make build" leaves them).
+// command line as processes, the binaries that users start; test/testbed finds
+// and starts them.
 //
 // Each file is one kind of claim:
 //
@@ -16,13 +16,10 @@
 //   - fault_test.go: what goes wrong at users' and owners' hands, and the
 //     sentence and the exit code that they get for it.
 //
-// fleet_test.go starts and ends a fleet. Whatever a test does, its processes
-// end with it: TestMain makes this process the reaper of all that descends from
-// it, and fails if anything does at the end. Tests wait for events or poll with
-// a deadline; where chance has a part, the seed is logged, and
+// fleet_test.go starts and ends a fleet. No process outlives its test, as
+// test/testbed has it. Tests wait for events or poll with a deadline; where chance has a part, the seed is logged, and
 // DEIMOS_TEST_SEED repeats it. A negative ("nothing happened") is followed by a
 // fence: a valid order that succeeds, after which there is nothing to wait for.
 //
-// Not here: power cuts (sync/store has them), real boards, other architectures
-// than this machine's.
+// Not here: the image of a device (test/qemu has it), power cuts, real boards.
 package test

@@ -17,6 +17,7 @@ import (
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -36,7 +37,7 @@ func TestAgentEndsWithASentence(t *testing.T) {
 	}
 	unknown, foreign := good, wire.NewFleetToken([]byte("another authority"))
 	unknown.Secret[0] ^= 1
-	url := "https://" + f.https
+	url := "https://" + f.HTTPS
 	// A state that has enrolled, for others to break.
 	enrolled := f.devices[1]
 	enrolled.stop()
@@ -53,17 +54,17 @@ func TestAgentEndsWithASentence(t *testing.T) {
 		{"a token that nobody made", func(string) []string { return []string{"--coordinator", url, "--token", unknown.String()} }, cli.ExitNoPerm, []string{"refused", "deimos token create"}},
 		{"a token that is used up", func(string) []string { return []string{"--coordinator", url, "--token", f.token} }, cli.ExitNoPerm, []string{"refused", "used up"}},
 		{"a token of another coordinator", func(string) []string { return []string{"--coordinator", url, "--token", foreign.String()} }, cli.ExitNoPerm, []string{"not the coordinator that the token belongs to"}},
-		{"an address without https", func(string) []string { return []string{"--coordinator", "http://" + f.https, "--token", f.token} }, cli.ExitUsage, []string{"https://"}},
+		{"an address without https", func(string) []string { return []string{"--coordinator", "http://" + f.HTTPS, "--token", f.token} }, cli.ExitUsage, []string{"https://"}},
 		{"a flag that there is not", func(string) []string { return []string{"--bogus"} }, cli.ExitUsage, []string{"--bogus"}},
-		{"a configuration that is not there", func(string) []string { return []string{"--config", f.path("nowhere.toml")} }, cli.ExitConfig, []string{"nowhere.toml"}},
+		{"a configuration that is not there", func(string) []string { return []string{"--config", f.Path("nowhere.toml")} }, cli.ExitConfig, []string{"nowhere.toml"}},
 		{"a misspelt configuration", func(string) []string {
-			return []string{"--config", f.write("bad.toml", []byte("[jobs]\nenabeld = false\n"))}
+			return []string{"--config", f.Write("bad.toml", []byte("[jobs]\nenabeld = false\n"))}
 		}, cli.ExitConfig, []string{"bad.toml", "enabeld"}},
 		{"a broken configuration", func(string) []string {
-			return []string{"--config", f.write("broken.toml", []byte("[jobs\n"))}
+			return []string{"--config", f.Write("broken.toml", []byte("[jobs\n"))}
 		}, cli.ExitConfig, []string{"broken.toml", "line "}},
 		{"a state folder below a file", func(string) []string {
-			return []string{"--state", filepath.Join(f.write("file", nil), "state")}
+			return []string{"--state", filepath.Join(f.Write("file", nil), "state")}
 		}, cli.ExitNoCreate, []string{"--state"}},
 		{"a state that another agent has", func(string) []string {
 			return []string{"--state", f.devices[0].state()}
@@ -89,17 +90,17 @@ func TestAgentEndsWithASentence(t *testing.T) {
 			return nil
 		}, cli.ExitFailed, []string{"journal"}},
 	} {
-		f.sub(c.name, func(t *testing.T) {
+		f.Sub(c.name, func(t *testing.T) {
 			fresh++
-			state := f.path(fmt.Sprint("state-", fresh))
-			args := []string{program("deimos-agent"), "run", "--state", state}
+			state := f.Path(fmt.Sprint("state-", fresh))
+			args := []string{testbed.Program("deimos-agent"), "run", "--state", state}
 			if c.args != nil {
 				args = append(args, c.args(state)...)
 			}
 			f.checkEnd(proc.Command{Argv: args}, c.code, c.says...)
 		})
 	}
-	f.sub("a state folder of somebody else", func(t *testing.T) {
+	f.Sub("a state folder of somebody else", func(t *testing.T) {
 		if os.Getuid() != 0 {
 			t.Skip("only root can run a program as somebody else")
 		}
@@ -116,29 +117,29 @@ func TestAgentEndsWithASentence(t *testing.T) {
 // checkEnd runs a program that must fail with code and a sentence that says all
 // of says.
 func (f *fleet) checkEnd(c proc.Command, code int, says ...string) {
-	f.t.Helper()
-	r, err := runToEnd(f.ctx, c)
+	f.T.Helper()
+	r, err := testbed.RunToEnd(f.Ctx, c)
 	if err != nil {
-		f.t.Fatalf("%s: %v: %s", strings.Join(c.Argv, " "), err, r.Stderr)
+		f.T.Fatalf("%s: %v: %s", strings.Join(c.Argv, " "), err, r.Stderr)
 	}
-	checkSentence(f.t, r)
+	testbed.CheckSentence(f.T, r)
 	if r.Code != code {
-		f.t.Errorf("exit code %d, want %d: %s", r.Code, code, r.Stderr)
+		f.T.Errorf("exit code %d, want %d: %s", r.Code, code, r.Stderr)
 	}
 	last := strings.TrimSpace(string(r.Stderr))
 	last = last[strings.LastIndexByte(last, '\n')+1:]
 	for _, text := range says {
 		if !strings.Contains(last, text) {
-			f.t.Errorf("the sentence does not say %q: %s", text, last)
+			f.T.Errorf("the sentence does not say %q: %s", text, last)
 		}
 	}
 }
 
 // copyTo copies a stopped device's state.
 func (d *device) copyTo(state string) {
-	d.f.t.Helper()
+	d.f.T.Helper()
 	if err := os.CopyFS(state, os.DirFS(d.state())); err != nil {
-		d.f.t.Fatal(err)
+		d.f.T.Fatal(err)
 	}
 }
 
@@ -160,7 +161,7 @@ func copyForEverybody(t *testing.T) string {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path := filepath.Join(dir, "deimos-agent")
-	if err := os.WriteFile(path, readFile(t, program("deimos-agent")), 0o755); err != nil {
+	if err := os.WriteFile(path, readFile(t, testbed.Program("deimos-agent")), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(dir, 0o755); err != nil {
@@ -173,7 +174,7 @@ func copyForEverybody(t *testing.T) string {
 // be hard to stop.
 func TestAgentWaitsForItsCoordinator(t *testing.T) {
 	t.Parallel()
-	dead := freeAddress(t)
+	dead := testbed.FreeAddress(t)
 	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and says nothing
 	if err != nil {
 		t.Fatal(err)
@@ -193,16 +194,16 @@ func TestAgentWaitsForItsCoordinator(t *testing.T) {
 		"a mute one":   {silent.Addr().String(), ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := &fleet{t: t, ctx: t.Context(), dir: t.TempDir()}
+			f := &fleet{Fleet: &testbed.Fleet{T: t, Ctx: t.Context(), Dir: t.TempDir()}}
 			tok := wire.NewFleetToken([]byte("any"))
-			log := f.path("agent.log")
-			p := f.start(proc.Command{Log: log, Argv: []string{program("deimos-agent"), "run", "--state", f.path("state"), "--coordinator", "https://" + c.addr, "--token", tok.String()}})
-			f.until("the agent trying", func() bool {
+			log := f.Path("agent.log")
+			p := f.Start(proc.Command{Log: log, Argv: []string{testbed.Program("deimos-agent"), "run", "--state", f.Path("state"), "--coordinator", "https://" + c.addr, "--token", tok.String()}})
+			f.Until("the agent trying", func() bool {
 				if p.Ended() {
 					t.Fatalf("it ended with code %d: %s", p.ExitCode(), p.LastWords())
 				}
 				if c.log == "" { // it is about to wait; its key is made before
-					_, err := os.Stat(f.path("state", "journal", "MANIFEST"))
+					_, err := os.Stat(f.Path("state", "journal", "MANIFEST"))
 					return err == nil
 				}
 				return bytes.Count(readFile(t, log), []byte(c.log)) >= 2
@@ -228,15 +229,15 @@ func TestOperatorsFaults(t *testing.T) {
 	defer taken.Close()
 	_, port, _ := net.SplitHostPort(taken.Addr().String())
 	serve := func(dir, listen, mqtt string) []string {
-		return []string{program("deimos"), "serve", "--dir", dir, "--listen", listen, "--mqtt", mqtt}
+		return []string{testbed.Program("deimos"), "serve", "--dir", dir, "--listen", listen, "--mqtt", mqtt}
 	}
 	deimos := func(args ...string) []string {
-		return append([]string{program("deimos"), "--context", f.path("coordinator", "operator.json")}, args...)
+		return append([]string{testbed.Program("deimos"), "--context", f.Path("coordinator", "operator.json")}, args...)
 	}
 	nobody := strings.Repeat("a", 24)
-	f.ok(nil, "token", "create")
-	other := f.write("other.json", bytes.Replace(readFile(t, f.path("coordinator", "operator.json")), []byte(f.https), []byte(freeAddress(t)), 1))
-	forged := f.write("forged.json", bytes.Replace(readFile(t, f.path("coordinator", "operator.json")), []byte(`"token": "`), []byte(`"token": "x`), 1))
+	f.OK(nil, "token", "create")
+	other := f.Write("other.json", bytes.Replace(readFile(t, f.Path("coordinator", "operator.json")), []byte(f.HTTPS), []byte(testbed.FreeAddress(t)), 1))
+	forged := f.Write("forged.json", bytes.Replace(readFile(t, f.Path("coordinator", "operator.json")), []byte(`"token": "`), []byte(`"token": "x`), 1))
 
 	for _, c := range []struct {
 		name string
@@ -244,44 +245,44 @@ func TestOperatorsFaults(t *testing.T) {
 		code int
 		says []string
 	}{
-		{"HTTPS port in use", serve(f.path("c2"), taken.Addr().String(), "127.0.0.1:0"), cli.ExitNoCreate, []string{port, "in use"}},
-		{"MQTT port in use", serve(f.path("c3"), "127.0.0.1:0", taken.Addr().String()), cli.ExitNoCreate, []string{port, "another program"}},
-		{"a second coordinator on the folder", serve(f.path("coordinator"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{f.path("coordinator")}},
-		{"a folder below a file", serve(filepath.Join(f.write("f", nil), "c"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{"not a directory"}},
-		{"a NATS server that is not there", append(serve(f.path("c4"), "127.0.0.1:0", "127.0.0.1:1"), "--nats", "tls://"+freeAddress(t)), cli.ExitNoCreate, []string{"cannot reach the message server"}},
-		{"no context", []string{program("deimos"), "--context", f.path("nowhere.json"), "device", "list"}, cli.ExitConfig, []string{"nowhere.json", "deimos serve"}},
-		{"a damaged context", []string{program("deimos"), "--context", f.write("damaged.json", []byte("{}")), "device", "list"}, cli.ExitConfig, []string{"damaged.json", "copy it again"}},
-		{"a coordinator that is not there", []string{program("deimos"), "--context", other, "device", "list"}, cli.ExitNoServer, []string{"cannot be reached", "is it running"}},
-		{"a wrong operator token", []string{program("deimos"), "--context", forged, "device", "list"}, cli.ExitNoPerm, []string{"token"}},
+		{"HTTPS port in use", serve(f.Path("c2"), taken.Addr().String(), "127.0.0.1:0"), cli.ExitNoCreate, []string{port, "in use"}},
+		{"MQTT port in use", serve(f.Path("c3"), "127.0.0.1:0", taken.Addr().String()), cli.ExitNoCreate, []string{port, "another program"}},
+		{"a second coordinator on the folder", serve(f.Path("coordinator"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{f.Path("coordinator")}},
+		{"a folder below a file", serve(filepath.Join(f.Write("f", nil), "c"), "127.0.0.1:0", "127.0.0.1:0"), cli.ExitNoCreate, []string{"not a directory"}},
+		{"a NATS server that is not there", append(serve(f.Path("c4"), "127.0.0.1:0", "127.0.0.1:1"), "--nats", "tls://"+testbed.FreeAddress(t)), cli.ExitNoCreate, []string{"cannot reach the message server"}},
+		{"no context", []string{testbed.Program("deimos"), "--context", f.Path("nowhere.json"), "device", "list"}, cli.ExitConfig, []string{"nowhere.json", "deimos serve"}},
+		{"a damaged context", []string{testbed.Program("deimos"), "--context", f.Write("damaged.json", []byte("{}")), "device", "list"}, cli.ExitConfig, []string{"damaged.json", "copy it again"}},
+		{"a coordinator that is not there", []string{testbed.Program("deimos"), "--context", other, "device", "list"}, cli.ExitNoServer, []string{"cannot be reached", "is it running"}},
+		{"a wrong operator token", []string{testbed.Program("deimos"), "--context", forged, "device", "list"}, cli.ExitNoPerm, []string{"token"}},
 		{"an unknown device", deimos("device", "show", nobody), cli.ExitFailed, []string{nobody}},
 		{"a challenge for an unknown device", deimos("audit", "storage", nobody), cli.ExitFailed, []string{nobody}},
 		{"an offer to an unknown device", deimos("release", "offer", "9.9.9", "--device", nobody), cli.ExitFailed, nil},
 		{"an unknown object", deimos("object", "get", "nothing"), cli.ExitFailed, []string{`"nothing"`, "object ls"}},
 		{"removing an unknown object", deimos("object", "rm", "nothing"), cli.ExitFailed, []string{`"nothing"`}},
 		{"an unknown order", deimos("order", "show", nobody, "01ARZ3NDEKTSV4RRFFQ69G5FAV"), cli.ExitFailed, []string{"01ARZ3NDEKTSV4RRFFQ69G5FAV"}},
-		{"storing without a device", deimos("object", "put", f.write("x", []byte("x"))), cli.ExitFailed, []string{"2 devices", "--replicas"}},
-		{"storing a folder", deimos("object", "put", f.dir), cli.ExitFailed, []string{"is a folder", "archive"}},
-		{"storing what is not there", deimos("object", "put", f.path("nowhere")), cli.ExitFailed, []string{"nowhere"}},
-		{"a module that is not there", deimos("job", "run", f.path("nowhere.wasm"), "--input", "x"), cli.ExitUsage, []string{"nowhere.wasm"}},
+		{"storing without a device", deimos("object", "put", f.Write("x", []byte("x"))), cli.ExitFailed, []string{"2 devices", "--replicas"}},
+		{"storing a folder", deimos("object", "put", f.Dir), cli.ExitFailed, []string{"is a folder", "archive"}},
+		{"storing what is not there", deimos("object", "put", f.Path("nowhere")), cli.ExitFailed, []string{"nowhere"}},
+		{"a module that is not there", deimos("job", "run", f.Path("nowhere.wasm"), "--input", "x"), cli.ExitUsage, []string{"nowhere.wasm"}},
 		{"no command", deimos("objekt"), cli.ExitUsage, []string{"objekt"}},
 	} {
-		f.sub(c.name, func(t *testing.T) { f.checkEnd(proc.Command{Argv: c.argv, Dir: f.dir}, c.code, c.says...) })
+		f.Sub(c.name, func(t *testing.T) { f.checkEnd(proc.Command{Argv: c.argv, Dir: f.Dir}, c.code, c.says...) })
 	}
 
 	f.enrol(1, false)
 	data := []byte("a small file\n")
-	f.put("small", data, "--replicas", "1")
-	f.sub("getting to where nothing can be written", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.dir)}, cli.ExitFailed, "cannot be written")
+	f.Put("small", data, "--replicas", "1")
+	f.Sub("getting to where nothing can be written", func(t *testing.T) {
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Dir)}, cli.ExitFailed, "cannot be written")
 	})
-	f.sub("storing something else under the same name", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("object", "put", f.write("y", []byte("other")), "--name", "small", "--replicas", "1")}, cli.ExitFailed, "small", "object rm")
+	f.Sub("storing something else under the same name", func(t *testing.T) {
+		f.checkEnd(proc.Command{Argv: deimos("object", "put", f.Write("y", []byte("other")), "--name", "small", "--replicas", "1")}, cli.ExitFailed, "small", "object rm")
 	})
-	f.sub("a module that is none", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("job", "run", f.write("text.wasm", []byte("no module")), "--input", "small")}, cli.ExitFailed, "module")
+	f.Sub("a module that is none", func(t *testing.T) {
+		f.checkEnd(proc.Command{Argv: deimos("job", "run", f.Write("text.wasm", []byte("no module")), "--input", "small")}, cli.ExitFailed, "module")
 	})
-	f.checkGet("small", data)
+	f.CheckGet("small", data)
 }
 
 // TestFullDisk fills a device's disk behind its back: it refuses with a reason,
@@ -297,11 +298,11 @@ func TestFullDisk(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = unix.Unmount(disk, unix.MNT_DETACH) })
 	f := newFleet(t, slowBeat)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(1, false, "--volume", filepath.Join(disk, "chunks"), "--floor", fmt.Sprint(64<<20))
 	d := f.devices[0]
-	before := randomBytes(rng, 1<<20)
-	f.put("before", before, "--replicas", "1")
+	before := testbed.RandomBytes(rng, 1<<20)
+	f.Put("before", before, "--replicas", "1")
 	pid := d.proc.PID()
 
 	filler, err := os.Create(filepath.Join(disk, "filler"))
@@ -312,14 +313,14 @@ func TestFullDisk(t *testing.T) {
 	if filler.Close(); err == nil {
 		t.Fatal("the disk does not get full")
 	}
-	during := f.write("during", randomBytes(rng, 1<<20))
-	said := f.fails(nil, 1, "object", "put", during, "--replicas", "1")
+	during := f.Write("during", testbed.RandomBytes(rng, 1<<20))
+	said := f.Fails(nil, 1, "object", "put", during, "--replicas", "1")
 	for _, text := range []string{string(d.id), "free-space floor", "free space there"} {
 		if !strings.Contains(said, text) {
 			t.Errorf("the sentence does not say %q: %s", text, said)
 		}
 	}
-	f.checkGet("before", before)
+	f.CheckGet("before", before)
 	d.checkStorage()
 	if d.proc.Ended() || d.proc.PID() != pid {
 		t.Fatal("the agent has ended")
@@ -327,8 +328,8 @@ func TestFullDisk(t *testing.T) {
 	if err := os.Remove(filler.Name()); err != nil {
 		t.Fatal(err)
 	}
-	f.ok(nil, "object", "put", during, "--replicas", "1")
-	f.checkGet("during", readFile(t, during))
+	f.OK(nil, "object", "put", during, "--replicas", "1")
+	f.CheckGet("during", readFile(t, during))
 }
 
 // endless is a file without an end.
@@ -346,7 +347,7 @@ func TestFloorAboveTheFreeSpace(t *testing.T) {
 	if v := d.now(); v.Capacity != 0 {
 		t.Errorf("it offers %d bytes", v.Capacity)
 	}
-	said := f.fails(nil, 1, "object", "put", f.write("x", []byte("x")), "--replicas", "1")
+	said := f.Fails(nil, 1, "object", "put", f.Write("x", []byte("x")), "--replicas", "1")
 	if !strings.Contains(said, "devices with room") && !strings.Contains(said, "device with room") {
 		t.Errorf("the sentence does not say what is missing: %s", said)
 	}
@@ -358,13 +359,13 @@ func TestTourOverTheSmallestFile(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), testLimit)
 	defer cancel()
-	f := &fleet{t: t, ctx: ctx, dir: t.TempDir()}
-	file := f.write("a small file", bytes.Repeat([]byte("some words and a line\n"), 200)[:4096])
-	r, err := runToEnd(ctx, proc.Command{Argv: []string{program("deimos"), "dev", "--once", "--dir", f.path("fleet"), "--file", file}})
+	f := &fleet{Fleet: &testbed.Fleet{T: t, Ctx: ctx, Dir: t.TempDir()}}
+	file := f.Write("a small file", bytes.Repeat([]byte("some words and a line\n"), 200)[:4096])
+	r, err := testbed.RunToEnd(ctx, proc.Command{Argv: []string{testbed.Program("deimos"), "dev", "--once", "--dir", f.Path("fleet"), "--file", file}})
 	if err != nil || r.Code != 0 || !strings.Contains(string(r.Stdout), "✓ 8/8") {
 		t.Errorf("code %d, %v: %s%s", r.Code, err, r.Stdout, r.Stderr)
 	}
-	f.checkEnd(proc.Command{Argv: []string{program("deimos"), "dev", "--once", "--file", f.write("tiny", []byte("x"))}}, cli.ExitFailed, "4096 bytes")
+	f.checkEnd(proc.Command{Argv: []string{testbed.Program("deimos"), "dev", "--once", "--file", f.Write("tiny", []byte("x"))}}, cli.ExitFailed, "4096 bytes")
 }
 
 func TestCtrlCInTheTour(t *testing.T) {
@@ -379,17 +380,17 @@ func TestCtrlCInTheTour(t *testing.T) {
 		{"by a service manager", "✓ 2/8", syscall.SIGTERM},
 	} {
 		t.Run(c.when, func(t *testing.T) {
-			f := &fleet{t: t, ctx: t.Context(), dir: t.TempDir()}
-			tmp := f.path("tmp")
+			f := &fleet{Fleet: &testbed.Fleet{T: t, Ctx: t.Context(), Dir: t.TempDir()}}
+			tmp := f.Path("tmp")
 			if err := os.Mkdir(tmp, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			p := f.start(proc.Command{Log: f.path("dev.log"), Ready: c.ready, Env: []string{"TMPDIR=" + tmp}, Argv: []string{program("deimos"), "dev", "--once"}})
-			family := append(descendants(p.PID()), p.PID())
+			p := f.Start(proc.Command{Log: f.Path("dev.log"), Ready: c.ready, Env: []string{"TMPDIR=" + tmp}, Argv: []string{testbed.Program("deimos"), "dev", "--once"}})
+			family := append(testbed.Descendants(p.PID()), p.PID())
 			p.Signal(c.signal)
 			select {
 			case <-p.Done():
-			case <-time.After(stopLimit):
+			case <-time.After(testbed.StopLimit):
 				p.Kill()
 				t.Fatal("it did not end")
 			}

@@ -19,39 +19,40 @@ import (
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
 
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 // dial connects to the fleet's broker under a client id, with any certificate.
 func (f *fleet) dial(clientID string, cert tls.Certificate, heard func(mqtt.Message)) (mqtt.Client, error) {
-	f.t.Helper()
+	f.T.Helper()
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
-	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://" + f.mqtt).SetClientID(clientID).SetProtocolVersion(4).
-		SetAutoReconnect(false).SetConnectTimeout(patience).SetWriteTimeout(patience).
+	roots.AppendCertsFromPEM(readFile(f.T, f.Path("coordinator", "keys", "ca.pem")))
+	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://" + f.MQTT).SetClientID(clientID).SetProtocolVersion(4).
+		SetAutoReconnect(false).SetConnectTimeout(testbed.Patience).SetWriteTimeout(testbed.Patience).
 		SetDefaultPublishHandler(func(_ mqtt.Client, m mqtt.Message) { heard(m) }).
 		SetTLSConfig(&tls.Config{RootCAs: roots, Certificates: []tls.Certificate{cert}}))
 	tok := c.Connect()
-	if !tok.WaitTimeout(patience) {
-		f.t.Fatal("the broker neither lets in nor refuses")
+	if !tok.WaitTimeout(testbed.Patience) {
+		f.T.Fatal("the broker neither lets in nor refuses")
 	}
 	if tok.Error() == nil {
-		f.t.Cleanup(func() { c.Disconnect(0) })
+		f.T.Cleanup(func() { c.Disconnect(0) })
 	}
 	return c, tok.Error()
 }
 
 func (d *device) key() ed25519.PrivateKey {
-	d.f.t.Helper()
-	return readKey(d.f.t, d.state("identity", "key.pem"))
+	d.f.T.Helper()
+	return readKey(d.f.T, d.state("identity", "key.pem"))
 }
 
 // certificate is the one that the device got when it enrolled.
 func (d *device) certificate() tls.Certificate {
-	d.f.t.Helper()
+	d.f.T.Helper()
 	var m wire.EnrolReply
-	if err := json.Unmarshal(readFile(d.f.t, d.state("identity", "membership.json")), &m); err != nil {
-		d.f.t.Fatal(err)
+	if err := json.Unmarshal(readFile(d.f.T, d.state("identity", "membership.json")), &m); err != nil {
+		d.f.T.Fatal(err)
 	}
 	block, _ := pem.Decode(m.Certificate)
 	return tls.Certificate{Certificate: [][]byte{block.Bytes}, PrivateKey: d.key()}
@@ -63,7 +64,7 @@ func (d *device) certificate() tls.Certificate {
 func TestADeviceReachesNoOther(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(2, false)
 	victim, thief := f.devices[0], f.devices[1]
 	thief.stop()
@@ -80,14 +81,14 @@ func TestADeviceReachesNoOther(t *testing.T) {
 	}
 	// Whether a subscription is refused or never served is the broker's affair.
 	for _, topic := range []string{"#", "+/#", "deimos/#", "deimos/1/+/order", "deimos/1/+/+", wire.Topic(victim.id, wire.ChannelOrder), wire.Topic(victim.id, wire.ChannelReport), wire.Topic(victim.id, wire.ChannelPresence), "$share/g/deimos/1/+/order", "$SYS/#", "$JS/#", "$KV/#", "$MQTT/#"} {
-		c.Subscribe(topic, 0, nil).WaitTimeout(patience)
+		c.Subscribe(topic, 0, nil).WaitTimeout(testbed.Patience)
 		if !c.IsConnectionOpen() {
 			t.Fatalf("the subscription of %s ended the connection, and the rest of this test", topic)
 		}
 	}
 	before := victim.now()
-	data := randomBytes(rng, 100_000)
-	f.put("file", data, "--replicas", "1") // to the victim, which alone is online
+	data := testbed.RandomBytes(rng, 100_000)
+	f.Put("file", data, "--replicas", "1") // to the victim, which alone is online
 	victim.checkStorage()
 
 	// In the victim's name, with a key of its own and on every topic: a last
@@ -106,8 +107,8 @@ func TestADeviceReachesNoOther(t *testing.T) {
 	seal(wire.ChannelReport, wire.TypeReport, wire.Report{Order: "01ARZ3NDEKTSV4RRFFQ69G5FAV", Device: victim.id, Seq: 1, State: wire.Succeeded, At: now})
 	seal(wire.ChannelOrder, wire.TypeOrder, wire.Order{ID: "01ARZ3NDEKTSV4RRFFQ69G5FAV", Device: victim.id, Kind: wire.KindChunkDrop, Issued: now, Expires: now.Add(time.Hour), Body: json.RawMessage(`{"ids":[]}`)})
 	for ch, raw := range lies {
-		c.Publish(wire.Topic(victim.id, ch), 0, false, raw).WaitTimeout(patience) // under the other's name
-		c.Publish(wire.Topic(thief.id, ch), 0, false, raw).WaitTimeout(patience)  // under its own
+		c.Publish(wire.Topic(victim.id, ch), 0, false, raw).WaitTimeout(testbed.Patience) // under the other's name
+		c.Publish(wire.Topic(thief.id, ch), 0, false, raw).WaitTimeout(testbed.Patience)  // under its own
 	}
 	// The fence: a hello of its own, which is answered by a welcome. It is the
 	// first thing that the thief hears.
@@ -120,14 +121,14 @@ func TestADeviceReachesNoOther(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.Subscribe(wire.Topic(thief.id, wire.ChannelOrder), 0, nil).WaitTimeout(patience)
-	c.Publish(wire.Topic(thief.id, wire.ChannelPresence), 0, false, raw).WaitTimeout(patience)
+	c.Subscribe(wire.Topic(thief.id, wire.ChannelOrder), 0, nil).WaitTimeout(testbed.Patience)
+	c.Publish(wire.Topic(thief.id, wire.ChannelPresence), 0, false, raw).WaitTimeout(testbed.Patience)
 	select {
 	case m := <-heard:
 		if m.Topic() != wire.Topic(thief.id, wire.ChannelOrder) || !bytes.Contains(m.Payload(), []byte(wire.TypeWelcome)) {
 			t.Errorf("the thief heard %d bytes on %s", len(m.Payload()), m.Topic())
 		}
-	case <-time.After(patience):
+	case <-time.After(testbed.Patience):
 		t.Fatal("the thief's own hello was not answered: nothing was shown")
 	}
 	after := victim.now()
@@ -135,7 +136,7 @@ func TestADeviceReachesNoOther(t *testing.T) {
 		t.Errorf("the victim is seen as %+v, it was %+v", after, before)
 	}
 	victim.checkStorage()
-	f.checkGet("file", data)
+	f.CheckGet("file", data)
 	c.Disconnect(100)
 }
 
@@ -198,15 +199,15 @@ func TestOldAndForeignCertificatesOpenNothing(t *testing.T) {
 // fetches asks for a file of the update repository, which is for every device;
 // 0 means that there was no answer at all.
 func (f *fleet) fetches(cert tls.Certificate) int {
-	f.t.Helper()
+	f.T.Helper()
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(readFile(f.t, f.path("coordinator", "keys", "ca.pem")))
-	ctx, cancel := context.WithTimeout(f.ctx, patience)
+	roots.AppendCertsFromPEM(readFile(f.T, f.Path("coordinator", "keys", "ca.pem")))
+	ctx, cancel := context.WithTimeout(f.Ctx, testbed.Patience)
 	defer cancel()
 	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{cert}}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+f.https+"/data/v1/repo/metadata/1.root.json", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+f.HTTPS+"/data/v1/repo/metadata/1.root.json", nil)
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	resp, err := c.Do(req)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/testbed"
 )
 
 // radio is a toxic for what toxiproxy has none: a line that loses packets and
@@ -109,17 +110,17 @@ const (
 // plane, and starts the agent again.
 func putOnLine(d *device, broker, data string) *line {
 	f := d.f
-	f.t.Helper()
+	f.T.Helper()
 	d.stop()
-	l := &line{t: f.t, air: &air{}}
-	name := f.t.Name() + d.name
+	l := &line{t: f.T, air: &air{}}
+	name := f.T.Name() + d.name
 	airs.Store(name, l.air)
 	server := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
 	reach := map[string]string{}
 	for _, to := range []struct{ field, scheme, addr string }{{"brokers", "ssl://", broker}, {"data_plane", "https://", data}} {
 		p := toxiproxy.NewProxy(server, to.field, "127.0.0.1:0", to.addr)
 		if err := p.Start(); err != nil {
-			f.t.Fatal(err)
+			f.T.Fatal(err)
 		}
 		_, port, _ := net.SplitHostPort(p.Listen)
 		reach[to.field] = to.scheme + net.JoinHostPort("127.0.0.1", port)
@@ -130,13 +131,13 @@ func putOnLine(d *device, broker, data string) *line {
 				fmt.Sprintf(`"radio","attributes":{"name":%q,"loss":%g,"rto":%d}`, name, loss, 2*oneWay),
 			} {
 				if _, err := p.Toxics.AddToxicJson(strings.NewReader(fmt.Sprintf(`{"stream":%q,"type":%s}`, way, toxic))); err != nil {
-					f.t.Fatal(err)
+					f.T.Fatal(err)
 				}
 			}
 		}
 		l.proxies = append(l.proxies, p)
 	}
-	f.t.Cleanup(func() {
+	f.T.Cleanup(func() {
 		l.air.set(true)
 		for _, p := range l.proxies {
 			p.Stop()
@@ -214,24 +215,24 @@ func TestSlowLinkOnlyMakesItSlow(t *testing.T) {
 			t.Fatalf("LINK is no duration: %v", err)
 		}
 	}
-	f := newFleet(t, func(f *fleet) { f.beat = "5s" })
+	f := newFleet(t, func(f *fleet) { f.Beat = "5s" })
 	var cancel context.CancelFunc
-	f.ctx, cancel = context.WithTimeout(context.Background(), testLimit+3*long)
+	f.Ctx, cancel = context.WithTimeout(context.Background(), testLimit+3*long)
 	t.Cleanup(cancel)
 	f.trial = long // what takes two minutes on the short schedule may take as long as the long one
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(1, false)
 	d := f.devices[0]
 	witness := interpose(d, rng.Uint64()) // behind the line; it does no evil here
-	l := putOnLine(d, witness.listen.Addr().String(), f.https)
+	l := putOnLine(d, witness.listen.Addr().String(), f.HTTPS)
 	d.awaitOnline()
 
-	module := f.write("ok.wasm", []byte(okModule))
+	module := f.Write("ok.wasm", []byte(okModule))
 	stored := map[string][]byte{}
 	work := func(size int) {
 		name := fmt.Sprint("object-", len(stored))
 		began := time.Now()
-		stored[name] = randomBytes(rng, size)
+		stored[name] = testbed.RandomBytes(rng, size)
 		f.storeSlowly(name, stored[name])
 		put := time.Since(began)
 		var both sync.WaitGroup
@@ -246,7 +247,7 @@ func TestSlowLinkOnlyMakesItSlow(t *testing.T) {
 	if long > 0 {
 		o = outages{up: time.Second, down: 9 * time.Second, firstCut: 3, everyCut: 12}
 	}
-	away, end := context.WithCancel(f.ctx)
+	away, end := context.WithCancel(f.Ctx)
 	var schedule sync.WaitGroup
 	schedule.Go(func() { l.comeAndGo(away, o) })
 	for began := time.Now(); !t.Failed(); {
@@ -261,15 +262,15 @@ func TestSlowLinkOnlyMakesItSlow(t *testing.T) {
 		return
 	}
 	witness.awaitEnds()
-	f.stopped(f.serve, 0)
-	f.stopped(d.proc, 0) // or it might wait a minute before it tries again
+	f.Stopped(f.Serve, 0)
+	f.Stopped(d.proc, 0) // or it might wait a minute before it tries again
 	pending := f.pendingOrders()
-	f.startServe()
+	f.StartServe()
 	d.start()
 	d.awaitOnline()
 	f.awaitOrders(pending)
 	for name, want := range stored {
-		f.checkGet(name, want)
+		f.CheckGet(name, want)
 	}
 	ended, repeated := witness.checkOnceEach(t)
 	t.Logf("%d orders ended, %d of them were sent more than once", ended, repeated)
@@ -283,16 +284,16 @@ func TestSlowLinkOnlyMakesItSlow(t *testing.T) {
 func (f *fleet) storeSlowly(name string, data []byte) {
 	id, sum := chunk.Sum(data).String(), sha256.Sum256(data)
 	f.tries("storing "+name, func() (bool, string) {
-		_, err := f.client.PutChunk(f.ctx, id, data, 1)
+		_, err := f.Client.PutChunk(f.Ctx, id, data, 1)
 		var refused *api.Error
 		if errors.As(err, &refused) && refused.Status >= 500 {
 			return false, err.Error()
 		}
 		if err == nil {
-			_, err = f.client.PutObject(f.ctx, api.Object{Name: name, Size: int64(len(data)), SHA256: hex.EncodeToString(sum[:]), Chunks: []api.Chunk{{ID: id, Size: int64(len(data))}}})
+			_, err = f.Client.PutObject(f.Ctx, api.Object{Name: name, Size: int64(len(data)), SHA256: hex.EncodeToString(sum[:]), Chunks: []api.Chunk{{ID: id, Size: int64(len(data))}}})
 		}
 		if err != nil {
-			f.t.Errorf("storing %s: %v", name, err)
+			f.T.Errorf("storing %s: %v", name, err)
 		}
 		return true, ""
 	})

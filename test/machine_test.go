@@ -15,15 +15,16 @@ import (
 	"github.com/deimos-edge/deimos/hw"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 // onDevice runs the agent's program beside the agent, as its owner does.
 func (d *device) onDevice(args ...string) proc.Result {
-	d.f.t.Helper()
-	r, err := runToEnd(d.f.ctx, proc.Command{Argv: append([]string{program("deimos-agent")}, append(args, "--state", d.state())...)})
+	d.f.T.Helper()
+	r, err := testbed.RunToEnd(d.f.Ctx, proc.Command{Argv: append([]string{testbed.Program("deimos-agent")}, append(args, "--state", d.state())...)})
 	if err != nil {
-		d.f.t.Fatal(err)
+		d.f.T.Fatal(err)
 	}
 	return r
 }
@@ -39,8 +40,8 @@ func TestADeviceTellsOfItself(t *testing.T) {
 		InventoryDigest string          `json:"inventory_digest"`
 		Inventory       json.RawMessage `json:"inventory"`
 	}
-	f.until("the coordinator asking what the device has", func() bool {
-		f.ok(&shown, "device", "show", string(d.id))
+	f.Until("the coordinator asking what the device has", func() bool {
+		f.OK(&shown, "device", "show", string(d.id))
 		return shown.InventoryDigest != ""
 	})
 	var inv hw.Inventory
@@ -49,11 +50,11 @@ func TestADeviceTellsOfItself(t *testing.T) {
 	}
 
 	var h wire.History
-	f.ok(&h, "device", "history", string(d.id), "load1", "--since", "1h")
+	f.OK(&h, "device", "history", string(d.id), "load1", "--since", "1h")
 	if len(h.Series["load1"].Mean) == 0 || slices.IndexFunc(h.Series["load1"].Mean, func(v *float64) bool { return v != nil }) < 0 {
 		t.Errorf("the history: %+v", h)
 	}
-	f.fails(nil, cli.ExitUsage, "device", "history", string(d.id), "--since", "nonsense")
+	f.Fails(nil, cli.ExitUsage, "device", "history", string(d.id), "--since", "nonsense")
 
 	var s struct {
 		Running  bool   `json:"running"`
@@ -62,7 +63,7 @@ func TestADeviceTellsOfItself(t *testing.T) {
 			Online bool `json:"online"`
 		} `json:"machine"`
 	}
-	f.until("its own status", func() bool { // which is noted a moment later
+	f.Until("its own status", func() bool { // which is noted a moment later
 		r := d.onDevice("status", "-o", "json")
 		if err := json.Unmarshal(r.Stdout, &s); err != nil {
 			t.Fatalf("its own status: %s (%v)", r.Stdout, err)
@@ -70,7 +71,7 @@ func TestADeviceTellsOfItself(t *testing.T) {
 		return s.Running && s.Standing == "member" && s.Machine.Online
 	})
 	if len(inv.LEDs) == 0 { // else it would blink
-		if said := f.fails(nil, cli.ExitFailed, "device", "identify", string(d.id)); !strings.Contains(said, "no light") {
+		if said := f.Fails(nil, cli.ExitFailed, "device", "identify", string(d.id)); !strings.Contains(said, "no light") {
 			t.Errorf("identify without a light: %s", said)
 		}
 	}
@@ -89,18 +90,18 @@ func TestAKilledAgentIsNoSecret(t *testing.T) {
 	d.stop()
 	d.start()
 	d.awaitOnline()
-	f.until("a heartbeat", func() bool { return len(d.now().Telemetry) > 0 })
+	f.Until("a heartbeat", func() bool { return len(d.now().Telemetry) > 0 })
 	if all := d.now().Health; killed(all) {
 		t.Errorf("after a stop in good order: %+v", all)
 	}
 	d.kill()
 	d.start()
-	f.until("the warning", func() bool { return killed(d.now().Health) })
-	f.until("the owner reading it", func() bool {
+	f.Until("the warning", func() bool { return killed(d.now().Health) })
+	f.Until("the owner reading it", func() bool {
 		return bytes.Contains(d.onDevice("status").Stdout, []byte("The agent was killed"))
 	})
 	var list []api.Device
-	f.ok(&list, "device", "list")
+	f.OK(&list, "device", "list")
 	if len(list) != 1 || !killed(list[0].Health) {
 		t.Errorf("the list: %+v", list)
 	}
@@ -117,15 +118,15 @@ func TestAServiceManagerIsFed(t *testing.T) {
 
 func checkFed(t *testing.T, launched bool) {
 	f := newFleet(t)
-	sock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: f.path("notify"), Net: "unixgram"})
+	sock, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: f.Path("notify"), Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer sock.Close()
 	var tok api.Token
-	f.ok(&tok, "token", "create", "--uses", "1")
+	f.OK(&tok, "token", "create", "--uses", "1")
 	f.token = tok.Token
-	d := f.add(device{launcher: launched, env: []string{"NOTIFY_SOCKET=" + f.path("notify"), "WATCHDOG_USEC=2000000"}})
+	d := f.add(device{launcher: launched, env: []string{"NOTIFY_SOCKET=" + f.Path("notify"), "WATCHDOG_USEC=2000000"}})
 	if launched {
 		d.env = append(d.env, "WATCHDOG_PID=1") // any but the agent's
 	}
@@ -134,7 +135,7 @@ func checkFed(t *testing.T, launched bool) {
 	heard := map[string]int{}
 	listen := func(want string) {
 		t.Helper()
-		if err := sock.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		if err := sock.SetReadDeadline(time.Now().Add(testbed.Patience)); err != nil {
 			t.Fatal(err)
 		}
 		buf := make([]byte, 4096)
@@ -164,7 +165,7 @@ func TestAResetDeviceIsANewOne(t *testing.T) {
 	f := newFleet(t)
 	f.enrol(1, false)
 	d := f.devices[0]
-	o := f.put("kept", []byte(strings.Repeat("chunk ", 10000)), "--replicas", "1")
+	o := f.Put("kept", []byte(strings.Repeat("chunk ", 10000)), "--replicas", "1")
 	old := d.id
 	if r := d.onDevice("reset", "--yes"); r.Code == 0 {
 		t.Fatal("a device was reset while its agent runs")
@@ -186,7 +187,7 @@ func TestAResetDeviceIsANewOne(t *testing.T) {
 		}
 	}
 	var tok api.Token
-	f.ok(&tok, "token", "create", "--uses", "1")
+	f.OK(&tok, "token", "create", "--uses", "1")
 	f.token, d.id = tok.Token, ""
 	d.start()
 	d.awaitOnline()

@@ -20,6 +20,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -31,16 +32,16 @@ const slowEffect = `{"before":50000000000}`
 
 // effectAgent has the fleet's devices run test/chaosagent.
 func effectAgent(f *fleet) {
-	f.t.Helper()
+	f.T.Helper()
 	path, err := buildEffectAgent()
 	if err != nil {
-		f.t.Fatal(err)
+		f.T.Fatal(err)
 	}
 	f.agent = path
 }
 
 var buildEffectAgent = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(scratch, "effectagent")
+	path := testbed.Scratch("effectagent")
 	build := exec.Command("go", "build", "-o", path, "./chaosagent")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -51,22 +52,22 @@ var buildEffectAgent = sync.OnceValues(func() (string, error) {
 
 // send gives a device an order by hand.
 func (d *device) send(args ...string) api.Order {
-	d.f.t.Helper()
+	d.f.T.Helper()
 	var list []api.Order
-	d.f.ok(&list, append(append([]string{"order", "send"}, args...), "--device", string(d.id))...)
+	d.f.OK(&list, append(append([]string{"order", "send"}, args...), "--device", string(d.id))...)
 	if len(list) != 1 {
-		d.f.t.Fatalf("deimos order send %v sent %d orders", args, len(list))
+		d.f.T.Fatalf("deimos order send %v sent %d orders", args, len(list))
 	}
 	return list[0]
 }
 
 // awaitOrder waits until an order is in a state, and not in another one for good.
 func (f *fleet) awaitOrder(o api.Order, want wire.State) (v api.Order) {
-	f.t.Helper()
-	f.until("order "+o.Order.ID+" being "+string(want), func() bool {
-		f.ok(&v, "order", "show", string(o.Order.Device), o.Order.ID)
+	f.T.Helper()
+	f.Until("order "+o.Order.ID+" being "+string(want), func() bool {
+		f.OK(&v, "order", "show", string(o.Order.Device), o.Order.ID)
 		if v.State.Terminal() && v.State != want {
-			f.t.Fatalf("the order is %s and not %s: %s (%s)", v.State, want, v.Result.Reason, v.Result.Code)
+			f.T.Fatalf("the order is %s and not %s: %s (%s)", v.State, want, v.Result.Reason, v.Result.Code)
 		}
 		return v.State == want
 	})
@@ -75,26 +76,26 @@ func (f *fleet) awaitOrder(o api.Order, want wire.State) (v api.Order) {
 
 // checkPing has the device do something.
 func (d *device) checkPing() api.Order {
-	d.f.t.Helper()
+	d.f.T.Helper()
 	return d.f.awaitOrder(d.send("device.ping"), wire.Succeeded)
 }
 
 // show is what the command line tells of a device.
 func (d *device) show() (v api.Device) {
-	d.f.t.Helper()
-	d.f.ok(&v, "device", "show", string(d.id))
+	d.f.T.Helper()
+	d.f.OK(&v, "device", "show", string(d.id))
 	return v
 }
 
 // status is what the device tells of itself.
 func (d *device) status() (s agent.Status) {
-	d.f.t.Helper()
-	r, err := runToEnd(d.f.ctx, proc.Command{Argv: []string{program("deimos-agent"), "status", "--state", d.state(), "-o", "json"}})
+	d.f.T.Helper()
+	r, err := testbed.RunToEnd(d.f.Ctx, proc.Command{Argv: []string{testbed.Program("deimos-agent"), "status", "--state", d.state(), "-o", "json"}})
 	if err != nil || r.Code != 0 {
-		d.f.t.Fatalf("deimos-agent status: %v: %s", err, r.Stderr)
+		d.f.T.Fatalf("deimos-agent status: %v: %s", err, r.Stderr)
 	}
 	if err := json.Unmarshal(r.Stdout, &s); err != nil {
-		d.f.t.Fatalf("deimos-agent status printed no JSON: %v", err)
+		d.f.T.Fatalf("deimos-agent status printed no JSON: %v", err)
 	}
 	return s
 }
@@ -103,7 +104,7 @@ func (d *device) status() (s agent.Status) {
 func (d *device) said(text string) int {
 	raw, err := os.ReadFile(d.log())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.f.t.Fatal(err)
+		d.f.T.Fatal(err)
 	}
 	return bytes.Count(raw, []byte(text))
 }
@@ -115,7 +116,7 @@ func TestADeviceIsClaimedByItsCode(t *testing.T) {
 	f := newFleet(t)
 	d := f.add(device{noToken: true})
 	d.start()
-	f.until("the device waiting", func() bool {
+	f.Until("the device waiting", func() bool {
 		_, err := os.Stat(d.state("claim"))
 		return err == nil
 	})
@@ -127,21 +128,21 @@ func TestADeviceIsClaimedByItsCode(t *testing.T) {
 		t.Errorf("the code is %s in one place and %s in another", s.ClaimCode, page)
 	}
 	var waiting []api.Pending
-	f.ok(&waiting, "device", "pending")
+	f.OK(&waiting, "device", "pending")
 	if len(waiting) != 1 || waiting[0].Code != s.ClaimCode || waiting[0].Device != s.Device {
 		t.Fatalf("%s waits under %s, the coordinator says %+v", s.Device, s.ClaimCode, waiting)
 	}
-	f.fails(nil, cli.ExitFailed, "order", "send", "device.ping", "--device", string(s.Device)) // it is nobody yet
+	f.Fails(nil, cli.ExitFailed, "order", "send", "device.ping", "--device", string(s.Device)) // it is nobody yet
 
 	key, _, err := ed25519.GenerateKey(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if said := f.fails(nil, cli.ExitFailed, "device", "claim", wire.ClaimCode(key, [16]byte{})); !strings.Contains(said, "deimos device pending") {
+	if said := f.Fails(nil, cli.ExitFailed, "device", "claim", wire.ClaimCode(key, [16]byte{})); !strings.Contains(said, "deimos device pending") {
 		t.Errorf("the answer to a wrong code is of no help: %s", said)
 	}
-	f.ok(nil, "device", "pending")
-	f.ok(nil, "device", "claim", strings.ToLower(s.ClaimCode), "--group", "attic", "--label", "site=home")
+	f.OK(nil, "device", "pending")
+	f.OK(nil, "device", "claim", strings.ToLower(s.ClaimCode), "--group", "attic", "--label", "site=home")
 	d.awaitOnline()
 	v := d.show()
 	if v.ID != s.Device || v.Group != "attic" || v.Labels["site"] != "home" || v.Token != "" {
@@ -151,12 +152,12 @@ func TestADeviceIsClaimedByItsCode(t *testing.T) {
 	if s := d.status(); s.Standing != agent.Member || s.ClaimCode != "" {
 		t.Errorf("it still waits: %+v", s)
 	}
-	f.ok(&waiting, "device", "pending")
+	f.OK(&waiting, "device", "pending")
 	if len(waiting) != 0 {
 		t.Errorf("the coordinator still has it wait: %+v", waiting)
 	}
 	// The code was for one time.
-	f.fails(nil, cli.ExitFailed, "device", "claim", s.ClaimCode)
+	f.Fails(nil, cli.ExitFailed, "device", "claim", s.ClaimCode)
 }
 
 // TestARevokedTokenLetsNobodyIn, nor does one whose uses are over.
@@ -166,7 +167,7 @@ func TestARevokedTokenLetsNobodyIn(t *testing.T) {
 	refused := func(token, because string) {
 		t.Helper()
 		state := filepath.Join(t.TempDir(), "state")
-		f.checkEnd(proc.Command{Argv: []string{program("deimos-agent"), "run", "--state", state, "--coordinator", "https://" + f.https, "--token", token}},
+		f.checkEnd(proc.Command{Argv: []string{testbed.Program("deimos-agent"), "run", "--state", state, "--coordinator", "https://" + f.HTTPS, "--token", token}},
 			cli.ExitNoPerm, because)
 	}
 	f.enrol(1, false)
@@ -174,16 +175,16 @@ func TestARevokedTokenLetsNobodyIn(t *testing.T) {
 	refused(f.token, "token") // stolen, after its one use
 
 	var tok api.Token
-	f.ok(&tok, "token", "create", "--name", "for the attic", "--group", "attic", "--uses", "2")
+	f.OK(&tok, "token", "create", "--name", "for the attic", "--group", "attic", "--uses", "2")
 	f.token = tok.Token
 	second := f.add(device{})
 	second.start()
 	second.awaitOnline()
-	f.ok(nil, "token", "revoke", tok.ID)
+	f.OK(nil, "token", "revoke", tok.ID)
 	refused(tok.Token, "revoked")
 
 	var list []api.Token
-	f.ok(&list, "token", "list")
+	f.OK(&list, "token", "list")
 	i := slices.IndexFunc(list, func(v api.Token) bool { return v.ID == tok.ID })
 	if i < 0 || list[i].Revoked.IsZero() || list[i].Left != 1 || list[i].Name != "for the attic" {
 		t.Errorf("%+v", list)
@@ -199,7 +200,7 @@ func TestARevokedTokenLetsNobodyIn(t *testing.T) {
 	second.awaitOnline()
 	second.checkPing()
 	var all []api.Device
-	f.ok(&all, "device", "list")
+	f.OK(&all, "device", "list")
 	if len(all) != 2 || d.id == second.id {
 		t.Errorf("%d devices came in, want 2", len(all))
 	}
@@ -214,7 +215,7 @@ type relay struct {
 
 func newRelay(t *testing.T, to string) *relay {
 	t.Helper()
-	ln, err := net.Listen("tcp", freeAddress(t))
+	ln, err := net.Listen("tcp", testbed.FreeAddress(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,15 +258,15 @@ func TestARetiredDeviceIsCutOffForEver(t *testing.T) {
 	t.Parallel()
 	var way *relay
 	f := newFleet(t, effectAgent, func(f *fleet) {
-		way = newRelay(f.t, f.mqtt)
-		f.public = append(f.public, "--public-mqtt", way.addr)
+		way = newRelay(f.T, f.MQTT)
+		f.Flags = append(f.Flags, "--public-mqtt", way.addr)
 	})
 	f.enrol(2, false)
 	d, other := f.devices[0], f.devices[1]
 	o := d.send(effect, slowEffect)
 	f.awaitOrder(o, wire.Running)
 
-	f.ok(nil, "device", "retire", string(d.id), "--yes")
+	f.OK(nil, "device", "retire", string(d.id), "--yes")
 	returned := time.Now()
 	select {
 	case at := <-way.cut: // of this device: the other's line is up
@@ -274,7 +275,7 @@ func TestARetiredDeviceIsCutOffForEver(t *testing.T) {
 		} else {
 			t.Logf("cut off %s after the command", late)
 		}
-	case <-time.After(patience):
+	case <-time.After(testbed.Patience):
 		t.Fatal("it is still connected")
 	}
 	if v := f.awaitOrder(o, wire.Canceled); v.Result.Code != wire.CodeRetired {
@@ -282,13 +283,13 @@ func TestARetiredDeviceIsCutOffForEver(t *testing.T) {
 	}
 	away := func(times int) {
 		t.Helper()
-		f.until("the agent knowing", func() bool { return d.said("has sent this device away") >= times })
+		f.Until("the agent knowing", func() bool { return d.said("has sent this device away") >= times })
 		if v := d.show(); v.State != api.DeviceRetired || v.Online {
 			t.Errorf("it is %s, online: %v", v.State, v.Online)
 		}
 	}
 	away(1)
-	f.fails(nil, cli.ExitFailed, "order", "send", "device.ping", "--device", string(d.id))
+	f.Fails(nil, cli.ExitFailed, "order", "send", "device.ping", "--device", string(d.id))
 	if d.proc.Ended() {
 		t.Errorf("the agent has ended: %s", d.proc.LastWords())
 	}
@@ -296,13 +297,13 @@ func TestARetiredDeviceIsCutOffForEver(t *testing.T) {
 
 	// So it stays: for a new run of the agent, with a new token, and for a new run
 	// of the coordinator.
-	f.stopped(d.proc, 0)
+	f.Stopped(d.proc, 0)
 	d.start()
 	away(2)
-	f.serve.Kill()
-	f.startServe()
+	f.Serve.Kill()
+	f.StartServe()
 	other.awaitOnline()
-	f.stopped(d.proc, 0)
+	f.Stopped(d.proc, 0)
 	d.start()
 	away(3)
 	other.checkPing()
@@ -317,7 +318,7 @@ func TestAFlashedDeviceIsTheSameDevice(t *testing.T) {
 	f := newFleet(t)
 	f.enrol(1, false)
 	d := f.devices[0]
-	f.ok(nil, "device", "set", "--device", string(d.id), "--set-label", "site=attic")
+	f.OK(nil, "device", "set", "--device", string(d.id), "--set-label", "site=attic")
 	before := d.show()
 	d.stop()
 	key := readFile(t, d.state("identity", "key.pem"))
@@ -333,7 +334,7 @@ func TestAFlashedDeviceIsTheSameDevice(t *testing.T) {
 	}
 	d.checkPing()
 	var all []api.Device
-	f.ok(&all, "device", "list")
+	f.OK(&all, "device", "list")
 	if len(all) != 1 || len(all[0].Warnings) > 0 {
 		t.Errorf("%d devices, with warnings %v", len(all), all[0].Warnings)
 	}
@@ -343,27 +344,27 @@ func TestAFlashedDeviceIsTheSameDevice(t *testing.T) {
 func TestOneKeyOnTwoMachinesIsNoticed(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
-	rng := seeded(t)
+	rng := testbed.Seeded(t)
 	f.enrol(3, false)
 	d := f.devices[0]
-	f.put("before", randomBytes(rng, 10_000), "--replicas", "3")
+	f.Put("before", testbed.RandomBytes(rng, 10_000), "--replicas", "3")
 
 	twin := f.add(device{noToken: true})
 	if err := os.CopyFS(twin.state("identity"), os.DirFS(d.state("identity"))); err != nil {
 		t.Fatal(err)
 	}
 	twin.start()
-	f.until("the warning", func() bool { return len(d.show().Warnings) > 0 })
+	f.Until("the warning", func() bool { return len(d.show().Warnings) > 0 })
 	if w := d.show().Warnings; len(w) != 1 || w[0].Code != api.WarningDuplicateKey || w[0].Text == "" {
 		t.Errorf("%+v", w)
 	}
 	// Alone it is online for good, so it is the warning that speaks against it.
-	f.stopped(twin.proc, 0)
+	f.Stopped(twin.proc, 0)
 	d.awaitOnline()
 	d.checkPing()
-	file := f.write("after", randomBytes(rng, 10_000))
-	f.fails(nil, cli.ExitFailed, "object", "put", file, "--replicas", "3")
-	o := f.put("after", readFile(t, file), "--replicas", "2")
+	file := f.Write("after", testbed.RandomBytes(rng, 10_000))
+	f.Fails(nil, cli.ExitFailed, "object", "put", file, "--replicas", "3")
+	o := f.Put("after", readFile(t, file), "--replicas", "2")
 	if slices.Contains(f.holdersOf(o, 0), d) {
 		t.Error("it was given a chunk")
 	}
@@ -389,7 +390,7 @@ func TestCertificatesAreRenewed(t *testing.T) {
 		ended[d] = *d.status().Until
 	}
 	for _, d := range f.devices {
-		f.until(d.name+" having another certificate", func() bool { return d.status().Until.After(ended[d]) })
+		f.Until(d.name+" having another certificate", func() bool { return d.status().Until.After(ended[d]) })
 		if d.said("agent runs") != 1 {
 			t.Errorf("%s had to start again", d.name)
 		}
@@ -397,7 +398,7 @@ func TestCertificatesAreRenewed(t *testing.T) {
 	}
 	// The new one is what opens doors: the old one has ended.
 	for _, d := range f.devices {
-		f.until("the end of the first certificate", func() bool { return time.Now().After(ended[d]) })
+		f.Until("the end of the first certificate", func() bool { return time.Now().After(ended[d]) })
 		d.kill()
 		d.start()
 		d.awaitOnline()
@@ -416,8 +417,8 @@ func TestOperatorsHaveRoles(t *testing.T) {
 	d := f.devices[0]
 	as := map[string]string{}
 	for name, role := range map[string]api.Role{"vera": api.Viewer, "otto": api.Operating, "rita": api.ReleaseManager} {
-		as[name] = f.path(name + ".json")
-		f.ok(nil, "operator", "create", name, "--role", string(role), "--out", as[name])
+		as[name] = f.Path(name + ".json")
+		f.OK(nil, "operator", "create", name, "--role", string(role), "--out", as[name])
 	}
 	id := string(d.id)
 	for _, c := range []struct {
@@ -434,20 +435,20 @@ func TestOperatorsHaveRoles(t *testing.T) {
 		{"otto", []string{"device", "set", "--device", id, "--set-group", "his"}, 0},
 		{"otto", []string{"operator", "create", "other", "--role", "admin"}, cli.ExitNoPerm},
 	} {
-		if code, said := f.try(nil, append(c.args, "--context", as[c.who])...); code != c.code {
+		if code, said := f.Try(nil, append(c.args, "--context", as[c.who])...); code != c.code {
 			t.Errorf("%s, deimos %s: exit code %d, want %d: %s", c.who, strings.Join(c.args, " "), code, c.code, said)
 		}
 	}
 	if v := d.show(); v.Group != "his" || v.State != api.DeviceOnline {
 		t.Errorf("the device is %s in group %q", v.State, v.Group)
 	}
-	f.ok(nil, "operator", "revoke", "otto")
-	if said := f.fails(nil, cli.ExitNoPerm, "device", "list", "--context", as["otto"]); !strings.Contains(said, "revoked") {
+	f.OK(nil, "operator", "revoke", "otto")
+	if said := f.Fails(nil, cli.ExitNoPerm, "device", "list", "--context", as["otto"]); !strings.Contains(said, "revoked") {
 		t.Errorf("a revoked token: %s", said)
 	}
 
 	var entries []api.LogEntry
-	f.ok(&entries, "log")
+	f.OK(&entries, "log")
 	for _, want := range []api.LogEntry{
 		{Actor: "operator:otto", Action: "device.change", Outcome: api.LogDone},
 		{Actor: "operator:" + api.Owner, Action: "operator.revoke", Outcome: api.LogDone},
@@ -464,7 +465,7 @@ func TestOperatorsHaveRoles(t *testing.T) {
 			t.Errorf("%s has done %s", e.Actor, e.Action)
 		}
 	}
-	f.ok(nil, "log", "--verify")
+	f.OK(nil, "log", "--verify")
 }
 
 // TestOrdersAreListedAndCanceled: one at work, and one that waits for its device.
@@ -473,7 +474,7 @@ func TestOrdersAreListedAndCanceled(t *testing.T) {
 	f := newFleet(t, effectAgent)
 	f.enrol(2, false)
 	works, away := f.devices[0], f.devices[1]
-	f.ok(nil, "device", "set", "--device", string(works.id), "--set-group", "busy", "--set-label", "site=here")
+	f.OK(nil, "device", "set", "--device", string(works.id), "--set-group", "busy", "--set-label", "site=here")
 	running := works.send(effect, slowEffect)
 	f.awaitOrder(running, wire.Running)
 	away.stop()
@@ -492,7 +493,7 @@ func TestOrdersAreListedAndCanceled(t *testing.T) {
 		{[]string{"--state", "RUNNING"}, []string{running.Order.ID}},
 	} {
 		var list api.OrderList
-		f.ok(&list, append([]string{"order", "list", "--pending"}, c.flags...)...)
+		f.OK(&list, append([]string{"order", "list", "--pending"}, c.flags...)...)
 		var got []string
 		for _, o := range list.Orders {
 			got = append(got, o.ID)
@@ -504,17 +505,17 @@ func TestOrdersAreListedAndCanceled(t *testing.T) {
 		}
 	}
 	var all api.OrderList
-	f.ok(&all, "order", "list", "--group", "busy", "--kind", string(wire.KindPing))
+	f.OK(&all, "order", "list", "--group", "busy", "--kind", string(wire.KindPing))
 	if len(all.Orders) != 1 || all.Orders[0].State != wire.Succeeded {
 		t.Errorf("without --pending: %+v", all)
 	}
 
-	f.ok(nil, "order", "cancel", string(works.id), running.Order.ID, "--reason", "changed my mind")
+	f.OK(nil, "order", "cancel", string(works.id), running.Order.ID, "--reason", "changed my mind")
 	v := f.awaitOrder(running, wire.Canceled)
 	if v.Cancel == nil || v.Cancel.Reason != "changed my mind" || v.Cancel.By != api.Owner {
 		t.Errorf("who canceled it: %+v", v.Cancel)
 	}
-	f.ok(nil, "order", "cancel", queued.Order.ID)
+	f.OK(nil, "order", "cancel", queued.Order.ID)
 	away.start()
 	away.awaitOnline()
 	f.awaitOrder(queued, wire.Canceled)
@@ -524,5 +525,5 @@ func TestOrdersAreListedAndCanceled(t *testing.T) {
 			t.Errorf("%s: a canceled order had an effect", d.name)
 		}
 	}
-	f.fails(nil, cli.ExitFailed, "order", "cancel", string(works.id), running.Order.ID) // it is over
+	f.Fails(nil, cli.ExitFailed, "order", "cancel", string(works.id), running.Order.ID) // it is over
 }
