@@ -53,6 +53,7 @@ func inImage(ctx context.Context, image string, idle time.Duration) (f imageFigu
 		return f, err
 	}
 	s := opened.(*ourSide)
+	s.advertise = qemu.Host
 	if err := s.start(ctx); err != nil {
 		return f, err
 	}

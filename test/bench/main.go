@@ -327,6 +327,7 @@ func (c *child) kill() error {
 type ourSide struct {
 	dir         string
 	https, mqtt string
+	advertise   string // to devices; "" for where they found it
 	serve       *child
 	client      *api.Client
 	state       atomic.Pointer[agent.SimState]
@@ -353,6 +354,9 @@ func (s *ourSide) online() int { return s.state.Load().Online }
 
 func (s *ourSide) start(context.Context) error {
 	args := []string{"serve", "--dir", filepath.Join(s.dir, "coordinator"), "--listen", s.https, "--mqtt", s.mqtt, "--log-level", "error", "--enrol-rate", "1000"}
+	if s.advertise != "" {
+		args = append(args, "--advertise", s.advertise)
+	}
 	var err error
 	if s.serve, err = startChild(filepath.Join(*bin, "deimos"), args...); err != nil {
 		return err
