@@ -1,0 +1,85 @@
+package qemu
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/test/testbed"
+)
+
+// onlineWithin is the claim: from power-on to online in the coordinator.
+const onlineWithin = 30 * time.Second
+
+// TestLifeOfADevice is one machine from its first power-on to its power button.
+func TestLifeOfADevice(t *testing.T) {
+	f := newFleet(t)
+	rng := testbed.Seeded(t)
+	token := f.NewToken(1)
+	d := newDevice(f)
+	d.options.Config = f.Write("config.toml", fmt.Appendf(nil, "coordinator = %q\ntoken = %q\n\n[jobs]\nenabled = true\n", address(f), token))
+
+	f.Sub("online soon", func(t *testing.T) { d.checkSoonOnline(t) })
+	if d.id == "" {
+		t.FailNow()
+	}
+	data := slices.Concat(testbed.RandomText(rng, 1<<20), testbed.RandomBytes(rng, 2<<20))
+	var o testbed.PutResult
+	f.Sub("stores", func(*testing.T) {
+		o = f.Put("file", data, "--replicas", "1")
+		f.CheckPlacements(o, 1)
+		f.CheckGet("file", data)
+	})
+	f.Sub("computes", func(*testing.T) {
+		f.CheckJobs(o, data[:o.Chunks[0].Size])
+		f.CheckCompute("the device", d.id)
+	})
+	f.Sub("proves", func(*testing.T) { f.CheckStorage("the device", d.id) })
+	f.Sub("is the same after a power cut", func(t *testing.T) { d.checkPowerCut(t, data) })
+	f.Sub("goes down by its button", func(t *testing.T) { d.checkPowerButton(t) })
+	if said := d.console() + d.log(); strings.Contains(said, token) || strings.Contains(said, strings.Split(token, "_")[1]) {
+		t.Error("the token's secret is on the console or in the log")
+	}
+}
+
+// checkSoonOnline measures from QEMU's start to the coordinator's word. On a busy
+// host, the time in which QEMU was ready to run and had no core is not the
+// image's: it is taken off, and told.
+func (d *device) checkSoonOnline(t *testing.T) {
+	d.powerOn()
+	d.awaitOnline()
+	took, waited := time.Since(d.began), d.waited()
+	t.Logf("from power-on to online: %.1f s, of these %.1f s waiting for a core of this host", took.Seconds(), waited.Seconds())
+	if took-waited > onlineWithin {
+		t.Errorf("it took %.1f s, want at most %s", (took - waited).Seconds(), onlineWithin)
+	}
+}
+
+func (d *device) checkPowerCut(t *testing.T, data []byte) {
+	before := d.id
+	d.cutPower()
+	d.powerOn()
+	d.awaitOnline()
+	list, err := d.f.Client.Devices(d.f.Ctx)
+	if err != nil || len(list) != 1 || list[0].ID != before {
+		t.Fatalf("after a power cut there are %d devices, %v; want the one from before", len(list), err)
+	}
+	d.f.CheckStorage("the device", d.id)
+	d.f.CheckGet("file", data)
+}
+
+func (d *device) checkPowerButton(t *testing.T) {
+	d.powerOff()
+	log := d.log()
+	for _, line := range []string{"the power button was pressed", "the machine stops", "goodbye"} {
+		if !strings.Contains(log, line) {
+			t.Errorf("the log does not say %q; its end:\n%s", line, testbed.LastLines(log, 20))
+		}
+	}
+	if super := d.debugData("stats -h"); strings.Contains(super, "needs_recovery") || !strings.Contains(super, "clean") {
+		t.Errorf("the data partition was not unmounted:\n%s", super)
+	}
+	d.f.Until("the coordinator noticing that the device is off", func() bool { return !d.now().Online })
+}
