@@ -61,6 +61,10 @@ device: ## Size, form and a run of the shipped device programs under emulation
 integration: ## The real processes together, and the long tests of the rooms
 	@scripts/test integration
 
+.PHONY: qemu-test
+qemu-test: ## The image as devices in QEMU: soon online, stores, proves, computes, is updated, finds its coordinator (10 minutes)
+	@scripts/test setup qemu
+
 .PHONY: deb-test
 deb-test: ## Install, upgrade, remove and purge the Debian packages under a systemd of their own; lintian; same bytes twice (root)
 	@scripts/test-deb
@@ -135,6 +139,23 @@ $(BIN)/tour/agent-broken: $(SOURCES) $(STAMP)
 
 MAKE_IMAGE = $(GO) run ./packaging/image -version $(VERSION) -agent $(BIN)/arm64/deimos-agent -init $(BIN)/arm64/deimos-init \
                -out $(BIN)/image $(if $(CONFIG),-config "$$CONFIG")
+
+# What `make qemu-test` runs: the image, and the firmware that its updates bring, one
+# that works and one whose agent does not.
+.PHONY: qemu-images
+qemu-images: $(HOST) $(GUESTS) $(foreach v,0.2.0 0.3.0,$(BIN)/qemu/agent-$v $(BIN)/qemu/init-$v)
+	@$(MAKE) image CONFIG=
+	@for v in 0.2.0 0.3.0; do \
+	  $(GO) run ./packaging/image -version $$v -agent $(BIN)/qemu/agent-$$v -init $(BIN)/qemu/init-$$v -out $(BIN)/qemu || exit; done
+
+$(BIN)/qemu/agent-0.2.0: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.2.0,cmd/deimos-agent)
+
+$(BIN)/qemu/agent-0.3.0: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.3.0,packaging/tour/brokenagent)
+
+$(BIN)/qemu/init-%: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$*,packaging/init)
 
 # Programs that only packages need: for each architecture of Debian, and the one
 # that offers a packaged agent to the slots.

@@ -15,3 +15,19 @@ qemu_arm64() {
 mosquitto_broker() {
 	command -v mosquitto || PATH=$PATH:/usr/sbin:/usr/local/sbin command -v mosquitto
 }
+
+# Can it run whole arm64 machines, and read their disks? That takes QEMU, a UEFI for
+# its machines, mtools for FAT and e2fsprogs for ext4.
+have_machines() {
+	local uefi
+	command -v qemu-system-aarch64 >/dev/null && command -v mcopy >/dev/null && [ -x /usr/sbin/debugfs ] || return 1
+	for uefi in /usr/share/qemu-efi-aarch64/QEMU_EFI.fd /usr/share/AAVMF/AAVMF_CODE.fd /usr/share/edk2/aarch64/QEMU_EFI.fd; do
+		[ ! -e "$uefi" ] || return 0
+	done
+	return 1
+}
+
+# Can it make the image? That takes apt, dpkg-deb and the keys of Debian.
+have_image_tools() {
+	command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null && [ -e /usr/share/keyrings/debian-archive-keyring.gpg ]
+}

@@ -27,8 +27,10 @@ const (
 	// bound for a machine with much else to do, not a claim.
 	bootLimit = 3 * time.Minute
 	testLimit = 9 * time.Minute
-	diskSize  = 2 << 30
-	espAt     = "@@1M" // where mtools find the ESP in an image
+	// diskSize is that of a small card. An agent that chooses the system's disk by
+	// itself leaves 8 GiB of it alone.
+	diskSize = 16 << 30
+	espAt    = "@@1M" // where mtools find the ESP in an image
 )
 
 var image string
@@ -92,7 +94,8 @@ type device struct {
 	options qemu.Options
 	machine *qemu.Machine // the last start
 	began   time.Time     // of it
-	said    []*qemu.Machine
+	starts  []*qemu.Machine
+	dirs    []string // theirs
 	id      wire.DeviceID
 }
 
@@ -117,10 +120,11 @@ func (d *device) end() {
 	if d.machine != nil {
 		d.machine.Kill()
 	}
-	for i, m := range d.said {
+	for i, m := range d.starts {
 		if d.f.T.Failed() {
 			d.f.T.Logf("the end of the console after power-on %d:\n%s", i+1, testbed.LastLines(m.Said(), 60))
 		}
+		os.RemoveAll(d.dirs[i])
 	}
 }
 
@@ -130,14 +134,14 @@ func (d *device) powerOn() {
 	if err != nil {
 		d.f.T.Fatal(err)
 	}
-	d.f.T.Cleanup(func() { os.RemoveAll(dir) })
+	d.dirs = append(d.dirs, dir)
 	ctx, cancel := context.WithTimeout(d.f.Ctx, testbed.Patience)
 	defer cancel()
 	d.began = time.Now()
 	if d.machine, err = qemu.Start(ctx, testbed.Starter, dir, d.options); err != nil {
 		d.f.T.Fatal(err)
 	}
-	d.said = append(d.said, d.machine)
+	d.starts = append(d.starts, d.machine)
 }
 
 // cutPower pulls the plug and waits until the coordinator has noticed.
@@ -209,7 +213,7 @@ func (d *device) powerOff() {
 // console is everything that the device has ever said.
 func (d *device) console() string {
 	var all strings.Builder
-	for _, m := range d.said {
+	for _, m := range d.starts {
 		all.WriteString(m.Said())
 	}
 	return all.String()

@@ -21,24 +21,30 @@ func TestLifeOfADevice(t *testing.T) {
 	d := newDevice(f)
 	d.options.Config = f.Write("config.toml", fmt.Appendf(nil, "coordinator = %q\ntoken = %q\n\n[jobs]\nenabled = true\n", address(f), token))
 
-	f.Sub("online soon", func(t *testing.T) { d.checkSoonOnline(t) })
-	if d.id == "" {
-		t.FailNow()
-	}
 	data := slices.Concat(testbed.RandomText(rng, 1<<20), testbed.RandomBytes(rng, 2<<20))
 	var o testbed.PutResult
-	f.Sub("stores", func(*testing.T) {
-		o = f.Put("file", data, "--replicas", "1")
-		f.CheckPlacements(o, 1)
-		f.CheckGet("file", data)
-	})
-	f.Sub("computes", func(*testing.T) {
-		f.CheckJobs(o, data[:o.Chunks[0].Size])
-		f.CheckCompute("the device", d.id)
-	})
-	f.Sub("proves", func(*testing.T) { f.CheckStorage("the device", d.id) })
-	f.Sub("is the same after a power cut", func(t *testing.T) { d.checkPowerCut(t, data) })
-	f.Sub("goes down by its button", func(t *testing.T) { d.checkPowerButton(t) })
+	for _, part := range []struct {
+		name string
+		do   func(t *testing.T)
+	}{
+		{"is online soon", d.checkSoonOnline},
+		{"stores", func(*testing.T) {
+			o = f.Put("file", data, "--replicas", "1")
+			f.CheckPlacements(o, 1)
+			f.CheckGet("file", data)
+		}},
+		{"computes", func(*testing.T) {
+			f.CheckJobs(o, data[:o.Chunks[0].Size])
+			f.CheckCompute("the device", d.id)
+		}},
+		{"proves", func(*testing.T) { f.CheckStorage("the device", d.id) }},
+		{"is the same after a power cut", func(t *testing.T) { d.checkPowerCut(t, data) }},
+		{"goes down by its button", d.checkPowerButton},
+	} {
+		if f.Sub(part.name, part.do); t.Failed() {
+			t.FailNow() // each builds on the one before
+		}
+	}
 	if said := d.console() + d.log(); strings.Contains(said, token) || strings.Contains(said, strings.Split(token, "_")[1]) {
 		t.Error("the token's secret is on the console or in the log")
 	}
