@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
+	"github.com/deimos-edge/deimos/packaging/init/fat"
 	"github.com/deimos-edge/deimos/packaging/init/logring"
 )
 
@@ -54,6 +56,7 @@ type machine struct {
 	esp       string // where it is mounted; "" if it is not
 	inMemory  bool   // /data is lost with the power
 	ring      *logring.Ring
+	again     chan string // why the machine is to be started anew
 
 	mu       sync.Mutex // guards found
 	found    string     // coordinator, by DNS-SD
@@ -76,6 +79,7 @@ func (m *machine) run(mounted error) {
 	_ = step(m.log, "loading modules", modulesLimit, func(context.Context) error {
 		return loadModules(m.path("lib/modules.list"), m.path("lib/modules"), m.log)
 	})
+	m.again = make(chan string, 1)
 	press := make(chan struct{}, 1)
 	watchPower(m.path("dev"), func() { press <- struct{}{} }, m.log)
 
@@ -164,6 +168,10 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
 			if err := m.node(p); err != nil {
 				return err
 			}
+			m.mendESP(p)
+			if ctx.Err() != nil { // too late: the agent was told that there is none
+				return ctx.Err()
+			}
 			dir := m.path("efi")
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return err
@@ -179,6 +187,27 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
 			repairTables(disks, m.log)
 			return errors.New("there is no EFI system partition called " + espName + "; the owner's deimos.toml cannot be read, and firmware not be updated")
 		}
+	}
+}
+
+// mendESP repairs what a power cut left in the file system. One that cannot be
+// repaired is used as it is: it may well hold a firmware that boots.
+func (m *machine) mendESP(p partition) {
+	f, err := os.OpenFile(p.path, os.O_RDWR, 0)
+	if err != nil {
+		m.log.Warn("the EFI system partition cannot be checked", "partition", p.path, "error", err)
+		return
+	}
+	defer f.Close()
+	r, err := fat.Repair(f)
+	switch {
+	case err != nil:
+		m.log.Warn("the EFI system partition could not be checked", "partition", p.path, "error", err)
+	case len(r.Left) > 0:
+		m.log.Error("the EFI system partition has faults that are left alone; write the image anew when updates fail", "partition", p.path, "faults", r.Left)
+	}
+	if len(r.Cut)+len(r.Dropped)+r.Freed > 0 || r.Copies {
+		m.log.Warn("the EFI system partition was repaired", "partition", p.path, "cut", r.Cut, "second_names", r.Dropped, "freed_clusters", r.Freed, "tables_differed", r.Copies)
 	}
 }
 
@@ -315,11 +344,16 @@ func (m *machine) supervise(ctx context.Context, kick <-chan struct{}) {
 	s := &supervisor{
 		processes: &m.processes, command: m.command, say: m.journal.say, log: m.log, kick: kick,
 		stopWithin: stopWithin, first: firstPause,
+		reboot: func() { m.startAnew("new firmware is installed, and waits for its trial") },
 		crashed: func() {
 			if m.ring != nil {
 				_ = m.ring.Sync() // somebody will ask what it said
 			}
 		},
+	}
+	if t := m.newTrial(); t != nil {
+		s.ended = t.ended
+		go guard(m.log, "trial", func() { t.watch(ctx) })
 	}
 	s.run(ctx)
 }
@@ -333,7 +367,7 @@ func (m *machine) command() (argv, env []string) {
 	}
 	env = append(env, toolEnv...)
 	if m.esp != "" {
-		env = append(env, "DEIMOS_ESP="+m.esp)
+		env = append(env, firmware.Env+"="+m.esp)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -355,6 +389,9 @@ func (m *machine) awaitStop(press <-chan struct{}) (how int) {
 	case <-press:
 		m.log.Info("the power button was pressed")
 		return unix.LINUX_REBOOT_CMD_POWER_OFF
+	case why := <-m.again:
+		m.log.Info("the machine is started anew", "why", why)
+		return unix.LINUX_REBOOT_CMD_RESTART
 	case s := <-m.signals:
 		switch s {
 		case unix.SIGPWR, unix.SIGUSR1, unix.SIGUSR2:

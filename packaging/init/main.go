@@ -7,7 +7,8 @@
 //	 1  mounts          proc, sys, dev, run, tmp, cgroup2, efivarfs
 //	 2  modules         /lib/modules.list, a file name and its parameters a line
 //	 3  tables          primary and backup of our disks' partition tables made alike
-//	 4  ESP             mounted at /efi: the one we were started from, or "deimos-esp"
+//	 4  ESP             checked and repaired (package fat), mounted at /efi: the one
+//	                    we were started from, or "deimos-esp"
 //	 5  data            "deimos-data" found or made, checked, grown, mounted at /data
 //	 6  log             the ring in /data/log
 //	 7  configuration   /run/deimos/deimos.toml
@@ -37,7 +38,7 @@
 //	/sys/firmware/qemu_fw_cfg/by_name/opt/deimos/config/raw        QEMU's -fw_cfg name=opt/deimos/config,file=…
 //
 // deimos.coordinator=, deimos.token= and deimos.ntp= on the kernel's command line
-// stand above both. With no coordinator in any, and no membership in /data, one
+// stand above both (deimos.confirm=60s shortens the trial of new firmware). With no coordinator in any, and no membership in /data, one
 // is looked for on the network; see [discovery]. Where the file says nothing of a
 // watchdog, the agent gets the machine's.
 //
