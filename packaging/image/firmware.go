@@ -24,6 +24,7 @@ var modules = []string{
 	"r8169", "e1000e", "igb", "cdc_ether", "r8152",
 	"i6300esb", "sbsa_gwdt",
 	"leds_gpio", "i2c_dev",
+	"gpio_keys", "usbhid", "hid_generic", "evdev", // buttons and keyboards; those of ACPI are in the kernel
 }
 
 // commandLine is the kernel's. No console is named: the kernel takes the one
@@ -36,11 +37,12 @@ const (
 
 // firmware is one whole firmware: what goes into a unified kernel image.
 type firmware struct {
-	version     string
-	init, agent string // files of the two programs
-	unpacked    string // Debian's packages, unpacked
-	debug       bool   // with a shell
-	appended    string // to the kernel's command line
+	version      string // of the release
+	imageVersion string // the same as the boot loader has it
+	init, agent  string // files of the two programs
+	unpacked     string // Debian's packages, unpacked
+	debug        bool   // with a shell
+	appended     string // to the kernel's command line
 }
 
 // image makes the unified kernel image.
@@ -79,7 +81,7 @@ func (fw firmware) image() ([]byte, error) {
 
 // osRelease is os-release(5); systemd-boot sorts by IMAGE_ID and IMAGE_VERSION.
 func (fw firmware) osRelease() []byte {
-	return fmt.Appendf(nil, "ID=deimos\nNAME=Deimos\nPRETTY_NAME=\"Deimos %[1]s\"\nVERSION_ID=%[1]s\nIMAGE_ID=deimos\nIMAGE_VERSION=%[1]s\n", fw.version)
+	return fmt.Appendf(nil, "ID=deimos\nNAME=Deimos\nPRETTY_NAME=\"Deimos %[1]s\"\nVERSION_ID=%[1]s\nIMAGE_ID=deimos\nIMAGE_VERSION=%[2]s\n", fw.version, fw.imageVersion)
 }
 
 // root is the root file system, which stays in memory.
