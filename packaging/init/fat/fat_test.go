@@ -382,6 +382,9 @@ func TestAnyDamage(t *testing.T) {
 		for range 1 + r.IntN(3) {
 			f := v.files[r.IntN(len(v.files))]
 			f.chain, _ = v.follow(f.first)
+			if len(f.chain) == 0 {
+				continue
+			}
 			switch r.IntN(4) {
 			case 0:
 				v.set(f.chain[r.IntN(len(f.chain))], []uint32{0, mask, uint32(r.IntN(2000)), r.Uint32() & mask}[r.IntN(4)])
