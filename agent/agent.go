@@ -39,6 +39,7 @@ import (
 	"crypto/ed25519"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -62,6 +63,10 @@ import (
 // ErrNotEnrolled says that the agent has neither an enrolment nor what it takes
 // to get one.
 var ErrNotEnrolled = errors.New("this device is in no fleet yet: start it with --coordinator https://HOST:8443; with --token TOKEN (a fleet manager makes one with \"deimos token create\") it joins at once, without one it shows a code by which the fleet manager claims it")
+
+// ErrReboot is the [ErrRestart] that means the machine, too: a new firmware waits
+// for its trial.
+var ErrReboot = fmt.Errorf("%w, and the machine with it", ErrRestart)
 
 // ErrConfig begins the sentence about a configuration that cannot be used.
 var ErrConfig = errors.New("the configuration cannot be used")
@@ -107,6 +112,7 @@ const (
 	jobLimit     = 25 * time.Hour // the job's own limits and the owner's bind first
 	configLimit  = time.Minute
 	updateLimit  = 24 * time.Hour // a slow link is no fault
+	keepAfter    = 30 * time.Second
 	storesAtOnce = 4
 	// dataStall is how long the data plane may be silent: as long as the session's
 	// writes, on the same line.
@@ -119,8 +125,8 @@ const (
 )
 
 // Run is the agent's whole life. It returns nil when ctx ends, ErrRestart when
-// it wants to be started again, and another error, which is a sentence for the
-// owner, when it cannot go on.
+// it wants to be started again ([ErrReboot]: with the machine), and another error,
+// which is a sentence for the owner, when it cannot go on.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg, err = cfg.absolute(); err != nil {
 		return err
@@ -162,6 +168,13 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if a.cfg.SystemTime != nil {
 		a.clock.system = a.cfg.SystemTime
 	}
+	if a.update, err = a.openUpdate(); err != nil {
+		return err
+	}
+	keeping, enough := context.WithCancel(ctx)
+	var keeper sync.WaitGroup
+	keeper.Go(func() { a.keepOnly(keeping) })
+	defer func() { enough(); keeper.Wait() }()
 	a.hw.answered(false)
 	a.hw.check(a.feel)
 	if err := a.join(ctx); err != nil {
@@ -177,6 +190,35 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 		return err
 	}
 	return a.live(ctx)
+}
+
+func (a *Agent) openUpdate() (*ota.Service, error) {
+	return ota.New(ota.Options{
+		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, ESP: a.cfg.ESP, Boot: a.hw.boot, Version: a.cfg.Version,
+		Device: a.id.ID, Board: a.hw.board.Name,
+		Root: func() []byte { return a.member.Load().UpdateRoot },
+		Source: func() (repo.Source, error) {
+			return repo.HTTP{Client: a.web, Base: a.member.Load().DataPlane[0] + "/data/v1/repo"}, nil
+		},
+		Now: a.clock.Now,
+		Log: a.log,
+	})
+}
+
+// keepOnly confirms the firmware of a new device, in a fleet or not: there is no
+// other to go back to, and the boot loader must not rename the only one at each
+// start. That writes it once more; the way online goes first.
+func (a *Agent) keepOnly(ctx context.Context) {
+	if !a.update.Reboots() || a.rest(ctx, keepAfter) != nil {
+		return
+	}
+	trial, err := a.update.OnTrial()
+	if err == nil && !trial {
+		err = a.update.Confirm(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		a.log.Error("the firmware cannot be kept", "error", err)
+	}
 }
 
 // rest waits for d; it returns an error if ctx ends before.
@@ -220,19 +262,6 @@ func (a *Agent) furnish() error {
 		work.SetPolicy(f.jobs)
 		a.level.Set(f.level)
 	}, a.log)
-	if err != nil {
-		return err
-	}
-	a.update, err = ota.New(ota.Options{
-		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, Version: a.cfg.Version,
-		Device: a.id.ID, Board: a.hw.board.Name,
-		Root: func() []byte { return a.member.Load().UpdateRoot },
-		Source: func() (repo.Source, error) {
-			return repo.HTTP{Client: a.web, Base: a.member.Load().DataPlane[0] + "/data/v1/repo"}, nil
-		},
-		Now: a.clock.Now,
-		Log: a.log,
-	})
 	if err != nil {
 		return err
 	}
@@ -287,8 +316,8 @@ func (a *Agent) live(ctx context.Context) error {
 		}
 		return a.orders.receive(ctx, raw)
 	}
-	if err := a.settle(); err != nil {
-		return err
+	if err := a.settle(); err != nil { // an EFI system partition that fails is no reason not to work
+		a.log.Error("the update cannot be settled", "error", err)
 	}
 	a.hw.connected(false)
 	a.hw.check(a.feelVolumes)
@@ -302,16 +331,18 @@ func (a *Agent) live(ctx context.Context) error {
 	wg.Go(func() { a.housekeep(ctx) })
 	wg.Go(func() { a.checkChunks(ctx) })
 	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.hw.board.Name, "slot", a.cfg.Slot)
-	again := false
+	var again error
 	select {
 	case <-ctx.Done():
 	case <-a.restart:
-		again = true
+		if again = ErrRestart; a.update.Reboots() {
+			again = ErrReboot
+		}
 	case <-a.journal.died:
 		// Nothing can be promised any more. Perhaps the next life can write; if not,
 		// it must not spin.
 		a.log.Error("the journal is lost to this process; the agent starts again", "in", journalPause.String(), "error", *a.journal.broken.Load())
-		again = true
+		again = ErrRestart
 		_ = a.rest(ctx, journalPause)
 	}
 	a.hw.stopping()
@@ -323,10 +354,7 @@ func (a *Agent) live(ctx context.Context) error {
 	case <-time.After(stopLimit):
 		a.log.Warn("some work did not end in time; it will be done again", "waited", stopLimit.String())
 	}
-	if again {
-		return ErrRestart
-	}
-	return nil
+	return again
 }
 
 // settle reports how an update ended that was under way when the agent was
@@ -363,7 +391,7 @@ func (a *Agent) welcomed() {
 	}
 	trial, err := a.update.OnTrial()
 	if err == nil && trial {
-		if err = a.update.Confirm(); err == nil {
+		if err = a.update.Confirm(context.Background()); err == nil { // a file or a name
 			a.log.Info("this version is confirmed", "version", a.cfg.Version, "slot", a.cfg.Slot)
 			err = a.settle()
 		}

@@ -68,6 +68,7 @@ type Config struct {
 	Version  string       `toml:"-"` // of this agent
 	Released time.Time    `toml:"-"` // when that was made: no clock can be earlier
 	Slot     string       `toml:"-"` // that it was started from; empty without the launcher
+	ESP      string       `toml:"-"` // where the EFI system partition is mounted; empty if our image does not run
 	Log      *slog.Logger `toml:"-"`
 	// Routes are kinds of orders that a program which embeds the agent carries
 	// out itself. A kind of the agent's own cannot be among them. Delivery is the

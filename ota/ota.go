@@ -6,7 +6,10 @@
 //
 //   - The coordinator only hints ([wire.UpdateInstall]); nothing it says is trusted.
 //   - The release keys decide what may run (ota/repo, ota/bundle).
-//   - The launcher starts the slots and rolls back (ota/slot, cmd/deimos-launch).
+//   - Who starts versions also rolls back: a launcher between two agents (ota/slot,
+//     cmd/deimos-launch), or, where our image runs, the boot loader and process 1
+//     between two whole firmwares (ota/slot/firmware, packaging/init). Which of the
+//     two a device has decides which part of a release it takes; see mechanism.
 //   - The agent calls [Service.Confirm] once it is healthy.
 //
 // # One update
@@ -14,6 +17,7 @@
 //	order ─▶ refresh metadata ─▶ is it for this device? ─▶ space ─▶ fetch (resumes)
 //	      ─▶ unpack aside, both digests checked ─▶ ask it for its version
 //	      ─▶ on trial, durably ─▶ ErrRestart: the agent exits with slot.ExitRestart
+//	                               or, with a firmware installed, slot.ExitReboot
 //	new agent ─▶ healthy ─▶ Confirm ─▶ Settled: SUCCEEDED
 //	      └─▶ not confirmed in three tries ─▶ old agent ─▶ Settled: FAILED rolled_back
 //
@@ -21,7 +25,7 @@
 // or a refusal leaves files that the next install clears away. A repeat of the
 // order at any moment installs nothing twice.
 //
-// Not here yet: deltas, firmware images, maintenance windows, data budgets, a
+// Not here yet: deltas, maintenance windows, data budgets, a
 // health gate that compares with the figures from before.
 package ota
 
@@ -41,6 +45,7 @@ import (
 	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -59,7 +64,8 @@ const (
 )
 
 // ErrRestart is returned for an order whose release is installed and waits for
-// its trial: exit with [slot.ExitRestart] and report nothing yet.
+// its trial: exit with [slot.ExitRestart], or [slot.ExitReboot] if the service
+// [Service.Reboots], and report nothing yet.
 var ErrRestart = errors.New("the new version is installed; restart to try it")
 
 // ErrPending is returned for a repeat of the order whose release is being tried
@@ -73,6 +79,8 @@ const spaceMargin = 32 << 20
 type Options struct {
 	StateDir string
 	Slot     string // of the environment, [slot.Env]; empty without a launcher
+	ESP      string // where the EFI system partition is mounted; empty if our image does not run
+	Boot     string // the kernel's id of this boot, empty if unknown
 	Version  string // that runs
 	Device   wire.DeviceID
 	Board    string
@@ -91,9 +99,9 @@ type Options struct {
 
 // Service carries out the updates of one device.
 type Service struct {
-	o     Options
-	slots *slot.Store
-	busy  sync.Mutex // one update at a time
+	o    Options
+	how  mechanism  // nil: the device cannot be updated
+	busy sync.Mutex // one update at a time
 }
 
 // New makes the slot directories if they are missing.
@@ -107,33 +115,34 @@ func New(o Options) (*Service, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	if o.Slot != "" && !slot.Name(o.Slot).Valid() {
-		return nil, fmt.Errorf("%s is %q, must be a or b; it is set by deimos-launch", slot.Env, o.Slot)
+	if err := os.MkdirAll(filepath.Join(o.StateDir, "ota"), 0o755); err != nil {
+		return nil, fmt.Errorf("cannot make the folder for updates (check the state directory): %w", err)
 	}
-	slots, err := slot.Open(o.StateDir)
-	if err != nil {
-		return nil, err
-	}
-	return &Service{o: o, slots: slots}, nil
+	how, err := o.mechanism()
+	return &Service{o: o, how: how}, err
 }
 
-// OnTrial tells whether this process must be confirmed.
+// Reboots tells whether what is installed is tried at the next start of the
+// machine, not of the agent.
+func (s *Service) Reboots() bool { return s.how != nil && s.how.part() == bundle.PartFirmware }
+
+// OnTrial tells whether what runs must be confirmed, or is left again.
 func (s *Service) OnTrial() (bool, error) {
-	st, err := s.slots.Load()
-	return err == nil && s.isTrial(st.Trial), err
-}
-
-func (s *Service) isTrial(t *slot.Trial) bool {
-	return t != nil && t.Running && t.Slot == slot.Name(s.o.Slot)
+	if s.how == nil {
+		return false, nil
+	}
+	return s.how.onTrial()
 }
 
 // Confirm makes the running version the one to keep. Call it when the agent is
-// healthy; without a trial, or without a launcher, it does nothing.
-func (s *Service) Confirm() error {
-	if s.o.Slot == "" {
+// healthy, or has nothing to go back to; it does nothing for a version that is
+// confirmed, and on a device that cannot be updated. On a new device that runs our
+// image it writes that a second time, which takes seconds.
+func (s *Service) Confirm(ctx context.Context) error {
+	if s.how == nil {
 		return nil
 	}
-	if err := s.slots.Confirm(slot.Name(s.o.Slot)); err != nil {
+	if err := s.how.confirm(ctx); err != nil {
 		return fmt.Errorf("version %s cannot be confirmed: %w", s.o.Version, err)
 	}
 	return nil
@@ -150,11 +159,14 @@ type Settled struct {
 // decided. It keeps telling until the next one has ended, so ask it at every
 // start and after [Service.Confirm], and report what was not reported before.
 func (s *Service) Settled() (*Settled, error) {
-	st, err := s.slots.Load()
-	if err != nil || st.Last == nil || st.Last.Order == "" {
+	if s.how == nil {
+		return nil, nil
+	}
+	_, last, err := s.how.standing()
+	if err != nil || last == nil || last.Order == "" {
 		return nil, err
 	}
-	return s.settled(*st.Last), nil
+	return s.settled(*last), nil
 }
 
 func (s *Service) settled(last slot.Outcome) *Settled {
@@ -179,8 +191,8 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 	if err != nil {
 		return wire.Outcome{}, err
 	}
-	if s.o.Slot == "" {
-		return wire.Outcome{}, wire.RejectedBecause(wire.CodeNotSupported, "this agent cannot update itself: start it through deimos-launch")
+	if s.how == nil {
+		return wire.Outcome{}, wire.RejectedBecause(wire.CodeNotSupported, "this agent cannot update itself: start it through deimos-launch, or run our image")
 	}
 	if done, out, err := s.seenBefore(o.ID); done {
 		return out, err
@@ -196,24 +208,24 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 
 // seenBefore answers a repeat from what is on disk.
 func (s *Service) seenBefore(order string) (bool, wire.Outcome, error) {
-	st, err := s.slots.Load()
+	t, last, err := s.how.standing()
 	if err != nil {
 		return true, wire.Outcome{}, err
 	}
-	switch t := st.Trial; {
-	case t != nil && t.Order == order && s.isTrial(t):
+	switch {
+	case t != nil && t.order == order && t.running:
 		return true, wire.Outcome{}, ErrPending
-	case t != nil && t.Order == order:
+	case t != nil && t.order == order:
 		return true, wire.Outcome{}, ErrRestart
 	case t != nil:
 		return true, wire.Outcome{}, wire.RejectedBecause(CodeUpdatePending,
-			"version %s is on trial since order %s; offer this one again when that is decided", t.Version, t.Order)
-	case st.Last != nil && st.Last.Order == order:
-		last := s.settled(*st.Last)
-		if last.Problem != nil {
-			return true, last.Outcome, last.Problem
+			"version %s is on trial since order %s; offer this one again when that is decided", t.version, t.order)
+	case last != nil && last.Order == order:
+		done := s.settled(*last)
+		if done.Problem != nil {
+			return true, done.Outcome, done.Problem
 		}
-		return true, last.Outcome, nil
+		return true, done.Outcome, nil
 	}
 	return false, wire.Outcome{}, nil
 }
@@ -234,17 +246,21 @@ func (s *Service) install(ctx context.Context, order string, want wire.UpdateIns
 	if m.Version != want.Version {
 		return wire.RejectedBecause(wire.CodeVerification, "the order offers version %s, but its target %s is version %s", want.Version, want.Target, m.Version)
 	}
-	part, form, err := m.For(bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Platform: s.o.Platform})
+	part, form, err := m.For(bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Part: s.how.part(), Platform: s.o.Platform})
 	if err != nil {
 		return err
 	}
 	progress(0.05)
-	packed, err := s.fetch(ctx, client, part, form, func(share float64) { progress(0.05 + 0.75*share) })
+	here, err := s.how.room(m.Version, part.Size)
+	if err != nil {
+		return err
+	}
+	packed, err := s.fetch(ctx, client, form, here, func(share float64) { progress(0.05 + 0.75*share) })
 	if err != nil {
 		return err
 	}
 	progress(0.8)
-	if err := s.prepare(ctx, order, m.Version, part, form, packed); err != nil {
+	if err := s.prepare(ctx, packed, release{order: order, version: m.Version, part: part, form: form}); err != nil {
 		return err
 	}
 	progress(0.95)
@@ -265,9 +281,9 @@ func (s *Service) client() (*repo.Client, error) {
 	})
 }
 
-// fetch brings the packed part to disk, once there is room for it and for what
-// comes out of it.
-func (s *Service) fetch(ctx context.Context, c *repo.Client, part bundle.Part, form bundle.Form, share func(float64)) (string, error) {
+// fetch brings the packed part to disk, once there is room for it and for more
+// bytes beside it.
+func (s *Service) fetch(ctx context.Context, c *repo.Client, form bundle.Form, more int64, share func(float64)) (string, error) {
 	if err := s.clearFetched(form.SHA256); err != nil {
 		return "", err
 	}
@@ -279,7 +295,7 @@ func (s *Service) fetch(ctx context.Context, c *repo.Client, part bundle.Part, f
 	if fi, err := os.Stat(path + ".partial"); err == nil {
 		have = fi.Size()
 	}
-	if err := checkSpace(s.fetchDir(), form.Size-have+part.Size+spaceMargin); err != nil {
+	if err := checkSpace(s.fetchDir(), form.Size-have+more+spaceMargin); err != nil {
 		return "", err
 	}
 	s.o.Log.Info("fetching a release", "bytes", form.Size, "have", have)
@@ -329,37 +345,20 @@ func checkSpace(dir string, need int64) error {
 	return nil
 }
 
-// prepare unpacks, checks that the new agent runs here, and puts it on trial.
-func (s *Service) prepare(ctx context.Context, order, version string, part bundle.Part, form bundle.Form, packed string) error {
-	target, err := s.slots.BeginInstall(order, s.o.Version)
-	if err != nil {
+// prepare installs what was fetched. Bytes that are not the signed ones are not kept.
+func (s *Service) prepare(ctx context.Context, packed string, r release) (err error) {
+	if r.packed, err = os.Open(packed); err != nil {
 		return err
 	}
-	src, err := os.Open(packed)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	staged := s.slots.StagedPath(target)
-	if err := bundle.Unpack(ctx, src, part, form, staged); err != nil {
+	defer r.packed.Close()
+	if err := s.how.install(ctx, r); err != nil {
 		if errors.Is(err, bundle.ErrContent) {
 			return errors.Join(err, os.Remove(packed))
 		}
 		return err
 	}
-	about, err := slot.Ask(ctx, staged)
-	if err != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		return wire.FailedBecause(CodePreflight, "version %s does not run on this machine (%v); version %s keeps running", version, err, s.o.Version)
-	}
-	if about.Version != version || about.OS != s.o.Platform.OS || about.Arch != s.o.Platform.Arch {
-		return wire.FailedBecause(CodePreflight, "the release is signed as %s for %s, but says that it is %s for %s/%s; version %s keeps running",
-			version, s.o.Platform, about.Version, about.OS, about.Arch, s.o.Version)
-	}
-	s.o.Log.Info("a new version is installed and goes on trial", "version", version, "slot", target)
-	return s.slots.MarkTrial(order, slot.Image{Version: version, SHA256: part.SHA256})
+	s.o.Log.Info("a new version is installed and goes on trial", "version", r.version, "part", r.part.Name)
+	return nil
 }
 
 // problem says what an error means to the fleet manager.
@@ -375,6 +374,8 @@ func problem(ctx context.Context, err error) error {
 		return wire.RejectedBecause(CodeNoUpdateRoot, "%v", err)
 	case errors.Is(err, slot.ErrBusy):
 		return wire.RejectedBecause(CodeUpdatePending, "%v", err)
+	case errors.Is(err, firmware.ErrSpace):
+		return wire.FailedBecause(wire.CodeNoSpace, "%v", err)
 	case errors.Is(err, unix.ENOSPC):
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk is full: %v; free some space and offer the update again", err)
 	case errors.Is(err, bundle.ErrContent):
@@ -388,6 +389,7 @@ func problem(ctx context.Context, err error) error {
 	}{
 		{bundle.ErrSame, wire.CodeAlreadyLatest},
 		{bundle.ErrDowngrade, CodeDowngrade},
+		{firmware.ErrVersion, CodePreflight},
 		{bundle.ErrBoard, CodeWrongHardware},
 		{bundle.ErrPlatform, CodeWrongHardware},
 		{bundle.ErrFrom, CodeTooOld},

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -15,6 +16,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -82,7 +84,23 @@ func (r *runCmd) Run(ctx context.Context) error {
 	}
 	cfg.StateDir, cfg.Version, cfg.Slot = r.State, version, os.Getenv(slot.Env)
 	cfg.Log = cli.Logger(r.LogFormat, r.LogLevel)
+	cfg.ESP = esp(cfg.Log)
 	return agent.Run(ctx, cfg)
+}
+
+// esp is where the EFI system partition is mounted, if this agent is that of the
+// image that runs; else "".
+func esp(log *slog.Logger) string {
+	dir := os.Getenv(firmware.Env)
+	if dir == "" {
+		return ""
+	}
+	raw, err := os.ReadFile("/etc/deimos-release")
+	if release := strings.TrimSpace(string(raw)); release != version {
+		log.Warn("the firmware cannot be updated: it and its agent have not the same version", "firmware", release, "agent", version, "error", err)
+		return ""
+	}
+	return dir
 }
 
 // coded tells a launcher, a service manager or a script what kind of end it was.
@@ -90,6 +108,8 @@ func coded(err error) error {
 	switch {
 	case err == nil, errors.Is(err, context.Canceled):
 		return nil
+	case errors.Is(err, agent.ErrReboot):
+		os.Exit(slot.ExitReboot)
 	case errors.Is(err, agent.ErrRestart):
 		os.Exit(cli.ExitRestart) // not a failure: nothing to say
 	case errors.Is(err, wire.ErrToken), errors.Is(err, agent.ErrAddress):

@@ -94,7 +94,7 @@ func parse(args []string) (*launcher, error) {
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&l.stateDir, "state", "", "the agent's state `directory`; the slots are kept below it")
 	fs.StringVar(&l.factory, "agent", "", "the agent that this device was shipped with, a `file`")
-	fs.DurationVar(&l.confirmWithin, "confirm-within", 2*time.Minute, "how long a new version has to prove itself")
+	fs.DurationVar(&l.confirmWithin, "confirm-within", slot.ConfirmWithin, "how long a new version has to prove itself")
 	fs.DurationVar(&l.stopWithin, "stop-within", slot.StopWithin+5*time.Second, "how long an agent has to stop before it is killed; if it is killed, a watchdog that it feeds resets the machine")
 	fs.DurationVar(&l.minDelay, "restart-delay", time.Second, "wait before the first restart after a crash; doubles up to a minute")
 	showVersion := fs.Bool("version", false, "print the version")

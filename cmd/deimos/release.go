@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -20,7 +21,7 @@ import (
 
 type releaseCmd struct {
 	Keys    releaseKeysCmd    `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
-	Build   releaseBuildCmd   `cmd:"" help:"Pack agent binaries into a bundle."`
+	Build   releaseBuildCmd   `cmd:"" help:"Pack agent binaries and firmware images into a bundle."`
 	Publish releasePublishCmd `cmd:"" help:"Sign a bundle into the update repository and upload it."`
 	Offer   releaseOfferCmd   `cmd:"" help:"Offer a published release to devices."`
 }
@@ -46,7 +47,8 @@ func (r *releaseKeysInitCmd) Run() error {
 
 type releaseBuildCmd struct {
 	Version    string   `required:"" help:"Version of the release, as in 1.2.3."`
-	Agent      []string `required:"" type:"existingfile" placeholder:"FILE" help:"Agent binary; one for each platform. The platform is read from the binary."`
+	Agent      []string `type:"existingfile" placeholder:"FILE" help:"Agent binary; one for each platform. The platform is read from the binary."`
+	Firmware   []string `type:"existingfile" placeholder:"FILE" help:"Firmware, a deimos_VERSION.efi of \"make image\", for devices that run our image. Version and platform are read from it."`
 	Out        string   `required:"" type:"path" placeholder:"DIR" help:"Folder for the bundle."`
 	Notes      string   `help:"What is new, for owners."`
 	Board      []string `help:"Board that it fits; may be repeated. Default: all."`
@@ -56,7 +58,10 @@ type releaseBuildCmd struct {
 }
 
 func (r *releaseBuildCmd) Run(ctx context.Context) error {
-	o := bundle.BuildOptions{Version: r.Version, Notes: r.Notes, Boards: r.Board, From: r.From, Percentage: &r.Percentage}
+	o := bundle.BuildOptions{Version: r.Version, Notes: r.Notes, Boards: r.Board, From: r.From, Percentage: &r.Percentage, Firmwares: r.Firmware}
+	if len(r.Agent)+len(r.Firmware) == 0 {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a release has --agent files, --firmware files or both")}
+	}
 	for _, path := range r.Agent {
 		o.Agents = append(o.Agents, bundle.Agent{Path: path})
 	}

@@ -6,6 +6,10 @@
 //	manifest.json     the [Manifest]
 //	parts/<sha256>    packed parts, each named by the SHA-256 of its bytes
 //
+// A part is an agent, or a whole firmware: a unified kernel image, for devices that
+// were started by our image. A release may have both; a device takes the one for
+// how it runs, and passes over parts that it does not know.
+//
 // The manifest is what release keys sign (as a TUF target, see ota/repo). It
 // holds two digests of each part: of the packed form, so that nothing is
 // unpacked that was not meant, and of the raw file, so that what runs is what
@@ -20,6 +24,7 @@
 package bundle
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -48,6 +53,9 @@ const (
 	// PartAgent is the name of the part that is the agent's binary.
 	PartAgent = "agent"
 
+	// PartFirmware is the name of the part that is a unified kernel image.
+	PartFirmware = "firmware"
+
 	// EncodingZstd is the encoding of a whole file under zstd.
 	EncodingZstd = "zstd"
 )
@@ -66,7 +74,7 @@ type Manifest struct {
 
 // Part is one file of a release, for one platform.
 type Part struct {
-	Name string `json:"name"` // [PartAgent]
+	Name string `json:"name"` // [PartAgent], [PartFirmware]
 	Platform
 	SHA256 string `json:"sha256"` // of the raw file, lower-case hex
 	Size   int64  `json:"size"`   // of the raw file, bytes
@@ -214,13 +222,14 @@ type Device struct {
 	ID       string
 	Board    string
 	Version  string // that runs now
+	Part     string // by which it is updated; "" for [PartAgent]
 	Platform Platform
 }
 
 // Why a release is not for a device.
 var (
 	ErrBoard     = errors.New("the release is for other boards")
-	ErrPlatform  = errors.New("the release has no agent for this platform")
+	ErrPlatform  = errors.New("the release has nothing for this platform")
 	ErrFrom      = errors.New("this version is too old to update in one step")
 	ErrSame      = errors.New("that version already runs")
 	ErrDowngrade = errors.New("the release is older than what runs")
@@ -248,9 +257,10 @@ func (m Manifest) For(d Device) (Part, Form, error) {
 	if m.Percentage != nil && RolloutPoint(m.Version, d.ID) >= *m.Percentage {
 		return none(ErrRollout, "%s goes to %v%% of devices", m.Version, *m.Percentage)
 	}
-	part, form, ok := m.Select(PartAgent, d.Platform)
+	name := cmp.Or(d.Part, PartAgent)
+	part, form, ok := m.Select(name, d.Platform)
 	if !ok {
-		return none(ErrPlatform, "%s has none for %s", m.Version, d.Platform)
+		return none(ErrPlatform, "%s has no %s for %s", m.Version, name, d.Platform)
 	}
 	return part, form, nil
 }

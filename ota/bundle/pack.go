@@ -18,6 +18,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
 )
 
 const (
@@ -38,7 +39,8 @@ type BuildOptions struct {
 	From       string
 	Percentage *float64
 	Agents     []Agent
-	Fast       bool // quarter the time to build, 10% more bytes: for trying things out
+	Firmwares  []string // unified kernel images, files; each says itself for which machine it is
+	Fast       bool     // quarter the time to build, 10% more bytes: for trying things out
 }
 
 func (o BuildOptions) level() zstd.EncoderLevel {
@@ -54,7 +56,7 @@ type Agent struct {
 	Platform Platform // zero: read from the binary
 }
 
-// Build packs agents into dir, which is made if missing, and returns the
+// Build packs agents and firmware images into dir, which is made if missing, and returns the
 // manifest that it wrote there.
 func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	m := Manifest{
@@ -67,19 +69,23 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	if err := os.MkdirAll(filepath.Join(dir, partsDir), 0o755); err != nil {
 		return m, fmt.Errorf("make the bundle's directory: %w", err)
 	}
-	seen := map[Platform]string{}
-	for _, a := range o.Agents {
-		part, err := pack(ctx, dir, a, o.level())
+	parts, err := o.parts()
+	if err != nil {
+		return m, err
+	}
+	seen := map[string]string{}
+	for _, p := range parts {
+		if other, twice := seen[p.kind()]; twice {
+			return m, fmt.Errorf("%s and %s are both the %s; leave one out, or give an agent a platform", other, p.path, p.kind())
+		}
+		seen[p.kind()] = p.path
+		part, err := p.pack(ctx, dir, o.level())
 		if err != nil {
-			return m, fmt.Errorf("pack %s: %w", a.Path, err)
+			return m, fmt.Errorf("pack %s: %w", p.path, err)
 		}
-		if other, twice := seen[part.Platform]; twice {
-			return m, fmt.Errorf("%s and %s are both for %s; give one agent a platform", other, a.Path, part.Platform)
-		}
-		seen[part.Platform] = a.Path
 		m.Parts = append(m.Parts, part)
 	}
-	sort.Slice(m.Parts, func(i, j int) bool { return m.Parts[i].String() < m.Parts[j].String() })
+	sort.Slice(m.Parts, func(i, j int) bool { return m.Parts[i].kind() < m.Parts[j].kind() })
 	if err := m.check(); err != nil {
 		return m, err
 	}
@@ -111,16 +117,60 @@ func Open(dir string) (Manifest, []byte, error) {
 // PartPath is where a packed part stands, below a bundle and below a repository.
 func PartPath(sum string) string { return partsDir + "/" + sum }
 
-// pack compresses one agent into dir.
-func pack(ctx context.Context, dir string, a Agent, level zstd.EncoderLevel) (Part, error) {
-	platform := a.Platform
-	if platform == (Platform{}) {
-		var err error
-		if platform, err = PlatformOf(a.Path); err != nil {
-			return Part{}, err
+// unpacked is a part that is to be packed.
+type unpacked struct {
+	Part // its name and platform
+	path string
+}
+
+// kind is what a release has once.
+func (p Part) kind() string { return p.Name + " for " + p.String() }
+
+// parts looks at what is to be packed before any of it is.
+func (o BuildOptions) parts() (all []unpacked, err error) {
+	for _, a := range o.Agents {
+		if a.Platform == (Platform{}) {
+			if a.Platform, err = PlatformOf(a.Path); err != nil {
+				return nil, fmt.Errorf("pack %s: %w", a.Path, err)
+			}
 		}
+		all = append(all, unpacked{Part{Name: PartAgent, Platform: a.Platform}, a.Path})
 	}
-	src, err := os.Open(a.Path)
+	for _, path := range o.Firmwares {
+		platform, err := firmwarePlatform(path, o.Version)
+		if err != nil {
+			return nil, fmt.Errorf("pack %s: %w", path, err)
+		}
+		all = append(all, unpacked{Part{Name: PartFirmware, Platform: platform}, path})
+	}
+	return all, nil
+}
+
+// firmwarePlatform reads from a unified kernel image what machine it is for. Its
+// version must be the release's: the boot loader sorts by it.
+func firmwarePlatform(path, version string) (Platform, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return Platform{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return Platform{}, err
+	}
+	about, err := firmware.Ask(f, info.Size())
+	if err != nil {
+		return Platform{}, err
+	}
+	if about.Version != version {
+		return Platform{}, fmt.Errorf("the image says that it is version %s, the release is %s; build the image with that version", about.Version, version)
+	}
+	return Platform{OS: about.OS, Arch: about.Arch}, nil
+}
+
+// pack compresses it into dir.
+func (p unpacked) pack(ctx context.Context, dir string, level zstd.EncoderLevel) (Part, error) {
+	src, err := os.Open(p.path)
 	if err != nil {
 		return Part{}, err
 	}
@@ -155,7 +205,7 @@ func pack(ctx context.Context, dir string, a Agent, level zstd.EncoderLevel) (Pa
 	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 		return Part{}, err
 	}
-	return Part{Name: PartAgent, Platform: platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
+	return Part{Name: p.Name, Platform: p.Platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
 }
 
 // PlatformOf reads from a Go binary what it was built for.
@@ -179,43 +229,99 @@ func PlatformOf(path string) (Platform, error) {
 	return p, nil
 }
 
-// ErrContent is returned by [Unpack] for bytes that are not the promised ones.
+// ErrContent is returned for bytes that are not the promised ones.
 var ErrContent = errors.New("the part does not have the signed content")
 
 // Unpack reads a packed part from src and writes the raw file to path, mode
 // 0755, durably and all at once: path is not touched unless both digests and
 // both sizes are right. It needs about twice the window (8 MiB) of memory.
 func Unpack(ctx context.Context, src io.Reader, part Part, form Form, path string) error {
-	if form.Encoding != EncodingZstd {
-		return fmt.Errorf("the encoding %q is not known", form.Encoding)
-	}
-	packed, raw := newCounter(), newCounter()
-	in := io.TeeReader(io.LimitReader(withContext(ctx, src), form.Size+1), packed)
-	dec, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxWindow(windowSize))
+	raw, err := NewReader(ctx, src, part, form)
 	if err != nil {
 		return err
 	}
-	defer dec.Close()
+	defer raw.Close()
 	dst, err := renameio.TempFile(filepath.Dir(path), path)
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
 	defer func() { _ = dst.Cleanup() }()
-
-	_, err = io.Copy(io.MultiWriter(dst, raw), io.LimitReader(dec, part.Size+1))
-	if ctx.Err() != nil {
+	if _, err = io.Copy(dst, raw); ctx.Err() != nil {
 		return ctx.Err()
 	}
-	var badWrite *os.PathError
-	if errors.As(err, &badWrite) {
+	if err == nil {
+		err = dst.Chmod(0o755)
+	}
+	if err == nil {
+		err = dst.CloseAtomicallyReplace()
+	}
+	switch {
+	case errors.Is(err, ErrContent):
+		return err
+	case err != nil:
 		return fmt.Errorf("unpack: %w", err)
 	}
-	dec.Close()
+	return durable.SyncDir(filepath.Dir(path))
+}
+
+// Reader gives out the raw file of a packed part. It ends with io.EOF only if both
+// digests and both sizes are right, and with [ErrContent] if not: what came before
+// is worth nothing then.
+type Reader struct {
+	ctx         context.Context
+	part        Part
+	form        Form
+	in          io.Reader // what is packed, counted
+	dec         *zstd.Decoder
+	packed, raw *counter
+	end         error
+}
+
+// NewReader begins to unpack. It needs about twice the window (8 MiB) of memory.
+func NewReader(ctx context.Context, src io.Reader, part Part, form Form) (*Reader, error) {
+	if form.Encoding != EncodingZstd {
+		return nil, fmt.Errorf("the encoding %q is not known", form.Encoding)
+	}
+	r := &Reader{ctx: ctx, part: part, form: form, packed: newCounter(), raw: newCounter()}
+	r.in = io.TeeReader(io.LimitReader(withContext(ctx, src), form.Size+1), r.packed)
+	var err error
+	r.dec, err = zstd.NewReader(r.in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(windowSize))
+	return r, err
+}
+
+// Close frees the memory.
+func (r *Reader) Close() { r.dec.Close() }
+
+// Read is that of [io.Reader].
+func (r *Reader) Read(p []byte) (int, error) {
+	if r.end != nil {
+		return 0, r.end
+	}
+	if left := r.part.Size + 1 - r.raw.n; int64(len(p)) > left {
+		p = p[:left] // one byte too many is enough to know
+	}
+	n, err := r.dec.Read(p)
+	_, _ = r.raw.Write(p[:n])
+	if err != nil || r.raw.n > r.part.Size {
+		r.end = r.verdict(err)
+	}
+	return n, r.end
+}
+
+func (r *Reader) verdict(err error) error {
+	if r.ctx.Err() != nil {
+		return r.ctx.Err()
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	r.dec.Close()
 	// What the decoder did not need belongs to the digest all the same.
-	if _, drainErr := io.Copy(io.Discard, in); err == nil {
+	if _, drainErr := io.Copy(io.Discard, r.in); err == nil {
 		err = drainErr
 	}
+	packed, raw, part, form := r.packed, r.raw, r.part, r.form
 	switch {
 	case packed.n != form.Size || packed.sum() != form.SHA256:
 		return fmt.Errorf("%w: packed, it is %d bytes with SHA-256 %.12s…, signed are %d and %.12s…", ErrContent, packed.n, packed.sum(), form.Size, form.SHA256)
@@ -224,13 +330,7 @@ func Unpack(ctx context.Context, src io.Reader, part Part, form Form, path strin
 	case raw.n != part.Size || raw.sum() != part.SHA256:
 		return fmt.Errorf("%w: unpacked, it is %d bytes with SHA-256 %.12s…, signed are %d and %.12s…", ErrContent, raw.n, raw.sum(), part.Size, part.SHA256)
 	}
-	if err := dst.Chmod(0o755); err != nil {
-		return fmt.Errorf("unpack: %w", err)
-	}
-	if err := dst.CloseAtomicallyReplace(); err != nil {
-		return fmt.Errorf("unpack: %w", err)
-	}
-	return durable.SyncDir(filepath.Dir(path))
+	return io.EOF
 }
 
 // counter hashes and counts what goes through.

@@ -78,6 +78,10 @@ const (
 	// it again at once (EX_TEMPFAIL of sysexits.h).
 	ExitRestart = 75
 
+	// ExitReboot is the exit code by which an agent asks the image's process 1 to
+	// start the machine anew: a new firmware waits for its trial. Not of sysexits.h.
+	ExitReboot = 79
+
 	// Env is the environment variable that tells an agent its slot. It is
 	// missing when no launcher started the agent.
 	Env = "DEIMOS_SLOT"
@@ -85,6 +89,9 @@ const (
 	// EnvConfirmWithin tells an agent on trial how long it has to call
 	// [Store.Confirm], as a Go duration. It is missing otherwise.
 	EnvConfirmWithin = "DEIMOS_CONFIRM_WITHIN"
+
+	// ConfirmWithin is how long a new version has to prove itself in one try.
+	ConfirmWithin = 2 * time.Minute
 
 	// StopWithin is what an agent allows itself for a stop in good order. Who kills
 	// it before that leaves the machine's watchdog armed, and the machine is reset.

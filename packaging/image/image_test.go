@@ -369,7 +369,7 @@ func TestVersionThatBreaksFileNamesIsRefused(t *testing.T) {
 	for _, version := range []string{"", "1+2", "1_2", "../x", "1 2", "1\n2", "-1", strings.Repeat("1", 60)} {
 		var o options
 		o.version = version
-		if err := build(context.Background(), o, nil); err == nil || !strings.Contains(err.Error(), "is no version") {
+		if err := build(context.Background(), o, nil); err == nil || !strings.Contains(err.Error(), "cannot be the version") {
 			t.Errorf("version %q: %v", version, err)
 		}
 	}

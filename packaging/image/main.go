@@ -14,7 +14,8 @@
 //
 //	EFI/BOOT/BOOTAA64.EFI              systemd-boot, which UEFI starts from any disk
 //	loader/loader.conf                 no menu, no editor
-//	EFI/Linux/deimos_VERSION+3.efi     the firmware; +3 are the tries it has until it is confirmed
+//	EFI/Linux/deimos_VERSION+3.efi     the firmware; +3 are the tries it has until it is confirmed.
+//	                                   1.0.0-rc.1 is 1.0.0~rc.1 here (ota/slot/firmware)
 //	deimos.toml                        the owner's configuration, if one was given
 //
 // A firmware is one file, a unified kernel image: systemd's EFI stub with Debian's
@@ -56,10 +57,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"syscall"
 	"time"
 
+	"github.com/deimos-edge/deimos/ota/slot"
+	efi "github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/image/debian"
 )
 
@@ -67,16 +69,11 @@ const (
 	espSectors = 256 << 20 / sector
 	imageSize  = (alignment + espSectors + alignment) * sector
 	espSerial  = 0xDE1305E5 // of the file system
-	tries      = 3          // of a firmware that was not confirmed
 
 	loaderConf = "timeout 0\neditor no\nauto-entries no\nauto-firmware no\n"
 
 	limit = 30 * time.Minute // for all of it, downloads included
 )
-
-// versionForm keeps a version fit for the file names of systemd-boot, where "+"
-// begins the tries and "_" the version.
-var versionForm = regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.~-]{0,40}$`)
 
 // options is what is asked for.
 type options struct {
@@ -123,10 +120,10 @@ func main() {
 
 // build makes the firmware and the image around it from Debian's packages.
 func build(ctx context.Context, o options, packages []debian.Package) error {
-	if !versionForm.MatchString(o.version) {
-		return fmt.Errorf("%q is no version: letters, digits, dots, - and ~ were expected", o.version)
-	}
 	var err error
+	if o.imageVersion, err = efi.ImageVersion(o.version); err != nil {
+		return err
+	}
 	if o.unpacked, err = os.MkdirTemp("", "deimos-image-"); err != nil {
 		return err
 	}
@@ -170,7 +167,7 @@ func (o options) espFiles(uki []byte) ([]file, error) {
 	files := []file{
 		{"EFI/BOOT/BOOTAA64.EFI", loader},
 		{"loader/loader.conf", []byte(loaderConf)},
-		{fmt.Sprintf("EFI/Linux/deimos_%s+%d.efi", o.version, tries), uki},
+		{fmt.Sprintf("EFI/Linux/deimos_%s+%d.efi", o.imageVersion, slot.Tries), uki},
 	}
 	if o.config != "" {
 		raw, err := os.ReadFile(o.config)

@@ -4,6 +4,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/BurntSushi/toml"
@@ -11,9 +12,10 @@ import (
 
 // params is what the kernel's command line says to us.
 type params struct {
-	coordinator string   // deimos.coordinator=https://host:8443
-	token       string   // deimos.token=deimos_…
-	ntp         []string // deimos.ntp=host,host; "off" alone: none
+	coordinator string        // deimos.coordinator=https://host:8443
+	token       string        // deimos.token=deimos_…
+	ntp         []string      // deimos.ntp=host,host; "off" alone: none
+	confirm     time.Duration // deimos.confirm=60s: how long a firmware on trial has; 0 if nothing is said
 }
 
 const (
@@ -43,6 +45,10 @@ func parseCommandLine(line string) params {
 			}
 		case "deimos.token":
 			p.token = value
+		case "deimos.confirm":
+			if d, err := time.ParseDuration(value); err == nil && d > 0 {
+				p.confirm = d
+			}
 		case "deimos.ntp":
 			p.ntp = slices.DeleteFunc(strings.Split(value, ","), func(s string) bool { return s == "" })
 		}

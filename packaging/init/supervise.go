@@ -22,8 +22,9 @@ const (
 	agentLine  = 4 << 10          // bytes of a line of the agent's that are kept
 )
 
-// supervisor runs the agent for as long as the machine runs. Exit code 75 asks
-// for another start at once; after any other end there is a pause, which doubles.
+// supervisor runs the agent for as long as the machine runs. Exit code 75
+// ([slot.ExitRestart]) asks for another start at once, 79 ([slot.ExitReboot]) for one
+// of the machine; after any other end there is a pause, which doubles.
 // Nothing makes it give up: a device that nobody visits has nothing better to do.
 type supervisor struct {
 	processes  *processes
@@ -34,6 +35,8 @@ type supervisor struct {
 	stopWithin time.Duration
 	first      time.Duration // pause
 	crashed    func()        // after an end that nobody asked for; nil: nothing
+	ended      func()        // after any end but those that we asked for; nil: nothing
+	reboot     func()        // the agent asks for it; nil: nothing
 }
 
 // run returns once ctx has ended and the agent with it.
@@ -54,11 +57,19 @@ func (s *supervisor) run(ctx context.Context) {
 			pause = s.first
 			continue
 		}
+		if s.ended != nil {
+			s.ended()
+		}
+		if end.reboot && lived >= s.first && s.reboot != nil {
+			s.reboot()
+			s.wait(ctx, mostPause) // it comes before that is over
+			continue
+		}
 		if end.again && lived >= s.first {
 			s.log.Info("the agent asks to be started again")
 			continue
 		}
-		if s.crashed != nil && !end.again {
+		if s.crashed != nil && !end.again && !end.reboot {
 			s.crashed()
 		}
 		s.log.Error("the agent ended; it is started again", "end", end.text, "lived", lived.Round(time.Millisecond), "in", pause)
@@ -84,9 +95,10 @@ func (s *supervisor) wait(ctx context.Context, pause time.Duration) (news bool) 
 }
 
 type agentEnd struct {
-	again bool // it asked for another start at once
-	news  bool // we stopped it, to start it with another command
-	text  string
+	again  bool // it asked for another start at once
+	reboot bool // it asked for a start of the machine
+	news   bool // we stopped it, to start it with another command
+	text   string
 }
 
 func (s *supervisor) once(ctx context.Context) agentEnd {
@@ -155,6 +167,8 @@ func endOf(status unix.WaitStatus) agentEnd {
 		return agentEnd{text: fmt.Sprintf("killed by the signal %v", status.Signal())}
 	case status.ExitStatus() == slot.ExitRestart:
 		return agentEnd{again: true, text: "asked to be started again"}
+	case status.ExitStatus() == slot.ExitReboot:
+		return agentEnd{reboot: true, text: "asked for the machine to be started anew"}
 	}
 	return agentEnd{text: fmt.Sprintf("exit code %d", status.ExitStatus())}
 }

@@ -19,7 +19,7 @@ import (
 type disk interface {
 	list() (images, error)
 	free() (int64, error) // bytes of the ESP
-	open(name string) (io.ReadCloser, error)
+	open(name string) (input, error)
 	create(name string) (output, error) // empty, whatever was there
 	rename(from, to string) error
 	remove(name string) error       // no error if it is not there
@@ -27,6 +27,11 @@ type disk interface {
 	sync() error                    // of names; contents are synced by themselves
 	load() (record, error)
 	save(record) error // all or nothing, and durable
+}
+
+type input interface {
+	io.ReadCloser
+	io.ReaderAt
 }
 
 type output interface {
@@ -73,7 +78,7 @@ func (m *mounted) free() (int64, error) {
 	return int64(st.Bavail) * int64(st.Bsize), nil
 }
 
-func (m *mounted) open(name string) (io.ReadCloser, error) { return os.Open(m.path(name)) }
+func (m *mounted) open(name string) (input, error) { return os.Open(m.path(name)) }
 
 func (m *mounted) create(name string) (output, error) { return os.Create(m.path(name)) }
 

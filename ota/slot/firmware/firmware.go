@@ -9,7 +9,7 @@
 // in one file. The agent installs one, restarts the machine, and confirms it from
 // inside once it is healthy. systemd-boot chooses and counts, as the Boot Loader
 // Specification says under "boot counting". It takes the newest version (of the
-// image's own .osrel, which must say what the file name says) among those that
+// image's own .osrel, which must say what the file name says; see [ImageVersion]) among those that
 // are not used up, and before it starts one with a counter it pays for the try:
 //
 //	EFI/Linux/deimos_VERSION.efi              confirmed
@@ -27,12 +27,12 @@
 //	on the ESP             runs   is                     leaves it by
 //	1                      1      settled                Install 2
 //	1, 2+3.tmp             1      settled, cut           Install, which begins anew
-//	1, 2+3                 1      on trial               restart
+//	1, 2+3                 1      on trial               restart; after one it was passed over: as rolled back
 //	1, 2+2-1               2      being tried            Confirm, or a restart
 //	1, 2+0-3               2      the last try           the same
 //	1, 2+0-3               1      rolled back            Settled: reports, and removes 2
 //	1, 2                   2      settled, 1 kept        Install 3, which removes 1 first
-//	1+2-1                  1      new device             Confirm
+//	1+2-1                  1      new device             Confirm, or Install, which confirms 1 first
 //	1+2-1, 1               1      settled, cut           nothing; 1+2-1 goes with the next Confirm if it is a copy
 //
 // # What always holds
@@ -59,7 +59,12 @@
 // All methods may be called again after any cut; they then finish, or do nothing.
 //
 // A version that is older than the one that runs cannot be installed: the boot
-// loader would not take it.
+// loader would not take it. A machine whose boot loader does not take the new one
+// either, because it starts from another disk, say, must not restart for ever: a
+// trial that a later boot finds untouched is over.
+//
+// The boot loader counts starts; somebody must also start anew a machine whose new
+// firmware hangs, and that is the image's process 1, by [Store.OnTrial].
 package firmware
 
 import (
@@ -70,6 +75,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"sync"
 
 	"github.com/deimos-edge/deimos/ota/slot"
@@ -90,6 +96,14 @@ var ErrUnknown = errors.New("the image of the firmware that runs is not on the E
 // ErrTwice is returned when a power cut has left a file that a new one would collide with.
 var ErrTwice = errors.New("a power cut has left two names of one file on the EFI system partition; check it with fsck.vfat")
 
+// Env is the environment variable by which the image's process 1 tells the agent
+// where the EFI system partition is mounted, read-write. Folder is the folder of
+// the images there.
+const (
+	Env    = "DEIMOS_ESP"
+	Folder = "EFI/Linux"
+)
+
 // ErrSpace is returned when an image does not fit.
 var ErrSpace = errors.New("the EFI system partition has too little room")
 
@@ -104,36 +118,56 @@ type trial struct {
 	From   string `json:"from"`
 	To     string `json:"to"`
 	SHA256 string `json:"sha256"`
+	Boot   string `json:"boot,omitempty"` // of the machine, during which it was installed
+}
+
+// Trial is an image that has not been confirmed yet.
+type Trial struct {
+	Order   string
+	Version string
+	Running bool // it is the one that runs
 }
 
 // Store is the firmware images of one device. One process has it at a time.
 type Store struct {
 	disk    disk
-	running string
+	running string // as [ImageVersion] has it, and so all versions in here
+	boot    string
 	mu      sync.Mutex
 }
 
-// Open uses the images in esp, the folder EFI/Linux of the mounted ESP. running
-// is the version that runs, of the release file in its initramfs.
-func Open(esp, stateDir, running string) (*Store, error) {
-	if err := checkVersion(running); err != nil {
+// Open uses the images on the ESP mounted at esp. running is the version that
+// runs, of the release file in its initramfs; boot the kernel's id of this boot,
+// empty if unknown.
+func Open(esp, stateDir, running, boot string) (*Store, error) {
+	version, err := ImageVersion(running)
+	if err != nil {
 		return nil, err
 	}
-	return &Store{disk: &mounted{esp: esp, state: stateDir}, running: running}, nil
+	return &Store{disk: &mounted{esp: filepath.Join(esp, Folder), state: stateDir}, running: version, boot: boot}, nil
 }
 
 // Install puts a new image on trial: from the next start of the machine on it is
 // tried [slot.Tries] times. content is size bytes with the digest image.SHA256,
-// which must be given. A repeat of an order that is on trial does nothing.
+// which must be given; check looks at them on the disk, before they can boot.
+// A repeat of an order that is on trial does nothing.
 //
 // Errors: [slot.ErrBusy] while an image is on trial, [ErrRunning], [ErrOlder],
-// [ErrSpace], [ErrUnknown]; else the content or the disk failed, and nothing has
+// [ErrSpace], [ErrUnknown]; else the content, its check or the disk failed, and nothing has
 // changed but that an older image was removed to make room.
-func (s *Store) Install(ctx context.Context, order string, image slot.Image, size int64, content io.Reader) error {
+func (s *Store) Install(ctx context.Context, order string, image slot.Image, size int64, content io.Reader, check func(io.ReaderAt) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := checkVersion(image.Version); err != nil {
+	version, err := ImageVersion(image.Version)
+	if err != nil {
 		return err
+	}
+	if onTrial, err := s.onTrial(); err != nil {
+		return err
+	} else if !onTrial {
+		if err := s.confirm(ctx); err != nil { // a new device's, which must not be the one to be lost
+			return err
+		}
 	}
 	if _, err := s.settle(); err != nil {
 		return err
@@ -142,40 +176,58 @@ func (s *Store) Install(ctx context.Context, order string, image slot.Image, siz
 	if err != nil {
 		return err
 	}
-	if t := rec.Trial; t != nil && t.Order == order && t.To == image.Version && t.SHA256 == image.SHA256 && all.has(func(f file) bool { return f.version == t.To }) {
+	if t := rec.Trial; t != nil && t.Order == order && t.To == version && t.SHA256 == image.SHA256 && all.has(func(f file) bool { return f.version == t.To }) {
 		return nil
 	}
-	current, ok := all.find(s.running)
-	switch order := compareVersions(image.Version, s.running); {
+	current, _ := all.find(s.running)
+	switch order := compareVersions(version, s.running); {
 	case order == 0:
 		return ErrRunning
 	case order < 0:
 		return ErrOlder
-	case !ok:
-		return ErrUnknown
-	case current.counted, all.has(func(f file) bool { return f.counted && f.left > 0 }):
+	case current.counted, all.has(func(f file) bool { return f.counted && f.left > 0 && f.version != s.running }):
 		return slot.ErrBusy
 	case all.has(func(f file) bool { return !f.counted && compareVersions(f.version, s.running) > 0 }):
 		return fmt.Errorf("a newer firmware than the one that runs is confirmed; restart to use it: %w", slot.ErrBusy)
 	}
-	if err := s.makeRoom(all, image.Version, size); err != nil {
-		return err
-	}
-	rec.Trial = &trial{Order: order, From: s.running, To: image.Version, SHA256: image.SHA256}
-	if err := s.disk.save(rec); err != nil {
-		return err
-	}
-	return s.write(file{version: image.Version, counted: true, left: slot.Tries}, size, image.SHA256, reader{ctx, content})
-}
-
-// makeRoom removes all but the image that runs, if that makes room enough for one
-// of that version and size.
-func (s *Store) makeRoom(all images, version string, size int64) error {
-	free, err := s.disk.free()
+	old, err := s.toRemove(all, version, size)
 	if err != nil {
 		return err
 	}
-	var old []string
+	if err := s.remove(old); err != nil {
+		return err
+	}
+	rec.Trial = &trial{Order: order, From: s.running, To: version, SHA256: image.SHA256, Boot: s.boot}
+	if err := s.disk.save(rec); err != nil {
+		return err
+	}
+	return s.write(file{version: version, counted: true, left: slot.Tries}, size, image.SHA256, reader{ctx, content}, check)
+}
+
+// CheckRoom tells, as an error, whether an image of that version and size would
+// not fit, once the older ones are gone.
+func (s *Store) CheckRoom(version string, size int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	version, err := ImageVersion(version)
+	if err != nil {
+		return err
+	}
+	all, err := s.disk.list()
+	if err != nil {
+		return err
+	}
+	_, err = s.toRemove(all, version, size)
+	return err
+}
+
+// toRemove is all but the image that runs, if that makes room enough for one
+// of that version and size.
+func (s *Store) toRemove(all images, version string, size int64) (old []string, err error) {
+	free, err := s.disk.free()
+	if err != nil {
+		return nil, err
+	}
 	for _, f := range all {
 		switch {
 		case !f.tmp && f.version == s.running:
@@ -183,13 +235,13 @@ func (s *Store) makeRoom(all images, version string, size int64) error {
 			old = append(old, f.name)
 			free += f.size
 		case f.version == version:
-			return ErrTwice
+			return nil, ErrTwice
 		}
 	}
 	if free < size+margin {
-		return fmt.Errorf("%w: %d MiB are free for an image of %d MiB; delete other files there", ErrSpace, free>>20, size>>20)
+		return nil, fmt.Errorf("%w: %d MiB are free for an image of %d MiB; delete other files there", ErrSpace, free>>20, size>>20)
 	}
-	return s.remove(old)
+	return old, nil
 }
 
 // shares tells whether a file may have the same blocks as another one.
@@ -219,7 +271,7 @@ func (s *Store) remove(names []string) error {
 }
 
 // write makes a new image, aside first. What was left aside is written over.
-func (s *Store) write(f file, size int64, sum string, content io.Reader) error {
+func (s *Store) write(f file, size int64, sum string, content io.Reader, check func(io.ReaderAt) error) error {
 	aside := f.String() + asideEnd
 	out, err := s.disk.create(aside)
 	if err != nil {
@@ -236,7 +288,21 @@ func (s *Store) write(f file, size int64, sum string, content io.Reader) error {
 	if err = errors.Join(err, out.Close()); err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", aside, err), s.disk.remove(aside))
 	}
+	if err := s.check(aside, check); err != nil {
+		return errors.Join(err, s.disk.remove(aside))
+	}
 	return s.rename(aside, f.String())
+}
+
+func (s *Store) check(name string, check func(io.ReaderAt) error) error {
+	if check == nil {
+		return nil
+	}
+	in, err := s.disk.open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(check(in), in.Close())
 }
 
 func (s *Store) rename(from, to string) error {
@@ -246,20 +312,32 @@ func (s *Store) rename(from, to string) error {
 	return s.disk.sync()
 }
 
-// OnTrial tells whether the image that runs must be confirmed.
+// OnTrial tells whether the image that runs must be confirmed, or the machine goes
+// back to another. The only firmware of a new device is not on trial.
 func (s *Store) OnTrial() (bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	all, err := s.disk.list()
-	mine, ok := all.find(s.running)
-	return ok && mine.counted, err
+	return s.onTrial()
 }
 
+func (s *Store) onTrial() (bool, error) {
+	all, err := s.disk.list()
+	mine, ok := all.find(s.running)
+	return ok && mine.counted && all.has(s.isOther), err
+}
+
+// isOther tells of an image to go back to.
+func (s *Store) isOther(f file) bool { return f.version != s.running && !f.counted }
+
 // Confirm makes the image that runs the one to keep. It does nothing if it is
-// that already.
-func (s *Store) Confirm() error {
+// that already. The only firmware of a new device is copied for it, which ends with ctx.
+func (s *Store) Confirm(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.confirm(ctx)
+}
+
+func (s *Store) confirm(ctx context.Context) error {
 	all, err := s.disk.list()
 	if err != nil {
 		return err
@@ -268,10 +346,10 @@ func (s *Store) Confirm() error {
 	switch {
 	case !ok:
 		return ErrUnknown
-	case mine.counted && all.has(func(f file) bool { return f.version != s.running && !f.counted }):
+	case mine.counted && all.has(s.isOther):
 		return s.rename(mine.name, file{version: s.running}.String())
 	case mine.counted:
-		if err := s.copy(mine, file{version: s.running}); err != nil {
+		if err := s.copy(ctx, mine, file{version: s.running}); err != nil {
 			return err
 		}
 		return s.remove([]string{mine.name}) // it is a copy for certain
@@ -286,29 +364,39 @@ func (s *Store) Confirm() error {
 }
 
 // copy writes an image a second time, under another name.
-func (s *Store) copy(from, to file) error {
+func (s *Store) copy(ctx context.Context, from, to file) error {
 	if free, err := s.disk.free(); err != nil || free < from.size+margin {
 		return cmp.Or(err, fmt.Errorf("%w to confirm the only firmware: %d MiB are free, %d are needed; delete other files there", ErrSpace, free>>20, (from.size+margin)>>20))
-	}
-	sum := sha256.New()
-	if err := s.read(from.name, sum); err != nil {
-		return err
 	}
 	in, err := s.disk.open(from.name)
 	if err != nil {
 		return err
 	}
-	err = s.write(to, from.size, hex.EncodeToString(sum.Sum(nil)), in)
+	sum := sha256.New()
+	if _, err = io.Copy(sum, reader{ctx, io.NewSectionReader(in, 0, from.size)}); err == nil {
+		err = s.write(to, from.size, hex.EncodeToString(sum.Sum(nil)), reader{ctx, in}, nil)
+	}
 	return errors.Join(err, in.Close())
 }
 
-func (s *Store) read(name string, to io.Writer) error {
-	in, err := s.disk.open(name)
+// State tells which image is on trial, nil if none is, and how the last trial ended.
+func (s *Store) State() (*Trial, *slot.Outcome, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	last, err := s.settle()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	_, err = io.Copy(to, in)
-	return errors.Join(err, in.Close())
+	all, rec, err := s.look()
+	if err != nil {
+		return nil, nil, err
+	}
+	if t := rec.Trial; t != nil {
+		if f, ok := all.find(t.To); ok && f.counted {
+			return &Trial{Order: t.Order, Version: releaseOf(t.To), Running: t.To == s.running}, last, nil
+		}
+	}
+	return nil, last, nil
 }
 
 // Settled tells how the last trial ended, nil if there was none or it is not
@@ -325,31 +413,44 @@ func (s *Store) settle() (*slot.Outcome, error) {
 	if err != nil {
 		return nil, err
 	}
-	var bad []string
-	for _, f := range all {
-		if !f.tmp && f.counted && f.left == 0 && f.version != s.running && !s.shares(f, all) {
-			bad = append(bad, f.name)
-		}
-	}
-	if t := rec.Trial; t != nil {
-		out := slot.Outcome{Order: t.Order, From: t.From, To: t.To}
-		confirmed := func(f file) bool { return f.version == t.To && !f.counted }
-		usedUp := func(f file) bool { return f.version == t.To && f.counted && f.left == 0 }
-		switch {
-		case all.has(confirmed):
-			out.Result = slot.Confirmed
-		case t.To != s.running && all.has(usedUp):
-			out.Result = slot.RolledBack
-			out.Reason = fmt.Sprintf("not confirmed in %d starts of the machine", slot.Tries)
-		default:
-			return rec.Last, nil
-		}
-		rec.Last, rec.Trial = &out, nil
+	if result, reason := s.result(all, rec.Trial); result != "" {
+		t := rec.Trial
+		rec.Last, rec.Trial = &slot.Outcome{Order: t.Order, From: releaseOf(t.From), To: releaseOf(t.To), Result: result, Reason: reason}, nil
 		if err := s.disk.save(rec); err != nil {
 			return nil, err
 		}
 	}
+	over := func(f file) bool {
+		return f.left == 0 || rec.Trial == nil && rec.Last != nil && rec.Last.Result == slot.RolledBack && rec.Last.To == releaseOf(f.version)
+	}
+	var bad []string
+	for _, f := range all {
+		if !f.tmp && f.counted && f.version != s.running && over(f) && !s.shares(f, all) {
+			bad = append(bad, f.name)
+		}
+	}
 	return rec.Last, s.remove(bad)
+}
+
+// result is empty for a trial that is not decided.
+func (s *Store) result(all images, t *trial) (result slot.Result, reason string) {
+	if t == nil {
+		return "", ""
+	}
+	f, ok := all.find(t.To)
+	switch {
+	case !ok:
+		return "", "" // it never began
+	case !f.counted:
+		return slot.Confirmed, ""
+	case t.To == s.running:
+		return "", ""
+	case f.left == 0:
+		return slot.RolledBack, fmt.Sprintf("not confirmed in %d starts of the machine", slot.Tries)
+	case t.Boot != "" && s.boot != "" && t.Boot != s.boot:
+		return slot.RolledBack, fmt.Sprintf("the boot loader has started version %s all the same; is there another disk that it starts from?", releaseOf(s.running))
+	}
+	return "", ""
 }
 
 func (s *Store) look() (images, record, error) {

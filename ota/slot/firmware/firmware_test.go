@@ -30,7 +30,7 @@ func about(version string) slot.Image {
 }
 
 func install(s *Store, order, version string) error {
-	return s.Install(context.Background(), order, about(version), imageSize, bytes.NewReader(imageOf(version)))
+	return s.Install(context.Background(), order, about(version), imageSize, bytes.NewReader(imageOf(version)), nil)
 }
 
 // fat is a disk as FAT is at its worst: until the next sync each change of a name
@@ -98,12 +98,15 @@ func (f *fat) list() (all images, err error) {
 
 func (f *fat) free() (int64, error) { return f.room, nil }
 
-func (f *fat) open(name string) (io.ReadCloser, error) {
+func (f *fat) open(name string) (input, error) {
 	c := f.live[name]
 	if c == nil {
 		return nil, os.ErrNotExist
 	}
-	return io.NopCloser(bytes.NewReader(c.bytes)), nil
+	return struct {
+		*bytes.Reader
+		io.Closer
+	}{bytes.NewReader(c.bytes), io.NopCloser(nil)}, nil
 }
 
 func (f *fat) create(name string) (output, error) {
@@ -286,26 +289,26 @@ func must(t *testing.T, err error) {
 func wantSettled(t *testing.T, s *Store, want slot.Result) {
 	t.Helper()
 	for range 2 { // it keeps telling
-		if out, err := s.Settled(); err != nil || out == nil || out.Result != want || out.Order != "o2" || out.From != "1.0" || out.To != "2.0" {
+		if out, err := s.Settled(); err != nil || out == nil || out.Result != want || out.Order != "o2" || out.From != "1.0.0" || out.To != "2.0.0" {
 			t.Fatalf("settled: %+v, %v; want %s", out, err, want)
 		}
 	}
 }
 
 func TestACutInAnInstallBootsOldOrNew(t *testing.T) {
-	for _, before := range [][]string{{"deimos_1.0.efi"}, {"deimos_0.9.efi", "deimos_1.0.efi"}, {"deimos_1.0.efi", "deimos_1.5+0-3.efi", "deimos_2.0+3.efi.tmp"}} {
+	for _, before := range [][]string{{"deimos_1.0.0.efi"}, {"deimos_0.9.0.efi", "deimos_1.0.0.efi"}, {"deimos_1.0.0.efi", "deimos_1.5.0+0-3.efi", "deimos_2.0.0+3.efi.tmp"}} {
 		begin := func() *fat { return newFAT(before...) }
-		do := func(f *fat) { must(t, install(f.store("1.0"), "o2", "2.0")) }
+		do := func(f *fat) { must(t, install(f.store("1.0.0"), "o2", "2.0.0")) }
 		everyCut(t, begin, do, func(t *testing.T, f *fat) {
 			version := f.boot(t)
-			if version != "2.0" {
-				must(t, install(f.store(version), "o2", "2.0"))
-				if version = f.boot(t); version != "2.0" {
+			if version != "2.0.0" {
+				must(t, install(f.store(version), "o2", "2.0.0"))
+				if version = f.boot(t); version != "2.0.0" {
 					t.Fatalf("%s boots after the install (%s)", version, f.names())
 				}
 			}
 			s := f.store(version)
-			must(t, s.Confirm())
+			must(t, s.Confirm(context.Background()))
 			wantSettled(t, s, slot.Confirmed)
 			if trial, err := s.OnTrial(); trial || err != nil {
 				t.Errorf("confirmed, and on trial: %v", err)
@@ -315,54 +318,54 @@ func TestACutInAnInstallBootsOldOrNew(t *testing.T) {
 	}
 }
 
-// twoAndNoHarm checks what is on the disk when 2.0 is confirmed beside 1.0. A
+// twoAndNoHarm checks what is on the disk when 2.0.0 is confirmed beside 1.0.0. A
 // second name of the same blocks stays, and does no harm.
 func (f *fat) twoAndNoHarm(t *testing.T) {
 	t.Helper()
 	for name, c := range f.live {
 		switch name {
-		case "deimos_1.0.efi", "deimos_2.0.efi":
+		case "deimos_1.0.0.efi", "deimos_2.0.0.efi":
 		default:
-			if c != f.live["deimos_2.0.efi"] {
+			if c != f.live["deimos_2.0.0.efi"] {
 				t.Errorf("the disk holds %s", f.names())
 			}
 		}
 	}
-	if f.boot(t) != "2.0" || f.live["deimos_1.0.efi"] == nil {
+	if f.boot(t) != "2.0.0" || f.live["deimos_1.0.0.efi"] == nil {
 		t.Errorf("the disk holds %s", f.names())
 	}
-	must(t, f.store("2.0").Install(context.Background(), "o3", about("3.0"), imageSize, bytes.NewReader(imageOf("3.0"))))
-	if got := f.boot(t); got != "3.0" {
+	must(t, f.store("2.0.0").Install(context.Background(), "o3", about("3.0.0"), imageSize, bytes.NewReader(imageOf("3.0.0")), nil))
+	if got := f.boot(t); got != "3.0.0" {
 		t.Errorf("%s boots after the next install (%s)", got, f.names())
 	}
 }
 
 func onTrial() *fat {
-	f := newFAT("deimos_1.0.efi", "deimos_2.0+2-1.efi")
-	f.rec.Trial = &trial{Order: "o2", From: "1.0", To: "2.0", SHA256: about("2.0").SHA256}
+	f := newFAT("deimos_1.0.0.efi", "deimos_2.0.0+2-1.efi")
+	f.rec.Trial = &trial{Order: "o2", From: "1.0.0", To: "2.0.0", SHA256: about("2.0.0").SHA256}
 	return f
 }
 
 func TestACutInAConfirmBootsOldOrNew(t *testing.T) {
-	do := func(f *fat) { must(t, f.store("2.0").Confirm()) }
+	do := func(f *fat) { must(t, f.store("2.0.0").Confirm(context.Background())) }
 	everyCut(t, onTrial, do, func(t *testing.T, f *fat) {
-		if version := f.boot(t); version == "1.0" { // the rename lost it
-			must(t, install(f.store("1.0"), "o2", "2.0"))
+		if version := f.boot(t); version == "1.0.0" { // the rename lost it
+			must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
 			f.boot(t)
 		}
-		s := f.store("2.0")
-		must(t, s.Confirm())
+		s := f.store("2.0.0")
+		must(t, s.Confirm(context.Background()))
 		wantSettled(t, s, slot.Confirmed)
 		f.twoAndNoHarm(t)
 	})
 }
 
 func TestConfirmingTheOnlyFirmwareNeverLosesIt(t *testing.T) {
-	begin := func() *fat { return newFAT("deimos_1.0+2-1.efi") }
-	do := func(f *fat) { must(t, f.store("1.0").Confirm()) }
+	begin := func() *fat { return newFAT("deimos_1.0.0+2-1.efi") }
+	do := func(f *fat) { must(t, f.store("1.0.0").Confirm(context.Background())) }
 	everyCut(t, begin, do, func(t *testing.T, f *fat) {
-		must(t, f.store(f.boot(t)).Confirm())
-		if err := install(f.store("1.0"), "o2", "2.0"); err != nil {
+		must(t, f.store(f.boot(t)).Confirm(context.Background()))
+		if err := install(f.store("1.0.0"), "o2", "2.0.0"); err != nil {
 			t.Errorf("after it nothing can be installed: %v (%s)", err, f.names())
 		}
 	})
@@ -372,11 +375,11 @@ func TestARollBackIsReportedAndCleared(t *testing.T) {
 	begin := func() *fat {
 		f := onTrial()
 		for range 2 {
-			if version := f.boot(t); version != "2.0" {
+			if version := f.boot(t); version != "2.0.0" {
 				t.Fatalf("%s boots while there are tries", version)
 			}
 		}
-		if out, err := f.store("2.0").Settled(); out != nil || err != nil {
+		if out, err := f.store("2.0.0").Settled(); out != nil || err != nil {
 			t.Fatalf("settled during the last try: %+v %v", out, err)
 		}
 		return f
@@ -384,23 +387,23 @@ func TestARollBackIsReportedAndCleared(t *testing.T) {
 	do := func(f *fat) { wantSettled(t, f.store(f.boot(t)), slot.RolledBack) }
 	everyCut(t, begin, do, func(t *testing.T, f *fat) {
 		version := f.boot(t)
-		if version != "1.0" {
+		if version != "1.0.0" {
 			t.Fatalf("%s boots", version)
 		}
 		wantSettled(t, f.store(version), slot.RolledBack)
-		if names := f.names(); names != "deimos_1.0.efi" {
+		if names := f.names(); names != "deimos_1.0.0.efi" {
 			t.Errorf("the disk holds %s", names)
 		}
 	})
 }
 
 func TestTheLastTryCanBeConfirmed(t *testing.T) {
-	f := newFAT("deimos_1.0.efi", "deimos_2.0+0-3.efi")
+	f := newFAT("deimos_1.0.0.efi", "deimos_2.0.0+0-3.efi")
 	f.rec.Trial = onTrial().rec.Trial
-	s := f.store("2.0")
-	must(t, s.Confirm())
+	s := f.store("2.0.0")
+	must(t, s.Confirm(context.Background()))
 	wantSettled(t, s, slot.Confirmed)
-	if got := f.boot(t); got != "2.0" {
+	if got := f.boot(t); got != "2.0.0" {
 		t.Errorf("%s boots", got)
 	}
 }
@@ -413,19 +416,19 @@ func TestWhatAnInstallRefusesChangesNothing(t *testing.T) {
 		content string
 		want    error
 	}{
-		"the running version":       {[]string{"deimos_1.0.efi"}, 1 << 30, "1.0", "1.0", ErrRunning},
-		"an older version":          {[]string{"deimos_1.0.efi"}, 1 << 30, "0.9", "0.9", ErrOlder},
-		"before it is confirmed":    {[]string{"deimos_0.9.efi", "deimos_1.0+2-1.efi"}, 1 << 30, "2.0", "2.0", slot.ErrBusy},
-		"while one is on trial":     {[]string{"deimos_1.0.efi", "deimos_1.5+3.efi"}, 1 << 30, "2.0", "2.0", slot.ErrBusy},
-		"below a confirmed one":     {[]string{"deimos_1.0.efi", "deimos_1.5.efi"}, 1 << 30, "2.0", "2.0", slot.ErrBusy},
-		"without room":              {[]string{"deimos_1.0.efi"}, margin, "2.0", "2.0", ErrSpace},
-		"without the running image": {[]string{"deimos_0.9.efi"}, 1 << 30, "2.0", "2.0", ErrUnknown},
-		"other bytes":               {[]string{"deimos_1.0.efi"}, 1 << 30, "2.0", "2.1", nil},
-		"a name for another folder": {[]string{"deimos_1.0.efi"}, 1 << 30, "2.0/../x", "2.0", nil},
+		"the running version":       {[]string{"deimos_1.0.0.efi"}, 1 << 30, "1.0.0", "1.0.0", ErrRunning},
+		"an older version":          {[]string{"deimos_1.0.0.efi"}, 1 << 30, "0.9.0", "0.9.0", ErrOlder},
+		"before it is confirmed":    {[]string{"deimos_0.9.0.efi", "deimos_1.0.0+2-1.efi"}, 1 << 30, "2.0.0", "2.0.0", slot.ErrBusy},
+		"while one is on trial":     {[]string{"deimos_1.0.0.efi", "deimos_1.5.0+3.efi"}, 1 << 30, "2.0.0", "2.0.0", slot.ErrBusy},
+		"below a confirmed one":     {[]string{"deimos_1.0.0.efi", "deimos_1.5.0.efi"}, 1 << 30, "2.0.0", "2.0.0", slot.ErrBusy},
+		"without room":              {[]string{"deimos_1.0.0.efi"}, margin, "2.0.0", "2.0.0", ErrSpace},
+		"without the running image": {[]string{"deimos_0.9.0.efi"}, 1 << 30, "2.0.0", "2.0.0", ErrUnknown},
+		"other bytes":               {[]string{"deimos_1.0.0.efi"}, 1 << 30, "2.0.0", "2.1.0", nil},
+		"a name for another folder": {[]string{"deimos_1.0.0.efi"}, 1 << 30, "2.0.0/../x", "2.0.0", nil},
 	} {
 		f := newFAT(c.disk...)
 		f.room = c.room
-		err := f.store("1.0").Install(context.Background(), "o2", slot.Image{Version: c.version, SHA256: about(c.version).SHA256}, imageSize, bytes.NewReader(imageOf(c.content)))
+		err := f.store("1.0.0").Install(context.Background(), "o2", slot.Image{Version: c.version, SHA256: about(c.version).SHA256}, imageSize, bytes.NewReader(imageOf(c.content)), nil)
 		if err == nil || c.want != nil && !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
@@ -436,10 +439,10 @@ func TestWhatAnInstallRefusesChangesNothing(t *testing.T) {
 }
 
 func TestARepeatOfTheOrderInstallsNothing(t *testing.T) {
-	f := newFAT("deimos_1.0.efi")
-	must(t, install(f.store("1.0"), "o2", "2.0"))
+	f := newFAT("deimos_1.0.0.efi")
+	must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
 	f.ops = 0
-	must(t, install(f.store("1.0"), "o2", "2.0"))
+	must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
 }
 
 // The examples of the Version Format Specification, as far as our characters go.
@@ -478,21 +481,21 @@ func TestNamesSayWhatTheyAre(t *testing.T) {
 // machine can mount it, else in a folder.
 func TestOnARealFileSystem(t *testing.T) {
 	esp, state := espFolder(t), t.TempDir()
-	must(t, os.WriteFile(filepath.Join(esp, "deimos_1.0.efi"), imageOf("1.0"), 0o600))
-	old, err := Open(esp, state, "1.0")
+	must(t, os.WriteFile(filepath.Join(esp, "deimos_1.0.0.efi"), imageOf("1.0.0"), 0o600))
+	old, err := Open(filepath.Dir(filepath.Dir(esp)), state, "1.0.0", "")
 	must(t, err)
-	must(t, install(old, "o2", "2.0"))
-	must(t, os.Rename(filepath.Join(esp, "deimos_2.0+3.efi"), filepath.Join(esp, "deimos_2.0+2-1.efi")))
-	s, err := Open(esp, state, "2.0")
+	must(t, install(old, "o2", "2.0.0"))
+	must(t, os.Rename(filepath.Join(esp, "deimos_2.0.0+3.efi"), filepath.Join(esp, "deimos_2.0.0+2-1.efi")))
+	s, err := Open(filepath.Dir(filepath.Dir(esp)), state, "2.0.0", "")
 	must(t, err)
 	if trial, err := s.OnTrial(); !trial || err != nil {
 		t.Fatalf("on trial: %v %v", trial, err)
 	}
-	must(t, s.Confirm())
+	must(t, s.Confirm(context.Background()))
 	wantSettled(t, s, slot.Confirmed)
-	got, err := os.ReadFile(filepath.Join(esp, "deimos_2.0.efi"))
+	got, err := os.ReadFile(filepath.Join(esp, "deimos_2.0.0.efi"))
 	must(t, err)
-	if !bytes.Equal(got, imageOf("2.0")) {
+	if !bytes.Equal(got, imageOf("2.0.0")) {
 		t.Error("the image has changed")
 	}
 }
@@ -507,5 +510,7 @@ func espFolder(t *testing.T) string {
 		t.Cleanup(func() { must(t, exec.Command("umount", mnt).Run()) })
 		t.Log("on FAT")
 	}
-	return mnt
+	esp := filepath.Join(mnt, Folder)
+	must(t, os.MkdirAll(esp, 0o700))
+	return esp
 }

@@ -2,6 +2,7 @@ package firmware
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -15,16 +16,29 @@ const asideEnd = ".tmp"
 // capital letters, which FAT does not tell from small ones, nor a "+", which
 // begins the counter, nor a "_", which ends the name.
 var (
-	versionForm = regexp.MustCompile(`^[0-9][0-9a-z.~^-]{0,63}$`)
+	releaseForm = regexp.MustCompile(`^(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}(-[a-z]+(\.(0|[1-9][0-9]*))*)?$`)
 	nameForm    = regexp.MustCompile(`^deimos_([0-9][0-9a-z.~^-]{0,63})(?:\+([0-9]{1,4})(?:-([0-9]{1,4}))?)?\.efi(\.tmp)?$`)
 )
 
-func checkVersion(version string) error {
-	if !versionForm.MatchString(version) {
-		return fmt.Errorf("%.64q cannot be the version of a firmware: it may have digits, small letters, and . - ~ ^", version)
+// ErrVersion is returned for a version that the boot loader would not sort as we do.
+var ErrVersion = errors.New("cannot be the version of a firmware")
+
+// ImageVersion is how the version of a release, a semantic one, is written in file
+// names and in an image's IMAGE_VERSION: 1.0.0-rc.1 is 1.0.0~rc.1 there. For to
+// the boot loader "1.0.0-rc.1" is newer than "1.0.0", and what follows a "~" older.
+//
+// Of versions before a release only those are taken that both orders sort alike: a
+// word of small letters, then numbers. (Semantic versions have rc10 before rc9, and
+// 1 before alpha.)
+func ImageVersion(version string) (string, error) {
+	if !releaseForm.MatchString(version) || len(version) > 64 {
+		return "", fmt.Errorf("%.64q %w: it must look like 1.2.3 or 1.2.3-rc.1, a word of small letters and numbers after the dash", version, ErrVersion)
 	}
-	return nil
+	return strings.Replace(version, "-", "~", 1), nil
 }
+
+// releaseOf turns [ImageVersion] around.
+func releaseOf(image string) string { return strings.Replace(image, "~", "-", 1) }
 
 // file is an image on the ESP, or what is to become one.
 type file struct {

@@ -54,7 +54,7 @@ func main() {
 		Source: func() (repo.Source, error) { return repo.HTTP{Client: http.DefaultClient, Base: os.Args[3]}, nil },
 	})
 	check(err)
-	check(s.Confirm())
+	check(s.Confirm(ctx))
 	work(ctx, s, os.Args[5])
 	<-ctx.Done()
 }
