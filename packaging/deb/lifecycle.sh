@@ -5,6 +5,7 @@
 #
 #	/debs/0.deb, /debs/1.deb    the agent, older and newer
 #	/debs/broken.deb            a newer one, with an agent that cannot come up
+#	/debs/conffile.deb          the agent of 1.deb, with another conffile
 #	/debs/sha256sum.wasm        a module that prints the digest of its input
 #	/debs/c0.deb, /debs/c1.deb  the coordinator, older and newer
 set -eu
@@ -22,49 +23,75 @@ until_() {
 		sleep 0.5
 	done
 }
+# The shell does not end for what stands behind a "!", nor before a "&&": so each
+# claim is a line of its own, and what must not be is said by these.
+not() { if "$@"; then echo "it must not be that: $*"; return 1; fi; }
+gone() { for f; do not test -e "$f"; done; }
+is() { [ "$1" = "$2" ] || { echo "it is $1, not $2"; return 1; }; }
 active() { systemctl --quiet is-active "$1"; }
 enabled() { systemctl --quiet is-enabled "$1"; }
 # Asked by a copy, as one of the packages brings a broken agent.
 online() { /debs/agent status --state /var/lib/deimos | grep -q "^agent .*$1, online"; }
 key() { sha256sum /var/lib/deimos/identity/key.pem; }
 slots() { cat /var/lib/deimos/slots/state.json; }
+trial() { grep -A8 '"trial"' /var/lib/deimos/slots/state.json | grep -q "\"version\": *\"$1\""; }
+restarts() { systemctl show --property=NRestarts --value deimos-agent; }
+restarted_since() { [ "$(restarts)" -gt "$1" ]; }
+# A configuration with a token of its own.
+configure() { printf 'coordinator = "https://127.0.0.1:8443"\ntoken = "%s"\n' "$(deimos token create)" >/etc/deimos/agent.toml; }
+# What udev would do with a device that is not there, by the installed rules, and
+# whether ours are among them.
+udev() { umockdev-run --device=/debs/devices.umockdev -- udevadm test --action=add "/sys/devices/$1" 2>&1; }
+handed() { udev "$1" | grep -E 'deimos-agent.rules:[0-9]+ (GROUP|MODE|RUN) '; }
+# What systemd and its helper know of a unit.
+enabling() { find /etc/systemd /var/lib/systemd/deb-systemd-helper-* -name "*$1*" ! -name 'deimos-test*' | grep .; }
 
 claim "the coordinator's package starts nothing, and its user and folder are there"
 dpkg -i /debs/c0.deb
-! active deimos && ! enabled deimos
-[ "$(stat -c '%U %a' /var/lib/deimos-fleet)" = "deimos 700" ]
+not active deimos
+not enabled deimos
+is "$(stat -c '%U %a' /var/lib/deimos-fleet)" "deimos 700"
 
 claim "it starts when it is asked to, under its sandbox"
 echo 'DEIMOS_ADVERTISE=127.0.0.1' >>/etc/deimos/coordinator.env
 systemctl enable --now deimos
 until_ 60 deimos status
-[ "$(stat -c %U $DEIMOS_CONTEXT)" = deimos ]
+is "$(stat -c %U $DEIMOS_CONTEXT)" deimos
 
 claim "an agent without a configuration is installed and does not start"
 dpkg -i /debs/0.deb
-! active deimos-agent && ! enabled deimos-agent
+not active deimos-agent
+not enabled deimos-agent
 cp /usr/bin/deimos-agent /debs/agent
-[ "$(stat -c '%U %a' /var/lib/deimos)" = "deimos-agent 700" ]
-[ "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" = "root deimos-agent 640" ]
+is "$(stat -c '%U %a' /var/lib/deimos)" "deimos-agent 700"
+is "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" "root deimos-agent 640"
 
-claim "the groups of the udev rule are there"
-getent group gpio i2c
+claim "the udev rule hands over lights of the board, GPIO, I²C and watchdogs; no keyboard's light, no disk"
+udev board/leds/board:green:status | grep "^run: '/bin/chgrp deimos-agent .*/brightness "
+udev board/gpiochip0 | grep "deimos-agent.rules:.* GROUP $(getent group gpio | cut -d: -f3)$"
+udev board/i2c-1 | grep "deimos-agent.rules:.* GROUP $(getent group i2c | cut -d: -f3)$"
+udev board/watchdog0 | grep "deimos-agent.rules:.* GROUP $(getent group deimos-agent | cut -d: -f3)$"
+udev keyboard/input3/input3::capslock | grep '^SUBSYSTEM=leds$'
+not handed keyboard/input3/input3::capslock
+udev board/sda | grep '^SUBSYSTEM=block$'
+not handed board/sda
 
 claim "purged and installed with a configuration, it starts and comes online"
 dpkg --purge deimos-agent
-[ ! -e /var/lib/deimos ] && [ ! -e /etc/deimos/agent.toml ]
-printf 'coordinator = "https://127.0.0.1:8443"\ntoken = "%s"\n' "$(deimos token create)" >/etc/deimos/agent.toml
-dpkg --force-confold -i /debs/0.deb
+gone /var/lib/deimos /etc/deimos/agent.toml
+not enabling deimos-agent
+configure
+(umask 077; dpkg --force-confold -i /debs/0.deb)
 enabled deimos-agent
 until_ 60 active deimos-agent
 until_ 60 online 0.1.0
-[ "$(stat -c '%G %a' /etc/deimos/agent.toml)" = "deimos-agent 640" ]
+is "$(stat -c '%G %a' /etc/deimos/agent.toml)" "deimos-agent 640"
 id=$(key)
 
 claim "it runs as its user, without capabilities, and stores and computes there"
 pid=$(pgrep -u deimos-agent -x deimos-agent | head -n1)
-[ "$(awk '/^CapBnd/{print $2}' /proc/$pid/status)" = 0000000000000000 ]
-[ "$(awk '/^Seccomp:/{print $2}' /proc/$pid/status)" = 2 ]
+is "$(awk '/^CapBnd/{print $2}' "/proc/$pid/status")" 0000000000000000
+is "$(awk '/^Seccomp:/{print $2}' "/proc/$pid/status")" 2
 head -c 3000000 /dev/urandom >/tmp/file
 deimos object put --replicas 1 /tmp/file
 deimos object get file --out /tmp/back
@@ -76,6 +103,41 @@ systemctl kill --kill-whom=main --signal=KILL deimos-agent
 until_ 60 active deimos-agent
 until_ 60 online 0.1.0
 
+claim "an agent that stands still is started again by systemd's watchdog"
+mkdir /run/systemd/system/deimos-agent.service.d
+printf '[Service]\nWatchdogSec=6\n' >/run/systemd/system/deimos-agent.service.d/test.conf
+systemctl daemon-reload
+systemctl restart deimos-agent
+until_ 60 online 0.1.0
+before=$(restarts)
+sleep 10 # longer than the limit: it is fed
+is "$(restarts)" "$before"
+pkill --signal STOP -u deimos-agent -x deimos-agent
+until_ 60 restarted_since "$before"
+until_ 60 online 0.1.0
+
+claim "the calls by which an agent could confine its jobs further are not forbidden"
+# landlock_create_ruleset, which has this number everywhere; the kernel need not
+# have it. 1 is EPERM.
+printf '[Service]\nExecStartPre=/usr/bin/perl -e "exit(syscall(444, 0, 0, 1) < 0 && $$! == 1)"\n' >/run/systemd/system/deimos-agent.service.d/test.conf
+systemctl daemon-reload
+systemctl restart deimos-agent
+rm -r /run/systemd/system/deimos-agent.service.d
+systemctl daemon-reload
+
+claim "with disk-health.conf it runs as root with two capabilities, and without it again as its user"
+install -D -m 644 /usr/share/doc/deimos-agent/examples/disk-health.conf /etc/systemd/system/deimos-agent.service.d/disk-health.conf
+systemctl daemon-reload
+systemctl restart deimos-agent
+until_ 60 online 0.1.0
+is "$(awk '/^CapEff/{print $2}' "/proc/$(pgrep -u root -x deimos-agent | head -n1)/status")" 0000000000220000
+rm -r /etc/systemd/system/deimos-agent.service.d
+systemctl daemon-reload
+systemctl restart deimos-agent
+until_ 60 online 0.1.0
+is "$(key)" "$id"
+is "$(stat -c %U /var/lib/deimos/identity/key.pem)" deimos-agent
+
 claim "a disk below /mnt can hold chunks, and the folders of the system cannot be written"
 nsenter -t "$(pgrep -u deimos-agent -x deimos-agent | head -n1)" -m sh -c '! touch /usr/x 2>/dev/null && ! touch /etc/deimos/x 2>/dev/null && touch /mnt/x && rm /mnt/x'
 
@@ -83,18 +145,53 @@ claim "an upgrade puts the newer agent on trial, and it confirms itself"
 dpkg --force-confold -i /debs/1.deb
 until_ 120 online 0.1.1
 until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
-[ "$(key)" = "$id" ]
+is "$(key)" "$id"
+
+claim "with the slots removed, the packaged agent runs, whatever its version"
+systemctl stop deimos-agent
+rm -r /var/lib/deimos/slots
+dpkg --force-confold -i /debs/0.deb
+systemctl start deimos-agent
+until_ 60 online 0.1.0
+is "$(key)" "$id"
+
+claim "while an agent is on trial, an upgrade leaves the trial alone"
+systemctl stop deimos
+dpkg --force-confold -i /debs/1.deb
+until_ 60 trial 0.1.1
+dpkg --force-confold -i /debs/broken.deb
+active deimos-agent
+until_ 60 trial 0.1.1
+systemctl start deimos
+until_ 240 online 0.1.1
+until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
+
+claim "an edited conffile is kept unless its owner says otherwise, and a token in it stays unreadable"
+dpkg --force-confold -i /debs/1.deb
+not dpkg -i /debs/conffile.deb </dev/null
+online 0.1.1
+dpkg --force-confold --configure deimos-agent
+grep -q '^token' /etc/deimos/agent.toml
+is "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" "root deimos-agent 640"
+until_ 60 online 0.1.1
+dpkg --force-confnew -i /debs/1.deb
+not grep -q '^token' /etc/deimos/agent.toml
+grep -q '^token' /etc/deimos/agent.toml.dpkg-old
+is "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" "root deimos-agent 640"
+is "$(stat -c %a /etc/deimos/agent.toml.dpkg-old)" 640
+until_ 60 online 0.1.1
+mv /etc/deimos/agent.toml.dpkg-old /etc/deimos/agent.toml
 
 claim "the same package again changes nothing"
 before=$(slots)
 dpkg --force-confold -i /debs/1.deb
 until_ 60 online 0.1.1
-[ "$(slots)" = "$before" ]
+is "$(slots)" "$before"
 
 claim "an older package does not take a newer agent back"
 dpkg --force-confold -i /debs/0.deb
 until_ 60 online 0.1.1
-[ "$(slots)" = "$before" ]
+is "$(slots)" "$before"
 
 claim "a packaged agent that does not come up leaves the old one running, and is not tried at every start"
 dpkg --force-confold -i /debs/broken.deb
@@ -103,44 +200,67 @@ until_ 60 online 0.1.1
 before=$(slots)
 systemctl restart deimos-agent
 until_ 60 online 0.1.1
-[ "$(slots)" = "$before" ]
+is "$(slots)" "$before"
 
 claim "a stopped agent stays stopped in an upgrade"
 systemctl disable --now deimos-agent
 dpkg --force-confold -i /debs/1.deb
-! active deimos-agent && ! enabled deimos-agent
+not active deimos-agent
+not enabled deimos-agent
 systemctl enable --now deimos-agent
 until_ 60 online 0.1.1
 
 claim "an upgrade of the coordinator keeps fleet and devices"
-fleet=$(sha256sum /var/lib/deimos-fleet/keys/* 2>/dev/null)
+fleet=$(sha256sum /var/lib/deimos-fleet/keys/*)
 dpkg --force-confold -i /debs/c1.deb
 until_ 60 deimos status
 deimos version | grep -q 0.1.1
-[ "$(sha256sum /var/lib/deimos-fleet/keys/* 2>/dev/null)" = "$fleet" ]
+is "$(sha256sum /var/lib/deimos-fleet/keys/*)" "$fleet"
+until_ 120 sh -c 'deimos device list | grep -q online'
+
+claim "and so does a downgrade"
+dpkg --force-confold -i /debs/c0.deb
+until_ 60 deimos status
+is "$(sha256sum /var/lib/deimos-fleet/keys/*)" "$fleet"
 until_ 120 sh -c 'deimos device list | grep -q online'
 
 claim "removed, it stops and keeps identity and configuration; installed again, it is the same device"
 dpkg --remove deimos-agent
-! active deimos-agent
-! pgrep -u deimos-agent
-[ "$(key)" = "$id" ] && [ -e /etc/deimos/agent.toml ]
+not active deimos-agent
+not pgrep -u deimos-agent
+is "$(key)" "$id"
+test -e /etc/deimos/agent.toml
 dpkg --force-confold -i /debs/1.deb
 until_ 120 online 0.1.1
-[ "$(key)" = "$id" ]
+is "$(key)" "$id"
 
 claim "purged, nothing of it is left but its user"
 dpkg --purge deimos-agent
-[ ! -e /var/lib/deimos ] && [ ! -e /etc/deimos/agent.toml ]
-! pgrep -u deimos-agent
-! find /etc/systemd /var/lib/systemd/deb-systemd-helper-* -name '*deimos-agent*' | grep .
+gone /var/lib/deimos /etc/deimos/agent.toml
+not pgrep -u deimos-agent
+not enabling deimos-agent
+gone /usr/bin/deimos-agent /usr/lib/deimos
 
-claim "the coordinator, removed, keeps the fleet; purged, it does not"
+claim "installed after a purge, it is another device"
+mkdir -p /etc/deimos
+configure
+dpkg --force-confold -i /debs/0.deb
+until_ 60 online 0.1.0
+not is "$(key)" "$id"
+dpkg --purge deimos-agent
+gone /var/lib/deimos /etc/deimos/agent.toml
+
+claim "the coordinator, removed, keeps the fleet and comes back with it; purged, it does not"
 dpkg --remove deimos
-[ -e /var/lib/deimos-fleet/keys ] && [ -e /etc/deimos/coordinator.env ]
+test -e /etc/deimos/coordinator.env
+not active deimos
+dpkg --force-confold -i /debs/c0.deb
+until_ 60 deimos status
+is "$(sha256sum /var/lib/deimos-fleet/keys/*)" "$fleet"
+dpkg --remove deimos
 dpkg --purge deimos
-[ ! -e /var/lib/deimos-fleet ] && [ ! -e /etc/deimos ]
-! find /etc/systemd /var/lib/systemd/deb-systemd-helper-* -name '*deimos*' ! -name 'deimos-test*' | grep .
+gone /var/lib/deimos-fleet /etc/deimos
+not enabling deimos
 
 echo "$n claims hold"
 touch /debs/passed
