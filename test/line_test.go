@@ -134,7 +134,7 @@ var natsServer = func() func(*testing.T) string {
 }()
 
 func (d *device) checkStorage() { d.f.T.Helper(); d.f.CheckStorage(d.name, d.id) }
-func (d *device) checkCompute() { d.f.T.Helper(); d.f.CheckCompute(d.name, d.id) }
+func (d *device) checkCompute() { d.f.T.Helper(); d.f.CheckCompute(d.name, d.id, "sha256sum") }
 
 func (f *fleet) release(version, agent string) {
 	f.T.Helper()

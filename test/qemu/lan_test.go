@@ -77,6 +77,7 @@ var claimCode = regexp.MustCompile(`deimos device claim ([a-z0-9-]+)`)
 func newLANFleet(t *testing.T, name string) *testbed.Fleet {
 	t.Helper()
 	f := testbed.NewFleet(t, testLimit)
+	f.Patience = bootLimit
 	for _, listen := range []*string{&f.HTTPS, &f.MQTT} {
 		_, port, _ := strings.Cut(*listen, ":")
 		*listen = ":" + port

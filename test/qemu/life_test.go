@@ -17,7 +17,9 @@ const onlineWithin = 30 * time.Second
 func TestLifeOfADevice(t *testing.T) {
 	f := newFleet(t)
 	rng := testbed.Seeded(t)
-	token := f.NewToken(1)
+	f.OK(nil, "release", "keys", "init", "--keys", f.Path("release-keys"))
+	f.Publish("")          // devices take the root of their updates when they join
+	token := f.NewToken(2) // there may be a second try
 	d := newDevice(f)
 	d.options.Config = f.Write("config.toml", fmt.Appendf(nil, "coordinator = %q\ntoken = %q\n\n[jobs]\nenabled = true\n", address(f), token))
 
@@ -34,11 +36,15 @@ func TestLifeOfADevice(t *testing.T) {
 			f.CheckGet("file", data)
 		}},
 		{"computes", func(*testing.T) {
-			f.CheckJobs(o, data[:o.Chunks[0].Size])
-			f.CheckCompute("the device", d.id)
+			// An emulated core takes half a minute to compile the guest; the
+			// challenge, which has no time to spare, finds it compiled.
+			f.CheckWordcount(o, data[:o.Chunks[0].Size], "--cpu", "5m", "--wall", "5m")
+			f.CheckCompute("the device", d.id, "wordcount")
 		}},
 		{"proves", func(*testing.T) { f.CheckStorage("the device", d.id) }},
 		{"is the same after a power cut", func(t *testing.T) { d.checkPowerCut(t, data) }},
+		{"takes a firmware that works", d.checkUpdate},
+		{"comes back from one that does not", d.checkRollback},
 		{"goes down by its button", d.checkPowerButton},
 	} {
 		if f.Sub(part.name, part.do); t.Failed() {
@@ -52,25 +58,40 @@ func TestLifeOfADevice(t *testing.T) {
 
 // checkSoonOnline measures from QEMU's start to the coordinator's word. On a busy
 // host, the time in which QEMU was ready to run and had no core is not the
-// image's: it is taken off, and told.
+// image's: it is taken off, and told. What else a busy host costs (caches, a
+// coordinator that waits too) cannot be told apart; so there is a second try.
 func (d *device) checkSoonOnline(t *testing.T) {
 	d.powerOn()
 	d.awaitOnline()
-	took, waited := time.Since(d.began), d.waited()
-	t.Logf("from power-on to online: %.1f s, of these %.1f s waiting for a core of this host", took.Seconds(), waited.Seconds())
-	if took-waited > onlineWithin {
-		t.Errorf("it took %.1f s, want at most %s", (took - waited).Seconds(), onlineWithin)
+	if d.tookToOnline(t) <= onlineWithin {
+		return
+	}
+	d.cutPower()
+	d.writeImage()
+	d.powerOn()
+	d.awaitOnline()
+	if took := d.tookToOnline(t); took > onlineWithin {
+		t.Errorf("twice it took too long, now %.1f s; want at most %s", took.Seconds(), onlineWithin)
 	}
 }
 
+func (d *device) tookToOnline(t *testing.T) time.Duration {
+	took, waited := time.Since(d.began), d.waited()
+	t.Logf("from power-on to online: %.1f s, of these %.1f s waiting for a core of this host", took.Seconds(), waited.Seconds())
+	return took - waited
+}
+
 func (d *device) checkPowerCut(t *testing.T, data []byte) {
-	before := d.id
+	before, err := d.f.Client.Devices(d.f.Ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
 	d.cutPower()
 	d.powerOn()
-	d.awaitOnline()
-	list, err := d.f.Client.Devices(d.f.Ctx)
-	if err != nil || len(list) != 1 || list[0].ID != before {
-		t.Fatalf("after a power cut there are %d devices, %v; want the one from before", len(list), err)
+	d.awaitOnline() // under its id
+	after, err := d.f.Client.Devices(d.f.Ctx)
+	if err != nil || len(after) != len(before) {
+		t.Fatalf("a power cut made %d devices of %d: %v", len(after), len(before), err)
 	}
 	d.f.CheckStorage("the device", d.id)
 	d.f.CheckGet("file", data)
@@ -87,5 +108,6 @@ func (d *device) checkPowerButton(t *testing.T) {
 	if super := d.debugData("stats -h"); strings.Contains(super, "needs_recovery") || !strings.Contains(super, "clean") {
 		t.Errorf("the data partition was not unmounted:\n%s", super)
 	}
+	d.checkFirmwareKept(t)
 	d.f.Until("the coordinator noticing that the device is off", func() bool { return !d.now().Online })
 }

@@ -40,37 +40,44 @@ func (f *Fleet) CheckPlacements(o PutResult, replicas int) {
 	}
 }
 
-// CheckJobs compares both guests, run on devices, with the programs of this machine.
+// CheckJobs has devices run both guests over the first chunk of an object, whose
+// content is chunk.
 func (f *Fleet) CheckJobs(o PutResult, chunk []byte) {
 	f.T.Helper()
-	file := f.Write("chunk", chunk)
-	count := exec.Command("wc", "-lwc", file)
-	count.Env = append(os.Environ(), "LC_ALL=C")
-	wc, err := count.Output()
+	f.CheckWordcount(o, chunk)
+	sum, err := exec.Command("sha256sum", f.Write("chunk", chunk)).Output()
 	if err != nil {
 		f.T.Fatal(err)
-	}
-	sum, err := exec.Command("sha256sum", file).Output()
-	if err != nil {
-		f.T.Fatal(err)
-	}
-	var words struct{ Lines, Words, Bytes json.Number }
-	if err := json.Unmarshal(f.RunJob(o.Name, "wordcount"), &words); err != nil {
-		f.T.Fatal(err)
-	}
-	if got, want := []string{words.Lines.String(), words.Words.String(), words.Bytes.String()}, strings.Fields(string(wc))[:3]; !slices.Equal(got, want) {
-		f.T.Errorf("a device counted %v, wc %v", got, want)
 	}
 	if got, want := strings.TrimSpace(string(f.RunJob(o.Name, "sha256sum"))), strings.Fields(string(sum))[0]; got != want {
 		f.T.Errorf("a device hashed to %s, sha256sum to %s", got, want)
 	}
 }
 
+// CheckWordcount compares the guest with this machine's wc. flags are more of the
+// job's.
+func (f *Fleet) CheckWordcount(o PutResult, chunk []byte, flags ...string) {
+	f.T.Helper()
+	count := exec.Command("wc", "-lwc", f.Write("chunk", chunk))
+	count.Env = append(os.Environ(), "LC_ALL=C")
+	wc, err := count.Output()
+	if err != nil {
+		f.T.Fatal(err)
+	}
+	var words struct{ Lines, Words, Bytes json.Number }
+	if err := json.Unmarshal(f.RunJob(o.Name, "wordcount", flags...), &words); err != nil {
+		f.T.Fatal(err)
+	}
+	if got, want := []string{words.Lines.String(), words.Words.String(), words.Bytes.String()}, strings.Fields(string(wc))[:3]; !slices.Equal(got, want) {
+		f.T.Errorf("a device counted %v, wc %v", got, want)
+	}
+}
+
 // RunJob runs a guest over the first chunk and checks who signed for the output.
-func (f *Fleet) RunJob(object, name string) []byte {
+func (f *Fleet) RunJob(object, name string, flags ...string) []byte {
 	f.T.Helper()
 	var j api.Job
-	f.OK(&j, "job", "run", Guest(name), "--input", object)
+	f.OK(&j, append([]string{"job", "run", Guest(name), "--input", object}, flags...)...)
 	d, err := f.Client.Device(f.Ctx, string(j.Device))
 	if err != nil {
 		f.T.Fatal(err)
@@ -96,11 +103,11 @@ func (f *Fleet) CheckStorage(name string, id wire.DeviceID) {
 	}
 }
 
-// CheckCompute challenges a device to compute, and opens the commitment.
-func (f *Fleet) CheckCompute(name string, id wire.DeviceID) {
+// CheckCompute challenges a device to run a guest, and opens the commitment.
+func (f *Fleet) CheckCompute(name string, id wire.DeviceID, guest string) {
 	f.T.Helper()
 	var a api.Audit
-	f.OK(&a, "audit", "compute", string(id), "--module", Guest("sha256sum"))
+	f.OK(&a, "audit", "compute", string(id), "--module", Guest(guest))
 	salt, err1 := hex.DecodeString(a.Salt)
 	expected, err2 := hex.DecodeString(a.Expected)
 	sum := sha256.Sum256(slices.Concat(salt, expected))

@@ -2,6 +2,7 @@ package testbed
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"os"
@@ -27,6 +28,8 @@ type Fleet struct {
 	Beat  string
 	NATS  string   // URL of an external server; "" for the embedded one
 	Flags []string // more of the coordinator's
+
+	Patience time.Duration // how long an event may take, and half of what a command may; 0: [Patience]
 
 	Serve  *proc.Process // set by StartServe, with the next
 	Client *api.Client
@@ -121,15 +124,10 @@ func (f *Fleet) Sub(name string, part func(t *testing.T)) {
 	})
 }
 
-// Until polls for an event, at most for [Patience].
+// Until polls for an event, at most for its patience.
 func (f *Fleet) Until(what string, ok func() bool) {
 	f.T.Helper()
-	f.Within(Patience, what, ok)
-}
-
-// Within is [Fleet.Until] with another limit.
-func (f *Fleet) Within(limit time.Duration, what string, ok func() bool) {
-	f.T.Helper()
+	limit := cmp.Or(f.Patience, Patience)
 	deadline := time.Now().Add(limit)
 	for !ok() {
 		if time.Now().After(deadline) || f.Ctx.Err() != nil {
@@ -141,7 +139,9 @@ func (f *Fleet) Within(limit time.Duration, what string, ok func() bool) {
 
 // Deimos runs the command line with this fleet's context.
 func (f *Fleet) Deimos(args ...string) (proc.Result, error) {
-	return RunToEnd(f.Ctx, proc.Command{Argv: append([]string{Program("deimos")}, args...), Dir: f.Dir, Env: []string{"DEIMOS_CONTEXT=" + f.Path("coordinator", "operator.json")}})
+	ctx, cancel := context.WithTimeout(f.Ctx, 2*cmp.Or(f.Patience, Patience))
+	defer cancel()
+	return Starter.Run(ctx, proc.Command{Argv: append([]string{Program("deimos")}, args...), Dir: f.Dir, Env: []string{"DEIMOS_CONTEXT=" + f.Path("coordinator", "operator.json")}})
 }
 
 // OK runs a command that must succeed. v, unless nil, takes what it prints as JSON.
