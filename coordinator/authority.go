@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -212,11 +213,17 @@ func (a *authority) serverCertificate(names []string) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	return tls.Certificate{Certificate: [][]byte{der, a.caCert.Raw}, PrivateKey: key}, nil
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der, a.caCert.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
 // serverCert is the coordinator's own certificate. It renews itself at two
-// thirds of its life, when somebody connects; the names are looked up anew.
+// thirds of its life, when somebody connects; the names are looked up anew. It
+// does so too when somebody connects to an address that it is not good for, which
+// this machine has got since.
 type serverCert struct {
 	make func() (tls.Certificate, error)
 	now  func() time.Time
@@ -225,18 +232,20 @@ type serverCert struct {
 	mu    sync.Mutex
 	cert  *tls.Certificate
 	renew time.Time
+	look  time.Time // not before this for an address
 }
 
 const (
 	serverCertRenew = serverCertLife * 2 / 3
-	serverCertRetry = time.Hour // after a renewal that failed
+	serverCertRetry = time.Hour        // after a renewal that failed
+	serverCertLook  = 10 * time.Second // between two because of an address
 )
 
 // get is for [tls.Config.GetCertificate].
-func (s *serverCert) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+func (s *serverCert) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.cert != nil && s.now().Before(s.renew) {
+	if s.cert != nil && s.now().Before(s.renew) && !s.misses(hello) {
 		return s.cert, nil
 	}
 	c, err := s.make()
@@ -250,6 +259,20 @@ func (s *serverCert) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		return nil, fmt.Errorf("the server certificate cannot be made: %w", err)
 	}
 	return s.cert, nil
+}
+
+// misses tells whether somebody came to an address that the certificate is not
+// good for, and it is time to see whether another would be.
+func (s *serverCert) misses(hello *tls.ClientHelloInfo) bool {
+	if hello == nil || hello.Conn == nil || s.now().Before(s.look) {
+		return false
+	}
+	addr, ok := hello.Conn.LocalAddr().(*net.TCPAddr)
+	if !ok || slices.ContainsFunc(s.cert.Leaf.IPAddresses, addr.IP.Equal) {
+		return false
+	}
+	s.look = s.now().Add(serverCertLook)
+	return true
 }
 
 // deviceCertificate makes the key of a checked request a member of the fleet.

@@ -74,6 +74,11 @@ type Config struct {
 	MQTT      string   // MQTT address, host:port; with NATS set, the port devices find the external listener on
 	NATS      string   // URL of an external NATS server; empty: embedded
 	Advertise []string // host names or addresses that devices use; empty: the one they enrol by
+	CertNames []string // more host names and addresses that the certificate is good for
+	// Announce is the name under which the local network is told where this
+	// coordinator is; empty: one with the machine's name, "off": none. On a loopback
+	// address nothing is announced.
+	Announce string
 	// PublicMQTT and PublicHTTPS are where devices reach the broker and the data
 	// plane, host:port, where that is not a host of Advertise with the ports
 	// above: behind a load balancer, or forwarded by a router.
@@ -127,6 +132,7 @@ type Coordinator struct {
 	httpPort  string
 	mqttPort  string
 	server    *http.Server
+	announced *announcement // nil: nothing is
 	subs      []*nats.Subscription
 	failed    chan error
 	closers   []func()
@@ -207,6 +213,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, portError("HTTPS", cfg.Listen, err)
 	}
 	c.closers = append(c.closers, func() { ln.Close() })
+	if c.announced, err = newAnnouncement(cfg, ln.Addr(), c.log); err != nil {
+		return nil, err
+	}
 	_, c.httpPort, _ = net.SplitHostPort(ln.Addr().String())
 	if err := c.startEngine(ctx); err != nil {
 		return nil, err
@@ -226,6 +235,10 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	c.ready.Store(c.reg)
 	c.eng.Open()
 	c.serve(ln)
+	if c.announced != nil {
+		c.announced.start(c.life)
+		c.closers = append(c.closers, c.announced.close)
+	}
 	return c, nil
 }
 
@@ -235,7 +248,7 @@ func portError(what, addr string, err error) error {
 
 // names are what the server certificate is good for.
 func (c *Coordinator) names() []string {
-	names := append([]string{"localhost", "127.0.0.1", "::1"}, c.cfg.Advertise...)
+	names := slices.Concat([]string{"localhost", "127.0.0.1", "::1"}, c.cfg.Advertise, c.cfg.CertNames)
 	for _, a := range slices.Concat(c.cfg.PublicMQTT, c.cfg.PublicHTTPS) {
 		if host, _, err := net.SplitHostPort(a); err == nil {
 			names = append(names, host)
@@ -607,6 +620,14 @@ func (c *Coordinator) URL() string { return "https://" + net.JoinHostPort("local
 
 // Broker is the MQTT listener's port.
 func (c *Coordinator) Broker() string { return c.mqttPort }
+
+// Announced is what the local network is told; "" if nothing is.
+func (c *Coordinator) Announced() string {
+	if c.announced == nil {
+		return ""
+	}
+	return c.announced.String()
+}
 
 // Close ends everything in good order, within a bound. Calls that wait for a
 // device are ended first: what they began is in the outbox and goes on after the

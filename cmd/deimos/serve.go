@@ -24,6 +24,8 @@ type serveCmd struct {
 	MQTT        string   `default:":8883" env:"DEIMOS_MQTT" placeholder:"ADDR" help:"MQTT address for devices (${default}). With --nats: the address where devices find that server's MQTT listener."`
 	NATS        string   `env:"DEIMOS_NATS" placeholder:"URL" help:"Use this NATS server instead of the embedded one; \"deimos serve --print-nats-config\" shows its configuration."`
 	Advertise   []string `env:"DEIMOS_ADVERTISE" placeholder:"HOST" help:"Host name or address that devices use; may be repeated. Default: the one they enrol by."`
+	CertNames   []string `name:"cert-name" env:"DEIMOS_CERT_NAMES" placeholder:"HOST" help:"Another host name or address that the certificate is good for, beside this machine's and --advertise; may be repeated."`
+	Announce    string   `env:"DEIMOS_ANNOUNCE" placeholder:"NAME" help:"Name under which devices on the local network find this coordinator (DNS-SD), or \"off\". Default: this machine's name; off on a loopback address."`
 	EnrolRate   int      `default:"50" env:"DEIMOS_ENROL_RATE" placeholder:"N" help:"How many devices a second may enrol from one address (${default}). More for a large site behind one address."`
 	PublicMQTT  []string `name:"public-mqtt" env:"DEIMOS_PUBLIC_MQTT" placeholder:"HOST:PORT" help:"Where devices reach the MQTT listener, if a router or load balancer stands before it; may be repeated."`
 	PublicHTTPS []string `name:"public-https" env:"DEIMOS_PUBLIC_HTTPS" placeholder:"HOST:PORT" help:"The same for the HTTPS listener."`
@@ -60,7 +62,7 @@ func (s *serveCmd) Run(ctx context.Context) error {
 		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	}
 	cfg := coordinator.Config{
-		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
+		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, CertNames: s.CertNames, Announce: s.Announce, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
 		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
@@ -82,6 +84,9 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	context := filepath.Join(s.Dir, coordinator.ContextFile)
 	fmt.Printf("%s at %s, MQTT on port %s\n\nTo use it from this machine:\n  export DEIMOS_CONTEXT=%s\n  deimos token create\n",
 		api.Ready, c.URL(), c.Broker(), shellWord(context))
+	if a := c.Announced(); a != "" {
+		fmt.Printf("\nDevices on this network find it by themselves: %s. --announce off ends that.\n", a)
+	}
 	select {
 	case <-ctx.Done():
 		return nil

@@ -67,8 +67,11 @@ func (d *discovery) run(ctx context.Context) {
 }
 
 func (d *discovery) look(ctx context.Context) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, browseFor)
+	// Canceled, and not run out: the library's readers end only by that, and would
+	// otherwise take all the time of a core from then on.
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer time.AfterFunc(browseFor, cancel).Stop()
 	byInstance := map[string]string{}
 	err := d.browse(ctx, func(e dnssd.BrowseEntry) {
 		address := addressOf(e)
