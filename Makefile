@@ -19,6 +19,7 @@ ARMV7   := $(addprefix $(BIN)/armv7/,deimos-agent deimos-launch)
 GUESTS  := $(patsubst jobs/guests/%/,$(BIN)/guests/%.wasm,$(filter-out %/testdata/,$(wildcard jobs/guests/*/)))
 # The two releases that the tour offers: one that works, one that does not.
 TOUR    := $(BIN)/tour/agent-next $(BIN)/tour/agent-broken
+IMAGE   := $(BIN)/image/deimos-arm64-$(VERSION).img
 
 ##@ Use
 .PHONY: run
@@ -38,6 +39,14 @@ image-debug: ## The same with a shell and the kernel's messages
 image-lock: ## Take Debian's newest packages for the image from now on
 	@$(GO) run ./packaging/image -lock
 image image-debug: $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init
+
+.PHONY: qemu qemu-tour
+qemu: $(IMAGE) ## A device in this terminal: the image in QEMU (NAME=, NEW=1, COORDINATOR=https://10.0.2.2:8443, TOKEN=)
+	@$(GO) run ./packaging/qemu/run -image $(IMAGE) -dir "$(BIN)/qemu/$(or $(NAME),device)" $(if $(filter-out 0 no false,$(NEW)),-new) \
+	  -coordinator "$$COORDINATOR" -token "$$TOKEN"
+qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) ## The tour with two devices of the image in QEMU beside one process (ONCE=1, FILE=path)
+	@$(BIN)/deimos dev --image $(IMAGE) $(if $(filter-out 0 no false,$(ONCE)),--once) $(if $(FILE),--file "$$FILE")
+export COORDINATOR TOKEN
 export CONFIG
 
 ##@ Install
@@ -139,6 +148,9 @@ $(BIN)/tour/agent-broken: $(SOURCES) $(STAMP)
 
 MAKE_IMAGE = $(GO) run ./packaging/image -version $(VERSION) -agent $(BIN)/arm64/deimos-agent -init $(BIN)/arm64/deimos-init \
                -out $(BIN)/image $(if $(CONFIG),-config "$$CONFIG")
+
+$(IMAGE): $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init $(SOURCES) $(STAMP)
+	@$(MAKE_IMAGE)
 
 # What `make qemu-test` runs: the image, and the firmware that its updates bring, one
 # that works and one whose agent does not.
