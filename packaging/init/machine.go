@@ -304,7 +304,7 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 		}
 		c.follow(ctx, func() []string { return firstOf(m.params.ntp, n.ntpServers(), publicNTP) })
 	})
-	if m.declared != "" || exists(m.path("data/deimos/membership.json")) {
+	if m.declared != "" || exists(m.path("data/deimos/identity/membership.json")) {
 		return
 	}
 	d := &discovery{browse: m.browse, log: m.log, found: func(address string) {
