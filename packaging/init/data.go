@@ -31,6 +31,26 @@ const leastData = 512 << 20
 // never formatted.
 const dataNote = "deimos-data.id"
 
+// promptSettle is how long a disk may take whose driver finds it while it is
+// loaded; its partitions are read after.
+const promptSettle = time.Second
+
+// disksComeLate tells whether the machine has a bus whose disks may show up
+// seconds after its driver was loaded: SCSI, which SATA and USB storage go by,
+// cards, USB itself, and NVMe controllers whose disk is not there yet.
+func disksComeLate(sys string) bool {
+	for _, bus := range []string{"class/scsi_host", "class/mmc_host", "bus/usb/devices"} {
+		if some, _ := os.ReadDir(filepath.Join(sys, bus)); len(some) > 0 {
+			return true
+		}
+	}
+	controllers, _ := filepath.Glob(filepath.Join(sys, "class/nvme/nvme*"))
+	return slices.ContainsFunc(controllers, func(c string) bool {
+		disks, _ := filepath.Glob(filepath.Join(c, "nvme*n*"))
+		return len(disks) == 0
+	})
+}
+
 // errNoData is for a machine that will run from memory.
 var errNoData = errors.New("there is no place for data")
 
@@ -43,6 +63,7 @@ type dataDisk struct {
 	boot      string        // path of the disk that the machine was started from; "" if not known
 	esp       string        // where the ESP is mounted; "" if it is not
 	settle    time.Duration // how long a disk may take to answer
+	late      func() bool   // whether there is hardware whose disks come late; nil: there may be
 	node      func(p partition) error
 	tool      func(name string) string // path of a program of e2fsprogs
 }
@@ -98,9 +119,12 @@ func syncDir(dir string) error {
 }
 
 // await looks for the partition until it is there, or time is up. Without a note,
-// one that is there already is enough.
+// one that is there already is enough, and where no disk comes late the time is short.
 func (d *dataDisk) await(ctx context.Context, known string) (partition, bool) {
 	until := time.Now().Add(d.settle)
+	if known == "" && d.late != nil && !d.late() {
+		until = time.Now().Add(min(d.settle, promptSettle))
+	}
 	for {
 		if p, ok := d.find(known); ok {
 			return p, true

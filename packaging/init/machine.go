@@ -133,7 +133,8 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 }
 
 func (m *machine) prepareDisks() {
-	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool}
+	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool,
+		late: func() bool { return disksComeLate(m.path("sys")) }}
 	_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data) })
 	err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error {
 		p, err := data.prepare(ctx)

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -165,5 +167,31 @@ func TestPowerButton(t *testing.T) {
 	}
 	if !readPower(strings.NewReader(other + string(event(typeKey, keyPower, pressed)))) {
 		t.Error("a press does nothing")
+	}
+}
+
+func TestDisksAreAwaitedAsLongAsTheirBusNeeds(t *testing.T) {
+	for claim, c := range map[string]struct {
+		there []string
+		late  bool
+	}{
+		"virtio only":              {[]string{"class/block/vda", "class/scsi_host/", "class/mmc_host/"}, false},
+		"NVMe":                     {[]string{"class/nvme/nvme0/nvme0n1"}, false},
+		"NVMe by a path":           {[]string{"class/nvme/nvme0/nvme0c0n1"}, false},
+		"NVMe that is not ready":   {[]string{"class/nvme/nvme0/nvme0n1", "class/nvme/nvme1/state"}, true},
+		"SATA or a stick":          {[]string{"class/nvme/nvme0/nvme0n1", "class/scsi_host/host0"}, true},
+		"cards":                    {[]string{"class/mmc_host/mmc0"}, true},
+		"USB with nothing on it":   {[]string{"bus/usb/devices/usb1"}, true},
+		"nothing that is a disk's": {nil, false},
+	} {
+		sys := t.TempDir()
+		for _, dir := range c.there {
+			if err := os.MkdirAll(filepath.Join(sys, dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if disksComeLate(sys) != c.late {
+			t.Errorf("%s: late is %v", claim, !c.late)
+		}
 	}
 }
