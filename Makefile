@@ -155,18 +155,18 @@ $(IMAGE): $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init $(SOURCES) $(STAMP)
 # What `make qemu-test` runs: the image, and the firmware that its updates bring, one
 # that works and one whose agent does not.
 .PHONY: qemu-images
-qemu-images: $(HOST) $(GUESTS) $(foreach v,0.2.0 0.3.0,$(BIN)/qemu/agent-$v $(BIN)/qemu/init-$v)
+qemu-images: $(HOST) $(GUESTS) $(foreach v,0.2.0 0.3.0,$(BIN)/qemu-test/agent-$v $(BIN)/qemu-test/init-$v)
 	@$(MAKE) image CONFIG=
 	@for v in 0.2.0 0.3.0; do \
-	  $(GO) run ./packaging/image -version $$v -agent $(BIN)/qemu/agent-$$v -init $(BIN)/qemu/init-$$v -out $(BIN)/qemu || exit; done
+	  $(GO) run ./packaging/image -version $$v -agent $(BIN)/qemu-test/agent-$$v -init $(BIN)/qemu-test/init-$$v -out $(BIN)/qemu-test || exit; done
 
-$(BIN)/qemu/agent-0.2.0: $(SOURCES) $(STAMP)
+$(BIN)/qemu-test/agent-0.2.0: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.2.0,cmd/deimos-agent)
 
-$(BIN)/qemu/agent-0.3.0: $(SOURCES) $(STAMP)
+$(BIN)/qemu-test/agent-0.3.0: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.3.0,packaging/tour/brokenagent)
 
-$(BIN)/qemu/init-%: $(SOURCES) $(STAMP)
+$(BIN)/qemu-test/init-%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$*,packaging/init)
 
 # Programs that only packages need: for each architecture of Debian, and the one

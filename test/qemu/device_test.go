@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(testbed.Main(m, "deimos", "guests/wordcount.wasm", "guests/sha256sum.wasm"))
+	os.Exit(testbed.Main(m, "deimos", "deimos-agent", "guests/wordcount.wasm"))
 }
 
 // canRun tells what this host lacks.
@@ -69,7 +69,7 @@ func newFleet(t *testing.T) *testbed.Fleet {
 	t.Helper()
 	f := testbed.NewFleet(t, testLimit)
 	f.Patience = bootLimit
-	f.Flags = []string{"--advertise", qemu.Host}
+	f.Flags = []string{"--cert-name", qemu.Host}
 	run(f)
 	return f
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/test/testbed"
 )
 
@@ -19,7 +20,7 @@ func TestLifeOfADevice(t *testing.T) {
 	rng := testbed.Seeded(t)
 	f.OK(nil, "release", "keys", "init", "--keys", f.Path("release-keys"))
 	f.Publish("")          // devices take the root of their updates when they join
-	token := f.NewToken(2) // there may be a second try
+	token := f.NewToken(3) // there may be a second try
 	d := newDevice(f)
 	d.options.Config = f.Write("config.toml", fmt.Appendf(nil, "coordinator = %q\ntoken = %q\n\n[jobs]\nenabled = true\n", address(f), token))
 
@@ -31,14 +32,16 @@ func TestLifeOfADevice(t *testing.T) {
 	}{
 		{"is online soon", d.checkSoonOnline},
 		{"stores", func(*testing.T) {
-			o = f.Put("file", data, "--replicas", "1")
-			f.CheckPlacements(o, 1)
+			// A challenge to compute is over a chunk that another device has, too.
+			startNeighbour(t, f, token)
+			o = f.Put("file", data)
+			f.CheckPlacements(o, 2)
 			f.CheckGet("file", data)
 		}},
 		{"computes", func(*testing.T) {
 			// An emulated core takes half a minute to compile the guest; the
 			// challenge, which has no time to spare, finds it compiled.
-			f.CheckWordcount(o, data[:o.Chunks[0].Size], "--cpu", "5m", "--wall", "5m")
+			f.CheckWordcount(o, data[:o.Chunks[0].Size], "--device", string(d.id), "--cpu", "5m", "--wall", "5m")
 			f.CheckCompute("the device", d.id, "wordcount")
 		}},
 		{"proves", func(*testing.T) { f.CheckStorage("the device", d.id) }},
@@ -54,6 +57,27 @@ func TestLifeOfADevice(t *testing.T) {
 	if said := d.console() + d.log(); strings.Contains(said, token) || strings.Contains(said, strings.Split(token, "_")[1]) {
 		t.Error("the token's secret is on the console or in the log")
 	}
+}
+
+// startNeighbour adds an agent of this machine to the fleet, until t ends.
+func startNeighbour(t *testing.T, f *testbed.Fleet, token string) {
+	f.T.Helper()
+	p := f.Start(proc.Command{Name: "the neighbour", Log: f.Path("logs", "neighbour.log"),
+		Argv: []string{testbed.Program("deimos-agent"), "run", "--state", f.Path("neighbour"), "--coordinator", "https://" + f.HTTPS, "--token", token}})
+	t.Cleanup(func() { f.Stopped(p, 0) })
+	f.Until("two devices being online", func() bool {
+		list, err := f.Client.Devices(f.Ctx)
+		if err != nil {
+			f.T.Fatal(err)
+		}
+		online := 0
+		for _, v := range list {
+			if v.Online {
+				online++
+			}
+		}
+		return online == 2
+	})
 }
 
 // checkSoonOnline measures from QEMU's start to the coordinator's word. On a busy

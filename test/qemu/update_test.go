@@ -15,7 +15,7 @@ func (d *device) offer(version string) api.Order {
 	f := d.f
 	f.T.Helper()
 	dir := f.Path("release-" + version)
-	f.OK(nil, "release", "build", "--version", version, "--firmware", testbed.Program(filepath.Join("qemu", "deimos_"+version+".efi")), "--out", dir)
+	f.OK(nil, "release", "build", "--version", version, "--firmware", testbed.Program(filepath.Join("qemu-test", "deimos_"+version+".efi")), "--out", dir)
 	f.Publish(dir)
 	var orders []api.Order
 	code, said := f.Try(&orders, "release", "offer", version, "--device", string(d.id), "--wait", (2 * bootLimit).String())
