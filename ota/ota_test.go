@@ -23,7 +23,6 @@ import (
 
 	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
-	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -77,6 +76,7 @@ func agent(version, mode string) []byte {
 // fleet makes and serves releases.
 type fleet struct {
 	t          *testing.T
+	way        way // of its devices
 	keys, repo string
 	server     *httptest.Server
 
@@ -87,7 +87,7 @@ type fleet struct {
 
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
-	f := &fleet{t: t, keys: filepath.Join(t.TempDir(), "keys"), repo: t.TempDir()}
+	f := &fleet{t: t, way: ways["agent"], keys: filepath.Join(t.TempDir(), "keys"), repo: t.TempDir()}
 	must(t, repo.Init(f.keys, repo.InitOptions{}))
 	files := http.FileServer(http.Dir(f.repo))
 	f.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -111,7 +111,7 @@ func (f *fleet) partRequests() int {
 	return f.parts
 }
 
-// bundle builds a bundle of one agent for this machine.
+// bundle builds a bundle of one part for this machine.
 func (f *fleet) bundle(version string, content []byte, change func(*bundle.BuildOptions)) string {
 	f.t.Helper()
 	dir := f.t.TempDir()
@@ -123,6 +123,7 @@ func (f *fleet) bundle(version string, content []byte, change func(*bundle.Build
 	}
 	_, err := bundle.Build(f.t.Context(), filepath.Join(dir, "bundle"), o)
 	must(f.t, err)
+	f.rename(filepath.Join(dir, "bundle"))
 	return filepath.Join(dir, "bundle")
 }
 
@@ -149,15 +150,11 @@ func (f *fleet) releaseAgent(version, mode string) {
 	f.publish(filepath.Join(dir, "bundle"))
 }
 
-// device is a settled device that runs 1.0.0 in slot a, without its process.
+// device is a settled device that runs 1.0.0, without its process.
 func (f *fleet) device() (*Service, string) {
 	f.t.Helper()
 	dir := f.t.TempDir()
-	factory := filepath.Join(dir, "factory")
-	must(f.t, os.WriteFile(factory, []byte("factory"), 0o755))
-	slots, err := slot.Open(dir)
-	must(f.t, err)
-	must(f.t, slots.InstallFactory(slot.A, factory, "1.0.0", ""))
+	f.way.settled(f.t, dir)
 	return f.service(dir, func(*Options) {}), dir
 }
 
@@ -166,11 +163,12 @@ func (f *fleet) service(dir string, change func(*Options)) *Service {
 	root, err := repo.Root(f.keys)
 	must(f.t, err)
 	o := Options{
-		StateDir: dir, Slot: "a", Version: "1.0.0", Device: "dev", Board: "generic-amd64",
+		StateDir: dir, Version: "1.0.0", Device: "dev", Board: "generic-amd64",
 		Root:   func() []byte { return root },
 		Source: func() (repo.Source, error) { return repo.HTTP{Client: f.server.Client(), Base: f.server.URL}, nil },
 		Limits: repo.Limits{Attempts: 2, Pause: time.Millisecond},
 	}
+	f.way.as(&o, dir, o.Version)
 	change(&o)
 	s, err := New(o)
 	must(f.t, err)
@@ -207,140 +205,151 @@ func standing(s *Service) (*trial, error) {
 	return t, err
 }
 
+// installs carries an order out as far as its restart.
+func (f *fleet) installs(s *Service, o wire.Order) {
+	f.t.Helper()
+	if _, err := s.Handle(f.t.Context(), o, nil); !errors.Is(err, ErrRestart) {
+		f.t.Fatal(err)
+	}
+}
+
 func TestInstallGoesOnTrialAndAsksForRestart(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
-	s, dir := f.device()
-	last := 0.0
-	_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(p float64) {
-		if p < last || p > 1 {
-			t.Errorf("progress went from %v to %v", last, p)
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		s, dir := f.device()
+		last := 0.0
+		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(p float64) {
+			if p < last || p > 1 {
+				t.Errorf("progress went from %v to %v", last, p)
+			}
+			last = p
+		})
+		if !errors.Is(err, ErrRestart) {
+			t.Fatal(err)
 		}
-		last = p
+		if s.Reboots() != (w.part == bundle.PartFirmware) {
+			t.Errorf("reboots: %v", s.Reboots())
+		}
+		if got, err := standing(s); err != nil || got == nil || *got != (trial{order: "o1", version: "1.1.0"}) {
+			t.Errorf("%+v, %v", got, err)
+		}
+		if on, err := s.OnTrial(); on || err != nil {
+			t.Errorf("what installed it is on trial: %v", err)
+		}
+		must(t, w.whole(dir))
+		if left, _ := os.ReadDir(filepath.Join(dir, "ota", "parts")); len(left) != 0 {
+			t.Errorf("the packed part still takes space: %v", left)
+		}
+		if settled, err := s.Settled(); settled != nil || err != nil {
+			t.Errorf("settled before it was tried: %+v, %v", settled, err)
+		}
 	})
-	if !errors.Is(err, ErrRestart) {
-		t.Fatal(err)
-	}
-	st, err := s.how.(agents).slots.Load()
-	must(t, err)
-	if st.Current != slot.A || st.Trial == nil || st.Trial.Version != "1.1.0" || st.Trial.Order != "o1" || st.Trial.From != "1.0.0" {
-		t.Errorf("%+v", st)
-	}
-	must(t, s.how.(agents).slots.Check(st, slot.B))
-	if left, _ := os.ReadDir(filepath.Join(dir, "ota", "parts")); len(left) != 0 {
-		t.Errorf("the packed part still takes space: %v", left)
-	}
-	if settled, err := s.Settled(); settled != nil || err != nil {
-		t.Errorf("settled before it was tried: %+v, %v", settled, err)
-	}
 }
 
 func TestRepeatOfOrderInstallsOnce(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
-	f.release("1.2.0", script("1.2.0", runtime.GOARCH), nil)
-	s, dir := f.device()
-	for range 2 { // the agent may be killed before it exits
-		if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
-			t.Fatal(err)
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		f.good("1.2.0")
+		s, dir := f.device()
+		for range 2 { // the agent may be killed before it exits
+			f.installs(s, order("o1", "1.1.0"))
 		}
-	}
-	refused(t, s, order("o2", "1.2.0"), wire.Rejected, CodeUpdatePending, "on trial since order o1")
-	_, err := s.how.(agents).slots.StartTry()
-	must(t, err)
-	next := f.service(dir, func(o *Options) { o.Slot, o.Version = "b", "1.1.0" })
-	if on, err := next.OnTrial(); !on || err != nil {
-		t.Errorf("on trial: %v, %v", on, err)
-	}
-	if _, err := next.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrPending) {
-		t.Fatalf("a repeat to the version on trial: %v", err)
-	}
-	must(t, next.Confirm(t.Context()))
-	out, err := next.Handle(t.Context(), order("o1", "1.1.0"), nil)
-	want := wire.UpdateResult{From: "1.0.0", To: "1.1.0", Running: "1.1.0", Slot: "b", Confirmed: true}
-	if err != nil || out.Body != want {
-		t.Errorf("%+v, %v", out, err)
-	}
-	settled, err := next.Settled()
-	must(t, err)
-	if settled.Order != "o1" || settled.Problem != nil || settled.Outcome.Body != want {
-		t.Errorf("%+v", settled)
-	}
-	if n := f.partRequests(); n != 1 {
-		t.Errorf("fetched %d times", n)
-	}
+		refused(t, s, order("o2", "1.2.0"), wire.Rejected, CodeUpdatePending, "on trial since order o1")
+		w.try(t, dir)
+		next := f.service(dir, func(o *Options) { o.Version = "1.1.0"; w.as(o, dir, o.Version) })
+		if on, err := next.OnTrial(); !on || err != nil {
+			t.Errorf("on trial: %v, %v", on, err)
+		}
+		if _, err := next.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrPending) {
+			t.Fatalf("a repeat to the version on trial: %v", err)
+		}
+		must(t, next.Confirm(t.Context()))
+		if on, err := next.OnTrial(); on || err != nil {
+			t.Errorf("confirmed, and on trial: %v", err)
+		}
+		out, err := next.Handle(t.Context(), order("o1", "1.1.0"), nil)
+		want := wire.UpdateResult{From: "1.0.0", To: "1.1.0", Running: "1.1.0", Slot: next.o.Slot, Confirmed: true}
+		if err != nil || out.Body != want {
+			t.Errorf("%+v, %v", out, err)
+		}
+		settled, err := next.Settled()
+		must(t, err)
+		if settled.Order != "o1" || settled.Problem != nil || settled.Outcome.Body != want {
+			t.Errorf("%+v", settled)
+		}
+		if n := f.partRequests(); n != 1 {
+			t.Errorf("fetched %d times", n)
+		}
+	})
 }
 
 func TestRolledBackUpdateIsReportedAsFailed(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
-	s, _ := f.device()
-	if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
-		t.Fatal(err)
-	}
-	_, err := s.how.(agents).slots.RollBack("it crashed three times")
-	must(t, err)
-	settled, err := s.Settled()
-	must(t, err)
-	if p := settled.Problem; p == nil || p.State != wire.Failed || p.Code != wire.CodeRolledBack || !strings.Contains(p.Reason, "crashed three times") {
-		t.Errorf("%+v", p)
-	}
-	if body := settled.Outcome.Body.(wire.UpdateResult); body.Confirmed || body.Running != "1.0.0" {
-		t.Errorf("%+v", body)
-	}
-	refused(t, s, order("o1", "1.1.0"), wire.Failed, wire.CodeRolledBack, "crashed three times")
-	if _, err := s.Handle(t.Context(), order("o2", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
-		t.Errorf("a new order may try it again: %v", err)
-	}
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		s, dir := f.device()
+		f.installs(s, order("o1", "1.1.0"))
+		w.giveUp(t, dir)
+		settled, err := s.Settled()
+		must(t, err)
+		if p := settled.Problem; p == nil || p.State != wire.Failed || p.Code != wire.CodeRolledBack || !strings.Contains(p.Reason, w.reason) {
+			t.Errorf("%+v", p)
+		}
+		if body := settled.Outcome.Body.(wire.UpdateResult); body.Confirmed || body.Running != "1.0.0" {
+			t.Errorf("%+v", body)
+		}
+		refused(t, s, order("o1", "1.1.0"), wire.Failed, wire.CodeRolledBack, w.reason)
+		f.installs(s, order("o2", "1.1.0")) // a new order may try it again
+	})
 }
 
 func TestWhatDoesNotFitIsRefusedByName(t *testing.T) {
-	f := newFleet(t)
-	ok := func(v string) []byte { return script(v, runtime.GOARCH) }
-	zero := 0.0
-	f.release("0.9.0", ok("0.9.0"), nil)
-	f.release("1.0.0", ok("1.0.0"), nil)
-	f.release("1.1.0", ok("1.1.0"), func(o *bundle.BuildOptions) { o.Boards = []string{"rock-5b"} })
-	f.release("1.2.0", ok("1.2.0"), func(o *bundle.BuildOptions) {
-		o.Agents[0].Platform = bundle.Platform{OS: "linux", Arch: "riscv64"}
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		ok := func(v string) []byte { return w.content(v, runtime.GOARCH) }
+		zero := 0.0
+		f.release("0.9.0", ok("0.9.0"), nil)
+		f.release("1.0.0", ok("1.0.0"), nil)
+		f.release("1.1.0", ok("1.1.0"), func(o *bundle.BuildOptions) { o.Boards = []string{"rock-5b"} })
+		f.release("1.2.0", ok("1.2.0"), func(o *bundle.BuildOptions) {
+			o.Agents[0].Platform = bundle.Platform{OS: "linux", Arch: "riscv64"}
+		})
+		f.release("1.3.0", ok("1.3.0"), func(o *bundle.BuildOptions) { o.From = "1.2.0" })
+		f.release("1.4.0", ok("1.4.0"), func(o *bundle.BuildOptions) { o.Percentage = &zero })
+		f.release("1.5.0", ok("1.5.1"), nil)
+		f.release("1.6.0", w.content("1.6.0", "arm"), nil)
+		f.release("1.7.0", []byte("no program"), nil)
+		s, _ := f.device()
+		for version, c := range map[string]struct {
+			state       wire.State
+			code, words string
+		}{
+			"0.9.0": {wire.Rejected, CodeDowngrade, "older than 1.0.0"},
+			"1.0.0": {wire.Rejected, wire.CodeAlreadyLatest, "already runs"},
+			"1.1.0": {wire.Rejected, CodeWrongHardware, "is for rock-5b"},
+			"1.2.0": {wire.Rejected, CodeWrongHardware, "has no " + w.part + " for"},
+			"1.3.0": {wire.Rejected, CodeTooOld, "from 1.2.0 on"},
+			"1.4.0": {wire.Rejected, CodeNotInRollout, "0% of devices"},
+			"1.5.0": {wire.Failed, CodePreflight, "says that it is 1.5.1"},
+			"1.6.0": {wire.Failed, CodePreflight, "1.6.0 for linux/arm"},
+			"1.7.0": {wire.Failed, CodePreflight, "; version 1.0.0 keeps running"},
+			"9.9.9": {wire.Rejected, wire.CodeNotFound, "names no such release"},
+		} {
+			t.Run(version, func(t *testing.T) { refused(t, s, order("o-"+version, version), c.state, c.code, c.words) })
+		}
+		lie := order("o", "1.5.0")
+		lie.Body = []byte(`{"version":"2.0.0","target":"bundles/1.3.0.json"}`)
+		refused(t, s, lie, wire.Rejected, wire.CodeVerification, "is version 1.3.0")
+		lie.Body = []byte(`{"version":"1.5.0","target":"../../etc/passwd"}`)
+		refused(t, s, lie, wire.Rejected, wire.CodeNotFound, "names no such release")
+		lie.Body = []byte(`[]`)
+		refused(t, s, lie, wire.Rejected, wire.CodeBadBody, "cannot be read")
 	})
-	f.release("1.3.0", ok("1.3.0"), func(o *bundle.BuildOptions) { o.From = "1.2.0" })
-	f.release("1.4.0", ok("1.4.0"), func(o *bundle.BuildOptions) { o.Percentage = &zero })
-	f.release("1.5.0", ok("1.5.1"), nil)
-	f.release("1.6.0", script("1.6.0", "riscv64"), nil)
-	f.release("1.7.0", []byte("no program"), nil)
-	s, _ := f.device()
-	for version, c := range map[string]struct {
-		state       wire.State
-		code, words string
-	}{
-		"0.9.0": {wire.Rejected, CodeDowngrade, "older than 1.0.0"},
-		"1.0.0": {wire.Rejected, wire.CodeAlreadyLatest, "already runs"},
-		"1.1.0": {wire.Rejected, CodeWrongHardware, "is for rock-5b"},
-		"1.2.0": {wire.Rejected, CodeWrongHardware, "has no agent for"},
-		"1.3.0": {wire.Rejected, CodeTooOld, "from 1.2.0 on"},
-		"1.4.0": {wire.Rejected, CodeNotInRollout, "0% of devices"},
-		"1.5.0": {wire.Failed, CodePreflight, "says that it is 1.5.1"},
-		"1.6.0": {wire.Failed, CodePreflight, "riscv64"},
-		"1.7.0": {wire.Failed, CodePreflight, "does not run on this machine"},
-		"9.9.9": {wire.Rejected, wire.CodeNotFound, "names no such release"},
-	} {
-		t.Run(version, func(t *testing.T) { refused(t, s, order("o-"+version, version), c.state, c.code, c.words) })
-	}
-	lie := order("o", "1.5.0")
-	lie.Body = []byte(`{"version":"2.0.0","target":"bundles/1.3.0.json"}`)
-	refused(t, s, lie, wire.Rejected, wire.CodeVerification, "is version 1.3.0")
-	lie.Body = []byte(`{"version":"1.5.0","target":"../../etc/passwd"}`)
-	refused(t, s, lie, wire.Rejected, wire.CodeNotFound, "names no such release")
-	lie.Body = []byte(`[]`)
-	refused(t, s, lie, wire.Rejected, wire.CodeBadBody, "cannot be read")
 }
 
 func TestWhatIsMissingOnTheDeviceIsSaid(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
 	_, dir := f.device()
-	refused(t, f.service(dir, func(o *Options) { o.Slot = "" }), order("o", "1.1.0"), wire.Rejected, wire.CodeNotSupported, "through deimos-launch")
+	refused(t, f.service(dir, func(o *Options) { o.Slot = "" }), order("o", "1.1.0"), wire.Rejected, wire.CodeNotSupported, "through deimos-launch, or run our image")
 	refused(t, f.service(dir, func(o *Options) { o.Root = func() []byte { return nil } }), order("o", "1.1.0"), wire.Rejected, CodeNoUpdateRoot, "deimos release keys")
 	refused(t, f.service(dir, func(o *Options) { o.Now = func() time.Time { return time.Now().AddDate(20, 0, 0) } }),
 		order("o", "1.1.0"), wire.Rejected, CodeStaleMetadata, "the clock is wrong")
@@ -382,69 +391,72 @@ func TestUnsignedBundleIsRefused(t *testing.T) {
 }
 
 func TestAlteredPartIsRefusedAndNotKept(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
-	must(t, filepath.WalkDir(filepath.Join(f.repo, "parts"), func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		must(t, filepath.WalkDir(filepath.Join(f.repo, "parts"), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			raw, err := os.ReadFile(path)
+			raw[len(raw)-1] ^= 1
+			return errors.Join(err, os.WriteFile(path, raw, 0o644))
+		}))
+		s, dir := f.device()
+		refused(t, s, order("o", "1.1.0"), wire.Rejected, wire.CodeVerification, "not the signed ones")
+		if left, _ := os.ReadDir(filepath.Join(dir, "ota", "parts")); len(left) != 0 {
+			t.Errorf("kept: %v", left)
 		}
-		raw, err := os.ReadFile(path)
-		raw[len(raw)-1] ^= 1
-		return errors.Join(err, os.WriteFile(path, raw, 0o644))
-	}))
-	s, dir := f.device()
-	refused(t, s, order("o", "1.1.0"), wire.Rejected, wire.CodeVerification, "not the signed ones")
-	if left, _ := os.ReadDir(filepath.Join(dir, "ota", "parts")); len(left) != 0 {
-		t.Errorf("kept: %v", left)
-	}
+	})
 }
 
 func TestCancelledInstallResumes(t *testing.T) {
-	f := newFleet(t)
-	content := append(script("1.1.0", runtime.GOARCH), bytes.Repeat([]byte("#\n"), 100)...)
-	f.release("1.1.0", content, nil)
-	ctx, cancel := context.WithCancel(t.Context())
-	f.hook = func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasPrefix(r.URL.Path, "/parts/") || r.Header.Get("Range") != "" {
-			return false
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		content := append(w.content("1.1.0", runtime.GOARCH), bytes.Repeat([]byte("#\n"), 100)...)
+		f.release("1.1.0", content, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		f.hook = func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasPrefix(r.URL.Path, "/parts/") || r.Header.Get("Range") != "" {
+				return false
+			}
+			raw, _ := os.ReadFile(filepath.Join(f.repo, r.URL.Path))
+			_, _ = w.Write(raw[:20])
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+			return true
 		}
-		raw, _ := os.ReadFile(filepath.Join(f.repo, r.URL.Path))
-		_, _ = w.Write(raw[:20])
-		w.(http.Flusher).Flush()
-		<-r.Context().Done()
-		return true
-	}
-	s, dir := f.device()
-	_, err := s.Handle(ctx, order("o1", "1.1.0"), func(p float64) {
-		if p > 0.05 {
-			cancel() // bytes have come
+		s, dir := f.device()
+		_, err := s.Handle(ctx, order("o1", "1.1.0"), func(p float64) {
+			if p > 0.05 {
+				cancel() // bytes have come
+			}
+		})
+		if !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		if left, _ := filepath.Glob(filepath.Join(dir, "ota", "parts", "*.partial")); len(left) != 1 {
+			t.Fatalf("nothing to resume from: %v", left)
+		}
+		if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
+			t.Fatal(err)
 		}
 	})
-	if !errors.Is(err, context.Canceled) {
-		t.Fatal(err)
-	}
-	if left, _ := filepath.Glob(filepath.Join(dir, "ota", "parts", "*.partial")); len(left) != 1 {
-		t.Fatalf("nothing to resume from: %v", left)
-	}
-	if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
-		t.Fatal(err)
-	}
 }
 
 func TestOneInstallAtATime(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
-	s, _ := f.device()
-	asked := false
-	_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(float64) {
-		if !asked {
-			asked = true
-			refused(t, s, order("o2", "1.1.0"), wire.Rejected, CodeUpdatePending, "another update is being installed")
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		s, _ := f.device()
+		asked := false
+		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(float64) {
+			if !asked {
+				asked = true
+				refused(t, s, order("o2", "1.1.0"), wire.Rejected, CodeUpdatePending, "another update is being installed")
+			}
+		})
+		if !errors.Is(err, ErrRestart) || !asked {
+			t.Errorf("%v, asked %v", err, asked)
 		}
 	})
-	if !errors.Is(err, ErrRestart) || !asked {
-		t.Errorf("%v, asked %v", err, asked)
-	}
 }
 
 // machine is a device with its launcher and agent as real processes.

@@ -438,6 +438,66 @@ func TestWhatAnInstallRefusesChangesNothing(t *testing.T) {
 	}
 }
 
+// TestANewFirmwareIsCheckedBeforeItCanBoot looks at the disk as it is while the check runs, and after it.
+func TestANewFirmwareIsCheckedBeforeItCanBoot(t *testing.T) {
+	f := newFAT("deimos_1.0.0.efi")
+	no := errors.New("no")
+	err := f.store("1.0.0").Install(context.Background(), "o2", about("2.0.0"), imageSize, bytes.NewReader(imageOf("2.0.0")), func(image io.ReaderAt) error {
+		got := make([]byte, imageSize)
+		if _, err := image.ReadAt(got, 0); err != nil || !bytes.Equal(got, imageOf("2.0.0")) {
+			t.Errorf("the check is shown something else: %v", err)
+		}
+		if f.names() != "deimos_1.0.0.efi deimos_2.0.0+3.efi.tmp" {
+			t.Errorf("it could boot already: %s", f.names())
+		}
+		return no
+	})
+	if !errors.Is(err, no) || f.names() != "deimos_1.0.0.efi" {
+		t.Errorf("%v, the disk holds %s", err, f.names())
+	}
+	if trial, _, err := f.store("1.0.0").State(); trial != nil || err != nil {
+		t.Errorf("what was refused is on trial: %+v %v", trial, err)
+	}
+}
+
+func TestTheOnlyFirmwareOfANewDeviceIsNotOnTrialAndKeptByAnInstall(t *testing.T) {
+	f := newFAT("deimos_1.0.0+2-1.efi")
+	s := f.store("1.0.0")
+	if trial, err := s.OnTrial(); trial || err != nil {
+		t.Errorf("on trial: %v %v", trial, err)
+	}
+	must(t, install(s, "o2", "2.0.0"))
+	if got := f.names(); got != "deimos_1.0.0.efi deimos_2.0.0+3.efi" {
+		t.Errorf("the disk holds %s", got)
+	}
+}
+
+// TestAFirmwareThatTheBootLoaderPassesOverIsGivenUp has the old one running after
+// the restart: the machine must not restart for it again and again.
+func TestAFirmwareThatTheBootLoaderPassesOverIsGivenUp(t *testing.T) {
+	begin := func() *fat {
+		f := newFAT("deimos_1.0.0.efi")
+		s := f.store("1.0.0")
+		s.boot = "first"
+		must(t, install(s, "o2", "2.0.0"))
+		if out, err := s.Settled(); out != nil || err != nil {
+			t.Fatalf("settled before the restart: %+v %v", out, err)
+		}
+		return f
+	}
+	later := func(f *fat) *Store {
+		s := f.store("1.0.0")
+		s.boot = "second"
+		return s
+	}
+	everyCut(t, begin, func(f *fat) { wantSettled(t, later(f), slot.RolledBack) }, func(t *testing.T, f *fat) {
+		wantSettled(t, later(f), slot.RolledBack)
+		if f.names() != "deimos_1.0.0.efi" {
+			t.Errorf("the disk holds %s", f.names())
+		}
+	})
+}
+
 func TestARepeatOfTheOrderInstallsNothing(t *testing.T) {
 	f := newFAT("deimos_1.0.0.efi")
 	must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
