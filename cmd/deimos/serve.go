@@ -147,10 +147,11 @@ func compute(ctx context.Context, module []byte, args []string, input []byte) ([
 }
 
 type devCmd struct {
-	Dir  string `type:"path" placeholder:"DIR" help:"Empty folder for the fleet. Default: a new one, removed at the end."`
-	File string `type:"existingfile" placeholder:"FILE" help:"File to store. Default: the agent's own binary."`
-	Once bool   `help:"End after the tour."`
-	Bin  string `type:"existingdir" placeholder:"DIR" help:"Folder with the programs that \"make build\" made. Default: the one that this program is in."`
+	Dir   string `type:"path" placeholder:"DIR" help:"Empty folder for the fleet. Default: a new one, removed at the end."`
+	File  string `type:"existingfile" placeholder:"FILE" help:"File to store. Default: the agent's own binary."`
+	Image string `type:"existingfile" placeholder:"FILE" help:"Image of a device (make image): all devices but the first are machines that start it in QEMU."`
+	Once  bool   `help:"End after the tour."`
+	Bin   string `type:"existingdir" placeholder:"DIR" help:"Folder with the programs that \"make build\" made. Default: the one that this program is in."`
 }
 
 func (d *devCmd) Run(ctx context.Context) error {
@@ -162,5 +163,5 @@ func (d *devCmd) Run(ctx context.Context) error {
 		}
 		bin = filepath.Dir(self)
 	}
-	return tour.Run(ctx, tour.Options{Bin: bin, Dir: d.Dir, File: d.File, Once: d.Once, Out: os.Stdout})
+	return tour.Run(ctx, tour.Options{Bin: bin, Dir: d.Dir, File: d.File, Image: d.Image, Once: d.Once, Out: os.Stdout})
 }

@@ -190,6 +190,9 @@ func (m *Machine) PID() int { return m.proc.PID() }
 // Done is closed when the machine has ended.
 func (m *Machine) Done() <-chan struct{} { return m.proc.Done() }
 
+// LastWords is the last line that QEMU itself wrote.
+func (m *Machine) LastWords() string { return m.proc.LastWords() }
+
 // Kill is a power cut.
 func (m *Machine) Kill() { m.proc.Kill() }
 

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -123,10 +125,13 @@ func few(name string, says []string) (lines []string) {
 func (t *tour) enrol(ctx context.Context) ([]string, error) {
 	ready, cancel := context.WithTimeout(ctx, readyLimit)
 	defer cancel()
+	argv := []string{t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s"}
+	if t.Image != "" {
+		argv = append(argv, "--cert-name", qemu.Host)
+	}
 	var err error
 	t.serve, err = t.starter.Start(ready, proc.Command{
-		Name: "the coordinator", Log: t.path("logs", "coordinator.log"), Ready: api.Ready,
-		Argv: []string{t.program("deimos"), "serve", "--dir", t.path("coordinator"), "--listen", "127.0.0.1:0", "--mqtt", "127.0.0.1:0", "--beat", "2s"},
+		Name: "the coordinator", Log: t.path("logs", "coordinator.log"), Ready: api.Ready, Argv: argv,
 	})
 	if err != nil {
 		return nil, err
@@ -149,7 +154,7 @@ func (t *tour) enrol(ctx context.Context) ([]string, error) {
 			return nil, err
 		}
 	}
-	if err := until(ctx, readyLimit, "all devices coming online", func() (bool, error) {
+	if err := until(ctx, t.patience(readyLimit), "all devices coming online", func() (bool, error) {
 		fleet, err := t.devicesNow(ctx)
 		online := 0
 		for _, d := range fleet {
@@ -172,22 +177,40 @@ func (t *tour) learnIDs(ctx context.Context) ([]string, error) {
 	}
 	lines := []string{"one token, three keys made on the devices, mutual TLS 1.3 to broker and data plane"}
 	for _, d := range t.devices {
-		raw, err := os.ReadFile(d.state(t, "identity", "membership.json"))
-		if err != nil {
+		if d.id, err = t.idOf(d, fleet); err != nil {
 			return nil, err
 		}
-		var m struct{ Device string }
-		if err := json.Unmarshal(raw, &m); err != nil {
-			return nil, err
+		v, ok := fleet[d.id]
+		if !ok || wire.IDOf(v.PublicKey) != wire.DeviceID(d.id) {
+			return nil, fmt.Errorf("the coordinator does not list device %s under its own key", d.id)
 		}
-		v, ok := fleet[m.Device]
-		if !ok || wire.IDOf(v.PublicKey) != wire.DeviceID(m.Device) {
-			return nil, fmt.Errorf("the coordinator does not list device %s under its own key", m.Device)
+		where := "slot " + v.Slot
+		if t.isMachine(d) {
+			where = "a machine in QEMU, " + v.Board
 		}
-		d.id = m.Device
-		lines = append(lines, fmt.Sprintf("device %d  %s  agent %s, slot %s, online", d.n, d.id, v.Agent, v.Slot))
+		lines = append(lines, fmt.Sprintf("device %d  %s  agent %s, %s, online", d.n, d.id, v.Agent, where))
 	}
 	return lines, nil
+}
+
+// idOf is what a device calls itself, or for a machine, which lets nobody look, who came
+// in by its token.
+func (t *tour) idOf(d *device, fleet map[string]api.Device) (string, error) {
+	if t.isMachine(d) {
+		for id, v := range fleet {
+			if v.Labels[labelOf] == strconv.Itoa(d.n) {
+				return id, nil
+			}
+		}
+		return "", fmt.Errorf("nobody came in by the token of device %d", d.n)
+	}
+	raw, err := os.ReadFile(d.state(t, "identity", "membership.json"))
+	if err != nil {
+		return "", err
+	}
+	var m struct{ Device string }
+	err = json.Unmarshal(raw, &m)
+	return m.Device, err
 }
 
 // state is a path in a device's state folder.
@@ -195,7 +218,7 @@ func (d *device) state(t *tour, parts ...string) string {
 	return t.path(append([]string{fmt.Sprintf("device-%d", d.n)}, parts...)...)
 }
 
-// startDevice starts a device's launcher, as a service manager would.
+// startDevice starts a device's launcher, as a service manager would, or its machine.
 func (t *tour) startDevice(ctx context.Context, d *device) error {
 	raw, err := os.ReadFile(t.path("coordinator", "operator.json"))
 	if err != nil {
@@ -205,32 +228,37 @@ func (t *tour) startDevice(ctx context.Context, d *device) error {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return err
 	}
-	d.proc, err = t.starter.Start(ctx, proc.Command{
+	if t.isMachine(d) {
+		return t.startMachine(ctx, d, c.URL)
+	}
+	p, err := t.starter.Start(ctx, proc.Command{
 		Name: fmt.Sprintf("device %d", d.n), Log: t.path("logs", fmt.Sprintf("device-%d.log", d.n)),
-		Argv: []string{t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", "20s", "--",
+		Argv: []string{t.program("deimos-launch"), "--state", d.state(t), "--agent", t.program("deimos-agent"), "--confirm-within", t.patience(20 * time.Second).String(), "--",
 			"run", "--coordinator", c.URL, "--token", t.token},
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	d.proc = p
+	return nil
 }
 
 // fallen tells of a process that should run and does not.
 func (t *tour) fallen() error {
-	for _, p := range append([]*proc.Process{t.serve}, t.processes()...) {
-		if p.Ended() {
-			return fmt.Errorf("%s ended by itself: %s", p.Name, p.LastWords())
+	if t.serve.Ended() {
+		return fmt.Errorf("%s ended by itself: %s", t.serve.Name, t.serve.LastWords())
+	}
+	for _, d := range t.devices {
+		if d == t.victim || d.proc == nil {
+			continue
+		}
+		select {
+		case <-d.proc.Done():
+			return fmt.Errorf("device %d ended by itself: %s", d.n, d.proc.LastWords())
+		default:
 		}
 	}
 	return nil
-}
-
-func (t *tour) processes() []*proc.Process {
-	var out []*proc.Process
-	for _, d := range t.devices {
-		if d != t.victim && d.proc != nil {
-			out = append(out, d.proc)
-		}
-	}
-	return out
 }
 
 // store puts the file and checks every receipt's signature.
@@ -287,8 +315,11 @@ func (t *tour) readBack(ctx context.Context) ([]string, error) {
 		}
 	}
 	t.victim = slices.MaxFunc(t.devices, func(a, b *device) int { return held[a] - held[b] })
+	if t.Image != "" {
+		t.victim = t.devices[0]
+	}
 	t.victim.proc.Kill() // with SIGKILL: a cut cable asks nobody
-	if err := until(ctx, readyLimit, "the coordinator noticing that a device is gone", func() (bool, error) {
+	if err := until(ctx, t.patience(readyLimit), "the coordinator noticing that a device is gone", func() (bool, error) {
 		fleet, err := t.devicesNow(ctx)
 		return err == nil && !fleet[t.victim.id].Online, err
 	}); err != nil {
@@ -424,7 +455,7 @@ func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
 }
 
 func (t *tour) untilOnline(ctx context.Context, d *device) error {
-	return until(ctx, readyLimit, fmt.Sprintf("device %d coming online", d.n), func() (bool, error) {
+	return until(ctx, t.patience(readyLimit), fmt.Sprintf("device %d coming online", d.n), func() (bool, error) {
 		fleet, err := t.devicesNow(ctx)
 		return err == nil && fleet[d.id].Online, errors.Join(err, t.fallen())
 	})
@@ -534,6 +565,9 @@ func (t *tour) auditCompute(ctx context.Context) ([]string, error) {
 // update installs a good release and then one that does not come up.
 func (t *tour) update(ctx context.Context) ([]string, error) {
 	d := t.devices[1]
+	if t.Image != "" {
+		d = t.devices[0]
+	}
 	fleet, err := t.devicesNow(ctx)
 	if err != nil {
 		return nil, err
@@ -544,7 +578,7 @@ func (t *tour) update(ctx context.Context) ([]string, error) {
 	}
 	began := time.Now()
 	var good []api.Order
-	if err := t.cli(ctx, &good, "release", "offer", "0.2.0", "--device", d.id, "--wait", "60s"); err != nil {
+	if err := t.cli(ctx, &good, "release", "offer", "0.2.0", "--device", d.id, "--wait", t.patience(time.Minute).String()); err != nil {
 		return nil, err
 	}
 	took := time.Since(began)
@@ -557,7 +591,7 @@ func (t *tour) update(ctx context.Context) ([]string, error) {
 	}
 	began = time.Now()
 	var bad []api.Order
-	err = t.cli(ctx, &bad, "release", "offer", "0.3.0", "--device", d.id, "--wait", "120s")
+	err = t.cli(ctx, &bad, "release", "offer", "0.3.0", "--device", d.id, "--wait", t.patience(2*time.Minute).String())
 	if err == nil || len(bad) != 1 || bad[0].State != wire.Failed || bad[0].Result.Code != wire.CodeRolledBack {
 		return nil, fmt.Errorf("the bad release should have been rolled back, but: %v", errors.Join(err, errors.New("the order is "+stateOf(bad))))
 	}
@@ -565,12 +599,16 @@ func (t *tour) update(ctx context.Context) ([]string, error) {
 	if _, err := t.running(ctx, d, "0.2.0"); err != nil {
 		return nil, err
 	}
-	return []string{
+	lines := []string{
 		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside, confirmed: device %d went %s/%s → %s/%s in %.1f s",
 			d.n, before.Agent, before.Slot, after.Agent, after.Slot, took.Seconds()),
 		fmt.Sprintf("0.3.0   signed alike, but does not come up; back on 0.2.0 by itself after %.1f s; the device reports:", back.Seconds()),
 		"        " + strings.Replace(bad[0].Result.Reason, "; ", ";\n                 ", 1),
-	}, nil
+	}
+	if t.Image != "" {
+		lines = append(lines, "the machines stay as they are: their update is a firmware, which this tour does not build")
+	}
+	return lines, nil
 }
 
 func stateOf(list []api.Order) string {
@@ -583,7 +621,7 @@ func stateOf(list []api.Order) string {
 // running waits until a device is online with a version.
 func (t *tour) running(ctx context.Context, d *device, version string) (api.Device, error) {
 	var v api.Device
-	err := until(ctx, readyLimit, fmt.Sprintf("device %d running %s", d.n, version), func() (bool, error) {
+	err := until(ctx, t.patience(readyLimit), fmt.Sprintf("device %d running %s", d.n, version), func() (bool, error) {
 		fleet, err := t.devicesNow(ctx)
 		v = fleet[d.id]
 		return err == nil && v.Online && v.Agent == version, err

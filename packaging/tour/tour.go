@@ -1,6 +1,6 @@
 // Package tour runs a whole fleet on one machine, a coordinator and three
-// devices as real processes, and walks through all that they are for. It calls
-// the same programs that a person would, and believes none of them: what it
+// devices as real processes, or two of them as virtual machines that start the
+// image, and walks through all that they are for. It calls the same programs that a person would, and believes none of them: what it
 // shows as evidence it has checked itself.
 package tour
 
@@ -17,16 +17,18 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
 // Options says how to walk.
 type Options struct {
-	Bin  string    // folder with our programs, bin/ as "make build" leaves it
-	Dir  string    // empty folder for the fleet; "" for a new one that is removed at the end
-	File string    // what to store; "" for the agent's own binary
-	Once bool      // end after the tour
-	Out  io.Writer // for people
+	Bin   string    // folder with our programs, bin/ as "make build" leaves it
+	Dir   string    // empty folder for the fleet; "" for a new one that is removed at the end
+	File  string    // what to store; "" for the agent's own binary
+	Image string    // of a device; with it all devices but the first are machines in QEMU
+	Once  bool      // end after the tour
+	Out   io.Writer // for people
 }
 
 // tour is a fleet under way.
@@ -44,11 +46,12 @@ type tour struct {
 	started time.Time
 }
 
-// device is one agent under its launcher.
+// device is one agent under its launcher, or a machine.
 type device struct {
-	n    int
-	id   string
-	proc *proc.Process
+	n     int
+	id    string
+	proc  running
+	boots int // of a machine
 }
 
 // putResult is what "deimos object put -o json" prints.
@@ -117,6 +120,16 @@ func prepare(o Options) (*tour, error) {
 	if !info.Mode().IsRegular() || info.Size() < chunk.LeafSize {
 		return nil, fmt.Errorf("%s is no file of at least %d bytes, which the challenges of the tour need; choose another with --file", t.File, chunk.LeafSize)
 	}
+	devices := "every one a process"
+	if o.Image != "" {
+		if _, err := os.Stat(o.Image); err != nil {
+			return nil, fmt.Errorf("the image cannot be read (make image): %w", err)
+		}
+		if _, err := qemu.Find(); err != nil {
+			return nil, err
+		}
+		devices = "the first a process, the others arm64 machines in QEMU"
+	}
 	if o.Dir == "" {
 		t.madeDir = true
 		t.Dir, err = os.MkdirTemp("", "deimos-dev-")
@@ -126,7 +139,7 @@ func prepare(o Options) (*tour, error) {
 	if err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(t.Out, "A Deimos fleet on this machine: one coordinator, %d devices, every one a process.\n", fleetSize)
+	fmt.Fprintf(t.Out, "A Deimos fleet on this machine: one coordinator, %d devices, %s.\n", fleetSize, devices)
 	fmt.Fprintf(t.Out, "  folder  %s\n  stores  %s (%s)\n\n", t.Dir, near(t.File), cli.Bytes(info.Size()))
 	return t, nil
 }
@@ -163,7 +176,7 @@ func (t *tour) path(parts ...string) string {
 
 // steps are the tour, in order.
 func (t *tour) steps() []step {
-	return []step{
+	steps := []step{
 		{"probe this machine", t.probe},
 		{"enrol three devices", t.enrol},
 		{"store a file, each chunk twice", t.store},
@@ -173,13 +186,17 @@ func (t *tour) steps() []step {
 		{"challenge a computation", t.auditCompute},
 		{"update, and go back from a bad one", t.update},
 	}
+	if t.Image != "" {
+		steps = append(steps, step{"pull the plug of a machine", t.powerCut})
+	}
+	return steps
 }
 
 func (t *tour) walk(ctx context.Context) error {
 	steps := t.steps()
 	for i, s := range steps {
 		began := time.Now()
-		sctx, cancel := context.WithTimeoutCause(ctx, stepLimit, fmt.Errorf("it took longer than %s", stepLimit))
+		sctx, cancel := context.WithTimeoutCause(ctx, t.patience(stepLimit), fmt.Errorf("it took longer than %s", t.patience(stepLimit)))
 		lines, err := s.run(sctx)
 		if err != nil && sctx.Err() != nil && ctx.Err() == nil {
 			err = context.Cause(sctx)
@@ -228,8 +245,12 @@ func (t *tour) stopAll() {
 	done := make(chan struct{})
 	for _, d := range t.devices {
 		go func() {
-			if d.proc != nil {
-				d.proc.Stop(stopLimit)
+			switch p := d.proc.(type) {
+			case nil:
+			case *proc.Process:
+				p.Stop(stopLimit)
+			default:
+				p.Kill() // its disks go with the folder
 			}
 			done <- struct{}{}
 		}()

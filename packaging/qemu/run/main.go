@@ -44,7 +44,7 @@ import (
 const (
 	port      = "8443" // of a coordinator, unless it was started with another
 	lookLimit = 3 * time.Second
-	madeFile  = "made" // its time is when the device was made
+	madeFile  = "made"  // its time is when the device was made
 	diskSize  = 1 << 30 // that it starts from; room for what an owner puts there
 )
 
