@@ -2,7 +2,8 @@
 // nothing to compact.
 //
 // Badger's compactors look for work twenty times a second each, for ever: two
-// stores of two compactors took an idle agent 1% of a core. A store has work for
+// stores of two compactors took an idle agent 1% of a core, and 530 system calls
+// a second where it now makes 32. A store has work for
 // them only after a memtable was flushed, which takes megabytes of writes. So a
 // [Keeper] stops them when nothing has been due for a while, and starts them when
 // a write finds that something is.
@@ -28,7 +29,8 @@
 // NumCompactors 0) would do for compaction, but it rewrites the whole tree each
 // time, cannot be interrupted by Close, and does not end while writes go on. So
 // the two methods are linked by name. A Badger without them does not link, and
-// the tests fail if they no longer do what they did. Nobody may call DropAll,
+// the tests fail if they no longer do what they did: it is found out by who takes
+// a new Badger, never by a device. Nobody may call DropAll,
 // DropPrefix, Flatten or NewStreamWriter on a store with a Keeper: they start
 // compactors too.
 package compactors

@@ -205,7 +205,7 @@ func (m *machine) mendESP(p partition) {
 	case err != nil:
 		m.log.Warn("the EFI system partition could not be checked", "partition", p.path, "error", err)
 	case len(r.Left) > 0:
-		m.log.Error("the EFI system partition has faults that are left alone; write the image anew when updates fail", "partition", p.path, "faults", r.Left)
+		m.log.Error("the EFI system partition has faults that are left alone; if updates fail, copy its files away, format it as FAT32, and copy them back", "partition", p.path, "faults", r.Left)
 	}
 	if len(r.Cut)+len(r.Dropped)+r.Freed > 0 || r.Copies {
 		m.log.Warn("the EFI system partition was repaired", "partition", p.path, "cut", r.Cut, "second_names", r.Dropped, "freed_clusters", r.Freed, "tables_differed", r.Copies)
