@@ -31,3 +31,16 @@ have_machines() {
 have_image_tools() {
 	command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null && [ -e /usr/share/keyrings/debian-archive-keyring.gpg ]
 }
+
+# May it mount, and boot a systemd of its own? Root in a container often may not.
+may_mount() {
+	[ "$(id -u)" -eq 0 ] && unshare --mount mount -t tmpfs tmpfs /mnt 2>/dev/null
+}
+
+# Can it check Debian packages and live through their life?
+have_deb_tools() {
+	local p
+	for p in lintian systemd-nspawn udevadm umockdev-run; do
+		command -v $p >/dev/null || return 1
+	done
+}

@@ -138,8 +138,15 @@ until_ 60 online 0.1.0
 is "$(key)" "$id"
 is "$(stat -c %U /var/lib/deimos/identity/key.pem)" deimos-agent
 
-claim "a disk below /mnt can hold chunks, and the folders of the system cannot be written"
-nsenter -t "$(pgrep -u deimos-agent -x deimos-agent | head -n1)" -m sh -c '! touch /usr/x 2>/dev/null && ! touch /etc/deimos/x 2>/dev/null && touch /mnt/x && rm /mnt/x'
+claim "a disk below /mnt can hold chunks; the folders of the system cannot be written, but for the lights'"
+inside="nsenter --mount --target=$(pgrep -u deimos-agent -x deimos-agent | head -n1)"
+not $inside touch /usr/x
+not $inside touch /etc/deimos/x
+not $inside ls /home
+$inside touch /mnt/x
+$inside rm /mnt/x
+$inside findmnt --noheadings --output OPTIONS --target /sys/devices/system | grep '^rw'
+$inside findmnt --noheadings --output OPTIONS --target /sys/kernel | grep '^ro'
 
 claim "an upgrade puts the newer agent on trial, and it confirms itself"
 dpkg --force-confold -i /debs/1.deb
