@@ -50,6 +50,8 @@ func beAgent(mode string) {
 		os.Exit(3)
 	case "again":
 		os.Exit(75)
+	case "reboot":
+		os.Exit(79)
 	case "hang":
 		signal.Ignore(unix.SIGTERM)
 		fmt.Println("agent hangs")
@@ -113,6 +115,11 @@ func (s *said) await(t *testing.T, text string, times int) {
 // supervised runs the test's agent in one of its ways.
 func supervised(t *testing.T, mode string, stopWithin time.Duration, kick <-chan struct{}, first time.Duration) (s *said, stop func()) {
 	t.Helper()
+	return supervisedBy(t, mode, stopWithin, kick, first, func(*supervisor) {})
+}
+
+func supervisedBy(t *testing.T, mode string, stopWithin time.Duration, kick <-chan struct{}, first time.Duration, change func(*supervisor)) (s *said, stop func()) {
+	t.Helper()
 	s = newSaid()
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &processes{}
@@ -123,6 +130,7 @@ func supervised(t *testing.T, mode string, stopWithin time.Duration, kick <-chan
 	all.Go(func() { p.reap(reaping, chld) })
 	v := &supervisor{processes: p, say: s.say, log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), kick: kick, stopWithin: stopWithin, first: first,
 		command: func() ([]string, []string) { return []string{os.Args[0], "agent", mode}, os.Environ() }}
+	change(v)
 	ended := make(chan struct{})
 	go func() { v.run(ctx); close(ended) }()
 	stop = sync.OnceFunc(func() {
