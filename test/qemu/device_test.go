@@ -24,7 +24,7 @@ import (
 const (
 	// bootLimit is how long a machine may take to say or do the next thing. It is a
 	// bound for a machine with much else to do, not a claim.
-	bootLimit = 3 * time.Minute
+	bootLimit = 4 * time.Minute
 	testLimit = 15 * time.Minute
 	// diskSize is that of a small card. An agent that chooses the system's disk by
 	// itself leaves 8 GiB of it alone.

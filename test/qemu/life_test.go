@@ -41,7 +41,7 @@ func TestLifeOfADevice(t *testing.T) {
 		{"computes", func(*testing.T) {
 			// An emulated core takes half a minute to compile the guest; the
 			// challenge, which has no time to spare, finds it compiled.
-			f.CheckWordcount(o, data[:o.Chunks[0].Size], "--device", string(d.id), "--cpu", "5m", "--wall", "5m")
+			f.CheckWordcount(o, data[:o.Chunks[0].Size], "--device", string(d.id), "--cpu", "10m", "--wall", "10m")
 			f.CheckCompute("the device", d.id, "wordcount")
 		}},
 		{"proves", func(*testing.T) { f.CheckStorage("the device", d.id) }},
