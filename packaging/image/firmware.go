@@ -7,24 +7,29 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/deimos-edge/deimos/packaging/image/initramfs"
 	"github.com/klauspost/compress/zstd"
 )
 
-// modules are what a machine may need beyond the kernel, in the order of
-// /lib/modules.list; what they depend on is found. A driver whose hardware is
-// missing costs its memory only, so generic hardware is here, too.
-var modules = []string{
+// diskModules are what a machine may need beyond the kernel to reach its disks, in
+// the order of /lib/modules.list; what they depend on is found. A driver whose
+// hardware is missing costs its memory only, so generic hardware is here, too.
+var diskModules = []string{
 	"crc32c_generic", "ext4", // asks for the checksum by name, which no dependency tells
 	"nls_cp437", "nls_ascii", "nls_utf8", "vfat", "efivarfs",
-	"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_rng", "virtio_console", "qemu_fw_cfg",
+	"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "virtio_rng", "qemu_fw_cfg",
 	"nvme", "ahci", "sd_mod", "xhci_pci", "usb_storage", "uas", "mmc_block", "sdhci_pci", "sdhci_acpi",
-	"r8169", "e1000e", "igb", "cdc_ether", "r8152",
+}
+
+// laterModules are the rest, in /lib/modules.later: loaded while the disks are prepared.
+var laterModules = []string{
+	"virtio_net", "r8169", "e1000e", "igb", "cdc_ether", "r8152",
 	"i6300esb", "sbsa_gwdt",
-	"leds_gpio", "i2c_dev",
 	"gpio_keys", "usbhid", "hid_generic", "evdev", // buttons and keyboards; those of ACPI are in the kernel
+	"leds_gpio", "i2c_dev", "virtio_console",
 }
 
 // commandLine is the kernel's. No console is named: the kernel takes the one
@@ -123,19 +128,26 @@ func addFile(root *initramfs.Archive, name, from string, program bool) error {
 }
 
 func (fw firmware) addModules(root *initramfs.Archive) error {
-	files, err := initramfs.Modules(fw.unpacked, modules)
+	first, err := initramfs.Modules(fw.unpacked, diskModules)
 	if err != nil {
 		return err
 	}
-	var list strings.Builder
-	for _, f := range files {
-		name := filepath.Base(f)
-		list.WriteString(name + "\n")
-		if err := addFile(root, "lib/modules/"+name, f, false); err != nil {
-			return err
-		}
+	all, err := initramfs.Modules(fw.unpacked, slices.Concat(diskModules, laterModules))
+	if err != nil {
+		return err
 	}
-	root.File("lib/modules.list", []byte(list.String()), false)
+	lists := map[string][]string{"lib/modules.list": first, "lib/modules.later": all[len(first):]}
+	for name, files := range lists {
+		var list strings.Builder
+		for _, f := range files {
+			name := filepath.Base(f)
+			list.WriteString(name + "\n")
+			if err := addFile(root, "lib/modules/"+name, f, false); err != nil {
+				return err
+			}
+		}
+		root.File(name, []byte(list.String()), false)
+	}
 	return nil
 }
 

@@ -160,7 +160,7 @@ func fakeDebian(t *testing.T, cache string) []debian.Package {
 	}
 	const lib = "lib/aarch64-linux-gnu/"
 	kernel := map[string]string{"boot/vmlinuz-6.1.0": strings.Repeat("kernel", 5000)}
-	for _, m := range modules {
+	for _, m := range slices.Concat(diskModules, laterModules) {
 		kernel["lib/modules/6.1.0/"+m+".ko"] = string(fakeELF("depends=\x00name=" + m + "\x00"))
 	}
 	kernel["lib/modules/6.1.0/ext4.ko"] = string(fakeELF("depends=jbd2\x00"))
@@ -289,7 +289,7 @@ func TestOnlyTheDebugVariantHasAShell(t *testing.T) {
 	for _, part := range []string{
 		"sbin/mke2fs\x00", "sbin/resize2fs\x00", "sbin/e2fsck\x00", "bin/deimos-agent\x00", "init\x00",
 		"lib/libc.so.6\x00", "lib/libext2fs.so.2\x00", "lib/ld-linux-aarch64.so.1\x00", // what was needed, and what that needs
-		"lib/modules/jbd2.ko\x00", "crc32c_generic.ko\njbd2.ko\next4.ko\n", "IMAGE_VERSION=1.2.3\n",
+		"lib/modules/jbd2.ko\x00", "crc32c_generic.ko\njbd2.ko\next4.ko\n", "lib/modules.later\x00", "hid_generic.ko\nevdev.ko\n", "IMAGE_VERSION=1.2.3\n",
 	} {
 		if !strings.Contains(release, part) {
 			t.Errorf("the root file system has no %q", part)

@@ -28,7 +28,8 @@
 //	/init                       process 1
 //	/bin/deimos-agent           the agent
 //	/sbin/mke2fs, e2fsck, resize2fs, their libraries in /lib, /etc/mke2fs.conf
-//	/lib/modules.list           the kernel modules to load, file names, a line each, in this order
+//	/lib/modules.list           the kernel modules to load for the disks, file names, a line each, in this order
+//	/lib/modules.later          the other ones
 //	/lib/modules/*.ko           the modules
 //	/etc/os-release, /etc/deimos-release
 //	/bin/busybox, /bin/sh       only in the debug variant

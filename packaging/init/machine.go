@@ -56,7 +56,8 @@ type machine struct {
 	esp       string // where it is mounted; "" if it is not
 	inMemory  bool   // /data is lost with the power
 	ring      *logring.Ring
-	again     chan string // why the machine is to be started anew
+	hardware  chan struct{} // closed when what the disks do not need is there, too
+	again     chan string   // why the machine is to be started anew
 
 	mu       sync.Mutex // guards found
 	found    string     // coordinator, by DNS-SD
@@ -79,9 +80,15 @@ func (m *machine) run(mounted error) {
 	_ = step(m.log, "loading modules", modulesLimit, func(context.Context) error {
 		return loadModules(m.path("lib/modules.list"), m.path("lib/modules"), m.log)
 	})
+	if exists(m.path("sys/firmware/efi")) {
+		if err := mountAll([]mount{variablesMount}); err != nil {
+			m.log.Warn("what the boot loader says cannot be read", "error", err)
+		}
+	}
 	m.again = make(chan string, 1)
 	press := make(chan struct{}, 1)
-	watchPower(m.path("dev"), func() { press <- struct{}{} }, m.log)
+	m.hardware = make(chan struct{})
+	go m.loadRest(press)
 
 	// A machine that is told to stop while it checks a disk stops: the rest of
 	// the start runs beside the wait for that.
@@ -93,6 +100,17 @@ func (m *machine) run(mounted error) {
 	}()
 	how := m.awaitStop(press)
 	m.stop(how, agentStops, agentDone, func() { cancel(); writers.wait() })
+}
+
+// loadRest loads what the disks do not need, and then watches the power button.
+func (m *machine) loadRest(press chan<- struct{}) {
+	defer close(m.hardware)
+	_ = step(m.log, "loading further modules", modulesLimit, func(context.Context) error {
+		return loadModules(m.path("lib/modules.later"), m.path("lib/modules"), m.log)
+	})
+	guard(m.log, "power button", func() {
+		watchPower(m.path("dev"), func() { press <- struct{}{} }, m.log)
+	})
 }
 
 // writersOf is the goroutines that write the log.
@@ -123,6 +141,11 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 	}
 	if m.openRing() == nil {
 		w.ring.Go(func() { m.journal.ring.drain(ctx); m.ring.Close() })
+	}
+	select {
+	case <-m.hardware:
+	case <-ctx.Done():
+		return
 	}
 	m.configure()
 	c := &clock{floor: newest(m.released, m.path("data/deimos/status.json")), now: time.Now, set: m.setClock, query: m.query, log: m.log}

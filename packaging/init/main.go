@@ -4,8 +4,10 @@
 //
 // # In this order
 //
-//	 1  mounts          proc, sys, dev, run, tmp, cgroup2, efivarfs
-//	 2  modules         /lib/modules.list, a file name and its parameters a line
+//	 1  mounts          proc, sys, dev, run, tmp, cgroup2
+//	 2  modules         /lib/modules.list, a file name and its parameters a line: what
+//	                    the disks need; then efivarfs is mounted. Those of
+//	                    /lib/modules.later are loaded beside 3 to 6
 //	 3  tables          primary and backup of our disks' partition tables made alike
 //	 4  ESP             checked and repaired (package fat), mounted at /efi: the one
 //	                    we were started from, or "deimos-esp"

@@ -19,8 +19,7 @@ type mount struct {
 
 const quiet = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
-// kernelMounts are what the kernel offers, in this order. efivarfs and debugfs
-// are not there on every machine.
+// kernelMounts are what the kernel offers, in this order.
 var kernelMounts = []mount{
 	{"proc", "/proc", "proc", "", quiet},
 	{"sysfs", "/sys", "sysfs", "", quiet},
@@ -30,8 +29,11 @@ var kernelMounts = []mount{
 	{"tmpfs", "/run", "tmpfs", "size=16m,mode=0755", unix.MS_NOSUID | unix.MS_NODEV},
 	{"tmpfs", "/tmp", "tmpfs", "size=64m,mode=1777", unix.MS_NOSUID | unix.MS_NODEV},
 	{"cgroup2", "/sys/fs/cgroup", "cgroup2", "", quiet},
-	{"efivarfs", "/sys/firmware/efi/efivars", "efivarfs", "", quiet | unix.MS_RDONLY},
 }
+
+// variablesMount is UEFI's variables. The file system is a module in Debian's
+// kernel, and not every machine has UEFI.
+var variablesMount = mount{"efivarfs", "/sys/firmware/efi/efivars", "efivarfs", "", quiet | unix.MS_RDONLY}
 
 // mountAll mounts what it can and returns what it could not.
 func mountAll(list []mount) error {
@@ -39,7 +41,7 @@ func mountAll(list []mount) error {
 	for _, m := range list {
 		_ = os.MkdirAll(m.target, 0o755) // not below sysfs: what is not there, this kernel does not have
 		err := unix.Mount(m.source, m.target, m.kind, m.flags, m.options)
-		if err != nil && !errors.Is(err, unix.EBUSY) && !(m.kind == "efivarfs" && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP))) {
+		if err != nil && !errors.Is(err, unix.EBUSY) {
 			failed = append(failed, fmt.Errorf("mount %s: %w", m.target, err))
 		}
 	}
