@@ -31,7 +31,7 @@
 //	                        dropped of them, orders that were begun, clock floor
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
-//	slots/, update/         see ota
+//	slots/, ota/            see ota
 package agent
 
 import (

@@ -113,7 +113,7 @@ type UpdateResult struct {
 	From      string `json:"from"`
 	To        string `json:"to"`
 	Running   string `json:"running"` // version that reports
-	Slot      string `json:"slot"`    // "a" or "b"
+	Slot      string `json:"slot"`    // "a" or "b"; "" where whole firmwares are updated
 	Confirmed bool   `json:"confirmed"`
 }
 
