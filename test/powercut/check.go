@@ -1,0 +1,283 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/packaging/init/fat"
+	"github.com/deimos-edge/deimos/packaging/init/gpt"
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/sync/store"
+)
+
+// checker opens disks after a cut as a device does when its power comes back.
+type checker struct {
+	rec *recording
+	dir string // for mounts
+	esp espSeen
+}
+
+// espSeen is the last ESP that was looked at and was in order.
+type espSeen struct {
+	valid   bool
+	changes int // of disk
+	note    string
+	boots   string
+	after   string // a firmware was confirmed
+}
+
+const toolLimit = 2 * time.Minute
+
+// check looks at everything, and says in a sentence what is not as it must be.
+// It leaves the disk as the device would: repaired, opened and closed.
+func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err error) {
+	mem := d.work.mem
+	if _, err := gpt.Repair(section(mem), k.rec.Size); err != nil {
+		return "", fmt.Errorf("the partition table is lost: %w", err)
+	}
+	table, err := gpt.Read(section(mem), k.rec.Size)
+	if err != nil {
+		return "", fmt.Errorf("the partition table is lost: %w", err)
+	}
+	part, ok := table.Find("deimos-esp")
+	if !ok {
+		return "", errors.New("the partition table has no EFI system partition")
+	}
+	if espTouched || !k.esp.valid || k.esp.changes != d.espChanges || k.esp.after != p.confirmed {
+		k.esp.valid = false
+		if k.esp.boots, k.esp.note, err = k.checkESP(mem[part.First*gpt.Block:(part.Last+1)*gpt.Block], p); err != nil {
+			return "", err
+		}
+		if !espTouched {
+			k.esp.valid, k.esp.changes, k.esp.after = true, d.espChanges, p.confirmed
+		}
+	}
+	data, ok := table.Find("deimos-data")
+	if !ok {
+		if p.device != "" || k.esp.note != "" {
+			return k.esp.boots, errors.New("the partition table has no data partition any more")
+		}
+		return k.esp.boots, nil // the first boot begins again
+	}
+	if k.esp.note != "" && k.esp.note != data.ID.String() {
+		return k.esp.boots, fmt.Errorf("the device would wait for a data partition %q that is not there", k.esp.note)
+	}
+	return k.esp.boots, k.checkData(d.work, data, k.esp.note != "", p)
+}
+
+// checkESP looks twice: as the boot loader finds it, and after init has mended it.
+func (k *checker) checkESP(raw []byte, p promises) (boots, dataNote string, err error) {
+	look := func() (string, error) {
+		e, err := openESP(raw)
+		if err != nil {
+			return "", err
+		}
+		return e.check(k.rec.header, p.confirmed)
+	}
+	if boots, err = look(); err != nil {
+		return "", "", fmt.Errorf("the machine does not boot: %w", err)
+	}
+	if _, err := fat.Repair(section(raw)); err != nil {
+		return "", "", fmt.Errorf("the EFI system partition cannot be mended: %w", err)
+	}
+	mended, err := look()
+	if err == nil && mended != boots {
+		err = fmt.Errorf("firmware %s would start now, and %s did before", mended, boots)
+	}
+	if err != nil {
+		return "", "", fmt.Errorf("after the EFI system partition was mended: %w", err)
+	}
+	e, err := openESP(raw)
+	if err != nil {
+		return "", "", err
+	}
+	note, err := e.read("deimos-data.id")
+	if err != nil {
+		return "", "", fmt.Errorf("the note of the data partition: %w", err)
+	}
+	return boots, strings.TrimSpace(string(note)), nil
+}
+
+// checkData opens the data partition by the same decisions as packaging/init.
+// used says that the ESP has the note that it was mounted before.
+func (k *checker) checkData(work *mapped, p gpt.Partition, used bool, want promises) (err error) {
+	from, size := p.First*gpt.Block, p.Size()
+	if binary.LittleEndian.Uint16(work.mem[from+1024+0x38:]) != 0xef53 && !used {
+		if want.device != "" {
+			return errors.New("the data partition is empty and would be formatted")
+		}
+		return nil // it would be formatted, now or once more
+	}
+	loop, err := attach(work.File, from, size)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, loop.detach()) }()
+	if err := e2fsck(loop.path, "-p"); err != nil {
+		if want.device != "" || used {
+			return fmt.Errorf("the file system of the data partition is not mended by itself: %w", err)
+		}
+		if err := e2fsck(loop.path, "-y", "-f"); err != nil {
+			return fmt.Errorf("the file system of the data partition cannot be mended, and the device runs from memory: %w", err)
+		}
+	}
+	dir := filepath.Join(k.dir, "data")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount(loop.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro"); err != nil {
+		return fmt.Errorf("the data partition cannot be mounted: %w", err)
+	}
+	defer func() { err = errors.Join(err, unmount(dir)) }()
+	return checkState(filepath.Join(dir, "deimos"), want)
+}
+
+func e2fsck(args ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), toolLimit)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "e2fsck", args...).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && (exit.ExitCode() == 1 || exit.ExitCode() == 2) {
+		return nil // repaired
+	}
+	if err != nil {
+		return fmt.Errorf("e2fsck %s: %w: %s", args[0], err, strings.Join(strings.Split(strings.TrimSpace(string(out)), "\n"), "; "))
+	}
+	return nil
+}
+
+// checkState opens the state folder with our own code.
+func checkState(dir string, want promises) error {
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) && want.device == "" {
+		return nil
+	}
+	if err := checkFiles(dir); err != nil {
+		return err
+	}
+	got, err := agent.Remember(dir)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the agent would not start: %w", err)
+	case want.device == "":
+		return nil
+	case string(got.Device) != want.device:
+		return fmt.Errorf("the device was %s and is %q now", want.device, got.Device)
+	case !got.Member:
+		return errors.New("the device has forgotten that it is a member of the fleet")
+	case got.Config < want.config:
+		return fmt.Errorf("the device said that it runs version %d of the configuration, and has version %d", want.config, got.Config)
+	}
+	for order := range want.orders {
+		if !slices.Contains(got.Orders, order) {
+			return fmt.Errorf("order %s was reported, and would be done again: the journal does not know it", order)
+		}
+	}
+	return checkChunks(filepath.Join(dir, "volumes", "main"), want)
+}
+
+// checkFiles reads what is replaced as a whole: old or new, never half.
+func checkFiles(dir string) error {
+	return filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return fmt.Errorf("the state folder cannot be read: %w", err)
+		}
+		if e.IsDir() && (e.Name() == "volumes" || e.Name() == "journal") {
+			return fs.SkipDir
+		}
+		if filepath.Ext(path) != ".json" {
+			return nil
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("%s cannot be read: %w", e.Name(), err)
+		}
+		if !json.Valid(raw) {
+			return fmt.Errorf("%s is damaged: %d bytes, %.40q", strings.TrimPrefix(path, dir+"/"), len(raw), raw)
+		}
+		return nil
+	})
+}
+
+func checkChunks(dir string, want promises) (err error) {
+	ids, err := want.held()
+	if err != nil {
+		return err
+	}
+	v, err := store.Open(dir, store.Options{FloorBytes: -1})
+	if err != nil {
+		return fmt.Errorf("the chunks cannot be opened: %w", err)
+	}
+	defer func() { err = errors.Join(err, v.Close()) }()
+	for _, id := range ids {
+		if data, err := v.Get(context.Background(), id); err != nil || chunk.Sum(data) != id {
+			return fmt.Errorf("chunk %s has a receipt, and is not there: %w", id, err)
+		}
+	}
+	for s, held := range want.chunks {
+		if id, err := chunk.ParseID(s); err != nil || !held && v.Has(id) {
+			return errors.Join(err, fmt.Errorf("chunk %s was dropped by an order that has been reported, and is back", s))
+		}
+	}
+	return nil
+}
+
+// loop is a part of a file as a block device.
+type loop struct {
+	path string
+	dev  *os.File
+}
+
+func attach(f *os.File, from, size int64) (*loop, error) {
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("a loop device is needed (as root): %w", err)
+	}
+	defer control.Close()
+	for range 50 {
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, err
+		}
+		l := &loop{path: fmt.Sprintf("/dev/loop%d", n)}
+		if l.dev, err = os.OpenFile(l.path, os.O_RDWR, 0); err != nil {
+			return nil, err
+		}
+		err = unix.IoctlLoopConfigure(int(l.dev.Fd()), &unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector,
+			Info: unix.LoopInfo64{Offset: uint64(from), Sizelimit: uint64(size), Flags: unix.LO_FLAGS_AUTOCLEAR}})
+		if err == nil {
+			return l, nil
+		}
+		l.dev.Close()
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, fmt.Errorf("the loop device %s: %w", l.path, err)
+		}
+	}
+	return nil, errors.New("others take every loop device first")
+}
+
+// detach lets go of it; it ends with its last user.
+func (l *loop) detach() error { return l.dev.Close() }
+
+// unmount waits for who still looks at the folder.
+func unmount(dir string) (err error) {
+	for range 50 {
+		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return fmt.Errorf("unmount %s: %w", dir, err)
+}

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// disk is the recorded disk at a moment of the record, twice: base is what is
+// durable then, work is what a cut makes of it, and may be written to by whoever
+// opens it. Going on costs what was written in between; going back, a look at
+// what is not a hole.
+type disk struct {
+	rec        *recording
+	cache      cache
+	at         int // next event
+	base, work *mapped
+	espChanges int // that became durable below espEnd
+}
+
+// espEnd is below where the data partition begins, bytes: changes there are those
+// of the ESP and of the partition table.
+const espEnd = 257 << 20
+
+// mapped is a sparse file in memory.
+type mapped struct {
+	*os.File
+	mem []byte
+}
+
+func openMapped(path string) (*mapped, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil {
+		var mem []byte
+		if mem, err = unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+			return &mapped{f, mem}, nil
+		}
+	}
+	return nil, errors.Join(err, f.Close())
+}
+
+func (m *mapped) close() error { return errors.Join(unix.Munmap(m.mem), m.Close()) }
+
+// newDisk keeps its two files in dir.
+func newDisk(rec *recording, dir string) (*disk, error) {
+	d := &disk{rec: rec, cache: cache{rec: rec}}
+	for name, to := range map[string]**mapped{"base": &d.base, "work": &d.work} {
+		path := filepath.Join(dir, name)
+		if err := rec.copyBase(path); err != nil {
+			return nil, err
+		}
+		var err error
+		if *to, err = openMapped(path); err != nil {
+			return nil, err
+		}
+	}
+	return d, nil
+}
+
+func (d *disk) close() error { return errors.Join(d.base.close(), d.work.close()) }
+
+// advance goes to the moment before an event.
+func (d *disk) advance(to int) error {
+	if to < d.at {
+		return fmt.Errorf("the record is at event %d, past %d", d.at, to)
+	}
+	for ; d.at < to; d.at++ {
+		for _, i := range d.cache.step(d.at) {
+			p := piece{i, 0, d.rec.events[i].Length}
+			if err := errors.Join(d.apply(d.base, p), d.apply(d.work, p)); err != nil {
+				return err
+			}
+			if d.rec.events[i].Offset < espEnd {
+				d.espChanges++
+			}
+		}
+	}
+	return nil
+}
+
+// cut makes of work what a power cut leaves; esp tells whether what it chose is in the ESP.
+func (d *disk) cut(seed uint64) (how string, esp bool, err error) {
+	kept, how := d.cache.choose(seed)
+	for _, p := range kept {
+		if err := d.apply(d.work, p); err != nil {
+			return how, esp, err
+		}
+		esp = esp || d.rec.events[p.event].Offset < espEnd
+	}
+	return how, esp, nil
+}
+
+func (d *disk) apply(m *mapped, p piece) error {
+	e := d.rec.events[p.event]
+	at := e.Offset + p.from
+	switch {
+	case e.Kind == write:
+		copy(m.mem[at:at+p.length], d.rec.bytes(e)[p.from:])
+	case p.length > 1<<20:
+		return unix.Fallocate(int(m.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, p.length)
+	default:
+		clear(m.mem[at : at+p.length])
+	}
+	return nil
+}
+
+// restore makes work what base is.
+func (d *disk) restore() error {
+	for _, m := range []*mapped{d.work, d.base} {
+		err := m.extents(func(from, to int64) {
+			const unit = 64 << 10
+			for at := from; at < to; at += unit {
+				end := min(at+unit, to)
+				if !bytes.Equal(d.work.mem[at:end], d.base.mem[at:end]) {
+					copy(d.work.mem[at:end], d.base.mem[at:end])
+				}
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// extents are the parts of a file that are not holes.
+func (m *mapped) extents(f func(from, to int64)) error {
+	for at, end := int64(0), int64(len(m.mem)); at < end; {
+		from, err := unix.Seek(int(m.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		to, err := unix.Seek(int(m.Fd()), from, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		f(from, to)
+		at = to
+	}
+	return nil
+}

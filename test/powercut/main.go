@@ -1,0 +1,243 @@
+// Command powercut cuts a device's power at thousands of moments, and looks each
+// time whether everything that was promised is there.
+//
+// # How
+//
+// The image runs as a virtual machine whose only disk is package nbd's, with a
+// real coordinator beside it. It boots for the first time, joins, stores
+// and drops chunks, answers orders, runs jobs, takes a configuration, is reset, installs a
+// firmware; then its power is cut. What the disk was asked to do is recorded in
+// one order: writes, trims, flushes; and among them marks: what somebody outside the
+// device came to know ([mark]). A mark comes later than the flush that it relies
+// on, so it must hold for every cut behind it.
+//
+// Then the record is replayed. At each of many moments the disk is made as a
+// disk with a volatile write cache may be after a cut ([cache]): everything
+// before the last flush, and of what came after, anything: all, none, some,
+// single sectors. The disk is opened as the device does it, by the same steps
+// and mostly the same code, as far as both look at what is on it:
+//
+//   - the partition table, repaired as init does it;
+//   - the EFI system partition, first as the boot loader finds it, by a reader of our
+//     own, then mended as init does it: the boot loader is whole, and the firmware
+//     that it would start is one of the two that were made, with all its bytes,
+//     and not older than one that was confirmed;
+//   - the data partition: e2fsck -p must be enough, and it must mount;
+//   - the state: the same key, the membership, the configuration that was
+//     reported; no file that is replaced as a whole is half;
+//   - the journal: it opens, and knows each order whose report the coordinator
+//     has, so that none is done twice;
+//   - the chunks: the store opens, each with a receipt is there and has its hash,
+//     and each that was reported as dropped is gone.
+//
+// Some of the cuts are booted: a machine gets the disk, and must be online as the
+// same device, give back what it had a receipt for, and store something new.
+//
+// # What it is told by
+//
+// It prints how many cuts there were, the seed, and the time. A cut that fails is
+// named AT:SEED; -replay DIR -cut AT:SEED makes it again, alone. A recording cannot be
+// made a second time, as a machine does not live the same life twice, so the one in
+// which something failed is kept.
+//
+// # Not here
+//
+// Cuts while a repair after a cut is under way; disks that lie about a flush;
+// power that comes back for moments. Two disks.
+//
+// It needs Linux, root (loop devices), e2fsck, QEMU for arm64, and what "make
+// build" and "make qemu-images" build.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+type options struct {
+	work
+	dir    string // of the recording; "" for a new one that is removed if all is well
+	replay bool   // there is a recording already
+	points int
+	boots  int
+	only   string // one cut
+	disk   string // file to leave the disk of that cut in
+}
+
+func main() {
+	o := options{}
+	o.log = func(format string, args ...any) { fmt.Printf("       "+format+"\n", args...) }
+	replay := flag.String("replay", "", "folder of a recording to replay")
+	flag.StringVar(&o.dir, "record", "", "empty or new folder for the recording; default: one that is removed if all is well")
+	flag.StringVar(&o.bin, "bin", "bin", "folder of our programs")
+	flag.StringVar(&o.image, "image", "", "image of the disk; default: bin/image/deimos-arm64-"+oldVersion+".img")
+	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install, of version "+newVersion+"; default: bin/qemu/deimos_"+newVersion+".efi; \"none\" for none")
+	flag.Uint64Var(&o.seed, "seed", seed(), "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
+	flag.IntVar(&o.points, "points", 6000, "how many cuts")
+	flag.IntVar(&o.boots, "boots", 10, "how many of them to boot")
+	flag.IntVar(&o.rounds, "rounds", 4, "how much work to record")
+	flag.StringVar(&o.only, "cut", "", "only this cut, AT:SEED")
+	flag.StringVar(&o.disk, "disk", "", "with -cut: leave its disk in this file, and do nothing else")
+	flag.Parse()
+	if *replay != "" {
+		o.replay, o.dir = true, *replay
+	}
+	if o.image == "" {
+		o.image = filepath.Join(o.bin, "image", "deimos-arm64-"+oldVersion+".img")
+	}
+	switch o.firmware {
+	case "":
+		o.firmware = filepath.Join(o.bin, "qemu", "deimos_"+newVersion+".efi")
+	case "none":
+		o.firmware = ""
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "powercut:", err)
+		os.Exit(1)
+	}
+}
+
+// seed is that of DEIMOS_TEST_SEED, or a new one.
+func seed() uint64 {
+	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
+		return s
+	}
+	return rand.Uint64() >> 32
+}
+
+func run(ctx context.Context, o options) (err error) {
+	made := o.dir == ""
+	if made {
+		if o.dir, err = os.MkdirTemp("", "deimos-powercut-"); err != nil {
+			return err
+		}
+	} else if err := os.MkdirAll(o.dir, 0o755); err != nil {
+		return err
+	}
+	defer func() {
+		if made && err == nil {
+			err = os.RemoveAll(o.dir)
+		} else if err != nil {
+			err = fmt.Errorf("%w\nThe recording is in %s; again: go run ./test/powercut -replay %s", err, o.dir, o.dir)
+		}
+	}()
+	fmt.Printf("powercut: seed %d\n", o.seed)
+	if !o.replay {
+		began := time.Now()
+		if err := record(ctx, o.work, o.dir); err != nil {
+			return fmt.Errorf("the recording failed: %w", err)
+		}
+		fmt.Printf("       recorded in %s\n", sinceNow(began))
+	}
+	rec, err := load(o.dir)
+	if err != nil {
+		return err
+	}
+	defer rec.close()
+	fmt.Printf("       %s\n", rec)
+	if o.only != "" {
+		return one(ctx, rec, o)
+	}
+	return errors.Join(replayAll(ctx, rec, o), bootSome(ctx, rec, o))
+}
+
+func (r *recording) String() string {
+	flushes, changes, bytes, marks := 0, 0, int64(0), 0
+	for _, e := range r.events {
+		switch {
+		case e.Kind == flush:
+			flushes++
+		case e.change():
+			changes++
+			bytes += e.Length
+		case e.Mark != nil:
+			marks++
+		}
+	}
+	return fmt.Sprintf("%d events: %d changes of %d MB, %d flushes, %d marks", len(r.events), changes, bytes/1e6, flushes, marks)
+}
+
+func replayAll(ctx context.Context, rec *recording, o options) error {
+	began := time.Now()
+	cuts := plan(rec, o.points, o.seed)
+	out, err := replay(ctx, rec, cuts, min(runtime.NumCPU(), 4))
+	fmt.Printf("       %d cuts in %s, seed %d; they would boot: %v\n", out.points, sinceNow(began), o.seed, out.boots)
+	for _, f := range out.failures {
+		err = errors.Join(err, errors.New(f.String()))
+	}
+	if err == nil && out.points < len(cuts) {
+		err = fmt.Errorf("only %d of %d cuts were made: %w", out.points, len(cuts), context.Cause(ctx))
+	}
+	return err
+}
+
+// one makes a single cut.
+func one(ctx context.Context, rec *recording, o options) error {
+	at, s, _ := strings.Cut(o.only, ":")
+	var c cut
+	var err1, err2 error
+	c.At, err1 = strconv.Atoi(at)
+	c.Seed, err2 = strconv.ParseUint(s, 10, 64)
+	if err1 != nil || err2 != nil || c.At < 0 || c.At > len(rec.events) {
+		return fmt.Errorf("%q is no cut of this recording, which would be AT:SEED", o.only)
+	}
+	if o.disk != "" {
+		how, err := makeDisk(rec, c, o.disk)
+		fmt.Printf("       %s: %s\n", o.disk, how)
+		return err
+	}
+	out, err := replay(ctx, rec, []cut{c}, 1)
+	for _, f := range out.failures {
+		err = errors.Join(err, errors.New(f.String()))
+	}
+	if err == nil && o.boots > 0 {
+		var after time.Duration
+		after, err = bootCut(ctx, rec, c, o.bin)
+		fmt.Printf("       online %.0f s after power on\n", after.Seconds())
+	}
+	return err
+}
+
+// bootSome boots the end of the record, and cuts spread over all of it from the
+// moment on at which the device was a member.
+func bootSome(ctx context.Context, rec *recording, o options) error {
+	first := 0
+	for i, e := range rec.events {
+		if e.Mark != nil && e.Mark.Device != "" {
+			first = i + 1
+			break
+		}
+	}
+	rng := rand.New(rand.NewPCG(o.seed, 5))
+	for k := range o.boots {
+		c := cut{len(rec.events), rng.Uint64() >> 32}
+		if k > 0 {
+			lo, hi := spread(first, len(rec.events), k-1, o.boots-1)
+			c.At = lo + rng.IntN(max(1, hi-lo))
+		}
+		after, err := bootCut(ctx, rec, c, o.bin)
+		if err != nil {
+			return fmt.Errorf("cut %s, booted: %w", c, err)
+		}
+		fmt.Printf("       boot %d of %d: cut %s is online after %.0f s, the same device\n", k+1, o.boots, c, after.Seconds())
+	}
+	return nil
+}
+
+// spread is the k-th of n equal parts.
+func spread(from, to, k, n int) (lo, hi int) {
+	return from + (to-from)*k/n, from + (to-from)*(k+1)/n
+}
