@@ -18,10 +18,11 @@ import (
 // a copy of it, and the first stays a process. It is the one that is stopped, tampered with
 // and updated: its disk is open to us.
 const (
-	machineDisk = 1 << 30 // bytes that a machine starts from
-	machineData = 4 << 30 // bytes of its NVMe disk
-	slower      = 8       // times; every instruction of a machine is translated
-	labelOf     = "tour"  // names a machine's number: its key is out of our reach
+	machineDisk = 1 << 30           // bytes that a machine starts from
+	machineData = 4 << 30           // bytes of its NVMe disk
+	machineJob  = 220 * time.Second // within the 4 minutes that the coordinator waits for a job
+	slower      = 8                 // times; every instruction of a machine is translated
+	labelOf     = "tour"            // names a machine's number: its key is out of our reach
 )
 
 func (t *tour) isMachine(d *device) bool { return t.Image != "" && d.n > 1 }
