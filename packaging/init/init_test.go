@@ -52,6 +52,8 @@ func beAgent(mode string) {
 		os.Exit(75)
 	case "reboot":
 		os.Exit(79)
+	case "unconfigured":
+		os.Exit(78)
 	case "hang":
 		signal.Ignore(unix.SIGTERM)
 		fmt.Println("agent hangs")
@@ -183,6 +185,68 @@ func TestNewsEndAPauseAndAnAgentThatKnowsLess(t *testing.T) {
 	s.await(t, "agent starts", 2)
 	if s.count("agent stops") != 1 {
 		t.Errorf("an agent that runs was not asked to stop: %q", s.lines)
+	}
+}
+
+func TestAgentWithNobodyToComeToIsStartedWhenThereIsNews(t *testing.T) {
+	kick, asked := make(chan struct{}, 1), make(chan struct{})
+	s, stop := supervisedBy(t, "good", time.Minute, kick, time.Millisecond, func(v *supervisor) {
+		v.waits = func() bool { close(asked); return true }
+	})
+	<-asked
+	s.await(t, "waits for a coordinator", 1)
+	if s.count("agent starts") != 0 {
+		t.Errorf("started without anybody to come to: %q", s.lines)
+	}
+	kick <- struct{}{}
+	s.await(t, "agent starts", 1)
+	stop()
+	if s.count("agent starts") != 1 || s.count("waits for a coordinator") != 1 {
+		t.Errorf("%q", s.lines)
+	}
+}
+
+func TestAgentThatCannotWorkWithWhatItIsToldIsLeftAloneUntilThereIsNews(t *testing.T) {
+	kick := make(chan struct{}, 1)
+	s, _ := supervised(t, "unconfigured", time.Second, kick, time.Nanosecond)
+	s.await(t, "in=15m", 1)
+	if s.count("agent starts") != 1 || s.count("level=ERROR") != 0 {
+		t.Errorf("%q", s.lines)
+	}
+	kick <- struct{}{}
+	s.await(t, "agent starts", 2)
+}
+
+func TestOnlyADeviceWithNobodyToComeToWaits(t *testing.T) {
+	for name, c := range map[string]struct {
+		file, commandLine, found string
+		member, want             bool
+	}{
+		"nothing":              {want: true},
+		"a file without one":   {file: "token = \"deimos_x\"\n", want: true},
+		"a file":               {file: "coordinator = \"https://h:1\"\n"},
+		"a file that is wrong": {file: "coordinator = \n"},
+		"the command line":     {commandLine: "deimos.coordinator=https://h:1"},
+		"the network":          {found: "https://h:1"},
+		"a member":             {member: true},
+	} {
+		m := &machine{root: t.TempDir(), log: slog.New(slog.DiscardHandler), params: parseCommandLine(c.commandLine), found: c.found}
+		files := map[string]string{}
+		if c.file != "" {
+			files["efi/deimos.toml"] = c.file
+		}
+		if c.member {
+			files["data/deimos/identity/membership.json"] = "{}"
+		}
+		for file, text := range files {
+			if err := errors.Join(os.MkdirAll(filepath.Dir(m.path(file)), 0o700), os.WriteFile(m.path(file), []byte(text), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.configure()
+		if got := m.waits(); got != c.want {
+			t.Errorf("%s: it waits: %v", name, got)
+		}
 	}
 }
 

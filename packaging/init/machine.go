@@ -62,6 +62,7 @@ type machine struct {
 	mu       sync.Mutex // guards found
 	found    string     // coordinator, by DNS-SD
 	declared string     // coordinator of the configuration
+	unsound  bool       // the configuration cannot be read
 }
 
 // run does not return, but in tests.
@@ -284,8 +285,8 @@ func (m *machine) configure() {
 		if exists(m.path("dev/watchdog0")) {
 			watchdog = "/dev/watchdog0"
 		}
-		config, coordinator := prepareConfig(raw, watchdog)
-		m.declared = coordinator
+		config, coordinator, sound := prepareConfig(raw, watchdog)
+		m.declared, m.unsound = coordinator, !sound
 		if m.params.coordinator != "" {
 			m.declared = m.params.coordinator
 		}
@@ -328,7 +329,7 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 		}
 		c.follow(ctx, func() []string { return firstOf(m.params.ntp, n.ntpServers(), publicNTP) })
 	})
-	if m.declared != "" || exists(m.path("data/deimos/identity/membership.json")) {
+	if m.belongs() {
 		return
 	}
 	d := &discovery{browse: m.browse, log: m.log, found: func(address string) {
@@ -342,6 +343,20 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 			d.run(ctx)
 		}
 	})
+}
+
+// belongs tells whether this device knows where to go, by its owner's word or as
+// a member.
+func (m *machine) belongs() bool {
+	return m.declared != "" || exists(m.path("data/deimos/identity/membership.json"))
+}
+
+// waits tells whether the agent has nobody to come to, and nothing to tell: what
+// is wrong with the owner's file is for it to say.
+func (m *machine) waits() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.found == "" && !m.unsound && !m.belongs()
 }
 
 // awaitAddress also ends after a while: a network may have IPv6 only.
@@ -367,7 +382,7 @@ func firstOf(lists ...[]string) []string {
 func (m *machine) supervise(ctx context.Context, kick <-chan struct{}) {
 	s := &supervisor{
 		processes: &m.processes, command: m.command, say: m.journal.say, log: m.log, kick: kick,
-		stopWithin: stopWithin, first: firstPause,
+		waits: m.waits, stopWithin: stopWithin, first: firstPause,
 		reboot: func() { m.startAnew("new firmware is installed, and waits for its trial") },
 		crashed: func() {
 			if m.ring != nil {

@@ -17,7 +17,8 @@
 //	 8  clock           not before the release and the agent's last file
 //	 9  network         DHCP on every wired link, in the background, for ever;
 //	                    NTP and DNS-SD when there is an address
-//	10  agent           started now, whatever has become of the rest
+//	10  agent           started now, whatever has become of the rest; but without a
+//	                    coordinator or membership, when one is found
 //
 // # What always holds
 //
@@ -51,7 +52,7 @@
 // agent gets SIGTERM and the time that it asks for, then everything else is
 // ended, the log closed and the disks unmounted. All of it has a limit, after
 // which the machine goes down as it is. An agent that wants the machine started
-// anew, with new firmware, sends SIGTERM to process 1.
+// anew, with new firmware, ends with 79; see [supervisor].
 //
 // # What the agent finds
 //

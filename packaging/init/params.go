@@ -80,16 +80,16 @@ type ownersFile struct {
 
 // prepareConfig is the agent's configuration: what the owner wrote, and the
 // machine's watchdog where the owner says nothing of it (`watchdog = ""` is a
-// word). A file that is no TOML stays as it is: the agent tells what is wrong
-// with it, with the line.
-func prepareConfig(raw []byte, watchdog string) (config []byte, coordinator string) {
+// word). A file that is no TOML stays as it is, and is not sound: the agent tells
+// what is wrong with it, with the line.
+func prepareConfig(raw []byte, watchdog string) (config []byte, coordinator string, sound bool) {
 	var f ownersFile
 	raw = []byte(strings.TrimPrefix(string(raw), "\ufeff")) // editors of Windows begin with it
 	if _, err := toml.Decode(string(raw), &f); err != nil {
-		return raw, ""
+		return raw, "", false
 	}
 	if f.Watchdog == nil && watchdog != "" {
 		raw = append([]byte("watchdog = \""+watchdog+"\" # this machine's\n"), raw...)
 	}
-	return raw, f.Coordinator
+	return raw, f.Coordinator, true
 }

@@ -20,11 +20,17 @@ const (
 	mostPause  = time.Minute
 	steady     = 10 * time.Minute // an agent that lived so long starts with firstPause again
 	agentLine  = 4 << 10          // bytes of a line of the agent's that are kept
+
+	// How long an agent that would end at once, for want of something to be told, is
+	// left alone: nothing but news changes that.
+	toldNothing = 15 * time.Minute
+	exitConfig  = 78 // EX_CONFIG of sysexits.h: it cannot work with what it is told
 )
 
 // supervisor runs the agent for as long as the machine runs. Exit code 75
 // ([slot.ExitRestart]) asks for another start at once, 79 ([slot.ExitReboot]) for one
-// of the machine; after any other end there is a pause, which doubles.
+// of the machine; after 78 it is left alone until there is news, or for
+// toldNothing; after any other end there is a pause, which doubles.
 // Nothing makes it give up: a device that nobody visits has nothing better to do.
 type supervisor struct {
 	processes  *processes
@@ -32,16 +38,18 @@ type supervisor struct {
 	say        func(line string)           // each line of the agent's
 	log        *slog.Logger
 	kick       <-chan struct{} // there is news for the agent's command: ends a pause, and an agent that was started without it
+	waits      func() bool     // there is nobody that the agent could come to; nil: there is
 	stopWithin time.Duration
 	first      time.Duration // pause
 	crashed    func()        // after an end that nobody asked for; nil: nothing
-	ended      func()        // after any end but those that we asked for; nil: nothing
+	ended      func() bool   // after any end but those that we asked for; true: the machine is started anew for it; nil: nothing
 	reboot     func()        // the agent asks for it; nil: nothing
 }
 
 // run returns once ctx has ended and the agent with it.
 func (s *supervisor) run(ctx context.Context) {
 	pause := s.first
+	s.awaitNews(ctx)
 	for ctx.Err() == nil {
 		began := time.Now()
 		end := s.once(ctx)
@@ -57,11 +65,13 @@ func (s *supervisor) run(ctx context.Context) {
 			pause = s.first
 			continue
 		}
-		if s.ended != nil {
-			s.ended()
-		}
+		anew := s.ended != nil && s.ended()
 		if end.reboot && lived >= s.first && s.reboot != nil {
 			s.reboot()
+			anew = true
+		}
+		if anew {
+			s.log.Info("the agent ended; the machine is started anew", "end", end.text, "lived", lived.Round(time.Millisecond))
 			s.wait(ctx, mostPause) // it comes before that is over
 			continue
 		}
@@ -72,12 +82,27 @@ func (s *supervisor) run(ctx context.Context) {
 		if s.crashed != nil && !end.again && !end.reboot {
 			s.crashed()
 		}
+		if end.config {
+			s.log.Warn("the agent cannot work with what it is told; it is started again when there is news", "end", end.text, "in", max(pause, toldNothing))
+			s.wait(ctx, max(pause, toldNothing))
+			pause = s.first
+			continue
+		}
 		s.log.Error("the agent ended; it is started again", "end", end.text, "lived", lived.Round(time.Millisecond), "in", pause)
 		if s.wait(ctx, pause) {
 			pause = s.first
 			continue
 		}
 		pause = min(2*pause, mostPause)
+	}
+}
+
+// awaitNews waits while the agent would have nobody to come to, but not for ever:
+// it is the agent that knows for sure.
+func (s *supervisor) awaitNews(ctx context.Context) {
+	if s.waits != nil && s.waits() {
+		s.log.Info("this device waits for a coordinator")
+		s.wait(ctx, toldNothing)
 	}
 }
 
@@ -98,6 +123,7 @@ type agentEnd struct {
 	again  bool // it asked for another start at once
 	reboot bool // it asked for a start of the machine
 	news   bool // we stopped it, to start it with another command
+	config bool // it cannot work with what it is told
 	text   string
 }
 
@@ -169,6 +195,8 @@ func endOf(status unix.WaitStatus) agentEnd {
 		return agentEnd{again: true, text: "asked to be started again"}
 	case status.ExitStatus() == slot.ExitReboot:
 		return agentEnd{reboot: true, text: "asked for the machine to be started anew"}
+	case status.ExitStatus() == exitConfig:
+		return agentEnd{config: true, text: "wrong or incomplete configuration"}
 	}
 	return agentEnd{text: fmt.Sprintf("exit code %d", status.ExitStatus())}
 }

@@ -66,11 +66,14 @@ func (t *trial) watch(ctx context.Context) {
 	}
 }
 
-// ended is told of each end of the agent that we did not ask for.
-func (t *trial) ended() {
-	if t.ends++; t.ends >= slot.Tries && t.is() {
-		t.restart(fmt.Sprintf("the agent of this firmware has ended %d times before it was confirmed", t.ends))
+// ended is told of each end of the agent that we did not ask for, and tells
+// whether the firmware is given up for it.
+func (t *trial) ended() bool {
+	if t.ends++; t.ends < slot.Tries || !t.is() {
+		return false
 	}
+	t.restart(fmt.Sprintf("the agent of this firmware has ended %d times before it was confirmed", t.ends))
+	return true
 }
 
 func (t *trial) is() bool {

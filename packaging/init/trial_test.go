@@ -68,9 +68,9 @@ func TestOnlyAFirmwareOnTrialIsLeftWhenItsAgentDoesNotStay(t *testing.T) {
 		if restarts(m) {
 			t.Errorf("%s: restarted before the agent had its %d starts", name, slot.Tries)
 		}
-		w.ended()
-		if got := restarts(m); got != c.want {
-			t.Errorf("%s: restarted: %v", name, got)
+		said := w.ended()
+		if got := restarts(m); got != c.want || said != c.want {
+			t.Errorf("%s: restarted: %v, and says %v", name, got, said)
 		}
 	}
 }
@@ -118,13 +118,25 @@ func TestAMachineWhoseFirmwareIsGivenUpIsRestartedNotSwitchedOff(t *testing.T) {
 func TestAgentThatAsksForAStartOfTheMachineIsNotStartedAgain(t *testing.T) {
 	ended, reboots := 0, make(chan struct{}, 10)
 	s, stop := supervisedBy(t, "reboot", time.Second, nil, time.Nanosecond, func(v *supervisor) {
-		v.ended = func() { ended++ }
+		v.ended = func() bool { ended++; return false }
 		v.reboot = func() { reboots <- struct{}{} }
 	})
 	<-reboots
 	stop()
 	if ended != 1 || s.count("agent starts") != 1 || len(reboots) != 0 {
 		t.Errorf("%d ends: %q", ended, s.lines)
+	}
+}
+
+func TestAgentForWhoseEndsTheMachineIsStartedAnewIsNotAnnouncedAgain(t *testing.T) {
+	s, stop := supervisedBy(t, "crash", time.Second, nil, time.Nanosecond, func(v *supervisor) {
+		ends := 0
+		v.ended = func() bool { ends++; return ends == 3 }
+	})
+	s.await(t, "the machine is started anew", 1)
+	stop()
+	if s.count("it is started again") != 2 || s.count("agent starts") != 3 {
+		t.Errorf("%q", s.lines)
 	}
 }
 

@@ -49,7 +49,7 @@ func TestOwnersWordOnTheWatchdogStands(t *testing.T) {
 		"watchdog = \"/dev/watchdog1\"\n": "/dev/watchdog1",
 		"\ufeffwatchdog = \"\"\n":         "",
 	} {
-		raw, _ := prepareConfig([]byte(text), "/dev/watchdog0")
+		raw, _, _ := prepareConfig([]byte(text), "/dev/watchdog0")
 		var got struct {
 			Watchdog string `toml:"watchdog"`
 		}
@@ -57,7 +57,7 @@ func TestOwnersWordOnTheWatchdogStands(t *testing.T) {
 			t.Errorf("%q becomes %q: %v", text, raw, err)
 		}
 	}
-	if raw, _ := prepareConfig([]byte("coordinator = \n"), "/dev/watchdog0"); string(raw) != "coordinator = \n" {
+	if raw, _, sound := prepareConfig([]byte("coordinator = \n"), "/dev/watchdog0"); string(raw) != "coordinator = \n" || sound {
 		t.Errorf("a broken file was changed to %q", raw)
 	}
 }
