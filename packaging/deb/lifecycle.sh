@@ -139,15 +139,13 @@ until_ 60 online 0.1.0
 is "$(key)" "$id"
 is "$(stat -c %U /var/lib/deimos/identity/key.pem)" deimos-agent
 
-claim "a disk below /mnt can hold chunks; the folders of the system cannot be written, but for the lights"
+claim "a disk below /mnt can hold chunks; the folders of the system cannot be written"
 inside="nsenter --mount --target=$(pgrep -u deimos-agent -x deimos-agent | head -n1)"
 not $inside touch /usr/x
 not $inside touch /etc/deimos/x
 is "$($inside stat --format=%a /home)" 0
 $inside touch /mnt/x
 $inside rm /mnt/x
-$inside findmnt --noheadings --output OPTIONS --target /sys/devices/system | grep '^rw'
-$inside findmnt --noheadings --output OPTIONS --target /sys/kernel | grep '^ro'
 
 claim "an upgrade puts the newer agent on trial, and it confirms itself"
 dpkg --force-confold -i /debs/1.deb
