@@ -34,8 +34,9 @@ type work struct {
 }
 
 const (
-	diskSize   = 2 << 30
+	diskSize   = 3 << 30
 	bootLimit  = 3 * time.Minute
+	putLimit   = 2 * time.Minute
 	workLimit  = 20 * time.Minute
 	newVersion = "0.2.0"
 	oldVersion = "0.1.0"
@@ -95,6 +96,9 @@ func record(ctx context.Context, w work, dir string) (err error) {
 	if err := k.run(ctx, qemu.Disk{NBD: filepath.Join(scratch, "nbd"), NVMe: true}); err != nil {
 		if k.machine != nil {
 			_ = os.WriteFile(filepath.Join(dir, "console.log"), []byte(k.machine.Said()), 0o644) // to see why
+		}
+		if raw, err := os.ReadFile(k.path("coordinator.log")); err == nil {
+			_ = os.WriteFile(filepath.Join(dir, "coordinator.log"), raw, 0o644)
 		}
 		return err
 	}
@@ -305,22 +309,32 @@ func (k *worker) store(ctx context.Context, rng *rand.Rand) error {
 // put tries again while the coordinator does not know of the device, or of its
 // room, as after a start.
 func (k *worker) put(ctx context.Context, id string, data []byte) error {
-	return until(ctx, "a chunk's receipt", func() (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, putLimit)
+	defer cancel()
+	var refused *api.Error
+	err := until(ctx, "a chunk's receipt", func() (bool, error) {
 		_, err := k.client.PutChunk(ctx, id, data, 1)
-		var refused *api.Error
 		if errors.As(err, &refused) && refused.Status >= 500 {
 			return false, nil
 		}
 		return err == nil, err
 	})
+	if err != nil && refused != nil {
+		err = fmt.Errorf("%w; before that: %w", err, refused)
+	}
+	return err
 }
 
+// nothing is a module whose _start returns: to compile more takes an emulated
+// processor a minute, in which the disk rests.
+const nothing = "\x00asm\x01\x00\x00\x00" +
+	"\x01\x04\x01\x60\x00\x00" + // type 0: no parameters, no results
+	"\x03\x02\x01\x00" + // one function of type 0
+	"\x07\x0a\x01\x06_start\x00\x00" + // which is exported
+	"\x0a\x04\x01\x02\x00\x0b" // and ends
+
 func (k *worker) job(ctx context.Context) error {
-	module, err := os.ReadFile(filepath.Join(k.work.bin, "guests", "wordcount.wasm"))
-	if err != nil {
-		return err
-	}
-	sum, err := k.client.PutModule(ctx, module)
+	sum, err := k.client.PutModule(ctx, []byte(nothing))
 	if err != nil {
 		return err
 	}
