@@ -82,7 +82,7 @@ func main() {
 	flag.StringVar(&o.dir, "record", "", "empty or new folder for the recording; default: one that is removed if all is well")
 	flag.StringVar(&o.bin, "bin", "bin", "folder of our programs")
 	flag.StringVar(&o.image, "image", "", "image of the disk; default: bin/image/deimos-arm64-"+oldVersion+".img")
-	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install, of version "+newVersion+"; default: bin/qemu/deimos_"+newVersion+".efi; \"none\" for none")
+	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install, of version "+newVersion+"; default: bin/qemu-test/deimos_"+newVersion+".efi; \"none\" for none")
 	flag.Uint64Var(&o.seed, "seed", seed(), "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
 	flag.IntVar(&o.points, "points", 6000, "how many cuts")
 	flag.IntVar(&o.boots, "boots", 10, "how many of them to boot")
@@ -98,7 +98,7 @@ func main() {
 	}
 	switch o.firmware {
 	case "":
-		o.firmware = filepath.Join(o.bin, "qemu", "deimos_"+newVersion+".efi")
+		o.firmware = filepath.Join(o.bin, "qemu-test", "deimos_"+newVersion+".efi")
 	case "none":
 		o.firmware = ""
 	}
