@@ -36,7 +36,7 @@ type work struct {
 const (
 	diskSize   = 3 << 30
 	bootLimit  = 3 * time.Minute
-	putLimit   = 2 * time.Minute
+	putLimit   = 25 * time.Second
 	workLimit  = 20 * time.Minute
 	newVersion = "0.2.0"
 	oldVersion = "0.1.0"
@@ -320,7 +320,8 @@ func (k *worker) put(ctx context.Context, id string, data []byte) error {
 		return err == nil, err
 	})
 	if err != nil && refused != nil {
-		err = fmt.Errorf("%w; before that: %w", err, refused)
+		d, _ := k.client.Device(context.WithoutCancel(ctx), string(k.h.Device)) // for the reader of the error
+		err = fmt.Errorf("%w; before that: %w; the device: online %v, capacity %d, used %d, warnings %v", err, refused, d.Online, d.Capacity, d.Used, d.Health)
 	}
 	return err
 }
