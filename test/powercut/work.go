@@ -36,7 +36,7 @@ type work struct {
 const (
 	diskSize   = 3 << 30
 	bootLimit  = 3 * time.Minute
-	putLimit   = 25 * time.Second
+	putLimit   = 20 * time.Second
 	workLimit  = 20 * time.Minute
 	newVersion = "0.2.0"
 	oldVersion = "0.1.0"
@@ -321,7 +321,7 @@ func (k *worker) put(ctx context.Context, id string, data []byte) error {
 	})
 	if err != nil && refused != nil {
 		d, _ := k.client.Device(context.WithoutCancel(ctx), string(k.h.Device)) // for the reader of the error
-		err = fmt.Errorf("%w; before that: %w; the device: online %v, capacity %d, used %d, warnings %v", err, refused, d.Online, d.Capacity, d.Used, d.Health)
+		err = fmt.Errorf("%w; before that: %w; the device: online %v, capacity %d, used %d, last heartbeat %s, warnings %v, telemetry %.300s", err, refused, d.Online, d.Capacity, d.Used, d.HealthAt, d.Health, d.Telemetry)
 	}
 	return err
 }
