@@ -45,6 +45,12 @@ type Options struct {
 	Net    string // QEMU's -netdev without its id; "" for "user"
 	MAC    string // "" for QEMU's; machines on one network need different ones
 	Serial string // of SMBIOS; "" for none
+
+	// Counted has the machine's clock count instructions, 2 ns each, and follow this
+	// host's while the machine is idle: what a process of the machine used of its
+	// time is what it did, however busy this host is. One thread of this host runs
+	// both cores. While the machine is busy its clock may fall behind this host's.
+	Counted bool
 }
 
 // Disk is one disk.
@@ -82,12 +88,17 @@ func Command(o Options, serial string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	accel := []string{"-accel", "tcg,thread=multi"}
+	if o.Counted {
+		accel = []string{"-accel", "tcg,thread=single", "-icount", "shift=1,sleep=on"}
+	}
 	args := []string{"qemu-system-aarch64",
-		"-M", "virt,acpi=off", "-cpu", "cortex-a57", "-smp", "2", "-m", "512", "-accel", "tcg,thread=multi",
+		"-M", "virt,acpi=off", "-cpu", "cortex-a57", "-smp", "2", "-m", "512",
 		"-bios", firmware, "-display", "none", "-serial", serial,
 		"-netdev", cmp.Or(o.Net, "user") + ",id=net", "-device", "virtio-net-pci,netdev=net,romfile=" + prefixed(",mac=", o.MAC),
 		"-device", "i6300esb", "-device", "virtio-rng-pci",
 	}
+	args = append(args, accel...)
 	if o.Serial != "" {
 		args = append(args, "-smbios", "type=1,serial="+quote(o.Serial))
 	}
