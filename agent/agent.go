@@ -198,7 +198,11 @@ func (a *Agent) openUpdate() (*ota.Service, error) {
 		Device: a.id.ID, Board: a.hw.board.Name,
 		Root: func() []byte { return a.member.Load().UpdateRoot },
 		Source: func() (repo.Source, error) {
-			return repo.HTTP{Client: a.web, Base: a.member.Load().DataPlane[0] + "/data/v1/repo"}, nil
+			var all []repo.Source
+			for _, base := range a.member.Load().DataPlane {
+				all = append(all, repo.HTTP{Client: a.web, Base: base + "/data/v1/repo"})
+			}
+			return repo.NewMirrors(all...), nil
 		},
 		Now: a.clock.Now,
 		Log: a.log,

@@ -567,6 +567,60 @@ func TestBrokenServerIsAskedAgain(t *testing.T) {
 	refused(t, f.client(t.TempDir()).Refresh(t.Context(), now), Unreachable, "could not be fetched")
 }
 
+// TestAnotherPlaceIsAskedWhenOneFails, whether it is not there, breaks off, or is
+// too slow; and the bytes that came before stay.
+func TestAnotherPlaceIsAskedWhenOneFails(t *testing.T) {
+	f := newFleet(t)
+	form := f.release("1.1.0", noise(64<<10))
+	good := HTTP{Client: f.server.Client(), Base: f.server.URL}
+	gone := httptest.NewTLSServer(nil)
+	gone.Close()
+	half := func(then func(*http.Request)) *httptest.Server {
+		s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			raw, err := os.ReadFile(filepath.Join(f.repo, filepath.FromSlash(r.URL.Path)))
+			if err != nil {
+				w.WriteHeader(http.StatusNotFound)
+				return
+			}
+			w.Header().Set("Content-Length", fmt.Sprint(len(raw)))
+			_, _ = w.Write(raw[:len(raw)/2])
+			w.(http.Flusher).Flush()
+			then(r)
+		}))
+		t.Cleanup(s.Close)
+		return s
+	}
+	for name, s := range map[string]*httptest.Server{
+		"not there": gone, "breaks off": half(func(*http.Request) {}), "hangs": half(func(r *http.Request) { <-r.Context().Done() }),
+	} {
+		dir := t.TempDir()
+		source := NewMirrors(HTTP{Client: s.Client(), Base: s.URL}, good)
+		c, err := NewClient(ClientOptions{Dir: dir, Root: f.root(), Source: source,
+			Limits: Limits{Metadata: 2 * time.Second, Window: 2 * time.Second, MinBytes: 1, Attempts: 2, Pause: time.Millisecond}})
+		must(t, err)
+		if err := c.FetchPart(t.Context(), form, filepath.Join(dir, "part"), nil); err != nil {
+			t.Errorf("%s: a part: %v", name, err)
+		}
+		if s != gone && f.seen("bytes=") == 0 {
+			t.Errorf("%s: the part was fetched anew", name)
+		}
+		source.at = 0
+		if err := c.Refresh(t.Context(), now); err != nil {
+			t.Errorf("%s: metadata: %v", name, err)
+		}
+		if _, err := source.Open(t.Context(), "nothing", 0); !errors.Is(err, fs.ErrNotExist) || source.at != 1 {
+			t.Errorf("%s: a file that is not there: %v, and asks %d next", name, err, source.at)
+		}
+		f.mu.Lock()
+		f.requests = nil
+		f.mu.Unlock()
+	}
+	none := NewMirrors(HTTP{Client: gone.Client(), Base: gone.URL}, HTTP{Client: gone.Client(), Base: gone.URL + "/second"})
+	if _, err := none.Open(t.Context(), "metadata/timestamp.json", 0); err == nil || strings.Count(err.Error(), gone.URL) != 2 {
+		t.Errorf("with none: %v", err)
+	}
+}
+
 func TestEndOfContextIsHandedBack(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.1.0", "good")

@@ -45,6 +45,56 @@ func (d Dir) Open(_ context.Context, path string, offset int64) (io.ReadCloser, 
 	return f, nil
 }
 
+// Mirrors are several places of one repository. The first is asked until it fails,
+// then the next, and after the last the first again. Not safe for concurrent use.
+type Mirrors struct {
+	all []Source
+	at  int // which is asked
+}
+
+// NewMirrors asks these, best first; there is at least one.
+func NewMirrors(all ...Source) *Mirrors { return &Mirrors{all: all} }
+
+// Open implements [Source]. A file that is not there is at no other place either.
+func (m *Mirrors) Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error) {
+	var failed error
+	for range m.all {
+		r, err := m.all[m.at].Open(ctx, path, offset)
+		if err == nil {
+			return &mirrored{r, m}, nil
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		m.turn()
+		if failed == nil {
+			failed = err
+		} else {
+			failed = fmt.Errorf("%w; %w", failed, err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, failed
+}
+
+func (m *Mirrors) turn() { m.at = (m.at + 1) % len(m.all) }
+
+// mirrored is a file of one of them. When it breaks off, the rest is asked of the next.
+type mirrored struct {
+	io.ReadCloser
+	of *Mirrors
+}
+
+func (f *mirrored) Read(p []byte) (int, error) {
+	n, err := f.ReadCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		f.of.turn()
+	}
+	return n, err
+}
+
 // HTTP is a repository behind a web server.
 type HTTP struct {
 	Client *http.Client // may have no timeout of its own: every use here is bounded
