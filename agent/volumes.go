@@ -123,13 +123,13 @@ func chosenBefore(c Config) ([]string, error) {
 }
 
 func (c Config) diskOptions(b board.Board) disk.Options {
-	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Board: b}
+	return disk.Options{Auto: c.Disks.Auto, Use: c.Disks.Use, Never: c.Disks.Never, State: c.StateDir, Own: c.ESP != "", Board: b}
 }
 
 // volumes is the device's places for chunks, as they are now.
 type volumes struct {
 	tests *disk.Record
-	left  []*unopened // of the probe loop alone, once the agent lives
+	left  []*unopened // of reopen alone, once the agent lives
 
 	mu             sync.Mutex
 	capacity, used int64 // see Agent.room
@@ -156,12 +156,25 @@ const (
 	// the chunks of its newest log are read; then it comes later.
 	openLimit = 20 * time.Second
 	statLimit = 2 * time.Second
-	retryMost = 24 * time.Hour
+	// reopenEvery is how often it is looked for a volume that is due, or has opened
+	// after all.
+	reopenEvery = time.Minute
 )
+
+// retryAfter is when a volume is tried again: soon, as a disk that was slow while
+// the machine started is quick when that is over, and then each hour, as each try
+// of a disk that is not trusted may be a self-test, which writes to it.
+func retryAfter(tries int) time.Duration {
+	first := []time.Duration{time.Minute, 5 * time.Minute, 15 * time.Minute}
+	if tries < len(first) {
+		return first[tries]
+	}
+	return time.Hour
+}
 
 // openVolumes opens what can be opened and trusted. One broken disk must not take
 // the others down with it, and a device without any still has to say so, and to
-// take jobs and updates. What failed is tried again, see openRest.
+// take jobs and updates. What failed is tried again, see reopen.
 func (a *Agent) openVolumes(ctx context.Context) (err error) {
 	if a.places.tests, err = disk.OpenRecord(a.cfg.StateDir); err != nil {
 		return err
@@ -180,7 +193,14 @@ func (a *Agent) openVolumes(ctx context.Context) (err error) {
 	return nil
 }
 
-// openRest tries again what could not be opened: a disk that was slow at the
+// reopen tries again what could not be opened, until all is.
+func (a *Agent) reopen(ctx context.Context, every time.Duration) {
+	for len(a.places.left) > 0 && rest(ctx, every) == nil {
+		a.openRest(ctx)
+	}
+}
+
+// openRest tries again what is due: a disk that was slow at the
 // start, or was put back. A folder that is on the system's disk now and was not
 // then is one whose disk was taken out.
 func (a *Agent) openRest(ctx context.Context) {
@@ -213,7 +233,7 @@ func (a *Agent) open(ctx context.Context, u *unopened) *store.Volume {
 	}
 	if err != nil {
 		a.log.Warn("a volume cannot be opened", "volume", u.Dir, "error", err)
-		u.next = time.Now().Add(min(probeEvery<<min(u.tries, 16), retryMost))
+		u.next = time.Now().Add(retryAfter(u.tries))
 		u.tries++
 	}
 	a.places.left = append(a.places.left, u)

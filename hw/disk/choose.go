@@ -99,7 +99,7 @@ func newChoice(inv *hw.Inventory, f *hw.Filesystem, o Options, home string) *cho
 	if i := slices.IndexFunc(inv.Disks, func(d hw.Disk) bool { return d.Name == f.Disk && f.Disk != "" }); i >= 0 {
 		c.disk = &inv.Disks[i]
 		c.Serial = c.disk.Serial
-		c.System = isSystem(c.disk)
+		c.System = isSystem(c.disk) && !(c.state && o.Own)
 	}
 	c.named = slices.ContainsFunc(o.Use, c.isMount)
 	c.consented = c.named || (c.Serial != "" && slices.Contains(o.Use, c.Serial))
@@ -279,8 +279,8 @@ func (c *choice) needsConsent(inv *hw.Inventory, o Options) bool {
 		c.no(CodeSystem, "it is another part of the disk that the system is on; %s", c.ask())
 	case c.System && !o.Board.Disks.System && others(inv, c.disk):
 		c.no(CodeSystem, "the system is on it, and there are other disks; mount one of them for chunks, or %s", c.ask())
-	case c.System:
-		return false // whatever else is on it is the system's
+	case c.System, c.state && o.Own:
+		return false // whatever else is on it is the system's, or ours
 	case slices.ContainsFunc(momentary, func(m string) bool { return below(c.Mount, m) }):
 		c.no(CodeTemporary, "it is mounted where a desktop puts what is plugged in for a moment; mount it elsewhere for good, in /etc/fstab, or %s", c.ask())
 	case c.disk.Removable && !c.sight.ours:

@@ -136,6 +136,8 @@ func TestEachRuleHasItsCode(t *testing.T) {
 		"system, owner, full":       {alone, func(i *hw.Inventory, o *Options) { i.Filesystems[root].Free, o.Use = 8*gib, []string{"/"} }, sight{}, "/", CodeFull},
 		"system, a stick beside it": {twoDisks, func(i *hw.Inventory, _ *Options) { i.Disks[1].Removable = true }, sight{}, "/", CodeOnly},
 		"system by its mounts":      {twoDisks, func(i *hw.Inventory, _ *Options) { i.Disks[0].System = false }, sight{}, "/", CodeSystem},
+		"our image's partition":     {alone, func(_ *hw.Inventory, o *Options) { o.Own = true }, sight{foreign: []string{"log"}}, "/", CodeOK},
+		"our image's, on a stick":   {alone, func(i *hw.Inventory, o *Options) { i.Disks[0].Removable, o.Own = true, true }, sight{}, "/", CodeOK},
 		"system's other part": {alone, func(i *hw.Inventory, _ *Options) {
 			i.Filesystems = append(i.Filesystems, hw.Filesystem{Mount: "/home", Disk: "mmcblk0", Type: "ext4", Total: tb, Free: tb})
 		}, sight{}, "/home", CodeSystem},
@@ -160,6 +162,10 @@ func TestFoldersAndCapacity(t *testing.T) {
 	}
 	if root.Floor != 8*gib || root.Capacity != 50e9-8*gib {
 		t.Errorf("system: floor %d, capacity %d", root.Floor, root.Capacity)
+	}
+	image := Options{Auto: true, State: state, Own: true}
+	if own := find(t, choose(alone(), image, nil, shows(nil)), "/"); own.System || own.Floor != max(own.Size/100, 512*mib) || own.Capacity != own.Free-own.Floor {
+		t.Errorf("the data partition of our image: %+v", own)
 	}
 	if data.Floor != tb/100 || data.Capacity != 9e11+7e9-tb/100 {
 		t.Errorf("data: floor %d, capacity %d", data.Floor, data.Capacity)

@@ -17,7 +17,8 @@
 //	removable, mounted for a moment, the system's disk, somebody's data on it:
 //	only with the owner's consent
 //	the system's disk: also if the board says so or there is no other disk, and
-//	always only above a floor of 10 % and 8 GiB, whichever is more
+//	always only above a floor of 10 % and 8 GiB, whichever is more (on a device
+//	that runs our image, the data partition is none of the system's)
 //	less than 1 GiB usable: never
 //	two filesystems of one disk: the one that the owner names, or the largest,
 //	as one disk is one domain of failure
@@ -56,6 +57,7 @@ type Options struct {
 	Use   []string // mount points or disk serials that the owner consents to, foreign data or not
 	Never []string // mount points, disk names or serials that are not to be used
 	State string   // the agent's state folder
+	Own   bool     // the filesystem of State was made for the device alone, as that of our image: no system lives on it
 	Board board.Board
 }
 
