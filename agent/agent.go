@@ -325,7 +325,6 @@ func (a *Agent) live(ctx context.Context) error {
 	}
 	a.hw.connected(false)
 	a.hw.check(a.feelVolumes)
-	a.hw.retry(a.openRest)
 	a.hw.at(atWork)
 	var wg sync.WaitGroup
 	wg.Go(func() { a.session.run(ctx) })
@@ -334,6 +333,7 @@ func (a *Agent) live(ctx context.Context) error {
 	wg.Go(func() { a.beat(ctx) })
 	wg.Go(func() { a.housekeep(ctx) })
 	wg.Go(func() { a.checkChunks(ctx) })
+	wg.Go(func() { a.reopen(ctx, reopenEvery) })
 	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.hw.board.Name, "slot", a.cfg.Slot)
 	var again error
 	select {

@@ -58,11 +58,10 @@ type machine struct {
 	mu      sync.Mutex // guards the rest
 	stage   stage
 	online  bool
-	why     error                   // the agent ends
-	working int                     // long orders under way
-	updates int                     // update orders under way
-	checks  []func()                // called with each sample, to tell the registry how things are
-	again   []func(context.Context) // called with each probe
+	why     error    // the agent ends
+	working int      // long orders under way
+	updates int      // update orders under way
+	checks  []func() // called with each sample, to tell the registry how things are
 }
 
 // inventory is what was found, and its digest.
@@ -277,23 +276,10 @@ func (m *machine) check(f func()) {
 	m.checks = append(m.checks, f)
 }
 
-// retry adds one that is called with each probe.
-func (m *machine) retry(f func(context.Context)) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.again = append(m.again, f)
-}
-
 // lookAgain probes now and then: disks come and go, and their health changes.
 func (m *machine) lookAgain(ctx context.Context) {
 	for {
 		m.judgeInventory()
-		m.mu.Lock()
-		again := slices.Clone(m.again)
-		m.mu.Unlock()
-		for _, f := range again {
-			f(ctx)
-		}
 		if rest(ctx, probeEvery-probeEvery/20+rand.N(probeEvery/10)) != nil {
 			return
 		}

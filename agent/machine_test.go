@@ -380,6 +380,58 @@ func TestADeviceWhoseDisksAllFailStaysToSayIt(t *testing.T) {
 	}
 }
 
+// TestADiskThatHangsAtTheStartIsUsedOnceItAnswers, without another start.
+func TestADiskThatHangsAtTheStartIsUsedOnceItAnswers(t *testing.T) {
+	cfg := Config{StateDir: t.TempDir(), Volumes: []VolumeConfig{{Dir: filepath.Join(t.TempDir(), "chunks")}}}
+	m, stop := realMachine(t, cfg)
+	a := &Agent{cfg: cfg, log: discardLog(), hw: m}
+	// What the kernel does not come back from is not begun a second time.
+	answers, back := make(chan struct{}), make(chan struct{})
+	if _, ok := hw.Within(t.Context(), time.Millisecond, "self-test of "+cfg.Volumes[0].Dir, func() bool { <-answers; close(back); return true }); ok {
+		t.Fatal("the disk does not hang")
+	}
+	began := time.Now()
+	if err := a.openVolumes(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.places.left) != 1 || a.places.left[0].final {
+		t.Fatalf("at the start: %+v", a.places.left)
+	}
+	for i, pause := range []time.Duration{time.Minute, 5 * time.Minute, 15 * time.Minute, time.Hour, time.Hour} {
+		if u := a.places.left[0]; u.next.Before(began.Add(pause)) || u.next.After(time.Now().Add(pause)) {
+			t.Errorf("try %d: the next one comes in %s", i+1, time.Until(u.next))
+		}
+		began = time.Now()
+		a.openRest(t.Context()) // not due
+		if a.places.left[0].tries != i+1 {
+			t.Errorf("it was tried %d times, not %d", a.places.left[0].tries, i+1)
+		}
+		a.places.left[0].next = time.Time{}
+		a.openRest(t.Context())
+	}
+	if n := len(a.chunks.Volumes()); n != 0 {
+		t.Errorf("%d volumes are open while it hangs", n)
+	}
+	close(answers)
+	<-back
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for len(a.chunks.Volumes()) == 0 && ctx.Err() == nil { // the hang is over a moment after its answer
+		for _, u := range a.places.left {
+			u.next = time.Time{}
+		}
+		a.openRest(ctx)
+		time.Sleep(time.Millisecond)
+	}
+	a.reopen(ctx, time.Hour) // ends, as nothing is left
+	if len(a.chunks.Volumes()) != 1 || ctx.Err() != nil {
+		t.Errorf("then: %d volumes are open", len(a.chunks.Volumes()))
+	}
+	if err := errors.Join(a.chunks.Close(), stop(nil)); err != nil {
+		t.Error(err)
+	}
+}
+
 // resettable is a state folder with a key in it.
 func resettable(t *testing.T) Config {
 	t.Helper()
