@@ -63,8 +63,18 @@
 // either, because it starts from another disk, say, must not restart for ever: a
 // trial that a later boot finds untouched is over.
 //
+// # Who ends a trial
+//
 // The boot loader counts starts; somebody must also start anew a machine whose new
-// firmware hangs, and that is the image's process 1, by [Store.OnTrial].
+// firmware does not work, and that is the image's process 1, by [Store.OnTrial]. It
+// spends tries on a firmware that crashes, or hangs, or is not confirmed though the
+// coordinator answers; while that cannot be reached, which is seldom the firmware's
+// fault, a try may last much longer, but not for ever. (Three power cuts in a row
+// during a trial end it all the same: the counter cannot tell them from crashes.)
+//
+// systemd-boot counts by a rename through UEFI. Older U-Boot refuses that, and
+// systemd-boot then starts the image with its counter as it is. So the count that a start has
+// left is remembered, and process 1 pays for a start that finds it unchanged: [Store.CountStart].
 package firmware
 
 import (
@@ -76,6 +86,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/deimos-edge/deimos/ota/slot"
@@ -119,6 +130,7 @@ type trial struct {
 	To     string `json:"to"`
 	SHA256 string `json:"sha256"`
 	Boot   string `json:"boot,omitempty"` // of the machine, during which it was installed
+	Left   int    `json:"left,omitempty"` // tries, after its last start
 }
 
 // Trial is an image that has not been confirmed yet.
@@ -197,7 +209,7 @@ func (s *Store) Install(ctx context.Context, order string, image slot.Image, siz
 	if err := s.remove(old); err != nil {
 		return err
 	}
-	rec.Trial = &trial{Order: order, From: s.running, To: version, SHA256: image.SHA256, Boot: s.boot}
+	rec.Trial = &trial{Order: order, From: s.running, To: version, SHA256: image.SHA256, Boot: s.boot, Left: slot.Tries}
 	if err := s.disk.save(rec); err != nil {
 		return err
 	}
@@ -324,6 +336,57 @@ func (s *Store) onTrial() (bool, error) {
 	all, err := s.disk.list()
 	mine, ok := all.find(s.running)
 	return ok && mine.counted && all.has(s.isOther), err
+}
+
+// CountStart pays for this start of an image on trial if the boot loader could
+// not: some UEFI cannot rename files, and on those a trial would never end. To be
+// called once in each start of the machine, before the agent; it does nothing for
+// an image that is not on trial, or on its last try. An error means that this start
+// is not paid for: a restart may come to the same image for ever.
+func (s *Store) CountStart() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	on, err := s.onTrial()
+	if err != nil || !on {
+		return err
+	}
+	all, rec, err := s.look()
+	if err != nil {
+		return err
+	}
+	mine := all.nextTry(s.running)
+	paid := file{version: s.running, counted: true, left: mine.left - 1, tried: mine.tried + 1}
+	known := rec.Trial != nil && rec.Trial.To == s.running
+	if known {
+		t := *rec.Trial // before the name: a cut between the two pays at the next start
+		before := t.Left
+		if t.Left = mine.left; mine.left > 0 && mine.left >= before {
+			t.Left = paid.left
+		}
+		rec.Trial = &t
+		if err = s.disk.save(rec); err == nil && t.Left == mine.left {
+			return nil
+		}
+	}
+	// Where nothing can be remembered, the boot loader may have paid, too: better twice than never.
+	switch {
+	case mine.left == 0:
+		return nil
+	case all.has(func(f file) bool { return f.String() == paid.String() }):
+		return fmt.Errorf("this start of the firmware is not counted: %w", ErrTwice)
+	}
+	if err := s.rename(mine.name, paid.String()); err != nil {
+		return fmt.Errorf("neither the boot loader nor Linux can count the starts of this firmware: %w", err)
+	}
+	return nil
+}
+
+// Counter reads the counter in the name of an image, such as in the boot loader's
+// variable LoaderBootCountPath: a path with either kind of slash. ok is false for
+// a name without one.
+func Counter(path string) (left, tried int, ok bool) {
+	f, is := parseName(path[strings.LastIndexAny(path, `/\`)+1:])
+	return f.left, f.tried, is && f.counted && !f.tmp
 }
 
 // isOther tells of an image to go back to.

@@ -42,7 +42,9 @@ type fat struct {
 	pending []change
 	rec     record
 	room    int64
-	ops     int // counted down; the power goes at 0
+	ops     int   // counted down; the power goes at 0
+	stuck   bool  // the boot loader cannot rename
+	full    error // of save
 }
 
 type content struct {
@@ -160,8 +162,10 @@ func (f *fat) load() (record, error) { return f.rec, nil }
 
 func (f *fat) save(rec record) error {
 	f.step()
-	f.rec = rec
-	return nil
+	if f.full == nil {
+		f.rec = rec
+	}
+	return f.full
 }
 
 type fatFile struct {
@@ -186,7 +190,7 @@ func (o *fatFile) Close() error { return nil }
 // after is the disk as a cut leaves it, if of the pending changes those reached
 // it whose bit is set in kept.
 func (f *fat) after(kept int) *fat {
-	g := &fat{stored: maps.Clone(f.stored), rec: f.rec, room: f.room, ops: 1 << 30}
+	g := &fat{stored: maps.Clone(f.stored), rec: f.rec, room: f.room, ops: 1 << 30, stuck: f.stuck, full: f.full}
 	for i, c := range f.pending {
 		switch {
 		case kept>>i&1 == 0:
@@ -234,7 +238,7 @@ func (f *fat) boot(t *testing.T) (version string) {
 		}
 		return compareVersions(a.version, b.version)
 	})
-	if best.counted && best.left > 0 {
+	if best.counted && best.left > 0 && !f.stuck {
 		next := best
 		next.left--
 		next.tried++
@@ -395,6 +399,97 @@ func TestARollBackIsReportedAndCleared(t *testing.T) {
 			t.Errorf("the disk holds %s", names)
 		}
 	})
+}
+
+// starts boots until the old firmware runs, and returns how often the new one did.
+// What the check of the file system does before each mount is done here.
+func (f *fat) starts(t *testing.T) (n int) {
+	t.Helper()
+	for ; n < 10; n++ {
+		f.dropSecondNames()
+		version := f.boot(t)
+		if version == "1.0.0" {
+			return n
+		}
+		must(t, f.store(version).CountStart())
+	}
+	t.Fatalf("the new firmware is started for ever: %s", f.names())
+	return n
+}
+
+func (f *fat) dropSecondNames() {
+	all, _ := f.list()
+	for i, a := range all {
+		for _, b := range all[i+1:] {
+			if f.live[a.name] == f.live[b.name] {
+				delete(f.live, a.name)
+			}
+		}
+	}
+	f.stored = maps.Clone(f.live)
+}
+
+func TestAStartIsPaidForOnceByTheBootLoaderOrByLinux(t *testing.T) {
+	for _, stuck := range []bool{false, true} {
+		f := newFAT("deimos_1.0.0.efi")
+		f.stuck = stuck
+		must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
+		if n := f.starts(t); n != slot.Tries {
+			t.Errorf("the boot loader cannot rename: %v; the new firmware had %d starts, %s", stuck, n, f.names())
+		}
+		wantSettled(t, f.store("1.0.0"), slot.RolledBack)
+	}
+}
+
+func TestATrialEndsWhereTheBootLoaderCannotCountAndNothingIsRemembered(t *testing.T) {
+	for name, forget := range map[string]func(*fat){
+		"the record is lost":         func(f *fat) { f.rec = record{} },
+		"the record cannot be saved": func(f *fat) { f.full = errors.New("no space") },
+		"an older agent's record":    func(f *fat) { f.rec.Trial.Left = 0 },
+	} {
+		f := newFAT("deimos_1.0.0.efi")
+		f.stuck = true
+		must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
+		forget(f)
+		if n := f.starts(t); n > slot.Tries {
+			t.Errorf("%s: %d starts", name, n)
+		}
+	}
+}
+
+func TestACutWhileAStartIsPaidForLengthensTheTrialByOneAtMost(t *testing.T) {
+	begin := func() *fat {
+		f := newFAT("deimos_1.0.0.efi")
+		f.stuck = true
+		must(t, install(f.store("1.0.0"), "o2", "2.0.0"))
+		f.boot(t)
+		return f
+	}
+	do := func(f *fat) { must(t, f.store("2.0.0").CountStart()) }
+	everyCut(t, begin, do, func(t *testing.T, f *fat) {
+		if n := f.starts(t); n > slot.Tries+1 {
+			t.Errorf("%d more starts", n)
+		}
+	})
+}
+
+func TestWhatIsNotOnTrialIsNotCounted(t *testing.T) {
+	for _, names := range [][]string{{"deimos_2.0.0+3.efi"}, {"deimos_1.0.0.efi", "deimos_2.0.0.efi"}, {"deimos_1.0.0.efi", "deimos_2.0.0+0-3.efi"}} {
+		f := newFAT(names...)
+		must(t, f.store("2.0.0").CountStart())
+		if got := strings.Split(f.names(), " "); !slices.Equal(got, names) {
+			t.Errorf("%s became %s", names, got)
+		}
+	}
+}
+
+func TestCounterOfTheBootLoadersVariable(t *testing.T) {
+	for path, want := range map[string]string{`\EFI\Linux\deimos_2.0.0+2-1.efi`: "2 1 true", "/EFI/Linux/deimos_2.0.0+3.efi": "3 0 true", `\EFI\Linux\deimos_2.0.0.efi`: "0 0 false", "": "0 0 false", `\EFI\Linux\debian+3.efi`: "0 0 false"} {
+		left, tried, ok := Counter(path)
+		if got := fmt.Sprint(left, tried, ok); got != want {
+			t.Errorf("%q is %s, want %s", path, got, want)
+		}
+	}
 }
 
 func TestTheLastTryCanBeConfirmed(t *testing.T) {

@@ -93,6 +93,17 @@ func (all images) find(version string) (found file, ok bool) {
 	return found, ok
 }
 
+// nextTry is the counted image of a version that the boot loader would take: the
+// one with the most tries left.
+func (all images) nextTry(version string) (found file) {
+	for _, f := range all {
+		if !f.tmp && f.version == version && f.counted && (found.name == "" || f.left > found.left) {
+			found = f
+		}
+	}
+	return found
+}
+
 // compareVersions is the order of the UAPI group's Version Format Specification,
 // which systemd-boot sorts by, for the characters that we allow.
 func compareVersions(a, b string) int {
