@@ -298,7 +298,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 		return rec, err
 	}
 	claim := a.storage.claims(r.Device, rec.Chunks)
-	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, wire.JobLimits{})
+	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, r.Limits)
 	if err != nil {
 		return a.unjudged(ctx, rec, err)
 	}

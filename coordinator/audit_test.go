@@ -342,6 +342,28 @@ func TestTheDrawIsUniformOverBytes(t *testing.T) {
 	}
 }
 
+func TestAComputeChallengeHasTheLimitsThatAreAskedFor(t *testing.T) {
+	w := aWorld(t)
+	d, _, _ := auditScene(t, w)
+	module, err := w.op.PutModule(testContext(t), []byte("module"))
+	must(t, err)
+	got := make(chan wire.JobLimits, 1)
+	d.on(wire.KindJobRun, func(o wire.Order) *reply {
+		b, _ := wire.DecodeBody[wire.JobRun](o)
+		got <- b.Limits
+		return d.compute(o, nil)
+	})
+	for _, want := range []wire.JobLimits{{}, {MemoryBytes: 1 << 20, CPUSeconds: 150, WallSeconds: 200, OutputBytes: 99}} {
+		a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.ComputeAudit, Device: d.id, Module: module, Limits: want})
+		if err != nil || a.Outcome != api.AuditRight {
+			t.Fatalf("%s (%s) %v", a.Outcome, a.Reason, err)
+		}
+		if l := next(t, got, "the job"); l != want {
+			t.Errorf("%+v, want %+v", l, want)
+		}
+	}
+}
+
 func TestComputeChallenges(t *testing.T) {
 	w := aWorld(t)
 	module, err := w.op.PutModule(testContext(t), []byte("module"))

@@ -23,11 +23,22 @@ type jobRunCmd struct {
 	Chunk  int        `default:"0" help:"Which chunk of it, from 0."`
 	Device deviceFlag `placeholder:"ID" help:"Device to run on. Default: any that holds the chunk."`
 	Arg    []string   `help:"Argument for the module; may be repeated."`
-	Memory int64      `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
-	CPU    duration   `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
-	Wall   duration   `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
-	Output int64      `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
+	Limits limitFlags `embed:""`
 	Print  cli.Output `embed:""`
+}
+
+// limitFlags are what a job may use. Where none is given, the device's policy says.
+type limitFlags struct {
+	Memory int64    `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
+	CPU    duration `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
+	Wall   duration `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
+	Output int64    `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
+}
+
+func (l limitFlags) limits() wire.JobLimits {
+	return wire.JobLimits{
+		MemoryBytes: l.Memory, CPUSeconds: time.Duration(l.CPU).Seconds(), WallSeconds: time.Duration(l.Wall).Seconds(), OutputBytes: l.Output,
+	}
 }
 
 func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
@@ -41,7 +52,7 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 	}
 	job, err := c.RunJob(ctx, api.JobRequest{
 		Module: module, Args: j.Arg, Object: j.Input, Chunk: j.Chunk, Device: wire.DeviceID(j.Device),
-		Limits: wire.JobLimits{MemoryBytes: j.Memory, CPUSeconds: time.Duration(j.CPU).Seconds(), WallSeconds: time.Duration(j.Wall).Seconds(), OutputBytes: j.Output},
+		Limits: j.Limits.limits(),
 	})
 	if err != nil {
 		return err
@@ -85,14 +96,15 @@ func (a *auditStorageCmd) Run(ctx context.Context, all *commands) error {
 }
 
 type auditComputeCmd struct {
-	Device string   `arg:"" help:"Device id."`
-	Module string   `required:"" type:"existingfile" placeholder:"FILE" help:"WebAssembly file to run, best one that customers run too."`
-	Arg    []string `help:"Argument for the module; may be repeated."`
+	Device string     `arg:"" help:"Device id."`
+	Module string     `required:"" type:"existingfile" placeholder:"FILE" help:"WebAssembly file to run, best one that customers run too."`
+	Arg    []string   `help:"Argument for the module; may be repeated."`
+	Limits limitFlags `embed:""`
 	cli.Output
 }
 
 func (a *auditComputeCmd) Run(ctx context.Context, all *commands) error {
-	return runAudit(ctx, all, a.Output, api.AuditRequest{Kind: api.ComputeAudit, Device: wire.DeviceID(a.Device), Args: a.Arg}, a.Module)
+	return runAudit(ctx, all, a.Output, api.AuditRequest{Kind: api.ComputeAudit, Device: wire.DeviceID(a.Device), Args: a.Arg, Limits: a.Limits.limits()}, a.Module)
 }
 
 // runAudit fails for a device that did not prove itself, after printing why.

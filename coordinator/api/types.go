@@ -86,6 +86,8 @@ type AuditRequest struct {
 	Leaves int           `json:"leaves,omitempty"` // storage; 0 means 44, which finds a 10% loss in 99 of 100 cases
 	Module string        `json:"module,omitempty"` // compute: SHA-256, uploaded before
 	Args   []string      `json:"args,omitempty"`
+
+	Limits wire.JobLimits `json:"limits,omitzero"` // compute: of the device's job
 }
 
 // AuditOutcome is how a challenge ended. They are kept apart: a device that
