@@ -168,6 +168,7 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if a.cfg.SystemTime != nil {
 		a.clock.system = a.cfg.SystemTime
 	}
+	a.hw.clock.Store(a.clock)
 	if a.update, err = a.openUpdate(); err != nil {
 		return err
 	}

@@ -221,7 +221,7 @@ func (a *Agent) waitForClaim(ctx context.Context, dir string) error {
 			}
 			continue
 		case errors.Is(err, errStranger):
-			a.log.Error("somebody else answers than when this device first asked, and is told nothing; if the coordinator was set up anew, remove "+filepath.Join(dir, pendingFile)+" and start the agent again, else somebody stands between",
+			a.log.Error("somebody else answers than when this device first asked, and is told nothing; if the coordinator was set up anew, remove "+filepath.Join(dir, pendingFile)+" and start the agent again, or give it the fleet's token in its configuration; else somebody stands between",
 				"coordinator", a.cfg.Coordinator)
 		default:
 			a.hw.answered(false)

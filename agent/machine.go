@@ -51,8 +51,10 @@ type machine struct {
 	last   atomic.Pointer[hw.Telemetry]
 	probes sync.Mutex // one probe at a time
 
-	changed chan struct{} // capacity 1: what the light shows may have
-	noted   *Feeling      // of show, and after it of run alone
+	changed chan struct{}         // capacity 1: what the light shows may have
+	noted   *Feeling              // of show, and after it of run alone
+	clock   atomic.Pointer[Clock] // nil until the journal is open
+	once    time.Time             // what an earlier life noted as the latest time for sure
 	stop    sync.Once
 
 	mu      sync.Mutex // guards the rest
@@ -110,6 +112,9 @@ func openMachine(ctx context.Context, cfg Config, on board.Board, log *slog.Logg
 		return nil, fmt.Errorf("the kernel does not tell its boot id: %w", err)
 	}
 	m.boot = strings.TrimSpace(string(raw))
+	if f, err := readFeeling(cfg.StateDir); err == nil && f != nil && f.Sure != nil {
+		m.once = *f.Sure
+	}
 	if m.sampler, err = hw.NewSampler(hw.SampleOptions{Data: cfg.StateDir}); err != nil {
 		return nil, err
 	}

@@ -54,20 +54,23 @@ func (a *Agent) doubted() {
 // stayMember renews the membership until ctx ends.
 func (a *Agent) stayMember(ctx context.Context) {
 	wait := renewMin
-	for place := rand.Float64(); a.awaitRenewal(ctx, place); {
+	// A member that is sent to another address asks there, and holds whoever answers
+	// against its own authority: that is how it follows a coordinator that has moved.
+	moved := a.cfg.Coordinator != "" && !slices.Contains(a.member.Load().addresses(""), a.cfg.Coordinator)
+	for place := rand.Float64(); moved && ctx.Err() == nil || a.awaitRenewal(ctx, place); {
 		err := a.renew(ctx)
 		pause := renewGap
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			place, wait = rand.Float64(), renewMin
+			place, wait, moved = rand.Float64(), renewMin, false
 		case forbidden(err):
 			if a.dismissed.CompareAndSwap(false, true) {
 				a.log.Error("the coordinator has sent this device away; it takes no orders, keeps what it has, and asks again about once an hour", "error", err)
 			}
 			a.session.slow(true)
-			pause = renewRare
+			pause, moved = renewRare, false
 		default:
 			a.log.Warn("the membership cannot be renewed; trying again", "ends", a.member.Load().ends().Format(time.RFC3339), "error", plain(err))
 			// Twice, as the pause may be half of it.

@@ -29,10 +29,13 @@ type Status struct {
 // Feeling is how a device feels, as its agent last noted. It is noted whenever
 // it changes.
 type Feeling struct {
-	At       time.Time      `json:"at"`
-	Ended    bool           `json:"ended,omitempty"` // then
-	Error    string         `json:"error,omitempty"` // why it ended, if not in good order
-	Agent    string         `json:"agent"`           // version
+	At    time.Time `json:"at"`
+	Ended bool      `json:"ended,omitempty"` // then
+	Error string    `json:"error,omitempty"` // why it ended, if not in good order
+	Agent string    `json:"agent"`           // version
+	// Sure is the latest time that had come for sure when this was noted: one
+	// that was proved, and not of a clock that anybody on the network can set.
+	Sure     *time.Time     `json:"time_at_least,omitempty"`
 	Board    string         `json:"board"`
 	BootID   string         `json:"boot_id"`
 	Online   bool           `json:"online"`
@@ -53,6 +56,10 @@ func (m *machine) saveStatus(ended bool) error {
 	}
 	out := f
 	out.At = time.Now().UTC().Truncate(time.Second)
+	if sure := m.sure(); !sure.IsZero() {
+		sure = sure.UTC().Truncate(time.Second)
+		out.Sure = &sure
+	}
 	raw, err := json.MarshalIndent(out, "", "  ")
 	if err != nil {
 		return err
@@ -62,6 +69,14 @@ func (m *machine) saveStatus(ended bool) error {
 	}
 	m.noted = &f
 	return nil
+}
+
+// sure is the latest time that has come for sure, as far as is known.
+func (m *machine) sure() time.Time {
+	if c := m.clock.Load(); c != nil {
+		return later(m.once, c.AtLeast())
+	}
+	return m.once
 }
 
 // lastWords is why the agent ends, if that is no stop in good order.

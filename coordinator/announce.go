@@ -3,6 +3,8 @@ package coordinator
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -17,6 +19,8 @@ import (
 
 	"github.com/brutella/dnssd"
 	dnssdlog "github.com/brutella/dnssd/log"
+
+	"github.com/deimos-edge/deimos/wire"
 )
 
 func init() { dnssdlog.Info.Disable() } // it writes to standard output
@@ -25,7 +29,8 @@ func init() { dnssdlog.Info.Disable() } // it writes to standard output
 // without a configuration finds it: an instance of _deimos._tcp by DNS-SD (RFC 6763)
 // on multicast DNS (RFC 6762).
 //
-//	TXT      url=https://host:port
+//	TXT      url=https://host:port, fleet=the fingerprint of the fleet's authority in hexadecimal
+//	         digits, so that several coordinators of one fleet are seen to be that
 //	SRV, A   the same as port and address, for whoever reads no TXT
 //
 // The host is the name that the operator has said devices come by, or else the address
@@ -53,6 +58,7 @@ type announcement struct {
 	name   string // of the instance, if nobody else has it
 	host   string // that the operator has said, with its port; "" is none
 	port   int
+	fleet  string // fingerprint of its authority
 	listen net.IP // nil is every address
 	log    *slog.Logger
 
@@ -72,7 +78,7 @@ const (
 
 // newAnnouncement is what is to be said of a coordinator that listens at addr; nil
 // if nobody else could reach it, or the operator wants none.
-func newAnnouncement(cfg Config, addr net.Addr, log *slog.Logger) (*announcement, error) {
+func newAnnouncement(cfg Config, addr net.Addr, authority *x509.Certificate, log *slog.Logger) (*announcement, error) {
 	tcp, ok := addr.(*net.TCPAddr)
 	if cfg.Announce == announceOff || !ok {
 		return nil, nil
@@ -83,7 +89,8 @@ func newAnnouncement(cfg Config, addr net.Addr, log *slog.Logger) (*announcement
 		}
 		return nil, nil
 	}
-	a := &announcement{name: cmp.Or(cfg.Announce, defaultName()), host: announcedHost(cfg, tcp.Port), port: tcp.Port, log: log, done: make(chan struct{})}
+	fleet := wire.Fingerprint(authority.Raw)
+	a := &announcement{name: cmp.Or(cfg.Announce, defaultName()), host: announcedHost(cfg, tcp.Port), port: tcp.Port, fleet: hex.EncodeToString(fleet[:]), log: log, done: make(chan struct{})}
 	if !tcp.IP.IsUnspecified() {
 		a.listen = tcp.IP
 	}
@@ -231,7 +238,7 @@ func drain(r dnssd.Responder) {
 // probe finds a name that nobody else on the network has, ours if it is free.
 func (a *announcement) probe(ctx context.Context, primary netip.Addr, url string) (dnssd.Service, error) {
 	service, err := dnssd.NewService(dnssd.Config{
-		Name: a.name, Type: serviceType, Port: a.port, Text: map[string]string{"url": url}, IPs: []net.IP{primary.AsSlice()},
+		Name: a.name, Type: serviceType, Port: a.port, Text: map[string]string{"url": url, "fleet": a.fleet}, IPs: []net.IP{primary.AsSlice()},
 		// Not the machine's own name, which its own mDNS may answer for with other addresses.
 		Host: "deimos-" + shortHostname() + "-" + strconv.Itoa(a.port),
 	})

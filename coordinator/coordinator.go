@@ -213,7 +213,7 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, portError("HTTPS", cfg.Listen, err)
 	}
 	c.closers = append(c.closers, func() { ln.Close() })
-	if c.announced, err = newAnnouncement(cfg, ln.Addr(), c.log); err != nil {
+	if c.announced, err = newAnnouncement(cfg, ln.Addr(), c.auth.caCert, c.log); err != nil {
 		return nil, err
 	}
 	_, c.httpPort, _ = net.SplitHostPort(ln.Addr().String())

@@ -86,12 +86,12 @@ func (r *Ring) resume() error {
 	if len(r.numbers) == 0 {
 		return r.next()
 	}
-	for i, n := range r.numbers { // of a ring with larger files
+	for i, n := range r.numbers { // of a ring with larger files, or damaged by a repair of the disk
 		if st, err := os.Stat(r.path(n)); err != nil || st.Size() > r.limits.Size {
-			if err := r.remove(r.numbers[:i+1]); err != nil {
+			if err := r.remove([]uint64{n}); err != nil {
 				return err
 			}
-			r.numbers = r.numbers[i+1:]
+			r.numbers = slices.Delete(r.numbers, i, i+1)
 			return r.resume()
 		}
 	}
