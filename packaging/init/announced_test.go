@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	encodingpem "encoding/pem"
 	"log/slog"
 	"net"
 	"net/url"
@@ -87,11 +88,16 @@ func looked(t *testing.T, what string, good func(found []string) bool) []string 
 	d := &discovery{browse: browseLAN, log: slog.New(slog.DiscardHandler)}
 	var found []string
 	for end := time.Now().Add(patience); time.Now().Before(end); {
-		var err error
-		if found, err = d.look(t.Context()); err != nil {
+		answers, err := d.look(t.Context())
+		if err != nil {
 			t.Fatal(err)
 		}
-		if good(found) {
+		if found = addressesOf(answers); good(found) {
+			for _, a := range answers {
+				if a.fleet == "" {
+					t.Errorf("%s: an answer without its fleet: %+v", what, a)
+				}
+			}
 			return found
 		}
 	}
@@ -232,4 +238,10 @@ func serves(t *testing.T, dir, addr string) {
 		t.Fatalf("a device that comes to %s: %v", addr, err)
 	}
 	conn.Close()
+	block, _ := encodingpem.Decode(pem)
+	for fleet, want := range map[string]bool{fingerprintOf(block.Bytes): true, fingerprintOf([]byte("another")): false} {
+		if a := (answer{"https://" + addr, fleet}); provesFleet(t.Context(), a) != want {
+			t.Errorf("%+v proves its fleet: %v", a, !want)
+		}
+	}
 }

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/beevik/ntp"
@@ -13,10 +15,11 @@ import (
 // clock sets the machine's clock, which dates files and log lines. The agent
 // does not believe it further than its own floor, and trusts only what its
 // coordinator signs; so NTP, which anybody on the network can forge, is a hint:
-// it is never taken for a time before floor, and once it was taken it is not
-// asked again until the next boot. Slow drift is not corrected.
+// it is never taken for a time before floor nor for one long after. Nothing that
+// a hint has set moves the floor, and it is asked again every day: a time that was
+// forged stays for as long as nobody answers truly, and drift is corrected.
 type clock struct {
-	floor time.Time // no time before it can be: the release, or what the agent wrote last
+	floor time.Time // no time before it can be: the release, or what the agent knows for sure
 	now   func() time.Time
 	set   func(time.Time) error
 	query func(server string) (*ntp.Response, error)
@@ -27,19 +30,33 @@ const (
 	ntpLimit   = 3 * time.Second // a server
 	ntpRetry   = time.Minute
 	ntpMost    = time.Hour
+	ntpAgain   = 24 * time.Hour // after an answer
 	nearEnough = 500 * time.Millisecond
-	centuries  = 100 * 365 * 24 * time.Hour // nobody's clock is so much ahead of a release
+	longAfter  = 10 * 365 * 24 * time.Hour // so much after the floor no device is switched on
 )
 
 // publicNTP is asked where neither the network nor the owner names a server.
 var publicNTP = []string{"0.debian.pool.ntp.org", "1.debian.pool.ntp.org"}
 
-// newest is the later of the release and the times of files that the agent writes.
-func newest(release time.Time, files ...string) time.Time {
-	for _, f := range files {
-		if st, err := os.Stat(f); err == nil && st.ModTime().After(release) {
-			release = st.ModTime()
-		}
+// status is what we must know of the agent's [statusFile].
+type status struct {
+	Online      bool      `json:"online"`
+	TimeAtLeast time.Time `json:"time_at_least"` // that it knew for sure; not of a clock that anybody can set
+}
+
+// readStatus is all zero if there is none that can be read.
+func readStatus(path string) (s status) {
+	raw, err := os.ReadFile(path)
+	if err != nil || json.Unmarshal(raw, &s) != nil {
+		return status{}
+	}
+	return s
+}
+
+// newest is the later of the release and a time that the agent knew for sure.
+func newest(release, sure time.Time) time.Time {
+	if sure.After(release) {
+		return sure
 	}
 	return release
 }
@@ -54,15 +71,14 @@ func (c *clock) raise() error {
 	return c.set(c.floor)
 }
 
-// follow asks until one server answers, or ctx ends.
+// follow asks until one server answers, and every day, until ctx ends.
 func (c *clock) follow(ctx context.Context, servers func() []string) {
 	for pause := ntpRetry; ; pause = min(2*pause, ntpMost) {
-		for _, s := range servers() {
-			if ctx.Err() != nil || c.hint(s) {
-				return
-			}
+		next := pause
+		if slices.ContainsFunc(servers(), func(s string) bool { return ctx.Err() == nil && c.hint(s) }) {
+			next, pause = ntpAgain, ntpRetry
 		}
-		if !sleep(ctx, pause) {
+		if !sleep(ctx, next) {
 			return
 		}
 	}
@@ -79,7 +95,7 @@ func (c *clock) hint(server string) bool {
 	}
 	now := c.now()
 	t := now.Add(r.ClockOffset)
-	if t.Before(c.floor) || t.After(c.floor.Add(centuries)) {
+	if t.Before(c.floor) || t.After(c.floor.Add(longAfter)) {
 		c.log.Warn("the time by NTP cannot be; it is not taken", "server", server, "time", t.UTC())
 		return false
 	}

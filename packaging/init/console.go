@@ -25,7 +25,7 @@ const (
 	tellTo  = "init: " // before our own lines
 )
 
-// journal takes lines from us and from the agent to the console and to the ring
+// journal takes lines from us and from the agent, and warnings of the kernel's, to the console and to the ring
 // on the data partition. say never blocks: neither a serial line that nobody
 // reads nor a disk that hangs may hold up the agent. What is said before there is a
 // ring is kept in the queue of the ring.
@@ -50,6 +50,12 @@ func (j *journal) say(line string) {
 		return
 	}
 	j.console.put(line)
+	j.note(line)
+}
+
+// note takes a line that the console has already.
+func (j *journal) note(line string) {
+	line = clean(line)
 	// The clock may be wrong by decades early on; the time since boot is not.
 	now := time.Now()
 	j.ring.put(fmt.Sprintf("%s +%.3f %s", now.UTC().Format(time.RFC3339), now.Sub(j.began).Seconds(), line))

@@ -31,6 +31,10 @@ const (
 	killWait     = 3 * time.Second
 	downLimit    = stopWithin + 45*time.Second // then the machine goes down as it is
 	maxConfig    = 1 << 20                     // bytes, as the agent has it
+
+	// The agent's.
+	membershipFile = "data/deimos/identity/membership.json"
+	statusFile     = "data/deimos/status.json"
 )
 
 // machine is what init works on; tests replace its parts.
@@ -131,6 +135,7 @@ func (w *writersOf) wait() {
 func (m *machine) background(ctx context.Context) *writersOf {
 	w := &writersOf{}
 	w.console.Go(func() { m.journal.console.drain(ctx) })
+	go guard(m.log, "kernel's log", func() { m.followKernel(ctx) })
 	go guard(m.log, "reaper", func() { m.processes.reap(context.WithoutCancel(ctx), m.sigchld) })
 	return w
 }
@@ -149,7 +154,7 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 		return
 	}
 	m.configure()
-	c := &clock{floor: newest(m.released, m.path("data/deimos/status.json")), now: time.Now, set: m.setClock, query: m.query, log: m.log}
+	c := &clock{floor: newest(m.released, readStatus(m.path(statusFile)).TimeAtLeast), now: time.Now, set: m.setClock, query: m.query, log: m.log}
 	_ = step(m.log, "setting the clock", shortLimit, func(context.Context) error { return c.raise() })
 	kick := make(chan struct{}, 1)
 	m.goOnline(ctx, c, kick)
@@ -329,14 +334,18 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 		}
 		c.follow(ctx, func() []string { return firstOf(m.params.ntp, n.ntpServers(), publicNTP) })
 	})
-	if m.belongs() {
-		return
+	if m.declared != "" {
+		return // its owner's word is final
 	}
-	d := &discovery{browse: m.browse, log: m.log, found: func(address string) {
+	var offline time.Time
+	d := &discovery{browse: m.browse, proves: provesFleet, log: m.log, need: func() need { return m.seeks(time.Now(), &offline) }, found: func(address string) {
 		m.mu.Lock()
 		m.found = address
 		m.mu.Unlock()
-		kick <- struct{}{}
+		select {
+		case kick <- struct{}{}:
+		default: // the supervisor will read what is known by then
+		}
 	}}
 	go guard(m.log, "discovery", func() {
 		if awaitAddress(ctx, n) {
@@ -348,7 +357,7 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 // belongs tells whether this device knows where to go, by its owner's word or as
 // a member.
 func (m *machine) belongs() bool {
-	return m.declared != "" || exists(m.path("data/deimos/identity/membership.json"))
+	return m.declared != "" || exists(m.path(membershipFile))
 }
 
 // waits tells whether the agent has nobody to come to, and nothing to tell: what

@@ -25,7 +25,8 @@ const (
 	dhcpTry      = 4 * time.Second // for each of dhcpTries packets
 	dhcpTries    = 3
 	leastLease   = 30 * time.Second // a shorter one is not believed
-	mostLease    = 24 * time.Hour   // a longer one is asked about so often
+	mostLease    = 24 * time.Hour   // a longer one is not believed
+	mostRenewal  = time.Hour        // so often it is asked about: a router may have been replaced behind a switch
 	retryFirst   = time.Second
 	retryMost    = time.Minute
 	routeBase    = 1000 // metric of the first link's default route
@@ -36,15 +37,32 @@ const (
 // network brings up every wired link, those plugged in later too, and keeps an
 // IPv4 lease on each. IPv6 addresses and routes are the kernel's, by router
 // advertisements.
+//
+// A cable that was unplugged and plugged in again may lead elsewhere: any server is
+// asked anew then, at once, and so it is when the one of the lease does not answer. An
+// address is kept until another is given, refused, or the lease ends.
 type network struct {
 	wired  func(name string) bool
 	resolv string // path of resolv.conf
 	log    *slog.Logger
 
-	mu     sync.Mutex           // guards what follows
-	leases map[string]*leaseOf  // by link
-	up     map[string]time.Time // links that have somebody who looks after them
-	first  chan struct{}        // closed at the first lease
+	mu     sync.Mutex          // guards what follows
+	leases map[string]*leaseOf // by link
+	up     map[string]*wire    // links that have somebody who looks after them
+	first  chan struct{}       // closed at the first lease
+}
+
+// wire is what is seen of a link's cable.
+type wire struct {
+	out       bool          // guarded by network.mu
+	replugged chan struct{} // capacity 1
+}
+
+// unplugged tells whether a link has no cable, or not yet. Drivers that know
+// nothing of cables say so, which counts as one.
+func unplugged(l netlink.Link) bool {
+	state := l.Attrs().OperState
+	return state == netlink.OperDown || state == netlink.OperLowerLayerDown || state == netlink.OperNotPresent
 }
 
 // leaseOf is what a link was given.
@@ -56,7 +74,7 @@ type leaseOf struct {
 }
 
 func newNetwork(wired func(string) bool, resolv string, log *slog.Logger) *network {
-	return &network{wired: wired, resolv: resolv, log: log, leases: map[string]*leaseOf{}, up: map[string]time.Time{}, first: make(chan struct{})}
+	return &network{wired: wired, resolv: resolv, log: log, leases: map[string]*leaseOf{}, up: map[string]*wire{}, first: make(chan struct{})}
 }
 
 // hasWire tells whether a link is a network card with a cable: hardware behind
@@ -86,6 +104,7 @@ func (n *network) run(ctx context.Context) {
 			n.log.Warn("the network's links cannot be listed", "error", err)
 		}
 		for _, l := range links {
+			n.see(l)
 			if name := l.Attrs().Name; n.wired(name) && n.begin(name) {
 				all.Go(func() {
 					defer n.forget(name)
@@ -96,9 +115,11 @@ func (n *network) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case _, ok := <-news:
+		case update, ok := <-news:
 			if !ok {
 				news = nil // closed; polling goes on
+			} else if update.Link != nil {
+				n.see(update.Link) // it may be over by the next look at all
 			}
 		case <-poll.C:
 		}
@@ -111,8 +132,35 @@ func (n *network) begin(name string) bool {
 	if _, ok := n.up[name]; ok {
 		return false
 	}
-	n.up[name] = time.Now()
+	n.up[name] = &wire{replugged: make(chan struct{}, 1)}
 	return true
+}
+
+// see notes whether a link's cable is in, and tells who looks after it that it was out.
+func (n *network) see(l netlink.Link) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	w := n.up[l.Attrs().Name]
+	if w == nil {
+		return
+	}
+	back := w.out && !unplugged(l)
+	w.out = unplugged(l)
+	if back {
+		select {
+		case w.replugged <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (n *network) replugged(name string) chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if w := n.up[name]; w != nil {
+		return w.replugged
+	}
+	return nil
 }
 
 func (n *network) forget(name string) {
@@ -135,8 +183,8 @@ func (n *network) keep(ctx context.Context, name string) {
 				n.log.Warn("a link cannot be brought up", "link", name, "error", err)
 			}
 		}
-		if state := link.Attrs().OperState; state == netlink.OperDown || state == netlink.OperLowerLayerDown || state == netlink.OperNotPresent {
-			if !sleep(ctx, 500*time.Millisecond) { // no cable, or not yet
+		if unplugged(link) {
+			if !sleep(ctx, 500*time.Millisecond) {
 				return
 			}
 			continue
@@ -164,55 +212,103 @@ var errLeaseLost = errors.New("the lease has ended")
 // hold gets a lease and renews it; it returns when there is none any more.
 func (n *network) hold(ctx context.Context, link netlink.Link) error {
 	name := link.Attrs().Name
-	c, err := nclient4.New(name, nclient4.WithTimeout(dhcpTry), nclient4.WithRetry(dhcpTries))
-	if err != nil {
-		return err
+	replugged := n.replugged(name)
+	select {
+	case <-replugged: // before there was a lease
+	default:
 	}
-	asking := []dhcpv4.Modifier{dhcpv4.WithRequestedOptions(dhcpv4.OptionSubnetMask, dhcpv4.OptionRouter, dhcpv4.OptionDomainNameServer, dhcpv4.OptionNTPServers)}
-	lease, err := c.Request(ctx, asking...)
-	c.Close() // its socket would copy every packet of the link into memory
+	lease, err := n.ask(ctx, name, nil)
 	if err != nil {
-		return err
-	}
-	if err := n.apply(link, lease.ACK); err != nil {
 		return err
 	}
 	defer n.release(link)
 	for {
+		if err := n.apply(link, lease.ACK); err != nil {
+			return err
+		}
 		length := min(max(lease.ACK.IPAddressLeaseTime(leastLease), leastLease), mostLease)
 		until := lease.CreationTime.Add(length)
 		next := lease.ACK.IPAddressRenewalTime(length / 2)
 		if next <= 0 || next >= length {
 			next = length / 2
 		}
-		for {
-			if !sleep(ctx, next) {
+		next = min(next, mostRenewal)
+		for moved := false; ; {
+			again := time.NewTimer(next)
+			select {
+			case <-ctx.Done():
+			case <-replugged:
+				moved, next = true, retryFirst
+			case <-again.C:
+			}
+			again.Stop()
+			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			renewed, err := n.renew(ctx, name, lease, asking)
+			answer, err := n.confirm(ctx, name, lease, moved)
 			if err == nil {
-				lease = renewed
+				lease = answer
 				break
 			}
 			var nak *nclient4.ErrNak
 			if time.Now().After(until) || errors.As(err, &nak) {
 				return fmt.Errorf("%w: %w", errLeaseLost, err)
 			}
-			next = max(time.Until(until)/2, retryFirst) // RFC 2131, 4.4.5
-		}
-		if err := n.apply(link, lease.ACK); err != nil {
-			return err
+			if moved {
+				next = min(2*next, retryMost)
+			} else {
+				next = min(max(time.Until(until)/2, retryFirst), mostRenewal) // RFC 2131, 4.4.5
+			}
 		}
 	}
 }
 
-func (n *network) renew(ctx context.Context, name string, lease *nclient4.Lease, asking []dhcpv4.Modifier) (*nclient4.Lease, error) {
-	c, err := nclient4.New(name, nclient4.WithTimeout(dhcpTry), nclient4.WithRetry(dhcpTries))
+// confirm renews a lease where it was got, unless the link has moved, and else asks
+// whoever is there.
+func (n *network) confirm(ctx context.Context, name string, lease *nclient4.Lease, moved bool) (*nclient4.Lease, error) {
+	if !moved {
+		renewed, err := n.renew(ctx, name, lease)
+		var nak *nclient4.ErrNak
+		if err == nil || errors.As(err, &nak) {
+			return renewed, err
+		}
+	}
+	return n.ask(ctx, name, lease.ACK.YourIPAddr)
+}
+
+// The client is closed after each talk: its socket would copy every packet of the
+// link into memory.
+func newClient(name string) (*nclient4.Client, error) {
+	return nclient4.New(name, nclient4.WithTimeout(dhcpTry), nclient4.WithRetry(dhcpTries))
+}
+
+var wanted = dhcpv4.WithRequestedOptions(dhcpv4.OptionSubnetMask, dhcpv4.OptionRouter, dhcpv4.OptionDomainNameServer, dhcpv4.OptionNTPServers)
+
+// ask gets a lease of any server, for the address that the link has if that can be.
+func (n *network) ask(ctx context.Context, name string, had net.IP) (*nclient4.Lease, error) {
+	c, err := newClient(name)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	return c.Renew(ctx, lease, asking...)
+	asking := []dhcpv4.Modifier{wanted}
+	if had != nil {
+		asking = append(asking, dhcpv4.WithOption(dhcpv4.OptRequestedIPAddress(had)))
+	}
+	offer, err := c.DiscoverOffer(ctx, asking...)
+	if err != nil {
+		return nil, err
+	}
+	return c.RequestFromOffer(ctx, offer, wanted)
+}
+
+func (n *network) renew(ctx context.Context, name string, lease *nclient4.Lease) (*nclient4.Lease, error) {
+	c, err := newClient(name)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Renew(ctx, lease, wanted)
 }
 
 // apply gives the link what an answer says, in place of what it had.
@@ -232,8 +328,8 @@ func (n *network) apply(link netlink.Link, ack *dhcpv4.DHCPv4) error {
 	n.mu.Lock()
 	old := n.leases[link.Attrs().Name]
 	n.mu.Unlock()
-	if old != nil && !old.address.IP.Equal(ip) {
-		n.release(link)
+	if old != nil && (old.address.String() != l.address.String() || !old.router.Equal(l.router)) {
+		n.release(link) // with its routes
 	}
 	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: l.address}); err != nil {
 		return fmt.Errorf("give %s its address: %w", link.Attrs().Name, err)
@@ -256,7 +352,7 @@ func (n *network) apply(link netlink.Link, ack *dhcpv4.DHCPv4) error {
 	if err != nil {
 		n.log.Warn("the name servers cannot be written", "error", err)
 	}
-	if old == nil || !old.address.IP.Equal(ip) {
+	if old == nil || old.address.String() != l.address.String() || !old.router.Equal(l.router) {
 		n.log.Info("the link has an address", "link", link.Attrs().Name, "address", l.address.String(), "router", l.router)
 	}
 	return nil

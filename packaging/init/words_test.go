@@ -62,7 +62,7 @@ func TestOwnersWordOnTheWatchdogStands(t *testing.T) {
 	}
 }
 
-func TestOnlyOneCoordinatorOnTheNetworkIsTaken(t *testing.T) {
+func TestAnAnswerOfTheNetworkIsTakenAtItsWordOrItsAddress(t *testing.T) {
 	entry := func(name string, port int, text map[string]string, ips ...string) dnssd.BrowseEntry {
 		e := dnssd.BrowseEntry{Name: name, Port: port, Text: text}
 		for _, ip := range ips {
@@ -90,7 +90,7 @@ func TestOnlyOneCoordinatorOnTheNetworkIsTaken(t *testing.T) {
 		}}
 		got, err := d.look(ctx)
 		cancel()
-		if err != nil || strings.Join(got, " ") != c.want {
+		if err != nil || strings.Join(addressesOf(got), " ") != c.want {
 			t.Errorf("%s: %q, %v", claim, got, err)
 		}
 	}
@@ -104,7 +104,7 @@ func TestNTPIsTakenForNoTimeThatCannotBe(t *testing.T) {
 	}{
 		"later":              {24 * time.Hour, true},
 		"before the floor":   {-24 * time.Hour, false},
-		"in another epoch":   {200 * 365 * 24 * time.Hour, false},
+		"long after":         {11 * 365 * 24 * time.Hour, false},
 		"as good as in step": {time.Millisecond, false},
 	} {
 		set := false
