@@ -22,6 +22,7 @@ type disk interface {
 	open(name string) (input, error)
 	create(name string) (output, error) // empty, whatever was there
 	rename(from, to string) error
+	place(name string) error        // makes durable where the bytes of a file lie and how many they are, which a rename's sync does not
 	remove(name string) error       // no error if it is not there
 	same(a, b string) (bool, error) // whether they begin with the same block
 	sync() error                    // of names; contents are synced by themselves
@@ -53,8 +54,7 @@ func (m *mounted) list() (all images, err error) {
 		return nil, fmt.Errorf("the EFI system partition cannot be read; is it mounted? %w", err)
 	}
 	for _, e := range entries {
-		f, ok := parseName(e.Name())
-		if !ok || !e.Type().IsRegular() {
+		if !e.Type().IsRegular() {
 			continue
 		}
 		info, err := e.Info()
@@ -64,8 +64,9 @@ func (m *mounted) list() (all images, err error) {
 		if err != nil {
 			return nil, err
 		}
-		f.size = info.Size()
-		all = append(all, f)
+		if f, ok := fileOf(e.Name(), info.Size()); ok {
+			all = append(all, f)
+		}
 	}
 	return all, nil
 }
@@ -83,6 +84,14 @@ func (m *mounted) open(name string) (input, error) { return os.Open(m.path(name)
 func (m *mounted) create(name string) (output, error) { return os.Create(m.path(name)) }
 
 func (m *mounted) rename(from, to string) error { return os.Rename(m.path(from), m.path(to)) }
+
+func (m *mounted) place(name string) error {
+	f, err := os.Open(m.path(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
 
 func (m *mounted) remove(name string) error {
 	if err := os.Remove(m.path(name)); !errors.Is(err, fs.ErrNotExist) {

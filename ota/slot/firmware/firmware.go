@@ -45,6 +45,10 @@
 //     image gets a name that boots only after its bytes are synced, and changes
 //     that rely on one another have a sync of the directory between them. (Linux
 //     syncs a FAT file with its part of the allocation table.)
+//   - Linux puts a renamed file into its directory empty, and says where it lies when
+//     the file itself is synced; a sync of the directory does not. So a rename is
+//     followed by both, and a file without bytes is none: the boot loader passes
+//     over it, and so do we.
 //   - A rename that is cut between its two changes leaves two names of the same
 //     blocks, and FAT has no such thing: who removes one frees the blocks of the
 //     other. So a file that shares its first block with another (or that may, where
@@ -319,6 +323,9 @@ func (s *Store) check(name string, check func(io.ReaderAt) error) error {
 
 func (s *Store) rename(from, to string) error {
 	if err := s.disk.rename(from, to); err != nil {
+		return err
+	}
+	if err := s.disk.place(to); err != nil {
 		return err
 	}
 	return s.disk.sync()

@@ -48,7 +48,7 @@ type file struct {
 	counted bool
 	left    int // tries
 	tried   int
-	tmp     bool
+	tmp     bool // nothing that boots
 }
 
 // parseName tells what a file name says; ok is false for one that is not ours.
@@ -61,6 +61,14 @@ func parseName(name string) (f file, ok bool) {
 	f.left, _ = strconv.Atoi(m[2]) // digits, or none
 	f.tried, _ = strconv.Atoi(m[3])
 	return f, true
+}
+
+// fileOf is a file of that many bytes. An empty one is what a cut has left of
+// an install or a rename.
+func fileOf(name string, size int64) (f file, ok bool) {
+	f, ok = parseName(name)
+	f.size, f.tmp = size, f.tmp || size == 0
+	return f, ok
 }
 
 // String is the name that f should have.
