@@ -125,7 +125,7 @@ func TestThePlanIsRepeatable(t *testing.T) {
 func TestTheBootLoadersChoice(t *testing.T) {
 	files := func(names ...string) (all []espFile) {
 		for _, n := range names {
-			all = append(all, espFile{path: "EFI/Linux/" + n})
+			all = append(all, espFile{path: "EFI/Linux/" + n, size: 1})
 		}
 		return all
 	}

@@ -170,11 +170,12 @@ var imageForm = regexp.MustCompile(`^(?i)EFI/Linux/deimos_([^_+]+?)(?:\+(\d+)(?:
 
 // choice is the images in the order in which systemd-boot would start them: those
 // that are used up last, the newest version first (Boot Loader Specification,
-// "Sorting"). Versions here are dotted numbers.
+// "Sorting"). Versions here are dotted numbers. It passes over an empty file, as
+// over anything in which it finds no .osrel.
 func choice(files []espFile) (images []image) {
 	for _, f := range files {
 		m := imageForm.FindStringSubmatch(f.path)
-		if m == nil {
+		if m == nil || f.size == 0 {
 			continue
 		}
 		v := image{espFile: f, version: strings.ToLower(m[1]), left: -1}

@@ -54,11 +54,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -73,6 +75,7 @@ type options struct {
 	boots  int
 	only   string // one cut
 	disk   string // file to leave the disk of that cut in
+	plant  string // a bug to be found
 }
 
 func main() {
@@ -89,6 +92,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 4, "how much work to record")
 	flag.StringVar(&o.only, "cut", "", "only this cut, AT:SEED")
 	flag.StringVar(&o.disk, "disk", "", "with -cut: leave its disk in this file, and do nothing else")
+	flag.StringVar(&o.plant, "plant", "", "put this bug into the agent first, and fail unless a cut finds it: "+strings.Join(slices.Sorted(maps.Keys(plants)), ", "))
 	flag.Parse()
 	if *replay != "" {
 		o.replay, o.dir = true, *replay
@@ -135,23 +139,35 @@ func run(ctx context.Context, o options) (err error) {
 		}
 	}()
 	fmt.Printf("powercut: seed %d\n", o.seed)
-	if !o.replay {
-		began := time.Now()
-		if err := record(ctx, o.work, o.dir); err != nil {
-			return fmt.Errorf("the recording failed: %w", err)
-		}
-		fmt.Printf("       recorded in %s\n", sinceNow(began))
+	if o.plant != "" {
+		return findPlanted(ctx, o)
 	}
-	rec, err := load(o.dir)
+	rec, err := recorded(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer rec.close()
-	fmt.Printf("       %s\n", rec)
 	if o.only != "" {
 		return one(ctx, rec, o)
 	}
-	return errors.Join(replayAll(ctx, rec, o), bootSome(ctx, rec, o))
+	out, err := replayAll(ctx, rec, o)
+	return errors.Join(err, out.err(), bootSome(ctx, rec, o))
+}
+
+// recorded makes the recording, unless there is one to be replayed.
+func recorded(ctx context.Context, o options) (*recording, error) {
+	if !o.replay {
+		began := time.Now()
+		if err := record(ctx, o.work, o.dir); err != nil {
+			return nil, fmt.Errorf("the recording failed: %w", err)
+		}
+		fmt.Printf("       recorded in %s\n", sinceNow(began))
+	}
+	rec, err := load(o.dir)
+	if err == nil {
+		fmt.Printf("       %s\n", rec)
+	}
+	return rec, err
 }
 
 func (r *recording) String() string {
@@ -170,16 +186,22 @@ func (r *recording) String() string {
 	return fmt.Sprintf("%d events: %d changes of %d MB, %d flushes, %d marks", len(r.events), changes, bytes/1e6, flushes, marks)
 }
 
-func replayAll(ctx context.Context, rec *recording, o options) error {
+// replayAll fails if not all cuts could be made; what they have found is in the outcome.
+func replayAll(ctx context.Context, rec *recording, o options) (outcome, error) {
 	began := time.Now()
 	cuts := plan(rec, o.points, o.seed)
 	out, err := replay(ctx, rec, cuts, min(runtime.NumCPU(), 4))
 	fmt.Printf("       %d cuts in %s, seed %d; they would boot: %v\n", out.points, sinceNow(began), o.seed, out.boots)
-	for _, f := range out.failures {
-		err = errors.Join(err, errors.New(f.String()))
-	}
-	if err == nil && out.points < len(cuts) {
+	if err == nil && out.points < len(cuts) && len(out.failures) == 0 {
 		err = fmt.Errorf("only %d of %d cuts were made: %w", out.points, len(cuts), context.Cause(ctx))
+	}
+	return out, err
+}
+
+// err is what was not as it must be.
+func (o outcome) err() (err error) {
+	for _, f := range o.failures {
+		err = errors.Join(err, errors.New(f.String()))
 	}
 	return err
 }
@@ -200,10 +222,7 @@ func one(ctx context.Context, rec *recording, o options) error {
 		return err
 	}
 	out, err := replay(ctx, rec, []cut{c}, 1)
-	for _, f := range out.failures {
-		err = errors.Join(err, errors.New(f.String()))
-	}
-	if err == nil && o.boots > 0 {
+	if err = errors.Join(err, out.err()); err == nil && o.boots > 0 {
 		var after time.Duration
 		after, err = bootCut(ctx, rec, c, o.bin)
 		fmt.Printf("       online %.0f s after power on\n", after.Seconds())
