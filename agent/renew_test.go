@@ -487,3 +487,23 @@ func TestAWrongClockAtBootStopsNothing(t *testing.T) {
 		})
 	}
 }
+
+// A member whose certificate is good for long, and which is given another address, as
+// by its owner or because its coordinator has moved, asks there without being refused
+// first; and keeps the address if the answer is its own fleet's.
+func TestMemberFollowsItsCoordinatorToAnotherAddress(t *testing.T) {
+	ca, id := newAuthority(t), newIdentity(t)
+	for claim, c := range map[string]struct {
+		server *authority
+		moves  bool
+	}{"its own fleet": {ca, true}, "another fleet": {newAuthority(t), false}} {
+		f := openFront(t, c.server.server("127.0.0.1"), replying(t, c.server.reply(id)))
+		a, _, pauses := asMember(t, id, "https://127.0.0.1:1", ca.replyFor(id, time.Now().Add(1000*time.Hour)))
+		a.cfg.Coordinator = f.URL
+		a.background(t, a.stayMember)
+		await(t, "the question", pauses)
+		if moved := a.member.Load().Coordinator == f.URL; moved != c.moves {
+			t.Errorf("%s: the member moved: %v", claim, moved)
+		}
+	}
+}

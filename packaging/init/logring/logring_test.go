@@ -177,3 +177,41 @@ func all(t *testing.T, dir string) string {
 	}
 	return text.String()
 }
+
+func TestFileThatIsTooLongCostsOnlyItself(t *testing.T) {
+	dir := t.TempDir()
+	r, err := Open(dir, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 200 {
+		if err := r.WriteLine(fmt.Sprintf("line %040d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.Close()
+	names, err := filepath.Glob(filepath.Join(dir, "*.log"))
+	if err != nil || len(names) != small.Segments {
+		t.Fatalf("%q, %v", names, err)
+	}
+	kept, err := os.ReadFile(names[len(names)-2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(names[len(names)-1], small.Size+1); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = Open(dir, small); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.WriteLine("after"); err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	if got := all(t, dir); !strings.Contains(got, string(kept)) || !strings.HasSuffix(got, "after\n") {
+		t.Errorf("of %d bytes in the file before it is left: %q", len(kept), got)
+	}
+	if n := sizeOf(t, dir); n > small.Size*int64(small.Segments) {
+		t.Errorf("%d bytes", n)
+	}
+}
