@@ -14,7 +14,7 @@
 //	 5  data            "deimos-data" found or made, checked, grown, mounted at /data
 //	 6  log             the ring in /data/log
 //	 7  configuration   /run/deimos/deimos.toml
-//	 8  clock           not before the release and the agent's last file
+//	 8  clock           not before the release and the time that the agent knew for sure
 //	 9  network         DHCP on every wired link, in the background, for ever;
 //	                    NTP and DNS-SD when there is an address
 //	10  agent           started now, whatever has become of the rest; but without a
@@ -40,8 +40,8 @@
 //	/efi/deimos.toml                                               the owner's
 //	/sys/firmware/qemu_fw_cfg/by_name/opt/deimos/config/raw        QEMU's -fw_cfg name=opt/deimos/config,file=…
 //
-// deimos.coordinator=, deimos.token= and deimos.ntp= on the kernel's command line
-// stand above both (deimos.confirm=60s shortens the trial of new firmware). With no coordinator in any, and no membership in /data, one
+// deimos.coordinator=, deimos.token= and deimos.ntp= on the kernel's command line,
+// which only whoever makes an image or starts a test machine can change, stand above both (deimos.confirm=60s shortens the trial of new firmware). With no coordinator in any, and no membership in /data, one
 // is looked for on the network; see [discovery]. Where the file says nothing of a
 // watchdog, the agent gets the machine's.
 //
@@ -60,7 +60,7 @@
 // in /data/deimos, /etc/resolv.conf from DHCP.
 //
 // Not here yet: wireless links, DHCPv6 and name servers by router advertisement,
-// addresses set by hand, correction of the clock's drift.
+// addresses set by hand.
 package main
 
 import (
