@@ -27,6 +27,7 @@ type blockDevice struct {
 	path      string // /dev/nvme0n1
 	removable bool
 	size      int64      // bytes
+	block     int        // bytes of a logical block; of a disk with others than gpt.Block, no table is read
 	table     *gpt.Table // nil if it has none
 	parted    bool       // the kernel or we see a table or partitions of any sort
 }
@@ -58,6 +59,9 @@ func listDisks(sys, dev string) []blockDevice {
 		d.removable = readWord(filepath.Join(dir, "removable")) == "1"
 		parts, _ := filepath.Glob(filepath.Join(dir, "*", "partition"))
 		d.parted = d.parted || len(parts) > 0
+		if n, err := strconv.Atoi(readWord(filepath.Join(dir, "queue/logical_block_size"))); err == nil && n != gpt.Block {
+			d.block, d.table, d.parted = n, nil, true
+		}
 		disks = append(disks, d)
 	}
 	return disks
@@ -70,7 +74,7 @@ func lookAt(path string) (blockDevice, error) {
 		return blockDevice{}, err
 	}
 	defer f.Close()
-	d := blockDevice{path: path}
+	d := blockDevice{path: path, block: gpt.Block}
 	if d.size, err = f.Seek(0, io.SeekEnd); err != nil || d.size < 1<<20 {
 		return d, fmt.Errorf("%s is no disk: %w", path, err)
 	}
@@ -102,30 +106,37 @@ func partitionPath(disk string, n int) string {
 	return disk + strconv.Itoa(n)
 }
 
-// findESP is the partition that the machine was started from, as the boot stub
-// tells, else the first that is called deimos-esp.
-func findESP(disks []blockDevice, booted string) (partition, bool) {
-	all := find(disks, func(p gpt.Partition) bool { return booted != "" && p.ID.String() == booted })
-	all = append(all, find(disks, func(p gpt.Partition) bool { return p.Name == espName && p.Type == gpt.EFISystem })...)
-	if len(all) == 0 {
-		return partition{}, false
+// findESPs are the partitions that the machine may have been started from: those
+// with the id that the boot stub tells, else those that are called deimos-esp. The
+// id is the same in all copies of an image.
+func findESPs(disks []blockDevice, booted string) []partition {
+	if booted != "" {
+		if all := find(disks, func(p gpt.Partition) bool { return p.ID.String() == booted }); len(all) > 0 {
+			return all
+		}
 	}
-	return all[0], true
+	return find(disks, func(p gpt.Partition) bool { return p.Name == espName && p.Type == gpt.EFISystem })
 }
 
 // bootedFrom reads the variable of the Boot Loader Interface that systemd's stub
 // sets: four bytes of attributes, then the partition's id in UTF-16. Empty if
 // there is none.
 func bootedFrom(efivars string) string {
-	raw, err := os.ReadFile(filepath.Join(efivars, "LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"))
-	if err != nil || len(raw) < 4 || len(raw) > 256 {
+	return strings.ToLower(loaderWord(efivars, "LoaderDevicePartUUID"))
+}
+
+// loaderWord reads a variable of the Boot Loader Interface: UTF-16 behind four bytes
+// of attributes. It is empty if there is none.
+func loaderWord(efivars, name string) string {
+	raw, err := os.ReadFile(filepath.Join(efivars, name+"-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"))
+	if err != nil || len(raw) < 4 || len(raw) > 1024 {
 		return ""
 	}
 	var units []uint16
 	for b := raw[4:]; len(b) >= 2; b = b[2:] {
 		units = append(units, uint16(b[0])|uint16(b[1])<<8)
 	}
-	return strings.ToLower(strings.TrimRight(string(utf16.Decode(units)), "\x00"))
+	return strings.TrimRight(string(utf16.Decode(units)), "\x00")
 }
 
 const (

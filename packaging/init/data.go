@@ -31,6 +31,12 @@ const leastData = 512 << 20
 // never formatted.
 const dataNote = "deimos-data.id"
 
+// freshNote is the file on the ESP that names a partition before it is made: until
+// it was mounted, nothing of anybody's is in it, and a first boot that was cut off
+// while it formatted is begun again. A partition that no note names is formatted
+// only if it is empty: either note can be lost with the ESP's file system.
+const freshNote = "deimos-data.new"
+
 // promptSettle is how long a disk may take whose driver finds it while it is
 // loaded; its partitions are read after.
 const promptSettle = time.Second
@@ -62,6 +68,8 @@ type dataDisk struct {
 	log       *slog.Logger
 	boot      string        // path of the disk that the machine was started from; "" if not known
 	esp       string        // where the ESP is mounted; "" if it is not
+	lost      bool          // there is an ESP that cannot be used: nobody knows what it says of the data
+	bootOnly  bool          // which device's ESP it is cannot be told: other disks may be another device's
 	settle    time.Duration // how long a disk may take to answer
 	late      func() bool   // whether there is hardware whose disks come late; nil: there may be
 	node      func(p partition) error
@@ -73,6 +81,8 @@ func (d *dataDisk) prepare(ctx context.Context) (partition, error) {
 	known := d.note()
 	p, found := d.await(ctx, known)
 	switch {
+	case !found && d.lost:
+		return p, fmt.Errorf("%w: the EFI system partition cannot be used, which would say where the data is, and no data partition is found", errNoData)
 	case !found && known != "":
 		return p, fmt.Errorf("%w: the disk with the data partition %s of this device is missing; put it back, or write the image anew", errNoData, known)
 	case !found:
@@ -86,7 +96,14 @@ func (d *dataDisk) prepare(ctx context.Context) (partition, error) {
 	if err := d.node(p); err != nil {
 		return p, err
 	}
-	return p, d.ready(ctx, p, known != "")
+	return p, d.ready(ctx, p, !found, known != "")
+}
+
+// hadData tells whether this device has a data partition or may have had one,
+// wherever that is now: another one would be another device.
+func (d *dataDisk) hadData() bool {
+	_, found := d.find("")
+	return found || d.lost || d.note() != ""
 }
 
 // note is the id of the partition that was used before; "" if none.
@@ -102,8 +119,18 @@ func (d *dataDisk) remember(p partition) error {
 	if d.esp == "" || d.note() == p.ID.String() {
 		return nil
 	}
-	path := filepath.Join(d.esp, dataNote)
-	if err := renameio.WriteFile(path, []byte(p.ID.String()+"\n"), 0o600, renameio.WithTempDir(d.esp)); err != nil {
+	if err := d.write(dataNote, p.ID); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Join(d.esp, freshNote)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the note of a partition that was made: %w", err)
+	}
+	return nil
+}
+
+func (d *dataDisk) write(note string, id gpt.GUID) error {
+	path := filepath.Join(d.esp, note)
+	if err := renameio.WriteFile(path, []byte(id.String()+"\n"), 0o600, renameio.WithTempDir(d.esp)); err != nil {
 		return fmt.Errorf("note which partition holds the data: %w", err)
 	}
 	return syncDir(d.esp)
@@ -146,6 +173,9 @@ func (d *dataDisk) find(known string) (partition, bool) {
 		}
 		return p.Name == dataName && p.Type == gpt.LinuxData
 	})
+	if known == "" && d.bootOnly {
+		all = slices.DeleteFunc(all, func(p partition) bool { return p.disk.path != d.boot })
+	}
 	if len(all) == 0 {
 		return partition{}, false
 	}
@@ -175,9 +205,11 @@ func (d *dataDisk) candidates() []blockDevice {
 	var empty, boot []blockDevice
 	for _, disk := range d.disks() {
 		switch {
+		case disk.block != gpt.Block:
+			d.log.Warn("a disk has blocks of a size that is not supported; it is left alone", "disk", disk.path, "bytes", disk.block)
 		case disk.path == d.boot && disk.table != nil:
 			boot = append(boot, disk)
-		case disk.removable || disk.size < leastData+4<<20:
+		case d.bootOnly || disk.removable || disk.size < leastData+4<<20:
 		default:
 			is, err := blank(disk)
 			if err != nil {
@@ -203,6 +235,14 @@ func (d *dataDisk) makeOn(disk blockDevice) (partition, error) {
 	}
 	p, err := table.Append(disk.size, gpt.LinuxData, newGUID(), dataName, leastData)
 	if err != nil {
+		return partition{}, err
+	}
+	if d.esp != "" {
+		if err := d.write(freshNote, p.ID); err != nil {
+			d.log.Warn("if the power is cut while the data partition is made, it may have to be made by hand", "error", err)
+		}
+	}
+	if err := clearFront(f, p.First*gpt.Block); err != nil {
 		return partition{}, err
 	}
 	if err := table.Write(f, disk.size); err != nil {
@@ -242,20 +282,40 @@ func (d *dataDisk) grow(p partition) partition {
 	return p
 }
 
+// clearFront removes what stood at the front of a new partition: where the image
+// was written over an older one, the device of that would come back.
+func clearFront(disk *os.File, at int64) error {
+	if is, err := zeros(disk, at, 1<<20); err != nil || is {
+		return err
+	}
+	if _, err := disk.WriteAt(make([]byte, 1<<20), at); err != nil {
+		return err
+	}
+	return disk.Sync()
+}
+
 // ready formats a partition that never held anything, else checks its file
 // system and lets it fill the partition.
-func (d *dataDisk) ready(ctx context.Context, p partition, used bool) error {
+func (d *dataDisk) ready(ctx context.Context, p partition, made, used bool) error {
 	fs, err := readExt4(p.path)
 	if err != nil {
 		return err
 	}
-	if fs == 0 && !used {
-		return d.format(ctx, p)
+	if fs == 0 && !used && !d.lost {
+		never := made || d.esp != "" && readWord(filepath.Join(d.esp, freshNote)) == p.ID.String()
+		if !never {
+			if never, err = emptyPartition(p); err != nil {
+				return err
+			}
+		}
+		if never {
+			return d.format(ctx, p)
+		}
 	}
 	if err := d.check(ctx, p, "-p"); err != nil {
 		d.log.Warn("the data partition needs a thorough repair", "partition", p.path, "error", err)
 		if err := d.check(ctx, p, "-y", "-f"); err != nil {
-			return fmt.Errorf("%w: the file system of %s cannot be repaired, and is not formatted, because it has held data: %w", errNoData, p.path, err)
+			return fmt.Errorf("%w: the file system of %s cannot be repaired, and is not formatted, because it may hold data: %w", errNoData, p.path, err)
 		}
 	}
 	if fs, err = readExt4(p.path); err != nil {
@@ -267,20 +327,35 @@ func (d *dataDisk) ready(ctx context.Context, p partition, used bool) error {
 	return d.resize(ctx, p)
 }
 
-// format is for a partition that we made: nothing of anybody's is in it. With the
-// ESP mounted, a missing note says so, and a first boot that was cut off while it
-// formatted is begun again; else the partition must be empty.
-func (d *dataDisk) format(ctx context.Context, p partition) error {
-	if d.esp == "" {
-		f, err := os.Open(p.path)
-		if err != nil {
-			return err
+// emptyPartition tells whether nothing says that there was a file system: neither
+// the front nor one of the first copies of ext4's superblock, which begin the
+// groups 1, 3, 5 and 7 (Documentation/filesystems/ext4/super.rst).
+func emptyPartition(p partition) (bool, error) {
+	f, err := os.Open(p.path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	if is, err := zeros(f, 0, 1<<20); err != nil || !is {
+		return false, err
+	}
+	for _, group := range []int64{1, 3, 5, 7} {
+		at := group * ext4Group
+		if at+1024 > p.Size() {
+			break
 		}
-		defer f.Close()
-		if is, err := zeros(f, 0, 1<<20); err != nil || !is {
-			return errors.Join(fmt.Errorf("%w: %s holds something that is no ext4 file system, and is not formatted", errNoData, p.path), err)
+		if is, err := zeros(f, at, 1024); err != nil || !is {
+			return false, err
 		}
 	}
+	return true, nil
+}
+
+// ext4Group is the size of a block group, bytes: 8 blocks of 4096 bytes for each byte
+// of the block that is its bitmap. All file systems from 512 MiB have such blocks.
+const ext4Group = 8 * 4096 * 4096
+
+func (d *dataDisk) format(ctx context.Context, p partition) error {
 	code, text, err := d.processes.run(ctx, d.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-L", dataName, "-m", "1",
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", p.path)
 	return toolError("mke2fs", code, text, err)
@@ -389,4 +464,30 @@ func mountData(p partition, dir string) error {
 		return fmt.Errorf("mount %s: %w", p.path, err)
 	}
 	return nil
+}
+
+const (
+	faultsLook  = time.Minute
+	faultsLeast = 10 * time.Minute // between two starts of the machine for faults of a disk
+)
+
+// watchFaults starts the machine anew when ext4 has found faults in the data
+// partition since it was mounted: it is read-only from then on, and only a check
+// before it is mounted again helps. The number is in a file of sysfs: statfs and
+// mount flags do not tell, since Linux 6.12.
+func watchFaults(ctx context.Context, count string, every, least time.Duration, restart func(why string), log *slog.Logger) {
+	began, before := time.Now(), readWord(count)
+	for sleep(ctx, every) {
+		now := readWord(count)
+		if now == before || now == "" || before == "" {
+			before = now
+			continue
+		}
+		wait := least - time.Since(began)
+		log.Error("the file system of the data partition has faults; the machine is started anew to repair it", "faults", clean(now), "in", max(wait, 0).Round(time.Second))
+		if sleep(ctx, wait) {
+			restart("the file system of the data partition has faults")
+		}
+		return
+	}
 }

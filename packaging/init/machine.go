@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -14,6 +18,7 @@ import (
 	"github.com/brutella/dnssd"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/init/fat"
@@ -58,6 +63,7 @@ type machine struct {
 	processes processes
 	params    params
 	esp       string // where it is mounted; "" if it is not
+	data      string // the partition that is mounted there; "" if none
 	inMemory  bool   // /data is lost with the power
 	ring      *logring.Ring
 	hardware  chan struct{} // closed when what the disks do not need is there, too
@@ -67,6 +73,7 @@ type machine struct {
 	found    string     // coordinator, by DNS-SD
 	declared string     // coordinator of the configuration
 	unsound  bool       // the configuration cannot be read
+	alone    bool       // what the owner allows is not known: nobody is looked for
 }
 
 // run does not return, but in tests.
@@ -141,9 +148,13 @@ func (m *machine) background(ctx context.Context) *writersOf {
 }
 
 func (m *machine) start(ctx context.Context, w *writersOf) {
-	m.prepareDisks()
+	m.prepareDisks(ctx)
 	if ctx.Err() != nil {
 		return
+	}
+	if m.data != "" {
+		faults := m.path("sys/fs/ext4", filepath.Base(m.data), "errors_count")
+		go guard(m.log, "data partition", func() { watchFaults(ctx, faults, faultsLook, faultsLeast, m.startAnew, m.log) })
 	}
 	if m.openRing() == nil {
 		w.ring.Go(func() { m.journal.ring.drain(ctx); m.ring.Close() })
@@ -161,40 +172,97 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 	m.supervise(ctx, kick)
 }
 
-func (m *machine) prepareDisks() {
-	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool,
+// prepareDisks mounts the ESP and the data partition. A device that has a data
+// partition, or may have one, does not run without it: with a key in memory it
+// would be another device, which could even confirm new firmware. It waits, and
+// looks again.
+func (m *machine) prepareDisks(ctx context.Context) {
+	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool, esp: m.esp,
 		late: func() bool { return disksComeLate(m.path("sys")) }}
-	_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data) })
-	err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error {
-		p, err := data.prepare(ctx)
-		if err != nil {
-			return err
+	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
+	for pause := firstLook; ; pause = min(2*pause, lastLook) {
+		if m.esp == "" {
+			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
+			data.lost = booted != "" && m.esp == ""
 		}
-		if ctx.Err() != nil { // too late: memory is mounted there by now
-			return ctx.Err()
+		err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error { return m.mountData(ctx, data) })
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return
+		case !data.hadData():
+			m.useMemory()
+			return
+		case errors.Is(err, errLimit) || errors.Is(err, context.DeadlineExceeded): // what hangs may still be at the disk
+			m.startAnew("the data partition could not be made ready in time")
+			<-ctx.Done()
+			return
 		}
-		if err := mountData(p, m.path("data")); err != nil {
-			return err
+		if pause == firstLook {
+			m.sayLoudly(waitsForData)
 		}
-		if err := data.remember(p); err != nil {
-			m.log.Warn("the next start may wait for less", "error", err)
-		}
-		return nil
-	})
-	if err != nil {
-		m.useMemory()
+		m.awaitDisks(ctx, data, booted, pause)
 	}
+}
+
+// How long a device waits before it tries again the disks that it has, and how often
+// it looks for one that it has not.
+const (
+	firstLook = time.Minute
+	lastLook  = time.Hour
+	diskLook  = 2 * time.Second
+)
+
+// awaitDisks returns when a partition of ours is there that was not, or after the pause.
+func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string, pause time.Duration) {
+	there := func() (ours []string) {
+		if p, ok := data.find(data.note()); ok {
+			ours = append(ours, p.path)
+		}
+		for _, p := range findESPs(m.disks(), booted) {
+			ours = append(ours, p.path)
+		}
+		return ours
+	}
+	before := there()
+	for until := time.Now().Add(pause); time.Now().Before(until) && sleep(ctx, min(pause, diskLook)); {
+		now := there()
+		if slices.ContainsFunc(now, func(p string) bool { return !slices.Contains(before, p) }) {
+			return
+		}
+		before = now
+	}
+}
+
+func (m *machine) mountData(ctx context.Context, data *dataDisk) error {
+	p, err := data.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	if ctx.Err() != nil { // too late: something else was decided by now
+		return ctx.Err()
+	}
+	if err := mountData(p, m.path("data")); err != nil {
+		return err
+	}
+	if err := data.remember(p); err != nil {
+		m.log.Warn("which partition holds the data could not be noted; if it is ever missing, this device may begin anew", "error", err)
+	}
+	m.data = p.path
+	return nil
 }
 
 // mountESP waits for the disk that we were started from. A machine that was
 // started without one, such as by QEMU's -kernel, has none.
-func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
-	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
+func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) error {
 	for until := time.Now().Add(m.settle); ; {
 		disks := m.disks()
-		if p, ok := findESP(disks, booted); ok {
+		if all := findESPs(disks, booted); len(all) > 0 {
 			repairTables(disks, m.log)
-			data.boot = p.disk.path
+			p, sure := chooseESP(all, m.holdsOurs)
+			if !sure {
+				m.log.Error("there are disks of several devices in this machine, and which one it was started from cannot be told; remove the others", "taken", p.path)
+			}
+			data.boot, data.bootOnly = p.disk.path, !sure
 			if err := m.node(p); err != nil {
 				return err
 			}
@@ -203,11 +271,8 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
 				return ctx.Err()
 			}
 			dir := m.path("efi")
-			if err := os.MkdirAll(dir, 0o700); err != nil {
+			if err := mountESP(p, dir, 0); err != nil {
 				return err
-			}
-			if err := unix.Mount(p.path, dir, "vfat", quiet|unix.MS_NOATIME, "umask=0077,flush,errors=remount-ro"); err != nil {
-				return fmt.Errorf("mount %s: %w", p.path, err)
 			}
 			m.esp, data.esp = dir, dir
 			return nil
@@ -218,6 +283,54 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk) error {
 			return errors.New("there is no EFI system partition called " + espName + "; the owner's deimos.toml cannot be read, and firmware not be updated")
 		}
 	}
+}
+
+func mountESP(p partition, dir string, flags uintptr) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount(p.path, dir, "vfat", quiet|unix.MS_NOATIME|flags, "umask=0077,flush,errors=remount-ro"); err != nil {
+		return fmt.Errorf("mount %s: %w", p.path, err)
+	}
+	return nil
+}
+
+// chooseESP takes, of several, the one with the firmware that runs.
+func chooseESP(all []partition, holdsOurs func(partition) bool) (p partition, sure bool) {
+	if len(all) == 1 {
+		return all[0], true
+	}
+	fit := slices.Collect(func(yield func(partition) bool) {
+		for _, p := range all {
+			if holdsOurs(p) && !yield(p) {
+				return
+			}
+		}
+	})
+	return append(fit, all...)[0], len(fit) == 1
+}
+
+// holdsOurs tells whether the firmware that runs is on an ESP, which it mounts for that.
+func (m *machine) holdsOurs(p partition) bool {
+	dir := m.path("efi")
+	err := m.node(p)
+	if err == nil {
+		err = mountESP(p, dir, unix.MS_RDONLY)
+	}
+	if err != nil {
+		m.log.Warn("an EFI system partition cannot be read", "partition", p.path, "error", err)
+		return false
+	}
+	defer unmount(dir)
+	return holdsRelease(dir, readWord(m.path("etc/deimos-release")))
+}
+
+func holdsRelease(esp, release string) bool {
+	entries, _ := os.ReadDir(filepath.Join(esp, firmware.Folder))
+	return release != "" && slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		rest, ok := strings.CutPrefix(e.Name(), "deimos_"+release)
+		return ok && strings.HasSuffix(rest, ".efi") && (rest == ".efi" || rest[0] == '+')
+	})
 }
 
 // mendESP repairs what a power cut left in the file system. One that cannot be
@@ -252,15 +365,26 @@ func (m *machine) useMemory() {
 	if err != nil {
 		return
 	}
-	for _, line := range []string{
-		"********************************************************************",
-		"***  THIS DEVICE HAS NO DATA DISK AND RUNS FROM MEMORY.          ***",
-		"***  Its identity and all chunks are lost when it is switched    ***",
-		"***  off. The lines above say why.                               ***",
-		"********************************************************************",
-	} {
-		m.journal.say(tellTo + line)
+	m.sayLoudly([]string{
+		"THIS DEVICE HAS NO DATA DISK AND RUNS FROM MEMORY.",
+		"Its identity and all chunks are lost when it is switched",
+		"off. The lines above say why.",
+	})
+}
+
+var waitsForData = []string{
+	"THIS DEVICE WAITS FOR ITS DATA DISK AND DOES NOTHING ELSE.",
+	"It goes on by itself when the disk can be used.",
+	"The lines above say what is wrong.",
+}
+
+func (m *machine) sayLoudly(lines []string) {
+	frame := strings.Repeat("*", 68)
+	m.journal.say(tellTo + frame)
+	for _, line := range lines {
+		m.journal.say(tellTo + fmt.Sprintf("***  %-60s***", line))
 	}
+	m.journal.say(tellTo + frame)
 }
 
 func (m *machine) openRing() error {
@@ -279,10 +403,21 @@ func (m *machine) openRing() error {
 }
 
 // configure writes the agent's configuration file. It is read anew at each start
-// of the machine, not of the agent.
+// of the machine, not of the agent. A file that is there and cannot be read is no
+// missing file: what it said when it could be read still holds, and where that is
+// not known, the fleet gets no more than the disk.
 func (m *machine) configure() {
 	_ = step(m.log, "reading the configuration", shortLimit, func(context.Context) error {
 		raw, source, err := m.readConfig()
+		last, lastErr := os.ReadFile(m.path(lastConfig))
+		switch {
+		case err == nil:
+		case lastErr == nil:
+			raw, source = last, m.path(lastConfig)
+		default:
+			raw, source, m.alone = []byte(noConfig), "", true
+			err = fmt.Errorf("%w; jobs are off, and no coordinator is looked for", err)
+		}
 		if source != "" {
 			m.log.Info("the configuration is read", "file", source)
 		}
@@ -295,6 +430,11 @@ func (m *machine) configure() {
 		if m.params.coordinator != "" {
 			m.declared = m.params.coordinator
 		}
+		if sound && err == nil && m.data != "" && (lastErr != nil || !bytes.Equal(raw, last)) {
+			if err := durable.WriteFile(m.path(lastConfig), raw, 0o600); err != nil {
+				m.log.Warn("the configuration is not kept for a start that cannot read it", "error", err)
+			}
+		}
 		if mkdir := os.MkdirAll(m.path("run/deimos"), 0o700); mkdir != nil {
 			return errors.Join(err, mkdir)
 		}
@@ -302,7 +442,15 @@ func (m *machine) configure() {
 	})
 }
 
+const (
+	lastConfig = "data/deimos.toml.last" // what was read last, an empty file if there was none
+	noConfig   = "[jobs]\nenabled = false\n"
+)
+
 func (m *machine) readConfig() (raw []byte, source string, err error) {
+	if m.esp == "" && bootedFrom(m.path("sys/firmware/efi/efivars")) != "" {
+		return nil, "", errors.New("the EFI system partition is not mounted, and the owner's deimos.toml cannot be read")
+	}
 	for _, path := range []string{m.path("efi/deimos.toml"), m.path("sys/firmware/qemu_fw_cfg/by_name/opt/deimos/config/raw")} {
 		f, err := os.Open(path)
 		if errors.Is(err, os.ErrNotExist) {
@@ -334,7 +482,7 @@ func (m *machine) goOnline(ctx context.Context, c *clock, kick chan<- struct{}) 
 		}
 		c.follow(ctx, func() []string { return firstOf(m.params.ntp, n.ntpServers(), publicNTP) })
 	})
-	if m.declared != "" {
+	if m.declared != "" || m.alone {
 		return // its owner's word is final
 	}
 	var offline time.Time
@@ -365,7 +513,7 @@ func (m *machine) belongs() bool {
 func (m *machine) waits() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.found == "" && !m.unsound && !m.belongs()
+	return m.found == "" && !m.unsound && !m.alone && !m.belongs()
 }
 
 // awaitAddress also ends after a while: a network may have IPv6 only.

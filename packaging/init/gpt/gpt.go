@@ -15,7 +15,7 @@
 //   - What [Read] returns has a valid checksum; its partitions lie in the disk's
 //     usable part, do not overlap, and are no more than [MaxEntries].
 //
-// Blocks of 512 bytes only: a disk with larger ones is refused. Not here:
+// Blocks of 512 bytes only; that the disk has such, the caller makes sure. Not here:
 // anything that removes, moves or shrinks a partition.
 package gpt
 
