@@ -23,9 +23,9 @@
 // # What always holds
 //
 //   - No step ends process 1: each has a limit, and what fails or hangs is said
-//     and left behind. Without a network the agent runs and waits. Without a data
-//     partition it runs on /data in memory, and the console says so loudly: such
-//     a device has no lasting identity.
+//     and left behind. Without a network the agent runs and waits. Where no data
+//     partition ever was and none can be made, it runs on /data in memory, and the
+//     console says so loudly; a device that has one, or may, waits for it.
 //   - A disk is formatted only if it was blank when it was partitioned here, or is
 //     the rest of the disk that the image was written to. A partition that was ever
 //     mounted is repaired, never formatted; see [dataNote].
