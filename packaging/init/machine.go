@@ -68,6 +68,7 @@ type machine struct {
 	ring      *logring.Ring
 	hardware  chan struct{} // closed when what the disks do not need is there, too
 	again     chan string   // why the machine is to be started anew
+	trial     *trial
 
 	mu       sync.Mutex // guards found
 	found    string     // coordinator, by DNS-SD
@@ -82,6 +83,7 @@ func (m *machine) run(mounted error) {
 	defer cancel()
 	m.journal = newJournal(m.console)
 	m.log = m.journal.logger()
+	m.again = make(chan string, 1)
 	writers := m.background(ctx)
 	m.log.Info("Deimos starts", "firmware", version, "release", m.released.Format(time.DateOnly))
 	if mounted != nil {
@@ -89,15 +91,14 @@ func (m *machine) run(mounted error) {
 	}
 	_ = unix.Sethostname([]byte("deimos"))
 	m.params = parseCommandLine(readWord(m.path("proc/cmdline")))
+	m.trial = m.newTrial() // whose time begins now: a start that hangs is on trial, too
+	go guard(m.log, "trial", func() { m.trial.watch(ctx) })
 	_ = step(m.log, "loading modules", modulesLimit, func(context.Context) error {
 		return loadModules(m.path("lib/modules.list"), m.path("lib/modules"), m.log)
 	})
 	if exists(m.path("sys/firmware/efi")) {
-		if err := mountAll([]mount{variablesMount}); err != nil {
-			m.log.Warn("what the boot loader says cannot be read", "error", err)
-		}
+		_ = step(m.log, "mounting what the boot loader says", shortLimit, func(context.Context) error { return mountAll([]mount{variablesMount}) })
 	}
-	m.again = make(chan string, 1)
 	press := make(chan struct{}, 1)
 	m.hardware = make(chan struct{})
 	go m.loadRest(press)
@@ -108,7 +109,7 @@ func (m *machine) run(mounted error) {
 	agentDone := make(chan struct{})
 	go func() {
 		defer close(agentDone)
-		guard(m.log, "start", func() { m.start(stopAgent, writers) })
+		m.vital(stopAgent, "start", failedPause, func() { m.start(stopAgent, writers) })
 	}()
 	how := m.awaitStop(press)
 	m.stop(how, agentStops, agentDone, func() { cancel(); writers.wait() })
@@ -143,7 +144,7 @@ func (m *machine) background(ctx context.Context) *writersOf {
 	w := &writersOf{}
 	w.console.Go(func() { m.journal.console.drain(ctx) })
 	go guard(m.log, "kernel's log", func() { m.followKernel(ctx) })
-	go guard(m.log, "reaper", func() { m.processes.reap(context.WithoutCancel(ctx), m.sigchld) })
+	go m.vital(ctx, "reaper", failedPause, func() { m.processes.reap(context.WithoutCancel(ctx), m.sigchld) })
 	return w
 }
 
@@ -152,6 +153,7 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 	if ctx.Err() != nil {
 		return
 	}
+	m.trial.begin()
 	if m.data != "" {
 		faults := m.path("sys/fs/ext4", filepath.Base(m.data), "errors_count")
 		go guard(m.log, "data partition", func() { watchFaults(ctx, faults, faultsLook, faultsLeast, m.startAnew, m.log) })
@@ -184,6 +186,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		if m.esp == "" {
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
 			data.lost = booted != "" && m.esp == ""
+			m.openTrial()
 		}
 		err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error { return m.mountData(ctx, data) })
 		switch {
@@ -547,10 +550,8 @@ func (m *machine) supervise(ctx context.Context, kick <-chan struct{}) {
 			}
 		},
 	}
-	if t := m.newTrial(); t != nil {
-		s.ended = t.ended
-		go guard(m.log, "trial", func() { t.watch(ctx) })
-	}
+	s.ended = m.trial.ended
+	m.trial.ask(m.answers)
 	s.run(ctx)
 }
 

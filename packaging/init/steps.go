@@ -48,6 +48,19 @@ func guard(log *slog.Logger, name string, do func()) {
 	do()
 }
 
+// failedPause keeps a machine that fails at each start from starting without a pause.
+const failedPause = time.Minute
+
+// vital does what the machine cannot work without: one that is without it before ctx
+// has ended is started anew, after a pause. A watchdog does not see that, as long as
+// the agent that feeds it runs, or has never run.
+func (m *machine) vital(ctx context.Context, name string, pause time.Duration, do func()) {
+	guard(m.log, name, do)
+	if sleep(ctx, pause) {
+		m.startAnew("process 1 has failed: its part \"" + name + "\" ended")
+	}
+}
+
 func place() string {
 	stack := debug.Stack()
 	return string(stack[:min(len(stack), 1500)])

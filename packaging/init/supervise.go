@@ -17,7 +17,7 @@ import (
 
 const (
 	firstPause = time.Second
-	mostPause  = time.Minute
+	mostPause  = 15 * time.Second // an agent that crashed leaves the machine's watchdog armed: 60 s where it can be so long
 	steady     = 10 * time.Minute // an agent that lived so long starts with firstPause again
 	agentLine  = 4 << 10          // bytes of a line of the agent's that are kept
 

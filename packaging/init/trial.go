@@ -2,86 +2,293 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"sync"
 	"time"
 
 	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/ota/slot/firmware"
 )
 
+const (
+	// How long a try lasts at most, from power-on: when nobody answers, and when this
+	// program hangs before the agent is started.
+	trialPatience = time.Hour
+
+	dialLimit = 5 * time.Second
+)
+
 // trial watches a firmware that is not confirmed yet, as a launcher watches an
 // agent on trial. The boot loader counts the starts of the machine and goes back
 // when they are used up; but a firmware that starts and does not work, nobody
-// would start again. So the machine is started anew when the agent has ended by
-// itself slot.Tries times since the machine's start, or has not confirmed the
-// firmware in time.
+// would start again. So the machine is started anew
+//
+//   - when the agent has ended by itself slot.Tries times since the machine's start;
+//   - when the firmware is not confirmed, though coordinator and broker accepted
+//     connections for within, all in all: the agent crashes, hangs, or is not welcome;
+//   - when it is not confirmed trialPatience after power-on. A coordinator or router
+//     that is away, or a cable that is out, is seldom the firmware's fault, and costs
+//     a try only after that; but it may be, with a driver missing, say, and then the
+//     machine is back with the old one after slot.Tries times that.
+//
+// Whether somebody answers we ask ourselves, and do not take the agent's word for
+// it: a TCP connection, no more. (A launcher has a name for neither, and does not
+// wait: the old agent is a restart of a process away.)
 //
 // There is a trial only while there is another firmware to go back to (ota/slot/
 // firmware, [firmware.Store.OnTrial]): a new device, which may wait for days until
-// somebody claims it, is left alone. An agent that hangs is the watchdog's, too.
+// somebody claims it, is left alone. Where the ESP is not mounted or cannot be
+// read, the boot loader's word counts: it says in a variable when it has counted
+// this start. That ends, too: see [trial.byLoader]. Where neither tells, there is none.
+//
+// Each start must be paid for, or the trial never ends: [firmware.Store.CountStart].
+// A machine on which that cannot be done is not started anew, which would come to the same firmware.
 type trial struct {
-	onTrial func() (bool, error)
-	within  time.Duration
-	restart func(why string)
-	log     *slog.Logger
+	within, patience, every time.Duration
+	efivars                 string
+	restart                 func(why string)
+	log                     *slog.Logger
 
-	ends int // of the agent, since the machine's start
+	begun chan struct{} // closed when the disks are there, as far as they are
+
+	mu      sync.Mutex // guards the rest
+	images  *firmware.Store
+	answers func(context.Context) bool // nil: the machine is not as far
+	paid    bool                       // this start is counted
+	over    bool                       // it was seen confirmed
+
+	ends int // of the agent, since the machine's start; the supervisor's
 }
 
-// newTrial returns nil where there is no firmware to go back to: without an ESP, or
-// without the release file of our image.
+// newTrial is called at power-on.
 func (m *machine) newTrial() *trial {
-	release := readWord(m.path("etc/deimos-release"))
-	if m.esp == "" || release == "" {
-		return nil
-	}
-	images, err := firmware.Open(m.esp, m.path("data/deimos/ota"), release, "")
-	if err != nil {
-		m.log.Error("whether this firmware is on trial cannot be told", "error", err)
-		return nil
-	}
 	within := m.params.confirm
 	if within == 0 {
 		within = slot.ConfirmWithin
 	}
-	return &trial{onTrial: images.OnTrial, within: within, restart: m.startAnew, log: m.log}
+	return &trial{within: within, patience: max(trialPatience, within), every: max(within/12, time.Millisecond), begun: make(chan struct{}),
+		efivars: m.path("sys/firmware/efi/efivars"), restart: m.startAnew, log: m.log}
+}
+
+// openTrial is called when the ESP is mounted, or could not be.
+func (m *machine) openTrial() {
+	release := readWord(m.path("etc/deimos-release"))
+	if m.esp == "" || release == "" {
+		return
+	}
+	images, err := firmware.Open(m.esp, m.path("data/deimos/ota"), release, "")
+	if err != nil {
+		m.log.Error("whether this firmware is on trial cannot be told", "error", err)
+		return
+	}
+	m.trial.mu.Lock()
+	m.trial.images = images
+	m.trial.mu.Unlock()
+}
+
+// begin pays for this start, when the data partition is there with what is remembered
+// of the one before. A start that does not come so far pays when it is given up.
+func (t *trial) begin() {
+	t.pay()
+	close(t.begun)
+}
+
+// pay tells whether this start is counted.
+func (t *trial) pay() bool {
+	t.mu.Lock()
+	images := t.images
+	t.mu.Unlock()
+	if images == nil {
+		return true // by the boot loader, or it were no trial
+	}
+	err := step(t.log, "counting this start of a firmware on trial", shortLimit, func(context.Context) error { return images.CountStart() })
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.paid = err == nil
+	return t.paid
+}
+
+// ask tells whom the agent must reach.
+func (t *trial) ask(answers func(context.Context) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.answers = answers
 }
 
 // watch returns when the trial is over, or ctx.
 func (t *trial) watch(ctx context.Context) {
-	if !t.is() {
-		return
-	}
-	t.log.Info("this firmware is on trial", "confirm_within", t.within)
-	timer := time.NewTimer(t.within)
-	defer timer.Stop()
+	last := time.NewTimer(t.patience)
+	defer last.Stop()
 	select {
 	case <-ctx.Done():
 		return
-	case <-timer.C:
+	case <-t.begun:
+	case <-last.C:
+		last.Reset(0)
 	}
-	if t.is() {
-		t.restart(fmt.Sprintf("this firmware was not confirmed within %s", t.within))
+	on, known := t.is()
+	if known && !on {
+		return
 	}
+	if on {
+		t.log.Info("this firmware is on trial", "confirm_within", t.within, "without_an_answer", t.patience)
+	}
+	for {
+		why := t.await(ctx, last.C)
+		if why == "" {
+			return
+		}
+		switch on, known := t.is(); {
+		case known && !on, on && t.giveUp(why):
+			return
+		}
+		last.Reset(t.patience)
+	}
+}
+
+// await returns why this try is over, or nothing if ctx is.
+func (t *trial) await(ctx context.Context, last <-chan time.Time) (why string) {
+	look := time.NewTicker(t.every)
+	defer look.Stop()
+	var answered time.Duration
+	said := false
+	for before := time.Now(); answered < t.within; {
+		select {
+		case <-ctx.Done():
+			return ""
+		case <-last:
+			return fmt.Sprintf("this firmware was not confirmed, and %s is the longest that it is waited for", t.patience)
+		case <-look.C:
+		}
+		t.mu.Lock()
+		answers := t.answers
+		t.mu.Unlock()
+		yes := answers != nil && answers(ctx)
+		now := time.Now()
+		if yes {
+			answered += now.Sub(before)
+		} else if answers != nil && !said {
+			said = true
+			t.log.Warn("this firmware is on trial, and coordinator or broker do not answer; it is given longer", "at_most", t.patience)
+		}
+		before = now
+	}
+	return fmt.Sprintf("this firmware was not confirmed within %s", t.within)
 }
 
 // ended is told of each end of the agent that we did not ask for, and tells
 // whether the firmware is given up for it.
 func (t *trial) ended() bool {
-	if t.ends++; t.ends < slot.Tries || !t.is() {
+	if t.ends++; t.ends < slot.Tries {
 		return false
 	}
-	t.restart(fmt.Sprintf("the agent of this firmware has ended %d times before it was confirmed", t.ends))
+	on, _ := t.is()
+	return on && t.giveUp(fmt.Sprintf("the agent of this firmware has ended %d times before it was confirmed", t.ends))
+}
+
+// giveUp tells whether the machine is started anew.
+func (t *trial) giveUp(why string) bool {
+	t.mu.Lock()
+	paid := t.paid
+	t.mu.Unlock()
+	if !paid && !t.pay() {
+		t.log.Error("this firmware does not work, and cannot be left: neither the boot loader nor Linux can write to the EFI system partition; replace the disk, or write the image to it anew", "why", why)
+		return false
+	}
+	t.restart(why)
 	return true
 }
 
-func (t *trial) is() bool {
-	on, err := t.onTrial()
-	if err != nil {
-		t.log.Error("whether this firmware is on trial cannot be told", "error", err)
+// is tells whether there is a trial; not known where the ESP cannot be read and the
+// boot loader says nothing.
+func (t *trial) is() (on, known bool) {
+	t.mu.Lock()
+	images, over := t.images, t.over
+	t.mu.Unlock()
+	if over {
+		return false, true
 	}
-	return err == nil && on
+	if images == nil {
+		return t.byLoader(), true
+	}
+	answer := make(chan bool, 1)
+	err := step(t.log, "looking whether this firmware is on trial", shortLimit, func(context.Context) error {
+		on, err := images.OnTrial()
+		answer <- on
+		return err
+	})
+	if err != nil {
+		on = t.byLoader()
+		return on, on
+	}
+	if on = <-answer; !on {
+		t.mu.Lock()
+		t.over = true
+		t.mu.Unlock()
+	}
+	return on, true
+}
+
+// byLoader tells whether the boot loader has counted this start, and not more often
+// than a firmware is tried: one that it starts after that is the only one, and
+// would be started for ever.
+func (t *trial) byLoader() bool {
+	_, tried, ok := firmware.Counter(loaderWord(t.efivars, "LoaderBootCountPath"))
+	return ok && tried <= slot.Tries
+}
+
+// answers tells whether the coordinator and, for a member, a broker accept connections.
+func (m *machine) answers(ctx context.Context) bool {
+	var member struct {
+		Coordinator string   `json:"coordinator"`
+		Brokers     []string `json:"brokers"`
+		DataPlane   []string `json:"data_plane"` // the coordinator's as well
+	}
+	if raw, err := os.ReadFile(m.path("data/deimos/identity/membership.json")); err == nil {
+		_ = json.Unmarshal(raw, &member) // of one that cannot be read, nobody answers
+	}
+	m.mu.Lock()
+	coordinators := append([]string{m.params.coordinator, m.declared, m.found, member.Coordinator}, member.DataPlane...)
+	m.mu.Unlock()
+	return anyAnswers(ctx, coordinators) && (len(member.Brokers) == 0 || anyAnswers(ctx, member.Brokers))
+}
+
+func anyAnswers(ctx context.Context, addresses []string) bool {
+	ctx, cancel := context.WithTimeout(ctx, dialLimit)
+	defer cancel()
+	results := make(chan bool, len(addresses))
+	for _, address := range addresses {
+		go func() { results <- accepts(ctx, address) }() // ends with ctx
+	}
+	for range addresses {
+		if <-results {
+			return true
+		}
+	}
+	return false
+}
+
+func accepts(ctx context.Context, address string) bool {
+	u, err := url.Parse(address)
+	if err != nil || u.Hostname() == "" {
+		return false
+	}
+	port := u.Port()
+	if port == "" {
+		port = "443"
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
+	if err != nil {
+		return false
+	}
+	_ = c.Close()
+	return true
 }
 
 // startAnew asks for a restart of the machine; the first reason counts.

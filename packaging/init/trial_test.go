@@ -2,8 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -35,7 +35,31 @@ func trialOn(t *testing.T, confirm time.Duration, images ...string) (*trial, *ma
 	if err := os.WriteFile(m.path("etc/deimos-release"), []byte("2.0.0\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	return m.newTrial(), m
+	m.trial = m.newTrial()
+	m.openTrial()
+	m.trial.begin()
+	m.trial.ask(func(context.Context) bool { return true })
+	return m.trial, m
+}
+
+// loaderCounts is the boot loader's word in a machine without an ESP.
+func loaderCounts(t *testing.T, m *machine, name string) {
+	t.Helper()
+	if err := os.RemoveAll(m.path("efi")); err != nil {
+		t.Fatal(err)
+	}
+	m.esp = ""
+	dir := m.path("sys/firmware/efi/efivars")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	raw := []byte{6, 0, 0, 0}
+	for _, c := range `\EFI\Linux\` + name + "\x00" {
+		raw = append(raw, byte(c), 0)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"), raw, 0o644); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func restarts(m *machine) bool {
@@ -87,12 +111,13 @@ func TestOnlyAFirmwareThatIsNotConfirmedInTimeIsLeft(t *testing.T) {
 		}
 	}
 	w, m := trialOn(t, time.Millisecond, onTrial...)
-	look := w.onTrial
-	w.onTrial = func() (bool, error) { // it is confirmed once the watch has begun
-		w.onTrial = look
-		on, err := look()
-		return on, errors.Join(err, os.Rename(m.path("efi", firmware.Folder, "deimos_2.0.0+2-1.efi"), m.path("efi", firmware.Folder, "deimos_2.0.0.efi")))
-	}
+	w.ask(func(context.Context) bool { // it is confirmed once the watch has begun
+		if err := os.Rename(imageOf(t, m), m.path("efi", firmware.Folder, "deimos_2.0.0.efi")); err != nil {
+			t.Error(err)
+		}
+		w.ask(func(context.Context) bool { return true })
+		return true
+	})
 	if w.watch(t.Context()); restarts(m) {
 		t.Error("restarted though it was confirmed in time")
 	}
@@ -104,6 +129,188 @@ func TestOnlyAFirmwareThatIsNotConfirmedInTimeIsLeft(t *testing.T) {
 	w, m = trialOn(t, time.Hour, onTrial...)
 	if w.watch(ctx); restarts(m) {
 		t.Error("restarted by a stop")
+	}
+}
+
+// imageOf is the file of the firmware that runs.
+func imageOf(t *testing.T, m *machine) string {
+	t.Helper()
+	all, _ := filepath.Glob(m.path("efi", firmware.Folder, "deimos_2.0.0*"))
+	if len(all) != 1 {
+		t.Fatalf("%q", all)
+	}
+	return all[0]
+}
+
+func TestAFirmwareIsNotBlamedForACoordinatorThatIsAway(t *testing.T) {
+	w, m := trialOn(t, time.Nanosecond, onTrial...)
+	looks, back := 0, make(chan struct{})
+	w.ask(func(context.Context) bool {
+		looks++
+		select {
+		case <-back:
+			return true
+		default:
+		}
+		if looks == 20 { // twenty times what it has, had somebody answered
+			if restarts(m) {
+				t.Error("restarted while nobody answered")
+			}
+			close(back)
+		}
+		return false
+	})
+	if w.watch(t.Context()); !restarts(m) || looks < 21 {
+		t.Errorf("not restarted though it is not confirmed and somebody answers again; %d looks", looks)
+	}
+}
+
+func TestAFirmwareThatReachesNobodyIsLeftAllTheSame(t *testing.T) {
+	for name, answers := range map[string]func(context.Context) bool{"nobody answers": func(context.Context) bool { return false }, "the machine does not come so far": nil} {
+		w, m := trialOn(t, time.Hour, onTrial...)
+		w.patience, w.every = 20*time.Millisecond, time.Millisecond
+		w.ask(answers)
+		if w.watch(t.Context()); !restarts(m) {
+			t.Errorf("%s: not restarted", name)
+		}
+	}
+}
+
+func TestAStartThatHangsIsOnTrialToo(t *testing.T) {
+	w, m := trialOn(t, time.Hour, onTrial...)
+	w.begun, w.paid, w.patience = make(chan struct{}), false, time.Millisecond
+	before := imageOf(t, m)
+	if w.watch(t.Context()); !restarts(m) {
+		t.Error("not restarted")
+	}
+	if imageOf(t, m) == before {
+		t.Error("its start was not paid for")
+	}
+}
+
+func TestEachStartOfATrialIsPaidForBeforeTheAgent(t *testing.T) {
+	if _, m := trialOn(t, 0, "deimos_1.0.0.efi", "deimos_2.0.0+3.efi"); filepath.Base(imageOf(t, m)) != "deimos_2.0.0+2-1.efi" {
+		t.Errorf("it is %s", imageOf(t, m))
+	}
+	for _, images := range [][]string{confirmed, {"deimos_2.0.0+3.efi"}} {
+		if _, m := trialOn(t, 0, images...); filepath.Base(imageOf(t, m)) != images[len(images)-1] {
+			t.Errorf("%s became %s", images, imageOf(t, m))
+		}
+	}
+}
+
+// TestAMachineWhoseStartsCannotBeCountedIsNotRestartedForEver has a name in the way
+// that no file can be renamed to.
+func TestAMachineWhoseStartsCannotBeCountedIsNotRestartedForEver(t *testing.T) {
+	w, m := trialOn(t, time.Hour, "deimos_1.0.0.efi", "deimos_2.0.0+3.efi", "deimos_2.0.0+2-1.efi")
+	for range slot.Tries {
+		if w.ended() {
+			t.Error("the firmware is given up, and would be started again")
+		}
+	}
+	if restarts(m) {
+		t.Error("restarted into the same firmware")
+	}
+	if err := os.Remove(m.path("efi", firmware.Folder, "deimos_2.0.0+2-1.efi")); err != nil {
+		t.Fatal(err)
+	}
+	if !w.ended() || !restarts(m) {
+		t.Error("not restarted once it could be counted")
+	}
+}
+
+func TestWithoutTheESPTheBootLoadersWordCounts(t *testing.T) {
+	for name, want := range map[string]bool{"deimos_2.0.0+2-1.efi": true, "deimos_2.0.0+0-3.efi": true, "deimos_2.0.0+0-4.efi": false, "deimos_2.0.0.efi": false, "": false} {
+		for _, mounted := range []bool{false, true} { // and cannot be read
+			w, m := trialOn(t, time.Millisecond, onTrial...)
+			if loaderCounts(t, m, name); !mounted {
+				w = m.newTrial()
+				m.trial = w
+				m.openTrial()
+				w.begin()
+				w.ask(func(context.Context) bool { return true })
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond) // one of which nobody knows is watched on
+			w.watch(ctx)
+			cancel()
+			if got := restarts(m); got != want {
+				t.Errorf("%s, mounted: %v: restarted: %v", name, mounted, got)
+			}
+		}
+	}
+}
+
+func TestATrialOutlivesADiskThatCannotBeReadForAWhile(t *testing.T) {
+	w, m := trialOn(t, time.Millisecond, onTrial...)
+	dir, aside := m.path("efi", firmware.Folder), m.path("efi", "aside")
+	if err := os.Rename(dir, aside); err != nil {
+		t.Fatal(err)
+	}
+	looks := 0
+	w.ask(func(context.Context) bool {
+		if looks++; looks == 20 {
+			if restarts(m) {
+				t.Error("restarted though nobody knows whether it is on trial")
+			}
+			if err := os.Rename(aside, dir); err != nil {
+				t.Error(err)
+			}
+		}
+		return true
+	})
+	if w.watch(t.Context()); !restarts(m) {
+		t.Error("not restarted when the disk could be read again")
+	}
+}
+
+func TestWhoMustAnswer(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
+	here, away := "https://"+l.Addr().String(), "https://"+gone.Addr().String()
+	for name, c := range map[string]struct {
+		declared, member string
+		want             bool
+	}{
+		"nobody known": {"", "", false}, "declared": {here, "", true}, "declared, away": {away, "", false}, "no address": {"here", "", false},
+		"member":                   {"", `{"coordinator":"` + here + `","brokers":["` + here + `"]}`, true},
+		"member of one that moved": {"", `{"coordinator":"` + away + `","data_plane":["` + here + `"],"brokers":["` + away + `","` + here + `"]}`, true},
+		"the broker is away":       {here, `{"coordinator":"` + here + `","brokers":["` + away + `"]}`, false},
+		"only the broker is there": {"", `{"coordinator":"` + away + `","brokers":["` + here + `"]}`, false},
+		"a damaged membership":     {"", "{", false},
+	} {
+		m := &machine{root: t.TempDir(), declared: c.declared}
+		if c.member != "" {
+			if err := os.MkdirAll(m.path("data/deimos/identity"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(m.path("data/deimos/identity/membership.json"), []byte(c.member), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := m.answers(t.Context()); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+func TestAMachineWithoutOneOfItsVitalPartsIsStartedAnew(t *testing.T) {
+	for name, do := range map[string]func(){"it panics": func() { panic("a mistake") }, "it returns": func() {}} {
+		m := &machine{again: make(chan string, 1), log: slog.New(slog.DiscardHandler)}
+		if m.vital(t.Context(), "start", time.Nanosecond, do); !restarts(m) {
+			t.Errorf("%s: not started anew", name)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		if m.vital(ctx, "start", time.Hour, func() { cancel(); do() }); restarts(m) {
+			t.Errorf("%s: started anew though it was told to stop", name)
+		}
 	}
 }
 
