@@ -170,7 +170,7 @@ func (d *discovery) look(ctx context.Context) ([]answer, error) {
 	err := d.browse(ctx, func(e dnssd.BrowseEntry) {
 		a := answer{addressOf(e), fleetOf(e)}
 		old, ok := byInstance[e.Name]
-		if a.address != "" && (ok || len(byInstance) < mostAnswers) && (!ok || better(a.address, old.address)) {
+		if a.address != "" && (ok || len(byInstance) < mostAnswers) && (!ok || a.address == old.address && old.fleet == "" || better(a.address, old.address)) { // its TXT record may come last
 			byInstance[e.Name] = a
 		}
 	})
