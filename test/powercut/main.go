@@ -151,7 +151,14 @@ func run(ctx context.Context, o options) (err error) {
 		return one(ctx, rec, o)
 	}
 	out, err := replayAll(ctx, rec, o)
-	return errors.Join(err, out.err(), bootSome(ctx, rec, o))
+	if err := errors.Join(err, out.err()); err != nil {
+		return err
+	}
+	if err := tryChecks(rec); err != nil {
+		return err
+	}
+	fmt.Printf("       each of %d sorts of damage is seen\n", len(damages))
+	return bootSome(ctx, rec, o)
 }
 
 // recorded makes the recording, unless there is one to be replayed.
