@@ -57,7 +57,7 @@ func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err
 		return "", errors.New("the partition table has no EFI system partition")
 	}
 	if espTouched || !k.esp.valid || k.esp.changes != d.espChanges || k.esp.after != p.confirmed {
-		k.esp.valid = false
+		k.esp.valid, d.espWritten = false, true // it is mended
 		if k.esp.boots, k.esp.note, err = k.checkESP(mem[part.First*gpt.Block:(part.Last+1)*gpt.Block], p); err != nil {
 			return "", err
 		}

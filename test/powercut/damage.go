@@ -198,7 +198,7 @@ func (k *checker) damage(d *disk, x damage, want *promises) (err error) {
 	case x.disk != nil:
 		return x.disk(mem)
 	case x.esp != nil:
-		e, err := openESP(mem[1<<20 : espEnd])
+		e, err := openESP(mem[espStart:espEnd])
 		if err != nil {
 			return err
 		}

@@ -19,12 +19,16 @@ type disk struct {
 	cache      cache
 	at         int // next event
 	base, work *mapped
-	espChanges int // that became durable below espEnd
+	espChanges int  // that became durable below espEnd
+	espWritten bool // to the ESP of work, since it was what base is
 }
 
-// espEnd is below where the data partition begins, bytes: changes there are those
-// of the ESP and of the partition table.
-const espEnd = 257 << 20
+// The ESP begins at espStart, and the data partition not before espEnd, bytes:
+// changes below that are those of the ESP and of the partition table.
+const (
+	espStart = 1 << 20
+	espEnd   = 257 << 20
+)
 
 // mapped is a sparse file in memory.
 type mapped struct {
@@ -95,6 +99,7 @@ func (d *disk) cut(seed uint64) (how string, esp bool, err error) {
 		}
 		esp = esp || d.rec.events[p.event].Offset < espEnd
 	}
+	d.espWritten = d.espWritten || esp
 	return how, esp, nil
 }
 
@@ -112,13 +117,25 @@ func (d *disk) apply(m *mapped, p piece) error {
 	return nil
 }
 
-// restore makes work what base is.
+// restore makes work what base is. The ESP is large and seldom written to, so
+// that is looked at only if somebody may have.
 func (d *disk) restore() error {
+	const unit = 64 << 10
+	done := make([]bool, (d.rec.Size+unit-1)/unit)
+	if !d.espWritten {
+		for i := espStart / unit; i < min(espEnd/unit, len(done)); i++ {
+			done[i] = true
+		}
+	}
+	d.espWritten = false
 	for _, m := range []*mapped{d.work, d.base} {
 		err := m.extents(func(from, to int64) {
-			const unit = 64 << 10
-			for at := from; at < to; at += unit {
-				end := min(at+unit, to)
+			for at := from / unit * unit; at < to; at += unit {
+				if done[at/unit] {
+					continue
+				}
+				done[at/unit] = true
+				end := min(at+unit, d.rec.Size)
 				if !bytes.Equal(d.work.mem[at:end], d.base.mem[at:end]) {
 					copy(d.work.mem[at:end], d.base.mem[at:end])
 				}

@@ -121,7 +121,7 @@ func (k *worker) prepare(dir string) error {
 		return err
 	}
 	defer base.close()
-	e, err := openESP(base.mem[1<<20 : espEnd])
+	e, err := openESP(base.mem[espStart:espEnd])
 	if err != nil {
 		return err
 	}
