@@ -75,8 +75,8 @@ qemu-test: ## The image as devices in QEMU: soon online, stores, proves, compute
 	@scripts/test setup qemu
 
 .PHONY: powercut
-powercut: qemu-images ## Cut the power of a device in QEMU at thousands of moments, and see that nothing promised is lost (root; POINTS=6000 BOOTS=10; DEIMOS_TEST_SEED)
-	@CGO_ENABLED=0 $(GO) run ./test/powercut -bin $(BIN) -points $(or $(POINTS),6000) -boots $(or $(BOOTS),10) -rounds $(or $(ROUNDS),4)
+powercut: qemu-images ## Cut the power of a device in QEMU at thousands of moments, and see that nothing promised is lost (root; POINTS=6000 BOOTS=10; PLANT=receipt: a bug must be found; DEIMOS_TEST_SEED)
+	@CGO_ENABLED=0 $(GO) run ./test/powercut -bin $(BIN) -points $(or $(POINTS),6000) -boots $(or $(BOOTS),10) -rounds $(or $(ROUNDS),4) $(if $(PLANT),-plant $(PLANT))
 
 .PHONY: deb-test
 deb-test: ## Install, upgrade, remove and purge the Debian packages under a systemd of their own; lintian; same bytes twice (root)
