@@ -33,6 +33,10 @@
 // Some of the cuts are booted: a machine gets the disk, and must be online as the
 // same device, give back what it had a receipt for, and store something new.
 //
+// A check that never fails is none: the last disk of each recording is damaged in
+// each of many ways, which must be seen ([damages]); and with -plant the agent gets
+// a bug, a sync left out say, which the cuts must find ([plants]).
+//
 // # What it is told by
 //
 // It prints how many cuts there were, the seed, and the time. A cut that fails is
