@@ -133,11 +133,13 @@ func (d *dataDisk) write(note string, id gpt.GUID) error {
 	if err := renameio.WriteFile(path, []byte(id.String()+"\n"), 0o600, renameio.WithTempDir(d.esp)); err != nil {
 		return fmt.Errorf("note which partition holds the data: %w", err)
 	}
-	return syncDir(d.esp)
+	// On FAT a renamed file is empty until it is synced itself.
+	return errors.Join(syncPath(path), syncPath(d.esp))
 }
 
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
+// syncPath makes a file or a folder durable.
+func syncPath(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
