@@ -34,9 +34,15 @@ type checker struct {
 type espSeen struct {
 	valid   bool
 	changes int // of disk
-	note    string
+	notes   dataNotes
 	boots   string
 	after   string // a firmware was confirmed
+}
+
+// dataNotes are what the ESP says of the data partition, as packaging/init writes it.
+type dataNotes struct {
+	used  string // id of the partition that was mounted before; "" if none was
+	fresh string // id of one that is being made
 }
 
 const toolLimit = 2 * time.Minute
@@ -58,7 +64,7 @@ func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err
 	}
 	if espTouched || !k.esp.valid || k.esp.changes != d.espChanges || k.esp.after != p.confirmed {
 		k.esp.valid, d.espWritten = false, true // it is mended
-		if k.esp.boots, k.esp.note, err = k.checkESP(mem[part.First*gpt.Block:(part.Last+1)*gpt.Block], p); err != nil {
+		if k.esp.boots, k.esp.notes, err = k.checkESP(mem[part.First*gpt.Block:(part.Last+1)*gpt.Block], p); err != nil {
 			return "", err
 		}
 		if !espTouched {
@@ -67,19 +73,22 @@ func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err
 	}
 	data, ok := table.Find("deimos-data")
 	if !ok {
-		if p.device != "" || k.esp.note != "" {
+		if p.device != "" || k.esp.notes.used != "" {
 			return k.esp.boots, errors.New("the partition table has no data partition any more")
 		}
 		return k.esp.boots, nil // the first boot begins again
 	}
-	if k.esp.note != "" && k.esp.note != data.ID.String() {
-		return k.esp.boots, fmt.Errorf("the device would wait for a data partition %q that is not there", k.esp.note)
+	switch used := k.esp.notes.used; {
+	case used == "" && p.device != "":
+		return k.esp.boots, errors.New("the EFI system partition does not say any more which partition holds the device's data")
+	case used != "" && used != data.ID.String():
+		return k.esp.boots, fmt.Errorf("the device would wait for a data partition %q that is not there", used)
 	}
-	return k.esp.boots, k.checkData(d.work, data, k.esp.note != "", p)
+	return k.esp.boots, k.checkData(d.work, data, k.esp.notes, p)
 }
 
 // checkESP looks twice: as the boot loader finds it, and after init has mended it.
-func (k *checker) checkESP(raw []byte, p promises) (boots, dataNote string, err error) {
+func (k *checker) checkESP(raw []byte, p promises) (boots string, notes dataNotes, err error) {
 	look := func() (string, error) {
 		e, err := openESP(raw)
 		if err != nil {
@@ -88,36 +97,39 @@ func (k *checker) checkESP(raw []byte, p promises) (boots, dataNote string, err 
 		return e.check(k.rec.header, p.confirmed)
 	}
 	if boots, err = look(); err != nil {
-		return "", "", fmt.Errorf("the machine does not boot: %w", err)
+		return "", notes, fmt.Errorf("the machine does not boot: %w", err)
 	}
 	if _, err := fat.Repair(section(raw)); err != nil {
-		return "", "", fmt.Errorf("the EFI system partition cannot be mended: %w", err)
+		return "", notes, fmt.Errorf("the EFI system partition cannot be mended: %w", err)
 	}
 	mended, err := look()
 	if err == nil && mended != boots {
 		err = fmt.Errorf("firmware %s would start now, and %s did before", mended, boots)
 	}
 	if err != nil {
-		return "", "", fmt.Errorf("after the EFI system partition was mended: %w", err)
+		return "", notes, fmt.Errorf("after the EFI system partition was mended: %w", err)
 	}
 	e, err := openESP(raw)
 	if err != nil {
-		return "", "", err
+		return "", notes, err
 	}
-	note, err := e.read("deimos-data.id")
-	if err != nil {
-		return "", "", fmt.Errorf("the note of the data partition: %w", err)
+	for name, to := range map[string]*string{"deimos-data.id": &notes.used, "deimos-data.new": &notes.fresh} {
+		note, err := e.read(name)
+		if err != nil {
+			return "", notes, fmt.Errorf("%s, the note of the data partition: %w", name, err)
+		}
+		*to = strings.TrimSpace(string(note))
 	}
-	return boots, strings.TrimSpace(string(note)), nil
+	return boots, notes, nil
 }
 
 // checkData opens the data partition by the same decisions as packaging/init.
-// used says that the ESP has the note that it was mounted before.
-func (k *checker) checkData(work *mapped, p gpt.Partition, used bool, want promises) (err error) {
+func (k *checker) checkData(work *mapped, p gpt.Partition, notes dataNotes, want promises) (err error) {
 	from, size := p.First*gpt.Block, p.Size()
+	used := notes.used != ""
 	if binary.LittleEndian.Uint16(work.mem[from+1024+0x38:]) != 0xef53 && !used {
-		if want.device != "" {
-			return errors.New("the data partition is empty and would be formatted")
+		if notes.fresh != p.ID.String() && !allZero(work.mem[from:from+1<<20]) {
+			return errors.New("the data partition has no file system, and would not be formatted: the device runs from memory")
 		}
 		return nil // it would be formatted, now or once more
 	}

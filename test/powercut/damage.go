@@ -33,7 +33,7 @@ var damages = []damage{
 		clear(mem[len(mem)-34*sector:])
 		return nil
 	}},
-	{name: "the data partition begins with zeros", want: "not mended by itself|is empty and would be formatted", disk: func(mem []byte) error {
+	{name: "the data partition begins with zeros", want: "not mended by itself", disk: func(mem []byte) error {
 		table, err := gpt.Read(section(mem), int64(len(mem)))
 		if err != nil {
 			return err
@@ -47,6 +47,9 @@ var damages = []damage{
 	}},
 	{name: "a byte of each firmware is another", want: "which is not firmware", esp: func(e *esp) error {
 		return e.flip(func(f espFile) bool { return imageForm.MatchString(f.path) })
+	}},
+	{name: "the note of the data partition is another", want: "would wait for a data partition", esp: func(e *esp) error {
+		return e.flip(func(f espFile) bool { return f.path == "deimos-data.id" })
 	}},
 	{name: "a newer firmware was confirmed", want: "the machine goes back", data: func(_ string, want *promises) error {
 		want.confirmed = "9.0.0"

@@ -49,7 +49,9 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 			err := replayPart(ctx, rec, part, func(boots string, f *failure) {
 				mu.Lock()
 				defer mu.Unlock()
-				total.points++
+				if total.points++; total.points%1000 == 0 {
+					fmt.Printf("       %d of %d cuts\n", total.points, len(cuts))
+				}
 				if boots != "" {
 					total.boots[boots]++
 				}
