@@ -49,9 +49,10 @@ var mayImport = map[string][]string{
 	"internal/cli":       {""},
 	"packaging":          {""},
 	// On no map: the tests of the whole, what runs processes for them and for
-	// the tour, and how files are replaced.
+	// the tour, what tests ask of their machine, and how files are replaced.
 	"test":                {""},
 	"internal/proc":       {},
+	"internal/testenv":    {},
 	"internal/compactors": {},
 	"internal/durable":    {},
 }

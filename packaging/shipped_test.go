@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // maxAgent is what an agent may weigh stripped, in bytes, so that a small
@@ -120,10 +122,7 @@ func emulated(t *testing.T, arch, program string, args ...string) []byte {
 		}
 	}
 	if qemu == "" {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("there is no qemu-%s: `make setup` installs it", arch)
-		}
-		t.Skipf("there is no qemu-%s: `make setup` installs it", arch)
+		testenv.Cannot(t, "there is no qemu-%s: `make setup` installs it", arch)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	defer cancel()

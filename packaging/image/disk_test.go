@@ -16,6 +16,7 @@ import (
 	"testing"
 	"unicode/utf16"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 )
 
@@ -143,10 +144,9 @@ func testFAT(t *testing.T, files []file) ([]byte, error) {
 	if err := writeFAT(f, testSectors, alignment, 1, "DEIMOS-ESP", files); err != nil {
 		return nil, err
 	}
-	if fsck, err := exec.LookPath("/usr/sbin/fsck.fat"); err == nil { // dosfstools knows better than we do, where it is
-		if out, err := exec.Command(fsck, "-n", name).CombinedOutput(); err != nil {
-			t.Errorf("fsck.fat: %v\n%s", err, out)
-		}
+	// dosfstools knows better than we do.
+	if out, err := exec.Command(testenv.Tool(t, "fsck.fat", "dosfstools"), "-n", name).CombinedOutput(); err != nil {
+		t.Errorf("fsck.fat: %v\n%s", err, out)
 	}
 	raw, err := os.ReadFile(name)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/packaging/image/debian"
 	"github.com/klauspost/compress/zstd"
 )
@@ -155,9 +156,7 @@ func fakeELF(modinfo string, libraries ...string) []byte {
 // and returns their lock.
 func fakeDebian(t *testing.T, cache string) []debian.Package {
 	t.Helper()
-	if _, err := exec.LookPath("dpkg-deb"); err != nil {
-		t.Skip("packages are built and unpacked with dpkg-deb, which is not here")
-	}
+	testenv.Tool(t, "dpkg-deb", "dpkg")
 	const lib = "lib/aarch64-linux-gnu/"
 	kernel := map[string]string{"boot/vmlinuz-6.1.0": strings.Repeat("kernel", 5000)}
 	for _, m := range slices.Concat(diskModules, laterModules) {

@@ -22,6 +22,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/deimos-edge/deimos/coordinator"
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 const patience = 60 * time.Second
@@ -44,7 +45,7 @@ func inOwnNetwork(t *testing.T) bool {
 	runtime.LockOSThread() // Pdeathsig is the thread's
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		t.Skipf("no namespaces here: %v", err)
+		testenv.Cannot(t, "no namespaces here: %v", err)
 	}
 	err := cmd.Wait()
 	switch {
@@ -61,7 +62,7 @@ func connect(t *testing.T, name, address string) netlink.Link {
 	t.Helper()
 	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "-peer"}
 	if err := netlink.LinkAdd(link); err != nil {
-		t.Skipf("no virtual link here: %v", err)
+		testenv.Cannot(t, "no virtual link here: %v", err)
 	}
 	addr, err := netlink.ParseAddr(address)
 	if err != nil {
@@ -110,7 +111,7 @@ func TestADeviceFindsTheCoordinatorThatAnnouncesItself(t *testing.T) {
 		return
 	}
 	if lo, err := netlink.LinkByName("lo"); err != nil || netlink.LinkSetUp(lo) != nil {
-		t.Skip("no network of our own")
+		testenv.Cannot(t, "the loopback of a network of our own cannot be set up")
 	}
 	first := connect(t, "lan0", "192.168.77.2/24")
 	dir := t.TempDir()

@@ -24,6 +24,8 @@ import (
 	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // role makes the test's binary a part of a test: the agent, or process 1 of a
@@ -267,9 +269,7 @@ func TestAgentIsAskedToStopAndKilledIfItDoesNot(t *testing.T) {
 
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("namespaces, loop devices and DHCP need root")
-	}
+	testenv.Root(t, "namespaces, loop devices and DHCP need root")
 }
 
 // diskOf attaches an image as a loop device.
@@ -285,7 +285,7 @@ func diskOf(t *testing.T, bytes int64) (device, image string) {
 	}
 	out, err := exec.Command("losetup", "-fP", "--show", image).CombinedOutput()
 	if err != nil {
-		t.Skipf("no loop device: %v: %s", err, out)
+		testenv.Cannot(t, "no loop device: %v: %s", err, out)
 	}
 	device = strings.TrimSpace(string(out))
 	t.Cleanup(func() { _ = exec.Command("losetup", "-d", device).Run() })
@@ -504,7 +504,7 @@ func TestMachineComesUpAndGoesDown(t *testing.T) {
 	runtime.LockOSThread() // Pdeathsig is the thread's
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		t.Skipf("no namespaces here: %v", err)
+		testenv.Cannot(t, "no namespaces here: %v", err)
 	}
 	theirs.Close()
 	defer func() { _ = cmd.Process.Kill() }()
@@ -545,7 +545,7 @@ func plug(t *testing.T, pid int) {
 	name := fmt.Sprintf("dei%d", pid%100000)
 	cable := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "deimos0", PeerNamespace: netlink.NsPid(pid)}
 	if err := netlink.LinkAdd(cable); err != nil {
-		t.Skipf("no virtual cable here: %v", err)
+		testenv.Cannot(t, "no virtual cable here: %v", err)
 	}
 	t.Cleanup(func() { _ = netlink.LinkDel(cable) })
 	link, err := netlink.LinkByName(name)

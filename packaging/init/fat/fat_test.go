@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // esp is a file system that mkfs.vfat and mtools have made.
@@ -30,11 +32,6 @@ const (
 
 func newESP(t *testing.T) *esp {
 	t.Helper()
-	for _, tool := range []string{"mkfs.vfat", "fsck.vfat", "mcopy", "mmd"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("this machine has no %s (Debian: apt-get install dosfstools mtools)", tool)
-		}
-	}
 	e := &esp{t: t, image: filepath.Join(t.TempDir(), "esp"), files: map[string][]byte{}}
 	f, err := os.Create(e.image)
 	if err != nil {
@@ -52,7 +49,7 @@ func newESP(t *testing.T) *esp {
 
 func (e *esp) run(argv ...string) string {
 	e.t.Helper()
-	out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
+	out, err := exec.Command(testenv.Tool(e.t, argv[0], "dosfstools mtools"), argv[1:]...).CombinedOutput()
 	if err != nil {
 		e.t.Fatalf("%s: %v: %s", argv[0], err, out)
 	}
@@ -133,7 +130,7 @@ func sorted(s []string) []string { slices.Sort(s); return s }
 // whole asks fsck.vfat, and compares the files with what they were.
 func (e *esp) whole(names ...string) {
 	e.t.Helper()
-	if out, err := exec.Command("fsck.vfat", "-n", e.image).CombinedOutput(); err != nil {
+	if out, err := exec.Command(testenv.Tool(e.t, "fsck.vfat", "dosfstools"), "-n", e.image).CombinedOutput(); err != nil {
 		e.t.Errorf("fsck.vfat still finds: %s", out)
 	}
 	e.same(names...)
@@ -142,7 +139,7 @@ func (e *esp) whole(names ...string) {
 func (e *esp) same(names ...string) {
 	e.t.Helper()
 	for _, name := range names {
-		got, err := exec.Command("mcopy", "-i", e.image, "::/EFI/Linux/"+name, "-").Output()
+		got, err := exec.Command(testenv.Tool(e.t, "mcopy", "mtools"), "-i", e.image, "::/EFI/Linux/"+name, "-").Output()
 		if err != nil || !bytes.Equal(got, e.files[name]) {
 			e.t.Errorf("%s has %d bytes, not those that it had: %v", name, len(got), err)
 		}
@@ -438,7 +435,7 @@ func TestAnyDamage(t *testing.T) {
 		if err := os.WriteFile(image, once, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := exec.Command("fsck.vfat", "-n", image).CombinedOutput(); err != nil {
+		if out, err := exec.Command(testenv.Tool(t, "fsck.vfat", "dosfstools"), "-n", image).CombinedOutput(); err != nil {
 			t.Fatalf("after %+v fsck.vfat finds: %s", report, out)
 		}
 		os.Remove(image)

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/deimos-edge/deimos/coordinator"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/packaging/qemu"
 )
 
@@ -51,7 +52,7 @@ func TestTheCoordinatorIsFoundWhereItsCertificateIsGood(t *testing.T) {
 
 func TestADeviceIsKeptUntilANewOneIsAskedFor(t *testing.T) {
 	if _, err := qemu.Find(); err != nil {
-		t.Skip(err)
+		testenv.Cannot(t, "%v", err)
 	}
 	o := options{image: filepath.Join(t.TempDir(), "image"), dir: t.TempDir(), size: 1 << 20}
 	if err := os.WriteFile(o.image, []byte("image"), 0o600); err != nil {
