@@ -46,7 +46,7 @@ func TestDeviceFindsItsCoordinatorByItself(t *testing.T) {
 	d.options.Net = "tap,ifname=" + tap + ",script=no,downscript=no"
 
 	d.powerOn()
-	d.await("there are several coordinators on this network")
+	d.await("there are coordinators of several fleets on this network")
 	for _, f := range []*testbed.Fleet{attic, cellar} {
 		if waiting, err := f.Client.Pending(f.Ctx); err != nil || len(waiting) > 0 {
 			t.Errorf("of two coordinators, the device took one: %v %v", waiting, err)
