@@ -369,15 +369,21 @@ func (a *Agent) settle() error {
 	if err != nil || s == nil {
 		return err
 	}
-	if _, known, err := a.journal.get(s.Order); known || err != nil {
+	_, known, err := a.journal.get(s.Order)
+	if err != nil {
 		return err
 	}
-	var problem error
-	if s.Problem != nil {
-		problem = s.Problem
+	if !known {
+		var problem error
+		if s.Problem != nil {
+			problem = s.Problem
+		}
+		a.orders.conclude(s.Order, s.Outcome, problem)
+		if _, known, err = a.journal.get(s.Order); !known || err != nil {
+			return err // the next start concludes it
+		}
 	}
-	a.orders.conclude(s.Order, s.Outcome, problem)
-	return nil
+	return a.update.Reported(s.Order) // the journal forgets it before the slots do
 }
 
 // welcomed is called when broker and coordinator have answered: with the

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/ota"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -176,6 +177,9 @@ func (a *Agent) enrolNow(ctx context.Context, base string) error {
 
 // enrolled keeps a membership that was checked: first on disk, then in force.
 func (a *Agent) enrolled(m *Membership) error {
+	if err := ota.Enrolled(a.cfg.StateDir, m.UpdateRoot); err != nil {
+		return fmt.Errorf("the enrolment is not taken: %w", err)
+	}
 	if err := m.save(a.cfg.path("identity")); err != nil {
 		return fmt.Errorf("the enrolment cannot be saved: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -328,8 +329,20 @@ func TestATokenOfAnotherFleetMovesAMember(t *testing.T) {
 		}
 	}
 	take := openFront(t, theirs.server("127.0.0.1"), replying(t, theirs.reply(id)))
+	// What it trusts of the old fleet's releases would refuse the new one's for ever.
+	trusted := a.cfg.path("ota", "tuf")
+	if err := errors.Join(os.MkdirAll(trusted, 0o700), os.WriteFile(filepath.Join(trusted, "enrolled.root.json"), []byte("of the old fleet"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	start(deny.URL, theirs.token().String())
+	if left, _ := os.ReadDir(trusted); len(left) != 1 {
+		t.Error("a refused token took what the device trusts")
+	}
 	if a := start(take.URL, theirs.token().String()); string(a.member.Load().CA) != string(theirs.pem()) || a.member.Load().Coordinator != take.URL {
 		t.Error("the new token did not move it")
+	}
+	if left, _ := os.ReadDir(trusted); len(left) != 0 {
+		t.Errorf("it still trusts what the old fleet signed: %v", left)
 	}
 }
 

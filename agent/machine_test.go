@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/hw/watchdog"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
 	"golang.org/x/sys/unix"
@@ -191,6 +193,20 @@ func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		slots, err := slot.Open(cfg.StateDir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		factory := filepath.Join(t.TempDir(), "factory")
+		if err := os.WriteFile(factory, nil, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := slots.InstallFactory(slot.A, factory, "1.2.3", ""); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := slots.BeginInstall("order of the old fleet", "1.2.3"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	bare := func() {
 		t.Helper()
@@ -205,6 +221,11 @@ func TestAResetLeavesNothingOfTheDevice(t *testing.T) {
 		}
 		if _, err := os.Stat(cfg.path("slots", "a")); err != nil {
 			t.Error(err)
+		}
+		for _, name := range []string{"state.json", "state.prev.json"} {
+			if raw, _ := os.ReadFile(cfg.path("slots", name)); strings.Contains(string(raw), "old fleet") {
+				t.Errorf("%s: %s", name, raw)
+			}
 		}
 		if _, err := os.Stat(holiday); err != nil {
 			t.Errorf("what is not the device's is gone: %v", err)

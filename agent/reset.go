@@ -12,6 +12,7 @@ import (
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw/disk"
 	"github.com/deimos-edge/deimos/hw/panel"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/sync/store"
 	"golang.org/x/sys/unix"
 )
@@ -69,6 +70,7 @@ func (c Config) reset() error {
 	for _, name := range made {
 		failed = errors.Join(failed, wipe(c.path(name)))
 	}
+	failed = errors.Join(failed, c.forgetOrders())
 	// A folder that something else is in or mounted on is not the device's alone.
 	for _, dir := range append(volumes, c.path("volumes")) {
 		_ = os.Remove(dir)
@@ -77,6 +79,18 @@ func (c Config) reset() error {
 		return fmt.Errorf("the device cannot be reset whole: %w", failed)
 	}
 	return os.Remove(c.path(resetMark))
+}
+
+// forgetOrders keeps the slots, but not which orders filled them.
+func (c Config) forgetOrders() error {
+	if _, err := os.Stat(c.path("slots")); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	slots, err := slot.Open(c.StateDir)
+	if err != nil {
+		return err
+	}
+	return slots.Forget()
 }
 
 // wipe removes a file, or a folder with what is in it, also where that is a link

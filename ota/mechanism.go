@@ -19,6 +19,8 @@ type mechanism interface {
 	part() string
 	// standing is its trial, nil if there is none, and how the last one ended.
 	standing() (*trial, *slot.Outcome, error)
+	// reported notes that the outcome of this order is told.
+	reported(order string) error
 	onTrial() (bool, error)
 	// confirm makes the version that runs the one to keep.
 	confirm(context.Context) error
@@ -88,6 +90,8 @@ func (a agents) isTrial(t *slot.Trial) bool {
 	return t != nil && t.Running && t.Slot == slot.Name(a.o.Slot)
 }
 
+func (a agents) reported(order string) error { return a.slots.Reported(order) }
+
 func (a agents) onTrial() (bool, error) {
 	st, err := a.slots.Load()
 	return err == nil && a.isTrial(st.Trial), err
@@ -134,6 +138,8 @@ func (f firmwares) standing() (*trial, *slot.Outcome, error) {
 	}
 	return &trial{t.Order, t.Version, t.Running}, last, nil
 }
+
+func (f firmwares) reported(order string) error { return f.images.Reported(order) }
 
 func (f firmwares) onTrial() (bool, error) { return f.images.OnTrial() }
 

@@ -156,17 +156,28 @@ type Settled struct {
 }
 
 // Settled tells how the last update ended, nil if there was none or it is not
-// decided. It keeps telling until the next one has ended, so ask it at every
-// start and after [Service.Confirm], and report what was not reported before.
+// decided or was [Service.Reported]. Ask it at every start and after [Service.Confirm].
 func (s *Service) Settled() (*Settled, error) {
 	if s.how == nil {
 		return nil, nil
 	}
 	_, last, err := s.how.standing()
-	if err != nil || last == nil || last.Order == "" {
+	if err != nil || last == nil || last.Order == "" || last.Reported {
 		return nil, err
 	}
 	return s.settled(*last), nil
+}
+
+// Reported notes that what was settled of an order is kept to be reported, once
+// for all: [Service.Settled] tells of it no more.
+func (s *Service) Reported(order string) error {
+	if s.how == nil {
+		return nil
+	}
+	if err := s.how.reported(order); err != nil {
+		return fmt.Errorf("that the update of order %s was reported cannot be noted: %w", order, err)
+	}
+	return nil
 }
 
 func (s *Service) settled(last slot.Outcome) *Settled {
@@ -201,7 +212,11 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 		progress = func(float64) {}
 	}
 	if err := s.install(ctx, o.ID, want, progress); err != nil {
-		return wire.Outcome{}, problem(ctx, err)
+		if t, _, unknown := s.how.standing(); unknown != nil || t == nil || t.order != o.ID {
+			return wire.Outcome{}, problem(ctx, err)
+		}
+		// The trial stands, and will be tried at the next start whatever is said of it now.
+		s.o.Log.Warn("the new version is on trial though its install did not end in order", "error", err)
 	}
 	return wire.Outcome{}, ErrRestart
 }
@@ -264,8 +279,18 @@ func (s *Service) install(ctx context.Context, order string, want wire.UpdateIns
 		return err
 	}
 	progress(0.95)
-	return s.clearFetched("")
+	if err := s.clearFetched(""); err != nil { // the next install clears it
+		s.o.Log.Warn("what was fetched of the release cannot be removed", "error", err)
+	}
+	return nil
 }
+
+func trustDir(stateDir string) string { return filepath.Join(stateDir, "ota", "tuf") }
+
+// Enrolled forgets the metadata of a fleet that the device leaves by an enrolment
+// with another update root. Call it before that enrolment is kept: cut between the
+// two, the device is still a member of the old fleet, and reads its metadata again.
+func Enrolled(stateDir string, root []byte) error { return repo.Leave(trustDir(stateDir), root) }
 
 func (s *Service) client() (*repo.Client, error) {
 	root := s.o.Root()
@@ -277,7 +302,7 @@ func (s *Service) client() (*repo.Client, error) {
 		return nil, err
 	}
 	return repo.NewClient(repo.ClientOptions{
-		Dir: filepath.Join(s.o.StateDir, "ota", "tuf"), Root: root, Source: source, Limits: s.o.Limits, Log: s.o.Log,
+		Dir: trustDir(s.o.StateDir), Root: root, Source: source, Limits: s.o.Limits, Log: s.o.Log,
 	})
 }
 

@@ -1,7 +1,9 @@
 package ota
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -191,3 +193,65 @@ func TestNoFirmwareIsFetchedThatDoesNotFit(t *testing.T) {
 type noRoom struct{ mechanism }
 
 func (noRoom) room(string, int64) (int64, error) { return 0, firmware.ErrSpace }
+
+// TestAnInstallThatIsOnTrialIsNotReportedFailed: it is tried at the next start
+// whatever was said.
+func TestAnInstallThatIsOnTrialIsNotReportedFailed(t *testing.T) {
+	late := map[string]func(dir string) error{
+		"the disk fails after the trial began": func(string) error { return errors.New("input/output error") },
+		"what was fetched cannot be removed": func(dir string) error {
+			parts := filepath.Join(dir, "ota", "parts")
+			return errors.Join(os.RemoveAll(parts), os.WriteFile(parts, nil, 0o600))
+		},
+	}
+	for name, fail := range late {
+		t.Run(name, func(t *testing.T) {
+			eachWay(t, func(t *testing.T, _ way, f *fleet) {
+				f.good("1.1.0")
+				s, dir := f.device()
+				s.how = thenFails{s.how, func() error { return fail(dir) }}
+				f.installs(s, order("o1", "1.1.0"))
+			})
+		})
+	}
+}
+
+// thenFails is a device whose install ends in an error once its trial stands.
+type thenFails struct {
+	mechanism
+	fail func() error
+}
+
+func (m thenFails) install(ctx context.Context, r release) error {
+	return errors.Join(m.mechanism.install(ctx, r), m.fail())
+}
+
+// TestASettledUpdateIsToldUntilItIsReported, also by later lives.
+func TestASettledUpdateIsToldUntilItIsReported(t *testing.T) {
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		s, dir := f.device()
+		f.installs(s, order("o1", "1.1.0"))
+		w.giveUp(t, dir)
+		told := func() bool {
+			t.Helper()
+			settled, err := f.service(dir, func(*Options) {}).Settled()
+			must(t, err)
+			return settled != nil
+		}
+		must(t, s.Reported("another"))
+		if !told() || !told() {
+			t.Error("it is not told")
+		}
+		must(t, s.Reported("o1"))
+		if told() {
+			t.Error("it is told again")
+		}
+		refused(t, s, order("o1", "1.1.0"), wire.Failed, wire.CodeRolledBack, w.reason) // it is still known
+		f.installs(s, order("o2", "1.1.0"))
+		w.giveUp(t, dir)
+		if !told() {
+			t.Error("the next one is not told")
+		}
+	})
+}

@@ -54,15 +54,45 @@ func NewClient(o ClientOptions) (*Client, error) {
 	return c, c.pin()
 }
 
+// enrolledFile is the root of the enrolment.
+const enrolledFile = "enrolled.root.json"
+
+// Leave durably removes the metadata in dir if it is trusted for another root than this.
+func Leave(dir string, root []byte) error {
+	pinned, err := os.ReadFile(filepath.Join(dir, enrolledFile))
+	if errors.Is(err, os.ErrNotExist) || err == nil && bytes.Equal(pinned, root) {
+		return nil
+	}
+	// The pinned root goes last: what a cut leaves is then still found to be another's.
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if e.Name() != enrolledFile {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err == nil {
+		err = durable.SyncDir(dir)
+	}
+	if err == nil {
+		err = os.Remove(filepath.Join(dir, enrolledFile))
+	}
+	if err == nil {
+		err = durable.SyncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("the update metadata of the fleet before cannot be removed from %s: %w", dir, err)
+	}
+	return nil
+}
+
 func (c *Client) pin() error {
-	const file = "enrolled.root.json"
-	pinned, err := os.ReadFile(c.local(file))
+	pinned, err := os.ReadFile(c.local(enrolledFile))
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		if _, err := c.startFrom(c.o.Root); err != nil {
 			return err
 		}
-		return durable.WriteFile(c.local(file), c.o.Root, 0o644)
+		return durable.WriteFile(c.local(enrolledFile), c.o.Root, 0o644)
 	case err != nil:
 		return err
 	case !bytes.Equal(pinned, c.o.Root):

@@ -299,6 +299,31 @@ func TestAnotherEnrolmentRootIsRefused(t *testing.T) {
 	refused(t, err, OtherRoot, "another update root")
 }
 
+// TestLeavingForgetsTheMetadataOfAnotherRootOnly: the same root keeps its
+// protection against older metadata.
+func TestLeavingForgetsTheMetadataOfAnotherRootOnly(t *testing.T) {
+	f, other := newFleet(t), newFleet(t)
+	dir := filepath.Join(t.TempDir(), "tuf")
+	must(t, Leave(dir, f.root())) // of a new device
+	f.release("1.1.0", "good")
+	must(t, f.client(dir).Refresh(t.Context(), now))
+	must(t, Leave(dir, f.root()))
+	if _, err := os.Stat(filepath.Join(dir, "timestamp.json")); err != nil {
+		t.Error("the metadata of the same root is gone")
+	}
+	other.release("2.0.0", "theirs")
+	must(t, Leave(dir, other.root()))
+	c := other.client(dir)
+	must(t, c.Refresh(t.Context(), now))
+	if _, err := c.Manifest(t.Context(), TargetName("2.0.0")); err != nil {
+		t.Error(err)
+	}
+	must(t, Leave(dir, nil)) // to a fleet without releases
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left are %v", left)
+	}
+}
+
 func TestRollbackIsRefused(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.1.0", "one")

@@ -23,7 +23,7 @@
 //	   ├──────────── RollBack ────────────────────────────┘                      │
 //	   └──────────── Confirm ────────────────────────────────────────────────────┘
 //
-// The agent calls BeginInstall, MarkTrial and Confirm; the launcher everything else.
+// The agent calls BeginInstall, MarkTrial, Confirm, Reported and Forget; the launcher everything else.
 //
 // # What always holds
 //
@@ -174,6 +174,8 @@ type Outcome struct {
 	Slot   Name   `json:"slot"` // the slot that was on trial
 	Result Result `json:"result"`
 	Reason string `json:"reason,omitempty"`
+
+	Reported bool `json:"reported,omitempty"` // whoever ordered it is told, or will be: nothing of it is to be done
 }
 
 // Repair is what the launcher did about a current slot that could not be started.
@@ -340,6 +342,46 @@ func (s *Store) Confirm(n Name) error {
 		st.Current = n
 		return nil
 	})
+}
+
+// Reported notes that the outcome of this order is told.
+func (s *Store) Reported(order string) error {
+	st, err := s.Load()
+	if err != nil || st.Last == nil || st.Last.Order != order || st.Last.Reported {
+		return err
+	}
+	return s.update(func(st *State) error {
+		if st.Last != nil && st.Last.Order == order {
+			last := *st.Last
+			last.Reported = true
+			st.Last = &last
+		}
+		return nil
+	})
+}
+
+// Forget removes, from both generations, which orders this device was given. What
+// is on trial stays so, for nobody.
+func (s *Store) Forget() error {
+	for range 2 {
+		st, err := s.Load()
+		if err != nil || st.Generation == 0 { // a new device, or one that remembers nothing
+			return err
+		}
+		err = s.update(func(st *State) error {
+			st.Installing, st.Last = nil, nil
+			if st.Trial != nil {
+				t := *st.Trial
+				t.Order = ""
+				st.Trial = &t
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // RollBack gives the version on trial up. The current slot was never touched,

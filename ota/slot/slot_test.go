@@ -338,3 +338,37 @@ func TestAskIsBounded(t *testing.T) {
 		t.Errorf("%+v, %v", about, err)
 	}
 }
+
+// TestForgottenOrdersAreInNeitherGeneration, and what is on trial stays so.
+func TestForgottenOrdersAreInNeitherGeneration(t *testing.T) {
+	for name, histories := range map[string]func(s *Store){
+		"none":       func(*Store) {},
+		"installing": func(s *Store) { stage(t, s, "secret", "2.0.0") },
+		"on trial":   func(s *Store) { trial(t, s, "secret", "2.0.0") },
+		"rolled back": func(s *Store) {
+			trial(t, s, "secret", "2.0.0")
+			_, err := s.RollBack("it did not come up")
+			must(t, err)
+		},
+	} {
+		s := device(t)
+		histories(s)
+		before := load(t, s)
+		must(t, s.Forget())
+		for _, file := range []string{stateFile, prevFile} {
+			raw, err := os.ReadFile(filepath.Join(s.dir, file))
+			if err != nil || strings.Contains(string(raw), "secret") {
+				t.Errorf("%s: %s %v", name, raw, err)
+			}
+		}
+		after := load(t, s)
+		if after.Current != before.Current || (after.Trial == nil) != (before.Trial == nil) || after.Last != nil {
+			t.Errorf("%s: %+v", name, after)
+		}
+	}
+	s := open(t)
+	must(t, s.Forget())
+	if st := load(t, s); st.Generation != 0 {
+		t.Errorf("a new device remembers %+v", st)
+	}
+}

@@ -478,6 +478,20 @@ func (s *Store) Settled() (*slot.Outcome, error) {
 	return s.settle()
 }
 
+// Reported notes that the outcome of this order is told.
+func (s *Store) Reported(order string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rec, err := s.disk.load()
+	if err != nil || rec.Last == nil || rec.Last.Order != order || rec.Last.Reported {
+		return err
+	}
+	last := *rec.Last
+	last.Reported = true
+	rec.Last = &last
+	return s.disk.save(rec)
+}
+
 func (s *Store) settle() (*slot.Outcome, error) {
 	all, rec, err := s.look()
 	if err != nil {
