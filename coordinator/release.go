@@ -17,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -32,7 +33,7 @@ type releases struct {
 
 const (
 	offerLife   = 7 * 24 * time.Hour
-	maxRepoFile = 64 << 20 // bytes
+	maxRepoFile = bundle.MaxPacked
 	maxRepoPath = 256
 	// mutableRepoFile is the only file of the repository whose content changes
 	// (see ota/repo).

@@ -116,27 +116,10 @@ func (r *releasePublishCmd) Run(ctx context.Context, all *commands) error {
 // upload sends a repository to the coordinator in the order in which it stays
 // consistent for readers: what is named before what names it.
 func upload(ctx context.Context, c *api.Client, dir string) error {
-	var files []string
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		rel, err := filepath.Rel(dir, path)
-		files = append(files, filepath.ToSlash(rel))
-		return err
-	})
+	files, err := repoFiles(dir)
 	if err != nil {
 		return fmt.Errorf("the repository cannot be read: %w", err)
 	}
-	rank := func(path string) int {
-		for i, end := range []string{".root.json", ".targets.json", ".snapshot.json", "timestamp.json"} {
-			if strings.HasPrefix(path, "metadata/") && strings.HasSuffix(path, end) {
-				return i + 1
-			}
-		}
-		return 0
-	}
-	slices.SortStableFunc(files, func(a, b string) int { return rank(a) - rank(b) })
 	for _, path := range files {
 		raw, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(path)))
 		if err != nil {
@@ -147,6 +130,34 @@ func upload(ctx context.Context, c *api.Client, dir string) error {
 		}
 	}
 	return nil
+}
+
+// repoFiles are the files that belong to a repository, in the order of an upload.
+// What begins with a dot is a lock, or left of a write that was cut.
+func repoFiles(dir string) (files []string, err error) {
+	for _, room := range []string{"metadata", "targets", "parts"} {
+		err := filepath.WalkDir(filepath.Join(dir, room), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") {
+				return err
+			}
+			rel, err := filepath.Rel(dir, path)
+			files = append(files, filepath.ToSlash(rel))
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	rank := func(path string) int {
+		for i, end := range []string{".root.json", ".targets.json", ".snapshot.json", "timestamp.json"} {
+			if strings.HasPrefix(path, "metadata/") && strings.HasSuffix(path, end) {
+				return i + 1
+			}
+		}
+		return 0
+	}
+	slices.SortStableFunc(files, func(a, b string) int { return rank(a) - rank(b) })
+	return files, nil
 }
 
 type releaseOfferCmd struct {

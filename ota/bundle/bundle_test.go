@@ -98,6 +98,22 @@ func TestBuildTellsThePlatformOfABinary(t *testing.T) {
 	}
 }
 
+func TestAPartThatNoCoordinatorTakesIsNotBuilt(t *testing.T) {
+	seed := [32]byte{1}
+	path := filepath.Join(t.TempDir(), "agent")
+	raw := make([]byte, MaxPacked+1)
+	must(t, func() error { _, err := rand.NewChaCha8(seed).Read(raw); return err }())
+	must(t, os.WriteFile(path, raw, 0o755))
+	dir := t.TempDir()
+	_, err := Build(t.Context(), dir, BuildOptions{Version: "1.2.3", Agents: []Agent{{Path: path, Platform: amd64}}, Fast: true})
+	if err == nil || !strings.Contains(err.Error(), "64 at most") {
+		t.Error(err)
+	}
+	if left, _ := os.ReadDir(filepath.Join(dir, "parts")); len(left) > 0 {
+		t.Errorf("left are %v", left)
+	}
+}
+
 func TestOneAgentAPlatform(t *testing.T) {
 	path, _ := agentFile(t, 100)
 	agent := Agent{Path: path, Platform: amd64}

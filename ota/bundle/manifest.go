@@ -50,6 +50,9 @@ const (
 	// MaxPart is the largest raw file a part may claim to be, in bytes.
 	MaxPart = 1 << 30
 
+	// MaxPacked is the largest packed part that a coordinator takes, in bytes.
+	MaxPacked = 64 << 20
+
 	// PartAgent is the name of the part that is the agent's binary.
 	PartAgent = "agent"
 

@@ -194,6 +194,9 @@ func (p unpacked) pack(ctx context.Context, dir string, level zstd.EncoderLevel)
 	if err := errors.Join(err, enc.Close()); err != nil {
 		return Part{}, err
 	}
+	if packed.n > MaxPacked {
+		return Part{}, fmt.Errorf("packed it has %d MiB, and a coordinator takes %d at most; make it smaller", packed.n>>20, MaxPacked>>20)
+	}
 	form := Form{Encoding: EncodingZstd, SHA256: packed.sum(), Size: packed.n}
 	path := filepath.Join(dir, filepath.FromSlash(PartPath(form.SHA256)))
 	if err := errors.Join(out.Chmod(0o644), out.Sync()); err != nil {
