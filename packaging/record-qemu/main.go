@@ -4,7 +4,7 @@
 // is made, in about 10 seconds:
 //
 //	go run ./packaging/record-qemu DIR
-//	go test ./hw -run TestPack -pack DIR=qemu-virt-arm64
+//	go test ./hw -run TestPack -pack "$PWD/DIR=qemu-virt-arm64"
 //
 // It needs qemu-system-aarch64 (Debian: qemu-system-arm), dpkg-deb, and Debian's
 // kernel for arm64: a package named with -kernel, or else the one that the image

@@ -549,6 +549,9 @@ func (t *tour) auditCompute(ctx context.Context) ([]string, error) {
 	for _, d := range t.devices {
 		var a api.Audit
 		if last = t.cli(ctx, &a, "audit", "compute", d.id, "--module", t.guest("sha256sum")); last != nil {
+			if a.Outcome != "" {
+				return nil, fmt.Errorf("device %d was asked, and the outcome is %q: %w", d.n, a.Outcome, last)
+			}
 			continue // this one may share no chunk with another any more
 		}
 		salt, err1 := hex.DecodeString(a.Salt)
@@ -559,7 +562,7 @@ func (t *tour) auditCompute(ctx context.Context) ([]string, error) {
 		}
 		return []string{
 			fmt.Sprintf("the coordinator got a chunk of device %d from another holder and ran the job itself", d.n),
-			fmt.Sprintf("committed to %s before the order, which is a job order like any other", cli.Short(a.Commitment)),
+			fmt.Sprintf("committed to %s; the order is a job order like any other", cli.Short(a.Commitment)),
 			fmt.Sprintf("device %d answered %s: outcome %q, and the commitment opens", d.n, cli.Short(a.Got), a.Outcome),
 		}, nil
 	}
