@@ -16,6 +16,17 @@ mosquitto_broker() {
 	command -v mosquitto || PATH=$PATH:/usr/sbin:/usr/local/sbin command -v mosquitto
 }
 
+# Is there somebody else's FAT to hold ours against? Its tools stand where only root
+# looks.
+have_fat_tools() {
+	[ -x /usr/sbin/mkfs.vfat ] && [ -x /usr/sbin/fsck.vfat ] && command -v mcopy >/dev/null
+}
+
+# Can it check systemd's units?
+have_unit_check() {
+	command -v systemd-analyze
+}
+
 # Can it run whole arm64 machines, and read their disks? That takes QEMU, a UEFI for
 # its machines, mtools for FAT and e2fsprogs for ext4.
 have_machines() {

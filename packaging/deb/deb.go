@@ -12,7 +12,8 @@
 //     root and the agent only.
 //   - /var/lib/deimos and /var/lib/deimos-fleet belong to the programs. Remove
 //     keeps them, purge removes them and with them the identity. What lies on
-//     other disks is not ours to remove; `deimos-agent reset` does.
+//     other disks is not ours to remove, also where one is mounted below; the
+//     purge goes through and says so. `deimos-agent reset` removes it.
 //   - The users stay after a purge, as files elsewhere may still be theirs.
 //
 // # Starting
@@ -36,6 +37,7 @@
 //
 // # What holds
 //
+//   - A pre-release is older than its release: 0.2.0-rc.1 is 0.2.0~rc.1 to dpkg.
 //   - Same sources, same bytes: times are the day of the release, owners root,
 //     modes are set here and not taken from the checkout.
 //   - Both units are rated 2.0 or better by `systemd-analyze security`.

@@ -256,6 +256,20 @@ not is "$(key)" "$id"
 dpkg --purge deimos-agent
 gone /var/lib/deimos /etc/deimos/agent.toml
 
+claim "a purge goes through where disks are mounted: one below the state is left as it is, and the purge says so"
+dpkg -i /debs/0.deb
+mount --bind /var/lib/deimos /var/lib/deimos
+mkdir /var/lib/deimos/identity /var/lib/deimos/disk
+mount -t tmpfs deimos-test /var/lib/deimos/disk
+touch /var/lib/deimos/disk/kept
+dpkg --purge deimos-agent 2>&1 | tee /tmp/purge
+grep -q '^deimos-agent: not all of /var/lib/deimos' /tmp/purge
+not dpkg -s deimos-agent
+is "$(ls -A /var/lib/deimos)" disk
+test -e /var/lib/deimos/disk/kept
+umount /var/lib/deimos/disk /var/lib/deimos
+rm -r /var/lib/deimos
+
 claim "the coordinator, removed, keeps the fleet and comes back with it; purged, it does not"
 dpkg --remove deimos
 test -e /etc/deimos/coordinator.env
@@ -264,8 +278,12 @@ dpkg --force-confold -i /debs/c0.deb
 until_ 60 deimos status
 is "$(sha256sum /var/lib/deimos-fleet/keys/*)" "$fleet"
 dpkg --remove deimos
+mount --bind /var/lib/deimos-fleet /var/lib/deimos-fleet
 dpkg --purge deimos
-gone /var/lib/deimos-fleet /etc/deimos
+is "$(ls -A /var/lib/deimos-fleet)" ""
+umount /var/lib/deimos-fleet
+rmdir /var/lib/deimos-fleet
+gone /etc/deimos
 not enabling deimos
 
 echo "$n claims hold"

@@ -155,7 +155,7 @@ func TestImageWrittenOverAnOlderOneBeginsAnew(t *testing.T) {
 		}
 		return uuidOf(t, p)
 	}
-	if first() == first() {
+	if older, newer := first(), first(); older == newer {
 		t.Error("the older device is back")
 	}
 }
