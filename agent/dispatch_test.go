@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/ota"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -1116,5 +1119,54 @@ func TestJournalForgetsOnlyWhatNobodyIsOwed(t *testing.T) {
 	}
 	if floor, err := j.floor(); err != nil || !floor.Equal(today) {
 		t.Errorf("floor %s (%v)", floor, err)
+	}
+}
+
+// TestASettledUpdateIsReportedOnce, also when the journal has forgotten its order.
+func TestASettledUpdateIsReportedOnce(t *testing.T) {
+	state := t.TempDir()
+	slots, err := slot.Open(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	factory := filepath.Join(t.TempDir(), "factory")
+	if err := os.WriteFile(factory, nil, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := slots.InstallFactory(slot.A, factory, "1.0.0", ""); err != nil {
+		t.Fatal(err)
+	}
+	target, err := slots.BeginInstall("update", "1.0.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = errors.Join(os.WriteFile(slots.StagedPath(target), nil, 0o700), slots.MarkTrial("update", slot.Image{Version: "1.1.0"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := slots.RollBack("it did not come up"); err != nil {
+		t.Fatal(err)
+	}
+	settle := func(r *rig) {
+		t.Helper()
+		update, err := ota.New(ota.Options{StateDir: state, Slot: "a", Version: "1.0.0"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &Agent{update: update, journal: r.disk, orders: r.dispatcher}
+		if err := a.settle(); err != nil {
+			t.Error(err)
+		}
+	}
+	r := newRig(t, nil)
+	settle(r)
+	settle(r)
+	if rep := r.ends("update"); rep.State != wire.Failed || rep.Code != wire.CodeRolledBack || len(r.sent("update")) != 1 {
+		t.Errorf("%d reports, %+v", len(r.sent("update")), rep)
+	}
+	r = newRig(t, nil) // with a journal that knows nothing of it any more
+	settle(r)
+	if n := len(r.sent("update")); n != 0 {
+		t.Errorf("it is reported %d times again", n)
 	}
 }
