@@ -65,7 +65,7 @@ func TestDeviceFindsItsCoordinatorByItself(t *testing.T) {
 	d.cutPower()
 	d.powerOn()
 	d.awaitOnline()
-	if said := d.machine.Said(); strings.Contains(said, "several coordinators") || strings.Contains(said, "found a coordinator") {
+	if said := d.machine.Said(); strings.Contains(said, "coordinators of several fleets") || strings.Contains(said, "found a coordinator") {
 		t.Error("a device that has joined still looks for a coordinator")
 	}
 }
