@@ -183,6 +183,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		late: func() bool { return disksComeLate(m.path("sys")) }}
 	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
 	for pause := firstLook; ; pause = min(2*pause, lastLook) {
+		before := m.oursOn(data, booted) // what shows up while this try fails is news
 		if m.esp == "" {
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
 			data.lost = booted != "" && m.esp == ""
@@ -203,7 +204,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		if pause == firstLook {
 			m.sayLoudly(waitsForData)
 		}
-		m.awaitDisks(ctx, data, booted, pause)
+		m.awaitDisks(ctx, data, booted, before, pause)
 	}
 }
 
@@ -215,25 +216,27 @@ const (
 	diskLook  = 2 * time.Second
 )
 
-// awaitDisks returns when a partition of ours is there that was not, or after the pause.
-func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string, pause time.Duration) {
-	there := func() (ours []string) {
-		if p, ok := data.find(data.note()); ok {
-			ours = append(ours, p.path)
-		}
-		for _, p := range findESPs(m.disks(), booted) {
-			ours = append(ours, p.path)
-		}
-		return ours
-	}
-	before := there()
-	for until := time.Now().Add(pause); time.Now().Before(until) && sleep(ctx, min(pause, diskLook)); {
-		now := there()
-		if slices.ContainsFunc(now, func(p string) bool { return !slices.Contains(before, p) }) {
+// awaitDisks returns when a partition of ours is there that was not before, or
+// after the pause.
+func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string, before []string, pause time.Duration) {
+	for until := time.Now().Add(pause); time.Now().Before(until); {
+		now := m.oursOn(data, booted)
+		if slices.ContainsFunc(now, func(p string) bool { return !slices.Contains(before, p) }) || !sleep(ctx, min(pause, diskLook)) {
 			return
 		}
 		before = now
 	}
+}
+
+// oursOn are the partitions that a start needs, as far as they are there.
+func (m *machine) oursOn(data *dataDisk, booted string) (ours []string) {
+	if p, ok := data.find(data.note()); ok {
+		ours = append(ours, p.path)
+	}
+	for _, p := range findESPs(m.disks(), booted) {
+		ours = append(ours, p.path)
+	}
+	return ours
 }
 
 func (m *machine) mountData(ctx context.Context, data *dataDisk) error {
