@@ -83,6 +83,10 @@ type options struct {
 }
 
 func main() {
+	if err := alone(); err != nil {
+		fmt.Fprintln(os.Stderr, "powercut:", err)
+		os.Exit(1)
+	}
 	o := options{}
 	o.log = func(format string, args ...any) { fmt.Printf("       "+format+"\n", args...) }
 	replay := flag.String("replay", "", "folder of a recording to replay")
