@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -189,10 +190,13 @@ func lastOf(s string, n int) string { return s[max(0, len(s)-n):] }
 
 // imageRows are the rows on a device of the image; where it cannot be run, it is said why.
 func imageRows(ctx context.Context, t *table) error {
-	images, _ := filepath.Glob(filepath.Join(*bin, "image", "deimos-arm64-*[0-9].img"))
+	images := []string{*image}
+	if *image == "" {
+		images, _ = filepath.Glob(filepath.Join(*bin, "image", "deimos-arm64-*[0-9].img"))
+	}
 	_, err := qemu.Find()
 	if err == nil && len(images) != 1 {
-		err = fmt.Errorf("there are %d images in %s (make image), not one", len(images), filepath.Join(*bin, "image"))
+		err = fmt.Errorf("there are %d images in %s (make image), not one; name one with -image", len(images), filepath.Join(*bin, "image"))
 	}
 	if err != nil {
 		fmt.Printf("left out: a device of the image: %v\n", err)
@@ -202,11 +206,11 @@ func imageRows(ctx context.Context, t *table) error {
 	if err != nil {
 		return fmt.Errorf("a device of the image: %w", err)
 	}
-	t.row("image: power-on to online (limit)", "s", f.online.Seconds(), imageOnline, "%.1f")
-	t.row("image: idle agent's memory (limit)", "MiB", f.memory, imageMemory, "%.1f")
-	t.row("image: idle agent, of a core (limit)", "%", f.cpu, imageCPU, "%.3f")
-	blocks := float64(*idleFor/ringEvery) + 1
-	t.row(fmt.Sprintf("image: disk writes in %s (ring's)", *idleFor), "", float64(f.disk.Writes), blocks*ringWrites, "%.0f")
+	t.limit("image: power-on to online", "s", f.online.Seconds(), imageOnline, "%.1f")
+	t.limit("image: idle agent's memory", "MiB", f.memory, imageMemory, "%.1f")
+	t.limit("image: idle agent, of a core", "%", f.cpu, imageCPU, "%.3f")
+	blocks := math.Ceil(idleFor.Seconds() / ringEvery.Seconds())
+	t.limit(fmt.Sprintf("image: disk writes in %s", *idleFor), "", float64(f.disk.Writes), blocks*ringWrites, "%.0f")
 	t.row(fmt.Sprintf("image: KiB written in %s", *idleFor), "KiB", float64(f.disk.Bytes)/1024, blocks*ringWrites*8, "%.0f")
 	return nil
 }

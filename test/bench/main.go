@@ -18,7 +18,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,6 +33,7 @@ import (
 
 	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -43,6 +43,7 @@ var (
 	orders = flag.Int("orders", 10_000, "orders for the row on their rate")
 
 	idleFor   = flag.Duration("idle", 2*time.Minute, "how long a device of the image is left alone")
+	image     = flag.String("image", "", "disk image of a device, for the rows on it; the one below -bin if not given")
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 )
 
@@ -61,7 +62,9 @@ func main() {
 	flag.Parse()
 	ctx, cancel := context.WithTimeout(context.Background(), limit+*idleFor)
 	defer cancel()
-	check(run(ctx))
+	var t table
+	check(run(ctx, &t))
+	check(t.kept())
 }
 
 func check(err error) {
@@ -71,14 +74,13 @@ func check(err error) {
 	}
 }
 
-func run(ctx context.Context) error {
-	var t table
+func run(ctx context.Context, t *table) error {
 	fmt.Printf("%d processors, %s, %d devices\n\n", runtime.NumCPU(), runtime.Version(), *fleet)
 	t.head()
 	if *imageOnly {
-		return imageRows(ctx, &t)
+		return imageRows(ctx, t)
 	}
-	sealing(&t)
+	sealing(t)
 	known, err := knowing(ctx)
 	if err != nil {
 		return fmt.Errorf("know the machine: %w", err)
@@ -93,7 +95,7 @@ func run(ctx context.Context) error {
 		return fmt.Errorf("idle databases: %w", err)
 	}
 	t.row("idle agent, of a core (databases)", "%", idle, bases, "%.3f")
-	if err := imageRows(ctx, &t); err != nil {
+	if err := imageRows(ctx, t); err != nil {
 		return err
 	}
 	bare, err := measure(ctx, newBareSide)
@@ -116,13 +118,29 @@ func run(ctx context.Context) error {
 }
 
 // table prints its rows as they come.
-type table struct{}
+type table struct {
+	over []string // what is over its limit
+}
 
-func (table) head() { fmt.Printf("%-36s %12s %12s %8s\n", "what", "ours", "baseline", "ratio") }
+func (*table) head() { fmt.Printf("%-36s %12s %12s %8s\n", "what", "ours", "baseline", "ratio") }
 
-func (table) row(what, unit string, ours, base float64, format string) {
+func (*table) row(what, unit string, ours, base float64, format string) {
 	f := func(v float64) string { return fmt.Sprintf(format, v) + " " + unit }
 	fmt.Printf("%-36s %12s %12s %8.2f\n", what, f(ours), f(base), ours/base)
+}
+
+// limit is a row with a baseline that must not be passed.
+func (t *table) limit(what, unit string, ours, limit float64, format string) {
+	if t.row(what+" (limit)", unit, ours, limit, format); !(ours <= limit) {
+		t.over = append(t.over, what)
+	}
+}
+
+func (t *table) kept() error {
+	if len(t.over) == 0 {
+		return nil
+	}
+	return fmt.Errorf("over the limit: %s", strings.Join(t.over, "; "))
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
@@ -336,16 +354,12 @@ type ourSide struct {
 }
 
 func newOurSide(dir string) (side, error) {
-	s := &ourSide{dir: dir, stop: func() {}}
-	for _, a := range []*string{&s.https, &s.mqtt} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		*a = ln.Addr().String()
-		ln.Close()
+	https, err := testbed.UnusedAddress()
+	if err != nil {
+		return nil, err
 	}
-	return s, nil
+	mqtt, err := testbed.UnusedAddress()
+	return &ourSide{dir: dir, https: https, mqtt: mqtt, stop: func() {}}, err
 }
 
 func (s *ourSide) pid() int    { return s.serve.cmd.Process.Pid }
@@ -487,8 +501,11 @@ type bareSide struct {
 }
 
 func newBareSide(dir string) (side, error) {
-	s := &bareSide{dir: dir, addr: "127.0.0.1:0", stop: func() {}}
-	return s, newCA(dir)
+	addr, err := testbed.UnusedAddress()
+	if err != nil {
+		return nil, err
+	}
+	return &bareSide{dir: dir, addr: addr, stop: func() {}}, newCA(dir)
 }
 
 func (s *bareSide) pid() int    { return s.server.cmd.Process.Pid }
@@ -507,7 +524,9 @@ func (s *bareSide) start(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the bare server ended: %w", err)
 	}
-	s.addr = strings.TrimSpace(line) // the same at the next start
+	if got := strings.TrimSpace(line); got != s.addr {
+		return fmt.Errorf("the bare server listens at %s, not at %s", got, s.addr)
+	}
 	return nil
 }
 

@@ -10,6 +10,7 @@ package testbed
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -190,9 +191,18 @@ var ports = struct {
 	given map[int]bool
 }{given: map[int]bool{}}
 
-// FreeAddress is one of this machine's loopback that nobody listens on.
+// FreeAddress is [UnusedAddress] for a test.
 func FreeAddress(t *testing.T) string {
 	t.Helper()
+	addr, err := UnusedAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return addr
+}
+
+// UnusedAddress is one of this machine's loopback that nobody listens on.
+func UnusedAddress() (string, error) {
 	ports.Lock()
 	defer ports.Unlock()
 	for range 1000 {
@@ -204,11 +214,10 @@ func FreeAddress(t *testing.T) string {
 		if ln, err := net.Listen("tcp", addr); err == nil {
 			ln.Close()
 			ports.given[port] = true
-			return addr
+			return addr, nil
 		}
 	}
-	t.Fatal("there is no free port")
-	return ""
+	return "", errors.New("there is no free port")
 }
 
 // RunToEnd runs a program as a user would, within a bound.
