@@ -128,6 +128,7 @@ func (m *machine) loadRest(press chan<- struct{}) {
 
 // writersOf is the goroutines that write the log.
 type writersOf struct {
+	life          context.Context // the machine's: they also write what is said while it stops
 	console, ring sync.WaitGroup
 }
 
@@ -141,7 +142,7 @@ func (w *writersOf) wait() {
 }
 
 func (m *machine) background(ctx context.Context) *writersOf {
-	w := &writersOf{}
+	w := &writersOf{life: ctx}
 	w.console.Go(func() { m.journal.console.drain(ctx) })
 	go guard(m.log, "kernel's log", func() { m.followKernel(ctx) })
 	go m.vital(ctx, "reaper", failedPause, func() { m.processes.reap(context.WithoutCancel(ctx), m.sigchld) })
@@ -159,7 +160,7 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 		go guard(m.log, "data partition", func() { watchFaults(ctx, faults, faultsLook, faultsLeast, m.startAnew, m.log) })
 	}
 	if m.openRing() == nil {
-		w.ring.Go(func() { m.journal.ring.drain(ctx); m.ring.Close() })
+		w.ring.Go(func() { m.journal.ring.drain(w.life); m.ring.Close() })
 	}
 	select {
 	case <-m.hardware:
