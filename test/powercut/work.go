@@ -93,7 +93,9 @@ func record(ctx context.Context, w work, dir string) (err error) {
 		return errors.Join(disk.Close(), k.rec.close())
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	if err := k.run(ctx, qemu.Disk{NBD: filepath.Join(scratch, "nbd"), NVMe: true}); err != nil {
+	// Not as NVMe: QEMU's takes a write with FUA for any other, so that what must be
+	// durable is not. For virtio, which has no FUA, Linux flushes instead.
+	if err := k.run(ctx, qemu.Disk{NBD: filepath.Join(scratch, "nbd")}); err != nil {
 		if k.machine != nil {
 			_ = os.WriteFile(filepath.Join(dir, "console.log"), []byte(k.machine.Said()), 0o644) // to see why
 		}
