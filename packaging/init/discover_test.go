@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -33,10 +34,25 @@ func says(instance, address, fleet string) dnssd.BrowseEntry {
 // around is a device that looks around in a network whose answers a test changes.
 type around struct {
 	*machine
+
+	sync    sync.Mutex // guards what follows
 	answers []dnssd.BrowseEntry
 	proves  string // address
 	found   []string
 	looks   int
+}
+
+// answer changes what a look gets.
+func (a *around) answer(all ...dnssd.BrowseEntry) {
+	a.sync.Lock()
+	defer a.sync.Unlock()
+	a.answers = all
+}
+
+func (a *around) looked() int {
+	a.sync.Lock()
+	defer a.sync.Unlock()
+	return a.looks
 }
 
 // lookAround runs discovery in a bubble of its own time.
@@ -46,19 +62,28 @@ func lookAround(t *testing.T, test func(t *testing.T, a *around)) {
 		var offline time.Time
 		d := &discovery{log: a.log, need: func() need { return a.seeks(time.Now(), &offline) },
 			browse: func(ctx context.Context, add func(dnssd.BrowseEntry)) error {
+				a.sync.Lock()
 				a.looks++
-				for _, e := range a.answers {
+				answers := a.answers
+				a.sync.Unlock()
+				for _, e := range answers {
 					add(e)
 				}
 				<-ctx.Done()
 				return ctx.Err()
 			},
-			proves: func(_ context.Context, b answer) bool { return b.address == a.proves },
+			proves: func(_ context.Context, b answer) bool {
+				a.sync.Lock()
+				defer a.sync.Unlock()
+				return b.address == a.proves
+			},
 			found: func(address string) {
 				a.mu.Lock()
 				a.machine.found = address
 				a.mu.Unlock()
+				a.sync.Lock()
 				a.found = append(a.found, address)
+				a.sync.Unlock()
 			}}
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan struct{})
@@ -74,6 +99,8 @@ func (a *around) goes(t *testing.T, what string, after time.Duration, want ...st
 	t.Helper()
 	time.Sleep(after)
 	synctest.Wait()
+	a.sync.Lock()
+	defer a.sync.Unlock()
 	if !slices.Equal(a.found, want) {
 		t.Fatalf("%s: found %q, not %q", what, a.found, want)
 	}
@@ -95,25 +122,25 @@ func (a *around) join(t *testing.T, coordinator, fleet string, online bool) {
 
 func TestDeviceOfNobodyFollowsACoordinatorThatMoves(t *testing.T) {
 	lookAround(t, func(t *testing.T, a *around) {
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.1:8443", "")}
+		a.answer(says("a", "https://192.0.2.1:8443", ""))
 		a.goes(t, "the first", time.Minute, "https://192.0.2.1:8443")
 		a.goes(t, "the same", time.Hour, "https://192.0.2.1:8443")
-		a.answers = nil
+		a.answer()
 		a.goes(t, "none", time.Hour, "https://192.0.2.1:8443")
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.2:8443", "")}
+		a.answer(says("a", "https://192.0.2.2:8443", ""))
 		a.goes(t, "another", 10*time.Minute, "https://192.0.2.1:8443", "https://192.0.2.2:8443")
-		a.answers = append(a.answers, says("b", "https://192.0.2.3:8443", ""))
+		a.answer(says("a", "https://192.0.2.2:8443", ""), says("b", "https://192.0.2.3:8443", ""))
 		a.goes(t, "a stranger beside it", time.Hour, "https://192.0.2.1:8443", "https://192.0.2.2:8443")
 	})
 }
 
 func TestAnAnswerThatCameOnceMovesNobody(t *testing.T) {
 	lookAround(t, func(t *testing.T, a *around) {
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.1:8443", "")}
+		a.answer(says("a", "https://192.0.2.1:8443", ""))
 		a.goes(t, "the first", time.Minute, "https://192.0.2.1:8443")
 		for i := range 20 {
-			a.answers = []dnssd.BrowseEntry{says("a", fmt.Sprintf("https://192.0.2.%d:8443", 10+i), "")}
-			for was := a.looks; a.looks == was; {
+			a.answer(says("a", fmt.Sprintf("https://192.0.2.%d:8443", 10+i), ""))
+			for was := a.looked(); a.looked() == was; {
 				time.Sleep(time.Second)
 			}
 		}
@@ -124,12 +151,12 @@ func TestAnAnswerThatCameOnceMovesNobody(t *testing.T) {
 func TestMemberDoesNotLookAroundAndOneThatWasResetDoes(t *testing.T) {
 	lookAround(t, func(t *testing.T, a *around) {
 		a.join(t, "https://192.0.2.1:8443", "home", true)
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.2:8443", "home")}
+		a.answer(says("a", "https://192.0.2.2:8443", "home"))
 		time.Sleep(time.Second)
-		was := a.looks
+		was := a.looked()
 		a.goes(t, "a member", 24*time.Hour)
-		if a.looks != was {
-			t.Fatalf("a member that is online looked %d times", a.looks-was)
+		if now := a.looked(); now != was {
+			t.Fatalf("a member that is online looked %d times", now-was)
 		}
 		if err := os.Remove(a.path(membershipFile)); err != nil {
 			t.Fatal(err)
@@ -141,16 +168,16 @@ func TestMemberDoesNotLookAroundAndOneThatWasResetDoes(t *testing.T) {
 func TestMemberThatIsOfflineForLongLooksForItsOwnFleet(t *testing.T) {
 	lookAround(t, func(t *testing.T, a *around) {
 		a.join(t, "https://192.0.2.1:8443", "home", false)
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.2:8443", "home"), says("b", "https://192.0.2.3:8443", "other"), says("c", "https://192.0.2.4:8443", "")}
+		a.answer(says("a", "https://192.0.2.2:8443", "home"), says("b", "https://192.0.2.3:8443", "other"), says("c", "https://192.0.2.4:8443", ""))
 		a.goes(t, "not yet", offlineLong-2*wantedEvery)
 		a.goes(t, "its own fleet", 5*time.Minute, "https://192.0.2.2:8443")
 		a.join(t, "https://192.0.2.2:8443", "home", true)
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.5:8443", "home")}
+		a.answer(says("a", "https://192.0.2.5:8443", "home"))
 		a.goes(t, "online again", 24*time.Hour, "https://192.0.2.2:8443")
 	})
 	lookAround(t, func(t *testing.T, a *around) {
 		a.join(t, "https://192.0.2.1:8443", "home", false)
-		a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.1:8443", "home"), says("b", "https://192.0.2.3:8443", "other")}
+		a.answer(says("a", "https://192.0.2.1:8443", "home"), says("b", "https://192.0.2.3:8443", "other"))
 		a.goes(t, "one that has not moved, and a stranger", 24*time.Hour)
 	})
 }
@@ -168,8 +195,10 @@ func TestCoordinatorsOfOneFleetAreOneAndOfTwoAreNone(t *testing.T) {
 		"one that says nothing, and one": {[2]string{"home", ""}, "https://192.0.2.1:8443", ""},
 	} {
 		lookAround(t, func(t *testing.T, a *around) {
-			a.answers = []dnssd.BrowseEntry{says("a", "https://192.0.2.1:8443", c.fleets[0]), says("b", "https://192.0.2.2:8443", c.fleets[1])}
-			a.machine.log, a.proves = slog.New(slog.DiscardHandler), c.proves
+			a.answer(says("a", "https://192.0.2.1:8443", c.fleets[0]), says("b", "https://192.0.2.2:8443", c.fleets[1]))
+			a.sync.Lock()
+			a.proves = c.proves
+			a.sync.Unlock()
 			var want []string
 			if c.want != "" {
 				want = strings.Fields(c.want)

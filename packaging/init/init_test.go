@@ -84,13 +84,16 @@ type said struct {
 	news  chan struct{}
 }
 
-func newSaid() *said { return &said{news: make(chan struct{}, 1000)} }
+func newSaid() *said { return &said{news: make(chan struct{}, 1)} }
 
 func (s *said) say(line string) {
 	s.mu.Lock()
 	s.lines = append(s.lines, strings.TrimSpace(line))
 	s.mu.Unlock()
-	s.news <- struct{}{}
+	select {
+	case s.news <- struct{}{}:
+	default: // whoever waits has a look to come already
+	}
 }
 
 func (s *said) count(text string) (n int) {

@@ -143,9 +143,6 @@ func TestConsoleThatNobodyReadsHoldsUpNobodyAndLossIsTold(t *testing.T) {
 		j.say("line \x1b[2J")
 	}
 	close(blocked)
-	s.mu.Lock()
-	s.news = make(chan struct{}, 10*queued)
-	s.mu.Unlock()
 	cancel()
 	<-done
 	if s.count("lines were lost here") == 0 || s.count("line ?[2J") < queued {
