@@ -273,12 +273,27 @@ func (s *Store) shares(f file, all images) bool {
 	return false
 }
 
-// remove removes files, and returns when they are gone for good.
+// remove removes files, and returns when they are gone for good. FAT frees the
+// blocks of a file before its name is gone, so one that could boot loses that name
+// first: a cut would leave it broken, and the boot loader may prefer it.
 func (s *Store) remove(names []string) error {
 	if len(names) == 0 {
 		return nil
 	}
+	var aside []string
 	for _, name := range names {
+		if !strings.HasSuffix(name, asideEnd) {
+			if err := s.disk.rename(name, name+asideEnd); err != nil {
+				return err
+			}
+			name += asideEnd
+		}
+		aside = append(aside, name)
+	}
+	if err := s.disk.sync(); err != nil {
+		return err
+	}
+	for _, name := range aside {
 		if err := s.disk.remove(name); err != nil {
 			return err
 		}
@@ -509,7 +524,8 @@ func (s *Store) settle() (*slot.Outcome, error) {
 	}
 	var bad []string
 	for _, f := range all {
-		if !f.tmp && f.counted && f.version != s.running && over(f) && !s.shares(f, all) {
+		given := f.counted && f.version != s.running && over(f)
+		if (f.tmp || given) && !s.shares(f, all) { // what is aside was cut off, in its making or its removal
 			bad = append(bad, f.name)
 		}
 	}

@@ -152,6 +152,8 @@ func (f *fat) remove(name string) error {
 	f.step()
 	if f.live[name] != nil {
 		f.freed(name)
+		// The blocks are free before the name is gone, and either may be lost.
+		f.pending = append(f.pending, change{name: name, to: &content{[]byte("freed"), true}})
 		f.set(name, nil)
 	}
 	return nil

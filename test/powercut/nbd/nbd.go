@@ -27,7 +27,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -149,8 +148,8 @@ func (s *Server) serve(conn net.Conn) error {
 		return err
 	}
 	// Requests are read ahead: see the package comment.
-	var answered atomic.Int64 // changes
-	answered.Store(int64(s.changes))
+	var answer sync.Mutex // so that a request that follows an answer finds it counted
+	answered := s.changes
 	requests := make(chan request, ahead)
 	var readErr error
 	stop := make(chan struct{})
@@ -162,7 +161,9 @@ func (s *Server) serve(conn net.Conn) error {
 				readErr = err
 				return
 			}
-			r.answered = int(answered.Load())
+			answer.Lock()
+			r.answered = answered
+			answer.Unlock()
 			select {
 			case requests <- r:
 			case <-stop:
@@ -186,10 +187,13 @@ func (s *Server) serve(conn net.Conn) error {
 		if err := s.carryOut(r, out); err != nil {
 			return err
 		}
-		if err := out.Flush(); err != nil {
+		answer.Lock()
+		err := out.Flush()
+		answered = s.changes
+		answer.Unlock()
+		if err != nil {
 			return err
 		}
-		answered.Store(int64(s.changes))
 	}
 	return readErr
 }
