@@ -152,14 +152,6 @@ func (f *fleet) online(ctx context.Context, id wire.DeviceID, since time.Time) (
 	return d, err
 }
 
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
-
 func asJSON(v any) json.RawMessage {
 	raw, _ := json.Marshal(v) // of numbers and strings
 	return raw

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -17,9 +16,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/test/powercut/nbd"
+	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -145,26 +146,15 @@ func (k *worker) prepare(dir string) error {
 		}
 	}
 	if k.firmware != "" {
-		if k.h.Firmware[newVersion], err = fileDigest(k.firmware); err != nil {
+		if k.h.Firmware[newVersion], err = slot.Digest(k.firmware); err != nil {
 			return err
 		}
 	}
-	if k.h.HTTPS, err = freeAddress(); err != nil {
+	if k.h.HTTPS, err = testbed.UnusedAddress(); err != nil {
 		return err
 	}
-	k.h.MQTT, err = freeAddress()
+	k.h.MQTT, err = testbed.UnusedAddress()
 	return err
-}
-
-func fileDigest(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	_, err = io.Copy(h, f)
-	return hex.EncodeToString(h.Sum(nil)), err
 }
 
 // run is the life that is recorded.

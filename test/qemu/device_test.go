@@ -202,11 +202,7 @@ func (d *device) awaitOnline() {
 // now is what the coordinator knows of the device.
 func (d *device) now() api.Device {
 	d.f.T.Helper()
-	v, err := d.f.Client.Device(d.f.Ctx, string(d.id))
-	if err != nil {
-		d.f.T.Fatal(err)
-	}
-	return v
+	return d.f.Device(d.id)
 }
 
 // powerOff presses the power button and waits until the machine is off.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // Fleet is a coordinator, and who commands it. Fields are set before
@@ -122,6 +123,16 @@ func (f *Fleet) Sub(name string, part func(t *testing.T)) {
 		defer func() { f.T = whole }()
 		part(t)
 	})
+}
+
+// Device is what the coordinator knows of a device.
+func (f *Fleet) Device(id wire.DeviceID) api.Device {
+	f.T.Helper()
+	v, err := f.Client.Device(f.Ctx, string(id))
+	if err != nil {
+		f.T.Fatal(err)
+	}
+	return v
 }
 
 // Until polls for an event, at most for its patience.
