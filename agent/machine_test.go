@@ -18,6 +18,7 @@ import (
 	"github.com/deimos-edge/deimos/hw/health"
 	"github.com/deimos-edge/deimos/hw/panel"
 	"github.com/deimos-edge/deimos/hw/watchdog"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
@@ -484,7 +485,7 @@ func TestAResetEndsWhereSomethingIsMounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Mount("tmpfs", cfg.path("jobs"), "tmpfs", 0, "size=1m"); err != nil {
-		t.Skipf("only root can mount: %v", err)
+		testenv.Cannot(t, "only root can mount: %v", err)
 	}
 	defer func() {
 		if err := unix.Unmount(cfg.path("jobs"), 0); err != nil {
@@ -527,7 +528,7 @@ func TestNoVolumeIsMadeUnderADiskThatWasTakenOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Mount("tmpfs", mount, "tmpfs", unix.MS_RDONLY, "size=1m"); err != nil {
-		t.Skipf("only root can mount: %v", err)
+		testenv.Cannot(t, "only root can mount: %v", err)
 	}
 	cfg := Config{StateDir: t.TempDir(), Volumes: []VolumeConfig{{Dir: filepath.Join(mount, "chunks")}}}
 	m, stop := realMachine(t, cfg)

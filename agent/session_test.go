@@ -23,6 +23,7 @@ import (
 	mqtt "github.com/eclipse/paho.mqtt.golang"
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -46,19 +47,7 @@ pattern write deimos/1/%u/beat
 pattern write deimos/1/%u/presence
 `
 
-func mosquitto(t *testing.T) string {
-	t.Helper()
-	for _, p := range []string{"mosquitto", "/usr/sbin/mosquitto"} {
-		if path, err := exec.LookPath(p); err == nil {
-			return path
-		}
-	}
-	if os.Getenv("CI") != "" {
-		t.Fatal("there is no mosquitto: make setup installs it")
-	}
-	t.Skip("there is no mosquitto: make setup installs it")
-	return ""
-}
+func mosquitto(t *testing.T) string { return testenv.Tool(t, "mosquitto", "mosquitto") }
 
 // startBroker runs a broker with these access rules.
 func startBroker(t *testing.T, ca *authority, acl string) *broker {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // TestAThousandDisks probes a machine with many more disks than any has.
@@ -213,9 +215,7 @@ func TestMirroredSystemIsOnBothDisks(t *testing.T) {
 // loopDevice attaches a file to a loop device of this kernel, where that is allowed.
 func loopDevice(t *testing.T) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("attaching a loop device needs root")
-	}
+	testenv.Root(t, "attaching a loop device needs root")
 	file := filepath.Join(t.TempDir(), "image")
 	must(t, os.WriteFile(file, nil, 0o600))
 	must(t, os.Truncate(file, 64<<20))
@@ -227,7 +227,7 @@ func loopDevice(t *testing.T) string {
 	}
 	dev, err := run("losetup", "--find", "--show", file)
 	if err != nil {
-		t.Skipf("no loop device here: %v %s", err, dev)
+		testenv.Cannot(t, "no loop device here: %v %s", err, dev)
 	}
 	t.Cleanup(func() {
 		if out, err := run("losetup", "--detach", dev); err != nil {
@@ -242,11 +242,11 @@ func loopDevice(t *testing.T) string {
 func TestRealFilesystemOnALoopDeviceIsMeasured(t *testing.T) {
 	dev := loopDevice(t)
 	point := t.TempDir()
-	if out, err := exec.CommandContext(t.Context(), "mkfs.ext4", "-q", dev).CombinedOutput(); err != nil {
-		t.Skipf("no file system could be made: %v %s", err, out)
+	if out, err := exec.CommandContext(t.Context(), testenv.Tool(t, "mkfs.ext4", "e2fsprogs"), "-q", dev).CombinedOutput(); err != nil {
+		t.Fatalf("no file system could be made: %v %s", err, out)
 	}
 	if out, err := exec.CommandContext(t.Context(), "mount", dev, point).CombinedOutput(); err != nil {
-		t.Skipf("mounting is not allowed here: %v %s", err, out)
+		testenv.Cannot(t, "mounting is not allowed here: %v %s", err, out)
 	}
 	t.Cleanup(func() { _ = exec.Command("umount", point).Run() })
 	inv := probe(t, Options{})

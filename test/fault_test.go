@@ -17,6 +17,7 @@ import (
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -101,9 +102,7 @@ func TestAgentEndsWithASentence(t *testing.T) {
 		})
 	}
 	f.Sub("a state folder of somebody else", func(t *testing.T) {
-		if os.Getuid() != 0 {
-			t.Skip("only root can run a program as somebody else")
-		}
+		testenv.Root(t, "only root can run a program as somebody else")
 		agent := copyForEverybody(t)
 		f.checkEnd(proc.Command{Argv: []string{agent, "run", "--state", f.devices[0].state()}, As: 65534, Dir: "/"}, cli.ExitNoCreate, "--state", "permission denied")
 	})
@@ -288,13 +287,11 @@ func TestOperatorsFaults(t *testing.T) {
 // TestFullDisk fills a device's disk behind its back: it refuses with a reason,
 // lives, and takes chunks again when there is room.
 func TestFullDisk(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("only root can mount a small disk")
-	}
+	testenv.Root(t, "only root can mount a small disk")
 	t.Parallel()
 	disk := t.TempDir()
 	if err := unix.Mount("tmpfs", disk, "tmpfs", 0, "size=512m"); err != nil {
-		t.Skipf("no small disk can be mounted here: %v", err)
+		testenv.Cannot(t, "no small disk can be mounted here: %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(disk, unix.MNT_DETACH) })
 	f := newFleet(t, slowBeat)

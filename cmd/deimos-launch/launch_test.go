@@ -24,18 +24,17 @@ const patience = 30 * time.Second
 var launcherBin, agentBin []byte
 
 func TestMain(m *testing.M) {
+	launcherBin, agentBin = build("."), build("./testdata/agent")
+	os.Exit(m.Run())
+}
+
+// build compiles with crash points, which do nothing unless asked for.
+func build(pkg string) []byte {
 	dir, err := os.MkdirTemp("", "deimos-launch-test-*")
 	if err != nil {
 		panic(err)
 	}
-	launcherBin, agentBin = build(dir, "."), build(dir, "./testdata/agent")
-	code := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(code)
-}
-
-// build compiles with crash points, which do nothing unless asked for.
-func build(dir, pkg string) []byte {
+	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "out")
 	cmd := exec.Command("go", "build", "-tags", "crashpoints", "-ldflags=-s -w", "-o", out, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

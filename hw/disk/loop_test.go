@@ -11,18 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
-// loop mounts a new filesystem of 2 GiB on a loop device. It skips the test
-// where that cannot be done.
+// loop mounts a new filesystem of 2 GiB on a loop device.
 func loop(t *testing.T, fstype string, mkfs ...string) string {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("loop devices need root")
-	}
-	if _, err := exec.LookPath(mkfs[0]); err != nil {
-		t.Skipf("%s is not installed", mkfs[0])
-	}
+	testenv.Root(t, "loop devices need root")
+	mkfs[0] = testenv.Tool(t, mkfs[0], "e2fsprogs dosfstools")
 	dir := t.TempDir()
 	image, mount := filepath.Join(dir, "image"), filepath.Join(dir, "mount")
 	f, err := os.Create(image)
@@ -39,7 +35,7 @@ func loop(t *testing.T, fstype string, mkfs ...string) string {
 	command := func(name string, args ...string) string {
 		out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
 		if err != nil {
-			t.Skipf("no loop device to be had: %s %s: %v: %s", name, strings.Join(args, " "), err, out)
+			testenv.Cannot(t, "no loop device to be had: %s %s: %v: %s", name, strings.Join(args, " "), err, out)
 		}
 		return strings.TrimSpace(string(out))
 	}

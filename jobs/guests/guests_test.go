@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 )
@@ -67,11 +68,7 @@ func run(t testing.TB, guest string, in []byte) []byte {
 // native runs a tool of this machine over the same input, in the C locale.
 func native(t *testing.T, in []byte, tool string, args ...string) []string {
 	t.Helper()
-	path, err := exec.LookPath(tool)
-	if err != nil {
-		t.Skipf("%s is not installed", tool)
-	}
-	cmd := exec.Command(path, args...)
+	cmd := exec.Command(testenv.Tool(t, tool, "coreutils gawk"), args...)
 	cmd.Env = []string{"LC_ALL=C"}
 	cmd.Stdin = bytes.NewReader(in)
 	out, err := cmd.Output()

@@ -3,11 +3,11 @@ package sandbox
 import (
 	"bytes"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -17,10 +17,7 @@ func TestSameBytesOnArm64(t *testing.T) {
 	if testing.Short() {
 		t.Skip("compiling a Go module under emulation takes half a minute; run without -short")
 	}
-	qemu, err := exec.LookPath("qemu-aarch64-static")
-	if err != nil {
-		t.Skip("qemu-aarch64-static is not installed (Debian: qemu-user-static)")
-	}
+	qemu := testenv.Tool(t, "qemu-aarch64-static", "qemu-user-static")
 	worker := filepath.Join(t.TempDir(), "worker")
 	if err := wasmtest.Worker("arm64", worker); err != nil {
 		t.Fatal(err)

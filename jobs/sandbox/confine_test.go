@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/wire"
 	"golang.org/x/sys/unix"
 )
@@ -113,7 +114,7 @@ func TestWorkerIsConfinedBeforeTheModuleRuns(t *testing.T) {
 
 func TestNoThreadOfTheParentIsSpentForLong(t *testing.T) {
 	if strings.Contains(procFile(os.Getpid(), "status"), "NoNewPrivs:\t1") {
-		t.Skip("this test itself runs without new privileges")
+		testenv.Cannot(t, "this test itself runs without new privileges")
 	}
 	mustRun(t, Spec{Module: wasm{}.file(t)})
 	eventually(t, "no thread without new privileges", func() bool {

@@ -16,6 +16,7 @@ import (
 	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/vishvananda/netlink"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/test/testbed"
 )
 
@@ -108,7 +109,7 @@ func onNetworkOfOurOwn(t *testing.T) {
 	runtime.LockOSThread() // Pdeathsig is the thread's
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		cannot(t, "there are no network namespaces here: "+err.Error())
+		testenv.Cannot(t, "there are no network namespaces here: %v", err)
 	}
 	err = cmd.Wait()
 	t.Log(out.String())
@@ -118,16 +119,6 @@ func onNetworkOfOurOwn(t *testing.T) {
 	case strings.Contains(out.String(), "--- SKIP"):
 		t.Skip("as the above says")
 	}
-}
-
-// cannot leaves a test out that this host cannot run; where everything must be
-// tested it fails.
-func cannot(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
 }
 
 // layNetwork makes the network: this host's end of it, with DHCP.
@@ -142,7 +133,7 @@ func layNetwork(t *testing.T) {
 	}
 	link := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: tap}, Mode: netlink.TUNTAP_MODE_TAP}
 	if err := netlink.LinkAdd(link); err != nil {
-		cannot(t, "there is no tap device here: "+err.Error())
+		testenv.Cannot(t, "there is no tap device here: %v", err)
 	}
 	if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: ourAddress, Mask: lanMask}}); err != nil {
 		t.Fatal(err)
