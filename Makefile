@@ -8,6 +8,11 @@ VERSION  := 0.1.0
 RELEASED := 2026-11-22
 GO       := go
 BIN      := bin
+# The versions of what is offered to a device of this one, in tour and tests: the next
+# minor version, which works, and the one after it, which does not. Who offers a
+# program asks it for its version.
+NEXT     := $(shell echo '$(VERSION)' | awk -F. '{ print $$1 "." $$2 + 1 ".0" }')
+BROKEN   := $(shell echo '$(NEXT)' | awk -F. '{ print $$1 "." $$2 + 1 ".0" }')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,7 +49,7 @@ image image-debug: $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init
 qemu: $(IMAGE) ## A device in this terminal: the image in QEMU (NAME=, NEW=1, COORDINATOR=https://10.0.2.2:8443, TOKEN=)
 	@$(GO) run ./packaging/qemu/run -image $(IMAGE) -dir "$(BIN)/qemu/$(or $(NAME),device)" $(if $(filter-out 0 no false,$(NEW)),-new) \
 	  -coordinator "$$COORDINATOR" -token "$$TOKEN"
-qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) ## The tour with two devices of the image in QEMU beside one process (ONCE=1, FILE=path)
+qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) $(BIN)/qemu-test/deimos_$(NEXT).efi ## The tour with two devices of the image in QEMU beside one process (ONCE=1, FILE=path)
 	@$(BIN)/deimos dev --image $(IMAGE) $(if $(filter-out 0 no false,$(ONCE)),--once) $(if $(FILE),--file "$$FILE")
 export COORDINATOR TOKEN
 export CONFIG
@@ -82,6 +87,10 @@ powercut: qemu-images ## Cut the power of a device in QEMU at thousands of momen
 deb-test: ## Install, upgrade, remove and purge the Debian packages under a systemd of their own; lintian; same bytes twice (root)
 	@scripts/test-deb
 
+.PHONY: versions
+versions: # for scripts: ours, when it was released, the next one, one that does not work
+	@echo $(VERSION) $(RELEASED) $(NEXT) $(BROKEN)
+
 .PHONY: repro
 repro: ## Build the device programs twice, from nothing, in two places, and compare (minutes)
 	@scripts/repro --from-nothing
@@ -106,7 +115,7 @@ help: ## Show this list
 # With an empty build id `go build` links anew each time, so make decides: a
 # program is stale when a source file, the list of them, the version, the flags
 # or the Go release has changed.
-SOURCES := $(shell find . -mindepth 1 \( -name '.*' -o -path './$(BIN)' -o -path ./dev -o -path ./docs \
+SOURCES := $(shell find . -mindepth 1 \( -name '.*' -o -path ./bin -o -path './$(BIN)' -o -path ./dev -o -path ./docs \
              -o -path ./test -o -path ./tools -o -path ./scripts -o -name testdata \) -prune \
              -o -type f ! -name '*_test.go' ! -name '*.md' ! -name '*[ :\#$$]*' -print | LC_ALL=C sort)
 FLAGS   := -trimpath -buildvcs=false
@@ -145,10 +154,10 @@ $(GUESTS): $(BIN)/guests/%.wasm: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=wasip1 GOARCH=wasm GOWASM=,$(VERSION),jobs/guests/$*)
 
 $(BIN)/tour/agent-next: $(SOURCES) $(STAMP)
-	$(call go-build,$(NATIVE),0.2.0,cmd/deimos-agent)
+	$(call go-build,$(NATIVE),$(NEXT),cmd/deimos-agent)
 
 $(BIN)/tour/agent-broken: $(SOURCES) $(STAMP)
-	$(call go-build,$(NATIVE),0.3.0,packaging/tour/brokenagent)
+	$(call go-build,$(NATIVE),$(BROKEN),packaging/tour/brokenagent)
 
 MAKE_IMAGE = $(GO) run ./packaging/image -version $(VERSION) -agent $(BIN)/arm64/deimos-agent -init $(BIN)/arm64/deimos-init \
                -out $(BIN)/image $(if $(CONFIG),-config "$$CONFIG")
@@ -158,17 +167,19 @@ $(IMAGE): $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init $(SOURCES) $(STAMP)
 
 # What `make qemu-test` runs: the image, and the firmware that its updates bring, one
 # that works and one whose agent does not.
+FIRMWARE := $(foreach v,$(NEXT) $(BROKEN),$(BIN)/qemu-test/deimos_$v.efi)
 .PHONY: qemu-images
-qemu-images: $(HOST) $(GUESTS) $(foreach v,0.2.0 0.3.0,$(BIN)/qemu-test/agent-$v $(BIN)/qemu-test/init-$v)
+qemu-images: $(HOST) $(GUESTS) $(TOUR) $(FIRMWARE)
 	@$(MAKE) image CONFIG=
-	@for v in 0.2.0 0.3.0; do \
-	  $(GO) run ./packaging/image -version $$v -agent $(BIN)/qemu-test/agent-$$v -init $(BIN)/qemu-test/init-$$v -out $(BIN)/qemu-test || exit; done
 
-$(BIN)/qemu-test/agent-0.2.0: $(SOURCES) $(STAMP)
-	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.2.0,cmd/deimos-agent)
+$(FIRMWARE): $(BIN)/qemu-test/deimos_%.efi: $(BIN)/qemu-test/agent-% $(BIN)/qemu-test/init-%
+	@$(GO) run ./packaging/image -version $* -agent $(BIN)/qemu-test/agent-$* -init $(BIN)/qemu-test/init-$* -out $(@D)
 
-$(BIN)/qemu-test/agent-0.3.0: $(SOURCES) $(STAMP)
-	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,0.3.0,packaging/tour/brokenagent)
+$(BIN)/qemu-test/agent-$(NEXT): $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(NEXT),cmd/deimos-agent)
+
+$(BIN)/qemu-test/agent-$(BROKEN): $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(BROKEN),packaging/tour/brokenagent)
 
 $(BIN)/qemu-test/init-%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$*,packaging/init)

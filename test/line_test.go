@@ -136,30 +136,33 @@ var natsServer = func() func(*testing.T) string {
 func (d *device) checkStorage() { d.f.T.Helper(); d.f.CheckStorage(d.name, d.id) }
 func (d *device) checkCompute() { d.f.T.Helper(); d.f.CheckCompute(d.name, d.id, "sha256sum") }
 
-func (f *fleet) release(version, agent string) {
+// release publishes an agent under its own version, which it returns.
+func (f *fleet) release(agent string) (version string) {
 	f.T.Helper()
+	version = testbed.VersionOf(f.T, agent)
 	dir := f.Path("release-" + version)
-	f.OK(nil, "release", "build", "--version", version, "--agent", testbed.Program("tour/"+agent), "--out", dir)
+	f.OK(nil, "release", "build", "--version", version, "--agent", testbed.Program(agent), "--out", dir)
 	f.Publish(dir)
+	return version
 }
 
 // checkUpdates has d take a good release, and come back from a bad one.
 func (f *fleet) checkUpdates(d *device) {
 	f.T.Helper()
 	before := d.now()
-	f.release("0.2.0", "agent-next")
+	next := f.release("tour/agent-next")
 	var good []api.Order
-	f.OK(&good, "release", "offer", "0.2.0", "--device", string(d.id), "--wait", "60s")
+	f.OK(&good, "release", "offer", next, "--device", string(d.id), "--wait", "60s")
 	if len(good) != 1 || good[0].State != wire.Succeeded {
 		f.T.Fatalf("the good release: %+v", good)
 	}
 	var res wire.UpdateResult
-	if err := json.Unmarshal(good[0].Result.Body, &res); err != nil || !res.Confirmed || res.Running != "0.2.0" || res.From != before.Agent {
+	if err := json.Unmarshal(good[0].Result.Body, &res); err != nil || !res.Confirmed || res.Running != next || res.From != before.Agent {
 		f.T.Errorf("the update's report: %+v %v", res, err)
 	}
 	awaitVersion := func() {
 		f.T.Helper()
-		f.Until(d.name+" running 0.2.0", func() bool { v := d.now(); return v.Online && v.Agent == "0.2.0" && v.Slot != before.Slot })
+		f.Until(d.name+" running "+next, func() bool { v := d.now(); return v.Online && v.Agent == next && v.Slot != before.Slot })
 	}
 	awaitVersion()
 	// How the old agent asked the launcher for the new one.
@@ -167,9 +170,9 @@ func (f *fleet) checkUpdates(d *device) {
 		f.T.Errorf("the agent did not end with code 75 to be started again (%v)", err)
 	}
 
-	f.release("0.3.0", "agent-broken")
+	broken := f.release("tour/agent-broken")
 	var bad []api.Order
-	f.Fails(&bad, 1, "release", "offer", "0.3.0", "--device", string(d.id), "--wait", "120s")
+	f.Fails(&bad, 1, "release", "offer", broken, "--device", string(d.id), "--wait", "120s")
 	if len(bad) != 1 || bad[0].State != wire.Failed || bad[0].Result.Code != wire.CodeRolledBack || bad[0].Result.Reason == "" {
 		f.T.Fatalf("the bad release: %+v", bad)
 	}

@@ -31,14 +31,14 @@ import (
 // probe has the agent look at this machine, without any coordinator.
 func (t *tour) probe(ctx context.Context) ([]string, error) {
 	var inv hw.Inventory
-	if err := t.ask(ctx, &inv, "probe"); err != nil {
+	if err := t.ask(ctx, &inv, "deimos-agent", "probe"); err != nil {
 		return nil, err
 	}
 	if inv.Memory.Total == 0 || len(inv.Filesystems) == 0 {
 		return nil, errors.New("the inventory has neither memory nor a filesystem")
 	}
 	var all []disk.Candidate
-	if err := t.ask(ctx, &all, "disks"); err != nil {
+	if err := t.ask(ctx, &all, "deimos-agent", "disks"); err != nil {
 		return nil, err
 	}
 	if len(all) == 0 {
@@ -52,14 +52,14 @@ func (t *tour) probe(ctx context.Context) ([]string, error) {
 	return append(lines, few("chunks", room(all))...), nil
 }
 
-// ask runs the agent's program and reads what it prints as JSON.
-func (t *tour) ask(ctx context.Context, into any, command string) error {
-	raw, err := t.exec(ctx, "deimos-agent", command, "-o", "json")
+// ask runs one of our programs and reads what it prints as JSON.
+func (t *tour) ask(ctx context.Context, into any, program, command string) error {
+	raw, err := t.exec(ctx, program, command, "-o", "json")
 	if err != nil {
 		return err
 	}
 	if err := json.Unmarshal(raw, into); err != nil {
-		return fmt.Errorf("what deimos-agent %s prints cannot be read: %w", command, err)
+		return fmt.Errorf("what %s %s prints cannot be read: %w", program, command, err)
 	}
 	return nil
 }
@@ -569,53 +569,118 @@ func (t *tour) auditCompute(ctx context.Context) ([]string, error) {
 	return nil, last
 }
 
-// update installs a good release and then one that does not come up.
-func (t *tour) update(ctx context.Context) ([]string, error) {
-	d := t.devices[1]
-	if t.Image != "" {
-		d = t.devices[0]
+// The programs of the releases that the tour offers, which "make build" gives the
+// versions after ours.
+const (
+	nextAgent   = "tour/agent-next"
+	brokenAgent = "tour/agent-broken"
+)
+
+// learnVersions asks the programs that are going to be offered what they are.
+func (t *tour) learnVersions(ctx context.Context) error {
+	for program, version := range map[string]*string{nextAgent: &t.next, brokenAgent: &t.broken} {
+		var v cli.Version
+		if err := t.ask(ctx, &v, program, "version"); err != nil {
+			return err
+		}
+		*version = v.Version
 	}
-	fleet, err := t.devicesNow(ctx)
+	return nil
+}
+
+// update installs a good release, and then has a process, whose state can be looked
+// at, come back from one that does not come up.
+func (t *tour) update(ctx context.Context) ([]string, error) {
+	d, all := t.devices[1], t.devices[1:2]
+	if t.Image != "" {
+		d, all = t.devices[0], t.devices
+	}
+	lines, err := t.goForward(ctx, all)
 	if err != nil {
 		return nil, err
 	}
-	before := fleet[d.id]
-	if err := t.release(ctx, "0.2.0", "agent-next"); err != nil {
+	back, err := t.comeBack(ctx, d)
+	return append(lines, back...), err
+}
+
+// goForward offers the good release to devices at once. Each takes of it what it
+// runs: a process the agent, a machine the firmware.
+func (t *tour) goForward(ctx context.Context, to []*device) ([]string, error) {
+	before, err := t.devicesNow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	parts := []string{"--agent", t.program(nextAgent)}
+	if t.Image != "" {
+		parts = append(parts, "--firmware", t.firmware())
+	}
+	if err := t.release(ctx, t.next, parts...); err != nil {
+		return nil, err
+	}
+	offer := []string{"release", "offer", t.next, "--wait", t.patience(time.Minute).String()}
+	for _, d := range to {
+		offer = append(offer, "--device", d.id)
+	}
+	began := time.Now()
+	var orders []api.Order
+	if err := t.cli(ctx, &orders, offer...); err != nil {
+		return nil, err
+	}
+	var lines []string
+	for _, d := range to {
+		i := slices.IndexFunc(orders, func(o api.Order) bool { return string(o.Order.Device) == d.id })
+		if i < 0 {
+			return nil, fmt.Errorf("device %d was not offered %s", d.n, t.next)
+		}
+		line, err := t.updated(ctx, d, before[d.id], orders[i], began)
+		if err != nil {
+			return nil, err
+		}
+		lines = append(lines, line)
+	}
+	return lines, nil
+}
+
+// updated checks that a device runs what it says that it has confirmed.
+func (t *tour) updated(ctx context.Context, d *device, before api.Device, o api.Order, began time.Time) (string, error) {
+	var r wire.UpdateResult
+	if err := json.Unmarshal(o.Result.Body, &r); err != nil || !r.Confirmed || r.Running != t.next || r.From != before.Agent {
+		return "", fmt.Errorf("device %d does not report that it went from %s to %s: %+v", d.n, before.Agent, t.next, r)
+	}
+	after, err := t.running(ctx, d, t.next)
+	if err != nil {
+		return "", err
+	}
+	took := o.Updated.Sub(began).Seconds()
+	if !t.isMachine(d) {
+		return fmt.Sprintf("%-7s signed with TUF keys, installed beside, confirmed: device %d went %s/%s → %s/%s in %.1f s",
+			t.next, d.n, before.Agent, before.Slot, after.Agent, after.Slot, took), nil
+	}
+	if started := d.firmwareStarted(); started != t.next {
+		return "", fmt.Errorf("the agent of device %d is %s, but the firmware that its machine started is %q", d.n, after.Agent, started)
+	}
+	return fmt.Sprintf("        device %d took the firmware of it, restarted and confirmed it: %s → %s in %.1f s", d.n, before.Agent, after.Agent, took), nil
+}
+
+// comeBack offers a release that does not come up to a device that runs the good one.
+func (t *tour) comeBack(ctx context.Context, d *device) ([]string, error) {
+	if err := t.release(ctx, t.broken, "--agent", t.program(brokenAgent)); err != nil {
 		return nil, err
 	}
 	began := time.Now()
-	var good []api.Order
-	if err := t.cli(ctx, &good, "release", "offer", "0.2.0", "--device", d.id, "--wait", t.patience(time.Minute).String()); err != nil {
-		return nil, err
-	}
-	took := time.Since(began)
-	after, err := t.running(ctx, d, "0.2.0")
-	if err != nil {
-		return nil, err
-	}
-	if err := t.release(ctx, "0.3.0", "agent-broken"); err != nil {
-		return nil, err
-	}
-	began = time.Now()
 	var bad []api.Order
-	err = t.cli(ctx, &bad, "release", "offer", "0.3.0", "--device", d.id, "--wait", t.patience(2*time.Minute).String())
-	if err == nil || len(bad) != 1 || bad[0].State != wire.Failed || bad[0].Result.Code != wire.CodeRolledBack {
+	err := t.cli(ctx, &bad, "release", "offer", t.broken, "--device", d.id, "--wait", t.patience(2*time.Minute).String())
+	if len(bad) != 1 || bad[0].State != wire.Failed || bad[0].Result.Code != wire.CodeRolledBack {
 		return nil, fmt.Errorf("the bad release should have been rolled back, but: %v", errors.Join(err, errors.New("the order is "+stateOf(bad))))
 	}
 	back := time.Since(began)
-	if _, err := t.running(ctx, d, "0.2.0"); err != nil {
+	if _, err := t.running(ctx, d, t.next); err != nil {
 		return nil, err
 	}
-	lines := []string{
-		fmt.Sprintf("0.2.0   signed with TUF keys, installed beside, confirmed: device %d went %s/%s → %s/%s in %.1f s",
-			d.n, before.Agent, before.Slot, after.Agent, after.Slot, took.Seconds()),
-		fmt.Sprintf("0.3.0   signed alike, but does not come up; back on 0.2.0 by itself after %.1f s; the device reports:", back.Seconds()),
+	return []string{
+		fmt.Sprintf("%-7s signed alike, but does not come up; back on %s by itself after %.1f s; the device reports:", t.broken, t.next, back.Seconds()),
 		"        " + strings.Replace(bad[0].Result.Reason, "; ", ";\n                 ", 1),
-	}
-	if t.Image != "" {
-		lines = append(lines, "the machines stay as they are: their update is a firmware, which this tour does not build")
-	}
-	return lines, nil
+	}, nil
 }
 
 func stateOf(list []api.Order) string {
@@ -636,10 +701,10 @@ func (t *tour) running(ctx context.Context, d *device, version string) (api.Devi
 	return v, err
 }
 
-// release builds, signs and publishes an agent binary.
-func (t *tour) release(ctx context.Context, version, agent string) error {
+// release builds, signs and publishes a release of these parts.
+func (t *tour) release(ctx context.Context, version string, parts ...string) error {
 	dir := t.path("releases", version)
-	if err := t.cli(ctx, nil, "release", "build", "--version", version, "--agent", filepath.Join(t.bin, "tour", agent), "--out", dir); err != nil {
+	if err := t.cli(ctx, nil, append([]string{"release", "build", "--version", version, "--out", dir}, parts...)...); err != nil {
 		return err
 	}
 	return t.publish(ctx, dir)

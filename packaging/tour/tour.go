@@ -40,6 +40,8 @@ type tour struct {
 	serve   *proc.Process
 	devices []*device
 	token   string
+	next    string // version of the release that works
+	broken  string // version of the one that does not come up
 
 	object  putResult
 	victim  *device // stopped, later tampered with
@@ -76,12 +78,12 @@ type step struct {
 // Run walks through every step, and returns the first failure as a sentence.
 // Whatever happens, no process outlives it.
 func Run(ctx context.Context, o Options) (err error) {
-	t, err := prepare(o)
+	starter := proc.NewStarter()
+	defer starter.End()
+	t, err := prepare(ctx, o, starter)
 	if err != nil {
 		return err
 	}
-	t.starter = proc.NewStarter()
-	defer t.starter.End()
 	defer func() {
 		t.stopAll()
 		err = t.tidy(err)
@@ -102,13 +104,16 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 }
 
-// prepare checks everything that can be wrong before anything is started.
-func prepare(o Options) (*tour, error) {
-	t := &tour{Options: o, bin: o.Bin, started: time.Now()}
-	for _, name := range []string{"deimos", "deimos-agent", "deimos-launch", "guests/wordcount.wasm", "guests/sha256sum.wasm", "tour/agent-next", "tour/agent-broken"} {
+// prepare checks everything that can be wrong before the fleet is started.
+func prepare(ctx context.Context, o Options, starter *proc.Starter) (*tour, error) {
+	t := &tour{Options: o, bin: o.Bin, starter: starter, started: time.Now()}
+	for _, name := range []string{"deimos", "deimos-agent", "deimos-launch", "guests/wordcount.wasm", "guests/sha256sum.wasm", nextAgent, brokenAgent} {
 		if _, err := os.Stat(filepath.Join(o.Bin, name)); err != nil {
 			return nil, fmt.Errorf("%s is missing in %s: run \"make build\", or name the folder with --bin", name, o.Bin)
 		}
+	}
+	if err := t.learnVersions(ctx); err != nil {
+		return nil, err
 	}
 	if t.File == "" {
 		t.File = filepath.Join(o.Bin, "deimos-agent")
@@ -124,6 +129,9 @@ func prepare(o Options) (*tour, error) {
 	if o.Image != "" {
 		if _, err := os.Stat(o.Image); err != nil {
 			return nil, fmt.Errorf("the image cannot be read (make image): %w", err)
+		}
+		if _, err := os.Stat(t.firmware()); err != nil {
+			return nil, fmt.Errorf("the firmware that the machines are updated to cannot be read (make qemu-images): %w", err)
 		}
 		if _, err := qemu.Find(); err != nil {
 			return nil, err

@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(testbed.Main(m, "deimos", "deimos-agent", "guests/wordcount.wasm"))
+	os.Exit(testbed.Main(m, "deimos", "deimos-agent", "guests/wordcount.wasm", nextAgent, brokenAgent))
 }
 
 // canRun tells what this host lacks.

@@ -10,6 +10,13 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
+// The programs whose versions are those of the firmware that is offered, one that works
+// and one whose agent does not come up.
+const (
+	nextAgent   = "tour/agent-next"
+	brokenAgent = "tour/agent-broken"
+)
+
 // offer publishes a firmware and offers it to the device. It waits for the order's end.
 func (d *device) offer(version string) api.Order {
 	f := d.f
@@ -37,15 +44,15 @@ func (d *device) checkRuns(version string) {
 
 // checkUpdate has the device take a firmware that works.
 func (d *device) checkUpdate(t *testing.T) {
-	before := d.id
-	o := d.offer("0.2.0")
+	before, from, next := d.id, d.now().Agent, testbed.VersionOf(t, nextAgent)
+	o := d.offer(next)
 	if o.State != wire.Succeeded {
 		t.Fatalf("the good firmware: %s %s %s", o.State, o.Result.Code, o.Result.Reason)
 	}
-	if r := decode[wire.UpdateResult](t, o.Result.Body); !r.Confirmed || r.Running != "0.2.0" || r.From != "0.1.0" {
+	if r := decode[wire.UpdateResult](t, o.Result.Body); !r.Confirmed || r.Running != next || r.From != from {
 		t.Errorf("the report of the update: %+v", r)
 	}
-	d.checkRuns("0.2.0")
+	d.checkRuns(next)
 	if d.now().ID != before {
 		t.Error("the device is another one")
 	}
@@ -54,14 +61,15 @@ func (d *device) checkUpdate(t *testing.T) {
 
 // checkRollback has the device try a firmware whose agent does not come up.
 func (d *device) checkRollback(t *testing.T) {
-	o := d.offer("0.3.0")
+	before, broken := d.now().Agent, testbed.VersionOf(t, brokenAgent)
+	o := d.offer(broken)
 	if o.State != wire.Failed || o.Result.Code != wire.CodeRolledBack || o.Result.Reason == "" {
 		t.Fatalf("the bad firmware: %s %s %s", o.State, o.Result.Code, o.Result.Reason)
 	}
-	if !strings.Contains(d.machine.Said(), "firmware=0.3.0") {
+	if !strings.Contains(d.machine.Said(), "firmware="+broken+" ") {
 		t.Error("the bad firmware was never started")
 	}
-	d.checkRuns("0.2.0")
+	d.checkRuns(before)
 	d.f.CheckStorage("the device", d.id)
 }
 
@@ -70,7 +78,7 @@ func (d *device) checkRollback(t *testing.T) {
 func (d *device) checkFirmwareKept(t *testing.T) {
 	t.Helper()
 	list := tool(t, "mdir", "-b", "-i", d.disk()+espAt, "::EFI/Linux")
-	if !strings.Contains(list, "/deimos_0.2.0.efi") {
+	if !strings.Contains(list, "/deimos_"+testbed.VersionOf(t, nextAgent)+".efi") {
 		t.Errorf("the confirmed firmware is not on the ESP, or still counted:\n%s", list)
 	}
 }

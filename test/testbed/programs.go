@@ -10,6 +10,7 @@ package testbed
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -24,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
 )
 
@@ -74,6 +76,23 @@ func Scratch(name string) string { return filepath.Join(scratch, name) }
 // Program is the path of one of our programs, Guest that of a guest module.
 func Program(name string) string { return filepath.Join(bin, name) }
 func Guest(name string) string   { return Program("guests/" + name + ".wasm") }
+
+// VersionOf asks one of our programs what it is. The releases that tests offer, in
+// tour/, have the versions after the one under test.
+func VersionOf(t *testing.T, name string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	r, err := Starter.Run(ctx, proc.Command{Argv: []string{Program(name), "version", "-o", "json"}})
+	var v cli.Version
+	if err == nil {
+		err = json.Unmarshal(r.Stdout, &v)
+	}
+	if err != nil || r.Code != 0 || v.Version == "" {
+		t.Fatalf("%s does not tell its version: %v %s", name, err, r.Said())
+	}
+	return v.Version
+}
 
 func findPrograms(names []string) (err error) {
 	if bin = os.Getenv("DEIMOS_BIN"); bin == "" {
