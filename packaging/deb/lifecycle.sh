@@ -10,6 +10,9 @@
 #	/debs/c0.deb, /debs/c1.deb  the coordinator, older and newer
 set -eu
 export DEBIAN_FRONTEND=noninteractive DEIMOS_CONTEXT=/var/lib/deimos-fleet/operator.json
+# What the programs in the packages call their version: dpkg has a tilde for the dash.
+older=$(dpkg-deb -f /debs/0.deb Version | tr '~' -)
+newer=$(dpkg-deb -f /debs/1.deb Version | tr '~' -)
 n=0
 claim() { n=$((n + 1)); echo "$n: $1"; what=$1; }
 trap '[ $? -eq 0 ] || { echo "FAILED: $what"; journalctl --no-pager -n 60 -u deimos-agent -u deimos; }' EXIT
@@ -84,7 +87,7 @@ configure
 (umask 077; dpkg --force-confold -i /debs/0.deb)
 enabled deimos-agent
 until_ 60 active deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 is "$(stat -c '%G %a' /etc/deimos/agent.toml)" "deimos-agent 640"
 id=$(key)
 
@@ -101,20 +104,20 @@ deimos job run --input file /debs/sha256sum.wasm | grep -q "$(head -c 1048576 /t
 claim "the death of the launcher is survived"
 systemctl kill --kill-whom=main --signal=KILL deimos-agent
 until_ 60 active deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 
 claim "an agent that stands still is started again by systemd's watchdog"
 mkdir /run/systemd/system/deimos-agent.service.d
 printf '[Service]\nWatchdogSec=6\n' >/run/systemd/system/deimos-agent.service.d/test.conf
 systemctl daemon-reload
 systemctl restart deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 before=$(restarts)
 sleep 10 # longer than the limit: it is fed
 is "$(restarts)" "$before"
 pkill --signal STOP -u deimos-agent -x deimos-agent
 until_ 60 restarted_since "$before"
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 
 claim "the calls by which an agent could confine its jobs further are not forbidden"
 # landlock_create_ruleset, which has this number everywhere; the kernel need not
@@ -129,13 +132,13 @@ claim "with disk-health.conf it runs as root with two capabilities, and without 
 install -D -m 644 /usr/share/doc/deimos-agent/examples/disk-health.conf /etc/systemd/system/deimos-agent.service.d/disk-health.conf
 systemctl daemon-reload
 systemctl restart deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 is "$(awk '/^CapEff/{print $2}' "/proc/$(pgrep -u root -x deimos-agent | head -n1)/status")" \
 	"$(printf %016x $((0x$(awk '/^CapBnd/{print $2}' /proc/1/status) & 0x220000)))" # as far as this machine has them
 rm -r /etc/systemd/system/deimos-agent.service.d
 systemctl daemon-reload
 systemctl restart deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 is "$(key)" "$id"
 is "$(stat -c %U /var/lib/deimos/identity/key.pem)" deimos-agent
 
@@ -149,7 +152,7 @@ $inside rm /mnt/x
 
 claim "an upgrade puts the newer agent on trial, and it confirms itself"
 dpkg --force-confold -i /debs/1.deb
-until_ 120 online 0.1.1
+until_ 120 online "$newer"
 until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
 is "$(key)" "$id"
 
@@ -158,54 +161,54 @@ systemctl stop deimos-agent
 rm -r /var/lib/deimos/slots
 dpkg --force-confold -i /debs/0.deb
 systemctl start deimos-agent
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 is "$(key)" "$id"
 
 claim "while an agent is on trial, an upgrade leaves the trial alone"
 systemctl stop deimos
 dpkg --force-confold -i /debs/1.deb
-until_ 60 trial 0.1.1
+until_ 60 trial "$newer"
 dpkg --force-confold -i /debs/broken.deb
 active deimos-agent
-until_ 60 trial 0.1.1
+until_ 60 trial "$newer"
 systemctl start deimos
-until_ 240 online 0.1.1
+until_ 240 online "$newer"
 until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
 
 claim "an edited conffile is kept unless its owner says otherwise, and a token in it stays unreadable"
 dpkg --force-confold -i /debs/1.deb
 not dpkg -i /debs/conffile.deb </dev/null
-online 0.1.1
+online "$newer"
 dpkg --force-confold --configure deimos-agent
 grep -q '^token' /etc/deimos/agent.toml
 is "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" "root deimos-agent 640"
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 dpkg --force-confnew -i /debs/1.deb
 not grep -q '^token' /etc/deimos/agent.toml
 grep -q '^token' /etc/deimos/agent.toml.dpkg-old
 is "$(stat -c '%U %G %a' /etc/deimos/agent.toml)" "root deimos-agent 640"
 is "$(stat -c %a /etc/deimos/agent.toml.dpkg-old)" 640
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 mv /etc/deimos/agent.toml.dpkg-old /etc/deimos/agent.toml
 
 claim "the same package again changes nothing"
 before=$(slots)
 dpkg --force-confold -i /debs/1.deb
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 is "$(slots)" "$before"
 
 claim "an older package does not take a newer agent back"
 dpkg --force-confold -i /debs/0.deb
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 is "$(slots)" "$before"
 
 claim "a packaged agent that does not come up leaves the old one running, and is not tried at every start"
 dpkg --force-confold -i /debs/broken.deb
 until_ 120 grep -q '"result": *"rolled_back"' /var/lib/deimos/slots/state.json
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 before=$(slots)
 systemctl restart deimos-agent
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 is "$(slots)" "$before"
 
 claim "a stopped agent stays stopped in an upgrade"
@@ -214,13 +217,13 @@ dpkg --force-confold -i /debs/1.deb
 not active deimos-agent
 not enabled deimos-agent
 systemctl enable --now deimos-agent
-until_ 60 online 0.1.1
+until_ 60 online "$newer"
 
 claim "an upgrade of the coordinator keeps fleet and devices"
 fleet=$(sha256sum /var/lib/deimos-fleet/keys/*)
 dpkg --force-confold -i /debs/c1.deb
 until_ 60 deimos status
-deimos version | grep -q 0.1.1
+deimos version | grep -q "$newer"
 is "$(sha256sum /var/lib/deimos-fleet/keys/*)" "$fleet"
 until_ 120 sh -c 'deimos device list | grep -q online'
 
@@ -237,7 +240,7 @@ not pgrep -u deimos-agent
 is "$(key)" "$id"
 test -e /etc/deimos/agent.toml
 dpkg --force-confold -i /debs/1.deb
-until_ 120 online 0.1.1
+until_ 120 online "$newer"
 is "$(key)" "$id"
 
 claim "purged, nothing of it is left but its user"
@@ -251,7 +254,7 @@ claim "installed after a purge, it is another device"
 mkdir -p /etc/deimos
 configure
 dpkg --force-confold -i /debs/0.deb
-until_ 60 online 0.1.0
+until_ 60 online "$older"
 not is "$(key)" "$id"
 dpkg --purge deimos-agent
 gone /var/lib/deimos /etc/deimos/agent.toml
