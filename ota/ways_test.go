@@ -176,11 +176,13 @@ func TestNoFirmwareIsFetchedThatDoesNotFit(t *testing.T) {
 	f.good("1.1.0")
 	s, dir := f.device()
 	refused(t, s, order("o1", "1.1.0-rc10"), wire.Rejected, CodePreflight, "cannot be the version of a firmware")
-	must(t, os.WriteFile(image(dir, "deimos_1.2.0+3.efi"), []byte("put there by hand"), 0o600))
+	must(t, os.WriteFile(image(dir, "deimos_1.2.0+3.efi"), []byte("of another order"), 0o600))
+	record := filepath.Join(dir, "ota", "firmware.json")
+	must(t, os.WriteFile(record, []byte(`{"trial": {"order": "o0", "from": "1.0.0", "to": "1.2.0"}}`), 0o600))
 	if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); wire.ProblemOf(err).Code != CodeUpdatePending {
 		t.Errorf("while another is to be tried: %v", err)
 	}
-	must(t, os.Remove(image(dir, "deimos_1.2.0+3.efi")))
+	must(t, os.Remove(record)) // as a reset does
 	s.how = noRoom{s.how}
 	before := f.partRequests()
 	refused(t, s, order("o1", "1.1.0"), wire.Failed, wire.CodeNoSpace, "the EFI system partition has too little room")

@@ -15,7 +15,7 @@
 //	EFI/Linux/deimos_VERSION.efi              confirmed
 //	EFI/Linux/deimos_VERSION+LEFT.efi         to be tried LEFT times
 //	EFI/Linux/deimos_VERSION+LEFT-DONE.efi    tried DONE times; with LEFT 0 used up: taken only if nothing else is there
-//	EFI/Linux/deimos_VERSION+LEFT.efi.tmp     an install in progress; worthless after a cut
+//	EFI/Linux/deimos_VERSION….efi.tmp         an install or a removal in progress; worthless after a cut
 //	STATE/firmware.json                       the order of the trial, and how the last one ended
 //
 // Which one runs is told by the release file in its own initramfs: that comes out
@@ -26,8 +26,10 @@
 //
 //	on the ESP             runs   is                     leaves it by
 //	1                      1      settled                Install 2
-//	1, 2+3.tmp             1      settled, cut           Install, which begins anew
+//	1, 2+3.tmp             1      settled, cut in the    Settled, which removes 2
+//	                              install or removal of 2
 //	1, 2+3                 1      on trial               restart; after one it was passed over: as rolled back
+//	1, 2+3, no record      1      nobody's trial         Settled: removes 2
 //	1, 2+2-1               2      being tried            Confirm, or a restart
 //	1, 2+0-3               2      the last try           the same
 //	1, 2+0-3               1      rolled back            Settled: reports, and removes 2
@@ -54,6 +56,12 @@
 //     other. So a file that shares its first block with another (or that may, where
 //     the kernel does not tell) is left alone. It takes its space until the
 //     partition is checked with fsck.vfat, while it is not mounted.
+//   - What is removed loses the name that boots first, for FAT frees the blocks of a
+//     file before its name is gone.
+//   - A reset to factory takes the record of a trial and leaves its image. One that
+//     runs goes on being tried, and is confirmed in the next fleet or given up. One
+//     that does not run is removed: nobody waits for it, and while it is there nothing
+//     else can be installed. It never goes unless the image that runs is there.
 //   - A rename may lose the file: that costs a new image, never the old one. With
 //     no other confirmed image beside it an image is not renamed to be confirmed,
 //     but copied, and the counted name removed after.
@@ -486,7 +494,8 @@ func (s *Store) State() (*Trial, *slot.Outcome, error) {
 
 // Settled tells how the last trial ended, nil if there was none or it is not
 // decided. It keeps telling until the next one has ended, as what is reported can
-// be lost; the order tells a repeat. It removes an image that was rolled back.
+// be lost; the order tells a repeat. It removes an image that was rolled back, or
+// whose order is forgotten.
 func (s *Store) Settled() (*slot.Outcome, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -519,12 +528,11 @@ func (s *Store) settle() (*slot.Outcome, error) {
 			return nil, err
 		}
 	}
-	over := func(f file) bool {
-		return f.left == 0 || rec.Trial == nil && rec.Last != nil && rec.Last.Result == slot.RolledBack && rec.Last.To == releaseOf(f.version)
-	}
+	_, here := all.find(s.running)
+	over := func(f file) bool { return f.left == 0 || rec.Trial == nil || rec.Trial.To != f.version }
 	var bad []string
 	for _, f := range all {
-		given := f.counted && f.version != s.running && over(f)
+		given := here && f.counted && f.version != s.running && over(f)
 		if (f.tmp || given) && !s.shares(f, all) { // what is aside was cut off, in its making or its removal
 			bad = append(bad, f.name)
 		}

@@ -508,6 +508,57 @@ func TestWhatIsNotOnTrialIsNotCounted(t *testing.T) {
 	}
 }
 
+// A reset to factory takes what is remembered of a trial, at any moment of it; the
+// boot loader has started either firmware since.
+func TestADeviceThatWasResetDuringATrialTakesUpdatesAndAlwaysBoots(t *testing.T) {
+	trials := map[string]func() *fat{
+		"not tried yet": func() *fat { return newFAT("deimos_1.0.0.efi", "deimos_2.0.0+3.efi") },
+		"tried once":    func() *fat { return newFAT("deimos_1.0.0.efi", "deimos_2.0.0+2-1.efi") },
+		"used up":       func() *fat { return newFAT("deimos_1.0.0.efi", "deimos_2.0.0+0-3.efi") },
+		"a new device":  func() *fat { return newFAT("deimos_1.0.0+2-1.efi", "deimos_2.0.0+3.efi") },
+	}
+	takes := func(t *testing.T, f *fat, running string) {
+		t.Helper()
+		must(t, install(f.store(running), "o3", "3.0.0"))
+		if got := f.boot(t); got != "3.0.0" {
+			t.Errorf("%s runs, not the update; the disk holds %s", got, f.names())
+		}
+	}
+	for name, begin := range trials {
+		t.Run("goes on with the old one, "+name, func(t *testing.T) {
+			f := begin()
+			if _, _, err := f.store("1.0.0").State(); err != nil {
+				t.Fatal(err)
+			}
+			takes(t, f, "1.0.0")
+			everyCut(t, begin, func(f *fat) {
+				_, _, err := f.store("1.0.0").State() // as the agent asks when it starts
+				must(t, err)
+			}, func(t *testing.T, f *fat) {
+				running := f.boot(t)
+				if running == "2.0.0" { // the cut came before; the trial goes on
+					must(t, f.store(running).Confirm(t.Context()))
+				}
+				takes(t, f, running)
+			})
+		})
+	}
+	t.Run("runs the new one, which is not confirmed", func(t *testing.T) {
+		f := trials["not tried yet"]()
+		f.starts(t)
+		if got := f.boot(t); got != "1.0.0" {
+			t.Fatalf("%s runs", got)
+		}
+		takes(t, f, "1.0.0")
+	})
+	t.Run("runs from another disk", func(t *testing.T) {
+		f := newFAT("deimos_2.0.0+3.efi")
+		if _, _, err := f.store("1.0.0").State(); err != nil || f.boot(t) != "2.0.0" {
+			t.Errorf("%v; the disk holds %s", err, f.names())
+		}
+	})
+}
+
 func TestCounterOfTheBootLoadersVariable(t *testing.T) {
 	for path, want := range map[string]string{`\EFI\Linux\deimos_2.0.0+2-1.efi`: "2 1 true", "/EFI/Linux/deimos_2.0.0+3.efi": "3 0 true", `\EFI\Linux\deimos_2.0.0.efi`: "0 0 false", "": "0 0 false", `\EFI\Linux\debian+3.efi`: "0 0 false"} {
 		left, tried, ok := Counter(path)
@@ -547,7 +598,7 @@ func TestWhatAnInstallRefusesChangesNothing(t *testing.T) {
 		"a name for another folder": {[]string{"deimos_1.0.0.efi"}, 1 << 30, "2.0.0/../x", "2.0.0", nil},
 	} {
 		f := newFAT(c.disk...)
-		f.room = c.room
+		f.room, f.rec.Trial = c.room, &trial{Order: "o1", From: "1.0.0", To: "1.5.0"}
 		err := f.store("1.0.0").Install(context.Background(), "o2", slot.Image{Version: c.version, SHA256: about(c.version).SHA256}, imageSize, bytes.NewReader(imageOf(c.content)), nil)
 		if err == nil || c.want != nil && !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
