@@ -129,6 +129,11 @@ func (*table) row(what, unit string, ours, base float64, format string) {
 	fmt.Printf("%-36s %12s %12s %8.2f\n", what, f(ours), f(base), ours/base)
 }
 
+// only is a row without a baseline.
+func (*table) only(what, unit string, ours float64, format string) {
+	fmt.Printf("%-36s %12s %12s\n", what, fmt.Sprintf(format, ours)+" "+unit, "none")
+}
+
 // limit is a row with a baseline that must not be passed.
 func (t *table) limit(what, unit string, ours, limit float64, format string) {
 	if t.row(what+" (limit)", unit, ours, limit, format); !(ours <= limit) {

@@ -55,13 +55,7 @@ func bootCut(ctx context.Context, rec *recording, c cut, bin string) (after time
 
 // readBack fetches the objects all chunks of which had a receipt before the cut.
 func (f *fleet) readBack(ctx context.Context, rec *recording, c cut) error {
-	p := newPromises()
-	for _, e := range rec.events[:c.At] {
-		if e.Mark != nil {
-			p.take(*e.Mark)
-		}
-	}
-	read := 0
+	p, read := rec.promised(c.At), 0
 	for _, name := range rec.Objects {
 		o, err := f.client.Object(ctx, name)
 		if err != nil {

@@ -26,7 +26,6 @@ import (
 // checker opens disks after a cut as a device does when its power comes back.
 type checker struct {
 	rec *recording
-	dir string // for mounts
 	esp espSeen
 }
 
@@ -84,7 +83,7 @@ func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err
 	case used != "" && used != data.ID.String():
 		return k.esp.boots, fmt.Errorf("the device would wait for a data partition %q that is not there", used)
 	}
-	return k.esp.boots, k.checkData(d.work, data, k.esp.notes, p)
+	return k.esp.boots, checkData(d, data, k.esp.notes, p)
 }
 
 // checkESP looks twice: as the boot loader finds it, and after init has mended it.
@@ -124,16 +123,16 @@ func (k *checker) checkESP(raw []byte, p promises) (boots string, notes dataNote
 }
 
 // checkData opens the data partition by the same decisions as packaging/init.
-func (k *checker) checkData(work *mapped, p gpt.Partition, notes dataNotes, want promises) (err error) {
+func checkData(d *disk, p gpt.Partition, notes dataNotes, want promises) (err error) {
 	from, size := p.First*gpt.Block, p.Size()
 	used := notes.used != ""
-	if binary.LittleEndian.Uint16(work.mem[from+1024+0x38:]) != 0xef53 && !used {
-		if notes.fresh != p.ID.String() && !allZero(work.mem[from:from+1<<20]) {
+	if binary.LittleEndian.Uint16(d.work.mem[from+1024+0x38:]) != 0xef53 && !used {
+		if notes.fresh != p.ID.String() && !allZero(d.work.mem[from:from+1<<20]) {
 			return errors.New("the data partition has no file system, and would not be formatted: the device runs from memory")
 		}
 		return nil // it would be formatted, now or once more
 	}
-	loop, err := attach(work.File, from, size)
+	loop, err := attach(d.work.File, from, size)
 	if err != nil {
 		return err
 	}
@@ -146,15 +145,7 @@ func (k *checker) checkData(work *mapped, p gpt.Partition, notes dataNotes, want
 			return fmt.Errorf("the file system of the data partition cannot be mended, and the device runs from memory: %w", err)
 		}
 	}
-	dir := filepath.Join(k.dir, "data")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	if err := unix.Mount(loop.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro"); err != nil {
-		return fmt.Errorf("the data partition cannot be mounted: %w", err)
-	}
-	defer func() { err = errors.Join(err, unmount(dir)) }()
-	return checkState(filepath.Join(dir, "deimos"), want)
+	return loop.mounted(d.dir, func(state string) error { return checkState(state, want) })
 }
 
 func e2fsck(args ...string) error {
@@ -282,6 +273,20 @@ func attach(f *os.File, from, size int64) (*loop, error) {
 
 // detach lets go of it; it ends with its last user.
 func (l *loop) detach() error { return l.dev.Close() }
+
+// mounted mounts the data partition that it is, below dir, while look looks at the
+// state folder there.
+func (l *loop) mounted(dir string, look func(state string) error) (err error) {
+	dir = filepath.Join(dir, "data")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount(l.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro"); err != nil {
+		return fmt.Errorf("the data partition cannot be mounted: %w", err)
+	}
+	defer func() { err = errors.Join(err, unmount(dir)) }()
+	return look(filepath.Join(dir, "deimos"))
+}
 
 // unmount waits for who still looks at the folder.
 func unmount(dir string) (err error) {

@@ -9,8 +9,8 @@ import (
 // what Seed chooses of the changes that were not durable yet. From both, the disk
 // follows, so a cut can be made again alone.
 type cut struct {
-	At   int    `json:"at"`
-	Seed uint64 `json:"seed"`
+	At   int
+	Seed uint64
 }
 
 func (c cut) String() string { return fmt.Sprintf("%d:%d", c.At, c.Seed) }
@@ -177,7 +177,7 @@ func plan(rec *recording, n int, seed uint64) (cuts []cut) {
 		times[flushes[k*len(flushes)/atFlush]]++
 	}
 	for k := range n - atFlush { // evenly, so that no stretch is left out
-		lo, hi := k*len(any)/(n-atFlush), (k+1)*len(any)/(n-atFlush)
+		lo, hi := spread(0, len(any), k, n-atFlush)
 		times[any[lo+rng.IntN(max(1, hi-lo))]]++
 	}
 	for i := range rec.events {

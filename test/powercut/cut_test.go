@@ -52,7 +52,7 @@ func TestOnlyWhatWasFlushedIsSure(t *testing.T) {
 		_ = r.Write(0, filled('c', 4096), false)
 		_ = r.Flush(3) // not of the last
 	})
-	d, err := newDisk(rec, t.TempDir())
+	d, err := newDisk(rec)
 	if err != nil {
 		t.Fatal(err)
 	}

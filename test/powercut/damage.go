@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
@@ -34,11 +32,10 @@ var damages = []damage{
 		return nil
 	}},
 	{name: "the data partition begins with zeros", want: "not mended by itself", disk: func(mem []byte) error {
-		table, err := gpt.Read(section(mem), int64(len(mem)))
+		p, err := dataPartition(mem)
 		if err != nil {
 			return err
 		}
-		p, _ := table.Find("deimos-data")
 		clear(mem[p.First*gpt.Block:][:page])
 		return nil
 	}},
@@ -78,6 +75,18 @@ var damages = []damage{
 		}
 		return err
 	}},
+}
+
+func dataPartition(disk []byte) (gpt.Partition, error) {
+	table, err := gpt.Read(section(disk), int64(len(disk)))
+	if err != nil {
+		return gpt.Partition{}, err
+	}
+	p, ok := table.Find("deimos-data")
+	if !ok {
+		return p, errors.New("there is no data partition")
+	}
+	return p, nil
 }
 
 // flip changes a byte in the middle of each such file.
@@ -147,32 +156,22 @@ func readChunk(dir string, ids []chunk.ID) (data []byte, err error) {
 }
 
 // tryChecks damages the last disk of a recording, and fails where that is not seen.
-func tryChecks(rec *recording) error {
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
+func tryChecks(rec *recording) (err error) {
+	d, err := newDisk(rec)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	d, err := newDisk(rec, dir)
-	if err != nil {
-		return err
-	}
-	defer d.close()
+	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.advance(len(rec.events)); err != nil {
 		return err
 	}
-	all := newPromises()
-	for _, e := range rec.events {
-		if e.Mark != nil {
-			all.take(*e.Mark)
-		}
-	}
+	all := rec.promised(len(rec.events))
 	for _, x := range append([]damage{{name: "nothing"}}, damages...) {
-		k, want := &checker{rec: rec, dir: dir}, all.clone()
-		if err := k.damage(d, x, &want); err != nil {
+		want := all.clone()
+		if err := x.to(d, &want); err != nil {
 			return fmt.Errorf("to try the checks, %s: %w", x.name, err)
 		}
-		_, err := k.check(d, true, want)
+		_, err := (&checker{rec: rec}).check(d, true, want)
 		if !x.seenIn(err) {
 			return fmt.Errorf("a check is none: of a disk on which %s it says: %v", x.name, err)
 		}
@@ -195,7 +194,8 @@ func (x damage) seenIn(err error) bool {
 	return false
 }
 
-func (k *checker) damage(d *disk, x damage, want *promises) (err error) {
+// to does the damage.
+func (x damage) to(d *disk, want *promises) (err error) {
 	mem := d.work.mem
 	switch {
 	case x.disk != nil:
@@ -209,23 +209,14 @@ func (k *checker) damage(d *disk, x damage, want *promises) (err error) {
 	case x.data == nil:
 		return nil
 	}
-	table, err := gpt.Read(section(mem), k.rec.Size)
+	p, err := dataPartition(mem)
 	if err != nil {
 		return err
 	}
-	p, _ := table.Find("deimos-data")
 	loop, err := attach(d.work.File, p.First*gpt.Block, p.Size())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, loop.detach()) }()
-	dir := filepath.Join(k.dir, "data")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	if err := unix.Mount(loop.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, ""); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unmount(dir)) }()
-	return x.data(filepath.Join(dir, "deimos"), want)
+	return loop.mounted(d.dir, func(state string) error { return x.data(state, want) })
 }

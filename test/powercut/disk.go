@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/packaging/qemu"
 )
 
 // disk is the recorded disk at a moment of the record, twice: base is what is
@@ -16,6 +18,7 @@ import (
 // what is not a hole.
 type disk struct {
 	rec        *recording
+	dir        string // of the files, and for mounts
 	cache      cache
 	at         int // next event
 	base, work *mapped
@@ -53,23 +56,49 @@ func openMapped(path string) (*mapped, error) {
 
 func (m *mapped) close() error { return errors.Join(unix.Munmap(m.mem), m.Close()) }
 
-// newDisk keeps its two files in dir.
-func newDisk(rec *recording, dir string) (*disk, error) {
-	d := &disk{rec: rec, cache: cache{rec: rec}}
-	for name, to := range map[string]**mapped{"base": &d.base, "work": &d.work} {
-		path := filepath.Join(dir, name)
-		if err := rec.copyBase(path); err != nil {
-			return nil, err
-		}
-		var err error
-		if *to, err = openMapped(path); err != nil {
-			return nil, err
-		}
+// newDisk keeps its files in a folder of its own, until it is closed.
+func newDisk(rec *recording) (d *disk, err error) {
+	d = &disk{rec: rec, cache: cache{rec: rec}}
+	if d.dir, err = os.MkdirTemp(roomy(), "deimos-powercut-"); err != nil {
+		return nil, err
+	}
+	if d.base, err = d.file("base"); err == nil {
+		d.work, err = d.file("work")
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.close())
 	}
 	return d, nil
 }
 
-func (d *disk) close() error { return errors.Join(d.base.close(), d.work.close()) }
+// file is the disk as it was before everything.
+func (d *disk) file(name string) (*mapped, error) {
+	path := filepath.Join(d.dir, name)
+	if err := qemu.CopyDisk(d.rec.path("base"), path, d.rec.Size); err != nil {
+		return nil, err
+	}
+	return openMapped(path)
+}
+
+func (d *disk) close() (err error) {
+	for _, m := range []*mapped{d.base, d.work} {
+		if m != nil {
+			err = errors.Join(err, m.close())
+		}
+	}
+	return errors.Join(err, os.RemoveAll(d.dir))
+}
+
+// roomy is a folder for disks: in memory if there is room, which is many times
+// as fast.
+func roomy() string {
+	const shm = "/dev/shm"
+	var st unix.Statfs_t
+	if unix.Statfs(shm, &st) == nil && int64(st.Bavail)*int64(st.Bsize) > 4<<30 {
+		return shm
+	}
+	return os.TempDir()
+}
 
 // advance goes to the moment before an event.
 func (d *disk) advance(to int) error {

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"path"
 	"regexp"
 	"slices"
@@ -51,23 +52,24 @@ func openESP(raw []byte) (*esp, error) {
 	return e, nil
 }
 
-// content is the bytes of a chain, at most n; n below 0 means all of it.
-func (e *esp) content(first uint32, n int64) ([]byte, error) {
-	var out []byte
-	for c, steps := first, uint32(0); ; steps++ {
-		if n >= 0 && int64(len(out)) >= n {
-			return out[:n], nil
-		}
-		if c >= 0x0ffffff8 && n < 0 {
-			return out, nil
-		}
+// copy gives w the bytes of a chain, n of them; n below 0 means all.
+func (e *esp) copy(w io.Writer, first uint32, n int64) error {
+	done := int64(0)
+	for c, steps := first, uint32(0); done < n || n < 0 && c < 0x0ffffff8; steps++ {
 		if c < 2 || c >= e.end || steps > e.end {
-			return nil, fmt.Errorf("%w: its chain of clusters breaks off after %d bytes", errFAT, len(out))
+			return fmt.Errorf("%w: its chain of clusters breaks off after %d bytes", errFAT, done)
 		}
-		at := e.dataAt + int64(c-2)*e.cluster
-		out = append(out, e.raw[at:at+e.cluster]...)
+		at, some := e.dataAt+int64(c-2)*e.cluster, e.cluster
+		if n >= 0 {
+			some = min(some, n-done)
+		}
+		if _, err := w.Write(e.raw[at : at+some]); err != nil {
+			return err
+		}
+		done += some
 		c = binary.LittleEndian.Uint32(e.raw[e.tableAt+4*int64(c):]) & 0x0fffffff
 	}
+	return nil
 }
 
 // list is the files below a directory. A directory that is damaged behind what
@@ -78,8 +80,8 @@ func (e *esp) list() (files []espFile, err error) {
 }
 
 func (e *esp) walk(first uint32, dir string, depth int, files *[]espFile) error {
-	raw, err := e.content(first, -1)
-	if err != nil {
+	var content bytes.Buffer
+	if err := e.copy(&content, first, -1); err != nil {
 		return fmt.Errorf("folder /%s: %w", dir, err)
 	}
 	if depth > 8 {
@@ -87,7 +89,7 @@ func (e *esp) walk(first uint32, dir string, depth int, files *[]espFile) error 
 	}
 	var long []uint16
 	var sum byte
-	for ; len(raw) >= 32 && raw[0] != 0; raw = raw[32:] {
+	for raw := content.Bytes(); len(raw) >= 32 && raw[0] != 0; raw = raw[32:] {
 		d := raw[:32]
 		switch attr := d[11]; {
 		case d[0] == 0xe5:
@@ -185,19 +187,16 @@ func choice(files []espFile) (images []image) {
 		images = append(images, v)
 	}
 	slices.SortStableFunc(images, func(a, b image) int {
-		if x, y := a.left == 0, b.left == 0; x != y {
-			return cmp.Compare(boolInt(x), boolInt(y))
+		switch usedUp := a.left == 0; {
+		case usedUp == (b.left == 0):
+			return compareVersions(b.version, a.version)
+		case usedUp:
+			return 1
+		default:
+			return -1
 		}
-		return -compareVersions(a.version, b.version)
 	})
 	return images
-}
-
-func boolInt(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 func compareVersions(a, b string) int {
@@ -249,14 +248,8 @@ func (e *esp) check(h header, confirmed string) (boots string, err error) {
 
 func (e *esp) digest(f espFile) (string, error) {
 	h := sha256.New()
-	for c, left, steps := f.first, f.size, uint32(0); left > 0; steps++ {
-		if c < 2 || c >= e.end || steps > e.end {
-			return "", fmt.Errorf("%w: %s breaks off %d bytes before its end", errFAT, f.path, left)
-		}
-		at, n := e.dataAt+int64(c-2)*e.cluster, min(left, e.cluster)
-		h.Write(e.raw[at : at+n])
-		left -= n
-		c = binary.LittleEndian.Uint32(e.raw[e.tableAt+4*int64(c):]) & 0x0fffffff
+	if err := e.copy(h, f.first, f.size); err != nil {
+		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
@@ -269,7 +262,9 @@ func (e *esp) read(name string) ([]byte, error) {
 	}
 	for _, f := range files {
 		if strings.EqualFold(f.path, name) {
-			return e.content(f.first, f.size)
+			var content bytes.Buffer
+			err := e.copy(&content, f.first, f.size)
+			return content.Bytes(), err
 		}
 	}
 	return nil, nil

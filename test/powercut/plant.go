@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -49,20 +48,15 @@ func (p plant) overlay(dir string) (list string, err error) {
 		return "", err
 	}
 	changed := filepath.Join(dir, "planted.go")
+	if err := os.WriteFile(changed, []byte(strings.Replace(string(raw), p.was, p.is, 1)), 0o644); err != nil {
+		return "", err
+	}
 	raw, err = json.Marshal(map[string]map[string]string{"Replace": {full: changed}})
 	if err != nil {
 		return "", err
 	}
 	list = filepath.Join(dir, "overlay.json")
-	return list, errors.Join(p.write(changed), os.WriteFile(list, raw, 0o644))
-}
-
-func (p plant) write(to string) error {
-	raw, err := os.ReadFile(p.file)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(to, []byte(strings.Replace(string(raw), p.was, p.is, 1)), 0o644)
+	return list, os.WriteFile(list, raw, 0o644)
 }
 
 // image makes an image with the planted agent in dir.

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -71,7 +70,6 @@ type recorder struct {
 	data *bufio.Writer
 	at   int64
 	err  error
-	n    int // events
 
 	files []*os.File
 }
@@ -94,7 +92,6 @@ func (r *recorder) add(e event) error {
 	if err == nil {
 		_, err = r.log.Write(append(raw, '\n'))
 	}
-	r.n++
 	r.err = errors.Join(r.err, err)
 	return r.err
 }
@@ -205,10 +202,16 @@ func (r *recording) close() error {
 
 func (r *recording) path(name string) string { return filepath.Join(r.dir, name) }
 
-// copyBase makes a disk as it was before everything.
-func (r *recording) copyBase(to string) error { return r.copyTo("base", to) }
-
-func (r *recording) copyTo(name, to string) error { return qemu.CopyDisk(r.path(name), to, r.Size) }
+// promised is what must hold after a cut before event at.
+func (r *recording) promised(at int) promises {
+	p := newPromises()
+	for _, e := range r.events[:at] {
+		if e.Mark != nil {
+			p.take(*e.Mark)
+		}
+	}
+	return p
+}
 
 // bytes is what a write wrote.
 func (r *recording) bytes(e event) []byte { return r.data[e.At : e.At+e.Length] }

@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/deimos-edge/deimos/packaging/qemu"
 )
 
 // failure is a cut that something did not survive.
@@ -44,9 +42,9 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 	defer stop()
 	var wg sync.WaitGroup
 	for w := range workers {
-		part := cuts[w*len(cuts)/workers : (w+1)*len(cuts)/workers]
+		from, to := spread(0, len(cuts), w, workers)
 		wg.Go(func() {
-			err := replayPart(ctx, rec, part, func(boots string, f *failure) {
+			err := replayPart(ctx, rec, cuts[from:to], func(boots string, f *failure) {
 				mu.Lock()
 				defer mu.Unlock()
 				if total.points++; total.points%1000 == 0 {
@@ -73,21 +71,16 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 	return total, failed
 }
 
-func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots string, f *failure)) error {
+func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots string, f *failure)) (err error) {
 	if len(cuts) == 0 {
 		return nil
 	}
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
+	d, err := newDisk(rec)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	d, err := newDisk(rec, dir)
-	if err != nil {
-		return err
-	}
-	defer d.close()
-	k := &checker{rec: rec, dir: dir}
+	defer func() { err = errors.Join(err, d.close()) }()
+	k := &checker{rec: rec}
 	p, seen, lastNote := newPromises(), 0, "power on"
 	for _, c := range cuts {
 		if ctx.Err() != nil {
@@ -120,40 +113,20 @@ func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots
 	return nil
 }
 
-// roomy is a folder for disks: in memory if there is room, which is many times
-// as fast.
-func roomy() string {
-	const shm = "/dev/shm"
-	var st unix.Statfs_t
-	if unix.Statfs(shm, &st) == nil && int64(st.Bavail)*int64(st.Bsize) > 4<<30 {
-		return shm
-	}
-	return os.TempDir()
-}
-
 // makeDisk leaves the disk of one cut at path, for a look or a boot.
 func makeDisk(rec *recording, c cut, path string) (how string, err error) {
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
+	d, err := newDisk(rec)
 	if err != nil {
 		return "", err
 	}
-	defer os.RemoveAll(dir)
-	d, err := newDisk(rec, dir)
-	if err != nil {
-		return "", err
-	}
-	defer d.close()
+	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.advance(c.At); err != nil {
 		return "", err
 	}
 	if how, _, err = d.cut(c.Seed); err != nil {
 		return "", err
 	}
-	r := &recording{header: rec.header, dir: dir}
-	if err := os.Rename(filepath.Join(dir, "work"), filepath.Join(dir, "cut")); err != nil {
-		return "", err
-	}
-	return how, r.copyTo("cut", path)
+	return how, qemu.CopyDisk(d.work.Name(), path, rec.Size)
 }
 
 // sinceNow is a duration for people.

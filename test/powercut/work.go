@@ -84,28 +84,18 @@ func record(ctx context.Context, w work, dir string) (err error) {
 	if k.fleet, err = startFleet(ctx, w.bin, scratch, k.h.HTTPS, k.h.MQTT); err != nil {
 		return errors.Join(err, disk.Close(), k.rec.close())
 	}
-	ended := false
-	end := func() error {
-		if ended {
-			return nil
-		}
-		ended = true
-		k.fleet.end()
-		return errors.Join(disk.Close(), k.rec.close())
-	}
-	defer func() { err = errors.Join(err, end()) }()
 	// Not as NVMe: QEMU's takes a write with FUA for any other, so that what must be
 	// durable is not. For virtio, which has no FUA, Linux flushes instead.
-	if err := k.run(ctx, qemu.Disk{NBD: filepath.Join(scratch, "nbd")}); err != nil {
+	if err = k.run(ctx, qemu.Disk{NBD: filepath.Join(scratch, "nbd")}); err != nil {
 		if k.machine != nil {
 			_ = os.WriteFile(filepath.Join(dir, "console.log"), []byte(k.machine.Said()), 0o644) // to see why
 		}
 		if raw, err := os.ReadFile(k.path("coordinator.log")); err == nil {
 			_ = os.WriteFile(filepath.Join(dir, "coordinator.log"), raw, 0o644)
 		}
-		return err
 	}
-	if err := end(); err != nil {
+	k.fleet.end()
+	if err := errors.Join(err, disk.Close(), k.rec.close()); err != nil {
 		return err
 	}
 	for name := range k.stored {
