@@ -237,6 +237,13 @@ func (c *Coordinator) computeRoutes() []route {
 
 func (c *Coordinator) releaseRoutes() []route {
 	return []route{
+		{method: "GET", path: v1 + "/repo", needs: toRelease, summary: "List the files of the update repository", out: []api.RepoFile{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			list, err := c.releases.list(r.Context())
+			if err == nil {
+				writeJSON(w, http.StatusOK, list)
+			}
+			return err
+		}},
 		{method: "PUT", path: v1 + "/repo/{path...}", needs: toRelease, summary: "Upload a file of the update repository", in: bytes.Buffer{}, handle: c.putRepoFile},
 		{method: "POST", path: v1 + "/offers", needs: toRelease, summary: "Offer a release to devices", in: api.OfferRequest{}, out: []api.Order{},
 			handle: answer(func(r *http.Request, q api.OfferRequest) ([]api.Order, error) {

@@ -120,6 +120,7 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 			"PUT /api/v1/objects/{name}",
 		},
 		toRelease: {
+			"GET /api/v1/repo",
 			"POST /api/v1/offers",
 			"PUT /api/v1/repo/{path...}",
 		},

@@ -2,6 +2,8 @@ package coordinator
 
 import (
 	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -31,10 +34,33 @@ func (w *world) offer(t testing.TB, d *device) wire.Order {
 	return out[0].Order
 }
 
-// publish puts where a coordinator looks what is not a real manifest.
+// publish puts a release where a coordinator looks; nobody has signed it.
 func (w *world) publish(t testing.TB, version string) {
 	t.Helper()
-	must(t, w.op.PutRepoFile(testContext(t), "targets/bundles/"+strings.Repeat("0", 64)+"."+version+".json", []byte("{}")))
+	part := []byte("a part of " + version)
+	must(t, w.op.PutRepoFile(testContext(t), bundle.PartPath(sumOf(part)), part))
+	must(t, w.putManifest(t, version, part))
+}
+
+// putManifest puts a manifest whose only part, packed, is this.
+func (w *world) putManifest(t testing.TB, version string, part []byte) error {
+	raw := manifestOf(t, version, part)
+	return w.op.PutRepoFile(testContext(t), "targets/bundles/"+sumOf(raw)+"."+version+".json", raw)
+}
+
+func manifestOf(t testing.TB, version string, part []byte) []byte {
+	t.Helper()
+	raw, err := json.Marshal(bundle.Manifest{Format: bundle.Format, Version: version, Parts: []bundle.Part{{
+		Name: bundle.PartAgent, Platform: bundle.Host(), SHA256: sumOf(part), Size: 1,
+		Forms: []bundle.Form{{Encoding: bundle.EncodingZstd, SHA256: sumOf(part), Size: int64(len(part))}},
+	}}})
+	must(t, err)
+	return raw
+}
+
+func sumOf(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
 }
 
 func (w *world) record(t testing.TB, o wire.Order) OrderRecord {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
@@ -60,6 +61,9 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := checkRoot(name, data); err != nil {
 		return err
 	}
+	if err := r.checkNamed(ctx, name, data); err != nil {
+		return err
+	}
 	if name == mutableRepoFile {
 		return r.cache.put(ctx, name, data)
 	}
@@ -80,7 +84,69 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 // objectDigest is what JetStream keeps with an object.
 func objectDigest(data []byte) string {
 	sum := sha256.Sum256(data)
-	return "SHA-256=" + base64.URLEncoding.EncodeToString(sum[:])
+	return digestScheme + base64.URLEncoding.EncodeToString(sum[:])
+}
+
+const digestScheme = "SHA-256="
+
+// checkNamed refuses a part or a manifest that is not what its name says, and a
+// manifest that names a part which is not here yet. So whatever an operator's
+// command line left out because it took it to be here, a release whose parts are
+// not all here cannot be offered.
+func (r *releases) checkNamed(ctx context.Context, name string, data []byte) error {
+	manifest := strings.HasPrefix(name, "targets/")
+	if !manifest && !strings.HasPrefix(name, "parts/") {
+		return nil
+	}
+	want, ok := repo.NamedSum(name)
+	if !ok {
+		return refuse(http.StatusBadRequest, "bad_path", "%q is no name of a part or of a release: they are parts/<sha256> and targets/bundles/<sha256>.<version>.json", name)
+	}
+	if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != want {
+		return refuse(http.StatusBadRequest, "bad_digest", "these are not the bytes that %s is named for, their SHA-256 is %x: the file is damaged, or was on its way; publish again from the bundle", name, sum)
+	}
+	if !manifest {
+		return nil
+	}
+	return r.checkParts(ctx, name, data)
+}
+
+func (r *releases) checkParts(ctx context.Context, name string, manifest []byte) error {
+	m, err := bundle.Parse(manifest)
+	if err != nil {
+		return refuse(http.StatusBadRequest, "bad_manifest", "%s is no release that a device could read: %v", name, err)
+	}
+	for _, part := range m.Parts {
+		for _, form := range part.Forms {
+			switch there, err := r.files.GetInfo(ctx, bundle.PartPath(form.SHA256)); {
+			case errors.Is(err, jetstream.ErrObjectNotFound):
+				return refuse(http.StatusConflict, "part_missing", "the update repository here lacks a part of %s, %s for %s; upload %s first", m.Version, part.Name, part.Platform, bundle.PartPath(form.SHA256))
+			case err != nil:
+				return fmt.Errorf("the update repository cannot be read: %w", err)
+			case there.Size != uint64(form.Size):
+				return refuse(http.StatusBadRequest, "bad_manifest", "%s gives %s %d bytes, it has %d", name, bundle.PartPath(form.SHA256), form.Size, there.Size)
+			}
+		}
+	}
+	return nil
+}
+
+// list is what is here, by path.
+func (r *releases) list(ctx context.Context) ([]api.RepoFile, error) {
+	files, err := r.files.List(ctx)
+	if err != nil && !errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return nil, fmt.Errorf("the update repository cannot be read: %w", err)
+	}
+	list := make([]api.RepoFile, 0, len(files))
+	for _, f := range files {
+		sum, err := base64.URLEncoding.DecodeString(strings.TrimPrefix(f.Digest, digestScheme))
+		if err != nil {
+			return nil, fmt.Errorf("the digest of %s in the update repository cannot be read: %w", f.Name, err)
+		}
+		list = append(list, api.RepoFile{Path: f.Name, Size: int64(f.Size), SHA256: hex.EncodeToString(sum)})
+	}
+	slices.SortFunc(list, func(a, b api.RepoFile) int { return strings.Compare(a.Path, b.Path) })
+	return list, nil
 }
 
 // rootVersion reads the number in metadata/N.root.json; ok is false for other

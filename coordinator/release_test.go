@@ -1,9 +1,11 @@
 package coordinator
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ed25519"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -80,7 +83,7 @@ func TestOnlyARootThatDevicesCouldTrustIsTaken(t *testing.T) {
 func TestAPublishedFileNeverChanges(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)
-	for name, first := range map[string]string{"metadata/1.targets.json": "a", "parts/x": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
+	for name, first := range map[string]string{"metadata/1.targets.json": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		other := "b"
@@ -107,12 +110,55 @@ func TestOnlyWhatTheMirrorHasIsOffered(t *testing.T) {
 	}
 	wantRefusal(t, offer("3.0.0", repo.TargetName("3.0.0")), http.StatusNotFound, wire.CodeNotFound)
 	w.publish(t, "13.0.0")
-	must(t, w.op.PutRepoFile(ctx, "targets/bundles/short.3.0.0.json", []byte("{}")))
-	must(t, w.op.PutRepoFile(ctx, "parts/bundles/"+strings.Repeat("0", 64)+".3.0.0.json", []byte("{}")))
+	must(t, w.op.PutRepoFile(ctx, "metadata/bundles/"+strings.Repeat("0", 64)+".3.0.0.json", []byte("{}")))
 	wantRefusal(t, offer("3.0.0", repo.TargetName("3.0.0")), http.StatusNotFound, wire.CodeNotFound)
 	w.publish(t, "3.0.0")
 	must(t, offer("3.0.0", repo.TargetName("3.0.0")))
 	for version, target := range map[string]string{"3.0.0": "agent", "3": repo.TargetName("3.0.0"), "../x": "bundles/../x.json", "a b": "bundles/a b.json", "a/b": "bundles/a/b.json"} {
 		wantRefusal(t, offer(version, target), http.StatusBadRequest, "bad_offer")
+	}
+}
+
+func TestAReleaseIsNotThereBeforeAllOfItsPartsAre(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.enrolled(t)
+	offer := func() error {
+		_, err := w.op.Offer(ctx, api.OfferRequest{Version: "3.0.0", Target: repo.TargetName("3.0.0"), Selector: api.Selector{Devices: []wire.DeviceID{d.id}}})
+		return err
+	}
+	part := []byte("packed")
+	wantRefusal(t, w.putManifest(t, "3.0.0", part), http.StatusConflict, "part_missing")
+	// Nobody can fill the place of a part with other bytes.
+	wantRefusal(t, w.op.PutRepoFile(ctx, bundle.PartPath(sumOf(part)), []byte("other!")), http.StatusBadRequest, "bad_digest")
+	wantRefusal(t, w.putManifest(t, "3.0.0", part), http.StatusConflict, "part_missing")
+	wantRefusal(t, offer(), http.StatusNotFound, wire.CodeNotFound)
+	must(t, w.op.PutRepoFile(ctx, bundle.PartPath(sumOf(part)), part))
+	must(t, w.putManifest(t, "3.0.0", part))
+	must(t, offer())
+}
+
+func TestWhatANameOfTheRepositoryPromisesIsChecked(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	part := []byte("packed")
+	must(t, w.op.PutRepoFile(ctx, bundle.PartPath(sumOf(part)), part))
+	short := bytes.Replace(manifestOf(t, "3.0.0", part), []byte(`"size":6`), []byte(`"size":5`), 1)
+	for _, bad := range []struct{ name, data, code string }{
+		{"parts/x", "a", "bad_path"},
+		{"parts/a/" + sumOf([]byte("a")), "a", "bad_path"},
+		{"parts/" + sumOf([]byte("a")) + ".json", "a", "bad_path"},
+		{"parts/" + strings.ToUpper(sumOf([]byte("a"))), "a", "bad_path"},
+		{"targets/x.3.0.0.json", "a", "bad_path"},
+		{"targets/bundles/short.3.0.0.json", "{}", "bad_path"},
+		{"targets/bundles/" + sumOf([]byte("{}")) + ".3.0.0.json", "{ }", "bad_digest"},
+		{"targets/bundles/" + sumOf([]byte("{}")) + ".3.0.0.json", "{}", "bad_manifest"},
+		{"targets/bundles/" + sumOf(short) + ".3.0.0.json", string(short), "bad_manifest"}, // the part is longer
+	} {
+		wantRefusal(t, w.op.PutRepoFile(ctx, bad.name, []byte(bad.data)), http.StatusBadRequest, bad.code)
+	}
+	list, err := w.op.RepoFiles(ctx)
+	if want := []api.RepoFile{{Path: bundle.PartPath(sumOf(part)), Size: 6, SHA256: sumOf(part)}}; err != nil || !slices.Equal(list, want) {
+		t.Errorf("the repository has %+v (%v), not %+v", list, err, want)
 	}
 }

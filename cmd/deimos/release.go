@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -99,37 +101,84 @@ func (r *releasePublishCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
+	out := published{Published: p}
 	if !r.Local {
-		if err := upload(ctx, c, r.Repo); err != nil {
+		if out.Upload, err = upload(ctx, c, r.Repo); err != nil {
 			return err
 		}
 	}
-	return r.Print(p, func(w io.Writer) error {
+	return r.Print(out, func(w io.Writer) error {
 		if p.Target != "" {
 			fmt.Fprintf(w, "signed %s\n", p.Target)
+		}
+		if u := out.Upload; u != nil {
+			fmt.Fprintf(w, "uploaded %s; the coordinator had %s already\n", u.Sent, u.Skipped)
 		}
 		_, err := fmt.Fprintf(w, "the metadata expires at %s; publish again before\n", p.Expires.UTC().Format(time.RFC3339))
 		return err
 	})
 }
 
-// upload sends a repository to the coordinator in the order in which it stays
-// consistent for readers: what is named before what names it.
-func upload(ctx context.Context, c *api.Client, dir string) error {
+// published is what "release publish -o json" prints.
+type published struct {
+	repo.Published
+	Upload *uploaded `json:"upload,omitempty"` // missing with --local
+}
+
+// uploaded is what of a repository was sent, and what was not, as the coordinator
+// has the same bytes.
+type uploaded struct {
+	Sent    amount `json:"sent"`
+	Skipped amount `json:"skipped"`
+}
+
+type amount struct {
+	Files int   `json:"files"`
+	Bytes int64 `json:"bytes"`
+}
+
+func (a *amount) add(data []byte) {
+	a.Files++
+	a.Bytes += int64(len(data))
+}
+
+func (a amount) String() string {
+	return fmt.Sprintf("%s (%s)", cli.Count(a.Files, "file"), cli.Bytes(a.Bytes))
+}
+
+// upload sends to the coordinator what it lacks of a repository, in the order in
+// which it stays consistent for readers: what is named before what names it. What is
+// there is told by the coordinator, which has found the digests itself; what is sent
+// it checks again.
+func upload(ctx context.Context, c *api.Client, dir string) (*uploaded, error) {
 	files, err := repoFiles(dir)
 	if err != nil {
-		return fmt.Errorf("the repository cannot be read: %w", err)
+		return nil, fmt.Errorf("the repository cannot be read: %w", err)
 	}
+	list, err := c.RepoFiles(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("what the coordinator has of the repository: %w", err)
+	}
+	there := make(map[string]string, len(list)) // SHA-256 by path
+	for _, f := range list {
+		there[f.Path] = f.SHA256
+	}
+	u := new(uploaded)
 	for _, path := range files {
 		raw, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(path)))
 		if err != nil {
-			return fmt.Errorf("the repository cannot be read: %w", err)
+			return nil, fmt.Errorf("the repository cannot be read: %w", err)
+		}
+		if sum := sha256.Sum256(raw); there[path] == hex.EncodeToString(sum[:]) {
+			u.Skipped.add(raw)
+			continue
 		}
 		if err := c.PutRepoFile(ctx, path, raw); err != nil {
-			return fmt.Errorf("upload of %s: %w", path, err)
+			return nil, fmt.Errorf("upload of %s: %w", path, err)
 		}
+		u.Sent.add(raw)
 	}
-	return nil
+	return u, nil
 }
 
 // repoFiles are the files that belong to a repository, in the order of an upload.

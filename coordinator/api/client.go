@@ -273,6 +273,11 @@ func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) erro
 	return err
 }
 
+// RepoFiles lists what the update repository there has, by path.
+func (c *Client) RepoFiles(ctx context.Context) ([]RepoFile, error) {
+	return ask[[]RepoFile](ctx, c, http.MethodGet, "repo", nil, nil)
+}
+
 // Offer sends update orders.
 func (c *Client) Offer(ctx context.Context, r OfferRequest) ([]Order, error) {
 	return ask[[]Order](ctx, c, http.MethodPost, "offers", nil, r)

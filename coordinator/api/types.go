@@ -129,6 +129,13 @@ type Audit struct {
 	Report     []byte `json:"report,omitempty"` // the device's signed report
 }
 
+// RepoFile is a file of the update repository as the coordinator has it.
+type RepoFile struct {
+	Path   string `json:"path"`   // e.g. "metadata/timestamp.json"
+	Size   int64  `json:"size"`   // bytes
+	SHA256 string `json:"sha256"` // of the content, lower-case hex, as the coordinator found it to be
+}
+
 // OfferRequest offers a published release to devices.
 type OfferRequest struct {
 	Version string `json:"version"`

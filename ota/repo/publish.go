@@ -26,10 +26,10 @@ type PublishOptions struct {
 
 // Published is what a repository holds after [Publish].
 type Published struct {
-	Target    string    // name of the release; empty if nothing was added
-	Version   int64     // of the timestamp metadata
-	Expires   time.Time // of the timestamp metadata: publish again before
-	Snapshots int64     // version of the snapshot metadata
+	Target    string    `json:"target,omitempty"` // name of the release; empty if nothing was added
+	Version   int64     `json:"version"`          // of the timestamp metadata
+	Expires   time.Time `json:"expires"`          // of the timestamp metadata: publish again before
+	Snapshots int64     `json:"snapshots"`        // version of the snapshot metadata
 }
 
 // Publish adds a bundle to a repository, or with no bundle only signs it afresh
