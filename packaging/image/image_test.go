@@ -309,7 +309,8 @@ func TestTwoBuildsGiveTheSameBytes(t *testing.T) {
 }
 
 // TestTwoRealBuildsGiveTheSameBytes takes half a minute and, the first time, the
-// network: DEIMOS_IMAGE names the folder with deimos-agent and deimos-init.
+// network: DEIMOS_IMAGE names the folder with deimos-agent and deimos-init, as
+// `scripts/test qemu` does.
 func TestTwoRealBuildsGiveTheSameBytes(t *testing.T) {
 	bin := os.Getenv("DEIMOS_IMAGE")
 	if bin == "" {
