@@ -184,7 +184,7 @@ func upload(ctx context.Context, c *api.Client, dir string) (*uploaded, error) {
 // repoFiles are the files that belong to a repository, in the order of an upload.
 // What begins with a dot is a lock, or left of a write that was cut.
 func repoFiles(dir string) (files []string, err error) {
-	for _, room := range []string{"metadata", "targets", "parts"} {
+	for _, room := range []string{"parts", "targets", "metadata"} {
 		err := filepath.WalkDir(filepath.Join(dir, room), func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") {
 				return err
