@@ -49,7 +49,7 @@ image image-debug: $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init
 qemu: $(IMAGE) ## A device in this terminal: the image in QEMU (NAME=, NEW=1, COORDINATOR=https://10.0.2.2:8443, TOKEN=)
 	@$(GO) run ./packaging/qemu/run -image $(IMAGE) -dir "$(BIN)/qemu/$(or $(NAME),device)" $(if $(filter-out 0 no false,$(NEW)),-new) \
 	  -coordinator "$$COORDINATOR" -token "$$TOKEN"
-qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) $(BIN)/qemu-test/deimos_$(NEXT).efi ## The tour with two devices of the image in QEMU beside one process (ONCE=1, FILE=path)
+qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) ## The tour with two devices of the image in QEMU beside one process (ONCE=1, FILE=path)
 	@$(BIN)/deimos dev --image $(IMAGE) $(if $(filter-out 0 no false,$(ONCE)),--once) $(if $(FILE),--file "$$FILE")
 export COORDINATOR TOKEN
 export CONFIG

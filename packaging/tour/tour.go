@@ -130,9 +130,6 @@ func prepare(ctx context.Context, o Options, starter *proc.Starter) (*tour, erro
 		if _, err := os.Stat(o.Image); err != nil {
 			return nil, fmt.Errorf("the image cannot be read (make image): %w", err)
 		}
-		if _, err := os.Stat(t.firmware()); err != nil {
-			return nil, fmt.Errorf("the firmware that the machines are updated to cannot be read (make qemu-images): %w", err)
-		}
 		if _, err := qemu.Find(); err != nil {
 			return nil, err
 		}
