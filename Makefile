@@ -166,10 +166,11 @@ $(IMAGE): $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init $(SOURCES) $(STAMP)
 	@$(MAKE_IMAGE)
 
 # What `make qemu-test` runs: the image, and the firmware that its updates bring, one
-# that works and one whose agent does not.
+# that works, one whose agent does not, and one whose agent hangs.
+HANGS    := $(BIN)/qemu-test/hangs
 FIRMWARE := $(foreach v,$(NEXT) $(BROKEN),$(BIN)/qemu-test/deimos_$v.efi)
 .PHONY: qemu-images
-qemu-images: $(HOST) $(GUESTS) $(TOUR) $(FIRMWARE)
+qemu-images: $(HOST) $(GUESTS) $(TOUR) $(FIRMWARE) $(HANGS)/deimos_$(BROKEN).efi
 	@$(MAKE) image CONFIG=
 
 $(FIRMWARE): $(BIN)/qemu-test/deimos_%.efi: $(BIN)/qemu-test/agent-% $(BIN)/qemu-test/init-%
@@ -180,6 +181,12 @@ $(BIN)/qemu-test/agent-$(NEXT): $(SOURCES) $(STAMP)
 
 $(BIN)/qemu-test/agent-$(BROKEN): $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(BROKEN),packaging/tour/brokenagent)
+
+$(HANGS)/deimos_$(BROKEN).efi: $(HANGS)/agent $(BIN)/qemu-test/init-$(BROKEN)
+	@$(GO) run ./packaging/image -version $(BROKEN) -agent $(HANGS)/agent -init $(BIN)/qemu-test/init-$(BROKEN) -out $(@D)
+
+$(HANGS)/agent: $(SOURCES) $(STAMP)
+	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(BROKEN) -X main.mode=hang,packaging/tour/brokenagent)
 
 $(BIN)/qemu-test/init-%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$*,packaging/init)

@@ -106,20 +106,35 @@ var errNoWatchdog = errors.New("it is no watchdog; name one, such as /dev/watchd
 // know with ENOTTY, and some (/dev/random) with EINVAL.
 func foreign(err error) bool { return errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EINVAL) }
 
-// arm opens the device, which starts its clock. What is no watchdog gets nothing
-// written: it may be a serial port.
+// arm takes the device, and says what that means.
 func (w *device) arm() error {
+	driver, err := w.take(wished)
+	if err != nil {
+		return err
+	}
+	w.log.Info("the machine's watchdog is armed: if the agent hangs, it resets the machine", "watchdog", w.path, "driver", driver, "timeout", w.timeout.String())
+	if nowayout(w.sys, w.path) {
+		w.log.Warn("this watchdog cannot be disarmed (nowayout): whoever stops the agent has to start it again within the timeout, or the machine is reset", "watchdog", w.path, "timeout", w.timeout.String())
+	} else if !w.magic {
+		w.log.Warn("this watchdog is disarmed also when the agent dies: it guards against an agent that hangs, not against one that crashed", "watchdog", w.path)
+	}
+	return nil
+}
+
+// take opens the device, which starts its clock, with the first of the timeouts that
+// the driver takes. What is no watchdog gets nothing written: it may be a serial port.
+func (w *device) take(timeouts ...time.Duration) (driver string, err error) {
 	f, err := w.open(w.path)
 	if errors.Is(err, unix.EBUSY) {
-		return fmt.Errorf("another program feeds it (systemd, if RuntimeWatchdogSec= is set): leave it to that one, or name none to the agent: %w", err)
+		return "", fmt.Errorf("another program feeds it (systemd, if RuntimeWatchdogSec= is set): leave it to that one, or name none to the agent: %w", err)
 	}
 	if err != nil {
-		return fmt.Errorf("it cannot be opened: %w", err)
+		return "", fmt.Errorf("it cannot be opened: %w", err)
 	}
 	options, identity, err := f.Support()
 	if foreign(err) {
 		_ = f.Close()
-		return fmt.Errorf("%w: %w", errNoWatchdog, err)
+		return "", fmt.Errorf("%w: %w", errNoWatchdog, err)
 	}
 	// From here on the machine depends on it: nothing below may keep it unfed.
 	w.file = f
@@ -128,19 +143,17 @@ func (w *device) arm() error {
 	}
 	w.magic = options&unix.WDIOF_MAGICCLOSE != 0
 	if options&unix.WDIOF_SETTIMEOUT != 0 {
-		_ = f.SetTimeout(int(wished / time.Second)) // refused if it is too long: then its own stays
+		for _, t := range timeouts { // refused if it is too long: then its own stays
+			if f.SetTimeout(int(t/time.Second)) == nil {
+				break
+			}
+		}
 	}
 	w.timeout = unknown
 	if s, err := f.Timeout(); err == nil && s > 0 {
 		w.timeout = time.Duration(s) * time.Second
 	}
-	w.log.Info("the machine's watchdog is armed: if the agent hangs, it resets the machine", "watchdog", w.path, "driver", line(identity), "timeout", w.timeout.String())
-	if nowayout(w.sys, w.path) {
-		w.log.Warn("this watchdog cannot be disarmed (nowayout): whoever stops the agent has to start it again within the timeout, or the machine is reset", "watchdog", w.path, "timeout", w.timeout.String())
-	} else if !w.magic {
-		w.log.Warn("this watchdog is disarmed also when the agent dies: it guards against an agent that hangs, not against one that crashed", "watchdog", w.path)
-	}
-	return nil
+	return line(identity), nil
 }
 
 // feed writes what is not 'V': a write feeds with every driver, also with one
@@ -152,12 +165,10 @@ func (w *device) feed() error {
 	return nil
 }
 
-// disarm is the magic close. The write feeds, too: where it cannot be disarmed,
-// who starts the agent again has the whole timeout.
+// disarm says what has become of the magic close. Its write feeds, too: where it
+// cannot be disarmed, who starts the agent again has the whole timeout.
 func (w *device) disarm() {
-	_, err := w.file.Write([]byte("V"))
-	err = errors.Join(err, w.file.Close())
-	switch {
+	switch err := w.release(); {
 	case nowayout(w.sys, w.path):
 		w.log.Warn("the machine's watchdog stays armed (nowayout); unless the agent is started again, the machine is reset", "watchdog", w.path, "within", w.timeout.String())
 	case err != nil:
@@ -165,6 +176,11 @@ func (w *device) disarm() {
 	default:
 		w.log.Info("the machine's watchdog is disarmed", "watchdog", w.path)
 	}
+}
+
+func (w *device) release() error {
+	_, err := w.file.Write([]byte("V"))
+	return errors.Join(err, w.file.Close())
 }
 
 // kernel is an open device of this machine.

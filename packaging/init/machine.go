@@ -69,6 +69,7 @@ type machine struct {
 	hardware  chan struct{} // closed when what the disks do not need is there, too
 	again     chan string   // why the machine is to be started anew
 	trial     *trial
+	dog       *startDog
 
 	mu       sync.Mutex // guards found
 	found    string     // coordinator, by DNS-SD
@@ -93,6 +94,8 @@ func (m *machine) run(mounted error) {
 	m.params = parseCommandLine(readWord(m.path("proc/cmdline")))
 	m.trial = m.newTrial() // whose time begins now: a start that hangs is on trial, too
 	go guard(m.log, "trial", func() { m.trial.watch(ctx) })
+	m.dog = newStartDog(m.path(boardsWatchdog), m.log)
+	go guard(m.log, "watchdog", func() { m.dog.run(context.WithoutCancel(ctx)) }) // the machine goes down with it
 	_ = step(m.log, "loading modules", modulesLimit, func(context.Context) error {
 		return loadModules(m.path("lib/modules.list"), m.path("lib/modules"), m.log)
 	})
@@ -154,6 +157,7 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 	if ctx.Err() != nil {
 		return
 	}
+	m.dog.expect(modulesLimit)
 	m.trial.begin()
 	if m.data != "" {
 		faults := m.path("sys/fs/ext4", filepath.Base(m.data), "errors_count")
@@ -184,6 +188,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		late: func() bool { return disksComeLate(m.path("sys")) }}
 	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
 	for pause := firstLook; ; pause = min(2*pause, lastLook) {
+		m.dog.expect(m.settle + dataLimit)
 		before := m.oursOn(data, booted) // what shows up while this try fails is news
 		if m.esp == "" {
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
@@ -205,6 +210,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		if pause == firstLook {
 			m.sayLoudly(waitsForData)
 		}
+		m.dog.expect(pause)
 		m.awaitDisks(ctx, data, booted, before, pause)
 	}
 }
@@ -429,10 +435,15 @@ func (m *machine) configure() {
 			m.log.Info("the configuration is read", "file", source)
 		}
 		watchdog := ""
-		if exists(m.path("dev/watchdog0")) {
-			watchdog = "/dev/watchdog0"
+		if exists(m.path(boardsWatchdog)) {
+			watchdog = boardsWatchdog
 		}
 		config, coordinator, sound := prepareConfig(raw, watchdog)
+		if named := namedWatchdog(config, watchdog); named != "" {
+			m.dog.use(m.path(named))
+		} else {
+			m.dog.use("")
+		}
 		m.declared, m.unsound = coordinator, !sound
 		if m.params.coordinator != "" {
 			m.declared = m.params.coordinator
@@ -450,6 +461,8 @@ func (m *machine) configure() {
 }
 
 const (
+	boardsWatchdog = "/dev/watchdog0"
+
 	lastConfig = "data/deimos.toml.last" // what was read last, an empty file if there was none
 	noConfig   = "[jobs]\nenabled = false\n"
 )
@@ -546,7 +559,7 @@ func firstOf(lists ...[]string) []string {
 func (m *machine) supervise(ctx context.Context, kick <-chan struct{}) {
 	s := &supervisor{
 		processes: &m.processes, command: m.command, say: m.journal.say, log: m.log, kick: kick,
-		waits: m.waits, stopWithin: stopWithin, first: firstPause,
+		dog: m.dog, waits: m.waits, stopWithin: stopWithin, first: firstPause,
 		reboot: func() { m.startAnew("new firmware is installed, and waits for its trial") },
 		crashed: func() {
 			if m.ring != nil {
@@ -605,7 +618,12 @@ func (m *machine) awaitStop(press <-chan struct{}) (how int) {
 // stop takes the machine down.
 func (m *machine) stop(how int, agentStops func(), agentDone <-chan struct{}, closeLog func()) {
 	m.log.Info("the machine stops")
-	last := time.AfterFunc(downLimit, func() { _ = m.down(how) })
+	m.dog.expect(downLimit)
+	goDown := func() {
+		m.dog.off()
+		_ = m.down(how)
+	}
+	last := time.AfterFunc(downLimit, goDown)
 	defer last.Stop()
 	agentStops()
 	select {
@@ -619,7 +637,7 @@ func (m *machine) stop(how int, agentStops func(), agentDone <-chan struct{}, cl
 		unmount(m.path(dir))
 	}
 	unix.Sync()
-	_ = m.down(how)
+	goDown()
 }
 
 // unmount makes a file system that is still in use read-only, which is as good.

@@ -93,3 +93,13 @@ func prepareConfig(raw []byte, watchdog string) (config []byte, coordinator stri
 	}
 	return raw, f.Coordinator, true
 }
+
+// namedWatchdog is the watchdog that the agent will use: what the prepared
+// configuration names, and the other where it cannot be read.
+func namedWatchdog(config []byte, otherwise string) string {
+	var f ownersFile
+	if _, err := toml.Decode(string(config), &f); err != nil || f.Watchdog == nil {
+		return otherwise
+	}
+	return *f.Watchdog
+}

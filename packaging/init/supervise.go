@@ -37,6 +37,7 @@ type supervisor struct {
 	command    func() (argv, env []string) // asked before each start
 	say        func(line string)           // each line of the agent's
 	log        *slog.Logger
+	dog        *startDog       // hands the machine's watchdog to each agent
 	kick       <-chan struct{} // there is news for the agent's command: ends a pause, and an agent that was started without it
 	waits      func() bool     // there is nobody that the agent could come to; nil: there is
 	stopWithin time.Duration
@@ -108,6 +109,7 @@ func (s *supervisor) awaitNews(ctx context.Context) {
 
 // wait tells whether it ended early because there is news.
 func (s *supervisor) wait(ctx context.Context, pause time.Duration) (news bool) {
+	s.dog.expect(pause)
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {
@@ -133,6 +135,8 @@ func (s *supervisor) once(ctx context.Context) agentEnd {
 		return agentEnd{text: err.Error()}
 	}
 	argv, env := s.command()
+	s.dog.handOver()
+	defer s.dog.takeBack()
 	c, err := s.processes.start(argv, env, w)
 	w.Close()
 	if err != nil {

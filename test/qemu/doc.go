@@ -9,6 +9,7 @@
 //     that it stores, proves and computes, what it is after a power cut, what the
 //     power button does, that its console keeps secrets;
 //   - update_test.go: new firmware, one that works and one that does not;
+//   - watchdog_test.go: a firmware that is on nobody's trial, whose agent hangs;
 //   - config_test.go: deimos.toml on the ESP, as a person edits it;
 //   - lan_test.go: a device without any configuration, on a network of its own;
 //   - device_test.go: a machine with its disk, and how one is watched.
