@@ -59,6 +59,7 @@ type change struct {
 	name    string
 	to      *content
 	nowhere bool
+	only    *content // applies only where the name has this content still
 }
 
 type powerCut struct{}
@@ -152,6 +153,11 @@ func (f *fat) remove(name string) error {
 	f.step()
 	if f.live[name] != nil {
 		f.freed(name)
+		for other, its := range f.stored { // a name that is gone only in memory has them, too
+			if other != name && its == f.live[name] {
+				f.pending = append(f.pending, change{name: other, to: &content{[]byte("freed"), true}, only: its})
+			}
+		}
 		// The blocks are free before the name is gone, and either may be lost.
 		f.pending = append(f.pending, change{name: name, to: &content{[]byte("freed"), true}})
 		f.set(name, nil)
@@ -217,6 +223,7 @@ func (f *fat) after(kept int) *fat {
 	for i, c := range f.pending {
 		switch {
 		case kept>>i&1 == 0:
+		case c.only != nil && g.stored[c.name] != c.only:
 		case c.to == nil:
 			delete(g.stored, c.name)
 		case c.nowhere:
