@@ -79,6 +79,10 @@ integration: ## The real processes together, and the long tests of the rooms
 qemu-test: ## The image as devices in QEMU: soon online, stores, proves, computes, is updated, finds its coordinator (10 minutes)
 	@scripts/test setup qemu
 
+.PHONY: qemu-hang
+qemu-hang: ## The image with an agent that hangs: the machine's watchdog starts it anew (10 minutes)
+	@scripts/test setup hang
+
 .PHONY: powercut
 powercut: qemu-images ## Cut the power of a device in QEMU at thousands of moments, and see that nothing promised is lost (root; POINTS=6000 BOOTS=10; PLANT=receipt: a bug must be found; DEIMOS_TEST_SEED)
 	@CGO_ENABLED=0 $(GO) run ./test/powercut -bin $(BIN) -points $(or $(POINTS),6000) -boots $(or $(BOOTS),10) -rounds $(or $(ROUNDS),4) $(if $(PLANT),-plant $(PLANT))
@@ -166,12 +170,14 @@ $(IMAGE): $(BIN)/arm64/deimos-agent $(BIN)/arm64/deimos-init $(SOURCES) $(STAMP)
 	@$(MAKE_IMAGE)
 
 # What `make qemu-test` runs: the image, and the firmware that its updates bring, one
-# that works, one whose agent does not, and one whose agent hangs.
-HANGS    := $(BIN)/qemu-test/hangs
+# that works and one whose agent does not. What `make qemu-hang` runs: one whose agent hangs.
 FIRMWARE := $(foreach v,$(NEXT) $(BROKEN),$(BIN)/qemu-test/deimos_$v.efi)
-.PHONY: qemu-images
-qemu-images: $(HOST) $(GUESTS) $(TOUR) $(FIRMWARE) $(HANGS)/deimos_$(BROKEN).efi
+HANGS    := $(BIN)/qemu-hang/deimos_$(BROKEN).efi
+.PHONY: qemu-images qemu-hang-image
+qemu-images: $(HOST) $(GUESTS) $(TOUR) $(FIRMWARE)
 	@$(MAKE) image CONFIG=
+
+qemu-hang-image: qemu-images $(HANGS)
 
 $(FIRMWARE): $(BIN)/qemu-test/deimos_%.efi: $(BIN)/qemu-test/agent-% $(BIN)/qemu-test/init-%
 	@$(GO) run ./packaging/image -version $* -agent $(BIN)/qemu-test/agent-$* -init $(BIN)/qemu-test/init-$* -out $(@D)
@@ -182,10 +188,10 @@ $(BIN)/qemu-test/agent-$(NEXT): $(SOURCES) $(STAMP)
 $(BIN)/qemu-test/agent-$(BROKEN): $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(BROKEN),packaging/tour/brokenagent)
 
-$(HANGS)/deimos_$(BROKEN).efi: $(HANGS)/agent $(BIN)/qemu-test/init-$(BROKEN)
-	@$(GO) run ./packaging/image -version $(BROKEN) -agent $(HANGS)/agent -init $(BIN)/qemu-test/init-$(BROKEN) -out $(@D)
+$(HANGS): $(BIN)/qemu-hang/agent $(BIN)/qemu-test/init-$(BROKEN)
+	@$(GO) run ./packaging/image -version $(BROKEN) -agent $(@D)/agent -init $(BIN)/qemu-test/init-$(BROKEN) -out $(@D)
 
-$(HANGS)/agent: $(SOURCES) $(STAMP)
+$(BIN)/qemu-hang/agent: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm64 GOARM64=v8.0,$(BROKEN) -X main.mode=hang,packaging/tour/brokenagent)
 
 $(BIN)/qemu-test/init-%: $(SOURCES) $(STAMP)
