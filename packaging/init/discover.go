@@ -199,29 +199,42 @@ func fingerprintOf(der []byte) string {
 }
 
 // provesFleet tells whether the server at an address has a certificate of the
-// authority whose fingerprint it announces. Times do not count: the clock may be wrong.
+// authority whose fingerprint it announces.
 func provesFleet(ctx context.Context, a answer) bool {
-	u, err := url.Parse(a.address)
-	if err != nil || a.fleet == "" {
-		return false
-	}
 	ctx, cancel := context.WithTimeout(ctx, proofLimit)
 	defer cancel()
+	return a.fleet != "" && shakesHands(ctx, a.address, func(shown *x509.Certificate) *x509.Certificate {
+		if fingerprintOf(shown.Raw) != a.fleet {
+			return nil
+		}
+		return shown
+	})
+}
+
+// shakesHands tells whether the server at an address finishes a TLS handshake with
+// a certificate of the authority that we believe, which is chosen knowing the one at
+// the end of the chain that is shown; nil believes none. Times do not count: the clock
+// may be wrong.
+func shakesHands(ctx context.Context, address string, believe func(shown *x509.Certificate) *x509.Certificate) bool {
+	u, err := url.Parse(address)
+	if err != nil || u.Hostname() == "" {
+		return false
+	}
 	dialer := &tls.Dialer{Config: &tls.Config{
 		MinVersion: tls.VersionTLS13, ServerName: u.Hostname(),
 		InsecureSkipVerify: true, // against the authority, here:
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			leaf, last := cs.PeerCertificates[0], cs.PeerCertificates[len(cs.PeerCertificates)-1]
-			if fingerprintOf(last.Raw) != a.fleet {
+			leaf, roots := cs.PeerCertificates[0], x509.NewCertPool()
+			ca := believe(cs.PeerCertificates[len(cs.PeerCertificates)-1])
+			if ca == nil {
 				return errors.New("another authority")
 			}
-			roots := x509.NewCertPool()
-			roots.AddCert(last)
+			roots.AddCert(ca)
 			_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: u.Hostname(), CurrentTime: leaf.NotBefore})
 			return err
 		},
 	}}
-	conn, err := dialer.DialContext(ctx, "tcp", u.Host)
+	conn, err := dialer.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "443")))
 	if err != nil {
 		return false
 	}
@@ -231,8 +244,19 @@ func provesFleet(ctx context.Context, a answer) bool {
 
 // membership is what we must know of the agent's.
 type membership struct {
-	Coordinator string `json:"coordinator"`
-	CA          []byte `json:"ca"` // PEM
+	Coordinator string   `json:"coordinator"`
+	CA          []byte   `json:"ca"` // PEM
+	Brokers     []string `json:"brokers"`
+	DataPlane   []string `json:"data_plane"` // the coordinator's as well
+}
+
+// authority is its DER; nil if there is none that can be read.
+func (m membership) authority() []byte {
+	block, _ := pem.Decode(m.CA)
+	if block == nil {
+		return nil
+	}
+	return block.Bytes
 }
 
 // seeks tells what discovery is to look for. since is when the device was first seen to
@@ -248,15 +272,15 @@ func (m *machine) seeks(now time.Time, since *time.Time) need {
 	}
 	var mine membership
 	_ = json.Unmarshal(raw, &mine) // the agent says what is wrong with one that is damaged
-	block, _ := pem.Decode(mine.CA)
-	if block == nil || readStatus(m.path(statusFile)).Online {
+	ca := mine.authority()
+	if ca == nil || readStatus(m.path(statusFile)).Online {
 		*since = time.Time{}
 		return need{}
 	}
 	if since.IsZero() {
 		*since = now
 	}
-	return need{look: now.Sub(*since) >= offlineLong, fleet: fingerprintOf(block.Bytes), known: cmp.Or(m.found, mine.Coordinator)}
+	return need{look: now.Sub(*since) >= offlineLong, fleet: fingerprintOf(ca), known: cmp.Or(m.found, mine.Coordinator)}
 }
 
 // better prefers IPv4, which is never link-local only, and then one order for all.

@@ -116,7 +116,7 @@ func (a *around) write(t *testing.T, file string, v any) {
 
 func (a *around) join(t *testing.T, coordinator, fleet string, online bool) {
 	t.Helper()
-	a.write(t, membershipFile, membership{coordinator, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte(fleet)})})
+	a.write(t, membershipFile, membership{Coordinator: coordinator, CA: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte(fleet)})})
 	a.write(t, statusFile, status{Online: online})
 }
 

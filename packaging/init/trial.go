@@ -2,11 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -20,7 +19,7 @@ const (
 	// program hangs before the agent is started.
 	trialPatience = time.Hour
 
-	dialLimit = 5 * time.Second
+	answerLimit = 5 * time.Second
 )
 
 // trial watches a firmware that is not confirmed yet, as a launcher watches an
@@ -29,16 +28,18 @@ const (
 // would start again. So the machine is started anew
 //
 //   - when the agent has ended by itself slot.Tries times since the machine's start;
-//   - when the firmware is not confirmed, though coordinator and broker accepted
-//     connections for within, all in all: the agent crashes, hangs, or is not welcome;
+//   - when the firmware is not confirmed, though coordinator and broker answered
+//     for within, all in all: the agent crashes, hangs, or is not welcome;
 //   - when it is not confirmed trialPatience after power-on. A coordinator or router
 //     that is away, or a cable that is out, is seldom the firmware's fault, and costs
 //     a try only after that; but it may be, with a driver missing, say, and then the
 //     machine is back with the old one after slot.Tries times that.
 //
 // Whether somebody answers we ask ourselves, and do not take the agent's word for
-// it: a TCP connection, no more. (A launcher has a name for neither, and does not
-// wait: the old agent is a restart of a process away.)
+// it: a TLS handshake with a server of the fleet's authority. A connection alone is
+// accepted by the kernel of one whose process hangs, and by a router in its place. (A
+// launcher has a name for neither, and does not wait: the old agent is a restart of a
+// process away.)
 //
 // There is a trial only while there is another firmware to go back to (ota/slot/
 // firmware, [firmware.Store.OnTrial]): a new device, which may wait for days until
@@ -71,7 +72,7 @@ func (m *machine) newTrial() *trial {
 	if within == 0 {
 		within = slot.ConfirmWithin
 	}
-	return &trial{within: within, patience: max(trialPatience, within), every: max(within/12, time.Millisecond), begun: make(chan struct{}),
+	return &trial{within: within, patience: max(trialPatience, within), every: max(within/6, time.Millisecond), begun: make(chan struct{}),
 		efivars: m.path("sys/firmware/efi/efivars"), restart: m.startAnew, log: m.log}
 }
 
@@ -242,28 +243,27 @@ func (t *trial) byLoader() bool {
 	return ok && tried <= slot.Tries
 }
 
-// answers tells whether the coordinator and, for a member, a broker accept connections.
+// answers tells whether the coordinator and, for a member, a broker answer.
 func (m *machine) answers(ctx context.Context) bool {
-	var member struct {
-		Coordinator string   `json:"coordinator"`
-		Brokers     []string `json:"brokers"`
-		DataPlane   []string `json:"data_plane"` // the coordinator's as well
-	}
-	if raw, err := os.ReadFile(m.path("data/deimos/identity/membership.json")); err == nil {
+	var member membership
+	believe := func(shown *x509.Certificate) *x509.Certificate { return shown }
+	if raw, err := os.ReadFile(m.path(membershipFile)); err == nil {
 		_ = json.Unmarshal(raw, &member) // of one that cannot be read, nobody answers
+		ca, _ := x509.ParseCertificate(member.authority())
+		believe = func(*x509.Certificate) *x509.Certificate { return ca }
 	}
 	m.mu.Lock()
 	coordinators := append([]string{m.params.coordinator, m.declared, m.found, member.Coordinator}, member.DataPlane...)
 	m.mu.Unlock()
-	return anyAnswers(ctx, coordinators) && (len(member.Brokers) == 0 || anyAnswers(ctx, member.Brokers))
+	return anyAnswers(ctx, coordinators, believe) && (len(member.Brokers) == 0 || anyAnswers(ctx, member.Brokers, believe))
 }
 
-func anyAnswers(ctx context.Context, addresses []string) bool {
-	ctx, cancel := context.WithTimeout(ctx, dialLimit)
+func anyAnswers(ctx context.Context, addresses []string, believe func(*x509.Certificate) *x509.Certificate) bool {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
 	results := make(chan bool, len(addresses))
 	for _, address := range addresses {
-		go func() { results <- accepts(ctx, address) }() // ends with ctx
+		go func() { results <- shakesHands(ctx, address, believe) }() // ends with ctx
 	}
 	for range addresses {
 		if <-results {
@@ -271,24 +271,6 @@ func anyAnswers(ctx context.Context, addresses []string) bool {
 		}
 	}
 	return false
-}
-
-func accepts(ctx context.Context, address string) bool {
-	u, err := url.Parse(address)
-	if err != nil || u.Hostname() == "" {
-		return false
-	}
-	port := u.Port()
-	if port == "" {
-		port = "443"
-	}
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
-	if err != nil {
-		return false
-	}
-	_ = c.Close()
-	return true
 }
 
 // startAnew asks for a restart of the machine; the first reason counts.

@@ -2,10 +2,23 @@ package main
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"io"
+	"log"
 	"log/slog"
+	"math/big"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -180,7 +193,9 @@ func TestAStartThatHangsIsOnTrialToo(t *testing.T) {
 	w, m := trialOn(t, time.Hour, onTrial...)
 	w.begun, w.paid, w.patience = make(chan struct{}), false, time.Millisecond
 	before := imageOf(t, m)
-	if w.watch(t.Context()); !restarts(m) {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if w.watch(ctx); !restarts(m) {
 		t.Error("not restarted")
 	}
 	if imageOf(t, m) == before {
@@ -264,41 +279,85 @@ func TestATrialOutlivesADiskThatCannotBeReadForAWhile(t *testing.T) {
 }
 
 func TestWhoMustAnswer(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	server, stranger := turnedAway(), turnedAway()
+	defer server.Close()
+	defer stranger.Close()
+	server.StartTLS()
+	stranger.TLS = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{ownAuthority(t)}}
+	stranger.StartTLS()
+	// The kernel accepts for a process that hangs, until its queue is full.
+	hung, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer hung.Close()
 	gone, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	gone.Close()
-	here, away := "https://"+l.Addr().String(), "https://"+gone.Addr().String()
+	here, hangs, away := server.URL, "https://"+hung.Addr().String(), "https://"+gone.Addr().String()
+	fleet := base64.StdEncoding.EncodeToString(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
+	member := func(words string) string { return `{"ca":"` + fleet + `",` + words + `}` }
 	for name, c := range map[string]struct {
 		declared, member string
 		want             bool
 	}{
 		"nobody known": {"", "", false}, "declared": {here, "", true}, "declared, away": {away, "", false}, "no address": {"here", "", false},
-		"member":                   {"", `{"coordinator":"` + here + `","brokers":["` + here + `"]}`, true},
-		"member of one that moved": {"", `{"coordinator":"` + away + `","data_plane":["` + here + `"],"brokers":["` + away + `","` + here + `"]}`, true},
-		"the broker is away":       {here, `{"coordinator":"` + here + `","brokers":["` + away + `"]}`, false},
-		"only the broker is there": {"", `{"coordinator":"` + away + `","brokers":["` + here + `"]}`, false},
-		"a damaged membership":     {"", "{", false},
+		"declared, hangs":          {hangs, "", false},
+		"declared, a stranger":     {stranger.URL, "", true}, // this one's authority is not known yet
+		"member":                   {"", member(`"coordinator":"` + here + `","brokers":["` + here + `"]`), true},
+		"member of one that moved": {"", member(`"coordinator":"` + away + `","data_plane":["` + here + `"],"brokers":["` + away + `","` + here + `"]`), true},
+		"member of one that hangs": {"", member(`"coordinator":"` + hangs + `","brokers":["` + here + `"]`), false},
+		"the broker hangs":         {"", member(`"coordinator":"` + here + `","brokers":["` + hangs + `"]`), false},
+		"the broker is away":       {here, member(`"brokers":["` + away + `"]`), false},
+		"only the broker is there": {"", member(`"coordinator":"` + away + `","brokers":["` + here + `"]`), false},
+		"a stranger answers":       {"", member(`"coordinator":"` + stranger.URL + `","brokers":["` + here + `"]`), false},
+		"the broker is a stranger": {here, member(`"brokers":["` + stranger.URL + `"]`), false},
+		"a damaged membership":     {here, "{", false},
 	} {
 		m := &machine{root: t.TempDir(), declared: c.declared}
 		if c.member != "" {
-			if err := os.MkdirAll(m.path("data/deimos/identity"), 0o755); err != nil {
+			if err := os.MkdirAll(filepath.Dir(m.path(membershipFile)), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(m.path("data/deimos/identity/membership.json"), []byte(c.member), 0o600); err != nil {
+			if err := os.WriteFile(m.path(membershipFile), []byte(c.member), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if got := m.answers(t.Context()); got != c.want {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		if strings.Contains(name, "hangs") { // a TCP connection would be there long before
+			cancel()
+			ctx, cancel = context.WithTimeout(t.Context(), 200*time.Millisecond)
+		}
+		if got := m.answers(ctx); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
+		cancel()
 	}
+}
+
+// turnedAway says nothing of a client that does not believe it.
+func turnedAway() *httptest.Server {
+	s := httptest.NewUnstartedServer(http.NotFoundHandler())
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	return s
+}
+
+// ownAuthority is its own.
+func ownAuthority(t *testing.T) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	about := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, about, about, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 func TestAMachineWithoutOneOfItsVitalPartsIsStartedAnew(t *testing.T) {
