@@ -415,6 +415,7 @@ func problem(ctx context.Context, err error) error {
 		{bundle.ErrSame, wire.CodeAlreadyLatest},
 		{bundle.ErrDowngrade, CodeDowngrade},
 		{firmware.ErrVersion, CodePreflight},
+		{firmware.ErrUncounted, wire.CodeNotSupported},
 		{bundle.ErrBoard, CodeWrongHardware},
 		{bundle.ErrPlatform, CodeWrongHardware},
 		{bundle.ErrFrom, CodeTooOld},

@@ -95,15 +95,23 @@ func (m *machine) openTrial() {
 // begin pays for this start, when the data partition is there with what is remembered
 // of the one before. A start that does not come so far pays when it is given up.
 func (t *trial) begin() {
+	if images := t.store(); images != nil {
+		_ = step(t.log, "looking whether the boot loader counts starts", shortLimit, func(context.Context) error { return images.NoteLoader() }) // which has said why
+	}
 	t.pay()
 	close(t.begun)
 }
 
+// store is nil where the ESP is not mounted.
+func (t *trial) store() *firmware.Store {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.images
+}
+
 // pay tells whether this start is counted.
 func (t *trial) pay() bool {
-	t.mu.Lock()
-	images := t.images
-	t.mu.Unlock()
+	images := t.store()
 	if images == nil {
 		return true // by the boot loader, or it were no trial
 	}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log"
 	"log/slog"
@@ -210,6 +211,15 @@ func TestEachStartOfATrialIsPaidForBeforeTheAgent(t *testing.T) {
 	for _, images := range [][]string{confirmed, {"deimos_2.0.0+3.efi"}} {
 		if _, m := trialOn(t, 0, images...); filepath.Base(imageOf(t, m)) != images[len(images)-1] {
 			t.Errorf("%s became %s", images, imageOf(t, m))
+		}
+	}
+}
+
+func TestThatTheBootLoaderDoesNotCountIsSeenAtTheFirstStartOfANewDevice(t *testing.T) {
+	for name, want := range map[string]error{"deimos_2.0.0+3.efi": firmware.ErrUncounted, "deimos_2.0.0+2-1.efi": nil} {
+		_, m := trialOn(t, 0, name)
+		if err := m.trial.images.CheckRoom("3.0.0", 1); !errors.Is(err, want) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

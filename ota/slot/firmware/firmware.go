@@ -16,6 +16,7 @@
 //	EFI/Linux/deimos_VERSION+LEFT.efi         to be tried LEFT times
 //	EFI/Linux/deimos_VERSION+LEFT-DONE.efi    tried DONE times; with LEFT 0 used up: taken only if nothing else is there
 //	EFI/Linux/deimos_VERSION….efi.tmp         an install or a removal in progress; worthless after a cut
+//	EFI/Linux/deimos-uncounted.txt            the boot loader of this machine cannot count: no updates
 //	STATE/firmware.json                       the order of the trial, and how the last one ended
 //
 // Which one runs is told by the release file in its own initramfs: that comes out
@@ -87,6 +88,14 @@
 // systemd-boot counts by a rename through UEFI. Older U-Boot refuses that, and
 // systemd-boot then starts the image with its counter as it is. So the count that a start has
 // left is remembered, and process 1 pays for a start that finds it unchanged: [Store.CountStart].
+//
+// That does not help where process 1 is not reached: the kernel of such an image
+// would be started for ever. Nothing that such a loader obeys can be written (its
+// variable LoaderEntryOneShot neither, as the same U-Boot keeps none of Linux), so a
+// machine of which this is known takes no firmware by update. It is known since the
+// first boot of a new device, which runs an image that still says "to be tried 3
+// times": [Store.NoteLoader]. The note is a file beside the images, as it belongs to the
+// machine, not to the fleet; and so that an owner who has mended the loader can delete it.
 package firmware
 
 import (
@@ -97,6 +106,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -118,6 +128,13 @@ var ErrUnknown = errors.New("the image of the firmware that runs is not on the E
 
 // ErrTwice is returned when a power cut has left a file that a new one would collide with.
 var ErrTwice = errors.New("a power cut has left two names of one file on the EFI system partition; check it with fsck.vfat")
+
+// ErrUncounted is returned for an install on a machine whose boot loader cannot count starts.
+var ErrUncounted = errors.New("the boot loader of this machine cannot count the starts of a firmware, so one that does not start could never be left; write the new image to the disk. " +
+	"If the boot loader or the UEFI was mended, delete " + uncounted + " in " + Folder + " on the first partition")
+
+// uncounted is the file that says so.
+const uncounted = "deimos-uncounted.txt"
 
 // Env is the environment variable by which the image's process 1 tells the agent
 // where the EFI system partition is mounted, read-write. Folder is the folder of
@@ -177,13 +194,16 @@ func Open(esp, stateDir, running, boot string) (*Store, error) {
 // A repeat of an order that is on trial does nothing.
 //
 // Errors: [slot.ErrBusy] while an image is on trial, [ErrRunning], [ErrOlder],
-// [ErrSpace], [ErrUnknown]; else the content, its check or the disk failed, and nothing has
+// [ErrSpace], [ErrUnknown], [ErrUncounted]; else the content, its check or the disk failed, and nothing has
 // changed but that an older image was removed to make room.
 func (s *Store) Install(ctx context.Context, order string, image slot.Image, size int64, content io.Reader, check func(io.ReaderAt) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	version, err := ImageVersion(image.Version)
 	if err != nil {
+		return err
+	}
+	if err := s.loaderCounts(); err != nil {
 		return err
 	}
 	if onTrial, err := s.onTrial(); err != nil {
@@ -229,10 +249,13 @@ func (s *Store) Install(ctx context.Context, order string, image slot.Image, siz
 }
 
 // CheckRoom tells, as an error, whether an image of that version and size would
-// not fit, once the older ones are gone.
+// not fit, once the older ones are gone, or [ErrUncounted].
 func (s *Store) CheckRoom(version string, size int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.loaderCounts(); err != nil {
+		return err
+	}
 	version, err := ImageVersion(version)
 	if err != nil {
 		return err
@@ -366,6 +389,39 @@ func (s *Store) onTrial() (bool, error) {
 	all, err := s.disk.list()
 	mine, ok := all.find(s.running)
 	return ok && mine.counted && all.has(s.isOther), err
+}
+
+// NoteLoader notes for good if the boot loader did not count this start, though
+// the image has a counter: its name is as it was made. To be called once in each start of
+// the machine, before [Store.CountStart], which renames it.
+func (s *Store) NoteLoader() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, err := s.disk.list()
+	if err != nil {
+		return err
+	}
+	if mine := all.nextTry(s.running); mine.name == "" || mine.tried > 0 || errors.Is(s.loaderCounts(), ErrUncounted) {
+		return nil
+	}
+	out, err := s.disk.create(uncounted)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(out, "Deimos: "+ErrUncounted.Error()+".\n")
+	return errors.Join(err, out.Sync(), out.Close(), s.disk.sync())
+}
+
+// loaderCounts returns [ErrUncounted] if it is noted that the boot loader does not.
+func (s *Store) loaderCounts() error {
+	note, err := s.disk.open(uncounted)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	}
+	return errors.Join(ErrUncounted, note.Close())
 }
 
 // CountStart pays for this start of an image on trial if the boot loader could

@@ -505,6 +505,55 @@ func TestACutWhileAStartIsPaidForLengthensTheTrialByOneAtMost(t *testing.T) {
 	})
 }
 
+// A new device, and one whose first update comes before anybody knows.
+func TestAMachineWhoseBootLoaderDoesNotCountTakesNoFirmwareTwice(t *testing.T) {
+	for _, c := range []struct {
+		names   []string
+		running string
+	}{{[]string{"deimos_1.0.0+3.efi"}, "1.0.0"}, {[]string{"deimos_0.9.0.efi", "deimos_1.0.0+3.efi"}, "1.0.0"}} {
+		begin := func() *fat {
+			f := newFAT(c.names...)
+			f.stuck = true
+			return f
+		}
+		everyCut(t, begin, func(f *fat) { must(t, f.store(f.boot(t)).NoteLoader()) }, func(t *testing.T, f *fat) {
+			s := f.store(f.boot(t))
+			must(t, s.NoteLoader())
+			must(t, s.CountStart())
+			must(t, s.Confirm(t.Context()))
+			before := f.names()
+			if err := install(s, "o2", "2.0.0"); !errors.Is(err, ErrUncounted) {
+				t.Errorf("an install: %v", err)
+			}
+			if err := s.CheckRoom("2.0.0", imageSize); !errors.Is(err, ErrUncounted) {
+				t.Errorf("a look before it is fetched: %v", err)
+			}
+			if f.names() != before || f.boot(t) != c.running {
+				t.Errorf("%s became %s", before, f.names())
+			}
+			must(t, s.NoteLoader()) // the next start
+			must(t, f.remove(uncounted))
+			must(t, install(s, "o2", "2.0.0"))
+		})
+	}
+}
+
+func TestABootLoaderThatCountsIsNotNoted(t *testing.T) {
+	for _, names := range [][]string{{"deimos_1.0.0+3.efi"}, {"deimos_1.0.0+1-2.efi"}, {"deimos_1.0.0.efi"}, {"deimos_0.9.0.efi", "deimos_1.0.0+3.efi"}} {
+		f := newFAT(names...)
+		f.rec.Trial = &trial{From: "0.9.0", To: "1.0.0", Left: slot.Tries}
+		s := f.store(f.boot(t))
+		before := f.names()
+		must(t, s.NoteLoader())
+		must(t, s.CountStart())
+		if f.names() != before {
+			t.Errorf("%s became %s", before, f.names())
+		}
+		must(t, s.Confirm(t.Context()))
+		must(t, install(s, "o2", "2.0.0"))
+	}
+}
+
 func TestWhatIsNotOnTrialIsNotCounted(t *testing.T) {
 	for _, names := range [][]string{{"deimos_2.0.0+3.efi"}, {"deimos_1.0.0.efi", "deimos_2.0.0.efi"}, {"deimos_1.0.0.efi", "deimos_2.0.0+0-3.efi"}} {
 		f := newFAT(names...)
