@@ -68,8 +68,9 @@ const (
 // [Service.Reboots], and report nothing yet.
 var ErrRestart = errors.New("the new version is installed; restart to try it")
 
-// ErrPending is returned for a repeat of the order whose release is being tried
-// by this very process: report nothing yet, [Service.Settled] will tell.
+// ErrPending is returned for a repeat of the order whose release is being tried by
+// this very process, and where the disk does not tell: report nothing yet,
+// [Service.Settled] will tell, or a repeat.
 var ErrPending = errors.New("this update is on trial; its outcome is not known yet")
 
 // spaceMargin is kept free on the disk beside what the update itself needs.
@@ -212,7 +213,11 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 		progress = func(float64) {}
 	}
 	if err := s.install(ctx, o.ID, want, progress); err != nil {
-		if t, _, unknown := s.how.standing(); unknown != nil || t == nil || t.order != o.ID {
+		t, _, unknown := s.how.standing()
+		switch {
+		case unknown != nil:
+			return wire.Outcome{}, s.unknown(o.ID, errors.Join(err, unknown))
+		case t == nil || t.order != o.ID:
 			return wire.Outcome{}, problem(ctx, err)
 		}
 		// The trial stands, and will be tried at the next start whatever is said of it now.
@@ -221,13 +226,20 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 	return wire.Outcome{}, ErrRestart
 }
 
+// unknown leaves an order open of which the disk does not tell whether it is on
+// trial: a report is final, and a version that was reported as failed may be tried and
+// kept. The order comes again until it expires.
+func (s *Service) unknown(order string, why error) error {
+	s.o.Log.Error("whether the new version is on trial cannot be told now; the order stays open", "order", order, "error", why)
+	return ErrPending
+}
+
 // seenBefore answers a repeat from what is on disk.
 func (s *Service) seenBefore(order string) (bool, wire.Outcome, error) {
 	t, last, err := s.how.standing()
-	if err != nil {
-		return true, wire.Outcome{}, err
-	}
 	switch {
+	case err != nil:
+		return true, wire.Outcome{}, s.unknown(order, err)
 	case t != nil && t.order == order && t.running:
 		return true, wire.Outcome{}, ErrPending
 	case t != nil && t.order == order:

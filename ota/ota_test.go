@@ -32,18 +32,17 @@ const patience = 60 * time.Second
 var launcherBin, agentBin []byte
 
 func TestMain(m *testing.M) {
+	launcherBin, agentBin = build("../cmd/deimos-launch"), build("./testdata/agent")
+	os.Exit(m.Run())
+}
+
+// build keeps no file while the tests run: they may be killed.
+func build(pkg string) []byte {
 	dir, err := os.MkdirTemp("", "deimos-ota-test-*")
 	if err != nil {
 		panic(err)
 	}
-	launcherBin = build(dir, "../cmd/deimos-launch")
-	agentBin = build(dir, "./testdata/agent")
-	code := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(code)
-}
-
-func build(dir, pkg string) []byte {
+	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "out")
 	cmd := exec.Command("go", "build", "-tags", "crashpoints", "-ldflags=-s -w", "-o", out, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

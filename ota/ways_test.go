@@ -218,6 +218,47 @@ func TestAnInstallThatIsOnTrialIsNotReportedFailed(t *testing.T) {
 	}
 }
 
+// TestAnOrderStaysOpenWhileItsTrialCannotBeSeen: the disk fails as the install ends,
+// and answers again later.
+func TestAnOrderStaysOpenWhileItsTrialCannotBeSeen(t *testing.T) {
+	for name, fails := range map[string]int{"when it was installed": 2, "when it comes again": 1} {
+		t.Run(name, func(t *testing.T) {
+			eachWay(t, func(t *testing.T, _ way, f *fleet) {
+				f.good("1.1.0")
+				s, _ := f.device()
+				if fails == 1 {
+					f.installs(s, order("o1", "1.1.0"))
+				}
+				whole := s.how
+				seen := 0
+				s.how = &blind{whole, func() bool { seen++; return seen == fails }}
+				if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrPending) {
+					t.Errorf("it ends with %v", err)
+				}
+				s.how = whole
+				f.installs(s, order("o1", "1.1.0"))
+			})
+		})
+	}
+}
+
+// blind cannot see how it stands while off says so; its install ends in an error.
+type blind struct {
+	mechanism
+	off func() bool
+}
+
+func (m *blind) standing() (*trial, *slot.Outcome, error) {
+	if m.off() {
+		return nil, nil, errors.New("input/output error")
+	}
+	return m.mechanism.standing()
+}
+
+func (m *blind) install(ctx context.Context, r release) error {
+	return errors.Join(m.mechanism.install(ctx, r), errors.New("input/output error"))
+}
+
 // thenFails is a device whose install ends in an error once its trial stands.
 type thenFails struct {
 	mechanism
