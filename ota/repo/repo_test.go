@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/ota/bundle"
 )
@@ -321,6 +323,32 @@ func TestLeavingForgetsTheMetadataOfAnotherRootOnly(t *testing.T) {
 	must(t, Leave(dir, nil)) // to a fleet without releases
 	if left, _ := os.ReadDir(dir); len(left) > 0 {
 		t.Errorf("left are %v", left)
+	}
+}
+
+// TestWhatMarksAnotherFleetsMetadataGoesLast, so that what a cut leaves is still left.
+func TestWhatMarksAnotherFleetsMetadataGoesLast(t *testing.T) {
+	f := newFleet(t)
+	dir := t.TempDir()
+	f.release("1.1.0", "good")
+	must(t, f.client(dir).Refresh(t.Context(), now))
+	watch, err := unix.InotifyInit1(unix.IN_NONBLOCK)
+	must(t, err)
+	defer unix.Close(watch)
+	_, err = unix.InotifyAddWatch(watch, dir, unix.IN_DELETE)
+	must(t, err)
+	must(t, Leave(dir, nil))
+	raw := make([]byte, 64<<10)
+	n, err := unix.Read(watch, raw)
+	must(t, err)
+	var gone []string
+	for raw = raw[:n]; len(raw) > 0; {
+		length := binary.NativeEndian.Uint32(raw[12:]) // struct inotify_event
+		gone = append(gone, string(bytes.TrimRight(raw[16:16+length], "\x00")))
+		raw = raw[16+length:]
+	}
+	if len(gone) < 4 || gone[len(gone)-1] != enrolledFile {
+		t.Errorf("removed in this order: %q", gone)
 	}
 }
 
