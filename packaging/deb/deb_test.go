@@ -3,6 +3,7 @@ package deb
 import (
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -133,12 +134,52 @@ func TestScriptsAreShell(t *testing.T) {
 	if err != nil || len(scripts) != 6 {
 		t.Fatalf("maintainer scripts: %v, %v", scripts, err)
 	}
-	for _, s := range slices.Concat(scripts, []string{"lifecycle.sh"}) {
+	for _, s := range slices.Concat(scripts, []string{"lifecycle.sh", "empty.sh"}) {
 		if out, err := exec.CommandContext(t.Context(), "sh", "-n", s).CombinedOutput(); err != nil {
 			t.Errorf("%s: %s", s, out)
 		}
-		if !strings.Contains(read(t, s), "\nset -e") {
+		if s != "empty.sh" && !strings.Contains(read(t, s), "\nset -e") { // which is part of one
 			t.Errorf("%s goes on after an error", s)
+		}
+	}
+}
+
+// TestAPurgeTakesTheStateAndNothingElse empties folders as each postrm does, in a mount
+// namespace of its own. What is there in the end is named by paths.
+func TestAPurgeTakesTheStateAndNothingElse(t *testing.T) {
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct{ before, user, left string }{
+		"a folder":      {"mkdir -p state/a state/.b/c; touch state/key 'state/.b/two words'", me.Username, "other other/theirs"},
+		"none is there": {"true", me.Username, "other other/theirs"},
+		"a bind mount of the same file system below it": {"mkdir -p 'state/a b/disk' state/c; touch 'state/a b/ours' state/key; mount --bind other 'state/a b/disk'", me.Username,
+			"other other/theirs state state/a b state/a b/disk state/a b/disk/theirs"},
+		"one beside ours":                {"mkdir -p state/disk state/disk2; mount --bind other state/disk", me.Username, "other other/theirs state state/disk state/disk/theirs"},
+		"a mount itself":                 {"mkdir state; mount --bind state state; touch state/key", me.Username, "other other/theirs state"},
+		"a link to what was given to it": {"mkdir given; touch given/key; ln -s given state", me.Username, "other other/theirs"},
+		"a link to somebody else's":      {"ln -s other state", "somebody", "other other/theirs state"},
+		"a link to nothing":              {"ln -s nothing state", me.Username, "other other/theirs"},
+		"a link in it":                   {"mkdir state; ln -s ../other state/link", me.Username, "other other/theirs"},
+	} {
+		script := "set -e; mkdir other; touch other/theirs; " + c.before + "; . \"$1\"; said=yes; empty \"$PWD/state\" '" + c.user + "' || said=no; echo $said; find . -mindepth 1 -printf '%P\\n' | sort"
+		empty, err := filepath.Abs("empty.sh")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.CommandContext(t.Context(), "unshare", "--user", "--map-current-user", "--keep-caps", "--mount", "sh", "-c", script, "sh", empty)
+		cmd.Dir = t.TempDir()
+		out, err := cmd.CombinedOutput()
+		if err != nil && strings.HasPrefix(string(out), "unshare:") {
+			testenv.Cannot(t, "no namespaces here: %s", out)
+		}
+		want := "yes " + c.left
+		if strings.Contains(c.left, " state") {
+			want = "no " + c.left
+		}
+		if got := strings.Join(strings.Split(strings.TrimSpace(string(out)), "\n"), " "); err != nil || got != want {
+			t.Errorf("%s: it is %q (%v), want %q", name, got, err, want)
 		}
 	}
 }

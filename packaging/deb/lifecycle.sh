@@ -273,6 +273,30 @@ test -e /var/lib/deimos/disk/kept
 umount /var/lib/deimos/disk /var/lib/deimos
 rm -r /var/lib/deimos
 
+claim "so is one of the same file system; where the state folder is a link, what it leads to goes with it, if that was given to the agent"
+dpkg -i /debs/0.deb
+mkdir -p /srv/theirs /var/lib/deimos/disk
+touch /srv/theirs/kept
+mount --bind /srv/theirs /var/lib/deimos/disk
+dpkg --purge deimos-agent
+is "$(ls -A /var/lib/deimos)" disk
+test -e /srv/theirs/kept
+umount /var/lib/deimos/disk
+rm -r /var/lib/deimos
+install -d -o deimos-agent -m 700 /srv/given
+ln -s /srv/given /var/lib/deimos
+dpkg -i /debs/0.deb
+mkdir -p /var/lib/deimos/identity
+touch /var/lib/deimos/identity/key.pem
+dpkg --purge deimos-agent
+gone /srv/given
+not test -L /var/lib/deimos
+ln -s /srv/theirs /var/lib/deimos
+dpkg -i /debs/0.deb
+dpkg --purge deimos-agent
+test -e /srv/theirs/kept
+rm /var/lib/deimos
+
 claim "the coordinator, removed, keeps the fleet and comes back with it; purged, it does not"
 dpkg --remove deimos
 test -e /etc/deimos/coordinator.env
