@@ -31,12 +31,15 @@ var damages = []damage{
 		clear(mem[len(mem)-34*sector:])
 		return nil
 	}},
-	{name: "the data partition begins with zeros", want: "not mended by itself", disk: func(mem []byte) error {
+	{name: "no superblock of the data partition is left", want: "cannot be mended", disk: func(mem []byte) error {
 		p, err := dataPartition(mem)
 		if err != nil {
 			return err
 		}
-		clear(mem[p.First*gpt.Block:][:page])
+		const group = 8 * page * page // bytes; its first block may hold a copy
+		for at := int64(0); at+page <= p.Size(); at += group {
+			clear(mem[p.First*gpt.Block+at:][:page])
+		}
 		return nil
 	}},
 	{name: "a byte of the boot loader is another", want: "the boot loader is damaged", esp: func(e *esp) error {

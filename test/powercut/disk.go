@@ -24,6 +24,7 @@ type disk struct {
 	base, work *mapped
 	espChanges int  // that became durable below espEnd
 	espWritten bool // to the ESP of work, since it was what base is
+	repaired   int  // cuts after which the data partition's journal was not enough
 }
 
 // The ESP begins at espStart, and the data partition not before espEnd, bytes:

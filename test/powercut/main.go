@@ -22,7 +22,7 @@
 //     own, then mended as init does it: the boot loader is whole, and the firmware
 //     that it would start is one of the two that were made, with all its bytes,
 //     and not older than one that was confirmed;
-//   - the data partition: e2fsck -p must be enough, and it must mount;
+//   - the data partition: e2fsck mends it, by its journal but for few cuts, and it mounts;
 //   - the state: the same key, the membership, the configuration that was
 //     reported; no file that is replaced as a whole is half;
 //   - the journal: it opens, and knows each order whose report the coordinator
@@ -61,6 +61,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
@@ -92,8 +93,8 @@ func main() {
 	replay := flag.String("replay", "", "folder of a recording to replay")
 	flag.StringVar(&o.dir, "record", "", "empty or new folder for the recording; default: one that is removed if all is well")
 	flag.StringVar(&o.bin, "bin", "bin", "folder of our programs")
-	flag.StringVar(&o.image, "image", "", "image of the disk; default: bin/image/deimos-arm64-"+oldVersion+".img")
-	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install, of version "+newVersion+"; default: bin/qemu-test/deimos_"+newVersion+".efi; \"none\" for none")
+	flag.StringVar(&o.image, "image", "", "image of the disk; default: that of bin/image of the version that make builds")
+	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install; default: that of bin/qemu-test of the version after it; \"none\" for none")
 	flag.Uint64Var(&o.seed, "seed", seed(), "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
 	flag.IntVar(&o.points, "points", 6000, "how many cuts")
 	flag.IntVar(&o.boots, "boots", 10, "how many of them to boot")
@@ -105,14 +106,9 @@ func main() {
 	if *replay != "" {
 		o.replay, o.dir = true, *replay
 	}
-	if o.image == "" {
-		o.image = filepath.Join(o.bin, "image", "deimos-arm64-"+oldVersion+".img")
-	}
-	switch o.firmware {
-	case "":
-		o.firmware = filepath.Join(o.bin, "qemu-test", "deimos_"+newVersion+".efi")
-	case "none":
-		o.firmware = ""
+	if err := o.built(); err != nil {
+		fmt.Fprintln(os.Stderr, "powercut:", err)
+		os.Exit(1)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -120,6 +116,29 @@ func main() {
 		fmt.Fprintln(os.Stderr, "powercut:", err)
 		os.Exit(1)
 	}
+}
+
+// built fills in what make builds where nothing else is said.
+func (o *options) built() error {
+	out, err := exec.Command("make", "-s", "versions").Output()
+	if err != nil {
+		return fmt.Errorf("make does not tell which versions it builds; run this in the repository's root: %w", err)
+	}
+	versions := strings.Fields(string(out)) // ours, when it was released, the next one, ...
+	if len(versions) < 3 {
+		return fmt.Errorf("make tells %q as the versions that it builds", out)
+	}
+	o.version = versions[0]
+	if o.image == "" {
+		o.image = filepath.Join(o.bin, "image", "deimos-arm64-"+versions[0]+".img")
+	}
+	switch o.firmware {
+	case "":
+		o.firmware = filepath.Join(o.bin, "qemu-test", "deimos_"+versions[2]+".efi")
+	case "none":
+		o.firmware = ""
+	}
+	return nil
 }
 
 // seed is that of DEIMOS_TEST_SEED, or a new one.
@@ -206,7 +225,7 @@ func replayAll(ctx context.Context, rec *recording, o options) (outcome, error) 
 	began := time.Now()
 	cuts := plan(rec, o.points, o.seed)
 	out, err := replay(ctx, rec, cuts, min(runtime.NumCPU(), 4))
-	fmt.Printf("       %d cuts in %s, seed %d; they would boot: %v\n", out.points, sinceNow(began), o.seed, out.boots)
+	fmt.Printf("       %d cuts in %s, seed %d; they would boot: %v; at %d the journal was not enough\n", out.points, sinceNow(began), o.seed, out.boots, out.repaired)
 	if err == nil && out.points < len(cuts) && len(out.failures) == 0 {
 		err = fmt.Errorf("only %d of %d cuts were made: %w", out.points, len(cuts), context.Cause(ctx))
 	}

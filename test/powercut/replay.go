@@ -27,6 +27,7 @@ type outcome struct {
 	points   int
 	failures []failure
 	boots    map[string]int // firmware → points at which it would boot
+	repaired int            // points at which the journal of the file system was not enough
 }
 
 // maxFailures ends a replay: the next ones would say the same.
@@ -44,7 +45,7 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 	for w := range workers {
 		from, to := spread(0, len(cuts), w, workers)
 		wg.Go(func() {
-			err := replayPart(ctx, rec, cuts[from:to], func(boots string, f *failure) {
+			repaired, err := replayPart(ctx, rec, cuts[from:to], func(boots string, f *failure) {
 				mu.Lock()
 				defer mu.Unlock()
 				if total.points++; total.points%1000 == 0 {
@@ -59,10 +60,11 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 					}
 				}
 			})
+			mu.Lock()
+			defer mu.Unlock()
+			total.repaired += repaired
 			if err != nil {
-				mu.Lock()
 				failed = errors.Join(failed, err)
-				mu.Unlock()
 				stop()
 			}
 		})
@@ -71,20 +73,20 @@ func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outco
 	return total, failed
 }
 
-func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots string, f *failure)) (err error) {
+func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots string, f *failure)) (repaired int, err error) {
 	if len(cuts) == 0 {
-		return nil
+		return 0, nil
 	}
 	d, err := newDisk(rec)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
 	k := &checker{rec: rec}
 	p, seen, lastNote := newPromises(), 0, "power on"
 	for _, c := range cuts {
 		if ctx.Err() != nil {
-			return nil
+			return d.repaired, nil
 		}
 		for ; seen < c.At; seen++ {
 			if e := rec.events[seen]; e.Mark != nil {
@@ -94,11 +96,11 @@ func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots
 			}
 		}
 		if err := d.advance(c.At); err != nil {
-			return err
+			return d.repaired, err
 		}
 		how, esp, err := d.cut(c.Seed)
 		if err != nil {
-			return err
+			return d.repaired, err
 		}
 		boots, err := k.check(d, esp, p)
 		if err != nil {
@@ -107,10 +109,10 @@ func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots
 			each(boots, nil)
 		}
 		if err := d.restore(); err != nil {
-			return err
+			return d.repaired, err
 		}
 	}
-	return nil
+	return d.repaired, nil
 }
 
 // makeDisk leaves the disk of one cut at path, for a look or a boot.
