@@ -60,7 +60,7 @@ func (p plant) overlay(dir string) (list string, err error) {
 }
 
 // image makes an image with the planted agent in dir.
-func (p plant) image(ctx context.Context, bin, dir string) (image string, err error) {
+func (p plant) image(ctx context.Context, bin, version, dir string) (image string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, buildLimit)
 	defer cancel()
 	list, err := p.overlay(dir)
@@ -69,12 +69,12 @@ func (p plant) image(ctx context.Context, bin, dir string) (image string, err er
 	}
 	agent := filepath.Join(dir, "agent")
 	if err := golang(ctx, []string{"GOOS=linux", "GOARCH=arm64"}, "build", "-overlay", list, "-trimpath", "-buildvcs=false",
-		"-ldflags", "-s -w -X main.version="+oldVersion, "-o", agent, "./cmd/deimos-agent"); err != nil {
+		"-ldflags", "-s -w -X main.version="+version, "-o", agent, "./cmd/deimos-agent"); err != nil {
 		return "", err
 	}
-	err = golang(ctx, nil, "run", "./packaging/image", "-version", oldVersion, "-agent", agent,
+	err = golang(ctx, nil, "run", "./packaging/image", "-version", version, "-agent", agent,
 		"-init", filepath.Join(bin, "arm64", "deimos-init"), "-out", dir)
-	return filepath.Join(dir, "deimos-arm64-"+oldVersion+".img"), err
+	return filepath.Join(dir, "deimos-arm64-"+version+".img"), err
 }
 
 func golang(ctx context.Context, env []string, args ...string) error {
@@ -98,7 +98,7 @@ func findPlanted(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	if o.image, err = p.image(ctx, o.bin, dir); err != nil {
+	if o.image, err = p.image(ctx, o.bin, o.version, dir); err != nil {
 		return err
 	}
 	if !p.firmware {

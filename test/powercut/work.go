@@ -17,6 +17,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/test/powercut/nbd"
@@ -29,18 +30,17 @@ type work struct {
 	bin      string
 	image    string // of the disk
 	firmware string // the newer one, which is installed; "" for none
+	version  string // of the agent in the image
 	seed     uint64
 	rounds   int // of objects, orders and a job
 	log      func(format string, args ...any)
 }
 
 const (
-	diskSize   = 3 << 30
-	bootLimit  = 3 * time.Minute
-	putLimit   = 20 * time.Second
-	workLimit  = 20 * time.Minute
-	newVersion = "0.2.0"
-	oldVersion = "0.1.0"
+	diskSize  = 3 << 30
+	bootLimit = 3 * time.Minute
+	putLimit  = 20 * time.Second
+	workLimit = 20 * time.Minute
 )
 
 // worker is a recording that is made.
@@ -50,6 +50,8 @@ type worker struct {
 	rec *recorder
 	rng *rand.Rand
 	h   header
+
+	next string // version of the newer firmware
 
 	mu      sync.Mutex // guards stored
 	stored  map[string][]string
@@ -136,7 +138,14 @@ func (k *worker) prepare(dir string) error {
 		}
 	}
 	if k.firmware != "" {
-		if k.h.Firmware[newVersion], err = slot.Digest(k.firmware); err != nil {
+		if k.next, err = versionOf(k.firmware); err != nil {
+			return err
+		}
+		named, err := firmware.ImageVersion(k.next)
+		if err != nil {
+			return err
+		}
+		if k.h.Firmware[named], err = slot.Digest(k.firmware); err != nil {
 			return err
 		}
 	}
@@ -423,12 +432,27 @@ func (k *worker) again(ctx context.Context, n int) error {
 	return err
 }
 
+// versionOf is what a firmware calls itself.
+func versionOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	about, err := firmware.Ask(f, info.Size())
+	return about.Version, err
+}
+
 // update installs the newer firmware while objects are stored.
 func (k *worker) update(ctx context.Context) error {
 	began := time.Now()
-	k.say("firmware %s is offered", newVersion)
+	k.say("firmware %s is offered", k.next)
 	dir := k.path("bundle")
-	if err := k.cli(ctx, "release", "build", "--version", newVersion, "--firmware", k.firmware, "--out", dir); err != nil {
+	if err := k.cli(ctx, "release", "build", "--version", k.next, "--firmware", k.firmware, "--out", dir); err != nil {
 		return err
 	}
 	if err := k.publish(ctx, dir); err != nil {
@@ -436,15 +460,19 @@ func (k *worker) update(ctx context.Context) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		done <- k.cli(ctx, "release", "offer", newVersion, "--device", string(k.h.Device), "--wait", (2 * bootLimit).String())
+		done <- k.cli(ctx, "release", "offer", k.next, "--device", string(k.h.Device), "--wait", (2 * bootLimit).String())
 	}()
 	rng := rand.New(rand.NewPCG(k.rng.Uint64(), 4))
 	for {
 		select {
 		case err := <-done:
 			if err == nil {
-				k.rec.mark(mark{Confirmed: newVersion})
-				k.say("firmware %s is confirmed after %s", newVersion, sinceNow(began))
+				named, err := firmware.ImageVersion(k.next)
+				if err != nil {
+					return err
+				}
+				k.rec.mark(mark{Confirmed: named})
+				k.say("firmware %s is confirmed after %s", k.next, sinceNow(began))
 			}
 			return err
 		default:
