@@ -1,15 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -28,12 +31,12 @@ const leastData = 512 << 20
 // mounted for the first time. It stands for two things that must not be guessed:
 // which partition is awaited, so that a disk that answers late does not get the
 // device a second identity, and that the partition has held data, so that it is
-// never formatted.
+// never formatted. One that is there and says nothing stands for both, too.
 const dataNote = "deimos-data.id"
 
 // freshNote is the file on the ESP that names a partition before it is made: until
-// it was mounted, nothing of anybody's is in it, and a first boot that was cut off
-// while it formatted is begun again. A partition that no note names is formatted
+// it is formatted, nothing of anybody's is in it, and a first boot that was cut off
+// while it formatted is begun again. It is removed before the partition is mounted. A partition that no note names is formatted
 // only if it is empty: either note can be lost with the ESP's file system.
 const freshNote = "deimos-data.new"
 
@@ -74,14 +77,21 @@ type dataDisk struct {
 	late      func() bool   // whether there is hardware whose disks come late; nil: there may be
 	node      func(p partition) error
 	tool      func(name string) string // path of a program of e2fsprogs
+	moved     func()                   // is called while such a program reads and writes; nil: nobody asks
+	synced    func(path string)        // a test's: what is made durable now
+	unread    time.Time                // since when the disk has failed to read; zero: it does not
 }
 
 // prepare returns the partition, ready to be mounted.
 func (d *dataDisk) prepare(ctx context.Context) (partition, error) {
-	known := d.note()
+	known, lost := d.note()
 	p, found := d.await(ctx, known)
-	switch {
-	case !found && d.lost:
+	switch all := d.fitting(known); {
+	case !found && len(all) > 1:
+		return p, fmt.Errorf("%w: there are several data partitions that may be this device's, and which one is cannot be told: %s; remove the others", errNoData, paths(all))
+	case !found && lost && d.esp != "":
+		return p, fmt.Errorf("%w: %s on the first partition cannot be read, which would say where the data is, and no data partition is found", errNoData, dataNote)
+	case !found && lost:
 		return p, fmt.Errorf("%w: the EFI system partition cannot be used, which would say where the data is, and no data partition is found", errNoData)
 	case !found && known != "":
 		return p, fmt.Errorf("%w: the disk with the data partition %s of this device is missing; put it back, or write the image anew", errNoData, known)
@@ -96,36 +106,57 @@ func (d *dataDisk) prepare(ctx context.Context) (partition, error) {
 	if err := d.node(p); err != nil {
 		return p, err
 	}
-	return p, d.ready(ctx, p, !found, known != "")
+	return p, d.ready(ctx, p, !found, known != "" || lost)
 }
 
 // hadData tells whether this device has a data partition or may have had one,
 // wherever that is now: another one would be another device.
 func (d *dataDisk) hadData() bool {
-	_, found := d.find("")
-	return found || d.lost || d.note() != ""
+	known, lost := d.note()
+	return known != "" || lost || len(d.fitting("")) > 0
 }
 
-// note is the id of the partition that was used before; "" if none.
-func (d *dataDisk) note() string {
+// note is the id of the partition that was used before; "" if there was none. It is
+// lost where there may have been one and nobody can tell: what is found is used then,
+// and nothing made or formatted.
+func (d *dataDisk) note() (known string, lost bool) {
 	if d.esp == "" {
-		return ""
+		return "", d.lost
 	}
-	return readWord(filepath.Join(d.esp, dataNote))
+	raw, err := os.ReadFile(filepath.Join(d.esp, dataNote))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", false
+	}
+	known = strings.TrimSpace(string(raw))
+	if err != nil || !isGUID.MatchString(known) {
+		return "", true
+	}
+	return known, false
 }
+
+var isGUID = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
 // remember notes a partition that is mounted.
 func (d *dataDisk) remember(p partition) error {
-	if d.esp == "" || d.note() == p.ID.String() {
+	if known, _ := d.note(); d.esp == "" || known == p.ID.String() {
 		return nil
 	}
-	if err := d.write(dataNote, p.ID); err != nil {
-		return err
+	return d.write(dataNote, p.ID)
+}
+
+// noLongerNew removes the note that a partition may be formatted, before somebody's
+// data can be in it.
+func (d *dataDisk) noLongerNew() {
+	if d.esp == "" {
+		return
 	}
-	if err := os.Remove(filepath.Join(d.esp, freshNote)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove the note of a partition that was made: %w", err)
+	err := os.Remove(filepath.Join(d.esp, freshNote))
+	if errors.Is(err, os.ErrNotExist) {
+		return
 	}
-	return nil
+	if err = errors.Join(err, d.sync(d.esp)); err != nil {
+		d.log.Warn("the note that the data partition is new cannot be removed", "file", freshNote, "error", err)
+	}
 }
 
 func (d *dataDisk) write(note string, id gpt.GUID) error {
@@ -134,7 +165,14 @@ func (d *dataDisk) write(note string, id gpt.GUID) error {
 		return fmt.Errorf("note which partition holds the data: %w", err)
 	}
 	// On FAT a renamed file is empty until it is synced itself.
-	return errors.Join(syncPath(path), syncPath(d.esp))
+	return errors.Join(d.sync(path), d.sync(d.esp))
+}
+
+func (d *dataDisk) sync(path string) error {
+	if d.synced != nil {
+		d.synced(path)
+	}
+	return syncPath(path)
 }
 
 // syncPath makes a file or a folder durable.
@@ -168,7 +206,23 @@ func (d *dataDisk) await(ctx context.Context, known string) (partition, bool) {
 	}
 }
 
+// find is the partition, where that can be told: of copies, such as of a disk that was
+// copied as a whole and left in the machine, the one beside the ESP.
 func (d *dataDisk) find(known string) (partition, bool) {
+	all := d.fitting(known)
+	for _, p := range all {
+		if p.disk.path == d.boot {
+			return p, true
+		}
+	}
+	if len(all) != 1 {
+		return partition{}, false
+	}
+	return all[0], true
+}
+
+// fitting are the partitions with the id that is known, else those with our name.
+func (d *dataDisk) fitting(known string) []partition {
 	all := find(d.disks(), func(p gpt.Partition) bool {
 		if known != "" {
 			return p.ID.String() == known
@@ -178,15 +232,15 @@ func (d *dataDisk) find(known string) (partition, bool) {
 	if known == "" && d.bootOnly {
 		all = slices.DeleteFunc(all, func(p partition) bool { return p.disk.path != d.boot })
 	}
-	if len(all) == 0 {
-		return partition{}, false
-	}
+	return all
+}
+
+func paths(all []partition) string {
+	var names []string
 	for _, p := range all {
-		if p.disk.path == d.boot {
-			return p, true
-		}
+		names = append(names, p.path)
 	}
-	return all[0], true
+	return strings.Join(names, ", ")
 }
 
 // make adds the partition: on the largest empty disk, else behind the ESP.
@@ -303,7 +357,7 @@ func (d *dataDisk) ready(ctx context.Context, p partition, made, used bool) erro
 	if err != nil {
 		return err
 	}
-	if fs == 0 && !used && !d.lost {
+	if fs == 0 && !used {
 		never := made || d.esp != "" && readWord(filepath.Join(d.esp, freshNote)) == p.ID.String()
 		if !never {
 			if never, err = emptyPartition(p); err != nil {
@@ -311,12 +365,17 @@ func (d *dataDisk) ready(ctx context.Context, p partition, made, used bool) erro
 			}
 		}
 		if never {
-			return d.format(ctx, p)
+			if err := d.format(ctx, p); err != nil {
+				return err
+			}
+			d.noLongerNew()
+			return nil
 		}
 	}
+	d.noLongerNew()
 	if err := d.check(ctx, p, "-p"); err != nil {
 		d.log.Warn("the data partition needs a thorough repair", "partition", p.path, "error", err)
-		if err := d.check(ctx, p, "-y", "-f"); err != nil {
+		if err := d.repair(ctx, p); err != nil {
 			return fmt.Errorf("%w: the file system of %s cannot be repaired, and is not formatted, because it may hold data: %w", errNoData, p.path, err)
 		}
 	}
@@ -358,14 +417,14 @@ func emptyPartition(p partition) (bool, error) {
 const ext4Group = 8 * 4096 * 4096
 
 func (d *dataDisk) format(ctx context.Context, p partition) error {
-	code, text, err := d.processes.run(ctx, d.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-L", dataName, "-m", "1",
+	code, text, err := d.processes.runTold(ctx, readSome, d.moved, d.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-L", dataName, "-m", "1",
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", p.path)
 	return toolError("mke2fs", code, text, err)
 }
 
 // check runs e2fsck, whose codes 1 and 2 say that it has repaired.
 func (d *dataDisk) check(ctx context.Context, p partition, flags ...string) error {
-	code, text, err := d.processes.run(ctx, append(append([]string{d.tool("e2fsck")}, flags...), p.path)...)
+	code, text, err := d.processes.runTold(ctx, readSome, d.moved, append(append([]string{d.tool("e2fsck")}, flags...), p.path)...)
 	if err == nil && (code == 1 || code == 2) {
 		d.log.Warn("the data partition was repaired", "partition", p.path, "said", text)
 		return nil
@@ -373,11 +432,56 @@ func (d *dataDisk) check(ctx context.Context, p partition, flags ...string) erro
 	return toolError("e2fsck", code, text, err)
 }
 
+// readPatience is how long a disk may fail to read before what it does not read is
+// given up. A loose cable, a weak supply, or heat may pass.
+const readPatience = 24 * time.Hour
+
+// repair runs e2fsck -y, which says yes to everything. Of a block that cannot be read,
+// it is asked whether to ignore that and to write zeros there: the files whose inodes
+// are in it are gone then, though the disk may read it again a minute later. So a pass
+// that writes nothing goes first, and while that fails to read, nothing is repaired.
+func (d *dataDisk) repair(ctx context.Context, p partition) error {
+	_, fails, err := d.processes.runTold(ctx, readFault, d.moved, d.tool("e2fsck"), "-n", "-f", p.path)
+	switch {
+	case err != nil:
+		return err
+	case fails == "":
+		d.unread = time.Time{}
+	case d.unread.IsZero():
+		d.unread = time.Now()
+		fallthrough
+	case time.Since(d.unread) < readPatience:
+		return fmt.Errorf("the disk fails to read: %s; check its cable and its supply; what still cannot be read after %s is given up", clean(fails), readPatience)
+	default:
+		d.log.Error("the disk still fails to read; what it does not read is given up", "partition", p.path, "since", d.unread, "said", fails)
+	}
+	return d.check(ctx, p, "-y", "-f")
+}
+
+// readFault is the first line of e2fsck's that tells of something that could not be
+// read; "" if there is none. "Error reading block N (why) while …" is its answer to any
+// error of the disk (e2fsck/ehandler.c), the rest stands in e2fsck/problem.c and libext2fs.
+func readFault(r io.Reader) (fault string) {
+	lines := bufio.NewReaderSize(r, toolText)
+	for {
+		line, err := lines.ReadString('\n')
+		lower := strings.ToLower(line)
+		if fault == "" && slices.ContainsFunc(readFaults, func(f string) bool { return strings.Contains(lower, f) }) {
+			fault = strings.TrimSpace(line)
+		}
+		if err != nil {
+			return fault
+		}
+	}
+}
+
+var readFaults = []string{"error reading", "error while reading", "can't read", "short read", "input/output error"}
+
 // resize never fails the boot: the file system is whole before and after.
 func (d *dataDisk) resize(ctx context.Context, p partition) error {
 	err := d.check(ctx, p, "-p", "-f") // resize2fs insists
 	if err == nil {
-		code, text, runErr := d.processes.run(ctx, d.tool("resize2fs"), p.path)
+		code, text, runErr := d.processes.runTold(ctx, readSome, d.moved, d.tool("resize2fs"), p.path)
 		err = toolError("resize2fs", code, text, runErr)
 	}
 	if err != nil {

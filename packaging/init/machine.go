@@ -25,8 +25,9 @@ import (
 	"github.com/deimos-edge/deimos/packaging/init/logring"
 )
 
-// Limits of the steps. A check of a large file system that was cut off is the
-// slowest; without its journal it reads every inode.
+// Limits of the steps. A check of a large file system that was cut off is the slowest;
+// without its journal it reads every inode. It may take hours: its limit is for the time
+// in which it neither reads nor writes.
 const (
 	modulesLimit = 60 * time.Second
 	diskSettle   = 8 * time.Second
@@ -195,14 +196,17 @@ func (m *machine) prepareDisks(ctx context.Context) {
 			data.lost = booted != "" && m.esp == ""
 			m.openTrial()
 		}
-		err := step(m.log, "preparing the data partition", dataLimit, func(ctx context.Context) error { return m.mountData(ctx, data) })
+		err := stepWhile(m.log, "preparing the data partition", dataLimit, func(ctx context.Context, moved func()) error {
+			data.moved = func() { moved(); m.dog.expect(dataLimit) }
+			return m.mountData(ctx, data)
+		})
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return
 		case !data.hadData():
 			m.useMemory()
 			return
-		case errors.Is(err, errLimit) || errors.Is(err, context.DeadlineExceeded): // what hangs may still be at the disk
+		case errors.Is(err, errLimit): // what hangs may still be at the disk
 			m.startAnew("the data partition could not be made ready in time")
 			<-ctx.Done()
 			return
@@ -237,7 +241,8 @@ func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string,
 
 // oursOn are the partitions that a start needs, as far as they are there.
 func (m *machine) oursOn(data *dataDisk, booted string) (ours []string) {
-	if p, ok := data.find(data.note()); ok {
+	known, _ := data.note()
+	if p, ok := data.find(known); ok {
 		ours = append(ours, p.path)
 	}
 	for _, p := range findESPs(m.disks(), booted) {
@@ -252,7 +257,7 @@ func (m *machine) mountData(ctx context.Context, data *dataDisk) error {
 		return err
 	}
 	if ctx.Err() != nil { // too late: something else was decided by now
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	if err := mountData(p, m.path("data")); err != nil {
 		return err
@@ -281,7 +286,7 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) e
 			}
 			m.mendESP(p)
 			if ctx.Err() != nil { // too late: the agent was told that there is none
-				return ctx.Err()
+				return context.Cause(ctx)
 			}
 			dir := m.path("efi")
 			if err := mountESP(p, dir, 0); err != nil {

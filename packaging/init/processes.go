@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -107,6 +108,12 @@ func (p *processes) reapNow() {
 // run runs a tool to its end and returns its exit code and the first of what it
 // said. ctx is its limit; a tool that the kernel cannot end is left behind.
 func (p *processes) run(ctx context.Context, argv ...string) (int, string, error) {
+	return p.runTold(ctx, readSome, nil, argv...)
+}
+
+// runTold lets read make of all that the tool says what is kept of it, and calls moved,
+// if there is one, while the tool reads and writes.
+func (p *processes) runTold(ctx context.Context, read func(io.Reader) string, moved func(), argv ...string) (int, string, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return 0, "", err
@@ -118,19 +125,32 @@ func (p *processes) run(ctx context.Context, argv ...string) (int, string, error
 		return 0, "", err
 	}
 	said := make(chan string, 1)
-	go func() { said <- readSome(r) }()
-	select {
-	case status := <-c.ended:
-		text := <-said // its group is dead, so the pipe ends
-		if !status.Exited() {
-			return 0, text, fmt.Errorf("%s was killed by %v", argv[0], status.Signal())
+	go func() { said <- read(r) }()
+	look := time.NewTicker(toolLook)
+	defer look.Stop()
+	for before := ""; ; {
+		select {
+		case status := <-c.ended:
+			text := <-said // its group is dead, so the pipe ends
+			if !status.Exited() {
+				return 0, text, fmt.Errorf("%s was killed by %v", argv[0], status.Signal())
+			}
+			return status.ExitStatus(), text, nil
+		case <-ctx.Done():
+			c.kill()
+			return 0, "", fmt.Errorf("%s did not end in time: %w", argv[0], context.Cause(ctx))
+		case <-look.C:
+			now := readWord(fmt.Sprintf("/proc/%d/io", c.pid)) // the numbers of bytes and calls so far
+			if moved != nil && now != before {
+				moved()
+			}
+			before = now
 		}
-		return status.ExitStatus(), text, nil
-	case <-ctx.Done():
-		c.kill()
-		return 0, "", fmt.Errorf("%s did not end in time: %w", argv[0], ctx.Err())
 	}
 }
+
+// toolLook is how often is asked whether a tool reads and writes; tests ask more often.
+var toolLook = 10 * time.Second
 
 var toolEnv = []string{"PATH=/sbin:/bin:/usr/sbin:/usr/bin", "LC_ALL=C", "HOME=/"}
 

@@ -15,8 +15,15 @@ var errLimit = errors.New("it takes too long; the rest goes on without it")
 // does, hang or panic included, it does not end process 1. One that hangs is left
 // behind: what it still does must do no harm later.
 func step(log *slog.Logger, name string, limit time.Duration, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
+	return stepWhile(log, name, limit, func(ctx context.Context, _ func()) error { return do(ctx) })
+}
+
+// stepWhile is a step whose limit begins anew with each call of moved.
+func stepWhile(log *slog.Logger, name string, limit time.Duration, do func(ctx context.Context, moved func()) error) error {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	last := time.AfterFunc(limit, func() { cancel(errLimit) })
+	defer last.Stop()
 	done := make(chan error, 1)
 	go func() {
 		defer func() {
@@ -24,13 +31,17 @@ func step(log *slog.Logger, name string, limit time.Duration, do func(context.Co
 				done <- fmt.Errorf("a mistake in this program: %v; at %s", r, place())
 			}
 		}()
-		done <- do(ctx)
+		done <- do(ctx, func() { last.Reset(limit) })
 	}()
 	var err error
 	select {
 	case err = <-done:
-	case <-time.After(limit + time.Second): // what honours its context says more
-		err = errLimit
+	case <-ctx.Done():
+		select {
+		case err = <-done: // what honours its context says more
+		case <-time.After(time.Second):
+			err = errLimit
+		}
 	}
 	if err != nil {
 		log.Error(name+" failed", "error", err)
