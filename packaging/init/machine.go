@@ -193,7 +193,7 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		before := m.oursOn(data, booted) // what shows up while this try fails is news
 		if m.esp == "" {
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
-			data.lost = booted != "" && m.esp == ""
+			data.lost = m.esp == "" && (booted != "" || data.lost)
 			m.openTrial()
 		}
 		err := stepWhile(m.log, "preparing the data partition", dataLimit, func(ctx context.Context, moved func()) error {
@@ -203,12 +203,12 @@ func (m *machine) prepareDisks(ctx context.Context) {
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return
-		case !data.hadData():
-			m.useMemory()
-			return
 		case errors.Is(err, errLimit): // what hangs may still be at the disk
 			m.startAnew("the data partition could not be made ready in time")
 			<-ctx.Done()
+			return
+		case !data.hadData():
+			m.useMemory()
 			return
 		}
 		if pause == firstLook {
@@ -266,13 +266,22 @@ func (m *machine) mountData(ctx context.Context, data *dataDisk) error {
 		m.log.Warn("which partition holds the data could not be noted; if it is ever missing, this device may begin anew", "error", err)
 	}
 	m.data = p.path
+	if m.esp != "" && !exists(m.path(hadESP)) {
+		if err := durable.WriteFile(m.path(hadESP), nil, 0o600); err != nil {
+			m.log.Warn("that this device has an EFI system partition could not be noted", "error", err)
+		}
+	}
 	return nil
 }
 
 // mountESP waits for the disk that we were started from. A machine that was
 // started without one, such as by QEMU's -kernel, has none.
 func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) error {
-	for until := time.Now().Add(m.settle); ; {
+	settle := m.settle
+	if booted == "" && !data.late() {
+		settle = min(settle, promptSettle)
+	}
+	for until := time.Now().Add(settle); ; {
 		disks := m.disks()
 		if all := findESPs(disks, booted); len(all) > 0 {
 			repairTables(disks, m.log)
@@ -280,7 +289,7 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) e
 			if !sure {
 				m.log.Error("there are disks of several devices in this machine, and which one it was started from cannot be told; remove the others", "taken", p.path)
 			}
-			data.boot, data.bootOnly = p.disk.path, !sure
+			data.boot, data.bootOnly, data.lost = p.disk.path, !sure, true // until it is mounted
 			if err := m.node(p); err != nil {
 				return err
 			}
@@ -295,8 +304,7 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) e
 			m.esp, data.esp = dir, dir
 			return nil
 		}
-		_, have := data.find("")
-		if time.Now().After(until) || booted == "" && have || !sleep(ctx, 100*time.Millisecond) {
+		if time.Now().After(until) || !sleep(ctx, 100*time.Millisecond) {
 			repairTables(disks, m.log)
 			return errors.New("there is no EFI system partition called " + espName + "; the owner's deimos.toml cannot be read, and firmware not be updated")
 		}
@@ -469,11 +477,12 @@ const (
 	boardsWatchdog = "/dev/watchdog0"
 
 	lastConfig = "data/deimos.toml.last" // what was read last, an empty file if there was none
+	hadESP     = "data/deimos-esp.seen"  // there once was an ESP with the data: without it, no owner's file is not known to be none
 	noConfig   = "[jobs]\nenabled = false\n"
 )
 
 func (m *machine) readConfig() (raw []byte, source string, err error) {
-	if m.esp == "" && bootedFrom(m.path("sys/firmware/efi/efivars")) != "" {
+	if m.esp == "" && (bootedFrom(m.path("sys/firmware/efi/efivars")) != "" || exists(m.path(hadESP))) {
 		return nil, "", errors.New("the EFI system partition is not mounted, and the owner's deimos.toml cannot be read")
 	}
 	for _, path := range []string{m.path("efi/deimos.toml"), m.path("sys/firmware/qemu_fw_cfg/by_name/opt/deimos/config/raw")} {
