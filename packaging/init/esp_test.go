@@ -47,3 +47,17 @@ func TestOwnersFileOfALostESPIsKeptWithoutUEFIsVariables(t *testing.T) {
 		t.Errorf("kept: %q", got)
 	}
 }
+
+func TestMachineWhoseDiskNeverAnswersIsStartedAnew(t *testing.T) {
+	m, s, _ := diskMachine(t)
+	hang := make(chan struct{})
+	defer close(hang)
+	m.disks = func() []blockDevice { <-hang; return nil }
+	m.trial = m.newTrial()
+	go m.prepareDisks(t.Context())
+	select {
+	case <-m.again:
+	case <-time.After(shortLimit + 15*time.Second):
+		t.Errorf("no restart: %q", s.lines)
+	}
+}

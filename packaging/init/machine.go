@@ -190,7 +190,13 @@ func (m *machine) prepareDisks(ctx context.Context) {
 	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
 	for pause := firstLook; ; pause = min(2*pause, lastLook) {
 		m.dog.expect(m.settle + dataLimit)
-		before := m.oursOn(data, booted) // what shows up while this try fails is news
+		var before []string // what shows up while this try fails is news
+		look := step(m.log, "looking at the disks", m.settle+shortLimit, func(context.Context) error { before = m.oursOn(data, booted); return nil })
+		if look != nil { // a disk that never answers would hold up each look
+			m.startAnew("a disk does not answer")
+			<-ctx.Done()
+			return
+		}
 		if m.esp == "" {
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
 			data.lost = m.esp == "" && (booted != "" || data.lost)
