@@ -2,12 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/beevik/ntp"
 	"golang.org/x/sys/unix"
 )
 
@@ -76,4 +80,49 @@ func TestNoClockThatWasSetMovesTheFloor(t *testing.T) {
 			t.Errorf("%s: the floor is %v", text, got)
 		}
 	}
+}
+
+func TestAClockBehindTheFloorIsRaisedToIt(t *testing.T) {
+	floor := time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
+	for behind, want := range map[time.Duration]bool{time.Hour: true, 0: false, -time.Hour: false} {
+		is := floor.Add(-behind)
+		c := &clock{floor: floor, now: func() time.Time { return is }, set: func(to time.Time) error { is = to; return nil }, log: slog.New(slog.DiscardHandler)}
+		if err := c.raise(); err != nil || is.Equal(floor) != (want || behind == 0) {
+			t.Errorf("%s behind, it is set to %s: %v", behind, is, err)
+		}
+	}
+}
+
+// TestAForgedTimeStaysOnlyUntilSomebodyAnswersTruly: the time is that of the bubble, which
+// a clock of ours is ahead of.
+func TestAForgedTimeStaysOnlyUntilSomebodyAnswersTruly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		floor, ahead, asked := time.Now().Add(-time.Hour), time.Duration(0), 0
+		now := func() time.Time { return time.Now().Add(ahead) }
+		c := &clock{floor: floor, now: now, set: func(to time.Time) error { ahead = time.Until(to); return nil }, log: slog.New(slog.DiscardHandler),
+			query: func(string) (*ntp.Response, error) {
+				asked++
+				r := &ntp.Response{Stratum: 2, Time: floor, ReferenceTime: floor, RootDistance: time.Millisecond}
+				switch asked {
+				case 1:
+					return nil, errors.New("no answer")
+				case 2:
+					r.ClockOffset = 5 * 365 * 24 * time.Hour // forged, and could be
+				default:
+					r.ClockOffset = -ahead
+				}
+				return r, nil
+			}}
+		ctx, cancel := context.WithCancel(t.Context())
+		go c.follow(ctx, func() []string { return []string{"server"} })
+		time.Sleep(2 * ntpRetry)
+		if synctest.Wait(); asked != 2 || ahead == 0 {
+			t.Errorf("asked %d times, %s ahead", asked, ahead)
+		}
+		time.Sleep(ntpAgain)
+		if synctest.Wait(); asked != 3 || ahead != 0 {
+			t.Errorf("a day later: asked %d times, %s ahead", asked, ahead)
+		}
+		cancel()
+	})
 }
