@@ -39,32 +39,36 @@ type partition struct {
 	path string // /dev/nvme0n1p2
 }
 
-// listDisks reads every disk that has hardware behind it; loop devices, RAM
-// disks and the like have none. One that cannot be read is left out.
-func listDisks(sys, dev string) []blockDevice {
+// diskNames are the disks that have hardware behind them; loop devices, RAM disks and
+// the like have none. It reads nothing of them.
+func diskNames(sys string) (names []string) {
 	entries, err := os.ReadDir(filepath.Join(sys, "class/block"))
 	if err != nil {
 		return nil
 	}
-	var disks []blockDevice
 	for _, e := range entries {
 		dir := filepath.Join(sys, "class/block", e.Name())
-		if exists(filepath.Join(dir, "partition")) || !exists(filepath.Join(dir, "device")) || readWord(filepath.Join(dir, "ro")) == "1" {
-			continue
+		if !exists(filepath.Join(dir, "partition")) && exists(filepath.Join(dir, "device")) && readWord(filepath.Join(dir, "ro")) != "1" {
+			names = append(names, e.Name())
 		}
-		d, err := lookAt(filepath.Join(dev, e.Name()))
-		if err != nil {
-			continue
-		}
-		d.removable = readWord(filepath.Join(dir, "removable")) == "1"
-		parts, _ := filepath.Glob(filepath.Join(dir, "*", "partition"))
-		d.parted = d.parted || len(parts) > 0
-		if n, err := strconv.Atoi(readWord(filepath.Join(dir, "queue/logical_block_size"))); err == nil && n != gpt.Block {
-			d.block, d.table, d.parted = n, nil, true
-		}
-		disks = append(disks, d)
 	}
-	return disks
+	return names
+}
+
+// readDisk hangs for as long as the disk does.
+func readDisk(sys, dev, name string) (blockDevice, error) {
+	d, err := lookAt(filepath.Join(dev, name))
+	if err != nil {
+		return d, err
+	}
+	dir := filepath.Join(sys, "class/block", name)
+	d.removable = readWord(filepath.Join(dir, "removable")) == "1"
+	parts, _ := filepath.Glob(filepath.Join(dir, "*", "partition"))
+	d.parted = d.parted || len(parts) > 0
+	if n, err := strconv.Atoi(readWord(filepath.Join(dir, "queue/logical_block_size"))); err == nil && n != gpt.Block {
+		d.block, d.table, d.parted = n, nil, true
+	}
+	return d, nil
 }
 
 // lookAt reads size and partition table of a disk or an image.

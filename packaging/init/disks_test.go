@@ -171,7 +171,8 @@ func TestDiskWithLargeBlocksIsLeftAlone(t *testing.T) {
 		}
 	}
 	s := newSaid()
-	d := &dataDisk{disks: func() []blockDevice { return listDisks(sys, dev) }, log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil))}
+	d := &dataDisk{log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil))}
+	d.disks = (&diskLooks{names: func() []string { return diskNames(sys) }, look: func(name string) (blockDevice, error) { return readDisk(sys, dev, name) }, limit: time.Minute, log: d.log}).list
 	if c := d.candidates(); len(c) != 1 || filepath.Base(c[0].path) != "sda" || s.count("bytes=4096") != 1 {
 		t.Errorf("%+v, %q", c, s.lines)
 	}
@@ -239,19 +240,16 @@ func TestWhereTheESPIsNotSureOnlyItsOwnDiskIsUsed(t *testing.T) {
 func diskMachine(t *testing.T) (m *machine, s *said, plug func(device string)) {
 	t.Helper()
 	s = newSaid()
-	m = &machine{root: t.TempDir(), log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), node: ensureNode, settle: time.Millisecond, again: make(chan string, 1)}
+	m = &machine{root: t.TempDir(), log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), node: ensureNode, settle: time.Millisecond, lookLimit: time.Minute, hangLimit: time.Minute, again: make(chan string, 1)}
 	m.journal = newJournal(lineWriter(func(string) {}))
 	var disk atomic.Pointer[string]
-	m.disks = func() []blockDevice {
+	m.diskNames = func() []string {
 		if disk.Load() == nil {
 			return nil
 		}
-		d, err := lookAt(*disk.Load())
-		if err != nil {
-			return nil
-		}
-		return []blockDevice{d}
+		return []string{*disk.Load()}
 	}
+	m.readDisk = lookAt
 	if err := errors.Join(os.Mkdir(m.path("usr"), 0o755), os.Symlink("/usr/sbin", m.path("usr/sbin"))); err != nil {
 		t.Fatal(err)
 	}

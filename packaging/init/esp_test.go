@@ -25,7 +25,7 @@ func TestWhereTheESPIsThereAndCannotBeMountedNoDataPartitionIsMade(t *testing.T)
 	}
 	m, s, _ := diskMachine(t)
 	seen := at(&dataDisk{}, boot, empty)
-	m.disks = seen.disks
+	m.diskNames = func() []string { return []string{boot, empty} }
 	m.trial = m.newTrial()
 	go m.prepareDisks(t.Context())
 	s.await(t, "preparing the data partition failed", 1)
@@ -48,16 +48,21 @@ func TestOwnersFileOfALostESPIsKeptWithoutUEFIsVariables(t *testing.T) {
 	}
 }
 
-func TestMachineWhoseDiskNeverAnswersIsStartedAnew(t *testing.T) {
-	m, s, _ := diskMachine(t)
+func TestMachineWhoseOnlyDiskNeverAnswersIsStartedAnew(t *testing.T) {
+	m, s, plug := diskMachine(t)
 	hang := make(chan struct{})
 	defer close(hang)
-	m.disks = func() []blockDevice { <-hang; return nil }
+	plug("a")
+	m.readDisk = func(string) (blockDevice, error) { <-hang; return blockDevice{}, os.ErrClosed }
+	m.lookLimit, m.hangLimit = 20*time.Millisecond, 100*time.Millisecond
 	m.trial = m.newTrial()
 	go m.prepareDisks(t.Context())
 	select {
 	case <-m.again:
-	case <-time.After(shortLimit + 15*time.Second):
+	case <-time.After(20 * time.Second):
 		t.Errorf("no restart: %q", s.lines)
+	}
+	if m.inMemory || s.count("a disk does not answer") != 1 {
+		t.Errorf("in memory: %v; %q", m.inMemory, s.lines)
 	}
 }

@@ -31,6 +31,8 @@ import (
 const (
 	modulesLimit = 60 * time.Second
 	diskSettle   = 8 * time.Second
+	lookLimit    = 10 * time.Second
+	hangLimit    = 5 * time.Minute // the kernel's own: it gives a command up after 30 s, and tries it 6 times
 	dataLimit    = 20 * time.Minute
 	shortLimit   = 15 * time.Second
 	stopWithin   = slot.StopWithin + 5*time.Second
@@ -48,7 +50,8 @@ type machine struct {
 	root             string
 	console          io.Writer
 	signals, sigchld <-chan os.Signal
-	disks            func() []blockDevice
+	diskNames        func() []string
+	readDisk         func(name string) (blockDevice, error)
 	node             func(partition) error
 	wired            func(string) bool
 	browse           func(context.Context, func(dnssd.BrowseEntry)) error
@@ -57,7 +60,9 @@ type machine struct {
 	down             func(how int) error
 	agent            []string
 	released         time.Time
-	settle           time.Duration // how long a disk may take to answer
+	settle           time.Duration // how long a disk may take to show up
+	lookLimit        time.Duration // and then to answer, before it is left out
+	hangLimit        time.Duration // and how long the machine waits for one that it may need, before it is started anew
 
 	journal   *journal
 	log       *slog.Logger
@@ -183,46 +188,72 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 // prepareDisks mounts the ESP and the data partition. A device that has a data
 // partition, or may have one, does not run without it: with a key in memory it
 // would be another device, which could even confirm new firmware. It waits, and
-// looks again.
-func (m *machine) prepareDisks(ctx context.Context) {
-	data := &dataDisk{disks: m.disks, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool, esp: m.esp,
+// looks again. A disk that does not answer may be the one that is missing: where
+// something is, the machine is started anew for it, and else goes on.
+func (m *machine) prepareDisks(ctx context.Context) *dataDisk {
+	looks := &diskLooks{names: m.diskNames, look: m.readDisk, limit: m.lookLimit, log: m.log, loud: m.sayLoudly}
+	data := &dataDisk{disks: looks.list, processes: &m.processes, log: m.log, settle: m.settle, node: m.node, tool: m.tool, esp: m.esp,
 		late: func() bool { return disksComeLate(m.path("sys")) }}
 	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
+	anew := func(why string) *dataDisk {
+		m.startAnew(why)
+		<-ctx.Done()
+		return data
+	}
+	const silent = "a disk that the start needs does not answer"
+	seen := false // an ESP that could not be mounted
 	for pause := firstLook; ; pause = min(2*pause, lastLook) {
 		m.dog.expect(m.settle + dataLimit)
 		var before []string // what shows up while this try fails is news
-		look := step(m.log, "looking at the disks", m.settle+shortLimit, func(context.Context) error { before = m.oursOn(data, booted); return nil })
-		if look != nil { // a disk that never answers would hold up each look
-			m.startAnew("a disk does not answer")
-			<-ctx.Done()
-			return
+		if m.atDisks(func() { before = m.oursOn(data, booted) }) != nil {
+			return anew(silent)
 		}
 		if m.esp == "" {
+			data.lost = seen
 			_ = step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountESP(ctx, data, booted) })
-			data.lost = m.esp == "" && (booted != "" || data.lost)
+			seen = data.lost
+			data.lost = m.esp == "" && (booted != "" || seen || looks.someHang())
 			m.openTrial()
 		}
 		err := stepWhile(m.log, "preparing the data partition", dataLimit, func(ctx context.Context, moved func()) error {
 			data.moved = func() { moved(); m.dog.expect(dataLimit) }
 			return m.mountData(ctx, data)
 		})
-		switch {
-		case err == nil || ctx.Err() != nil:
-			return
-		case errors.Is(err, errLimit): // what hangs may still be at the disk
-			m.startAnew("the data partition could not be made ready in time")
-			<-ctx.Done()
-			return
-		case !data.hadData():
+		if err == nil || ctx.Err() != nil {
+			return data
+		}
+		if errors.Is(err, errLimit) { // what hangs may still be at the disk
+			return anew("the data partition could not be made ready in time")
+		}
+		had := true
+		if m.atDisks(func() { had = data.hadData() }) != nil {
+			return anew(silent)
+		}
+		if !had {
 			m.useMemory()
-			return
+			return data
 		}
 		if pause == firstLook {
 			m.sayLoudly(waitsForData)
 		}
-		m.dog.expect(pause)
-		m.awaitDisks(ctx, data, booted, before, pause)
+		wait, hung := pause, looks.someHang()
+		if hung {
+			wait = m.hangLimit
+		}
+		m.dog.expect(wait)
+		news, err := m.awaitDisks(ctx, data, booted, before, wait, func() bool { return hung && !looks.someHang() })
+		switch {
+		case ctx.Err() != nil:
+			return data
+		case err != nil || hung && !news:
+			return anew(silent)
+		}
 	}
+}
+
+// atDisks does what asks disks that are in use, or that the start needs: they may hang.
+func (m *machine) atDisks(do func()) error {
+	return step(m.log, "looking at the disks", m.settle+shortLimit, func(context.Context) error { do(); return nil })
 }
 
 // How long a device waits before it tries again the disks that it has, and how often
@@ -233,16 +264,23 @@ const (
 	diskLook  = 2 * time.Second
 )
 
-// awaitDisks returns when a partition of ours is there that was not before, or
-// after the pause.
-func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string, before []string, pause time.Duration) {
+// awaitDisks tells whether there is news before the pause is over: a partition of ours
+// that was not there before, or what answers says.
+func (m *machine) awaitDisks(ctx context.Context, data *dataDisk, booted string, before []string, pause time.Duration, answers func() bool) (news bool, err error) {
 	for until := time.Now().Add(pause); time.Now().Before(until); {
-		now := m.oursOn(data, booted)
-		if slices.ContainsFunc(now, func(p string) bool { return !slices.Contains(before, p) }) || !sleep(ctx, min(pause, diskLook)) {
-			return
+		var now []string
+		if err := m.atDisks(func() { now = m.oursOn(data, booted) }); err != nil {
+			return false, err
+		}
+		if answers() || slices.ContainsFunc(now, func(p string) bool { return !slices.Contains(before, p) }) {
+			return true, nil
+		}
+		if !sleep(ctx, min(pause, diskLook)) {
+			return false, nil
 		}
 		before = now
 	}
+	return false, nil
 }
 
 // oursOn are the partitions that a start needs, as far as they are there.
@@ -251,7 +289,7 @@ func (m *machine) oursOn(data *dataDisk, booted string) (ours []string) {
 	if p, ok := data.find(known); ok {
 		ours = append(ours, p.path)
 	}
-	for _, p := range findESPs(m.disks(), booted) {
+	for _, p := range findESPs(data.disks(), booted) {
 		ours = append(ours, p.path)
 	}
 	return ours
@@ -288,7 +326,7 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) e
 		settle = min(settle, promptSettle)
 	}
 	for until := time.Now().Add(settle); ; {
-		disks := m.disks()
+		disks := data.disks()
 		if all := findESPs(disks, booted); len(all) > 0 {
 			repairTables(disks, m.log)
 			p, sure := chooseESP(all, m.holdsOurs)
