@@ -240,7 +240,7 @@ func TestWhereTheESPIsNotSureOnlyItsOwnDiskIsUsed(t *testing.T) {
 func diskMachine(t *testing.T) (m *machine, s *said, plug func(device string)) {
 	t.Helper()
 	s = newSaid()
-	m = &machine{root: t.TempDir(), log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), node: ensureNode, settle: time.Millisecond, lookLimit: time.Minute, hangLimit: time.Minute, again: make(chan string, 1)}
+	m = &machine{root: t.TempDir(), log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), node: ensureNode, mount: mountESP, settle: time.Millisecond, lookLimit: time.Minute, hangLimit: time.Minute, again: make(chan string, 1)}
 	m.journal = newJournal(lineWriter(func(string) {}))
 	var disk atomic.Pointer[string]
 	m.diskNames = func() []string {

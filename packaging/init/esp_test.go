@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 )
 
@@ -64,5 +67,63 @@ func TestMachineWhoseOnlyDiskNeverAnswersIsStartedAnew(t *testing.T) {
 	}
 	if m.inMemory || s.count("a disk does not answer") != 1 {
 		t.Errorf("in memory: %v; %q", m.inMemory, s.lines)
+	}
+}
+
+func TestAnESPThatShowsUpAfterTheDataPutsTheFirmwareOnTrialAfterAll(t *testing.T) {
+	boot, image := diskOf(t, 600<<20)
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := gpt.New(newGUID())
+	_, esp := table.Append(64<<20, gpt.EFISystem, gpt.GUID{2}, espName, 1<<20)
+	_, mbr := f.WriteAt(gpt.ProtectiveMBR(600<<20), 0)
+	if err := errors.Join(esp, mbr, table.Write(f, 600<<20), f.Close(), dropCaches()); err != nil {
+		t.Fatal(err)
+	}
+	m, s, plug := diskMachine(t)
+	m.mount = func(partition, string, uintptr) error { return nil } // its files are there already
+	for _, name := range onTrial {
+		write(t, m.path("efi", firmware.Folder, name), name)
+	}
+	write(t, m.path("etc/deimos-release"), "2.0.0\n")
+	if err := os.Mkdir(m.path("data"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m.data, m.params.confirm = "/dev/x", time.Millisecond
+	m.trial = m.newTrial()
+	m.trial.begin()
+	m.trial.watch(t.Context()) // without an ESP nobody can tell
+	m.trial.ask(func(context.Context) bool { return true })
+	data := &dataDisk{log: m.log, disks: (&diskLooks{names: func() []string { return m.diskNames() }, look: lookAt, limit: time.Minute, log: m.log}).list}
+	kick, done := make(chan struct{}, 1), make(chan struct{})
+	plug(boot)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { s.await(t, "has shown up", 1); cancel() }()
+	m.inMemory = true
+	m.mountLateESP(ctx, data, kick)
+	if m.esp != "" || len(kick) != 0 {
+		t.Error("a device in memory could confirm the firmware")
+	}
+	m.inMemory = false
+	go func() { m.mountLateESP(t.Context(), data, kick); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Fatalf("nobody looks for it: %q", s.lines)
+	}
+	if len(kick) != 1 || !exists(m.path(hadESP)) {
+		t.Errorf("news for the agent: %d; noted: %v", len(kick), exists(m.path(hadESP)))
+	}
+	if _, env := m.command(); !slices.Contains(env, firmware.Env+"="+m.path("efi")) {
+		t.Errorf("the agent is told %q", env)
+	}
+	if !restarts(m) {
+		t.Errorf("a firmware that is not confirmed stays: %q", s.lines)
+	}
+	if !exists(m.path("efi", firmware.Folder, "deimos_2.0.0+1-2.efi")) {
+		left, _ := os.ReadDir(m.path("efi", firmware.Folder))
+		t.Errorf("this start is not counted: %v", left)
 	}
 }

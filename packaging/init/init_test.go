@@ -460,7 +460,7 @@ func beMachine() {
 	signal.Notify(chld, unix.SIGCHLD)
 	m := &machine{
 		root: "/", console: os.Stdout, signals: signals, sigchld: chld,
-		diskNames: func() []string { return nil }, node: ensureNode,
+		diskNames: func() []string { return nil }, node: ensureNode, mount: mountESP,
 		wired: func(name string) bool { return name == "deimos0" },
 		browse: func(ctx context.Context, add func(dnssd.BrowseEntry)) error {
 			add(dnssd.BrowseEntry{Name: "a", IPs: []net.IP{net.IPv4(10, 77, 0, 1)}, Port: 8443})

@@ -53,6 +53,7 @@ type machine struct {
 	diskNames        func() []string
 	readDisk         func(name string) (blockDevice, error)
 	node             func(partition) error
+	mount            func(p partition, dir string, flags uintptr) error // an ESP
 	wired            func(string) bool
 	browse           func(context.Context, func(dnssd.BrowseEntry)) error
 	query            func(string) (*ntp.Response, error)
@@ -68,7 +69,7 @@ type machine struct {
 	log       *slog.Logger
 	processes processes
 	params    params
-	esp       string // where it is mounted; "" if it is not
+	esp       string // where it is mounted; "" if it is not. Once the agent runs, mu guards it
 	data      string // the partition that is mounted there; "" if none
 	inMemory  bool   // /data is lost with the power
 	ring      *logring.Ring
@@ -159,7 +160,7 @@ func (m *machine) background(ctx context.Context) *writersOf {
 }
 
 func (m *machine) start(ctx context.Context, w *writersOf) {
-	m.prepareDisks(ctx)
+	data := m.prepareDisks(ctx)
 	if ctx.Err() != nil {
 		return
 	}
@@ -181,6 +182,9 @@ func (m *machine) start(ctx context.Context, w *writersOf) {
 	c := &clock{floor: newest(m.released, readStatus(m.path(statusFile)).TimeAtLeast), now: time.Now, set: m.setClock, query: m.query, log: m.log}
 	_ = step(m.log, "setting the clock", shortLimit, func(context.Context) error { return c.raise() })
 	kick := make(chan struct{}, 1)
+	if m.esp == "" {
+		go guard(m.log, "EFI system partition", func() { m.mountLateESP(ctx, data, kick) })
+	}
 	m.goOnline(ctx, c, kick)
 	m.supervise(ctx, kick)
 }
@@ -310,12 +314,18 @@ func (m *machine) mountData(ctx context.Context, data *dataDisk) error {
 		m.log.Warn("which partition holds the data could not be noted; if it is ever missing, this device may begin anew", "error", err)
 	}
 	m.data = p.path
-	if m.esp != "" && !exists(m.path(hadESP)) {
-		if err := durable.WriteFile(m.path(hadESP), nil, 0o600); err != nil {
-			m.log.Warn("that this device has an EFI system partition could not be noted", "error", err)
-		}
-	}
+	m.noteESP()
 	return nil
+}
+
+// noteESP notes on the data partition that there is an ESP.
+func (m *machine) noteESP() {
+	if m.esp == "" || m.data == "" || exists(m.path(hadESP)) {
+		return
+	}
+	if err := durable.WriteFile(m.path(hadESP), nil, 0o600); err != nil {
+		m.log.Warn("that this device has an EFI system partition could not be noted", "error", err)
+	}
 }
 
 // mountESP waits for the disk that we were started from. A machine that was
@@ -328,30 +338,75 @@ func (m *machine) mountESP(ctx context.Context, data *dataDisk, booted string) e
 	for until := time.Now().Add(settle); ; {
 		disks := data.disks()
 		if all := findESPs(disks, booted); len(all) > 0 {
-			repairTables(disks, m.log)
-			p, sure := chooseESP(all, m.holdsOurs)
-			if !sure {
-				m.log.Error("there are disks of several devices in this machine, and which one it was started from cannot be told; remove the others", "taken", p.path)
-			}
-			data.boot, data.bootOnly, data.lost = p.disk.path, !sure, true // until it is mounted
-			if err := m.node(p); err != nil {
-				return err
-			}
-			m.mendESP(p)
-			if ctx.Err() != nil { // too late: the agent was told that there is none
-				return context.Cause(ctx)
-			}
-			dir := m.path("efi")
-			if err := mountESP(p, dir, 0); err != nil {
-				return err
-			}
-			m.esp, data.esp = dir, dir
-			return nil
+			return m.mountOneOf(ctx, data, disks, all)
 		}
 		if time.Now().After(until) || !sleep(ctx, 100*time.Millisecond) {
 			repairTables(disks, m.log)
 			return errors.New("there is no EFI system partition called " + espName + "; the owner's deimos.toml cannot be read, and firmware not be updated")
 		}
+	}
+}
+
+// mountOneOf mounts the ESP, of all that may be it.
+func (m *machine) mountOneOf(ctx context.Context, data *dataDisk, disks []blockDevice, all []partition) error {
+	repairTables(disks, m.log)
+	p, sure := chooseESP(all, m.holdsOurs)
+	if !sure {
+		m.log.Error("there are disks of several devices in this machine, and which one it was started from cannot be told; remove the others", "taken", p.path)
+	}
+	data.boot, data.bootOnly, data.lost = p.disk.path, !sure, true // until it is mounted
+	if err := m.node(p); err != nil {
+		return err
+	}
+	m.mendESP(p)
+	if ctx.Err() != nil { // too late: the agent was told that there is none
+		return context.Cause(ctx)
+	}
+	dir := m.path("efi")
+	if err := m.mount(p, dir, 0); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.esp, data.esp = dir, dir
+	return nil
+}
+
+// mountLateESP mounts an ESP that shows up after the data partition was mounted, or
+// can be read only then. The agent is started again with it: else a firmware on trial
+// could be neither confirmed nor left. The owner's file on it is read at the next start.
+// After trialPatience nobody looks any more. A machine that runs from memory, and may
+// have data after all, must not confirm a firmware: it is started anew, after a pause.
+func (m *machine) mountLateESP(ctx context.Context, data *dataDisk, kick chan<- struct{}) {
+	booted := bootedFrom(m.path("sys/firmware/efi/efivars"))
+	tried := ""
+	for until := time.Now().Add(trialPatience); sleep(ctx, diskLook) && time.Now().Before(until); {
+		disks := data.disks()
+		all := findESPs(disks, booted)
+		if here := paths(all); here == tried {
+			continue
+		} else if tried = here; here == "" {
+			continue
+		}
+		if m.inMemory {
+			m.log.Error("an EFI system partition has shown up, which may say where this device's data is; the machine is started anew", "in", faultsLeast)
+			if sleep(ctx, faultsLeast) {
+				m.startAnew("the EFI system partition came late")
+			}
+			return
+		}
+		if step(m.log, "mounting the ESP", m.settle+shortLimit, func(ctx context.Context) error { return m.mountOneOf(ctx, data, disks, all) }) != nil {
+			continue
+		}
+		m.log.Warn("the EFI system partition came late: the agent is started again with it, and deimos.toml is read at the next start of the device")
+		m.noteESP()
+		m.openTrial()
+		select {
+		case kick <- struct{}{}:
+		default: // the supervisor will read what is known by then
+		}
+		m.trial.beginLate(ctx)
+		return
 	}
 }
 
@@ -385,7 +440,7 @@ func (m *machine) holdsOurs(p partition) bool {
 	dir := m.path("efi")
 	err := m.node(p)
 	if err == nil {
-		err = mountESP(p, dir, unix.MS_RDONLY)
+		err = m.mount(p, dir, unix.MS_RDONLY)
 	}
 	if err != nil {
 		m.log.Warn("an EFI system partition cannot be read", "partition", p.path, "error", err)
@@ -638,11 +693,11 @@ func (m *machine) command() (argv, env []string) {
 		argv = append(argv, "--config", config)
 	}
 	env = append(env, toolEnv...)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.esp != "" {
 		env = append(env, firmware.Env+"="+m.esp)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	switch {
 	case m.params.coordinator != "":
 		env = append(env, "DEIMOS_COORDINATOR="+m.params.coordinator)

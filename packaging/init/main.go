@@ -97,7 +97,7 @@ func main() {
 	mounted := mountAll(kernelMounts)
 	m := &machine{
 		root: "/", console: openConsole("/dev/console"), signals: signals, sigchld: sigchld,
-		diskNames: func() []string { return diskNames("/sys") }, readDisk: func(name string) (blockDevice, error) { return readDisk("/sys", "/dev", name) }, node: ensureNode,
+		diskNames: func() []string { return diskNames("/sys") }, readDisk: func(name string) (blockDevice, error) { return readDisk("/sys", "/dev", name) }, node: ensureNode, mount: mountESP,
 		wired: hasWire("/sys"), browse: browseLAN, query: askNTP, setClock: setClock, down: unix.Reboot,
 		agent: []string{"/bin/deimos-agent"}, released: releaseDay(released), settle: diskSettle, lookLimit: lookLimit, hangLimit: hangLimit,
 	}

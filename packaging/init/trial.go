@@ -95,11 +95,23 @@ func (m *machine) openTrial() {
 // begin pays for this start, when the data partition is there with what is remembered
 // of the one before. A start that does not come so far pays when it is given up.
 func (t *trial) begin() {
+	t.count()
+	close(t.begun)
+}
+
+// beginLate begins again in a start that had no ESP until now, and returns as watch does.
+func (t *trial) beginLate(ctx context.Context) {
+	watched := t.byLoader()
+	if t.count(); !watched {
+		t.watch(ctx)
+	}
+}
+
+func (t *trial) count() {
 	if images := t.store(); images != nil {
 		_ = step(t.log, "looking whether the boot loader counts starts", shortLimit, func(context.Context) error { return images.NoteLoader() }) // which has said why
 	}
 	t.pay()
-	close(t.begun)
 }
 
 // store is nil where the ESP is not mounted.
