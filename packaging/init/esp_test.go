@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -100,9 +101,12 @@ func TestAnESPThatShowsUpAfterTheDataPutsTheFirmwareOnTrialAfterAll(t *testing.T
 	kick, done := make(chan struct{}, 1), make(chan struct{})
 	plug(boot)
 	ctx, cancel := context.WithCancel(t.Context())
-	go func() { s.await(t, "has shown up", 1); cancel() }()
 	m.inMemory = true
-	m.mountLateESP(ctx, data, kick)
+	without := make(chan struct{})
+	go func() { m.mountLateESP(ctx, data, kick); close(without) }()
+	s.await(t, "has shown up", 1)
+	cancel()
+	<-without
 	if m.esp != "" || len(kick) != 0 {
 		t.Error("a device in memory could confirm the firmware")
 	}
@@ -125,5 +129,38 @@ func TestAnESPThatShowsUpAfterTheDataPutsTheFirmwareOnTrialAfterAll(t *testing.T
 	if !exists(m.path("efi", firmware.Folder, "deimos_2.0.0+1-2.efi")) {
 		left, _ := os.ReadDir(m.path("efi", firmware.Folder))
 		t.Errorf("this start is not counted: %v", left)
+	}
+}
+
+func TestOfSeveralDevicesDisksTheESPIsMountedThatHoldsTheFirmwareElseOnlyItsDiskIsUsed(t *testing.T) {
+	for _, holding := range []string{"second", "both", "none"} {
+		first, second := imageDisk(t, false), imageDisk(t, true)
+		s := newSaid()
+		m := &machine{root: t.TempDir(), log: slog.New(slog.NewTextHandler(lineWriter(s.say), nil)), node: func(partition) error { return nil }}
+		write(t, m.path("etc/deimos-release"), "2.0.0\n")
+		mounted := ""
+		m.mount = func(p partition, dir string, _ uintptr) error {
+			mounted = p.disk.path
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+			if holding == "both" || holding == "second" && mounted == second.path {
+				write(t, filepath.Join(dir, firmware.Folder, "deimos_2.0.0.efi"), "")
+			}
+			return nil
+		}
+		disks := []blockDevice{first, second}
+		data := &dataDisk{disks: func() []blockDevice { return disks }, log: m.log}
+		if err := m.mountOneOf(t.Context(), data, nil, findESPs(disks, "")); err != nil {
+			t.Fatal(err)
+		}
+		sure := holding == "second"
+		want := map[bool]string{true: second.path, false: first.path}[sure]
+		if mounted != want || data.boot != want || data.bootOnly == sure || (s.count("several devices") == 0) != sure {
+			t.Errorf("held by %s: mounted %s, want %s; beside it alone: %v; %q", holding, mounted, want, data.bootOnly, s.lines)
+		}
+		if _, found := data.find(""); found != sure {
+			t.Errorf("held by %s: data of the second is used: %v", holding, found)
+		}
 	}
 }
