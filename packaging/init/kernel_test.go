@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -97,31 +98,32 @@ func TestAClockBehindTheFloorIsRaisedToIt(t *testing.T) {
 // a clock of ours is ahead of.
 func TestAForgedTimeStaysOnlyUntilSomebodyAnswersTruly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		floor, ahead, asked := time.Now().Add(-time.Hour), time.Duration(0), 0
-		now := func() time.Time { return time.Now().Add(ahead) }
-		c := &clock{floor: floor, now: now, set: func(to time.Time) error { ahead = time.Until(to); return nil }, log: slog.New(slog.DiscardHandler),
+		floor := time.Now().Add(-time.Hour)
+		var ahead, asked atomic.Int64 // nanoseconds; times
+		now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+		set := func(to time.Time) error { ahead.Store(int64(time.Until(to))); return nil }
+		c := &clock{floor: floor, now: now, set: set, log: slog.New(slog.DiscardHandler),
 			query: func(string) (*ntp.Response, error) {
-				asked++
 				r := &ntp.Response{Stratum: 2, Time: floor, ReferenceTime: floor, RootDistance: time.Millisecond}
-				switch asked {
+				switch asked.Add(1) {
 				case 1:
 					return nil, errors.New("no answer")
 				case 2:
 					r.ClockOffset = 5 * 365 * 24 * time.Hour // forged, and could be
 				default:
-					r.ClockOffset = -ahead
+					r.ClockOffset = -time.Duration(ahead.Load())
 				}
 				return r, nil
 			}}
 		ctx, cancel := context.WithCancel(t.Context())
 		go c.follow(ctx, func() []string { return []string{"server"} })
 		time.Sleep(2 * ntpRetry)
-		if synctest.Wait(); asked != 2 || ahead == 0 {
-			t.Errorf("asked %d times, %s ahead", asked, ahead)
+		if synctest.Wait(); asked.Load() != 2 || ahead.Load() == 0 {
+			t.Errorf("asked %d times, %s ahead", asked.Load(), time.Duration(ahead.Load()))
 		}
 		time.Sleep(ntpAgain)
-		if synctest.Wait(); asked != 3 || ahead != 0 {
-			t.Errorf("a day later: asked %d times, %s ahead", asked, ahead)
+		if synctest.Wait(); asked.Load() != 3 || ahead.Load() != 0 {
+			t.Errorf("a day later: asked %d times, %s ahead", asked.Load(), time.Duration(ahead.Load()))
 		}
 		cancel()
 	})

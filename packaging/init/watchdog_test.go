@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,19 +20,48 @@ type board struct {
 	nowayout bool
 	stuck    chan struct{} // feeding waits for it
 
-	clock  *time.Timer // nil: not armed
+	mu    sync.Mutex  // guards the rest
+	clock *time.Timer // nil: not armed
+	state
+}
+
+type state struct {
 	open   bool
 	takes  int
 	resets int
 }
 
+// now is how the watchdog stands.
+func (b *board) now() (s state, isArmed bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.state, b.clock != nil
+}
+
 func (b *board) take(string) (armed, error) {
-	if b.open {
+	b.mu.Lock()
+	inUse := b.open
+	if !inUse {
+		b.open = true
+		b.takes++
+	}
+	b.mu.Unlock()
+	if inUse {
 		return nil, unix.EBUSY
 	}
-	b.open = true
-	b.takes++
 	return b, b.Feed()
+}
+
+func (b *board) reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.resets++
+}
+
+func (b *board) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open = false
 }
 
 func (b *board) Timeout() time.Duration { return min(b.most, 5*time.Minute) }
@@ -41,21 +71,25 @@ func (b *board) Feed() error {
 		<-b.stuck
 	}
 	b.stop()
-	b.clock = time.AfterFunc(b.Timeout(), func() { b.resets++ })
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.clock = time.AfterFunc(b.Timeout(), b.reset)
 	return nil
 }
 
 func (b *board) stop() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.clock != nil {
 		b.clock.Stop()
 	}
 	b.clock = nil
 }
 
-func (b *board) HandOver() (bool, error) { b.open = false; return true, b.Feed() }
+func (b *board) HandOver() (bool, error) { b.close(); return true, b.Feed() }
 
 func (b *board) Disarm() (bool, error) {
-	if b.open = false; b.nowayout {
+	if b.close(); b.nowayout {
 		return false, b.Feed()
 	}
 	b.stop()
@@ -94,12 +128,12 @@ func TestAStartThatMakesNoProgressIsReset(t *testing.T) {
 	inABubble(t, b, func(t *testing.T, d *startDog, s *said) {
 		d.expect(20 * time.Minute)
 		time.Sleep(20*time.Minute + startGrace)
-		if b.resets != 0 {
+		if is, _ := b.now(); is.resets != 0 {
 			t.Fatal("reset within the time that a start may take")
 		}
 		time.Sleep(b.Timeout() + 2*time.Second)
-		if b.resets != 1 || s.count("makes no progress") != 1 {
-			t.Errorf("reset %d times; %q", b.resets, s.lines)
+		if is, _ := b.now(); is.resets != 1 || s.count("makes no progress") != 1 {
+			t.Errorf("reset %d times; %q", is.resets, s.lines)
 		}
 	})
 }
@@ -111,8 +145,8 @@ func TestAStartThatMakesProgressIsNotReset(t *testing.T) {
 			d.expect(time.Hour)
 			time.Sleep(time.Hour)
 		}
-		if b.resets != 0 || b.clock == nil {
-			t.Errorf("reset %d times, armed %v", b.resets, b.clock != nil)
+		if is, isArmed := b.now(); is.resets != 0 || !isArmed {
+			t.Errorf("reset %d times, armed %v", is.resets, isArmed)
 		}
 	})
 }
@@ -121,11 +155,11 @@ func TestAnAgentThatHangsBeforeItHasArmedTheWatchdogIsReset(t *testing.T) {
 	b := &board{most: time.Hour}
 	inABubble(t, b, func(t *testing.T, d *startDog, _ *said) {
 		d.handOver()
-		if b.open {
+		if is, _ := b.now(); is.open {
 			t.Fatal("the agent finds it in use")
 		}
 		time.Sleep(b.Timeout() + time.Second)
-		if b.resets != 1 {
+		if is, _ := b.now(); is.resets != 1 {
 			t.Error("not reset")
 		}
 	})
@@ -141,8 +175,8 @@ func TestAnAgentThatEndsIsNoReasonForAReset(t *testing.T) {
 			d.expect(toldNothing)
 			time.Sleep(toldNothing)
 		}
-		if b.resets != 0 || b.clock == nil {
-			t.Errorf("reset %d times, armed %v", b.resets, b.clock != nil)
+		if is, isArmed := b.now(); is.resets != 0 || !isArmed {
+			t.Errorf("reset %d times, armed %v", is.resets, isArmed)
 		}
 		// One that cannot be killed has it open still: nobody feeds.
 		d.handOver()
@@ -150,8 +184,8 @@ func TestAnAgentThatEndsIsNoReasonForAReset(t *testing.T) {
 		d.takeBack()
 		d.expect(time.Hour)
 		time.Sleep(time.Hour)
-		if b.resets != 1 || s.count("is not armed") != 1 {
-			t.Errorf("reset %d times: %q", b.resets, s.lines)
+		if is, _ := b.now(); is.resets != 1 || s.count("is not armed") != 1 {
+			t.Errorf("reset %d times: %q", is.resets, s.lines)
 		}
 	})
 }
@@ -168,8 +202,8 @@ func TestAWatchdogThatIsNotUsedIsStopped(t *testing.T) {
 		inABubble(t, b, func(t *testing.T, d *startDog, _ *said) {
 			do(d)
 			time.Sleep(24 * time.Hour)
-			if b.resets != 0 || b.clock != nil {
-				t.Errorf("%s: reset %d times, armed %v", name, b.resets, b.clock != nil)
+			if is, isArmed := b.now(); is.resets != 0 || isArmed {
+				t.Errorf("%s: reset %d times, armed %v", name, is.resets, isArmed)
 			}
 		})
 	}
@@ -181,8 +215,8 @@ func TestAWatchdogTooShortForAnAgentIsStoppedBeforeIt(t *testing.T) {
 		time.Sleep(startGrace)
 		d.handOver()
 		time.Sleep(time.Hour)
-		if b.resets != 0 || s.count("cannot wait for an agent") != 1 {
-			t.Errorf("reset %d times: %q", b.resets, s.lines)
+		if is, _ := b.now(); is.resets != 0 || s.count("cannot wait for an agent") != 1 {
+			t.Errorf("reset %d times: %q", is.resets, s.lines)
 		}
 	})
 }
@@ -221,15 +255,15 @@ func TestAWatchdogWhoseDriverIsLoadedLaterIsTaken(t *testing.T) {
 		later := filepath.Join(t.TempDir(), "watchdog0")
 		d.use(later)
 		time.Sleep(time.Minute)
-		if b.open {
+		if is, _ := b.now(); is.open {
 			t.Fatal("taken before it is there")
 		}
 		if err := os.WriteFile(later, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(2 * lookForDog)
-		if !b.open || b.takes != 2 {
-			t.Errorf("taken %d times", b.takes)
+		if is, _ := b.now(); !is.open || is.takes != 2 {
+			t.Errorf("taken %d times", is.takes)
 		}
 	})
 }
