@@ -502,13 +502,18 @@ func (v *Volume) occupied() int64 {
 
 // eachIndexed walks the index in the order of ids. The version rises with time.
 func (v *Volume) eachIndexed(ctx context.Context, fn func(id chunk.ID, size int64, version uint64) error) error {
+	return v.eachIndexedFrom(ctx, chunk.ID{}, fn)
+}
+
+// eachIndexedFrom is eachIndexed that begins at an id.
+func (v *Volume) eachIndexedFrom(ctx context.Context, from chunk.ID, fn func(id chunk.ID, size int64, version uint64) error) error {
 	return v.view(func(txn *badger.Txn) error {
 		opt := badger.DefaultIteratorOptions
 		opt.PrefetchValues = false
 		opt.Prefix = []byte{indexPrefix}
 		it := txn.NewIterator(opt)
 		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
+		for it.Seek(keyOf(indexPrefix, from)); it.Valid(); it.Next() {
 			if err := ctx.Err(); err != nil {
 				return err
 			}

@@ -285,6 +285,34 @@ func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost
 	})
 }
 
+// After returns the chunks held whose ids follow after, in the order of ids, n of
+// them at most, lost ones included. It reads the index only. The zero id begins;
+// fewer than n are the last ones.
+func (v *Volume) After(ctx context.Context, after chunk.ID, n int) ([]chunk.ID, error) {
+	if err := v.enter(); err != nil {
+		return nil, err
+	}
+	defer v.ops.Done()
+	var ids []chunk.ID
+	err := v.eachIndexedFrom(ctx, after, func(id chunk.ID, _ int64, _ uint64) error {
+		if id == after {
+			return nil
+		}
+		if len(ids) >= n {
+			return errEnough
+		}
+		ids = append(ids, id)
+		return nil
+	})
+	if err != nil && !errors.Is(err, errEnough) {
+		return nil, err
+	}
+	return ids, nil
+}
+
+// errEnough ends a walk early.
+var errEnough = errors.New("enough")
+
 // Lost lists the chunks known to be lost, earliest found first. A chunk leaves
 // the list when it is put again or dropped.
 func (v *Volume) Lost() []Loss {
