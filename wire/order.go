@@ -16,6 +16,7 @@ const (
 	KindChunkStore    Kind = "chunk.store"
 	KindChunkServe    Kind = "chunk.serve"
 	KindChunkDrop     Kind = "chunk.drop"
+	KindChunkLosses   Kind = "chunk.losses"
 	KindAudit         Kind = "audit"
 	KindJobRun        Kind = "job.run"
 	KindUpdateInstall Kind = "update.install"
@@ -36,7 +37,7 @@ func (k Kind) Priority() int {
 		return 0 // short, and people wait for them
 	case KindUpdateInstall:
 		return 1
-	case KindAudit:
+	case KindAudit, KindChunkLosses:
 		return 2
 	case KindChunkServe:
 		return 3
@@ -164,6 +165,7 @@ const (
 	CodeInternal      = "internal"
 	CodeNotFound      = "not_found"
 	CodeLost          = "lost"           // it should be here, and is not or does not verify
+	CodeUnreachable   = "unreachable"    // it may be on a volume that is away: no loss, and no proof
 	CodeMismatch      = "mismatch"       // bytes do not have the promised digest or size
 	CodeNoSpace       = "no_space"       // the disk's free-space floor is reached
 	CodeReadOnly      = "read_only"      // the volume refuses writes after an error

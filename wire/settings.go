@@ -45,6 +45,8 @@ const (
 	SettingJobWall   = "jobs.max_wall_seconds"
 	SettingJobSlots  = "jobs.slots"
 	SettingLogLevel  = "log.level"
+	SettingScrubDays = "scrub.days"
+	SettingScrubRate = "scrub.max_bytes_per_second"
 )
 
 // MaxBeat is the longest heartbeat interval, in seconds.
@@ -52,8 +54,8 @@ const MaxBeat = 3600
 
 const longestJob = 24 * 60 * 60 // seconds
 
-// Those of jobs have the names that the owner's configuration file has for them
-// (jobs/policy).
+// Those of jobs and of the scrub have the names that the owner's configuration
+// file has for them (jobs/policy, agent.Config).
 var settings = []Setting{ // sorted by key
 	{Key: SettingBeat, Type: SettingInt, Unit: "s", Min: 5, Max: MaxBeat, About: "Time between two heartbeats. Default: as the device was told when it enrolled."},
 	{Key: SettingJobs, Type: SettingBool, About: "Whether the device runs jobs at all."},
@@ -63,6 +65,8 @@ var settings = []Setting{ // sorted by key
 	{Key: SettingJobWall, Type: SettingNumber, Unit: "s", Min: 1, Max: longestJob, About: "Most time of one job from start to end."},
 	{Key: SettingJobSlots, Type: SettingInt, Min: 1, Max: 64, About: "How many jobs run at the same time."},
 	{Key: SettingLogLevel, Type: SettingChoice, Choices: []string{"debug", "info", "warn", "error"}, About: "The least important messages that the agent logs."},
+	{Key: SettingScrubDays, Type: SettingNumber, Unit: "days", Min: 1, Max: 365, About: "Time within which every chunk is read and verified, again and again."},
+	{Key: SettingScrubRate, Type: SettingInt, Unit: "bytes", Min: 1 << 16, Max: 1 << 30, About: "Most that is read of a disk in a second to verify chunks."},
 }
 
 // Settings is the table of all settings that this version knows, sorted by key.
