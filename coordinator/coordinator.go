@@ -327,8 +327,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
-		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
+		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}}
 	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
+	c.storage.trust = c.audits.trust
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
 		func() error {

@@ -172,6 +172,7 @@ func (c *Coordinator) forDevice(h handler) handler {
 		if err != nil {
 			return err
 		}
+		c.storage.networks.came(d, host(r))
 		return h(w, r.WithContext(context.WithValue(r.Context(), deviceKey{}, d)))
 	}
 }
@@ -191,9 +192,17 @@ func (c *Coordinator) dataRoutes() []route {
 func (c *Coordinator) storageRoutes() []route {
 	return []route{
 		{method: "PUT", path: v1 + "/chunks/{id}", needs: toOperate, summary: "Store a chunk on devices", unlogged: true,
-			in: bytes.Buffer{}, out: api.Placement{}, query: []param{{"replicas", "how many devices hold it; default 2", 0}}, handle: c.putChunk},
-		{method: "GET", path: v1 + "/chunks/{id}", needs: toRead, summary: "Fetch a chunk from a device that holds it", out: bytes.Buffer{}, handle: c.getChunk},
-		{method: "GET", path: v1 + "/objects", needs: toRead, summary: "List the stored files", out: []api.Object{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
+			in: bytes.Buffer{}, out: api.Placement{}, query: []param{
+				{"replicas", "how many devices hold it; default 2, with a stripe 1", 0},
+				{"stripe", "token of the stripe that it is a shard of: it goes to a device that has no other shard of it", ""},
+			}, handle: c.putChunk},
+		{method: "GET", path: v1 + "/chunks/{id}", needs: toRead, summary: "Fetch a chunk from a device that holds it", out: bytes.Buffer{},
+			query: []param{{"device", "the one to fetch it from; default any", ""}}, handle: c.getChunk},
+		{method: "POST", path: v1 + "/stripes", needs: toOperate, summary: "Ask which shards of a stripe are placed, before the others are put", unlogged: true,
+			in: api.StripeRequest{}, out: api.Stripe{}, handle: answer(func(r *http.Request, q api.StripeRequest) (api.Stripe, error) {
+				return c.storage.stripe(r.Context(), q)
+			})},
+		{method: "GET", path: v1 + "/objects", needs: toRead, summary: "List the stored files", out: []api.ObjectEntry{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
 			writeJSON(w, http.StatusOK, c.storage.listObjects())
 			return nil
 		}},
@@ -202,6 +211,13 @@ func (c *Coordinator) storageRoutes() []route {
 			o, err := c.storage.object(r.PathValue("name"))
 			if err == nil {
 				writeJSON(w, http.StatusOK, o)
+			}
+			return err
+		}},
+		{method: "GET", path: v1 + "/objects/{name}/placements", needs: toRead, summary: "Where the chunks of a file are", out: []api.Placement{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			list, err := c.storage.placements(r.PathValue("name"))
+			if err == nil {
+				writeJSON(w, http.StatusOK, list)
 			}
 			return err
 		}},
@@ -477,7 +493,10 @@ func (c *Coordinator) putRepoFile(w http.ResponseWriter, r *http.Request) error 
 }
 
 func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
-	replicas := defaultReplicas
+	replicas, token := defaultReplicas, r.URL.Query().Get("stripe")
+	if token != "" {
+		replicas = 1
+	}
 	if s := r.URL.Query().Get("replicas"); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil {
@@ -489,7 +508,7 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	rec, err := c.storage.place(r.Context(), r.PathValue("id"), data, replicas)
+	rec, err := c.storage.place(r.Context(), r.PathValue("id"), data, replicas, token)
 	if err != nil {
 		return err
 	}
@@ -508,7 +527,13 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 
 func (c *Coordinator) getChunk(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	data, err := c.storage.read(r.Context(), id)
+	var data []byte
+	var err error
+	if d := r.URL.Query().Get("device"); d != "" {
+		data, err = c.storage.readHolder(r.Context(), id, wire.DeviceID(d))
+	} else {
+		data, err = c.storage.read(r.Context(), id)
+	}
 	if err != nil {
 		return err
 	}

@@ -519,7 +519,7 @@ func TestPlacementFollowsFreeSpace(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	fit := []offer{{"small", 1 << 38}, {"large", 3 << 38}, {"largest", 1 << 40}, {"boaster", 1 << 50}}
+	fit := []offer{{device: "small", weight: 1 << 38}, {device: "large", weight: 3 << 38}, {device: "largest", weight: 1 << 40}, {device: "boaster", weight: 1 << 40}}
 	const draws = 40_000
 	first := map[wire.DeviceID]int{}
 	for range draws {
@@ -629,7 +629,7 @@ func TestALateReceiptIsKept(t *testing.T) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	placed := make(chan error, 1)
 	go func() {
-		_, err := w.storage.place(ctx, id, data, 1)
+		_, err := w.storage.place(ctx, id, data, 1, "")
 		placed <- err
 	}()
 	next(t, stored, "the store order")

@@ -16,41 +16,6 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// Chunk is one piece of an object.
-type Chunk struct {
-	ID   string `json:"id"`
-	Size int64  `json:"size"`
-}
-
-// Holder is a device that has given a receipt for a chunk.
-type Holder struct {
-	Device  wire.DeviceID `json:"device"`
-	Volume  string        `json:"volume"`
-	Order   string        `json:"order"` // whose signed report is the receipt
-	Receipt []byte        `json:"receipt,omitempty"`
-	Lost    bool          `json:"lost,omitempty"` // it has confessed or been shown to have lost it
-	Since   time.Time     `json:"since"`
-}
-
-// Placement is where a chunk is.
-type Placement struct {
-	Chunk
-	Holders []Holder `json:"holders"`
-}
-
-// MaxChunks is how many chunks an object can have; its record must fit the
-// coordinator's state store. With chunks of 1 MiB that is 10,000 MiB.
-const MaxChunks = 10_000
-
-// Object is a stored file: its pieces in their order, and a digest of the whole.
-type Object struct {
-	Name    string    `json:"name"`
-	Size    int64     `json:"size"`
-	SHA256  string    `json:"sha256"` // of the whole file, hex
-	Chunks  []Chunk   `json:"chunks"`
-	Created time.Time `json:"created,omitzero"`
-}
-
 // JobRequest asks for a run of a module over one chunk.
 type JobRequest struct {
 	Module string         `json:"module"` // SHA-256, uploaded before
