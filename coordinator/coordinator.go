@@ -32,8 +32,7 @@
 // # What is not here yet
 //
 // Objects are replicated, not erasure-coded, and stored as they are given; lost
-// replicas are noted and not yet rebuilt; challenges are made when an operator
-// asks.
+// replicas are noted and not yet rebuilt.
 package coordinator
 
 import (
@@ -90,6 +89,7 @@ type Config struct {
 	CertificateLife time.Duration
 	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
 	Compute         Compute      // knows the answers of compute challenges; may be nil
+	Audits          AuditPlan    // challenges that nobody asks for; the zero value is none
 	Log             *slog.Logger // nil drops everything
 	Version         string       // of this program, for who asks
 
@@ -170,6 +170,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	}
 	if cfg.Beat < minBeat {
 		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
+	}
+	if err := cfg.Audits.check(); err != nil {
+		return nil, err
 	}
 	if cfg.EnrolRate < 0 {
 		return nil, fmt.Errorf("%d devices a second cannot enrol: the rate must be above 0", cfg.EnrolRate)
@@ -328,7 +331,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}}
-	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
+	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust = c.audits.trust
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -355,9 +358,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return bucket(ctx, c, "config", &c.config.docs, c.config.trackDoc) },
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
-		func() error {
-			return bucket(ctx, c, "audits", &c.audits.rows, nil, func(k *jetstream.KeyValueConfig) { k.TTL = auditKept })
-		},
+		func() error { return c.audits.open(ctx, c) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -475,6 +476,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.config.run(ctx) })
 	wg.Go(func() { c.inventories.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
+	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
 	wg.Go(func() { c.cutOffRetired(ctx) })

@@ -139,6 +139,8 @@ func (c *Coordinator) showDevice(ctx context.Context, id wire.DeviceID) (api.Dev
 		return api.Device{}, err
 	}
 	v := c.reg.view(d)
+	score := c.audits.scoreOf(id).view()
+	v.Score = &score
 	raw, row, err := c.inventories.get(ctx, id)
 	v.Inventory, v.InventoryDigest, v.InventoryTaken, v.InventoryProblem = raw, row.Digest, row.Taken, row.Problem
 	return v, err

@@ -77,6 +77,7 @@ func (c *Coordinator) table() []route {
 		c.configRoutes(),
 		c.storageRoutes(),
 		c.computeRoutes(),
+		c.auditRoutes(),
 		c.releaseRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
@@ -237,17 +238,6 @@ func (c *Coordinator) computeRoutes() []route {
 		{method: "PUT", path: v1 + "/modules/{id}", needs: toOperate, summary: "Upload a WebAssembly module", unlogged: true, in: bytes.Buffer{}, handle: c.putModule},
 		{method: "POST", path: v1 + "/jobs", needs: toOperate, summary: "Run a module over a stored chunk", in: api.JobRequest{}, out: api.Job{}, handle: c.runJob},
 		{method: "GET", path: v1 + "/jobs/{device}/{order}", needs: toRead, summary: "The result of a job", out: api.Job{}, handle: c.getJob},
-		{method: "POST", path: v1 + "/audits", needs: toOperate, summary: "Challenge a device", in: api.AuditRequest{}, out: api.Audit{},
-			handle: answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
-				// A challenge that has begun is judged, whoever asked for it has left or not.
-				ctx, cancel := c.outlive(r.Context())
-				defer cancel()
-				return c.audits.run(ctx, q)
-			})},
-		{method: "GET", path: v1 + "/audits", needs: toRead, summary: "List the challenges", out: []api.Audit{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
-			writeJSON(w, http.StatusOK, c.audits.list())
-			return nil
-		}},
 	}
 }
 

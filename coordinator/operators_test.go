@@ -82,6 +82,8 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 		},
 		toRead: {
 			"GET /api/v1/audits",
+			"GET /api/v1/audits/{id}",
+			"GET /api/v1/audits/{id}/evidence",
 			"GET /api/v1/chunks/{id}",
 			"GET /api/v1/claims",
 			"GET /api/v1/config",

@@ -81,19 +81,16 @@ func aboutDevice(d wire.DeviceID, code, text string) api.Attention {
 
 func (c *Coordinator) statusOfChallenges(s *api.Status) (see []api.Attention) {
 	failed := make(map[wire.DeviceID]int)
-	c.audits.rows.each(func(_ string, a api.Audit) bool {
-		if a.At.Before(s.Since) {
-			return true
-		}
+	lately, _ := c.audits.newest.list(func(a api.AuditSummary) bool { return !a.At.Before(s.Since) && a.Kind != api.Confession })
+	for _, a := range lately {
 		s.Challenges[a.Outcome]++
 		if a.Outcome == api.AuditWrong || a.Outcome == api.AuditLost {
 			failed[a.Device]++
 		}
-		return true
-	})
+	}
 	for d, n := range failed {
 		if c.reg.member(d) {
-			see = append(see, aboutDevice(d, api.AttentionChallenge, fmt.Sprintf("has failed challenges in the last day, %d in all; \"deimos audit list\" shows them", n)))
+			see = append(see, aboutDevice(d, api.AttentionChallenge, fmt.Sprintf("has failed challenges in the last day, %d in all; \"deimos audit ls --device %s\" shows them", n, d)))
 		}
 	}
 	return see

@@ -163,6 +163,7 @@ func writeDevice(w io.Writer, d api.Device) error {
 	default:
 		row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
 	}
+	writeScore(row, d.Score)
 	writeNow(row, d)
 	return writeInventory(w, d)
 }

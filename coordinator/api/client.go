@@ -228,16 +228,6 @@ func (c *Client) Job(ctx context.Context, device wire.DeviceID, order string) (J
 	return ask[Job](ctx, c, http.MethodGet, "jobs/"+segment(string(device))+"/"+segment(order), nil, nil)
 }
 
-// Audit challenges a device and waits for the outcome.
-func (c *Client) Audit(ctx context.Context, r AuditRequest) (Audit, error) {
-	return ask[Audit](ctx, c, http.MethodPost, "audits", nil, r)
-}
-
-// Audits lists past challenges, oldest first.
-func (c *Client) Audits(ctx context.Context) ([]Audit, error) {
-	return ask[[]Audit](ctx, c, http.MethodGet, "audits", nil, nil)
-}
-
 // PutRepoFile uploads one file of the update repository, e.g.
 // "metadata/timestamp.json".
 func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) error {

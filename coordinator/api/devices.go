@@ -75,6 +75,8 @@ type Device struct {
 	Health     []wire.Warning `json:"health,omitempty"`
 	HealthMore int            `json:"health_more,omitempty"` // how many a list leaves out
 	HealthAt   time.Time      `json:"health_at,omitzero"`
+	// Score is what its challenges say of it; lists leave it out.
+	Score *Score `json:"score,omitempty"`
 	// Inventory is what the device has found in itself. With a digest, it has
 	// signed for it, and it was taken in at InventoryTaken; without, it came with
 	// the enrolment.

@@ -11,8 +11,6 @@
 package api
 
 import (
-	"time"
-
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -33,65 +31,6 @@ type Job struct {
 	Result wire.JobResult `json:"result"`
 	Output []byte         `json:"output"`
 	Report []byte         `json:"report"` // the device's signed report, a DSSE envelope
-}
-
-// AuditKind tells the two challenges apart.
-type AuditKind string
-
-// The kinds of challenge.
-const (
-	StorageAudit AuditKind = "storage"
-	ComputeAudit AuditKind = "compute"
-)
-
-// AuditRequest asks for one challenge now.
-type AuditRequest struct {
-	Kind   AuditKind     `json:"kind"`
-	Device wire.DeviceID `json:"device"`
-	Leaves int           `json:"leaves,omitempty"` // storage; 0 means 44, which finds a 10% loss in 99 of 100 cases
-	Module string        `json:"module,omitempty"` // compute: SHA-256, uploaded before
-	Args   []string      `json:"args,omitempty"`
-
-	Limits wire.JobLimits `json:"limits,omitzero"` // compute: of the device's job
-}
-
-// AuditOutcome is how a challenge ended. They are kept apart: a device that
-// cannot be reached has not lied, one that lied was reached, and one that
-// answers with a refusal has proved nothing but that it is there.
-type AuditOutcome string
-
-// The outcomes of a challenge.
-const (
-	AuditPending     AuditOutcome = "pending"
-	AuditRight       AuditOutcome = "right"
-	AuditWrong       AuditOutcome = "wrong"       // an answer that does not verify
-	AuditLost        AuditOutcome = "lost"        // an honest confession
-	AuditRefused     AuditOutcome = "refused"     // an answer that is neither proof nor confession: the device could not or would not
-	AuditUnreachable AuditOutcome = "unreachable" // no answer in time
-	AuditVoid        AuditOutcome = "void"        // never judged, through no fault of the device
-)
-
-// Audit is one challenge and its outcome, with the evidence.
-type Audit struct {
-	ID      string        `json:"id"`
-	Kind    AuditKind     `json:"kind"`
-	Device  wire.DeviceID `json:"device"`
-	Order   string        `json:"order"`
-	At      time.Time     `json:"at"`
-	Outcome AuditOutcome  `json:"outcome"`
-	Reason  string        `json:"reason,omitempty"`
-	Leaves  int           `json:"leaves,omitempty"` // asked
-	Right   int           `json:"right,omitempty"`  // leaves that verified
-	Chunks  []string      `json:"chunks,omitempty"` // those asked about
-	Lost    []string      `json:"lost,omitempty"`   // chunks confessed
-	Wrong   []string      `json:"wrong,omitempty"`  // chunks with a leaf that did not verify
-	// Commitment is SHA-256(salt ‖ SHA-256 of the expected output), fixed
-	// before the order was sent; Salt opens it.
-	Commitment string `json:"commitment,omitempty"`
-	Salt       string `json:"salt,omitempty"`
-	Expected   string `json:"expected,omitempty"` // SHA-256 of the expected output, hex
-	Got        string `json:"got,omitempty"`
-	Report     []byte `json:"report,omitempty"` // the device's signed report
 }
 
 // OfferRequest offers a published release to devices.
