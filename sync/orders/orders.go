@@ -1,5 +1,5 @@
 // Package orders carries out what a coordinator orders about chunks: the
-// handlers of chunk.store, chunk.serve, chunk.drop and audit. It joins the rest
+// handlers of chunk.store, chunk.serve, chunk.drop, chunk.losses and audit. It joins the rest
 // of sync: chunks are named and proved by sync/chunk, kept by sync/store and
 // moved by sync/transfer.
 //
@@ -12,7 +12,10 @@
 //   - chunk.drop of what is not held is done already.
 //   - audit answers from disk each time. It hides nothing: what does not verify
 //     is confessed as lost, and so is what is not held, since the coordinator
-//     asks only for what it has a receipt for.
+//     asks only for what it has a receipt for. But while a volume is away, what
+//     is not held may be on that, and nobody can say: then the answer is a
+//     refusal ([wire.CodeUnreachable]), no proof and no confession.
+//   - chunk.losses tells what is known to be lost by then.
 //
 // Memory is bounded: chunks in flight for store and serve together stay below
 // 32 MiB, and more wait.
@@ -20,11 +23,13 @@ package orders
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -47,20 +52,27 @@ type Service struct {
 	transfer *transfer.Client
 	log      *slog.Logger
 	memory   *semaphore.Weighted
+	away     func() string
 }
 
 // New returns a service over the device's volumes. Closing them is the caller's.
-func New(set *store.Set, t *transfer.Client, log *slog.Logger) *Service {
-	return &Service{set: set, transfer: t, log: log, memory: semaphore.NewWeighted(inFlight)}
+// away names, for a person, the volumes that the device should have and has not
+// now; "" if there are none. It may be nil.
+func New(set *store.Set, t *transfer.Client, away func() string, log *slog.Logger) *Service {
+	if away == nil {
+		away = func() string { return "" }
+	}
+	return &Service{set: set, transfer: t, log: log, memory: semaphore.NewWeighted(inFlight), away: away}
 }
 
 // Handlers returns the handlers by the kind of their orders.
 func (s *Service) Handlers() map[wire.Kind]wire.Handler {
 	return map[wire.Kind]wire.Handler{
-		wire.KindChunkStore: s.store,
-		wire.KindChunkServe: s.serve,
-		wire.KindChunkDrop:  s.drop,
-		wire.KindAudit:      s.audit,
+		wire.KindChunkStore:  s.store,
+		wire.KindChunkServe:  s.serve,
+		wire.KindChunkDrop:   s.drop,
+		wire.KindChunkLosses: s.tellLosses,
+		wire.KindAudit:       s.audit,
 	}
 }
 
@@ -71,7 +83,19 @@ func (s *Service) Read(ctx context.Context, id string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.set.Get(ctx, parsed)
+	data, err := s.set.Get(ctx, parsed)
+	return data, s.perhapsAway(err)
+}
+
+// perhapsAway makes of "not held" what it means while a volume is away.
+func (s *Service) perhapsAway(err error) error {
+	if err == nil || wire.ProblemOf(err).Code != wire.CodeNotFound {
+		return err
+	}
+	if away := s.away(); away != "" {
+		return wire.FailedBecause(wire.CodeUnreachable, "%v; it may be on a volume that is away: %s. Ask again when that is back", err, away)
+	}
+	return err
 }
 
 func parseID(s string) (chunk.ID, error) {
@@ -143,7 +167,7 @@ func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wir
 	defer s.memory.Release(chunk.MaxSize)
 	data, err := s.set.Get(ctx, id)
 	if err != nil {
-		return wire.Outcome{}, err
+		return wire.Outcome{}, s.perhapsAway(err)
 	}
 	return wire.Outcome{}, s.transfer.Put(ctx, body.URL, data, "application/octet-stream")
 }
@@ -159,8 +183,55 @@ func (s *Service) drop(ctx context.Context, o wire.Order, _ func(float64)) (wire
 			return wire.Outcome{}, err
 		}
 	}
+	if body.OnlyLost {
+		lost := make(map[string]bool)
+		for _, l := range s.Losses() {
+			lost[l.ID] = true
+		}
+		ids = slices.DeleteFunc(ids, func(id chunk.ID) bool { return !lost[id.String()] })
+	}
 	return wire.Outcome{}, s.set.Drop(ctx, ids)
 }
+
+// Losses is every chunk known to be lost, sorted by id. One that is whole on
+// another volume is not.
+func (s *Service) Losses() []wire.ChunkLoss {
+	var all []wire.ChunkLoss
+	for _, v := range s.set.Volumes() {
+		for _, l := range v.Lost() {
+			if !s.set.Has(l.ID) {
+				all = append(all, wire.ChunkLoss{ID: l.ID.String(), Size: l.Size, Volume: v.ID(), Reason: l.Reason, Found: l.Found.UTC()})
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(a, b wire.ChunkLoss) int { return cmp.Compare(a.ID, b.ID) })
+	return slices.CompactFunc(all, func(a, b wire.ChunkLoss) bool { return a.ID == b.ID }) // of two damaged copies one
+}
+
+// DigestOf is the [wire.LossDigest] of losses.
+func DigestOf(losses []wire.ChunkLoss) string {
+	ids := make([]string, len(losses))
+	for i, l := range losses {
+		ids[i] = l.ID
+	}
+	return wire.LossDigest(ids)
+}
+
+func (s *Service) tellLosses(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	all := s.Losses()
+	few := slices.Clone(all[:min(len(all), wire.MaxLosses)])
+	for i := range few {
+		few[i].Reason = few[i].Reason[:min(len(few[i].Reason), maxReason)]
+	}
+	attachment, err := json.Marshal(few)
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("encode the losses: %w", err)
+	}
+	return wire.Outcome{Body: wire.LossReport{Digest: DigestOf(all), Count: len(all)}, Attachment: attachment}, nil
+}
+
+// maxReason keeps the answer with all losses that it may have below 4 MiB.
+const maxReason = 160 // bytes
 
 // errTooLate is the cause of an audit's context when its deadline passes.
 var errTooLate = errors.New("the audit's deadline has passed")
@@ -231,6 +302,9 @@ func (s *Service) prove(ctx context.Context, id chunk.ID, items []wire.AuditItem
 	if err != nil {
 		code := wire.ProblemOf(err).Code
 		if code != wire.CodeLost && code != wire.CodeNotFound {
+			return false, err
+		}
+		if err = s.perhapsAway(err); wire.ProblemOf(err).Code == wire.CodeUnreachable {
 			return false, err
 		}
 		s.log.Warn("an audit asks for a chunk that is lost", "chunk", id, "reason", err)

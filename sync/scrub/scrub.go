@@ -89,7 +89,7 @@ const (
 	saveEvery  = 5 * time.Minute
 	settleTime = 10 * time.Minute // after a start, before a burst that is overdue
 	retryAfter = time.Hour        // after a volume could not be read
-	busyRest   = time.Second      // until it is asked again whether the disks are idle
+	busyRest   = 10 * time.Second // until it is asked again whether the disks are idle
 	look       = time.Minute      // between two looks at the clock
 	readLimit  = 2 * time.Minute  // for one chunk
 	batch      = 256              // ids looked up at a time
