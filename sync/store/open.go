@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -86,16 +85,20 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		queue: make(chan *request), stop: make(chan struct{}), stopped: make(chan struct{}),
 		readers: make(chan struct{}, maxReaders),
 		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
+		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]int64{}},
+	}
+	if v.logSize = opt.hooks.logSize; v.logSize == 0 {
+		v.logSize = logSizeFor(v.diskSize())
 	}
 	v.checkEarlierSync()
 	path := filepath.Join(dir, chunksDir)
 	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
-	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), mendLogHeaders(path), guardNewestLog(path)); err != nil {
+	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), forgetDiscards(path), mendLogHeaders(path), guardNewestLog(path)); err != nil {
 		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
 	}
-	if v.db, err = openBadger(path, opt, v.diskSize()); err != nil {
+	if v.db, err = openBadger(path, opt, v.logSize); err != nil {
 		return nil, err
 	}
 	v.syncer = syncer{dir: path, db: v.db, hooks: opt.hooks}
@@ -115,6 +118,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
+	v.mover.begin(v)
 	return v, nil
 }
 
@@ -269,13 +273,22 @@ func guardNewestLog(dir string) error {
 	if err := cutUnwritten(newest); err != nil {
 		return err
 	}
-	n, err := strconv.ParseUint(strings.TrimSuffix(filepath.Base(newest), ".vlog"), 10, 32)
+	n, err := logNumber(newest)
 	if err != nil {
 		return fmt.Errorf("%s has no number: %w", newest, err)
 	}
 	// The header: key id 0 (no encryption) and an initial vector that is not used.
 	header := make([]byte, logHeader)
-	if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%06d.vlog", n+1)), header, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, logName(n+1)), header, 0o600); err != nil {
+		return err
+	}
+	return nil
+}
+
+// forgetDiscards removes Badger's figures of what can be discarded, which a crash
+// or a flipped bit may have falsified: they decide which log it deletes.
+func forgetDiscards(dir string) error {
+	if err := os.Remove(filepath.Join(dir, "DISCARD")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -362,14 +375,14 @@ func (v *Volume) diskSize() int64 {
 	return int64(st.Blocks) * int64(st.Bsize)
 }
 
-func openBadger(dir string, opt Options, size int64) (db *badger.DB, err error) {
+func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("the chunks in %s cannot be opened, their files are damaged or the disk fails: %v", dir, p)
 		}
 	}()
-	tuned := tuning(dir, size, opt.Log)
+	tuned := tuning(dir, logSize, opt.Log)
 	if err := checkTables(dir, tuned); err != nil {
 		return nil, err
 	}
@@ -467,37 +480,30 @@ func (v *Volume) agreeOnID(fresh bool) error {
 	return nil
 }
 
-// rebuild counts the chunks from the index alone, and returns those that can
-// lie in the newest value log: the last ones written, up to a log's length.
+// rebuild counts the chunks and the bytes of the logs, and returns those chunks
+// that can lie in the newest value log: the last ones written, up to a log's
+// length.
 func (v *Volume) rebuild() ([]chunk.ID, error) {
-	window := newestWindow{limit: logSize(v.diskSize()) + 2*chunk.MaxSize}
+	if err := v.measureLogs(); err != nil {
+		return nil, fmt.Errorf("the value logs in %s cannot be measured: %w", v.dir, err)
+	}
+	window := newestWindow{limit: v.logSize + 2*chunk.MaxSize}
 	err := v.eachIndexed(context.Background(), func(id chunk.ID, size int64, version uint64) error {
 		v.chunks++
 		v.used += size
 		window.add(entry{id, size, version})
 		return nil
 	})
+	if err == nil {
+		err = v.eachRecord(context.Background(), func(id chunk.ID, at place) error {
+			v.space.add(at, chunkSize(at))
+			return nil
+		})
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the index of the chunks in %s cannot be read: %w", v.dir, err)
 	}
-	v.dead = max(0, v.occupied()-v.used-int64(v.chunks)*recordOverhead)
 	return window.ids(), nil
-}
-
-// occupied is what the value logs take on disk. They are sparse until full.
-func (v *Volume) occupied() int64 {
-	logs, err := filesOf(filepath.Join(v.dir, chunksDir), ".vlog")
-	if err != nil {
-		return 0
-	}
-	var sum int64
-	for _, path := range logs {
-		var st unix.Stat_t
-		if unix.Stat(path, &st) == nil {
-			sum += max(0, st.Blocks*512-4096) // less the header's page
-		}
-	}
-	return sum
 }
 
 // eachIndexed walks the index in the order of ids. The version rises with time.
@@ -507,27 +513,49 @@ func (v *Volume) eachIndexed(ctx context.Context, fn func(id chunk.ID, size int6
 
 // eachIndexedFrom is eachIndexed that begins at an id.
 func (v *Volume) eachIndexedFrom(ctx context.Context, from chunk.ID, fn func(id chunk.ID, size int64, version uint64) error) error {
+	return v.eachKey(ctx, indexPrefix, from, func(item *badger.Item) error {
+		id, size, err := readIndex(item)
+		if err != nil {
+			return err
+		}
+		return fn(id, size, item.Version())
+	})
+}
+
+// eachRecord tells where each chunk's record lies, in the order of ids. It reads
+// the tree only.
+func (v *Volume) eachRecord(ctx context.Context, fn func(id chunk.ID, at place) error) error {
+	return v.eachKey(ctx, chunkPrefix, chunk.ID{}, func(item *badger.Item) error {
+		var id chunk.ID
+		if key := item.Key(); len(key) != 1+len(id) {
+			return fmt.Errorf("the key of a chunk has %d bytes", len(key))
+		}
+		copy(id[:], item.Key()[1:])
+		return fn(id, placeOf(item))
+	})
+}
+
+func (v *Volume) eachKey(ctx context.Context, prefix byte, from chunk.ID, fn func(*badger.Item) error) error {
 	return v.view(func(txn *badger.Txn) error {
-		opt := badger.DefaultIteratorOptions
-		opt.PrefetchValues = false
-		opt.Prefix = []byte{indexPrefix}
-		it := txn.NewIterator(opt)
+		it := txn.NewIterator(keysOnly(prefix))
 		defer it.Close()
-		for it.Seek(keyOf(indexPrefix, from)); it.Valid(); it.Next() {
+		for it.Seek(keyOf(prefix, from)); it.Valid(); it.Next() {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			item := it.Item()
-			id, size, err := readIndex(item)
-			if err != nil {
-				return err
-			}
-			if err := fn(id, size, item.Version()); err != nil {
+			if err := fn(it.Item()); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+}
+
+func keysOnly(prefix byte) badger.IteratorOptions {
+	opt := badger.DefaultIteratorOptions
+	opt.PrefetchValues = false
+	opt.Prefix = []byte{prefix}
+	return opt
 }
 
 func readIndex(item *badger.Item) (id chunk.ID, size int64, err error) {

@@ -41,6 +41,7 @@ type Volume struct {
 	dir     string
 	id      string
 	opt     Options
+	logSize int64    // bytes at which a value log is full
 	lock    *os.File // holds the directory's flock
 	db      *badger.DB
 	rest    *compactors.Keeper
@@ -48,6 +49,7 @@ type Volume struct {
 	queue   chan *request
 	stop    chan struct{} // closed: the committer ends
 	stopped chan struct{} // closed: it has ended
+	mover   mover
 	readers chan struct{} // one token a read under way
 	ops     sync.WaitGroup
 	// stumbled says that a read has left Badger with a lock that it never gives back.
@@ -56,7 +58,7 @@ type Volume struct {
 	mu       sync.Mutex // guards all below
 	closed   bool
 	used     int64 // bytes of indexed chunks
-	dead     int64 // bytes of dropped and rewritten ones, about
+	space    ledger
 	chunks   int
 	lost     map[chunk.ID]Loss
 	readOnly string // why; empty: writable
@@ -79,10 +81,11 @@ type Loss struct {
 type Stats struct {
 	Volume   string // id
 	Dir      string
-	Capacity int64  // bytes that may hold chunks, used and dead ones included
+	Capacity int64  // bytes that may hold chunks: the sum of the next four
 	Used     int64  // bytes of chunks held, lost ones included until dropped
-	Dead     int64  // bytes that dropped and rewritten chunks still occupy, about
-	Free     int64  // bytes that puts may still take
+	Dead     int64  // bytes of value logs that belong to no chunk held, exactly
+	Reserved int64  // heads of records and logs, exactly, and what is kept free to move a log
+	Free     int64  // bytes that a put may still take
 	Chunks   int    // held, lost ones included
 	Lost     int    // of these, known to be lost
 	ReadOnly string // why puts are refused; empty if they are not
@@ -136,6 +139,20 @@ func (v *Volume) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, 
 // Tree reads a chunk from disk, verifies it, and returns it ready to prove its
 // leaves. Nothing of it is kept. Errors as for [Volume.Get].
 func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
+	v.touch()
+	return v.tree(ctx, id)
+}
+
+// get is Get by the volume itself.
+func (v *Volume) get(ctx context.Context, id chunk.ID) ([]byte, error) {
+	t, err := v.tree(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return t.Data(), nil
+}
+
+func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	if err := v.enter(); err != nil {
 		return nil, err
 	}
@@ -166,32 +183,45 @@ func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	}
 }
 
-// readVerified reads a chunk and remembers it as lost if it does not verify.
+// readVerified reads a chunk and remembers it as lost if it does not verify. One
+// that was moved, and its old log deleted, while it was being read is read again.
 func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
+	for again := 3; ; again-- {
+		t, size, version, fault := v.readOnce(id)
+		switch {
+		case fault == nil:
+			v.mu.Lock()
+			delete(v.lost, id) // it was put again while its loss was being noted
+			v.mu.Unlock()
+			return t, nil
+		case errors.Is(fault, badger.ErrKeyNotFound):
+			return nil, notFound(id)
+		}
+		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
+			return nil, v.lose(id, size, version, fault.Error())
+		}
+	}
+}
+
+// readOnce reads a chunk as it is at one moment. The fault is ErrKeyNotFound, or
+// what is wrong with it.
+func (v *Volume) readOnce(id chunk.ID) (t *chunk.Tree, size int64, version uint64, fault error) {
 	version, size, data, err := v.readRaw(id)
-	if errors.Is(err, badger.ErrKeyNotFound) {
-		return nil, notFound(id)
+	switch {
+	case err != nil:
+		return nil, size, version, err
+	case len(data) == 0:
+		return nil, size, version, errors.New("its bytes are gone or damaged on disk")
+	case int64(len(data)) != size:
+		return nil, size, version, fmt.Errorf("%d of %d bytes are left", len(data), size)
 	}
-	if err != nil {
-		return nil, v.lose(id, size, version, err.Error())
-	}
-	if len(data) == 0 {
-		return nil, v.lose(id, size, version, "its bytes are gone or damaged on disk")
-	}
-	if int64(len(data)) != size {
-		return nil, v.lose(id, size, version, fmt.Sprintf("%d of %d bytes are left", len(data), size))
-	}
-	t, err := chunk.NewTree(data)
-	if err != nil {
-		return nil, v.lose(id, size, version, err.Error())
+	if t, err = chunk.NewTree(data); err != nil {
+		return nil, size, version, err
 	}
 	if t.ID() != id {
-		return nil, v.lose(id, size, version, "its bytes have changed on disk")
+		return nil, size, version, errors.New("its bytes have changed on disk")
 	}
-	v.mu.Lock()
-	delete(v.lost, id) // it was put again while its loss was being noted
-	v.mu.Unlock()
-	return t, nil
+	return t, size, version, nil
 }
 
 // readRaw returns what Badger has for a chunk, in memory of its own. The error
@@ -391,24 +421,37 @@ func (v *Volume) Stats() Stats {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	occupied := v.used + v.dead
+	reserved := v.space.heads() + v.reserve()
 	if v.opt.Capacity > 0 {
-		space = min(space, max(0, v.opt.Capacity-occupied))
+		space = min(space, max(0, v.opt.Capacity-v.occupied()-v.reserve()))
 	}
+	head := min(space, recordHead) // of the next chunk
+	space, reserved = space-head, reserved+head
 	return Stats{
 		Volume: v.id, Dir: v.dir,
-		Capacity: occupied + space, Used: v.used, Dead: v.dead, Free: space,
+		Capacity: v.used + v.space.dead() + reserved + space,
+		Used:     v.used, Dead: v.space.dead(), Reserved: reserved, Free: space,
 		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: v.readOnly,
 	}
 }
 
-// room is how much may be written before the floor is reached, in bytes.
+// occupied is what the chunks take, dead and small ones included, in bytes; mu is
+// held. Small chunks are in the tree and not in the logs.
+func (v *Volume) occupied() int64 { return v.used - v.space.chunks + v.space.length }
+
+// room is how much puts may write before the floor is reached, in bytes. Without
+// a capacity, what is kept to move a log comes on top of the floor, as far as the
+// floor's upper half is too small for it.
 func (v *Volume) room() (int64, error) {
 	var st unix.Statfs_t
 	if err := v.opt.hooks.statfs(v.dir, &st); err != nil {
 		return 0, err
 	}
-	return max(0, free(&st)-v.floor(&st)), nil
+	keep := v.floor(&st)
+	if v.opt.Capacity == 0 && keep > 0 {
+		keep = max(keep, keep/2+needed+v.reserve())
+	}
+	return max(0, free(&st)-keep), nil
 }
 
 func (v *Volume) floor(st *unix.Statfs_t) int64 {
@@ -464,11 +507,12 @@ func (v *Volume) Close() error {
 	}
 	v.closed = true
 	v.mu.Unlock()
+	v.mover.end()
 	if !within(closeLimit, v.ops.Wait) {
 		return fmt.Errorf("volume %s is not closed: its disk has not answered for %s", v.id, closeLimit)
 	}
 	close(v.stop)
-	if !within(closeLimit, func() { <-v.stopped }) {
+	if !within(closeLimit, func() { <-v.stopped; <-v.mover.ended }) {
 		return fmt.Errorf("volume %s is not closed: a write has not ended for %s", v.id, closeLimit)
 	}
 	if v.stumbled.Load() {
