@@ -120,6 +120,7 @@ type Coordinator struct {
 	staging  *staging
 
 	inventories *inventories
+	losses      *losses
 
 	enrolling keyed // one enrolment of a device at a time
 	cert      *serverCert
@@ -333,6 +334,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust = c.audits.trust
+	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
 		func() error {
@@ -342,6 +344,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 			})
 		},
 		func() error { return c.inventories.open(ctx, c) },
+		func() error { return bucket(ctx, c, "losses", &c.losses.rows, nil) },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
@@ -379,7 +382,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	}
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
-	c.storage.staging, c.audits.staging, c.inventories.staging = c.staging, c.staging, c.staging
+	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
 	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
 	c.audits.compute = c.compute
 	cache := newStaging(repo)
@@ -475,6 +478,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.config.run(ctx) })
 	wg.Go(func() { c.inventories.run(ctx) })
+	wg.Go(func() { c.losses.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
@@ -531,6 +535,7 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
 				c.reg.beat(b)
 				c.inventories.announced(id)
+				c.losses.announced(id)
 				c.outbox.pump(id) // a coordinator that was restarted hears no hello
 			}
 		}
@@ -553,6 +558,7 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	}
 	c.config.heard(r)
 	c.inventories.heard(r)
+	c.losses.heard(r)
 	return nil
 }
 
@@ -578,6 +584,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	c.outbox.hello(id)
 	c.config.hello(p)
 	c.inventories.announced(id)
+	c.losses.announced(id)
 	return nil
 }
 

@@ -164,6 +164,7 @@ func writeDevice(w io.Writer, d api.Device) error {
 		row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
 	}
 	writeScore(row, d.Score)
+	writeScrubs(row, d)
 	writeNow(row, d)
 	return writeInventory(w, d)
 }

@@ -75,6 +75,9 @@ type Device struct {
 	Health     []wire.Warning `json:"health,omitempty"`
 	HealthMore int            `json:"health_more,omitempty"` // how many a list leaves out
 	HealthAt   time.Time      `json:"health_at,omitzero"`
+	// Scrubs is how far each volume is with verifying all that it holds, by the
+	// same heartbeat. It is not in a list.
+	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
 	// Score is what its challenges say of it; lists leave it out.
 	Score *Score `json:"score,omitempty"`
 	// Inventory is what the device has found in itself. With a digest, it has
