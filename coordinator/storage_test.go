@@ -419,7 +419,7 @@ func TestAnyNameWorks(t *testing.T) {
 			t.Errorf("%q: %q %v", name, got.Name, err)
 		}
 		list, err := w.op.Objects(ctx)
-		if err != nil || !slices.ContainsFunc(list, func(o api.Object) bool { return o.Name == name }) {
+		if err != nil || !slices.ContainsFunc(list, func(o api.ObjectEntry) bool { return o.Name == name }) {
 			t.Errorf("%q is not listed: %v", name, err)
 		}
 		if err := w.op.RemoveObject(ctx, name); err != nil {
@@ -650,7 +650,7 @@ func TestAFileComesBackWhole(t *testing.T) {
 	for _, size := range []int{0, 1, chunk.DefaultSize, 3*chunk.DefaultSize + 17} {
 		data := someBytes(size)
 		var safe sync.Map
-		o, placed, err := object.Put(ctx, w.op, "file", bytes.NewReader(data), 2, func(n int64) { safe.Store(n, true) })
+		o, placed, err := object.PutPlain(ctx, w.op, "file", bytes.NewReader(data), 2, func(n int64) { safe.Store(n, true) })
 		must(t, err)
 		if want := (size + chunk.DefaultSize - 1) / chunk.DefaultSize; len(o.Chunks) != want || len(placed) != want {
 			t.Errorf("%d bytes made %d chunks", size, len(o.Chunks))

@@ -219,7 +219,7 @@ type PutResult struct {
 func (f *Fleet) Put(name string, data []byte, args ...string) (o PutResult) {
 	f.T.Helper()
 	file := f.Write("in-"+name, data)
-	f.OK(&o, append([]string{"object", "put", file, "--name", name}, args...)...)
+	f.OK(&o, append([]string{"object", "put", "--plain", file, "--name", name}, args...)...)
 	return o
 }
 
