@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"time"
@@ -60,8 +61,9 @@ type response struct {
 }
 
 // leafOnLine is what a leaf has in an answer at most, in bytes: base64 of its
-// data and of a path of 10 hashes, the chunk's id, and JSON around.
-const leafOnLine = (chunk.LeafSize+2)/3*4 + 10*47 + 166
+// data and of a path of 10 hashes, the chunk's id in answer and order, and JSON
+// around.
+const leafOnLine = (chunk.LeafSize+2)/3*4 + 10*47 + 230
 
 // maxLeafBytes bounds what n leaves may have: a JSON of the same with white
 // space or other fields fits too.
@@ -459,6 +461,9 @@ func (c *evidenceCheck) report(v *EvidenceVerdict) (err error) {
 func (c *evidenceCheck) receipts(v *EvidenceVerdict) error {
 	c.sizes = make(map[string]int64)
 	for id, raw := range c.Receipts {
+		if !slices.Contains(c.Wrong, id) && !slices.Contains(c.Lost, id) {
+			return fmt.Errorf("there is a receipt for %q, which is not claimed to be wrong or lost", id)
+		}
 		r, err := wire.OpenAs[wire.Report](raw, c.DeviceKey, wire.TypeReport)
 		if err != nil {
 			return fmt.Errorf("the receipt for chunk %s: %w", id, err)
@@ -491,6 +496,9 @@ func (c *evidenceCheck) judge(v *EvidenceVerdict) error {
 	a := response{report: c.answered, attachment: c.Attachment, missing: c.Missing}
 	if at := c.answered.Attachment; at != nil && !isStaged(c.answered) {
 		a.attachment, a.missing = at.Inline, false
+	}
+	if !isStaged(c.answered) && (len(c.Attachment) > 0 || c.Missing) {
+		return errors.New("there is an attachment that the device has not signed for")
 	}
 	if isStaged(c.answered) && !c.Missing { // bytes that the device did not sign are no proof against it
 		if _, ok := judgeAttachment(a); !ok {
@@ -536,12 +544,13 @@ func (c *evidenceCheck) judgeStorage(a response) (verdict, error) {
 	if a.missing && !tooLarge {
 		return verdict{}, errors.New("the leaves are missing: that the device signed for them and never sent them rests on the coordinator's word alone")
 	}
-	sizes := make(map[string]int64, len(c.Sizes))
-	for id, n := range c.Sizes {
-		sizes[id] = n
+	var ids []string
+	for _, it := range asked.Items {
+		ids = append(ids, it.Chunk)
 	}
-	for id, n := range c.sizes {
-		sizes[id] = n
+	slices.Sort(ids)
+	if !slices.Equal(slices.Compact(ids), slices.Sorted(maps.Keys(c.Sizes))) {
+		return verdict{}, errors.New("the sizes in it are not those of the chunks that were asked for")
 	}
 	// What was released does not count as lost; that it was is the coordinator's
 	// word, and it speaks for the device.
@@ -549,7 +558,7 @@ func (c *evidenceCheck) judgeStorage(a response) (verdict, error) {
 	for _, it := range asked.Items {
 		released[it.Chunk] = !slices.Contains(c.Lost, it.Chunk)
 	}
-	return judgeStorage(asked, sizes, a, released), nil
+	return judgeStorage(asked, c.Sizes, a, released), nil
 }
 
 func (c *evidenceCheck) judgeCompute(a response, v *EvidenceVerdict) (verdict, error) {
