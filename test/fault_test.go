@@ -272,8 +272,8 @@ func TestOperatorsFaults(t *testing.T) {
 	data := []byte("a small file\n")
 	f.Put("small", data, "--replicas", "1")
 	f.Sub("getting to where nothing can be written", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Dir)}, cli.ExitFailed, "cannot be written")
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "--plain", "small", "--out", f.Path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "--plain", "small", "--out", f.Dir)}, cli.ExitFailed, "cannot be written")
 	})
 	f.Sub("storing something else under the same name", func(t *testing.T) {
 		f.checkEnd(proc.Command{Argv: deimos("object", "put", "--plain", f.Write("y", []byte("other")), "--name", "small", "--replicas", "1")}, cli.ExitFailed, "small", "object rm")

@@ -326,7 +326,7 @@ func (t *tour) readBack(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	out := t.path("read-back")
-	if err := t.cli(ctx, nil, "object", "get", objectName, "--out", out); err != nil {
+	if err := t.cli(ctx, nil, "object", "get", "--plain", objectName, "--out", out); err != nil {
 		return nil, err
 	}
 	want, err := slot.Digest(t.File)

@@ -228,7 +228,7 @@ func (f *Fleet) CheckGet(name string, want []byte) {
 	f.T.Helper()
 	out := f.Path("out-" + name)
 	defer os.Remove(out)
-	f.OK(nil, "object", "get", name, "--out", out)
+	f.OK(nil, "object", "get", "--plain", name, "--out", out)
 	got, err := os.ReadFile(out)
 	if err != nil {
 		f.T.Fatal(err)
