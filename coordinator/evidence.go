@@ -143,15 +143,22 @@ func judgeLeaves(asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[stri
 	}
 	switch {
 	case len(v.Wrong) > 0:
-		v.Outcome, v.Reason = api.AuditWrong, fmt.Sprintf("leaves of %d chunks do not verify", len(v.Wrong))
+		v.Outcome, v.Reason = api.AuditWrong, fmt.Sprintf("leaves of %s do not verify", chunksOf(len(v.Wrong)))
 	case len(v.Lost) > 0:
-		v.Outcome, v.Reason = api.AuditLost, fmt.Sprintf("the device says that it has lost %d chunks", len(v.Lost))
+		v.Outcome, v.Reason = api.AuditLost, "the device says that it has lost " + chunksOf(len(v.Lost))
 	case v.Right == 0:
 		v.Outcome, v.Reason = api.AuditVoid, releasedReason
 	default:
 		v.Outcome = api.AuditRight
 	}
 	return v
+}
+
+func chunksOf(n int) string {
+	if n == 1 {
+		return "1 chunk"
+	}
+	return fmt.Sprintf("%d chunks", n)
 }
 
 // judgeCompute judges the answer to a job whose output has the digest expected.
@@ -483,7 +490,7 @@ func (c *evidenceCheck) receipts(v *EvidenceVerdict) error {
 		}
 	}
 	if len(c.sizes) > 0 {
-		v.Checked = append(v.Checked, fmt.Sprintf("the device has signed receipts for %d chunks, with their sizes", len(c.sizes)))
+		v.Checked = append(v.Checked, fmt.Sprintf("the device has signed that it stored %s, and the size", chunksOf(len(c.sizes))))
 		v.Trusting = append(v.Trusting, "that no order to drop these chunks was out")
 	}
 	return nil
@@ -602,7 +609,7 @@ func (c *evidenceCheck) judgeConfession(a response) (verdict, error) {
 	for _, l := range list {
 		said[l.ID] = true
 	}
-	got := verdict{Outcome: api.AuditLost, Reason: fmt.Sprintf("the device says by itself that it has lost %d chunks", len(list))}
+	got := verdict{Outcome: api.AuditLost, Reason: "the device says by itself that it has lost " + chunksOf(len(list))}
 	for _, id := range c.Lost {
 		if !said[id] {
 			return got, fmt.Errorf("the device does not say that it has lost chunk %s", id)

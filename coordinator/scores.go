@@ -221,7 +221,7 @@ func (a *audits) confessed(ctx context.Context, d wire.DeviceID, ids []string, o
 		return nil
 	}
 	rec := api.Audit{ID: order, Kind: api.Confession, Device: d, Order: order, At: a.outbox.now().UTC(), Routine: true, Outcome: api.AuditLost,
-		Lost: ids[:min(len(ids), maxConfessed)], Reason: fmt.Sprintf("the device says by itself that it has lost %d chunks", len(ids))}
+		Lost: ids[:min(len(ids), maxConfessed)], Reason: "the device says by itself that it has lost " + chunksOf(len(ids))}
 	if _, err := a.rows.find(ctx, auditKey(rec)); err == nil {
 		return nil
 	} else if !errors.Is(err, errNotFound) {
