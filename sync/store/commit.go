@@ -5,9 +5,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 
@@ -85,11 +87,9 @@ func (v *Volume) Drop(ctx context.Context, ids []chunk.ID) error {
 // dropHeld is Drop that leaves a volume alone that holds none of the ids, so
 // that a broken volume does not fail what is no business of its.
 func (v *Volume) dropHeld(ctx context.Context, ids []chunk.ID) error {
-	var there []chunk.ID
-	for _, id := range ids {
-		if _, ok := v.versionOf(id); ok {
-			there = append(there, id)
-		}
+	there, err := v.holds(ids)
+	if err != nil {
+		return err
 	}
 	return v.Drop(ctx, there)
 }
@@ -105,18 +105,21 @@ func (v *Volume) hand(ctx context.Context, r *request) error {
 		return err
 	}
 	defer v.ops.Done()
+	if v.hangs.Load() > 0 {
+		return v.hung()
+	}
 	r.done = make(chan error, 1)
+	limit := writePatience * v.opt.hooks.patience
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
 	select {
 	case v.queue <- r:
+	case <-timer.C:
+		return v.hung()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	select {
-	case err := <-r.done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return v.await(ctx, r.done, limit)
 }
 
 // commitLoop is the committer. It ends when stop is closed, which Close does
@@ -193,6 +196,9 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	}
 	v.mu.Unlock()
 	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
+	if here, err := v.atHome(); err != nil || !here {
+		return // nothing that the kernel could forget has failed, and the note is not for others
+	}
 	boot, err := v.opt.hooks.bootID()
 	if err == nil {
 		err = durable.WriteFile(filepath.Join(v.dir, syncFailedFile), []byte(boot+"\n"), 0o600)
@@ -200,6 +206,16 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	if err != nil {
 		v.opt.Log.Error("the failed write could not be noted on disk", "volume", v.id, "err", err)
 	}
+}
+
+// atHome tells whether the volume's directory is still where it was opened.
+func (v *Volume) atHome() (bool, error) {
+	opened, err := v.lock.Stat()
+	if err != nil {
+		return false, err
+	}
+	now, err := os.Stat(v.dir)
+	return err == nil && os.SameFile(opened, now), err
 }
 
 // stage is a batch on its way: what it has written so far, and what that will

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -42,7 +43,7 @@ type mover struct {
 	lastUse atomic.Int64 // nanoseconds since start at which others used the volume
 	start   time.Time
 	// stuck logs could not be emptied; the value is what lived in them then. They
-	// are tried again when that has changed. Only the mover uses it.
+	// are tried again when that has changed. The volume's mu guards it.
 	stuck map[uint32]int64
 }
 
@@ -139,11 +140,10 @@ func (v *Volume) chooseVictims() []uint32 {
 	short, room := v.short(), v.moveRoom()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	all := v.space.victims(short, room, func(n uint32, s *logSpace) bool {
+	return v.space.victims(short, room, func(n uint32, s *logSpace) bool {
 		live, stuck := v.mover.stuck[n]
 		return stuck && live == s.live
 	})
-	return all
 }
 
 // resident is a chunk that lies in a log.
@@ -252,7 +252,7 @@ func (v *Volume) unneeded(ctx context.Context, logs []uint32) ([]uint32, error) 
 // blanked: there Badger stops reading. Should Badger write something all the same,
 // of this log or another, the iterator keeps the file until that is synced.
 func (v *Volume) deleteLog(ctx context.Context, number uint32) (err error) {
-	if err := blank(v.logPath(number)); err != nil {
+	if err := v.blank(number); err != nil {
 		return err
 	}
 	v.mu.Lock()
@@ -279,14 +279,15 @@ func (v *Volume) deleteLog(ctx context.Context, number uint32) (err error) {
 	return err
 }
 
-// blank overwrites the head of a log's first record.
-func blank(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+// blank overwrites the head of a log's first record. It finds the log from the
+// directory that is locked: by name it could be another volume's by now.
+func (v *Volume) blank(number uint32) error {
+	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(number)), unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("value log %d cannot be opened: %w", number, err)
 	}
-	_, err = f.WriteAt(make([]byte, recordHead), logHeader)
-	return errors.Join(err, f.Close())
+	_, err = unix.Pwrite(fd, make([]byte, recordHead), logHeader)
+	return errors.Join(err, unix.Close(fd))
 }
 
 // forgetDeleted takes logs out of the ledger that Badger has deleted, which it

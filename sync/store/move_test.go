@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,15 +38,7 @@ func eventually(t testing.TB, what string, is func() bool) {
 // idle waits until the mover finds nothing to do.
 func idle(t testing.TB, v *Volume) {
 	t.Helper()
-	eventually(t, "dead bytes are given back", func() bool { return len(v.mover.wanted) == 0 && len(v.chooseVictimsForTest()) == 0 })
-}
-
-// chooseVictimsForTest does not look at what is stuck, which is the mover's own.
-func (v *Volume) chooseVictimsForTest() []uint32 {
-	short, room := v.short(), v.moveRoom()
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.space.victims(short, room, func(uint32, *logSpace) bool { return false })
+	eventually(t, "dead bytes are given back", func() bool { return len(v.mover.wanted) == 0 && len(v.chooseVictims()) == 0 })
 }
 
 // onDisk is what the files of a closed volume's logs have besides their headers,
@@ -128,7 +121,7 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 	for round := range rounds {
 		for range 60 + rng.IntN(120) {
 			switch n := rng.IntN(10); {
-			case n < 6 || len(ids) == 0:
+			case n < 7 || len(ids) == 0:
 				size := 1 + rng.IntN(60_000)
 				if rng.IntN(5) == 0 {
 					size = 1 + rng.IntN(2*smallValue)
@@ -137,7 +130,7 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 				mustPut(t, v, id, data)
 				held[id] = data
 				ids = append(ids, id)
-			case n < 7: // again: nothing is written
+			case n < 8: // again: nothing is written
 				id := ids[rng.IntN(len(ids))]
 				mustPut(t, v, id, held[id])
 			default:
@@ -160,6 +153,19 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 			live += recordLength(len(data))
 			if len(data) < smallValue {
 				small += int64(len(data))
+			}
+		}
+		perLog := map[uint32]int64{}
+		err := v.eachRecord(t.Context(), func(_ chunk.ID, at place) error {
+			perLog[at.log] += int64(at.length)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for n, s := range v.space.logs {
+			if s.live != perLog[n] {
+				t.Fatalf("round %d: %d bytes live in log %d, counted %d", round, perLog[n], n, s.live)
 			}
 		}
 		s := v.Stats()
@@ -212,8 +218,17 @@ func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 	}
 	_, err := v.Get(t.Context(), bad)
 	mustFail(t, err, wire.CodeLost)
+	idle(t, v)
 	if got := lostIDs(v); !sameIDs(got, []chunk.ID{bad}) || whereIs(t, v, bad) != at {
 		t.Fatalf("lost: %v", got)
+	}
+	mustClose(t, v) // the mover has ended
+	if _, err := os.Stat(v.logPath(at.log)); err != nil {
+		t.Fatalf("its log: %v", err)
+	}
+	v = open1(t, dir, smallLogs())
+	if checked, err := v.Check(t.Context()); err != nil || len(checked.Lost) != 1 || checked.Lost[0].ID != bad {
+		t.Fatalf("%+v, %v", checked, err)
 	}
 	if err := v.Drop(t.Context(), []chunk.ID{bad}); err != nil {
 		t.Fatal(err)
@@ -375,6 +390,64 @@ func firstLog(t testing.TB, dir string) (path string, number uint32) {
 		t.Fatal(err)
 	}
 	return logs[0], n
+}
+
+// The log is deleted between the moment a reader knows where the chunk lies and
+// the moment it reads it there.
+func TestALogThatGoesUnderAReaderCostsNothing(t *testing.T) {
+	rng := random(t)
+	opt := smallLogs()
+	var armed atomic.Bool
+	var pull func()
+	opt.hooks.reading = func() {
+		if armed.CompareAndSwap(true, false) {
+			pull()
+		}
+	}
+	v := open1(t, t.TempDir(), opt)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	var others []chunk.ID
+	for range 15 {
+		other, otherData := someChunk(rng, 100_000)
+		mustPut(t, v, other, otherData)
+		others = append(others, other)
+	}
+	log := v.logPath(whereIs(t, v, id).log)
+	pull = func() {
+		if err := v.Drop(t.Context(), others); err != nil {
+			t.Error(err)
+		}
+		eventually(t, "its log is deleted", func() bool {
+			_, err := os.Stat(log)
+			return os.IsNotExist(err)
+		})
+	}
+	armed.Store(true)
+	mustHold(t, v, id, data)
+	if s := v.Stats(); s.Lost != 0 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// A chunk that is dropped while it is on its way elsewhere does not come back.
+func TestAMoveDoesNotBringBackWhatWasDropped(t *testing.T) {
+	rng := random(t)
+	v := open1(t, t.TempDir(), noFloor)
+	id, data := someChunk(rng, 30_000)
+	mustPut(t, v, id, data)
+	late := &request{moves: []move{{id: id, data: data, from: whereIs(t, v, id)}}}
+	if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.hand(t.Context(), late); err != nil {
+		t.Fatal(err)
+	}
+	_, err := v.Get(t.Context(), id)
+	mustFail(t, err, wire.CodeNotFound)
+	if s := v.Stats(); s.Used != 0 || s.Chunks != 0 {
+		t.Fatalf("%+v", s)
+	}
 }
 
 // Who reads while chunks move and their logs go gets the right bytes all the time.

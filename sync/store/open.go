@@ -102,6 +102,9 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		return nil, err
 	}
 	v.syncer = syncer{dir: path, db: v.db, hooks: opt.hooks}
+	if v.syncer.home, err = os.Stat(path); err != nil {
+		return nil, errors.Join(err, v.db.Close())
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, v.db.Close())

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -48,8 +49,10 @@ type hooks struct {
 	statfs func(dir string, st *unix.Statfs_t) error // space
 	bootID func() (string, error)
 	// pace waits before so many bytes are moved; nil means the volume's own way.
-	pace    func(ctx context.Context, bytes int64) error
-	logSize int64 // 0: by the capacity
+	pace     func(ctx context.Context, bytes int64) error
+	logSize  int64         // 0: by the capacity
+	patience time.Duration // 0: the default
+	reading  func()        // a chunk's place is known, its bytes are not read yet
 }
 
 func (h hooks) orReal() hooks {
@@ -61,6 +64,12 @@ func (h hooks) orReal() hooks {
 	}
 	if h.statfs == nil {
 		h.statfs = unix.Statfs
+	}
+	if h.patience == 0 {
+		h.patience = patience
+	}
+	if h.reading == nil {
+		h.reading = func() {}
 	}
 	if h.bootID == nil {
 		h.bootID = bootID

@@ -26,6 +26,11 @@ const (
 
 	maxReaders = 16               // reads at once; what hangs on a dead disk stops here
 	closeLimit = 30 * time.Second // each step of closing
+	patience   = 5 * time.Second  // with a disk, for what takes it milliseconds
+	// readPatience and writePatience are for a chunk, and for a batch of 16 MiB with
+	// those waiting before it, in units of patience.
+	readPatience, writePatience = 6, 12
+	listPage                    = 1024 // ids that are read at once
 )
 
 var keyOfVolume = []byte{'v'}
@@ -52,6 +57,7 @@ type Volume struct {
 	mover   mover
 	readers chan struct{} // one token a read under way
 	ops     sync.WaitGroup
+	hangs   atomic.Int32 // calls that the disk has not answered in time
 	// stumbled says that a read has left Badger with a lock that it never gives back.
 	stumbled atomic.Bool
 
@@ -162,25 +168,20 @@ func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 		v.ops.Done()
 		return nil, context.Cause(ctx)
 	}
-	type result struct {
-		tree *chunk.Tree
-		err  error
-	}
 	// On its own goroutine, because a read of mapped memory on a hung disk
 	// cannot be interrupted. It ends when the disk answers.
-	answer := make(chan result, 1)
+	trees, done := make(chan *chunk.Tree, 1), make(chan error, 1)
 	go func() {
 		defer v.ops.Done()
 		defer func() { <-v.readers }()
 		t, err := v.readVerified(id)
-		answer <- result{t, err}
+		trees <- t
+		done <- err
 	}()
-	select {
-	case r := <-answer:
-		return r.tree, r.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	if err := v.await(ctx, done, readPatience*v.opt.hooks.patience); err != nil {
+		return nil, err
 	}
+	return <-trees, nil
 }
 
 // readVerified reads a chunk and remembers it as lost if it does not verify. One
@@ -241,6 +242,7 @@ func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, 
 		if err != nil {
 			return fmt.Errorf("it is indexed, but its record cannot be found: %v", err)
 		}
+		v.opt.hooks.reading()
 		data, err = item.ValueCopy(nil)
 		return err
 	})
@@ -289,53 +291,141 @@ func (v *Volume) versionOf(id chunk.ID) (version uint64, ok bool) {
 // Has tells whether the chunk is held and not known to be lost. It does not
 // read the chunk.
 func (v *Volume) Has(id chunk.ID) bool {
-	if v.enter() != nil {
+	ok, _ := v.holds([]chunk.ID{id})
+	if len(ok) == 0 {
 		return false
 	}
-	defer v.ops.Done()
-	_, ok := v.versionOf(id)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	_, lost := v.lost[id]
-	return ok && !lost
+	return !lost
+}
+
+// holds tells which of the ids are indexed.
+func (v *Volume) holds(ids []chunk.ID) ([]chunk.ID, error) {
+	found := make(chan []chunk.ID, 1)
+	err := v.prompt(func() error {
+		var there []chunk.ID
+		for _, id := range ids {
+			if _, ok := v.versionOf(id); ok {
+				there = append(there, id)
+			}
+		}
+		found <- there
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return <-found, nil
+}
+
+// prompt runs fn, which asks the disk for little, and waits for it with patience.
+// A disk that hangs cannot be interrupted: fn then goes on by itself, and until it
+// has returned no other is begun, so that they do not pile up.
+func (v *Volume) prompt(fn func() error) error {
+	if v.hangs.Load() > 0 {
+		return v.hung()
+	}
+	if err := v.enter(); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer v.ops.Done()
+		done <- fn()
+	}()
+	return v.await(context.Background(), done, v.opt.hooks.patience)
+}
+
+// await waits for an answer of the disk. If there is none within the limit, the
+// volume counts as hanging until it comes.
+func (v *Volume) await(ctx context.Context, done <-chan error, limit time.Duration) error {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		v.hangs.Add(1)
+		go func() {
+			<-done
+			v.hangs.Add(-1)
+		}()
+		return v.hung()
+	}
+}
+
+func (v *Volume) hung() error {
+	return wire.FailedBecause(wire.CodeUnreachable, "the disk of volume %s (%s) does not answer: check it, its cable and its power", v.id, v.dir)
 }
 
 // List calls fn for every chunk held, in the order of ids, until fn or ctx says
 // stop. It reads the index only; size is in bytes. fn must not write to the volume.
 func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
-	if err := v.enter(); err != nil {
-		return err
+	for from := (chunk.ID{}); ; {
+		page, err := v.page(ctx, from, listPage)
+		if err != nil {
+			return err
+		}
+		for _, e := range page {
+			v.mu.Lock()
+			_, lost := v.lost[e.id]
+			v.mu.Unlock()
+			if err := fn(e.id, e.size, lost); err != nil {
+				return err
+			}
+		}
+		if len(page) < listPage {
+			return nil
+		}
+		from = page[len(page)-1].id
 	}
-	defer v.ops.Done()
-	return v.eachIndexed(ctx, func(id chunk.ID, size int64, _ uint64) error {
-		v.mu.Lock()
-		_, lost := v.lost[id]
-		v.mu.Unlock()
-		return fn(id, size, lost)
+}
+
+// page reads n entries of the index that follow an id, or fewer at the end.
+func (v *Volume) page(ctx context.Context, after chunk.ID, n int) ([]entry, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	found := make(chan []entry, 1)
+	err := v.prompt(func() error {
+		var page []entry
+		err := v.eachIndexedFrom(ctx, after, func(id chunk.ID, size int64, version uint64) error {
+			if id == after {
+				return nil
+			}
+			if len(page) >= n {
+				return errEnough
+			}
+			page = append(page, entry{id, size, version})
+			return nil
+		})
+		if err != nil && !errors.Is(err, errEnough) {
+			return err
+		}
+		found <- page
+		return nil
 	})
+	if err != nil {
+		return nil, err
+	}
+	return <-found, nil
 }
 
 // After returns the chunks held whose ids follow after, in the order of ids, n of
 // them at most, lost ones included. It reads the index only. The zero id begins;
 // fewer than n are the last ones.
 func (v *Volume) After(ctx context.Context, after chunk.ID, n int) ([]chunk.ID, error) {
-	if err := v.enter(); err != nil {
+	page, err := v.page(ctx, after, n)
+	if err != nil {
 		return nil, err
 	}
-	defer v.ops.Done()
-	var ids []chunk.ID
-	err := v.eachIndexedFrom(ctx, after, func(id chunk.ID, _ int64, _ uint64) error {
-		if id == after {
-			return nil
-		}
-		if len(ids) >= n {
-			return errEnough
-		}
-		ids = append(ids, id)
-		return nil
-	})
-	if err != nil && !errors.Is(err, errEnough) {
-		return nil, err
+	ids := make([]chunk.ID, len(page))
+	for i, e := range page {
+		ids[i] = e.id
 	}
 	return ids, nil
 }
@@ -419,6 +509,7 @@ func (v *Volume) Stats() Stats {
 	if err != nil {
 		space = 0
 	}
+	hangs := v.hangs.Load() > 0
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	reserved := v.space.heads() + v.reserve()
@@ -427,11 +518,15 @@ func (v *Volume) Stats() Stats {
 	}
 	head := min(space, recordHead) // of the next chunk
 	space, reserved = space-head, reserved+head
+	readOnly := v.readOnly
+	if readOnly == "" && hangs {
+		readOnly = "its disk does not answer"
+	}
 	return Stats{
 		Volume: v.id, Dir: v.dir,
 		Capacity: v.used + v.space.dead() + reserved + space,
 		Used:     v.used, Dead: v.space.dead(), Reserved: reserved, Free: space,
-		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: v.readOnly,
+		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: readOnly,
 	}
 }
 
@@ -443,15 +538,15 @@ func (v *Volume) occupied() int64 { return v.used - v.space.chunks + v.space.len
 // a capacity, what is kept to move a log comes on top of the floor, as far as the
 // floor's upper half is too small for it.
 func (v *Volume) room() (int64, error) {
-	var st unix.Statfs_t
-	if err := v.opt.hooks.statfs(v.dir, &st); err != nil {
+	st := &unix.Statfs_t{} // a call that comes back late writes to its own
+	if err := v.prompt(func() error { return v.opt.hooks.statfs(v.dir, st) }); err != nil {
 		return 0, err
 	}
-	keep := v.floor(&st)
+	keep := v.floor(st)
 	if v.opt.Capacity == 0 && keep > 0 {
 		keep = max(keep, keep/2+needed+v.reserve())
 	}
-	return max(0, free(&st)-keep), nil
+	return max(0, free(st)-keep), nil
 }
 
 func (v *Volume) floor(st *unix.Statfs_t) int64 {
