@@ -157,6 +157,17 @@ func (m *machine) killAt(n int, args ...string) {
 	m.s.gate = nil
 }
 
+// there are the chunks that have come.
+func (m *machine) there() map[string]bool {
+	m.s.mu.Lock()
+	defer m.s.mu.Unlock()
+	ids := make(map[string]bool)
+	for id := range m.s.chunks {
+		ids[id] = true
+	}
+	return ids
+}
+
 func (m *machine) states() []string {
 	m.t.Helper()
 	list, err := filepath.Glob(filepath.Join(m.dir, "state", "deimos", "puts", "*"))
@@ -180,13 +191,14 @@ func TestAPutThatWasKilledGoesOn(t *testing.T) {
 			t.Errorf("%s has mode %v, %v", p, s.Mode(), err)
 		}
 	}
+	before := m.there()
 	said := m.ok("object", "put", file)
-	if len(m.s.chunks) != 18 || !strings.Contains(said, "encrypted, code 4+2") {
+	if len(m.s.object.Chunks) != 18 || len(m.s.chunks) != 18 || !strings.Contains(said, "encrypted, code 4+2") {
 		t.Errorf("%d chunks are there, 18 belong to the file:\n%s", len(m.s.chunks), said)
 	}
-	for id, n := range m.s.sent {
-		if n != 1 {
-			t.Errorf("chunk %s was sent %d times", id, n)
+	for id := range before {
+		if n := m.s.sent[id]; n != 1 {
+			t.Errorf("chunk %s was there and was sent %d times", id, n)
 		}
 	}
 	if list := m.states(); len(list) != 0 {
@@ -204,11 +216,16 @@ func TestAPutOfAFileThatChangedBeginsAnew(t *testing.T) {
 	file := filepath.Join(m.dir, "file")
 	must(t, os.WriteFile(file, make([]byte, 9<<20), 0o600))
 	m.killAt(10, "object", "put", file)
-	before := len(m.s.chunks)
+	before := m.there()
 	must(t, os.WriteFile(file, make([]byte, 9<<20), 0o600)) // the same bytes, at another time
 	m.ok("object", "put", file)
-	if len(m.s.chunks) != before+18 || len(m.states()) != 0 {
-		t.Errorf("%d chunks after %d", len(m.s.chunks), before)
+	for _, ch := range m.s.object.Chunks {
+		if before[ch.ID] {
+			t.Errorf("chunk %s was made with the key of the put before", ch.ID)
+		}
+	}
+	if len(before) == 0 || len(m.states()) != 0 {
+		t.Errorf("%d chunks before, states %v", len(before), m.states())
 	}
 }
 
