@@ -217,7 +217,10 @@ func DigestOf(losses []wire.ChunkLoss) string {
 	return wire.LossDigest(ids)
 }
 
-func (s *Service) tellLosses(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	if _, err := wire.DecodeBody[struct{}](o); err != nil {
+		return wire.Outcome{}, err
+	}
 	all := s.Losses()
 	few := slices.Clone(all[:min(len(all), wire.MaxLosses)])
 	for i := range few {
