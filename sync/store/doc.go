@@ -100,7 +100,6 @@
 // could be rebuilt from the value logs), and a damaged log of a memtable that was
 // not flushed (only after a crash) takes the index entries behind it, whose chunks
 // are then not found instead of lost. Small logs that restarts leave are not
-// joined while all in them lives. What the tree itself takes on disk, a few
-// hundred bytes a chunk, is not in the figures. Opening a volume whose disk hangs
-// is for the caller to bound.
+// joined while all in them lives. What the tree itself takes on disk is not in the
+// figures. Opening a volume whose disk hangs is for the caller to bound.
 package store
