@@ -31,8 +31,7 @@
 //
 // # What is not here yet
 //
-// Objects are replicated, not erasure-coded, and stored as they are given; lost
-// replicas are noted and not yet rebuilt.
+// Lost shards and replicas are noted and not yet rebuilt.
 package coordinator
 
 import (
