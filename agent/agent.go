@@ -288,6 +288,7 @@ func (a *Agent) furnish() error {
 		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
 		wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
 		wire.KindChunkLosses:   {Handle: handle[wire.KindChunkLosses], AtOnce: 1, Limit: auditLimit},
+		wire.KindChunkHoldings: {Handle: handle[wire.KindChunkHoldings], AtOnce: 1, Limit: auditLimit},
 		wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
 		wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
 		wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},

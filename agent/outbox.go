@@ -28,6 +28,7 @@ var retention = map[wire.Kind]class{
 	wire.KindAudit:         classProof,
 	wire.KindPing:          classProof,
 	wire.KindChunkLosses:   classProof,
+	wire.KindChunkHoldings: classReceipt,
 	wire.KindChunkStore:    classReceipt,
 	wire.KindChunkServe:    classReceipt,
 	wire.KindChunkDrop:     classReceipt,

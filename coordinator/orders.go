@@ -359,6 +359,7 @@ var services = map[wire.Kind]string{
 	wire.KindChunkServe:    "deimos object get",
 	wire.KindChunkDrop:     "deimos object rm",
 	wire.KindChunkLosses:   "deimos audit show",
+	wire.KindChunkHoldings: "deimos device drain",
 	wire.KindAudit:         "deimos audit storage",
 	wire.KindJobRun:        "deimos job run",
 	wire.KindUpdateInstall: "deimos release offer",

@@ -74,6 +74,8 @@ func goldens() map[string]any {
 		"presence_lossy":   Presence{Device: goldenDevice, Online: true, Session: hex16, Nonce: hex16, Instance: hex16, BootID: "b", Agent: "1.2.3", OS: "linux", Arch: "arm64", Board: "pi5", Losses: LossDigest([]string{goldenRoot}), At: goldenAt, TimeConfidence: ClockFloor},
 		"loss_report":      LossReport{Digest: LossDigest([]string{goldenRoot}), Count: 12_000},
 		"chunk_loss":       ChunkLoss{ID: goldenRoot, Size: 4 << 20, Volume: "v", Reason: "its bytes have changed on disk", Found: goldenAt},
+		"chunk_holdings":   ChunkHoldings{Drained: &Drained{Began: goldenAt, Ended: hour, Chunks: 7, Bytes: 7 << 20}},
+		"holdings":         Holdings{Count: 3, Bytes: 3 << 20},
 		"chunk_drop_lost":  ChunkDrop{IDs: []string{goldenRoot}, OnlyLost: true},
 		"identify":         Identify{Seconds: 60},
 		"inventory_report": InventoryReport{Digest: goldenRoot},

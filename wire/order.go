@@ -17,6 +17,7 @@ const (
 	KindChunkServe    Kind = "chunk.serve"
 	KindChunkDrop     Kind = "chunk.drop"
 	KindChunkLosses   Kind = "chunk.losses"
+	KindChunkHoldings Kind = "chunk.holdings"
 	KindAudit         Kind = "audit"
 	KindJobRun        Kind = "job.run"
 	KindUpdateInstall Kind = "update.install"
@@ -37,7 +38,7 @@ func (k Kind) Priority() int {
 		return 0 // short, and people wait for them
 	case KindUpdateInstall:
 		return 1
-	case KindAudit, KindChunkLosses:
+	case KindAudit, KindChunkLosses, KindChunkHoldings:
 		return 2
 	case KindChunkServe:
 		return 3

@@ -1,5 +1,5 @@
 // Package orders carries out what a coordinator orders about chunks: the
-// handlers of chunk.store, chunk.serve, chunk.drop, chunk.losses and audit. It joins the rest
+// handlers of chunk.store, chunk.serve, chunk.drop, chunk.losses, chunk.holdings and audit. It joins the rest
 // of sync: chunks are named and proved by sync/chunk, kept by sync/store and
 // moved by sync/transfer.
 //
@@ -16,6 +16,8 @@
 //     is not held may be on that, and nobody can say: then the answer is a
 //     refusal ([wire.CodeUnreachable]), no proof and no confession.
 //   - chunk.losses tells what is known to be lost by then.
+//   - chunk.holdings tells what is held by then. While a volume is away nobody can
+//     say, and it is refused as an audit is.
 //
 // Memory is bounded: chunks in flight for store and serve together stay below
 // 32 MiB, and more wait.
@@ -68,11 +70,12 @@ func New(set *store.Set, t *transfer.Client, away func() string, log *slog.Logge
 // Handlers returns the handlers by the kind of their orders.
 func (s *Service) Handlers() map[wire.Kind]wire.Handler {
 	return map[wire.Kind]wire.Handler{
-		wire.KindChunkStore:  s.store,
-		wire.KindChunkServe:  s.serve,
-		wire.KindChunkDrop:   s.drop,
-		wire.KindChunkLosses: s.tellLosses,
-		wire.KindAudit:       s.audit,
+		wire.KindChunkStore:    s.store,
+		wire.KindChunkServe:    s.serve,
+		wire.KindChunkDrop:     s.drop,
+		wire.KindChunkLosses:   s.tellLosses,
+		wire.KindChunkHoldings: s.tellHoldings,
+		wire.KindAudit:         s.audit,
 	}
 }
 
@@ -235,6 +238,33 @@ func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(float64)) (
 
 // maxReason keeps the answer with all losses that it may have below 4 MiB.
 const maxReason = 160 // bytes
+
+func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	if _, err := wire.DecodeBody[wire.ChunkHoldings](o); err != nil {
+		return wire.Outcome{}, err
+	}
+	if away := s.away(); away != "" {
+		return wire.Outcome{}, wire.FailedBecause(wire.CodeUnreachable, "a volume is away, and nobody can say what is on it: %s. Ask again when it is back", away)
+	}
+	var all wire.Holdings
+	ids := []string{}
+	err := s.set.List(ctx, func(id chunk.ID, size int64, _ bool) error {
+		all.Count++
+		all.Bytes += size
+		if len(ids) < wire.MaxHoldings {
+			ids = append(ids, id.String())
+		}
+		return nil
+	})
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("what is held cannot be listed: %w", err)
+	}
+	attachment, err := json.Marshal(ids)
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("encode what is held: %w", err)
+	}
+	return wire.Outcome{Body: all, Attachment: attachment}, nil
+}
 
 // errTooLate is the cause of an audit's context when its deadline passes.
 var errTooLate = errors.New("the audit's deadline has passed")
