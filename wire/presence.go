@@ -63,6 +63,15 @@ type Beat struct {
 	// coordinator asks for them with [KindChunkLosses].
 	Losses string  `json:"losses,omitempty"`
 	Scrubs []Scrub `json:"scrubs,omitempty"` // at most MaxScrubs, the latest first
+	// Pause says that the device would refuse chunks now; without one it would not.
+	Pause *Pause `json:"pause,omitempty"`
+}
+
+// Pause is why a device refuses to move chunks, and for how long: what a report
+// says with the same code, told before anybody asks.
+type Pause struct {
+	Code    string `json:"code"`    // CodeMetered, CodeQuietHours or CodeBusy
+	Seconds int64  `json:"seconds"` // from the time of the message
 }
 
 // EnrolRequest is the body of POST /enrol/v1. The device proves its key by the
