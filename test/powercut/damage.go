@@ -15,6 +15,7 @@ import (
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // damage is what is done to a good disk on purpose, to see that the check for
@@ -29,8 +30,8 @@ type damage struct {
 
 var damages = []damage{
 	{name: "both partition tables are overwritten", want: "the partition table is lost", disk: func(mem []byte) error {
-		clear(mem[:34*sector])
-		clear(mem[len(mem)-34*sector:])
+		clear(mem[:34*blocks.Sector])
+		clear(mem[len(mem)-34*blocks.Sector:])
 		return nil
 	}},
 	{name: "the data partition begins with zeros", want: "not mended by itself", disk: func(mem []byte) error {
@@ -39,7 +40,7 @@ var damages = []damage{
 			return err
 		}
 		p, _ := table.Find("deimos-data")
-		clear(mem[p.First*gpt.Block:][:page])
+		clear(mem[p.First*gpt.Block:][:4096])
 		return nil
 	}},
 	{name: "a byte of the boot loader is another", want: "the boot loader is damaged", esp: func(e *esp) error {
@@ -148,7 +149,7 @@ func readChunk(dir string, ids []chunk.ID) (data []byte, err error) {
 
 // tryChecks damages the last disk of a recording, and fails where that is not seen.
 func tryChecks(rec *recording) error {
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
+	dir, err := os.MkdirTemp(blocks.Roomy(), "deimos-powercut-")
 	if err != nil {
 		return err
 	}
@@ -157,15 +158,13 @@ func tryChecks(rec *recording) error {
 	if err != nil {
 		return err
 	}
-	defer d.close()
-	if err := d.advance(len(rec.events)); err != nil {
+	defer d.Close()
+	if err := d.Advance(len(rec.Events)); err != nil {
 		return err
 	}
-	all := newPromises()
-	for _, e := range rec.events {
-		if e.Mark != nil {
-			all.take(*e.Mark)
-		}
+	all, err := rec.promised(len(rec.Events))
+	if err != nil {
+		return err
 	}
 	for _, x := range append([]damage{{name: "nothing"}}, damages...) {
 		k, want := &checker{rec: rec, dir: dir}, all.clone()
@@ -176,7 +175,7 @@ func tryChecks(rec *recording) error {
 		if !x.seenIn(err) {
 			return fmt.Errorf("a check is none: of a disk on which %s it says: %v", x.name, err)
 		}
-		if err := d.restore(); err != nil {
+		if err := d.Restore(); err != nil {
 			return err
 		}
 	}
@@ -195,8 +194,8 @@ func (x damage) seenIn(err error) bool {
 	return false
 }
 
-func (k *checker) damage(d *disk, x damage, want *promises) (err error) {
-	mem := d.work.mem
+func (k *checker) damage(d *blocks.Disk, x damage, want *promises) (err error) {
+	mem := d.Work.Mem
 	switch {
 	case x.disk != nil:
 		return x.disk(mem)
@@ -214,18 +213,18 @@ func (k *checker) damage(d *disk, x damage, want *promises) (err error) {
 		return err
 	}
 	p, _ := table.Find("deimos-data")
-	loop, err := attach(d.work.File, p.First*gpt.Block, p.Size())
+	loop, err := blocks.Attach(d.Work.File, p.First*gpt.Block, p.Size())
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, loop.detach()) }()
+	defer func() { err = errors.Join(err, loop.Detach()) }()
 	dir := filepath.Join(k.dir, "data")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := unix.Mount(loop.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, ""); err != nil {
+	if err := unix.Mount(loop.Path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, ""); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unmount(dir)) }()
+	defer func() { err = errors.Join(err, blocks.Unmount(dir)) }()
 	return x.data(filepath.Join(dir, "deimos"), want)
 }

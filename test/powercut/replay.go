@@ -2,158 +2,50 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
-
-// failure is a cut that something did not survive.
-type failure struct {
-	cut
-	how  string // what was left of the pending changes
-	note string // what was last noted before
-	err  error
-}
-
-func (f failure) String() string {
-	return fmt.Sprintf("cut %s (%s; after: %s): %v", f.cut, f.how, f.note, f.err)
-}
 
 // outcome is what came of a replay.
 type outcome struct {
-	points   int
-	failures []failure
-	boots    map[string]int // firmware → points at which it would boot
+	blocks.Outcome
+	boots map[string]int // firmware → points at which it would boot
 }
 
-// maxFailures ends a replay: the next ones would say the same.
-const maxFailures = 5
-
-// replay makes each of these cuts, in the order of the record, and checks it. Each
-// worker has a stretch of the record.
-func replay(ctx context.Context, rec *recording, cuts []cut, workers int) (outcome, error) {
-	total := outcome{boots: map[string]int{}}
-	var mu sync.Mutex // guards total and err
-	var failed error
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	var wg sync.WaitGroup
-	for w := range workers {
-		part := cuts[w*len(cuts)/workers : (w+1)*len(cuts)/workers]
-		wg.Go(func() {
-			err := replayPart(ctx, rec, part, func(boots string, f *failure) {
-				mu.Lock()
-				defer mu.Unlock()
-				if total.points++; total.points%1000 == 0 {
-					fmt.Printf("       %d of %d cuts\n", total.points, len(cuts))
-				}
-				if boots != "" {
-					total.boots[boots]++
-				}
-				if f != nil {
-					if total.failures = append(total.failures, *f); len(total.failures) >= maxFailures {
-						stop()
-					}
-				}
-			})
-			if err != nil {
-				mu.Lock()
-				failed = errors.Join(failed, err)
-				mu.Unlock()
-				stop()
-			}
-		})
-	}
-	wg.Wait()
-	return total, failed
+// replay makes each of these cuts, in the order of the record, and checks it.
+func replay(ctx context.Context, rec *recording, cuts []blocks.Cut, workers int) (outcome, error) {
+	var mu sync.Mutex // guards out.boots
+	out := outcome{boots: map[string]int{}}
+	var err error
+	out.Outcome, err = blocks.Replay(ctx, rec.Recording, cuts, workers, func(d *blocks.Disk, dir string) blocks.Checker {
+		d.Quiet = blocks.Region{From: espStart, To: espEnd}
+		return &following{checker: checker{rec: rec, dir: dir}, promises: newPromises(), boots: func(firmware string) {
+			mu.Lock()
+			defer mu.Unlock()
+			out.boots[firmware]++
+		}}
+	})
+	return out, err
 }
 
-func replayPart(ctx context.Context, rec *recording, cuts []cut, each func(boots string, f *failure)) error {
-	if len(cuts) == 0 {
-		return nil
-	}
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	d, err := newDisk(rec, dir)
-	if err != nil {
-		return err
-	}
-	defer d.close()
-	k := &checker{rec: rec, dir: dir}
-	p, seen, lastNote := newPromises(), 0, "power on"
-	for _, c := range cuts {
-		if ctx.Err() != nil {
-			return nil
-		}
-		for ; seen < c.At; seen++ {
-			if e := rec.events[seen]; e.Mark != nil {
-				p.take(*e.Mark)
-			} else if e.Note != "" {
-				lastNote = e.Note
-			}
-		}
-		if err := d.advance(c.At); err != nil {
-			return err
-		}
-		how, esp, err := d.cut(c.Seed)
-		if err != nil {
-			return err
-		}
-		boots, err := k.check(d, esp, p)
-		if err != nil {
-			each(boots, &failure{c, how, lastNote, err})
-		} else {
-			each(boots, nil)
-		}
-		if err := d.restore(); err != nil {
-			return err
-		}
-	}
-	return nil
+// following is a checker that keeps what was promised up to each cut.
+type following struct {
+	checker
+	promises
+	boots func(firmware string)
 }
 
-// roomy is a folder for disks: in memory if there is room, which is many times
-// as fast.
-func roomy() string {
-	const shm = "/dev/shm"
-	var st unix.Statfs_t
-	if unix.Statfs(shm, &st) == nil && int64(st.Bavail)*int64(st.Bsize) > 4<<30 {
-		return shm
-	}
-	return os.TempDir()
-}
+func (f *following) Pass(e blocks.Event) error { return f.promises.pass(e) }
 
-// makeDisk leaves the disk of one cut at path, for a look or a boot.
-func makeDisk(rec *recording, c cut, path string) (how string, err error) {
-	dir, err := os.MkdirTemp(roomy(), "deimos-powercut-")
-	if err != nil {
-		return "", err
+func (f *following) Check(d *blocks.Disk, _ blocks.Cut, esp bool) error {
+	boots, err := f.checker.check(d, esp, f.promises)
+	if boots != "" {
+		f.boots(boots)
 	}
-	defer os.RemoveAll(dir)
-	d, err := newDisk(rec, dir)
-	if err != nil {
-		return "", err
-	}
-	defer d.close()
-	if err := d.advance(c.At); err != nil {
-		return "", err
-	}
-	if how, _, err = d.cut(c.Seed); err != nil {
-		return "", err
-	}
-	r := &recording{header: rec.header, dir: dir}
-	if err := os.Rename(filepath.Join(dir, "work"), filepath.Join(dir, "cut")); err != nil {
-		return "", err
-	}
-	return how, r.copyTo("cut", path)
+	return err
 }
 
 // sinceNow is a duration for people.
