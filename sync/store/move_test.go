@@ -20,8 +20,7 @@ import (
 
 // smallLogs makes value logs short, and moves without waiting.
 func smallLogs() Options {
-	opt := Options{FloorBytes: -1}
-	opt.hooks.logSize = 1 << 20
+	opt := Options{FloorBytes: -1, LogBytes: 1 << 20}
 	opt.hooks.pace = func(ctx context.Context, _ int64) error { return ctx.Err() }
 	return opt
 }

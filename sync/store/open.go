@@ -87,7 +87,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
 		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]int64{}},
 	}
-	if v.logSize = opt.hooks.logSize; v.logSize == 0 {
+	if v.logSize = opt.LogBytes; v.logSize == 0 {
 		v.logSize = logSizeFor(v.diskSize())
 	}
 	v.checkEarlierSync()

@@ -33,6 +33,10 @@ type Options struct {
 	// FloorBytes is what puts leave free on the file system. 0 means 512 MiB or
 	// 1% of the file system, whichever is more; below 0 means no floor.
 	FloorBytes int64
+	// LogBytes is the length at which a value log is full and the next begins, from
+	// 1 MiB up to below 2 GiB. 0 means by the size of the disk. Short logs give dead
+	// bytes back sooner, and take more open files.
+	LogBytes int64
 	// ID is the id that the volume must have. Empty means any, and allows Open
 	// to make a new volume.
 	ID string
@@ -50,7 +54,6 @@ type hooks struct {
 	bootID func() (string, error)
 	// pace waits before so many bytes are moved; nil means the volume's own way.
 	pace     func(ctx context.Context, bytes int64) error
-	logSize  int64         // 0: by the capacity
 	patience time.Duration // 0: the default
 	reading  func()        // a chunk's place is known, its bytes are not read yet
 }
