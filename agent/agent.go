@@ -29,6 +29,7 @@
 //	config.json             what the fleet wants of the device, see settings.go
 //	journal/                finished orders, unacknowledged reports, what was
 //	                        dropped of them, orders that were begun, clock floor
+//	traffic.json            what was moved this month, see traffic.go
 //	volumes.seen            the volumes that were ever open, see away.go
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
@@ -99,6 +100,7 @@ type Agent struct {
 	session *session
 	desired *settings
 	scrubs  *scrubs
+	traffic *traffic
 	data    *orders.Service
 
 	restart chan struct{} // closed when a handler asked for a restart
@@ -190,9 +192,15 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if err := a.openVolumes(ctx); err != nil {
 		return err
 	}
+	if a.traffic, err = openTraffic(a.cfg.path(trafficFile), a.clock, a.log); err != nil {
+		return err
+	}
 	if err := a.furnish(); err != nil {
 		return err
 	}
+	ended := make(chan struct{})
+	keeper.Go(func() { a.traffic.keep(ended) })
+	defer close(ended)
 	return a.live(ctx)
 }
 
@@ -252,6 +260,7 @@ func plain(err error) error {
 func (a *Agent) furnish() error {
 	fleet := knows(a.member.Load().authority(), a.clock)
 	fleet.own = func() *tls.Certificate { return a.member.Load().proof(a.id) }
+	fleet.counted = a.traffic.counted
 	a.web = &http.Client{Transport: dataPlane{&http.Transport{
 		DialTLSContext:        within(connectTimeout, fleet.dial),
 		ResponseHeaderTimeout: dataStall,
@@ -260,18 +269,21 @@ func (a *Agent) furnish() error {
 	}, a.doubted}}
 	// Its patience covers the dial: a line that comes only now and then is no stall.
 	a.move = &transfer.Client{HTTP: a.web, Stall: dataStall, Base: func() []string { return a.member.Load().DataPlane }}
-	data := orders.New(a.chunks, a.move, a.awayNow, a.log)
-	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
+	bulk := *a.move
+	bulk.Pace = a.traffic.pace
+	data := orders.New(a.chunks, &bulk, orders.Options{Away: a.awayNow, Limits: a.traffic, Memory: bulkMemory(), Log: a.log})
+	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: &bulk, Chunks: data, Log: a.log})
 	if err != nil {
 		return err
 	}
 	a.data = data
 	a.scrubs = a.newScrubs(a.cfg.Scrub.pace())
 	a.hw.scrubs.Store(a.scrubs)
-	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, scrub: a.cfg.Scrub, level: a.level.Level()}
+	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, scrub: a.cfg.Scrub, transfer: a.cfg.Transfer, level: a.level.Level()}
 	a.desired, err = openSettings(a.cfg.path(settingsFile), base, a.cfg.owned, func(f inForce) {
 		work.SetPolicy(f.jobs)
 		a.scrubs.SetPace(f.scrub.pace())
+		a.traffic.set(f.transfer)
 		a.level.Set(f.level)
 	}, a.log)
 	if err != nil {
@@ -284,8 +296,8 @@ func (a *Agent) furnish() error {
 	}
 	routes := a.hw.routes()
 	maps.Copy(routes, map[wire.Kind]Route{
-		wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
-		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
+		wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], Refuse: data.Refuse, AtOnce: storesAtOnce, Limit: storeLimit},
+		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], Refuse: data.Refuse, AtOnce: storesAtOnce, Limit: serveLimit},
 		wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
 		wire.KindChunkLosses:   {Handle: handle[wire.KindChunkLosses], AtOnce: 1, Limit: auditLimit},
 		wire.KindChunkHoldings: {Handle: handle[wire.KindChunkHoldings], AtOnce: 1, Limit: auditLimit},
@@ -452,6 +464,7 @@ func (a *Agent) beat(ctx context.Context) {
 		b.At, b.TimeConfidence = a.clock.Read()
 		b.Capacity, b.Used = a.room()
 		b.Losses, b.Scrubs = a.scrubs.losses(), a.scrubs.told()
+		b.Pause = a.data.Pause()
 		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)
 		if err != nil {
 			a.log.Error("a heartbeat cannot be signed", "error", err)

@@ -43,6 +43,12 @@ import (
 //	days = 21                   # in which every chunk is read and verified
 //	max_bytes_per_second = 33554432 # of one disk
 //
+//	[transfer]                  # see TransferConfig; 0: no limit
+//	max_down_bytes_per_second = 0
+//	max_up_bytes_per_second = 0
+//	monthly_bytes = 0           # in and out; counted over restarts
+//	hours = "22:00-06:00"       # local time; "": the whole day
+//
 //	[board]                     # see board
 //	name = ""                   # instead of what is detected
 //	profiles = "/etc/deimos/boards"
@@ -55,7 +61,7 @@ import (
 //
 //	watchdog = ""               # such as "/dev/watchdog0"; stands above the tables
 //
-// What stands below [jobs] and [scrub] also limits what the fleet's configuration can make
+// What stands below [jobs], [scrub] and [transfer] also limits what the fleet's configuration can make
 // of it; what is missing there leaves it to the fleet.
 type Config struct {
 	Coordinator string         `toml:"coordinator"`
@@ -64,6 +70,7 @@ type Config struct {
 	Jobs        policy.Policy  `toml:"jobs"`
 	Disks       DisksConfig    `toml:"disks"`
 	Scrub       ScrubConfig    `toml:"scrub"`
+	Transfer    TransferConfig `toml:"transfer"`
 	Board       BoardConfig    `toml:"board"`
 	Sensors     []board.Sensor `toml:"sensor"`
 	Watchdog    string         `toml:"watchdog"`
@@ -146,6 +153,9 @@ func LoadConfig(path string) (Config, error) {
 			keys = append(keys, k.String())
 		}
 		return c, fmt.Errorf("the configuration file %s has keys that mean nothing: %s", path, strings.Join(keys, ", "))
+	}
+	if err := c.Transfer.check(); err != nil {
+		return c, fmt.Errorf("the configuration file %s: %w", path, err)
 	}
 	c.owned = owners(meta.IsDefined, c)
 	return c, nil

@@ -53,6 +53,7 @@ type inForce struct {
 	beatSeconds int
 	jobs        policy.Policy
 	scrub       ScrubConfig
+	transfer    TransferConfig
 	level       slog.Level
 }
 
@@ -86,6 +87,9 @@ var knobs = map[string]knob{
 		beyond: func(want, owner *inForce) bool { return want.scrub.Days < owner.scrub.Days },
 		least:  true,
 	},
+	wire.SettingDownRate: cappedOrNone(wire.MinRate, func(f *inForce) *int64 { return &f.transfer.Down }),
+	wire.SettingUpRate:   cappedOrNone(wire.MinRate, func(f *inForce) *int64 { return &f.transfer.Up }),
+	wire.SettingMonthly:  cappedOrNone(leastMonthly, func(f *inForce) *int64 { return &f.transfer.Monthly }),
 	wire.SettingLogLevel: {
 		get: func(f *inForce) any { return strings.ToLower(f.level.String()) },
 		set: func(f *inForce, raw json.RawMessage) error { return json.Unmarshal(raw, &f.level) },
@@ -99,6 +103,23 @@ func capped[T int | int64 | float64](field func(f *inForce) *T) knob {
 		set:    func(f *inForce, raw json.RawMessage) error { return json.Unmarshal(raw, field(f)) },
 		beyond: func(want, owner *inForce) bool { return *field(want) > *field(owner) },
 	}
+}
+
+// cappedOrNone is [capped] where 0 is no limit, and any other value at least so
+// much.
+func cappedOrNone(least int64, field func(f *inForce) *int64) knob {
+	k := capped(field)
+	k.set = func(f *inForce, raw json.RawMessage) error {
+		if err := json.Unmarshal(raw, field(f)); err != nil {
+			return err
+		}
+		if v := *field(f); v > 0 && v < least {
+			return fmt.Errorf("it is 0 for no limit, or at least %d, not %d", least, v)
+		}
+		return nil
+	}
+	k.beyond = func(want, owner *inForce) bool { return *field(want) == 0 || *field(want) > *field(owner) }
+	return k
 }
 
 // settingsFile is in the state folder: a [wire.ConfigApply] as JSON.
@@ -251,6 +272,10 @@ func owners(defined func(key ...string) bool, c Config) map[string]bool {
 
 		wire.SettingScrubDays: c.Scrub.Days > 0,
 		wire.SettingScrubRate: c.Scrub.Rate > 0,
+
+		wire.SettingDownRate: c.Transfer.Down > 0,
+		wire.SettingUpRate:   c.Transfer.Up > 0,
+		wire.SettingMonthly:  c.Transfer.Monthly > 0,
 	}
 	maps.DeleteFunc(stated, func(key string, sensible bool) bool {
 		return !sensible || !defined(strings.Split(key, ".")...)

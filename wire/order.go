@@ -162,6 +162,9 @@ type Problem struct {
 
 func (p *Problem) Error() string { return p.Reason }
 
+// Seconds is After in whole seconds, upwards.
+func (p *Problem) Seconds() int64 { return int64((p.After + time.Second - 1) / time.Second) }
+
 // Codes that more than one room uses. A room may have codes of its own.
 const (
 	CodeUnknownKind   = "unknown_kind"

@@ -19,8 +19,20 @@
 //   - chunk.holdings tells what is held by then. While a volume is away nobody can
 //     say, and it is refused as an audit is.
 //
-// Memory is bounded: chunks in flight for store and serve together stay below
-// 32 MiB, and more wait.
+// # What bounds bulk
+//
+// Chunks that come in or go out are bulk; nothing else is, so an audit, a drop or
+// a question never waits for one or is refused with it.
+//
+//   - Memory: chunks under way hold no more than a budget, whatever the number of
+//     orders; more wait, by priority (see budget).
+//   - The owner's limits ([Limits]): what they forbid now is REJECTED, with when
+//     they allow it again, before it costs traffic.
+//   - Disks that are too slow: new chunks are REJECTED with [wire.CodeBusy] (see
+//     pressure).
+//
+// [Service.Refuse] says both at once when an order arrives, so that nobody waits in
+// a line for a refusal, and the handlers again when its turn has come.
 package orders
 
 import (
@@ -34,37 +46,119 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/sync/transfer"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// inFlight is how many bytes of chunks may be in memory for transfers.
-const inFlight = 32 << 20
+// Memory that chunks under way may hold, in bytes: by default, and at least, so
+// that there is room for two.
+const (
+	DefaultMemory = 32 << 20
+	LeastMemory   = 2 * chunk.MaxSize
+)
 
 // maxAuditItems keeps the leaves of an audit below about 6 MiB of JSON.
 const maxAuditItems = 1024
 
+// Store is the device's volumes: a [store.Set].
+type Store interface {
+	Put(ctx context.Context, id chunk.ID, data []byte) (volume string, err error)
+	CanTake(size int64) error
+	Confirm(ctx context.Context, id chunk.ID) (volume string, size int64, err error)
+	Get(ctx context.Context, id chunk.ID) ([]byte, error)
+	Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error)
+	Drop(ctx context.Context, ids []chunk.ID) error
+	Has(id chunk.ID) bool
+	List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error
+	Volumes() []*store.Volume
+}
+
+// Limits are the owner's word on bulk. Both methods return at once. A refusal is
+// a [wire.RejectedUntil].
+type Limits interface {
+	// Check tells whether a chunk may be moved now.
+	Check() error
+	// Reserve is Check, and sets size bytes aside until done is called.
+	Reserve(size int64) (done func(), err error)
+}
+
 // Service carries out orders about chunks. Make it with [New].
 type Service struct {
-	set      *store.Set
+	set      Store
 	transfer *transfer.Client
 	log      *slog.Logger
-	memory   *semaphore.Weighted
+	limits   Limits
+	memory   *budget
+	disks    *pressure
 	away     func() string
 }
 
+// Options are what a [Service] may have besides its volumes; each may be left out.
+type Options struct {
+	// Away names, for a person, the volumes that the device should have and has not
+	// now; "" if there are none.
+	Away   func() string
+	Limits Limits
+	Memory int64 // for chunks under way, in bytes; 0 is DefaultMemory, LeastMemory the least
+	Log    *slog.Logger
+}
+
 // New returns a service over the device's volumes. Closing them is the caller's.
-// away names, for a person, the volumes that the device should have and has not
-// now; "" if there are none. It may be nil.
-func New(set *store.Set, t *transfer.Client, away func() string, log *slog.Logger) *Service {
-	if away == nil {
-		away = func() string { return "" }
+func New(set Store, t *transfer.Client, opt Options) *Service {
+	s := &Service{set: set, transfer: t, log: opt.Log, limits: opt.Limits, disks: newPressure(), away: opt.Away}
+	if s.away == nil {
+		s.away = func() string { return "" }
 	}
-	return &Service{set: set, transfer: t, log: log, memory: semaphore.NewWeighted(inFlight), away: away}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.limits == nil {
+		s.limits = noLimits{}
+	}
+	s.memory = newBudget(max(cmp.Or(opt.Memory, DefaultMemory), LeastMemory), s.hangs)
+	return s
+}
+
+type noLimits struct{}
+
+func (noLimits) Check() error                  { return nil }
+func (noLimits) Reserve(int64) (func(), error) { return func() {}, nil }
+
+// hangs tells whether a disk does not answer.
+func (s *Service) hangs() bool {
+	return slices.ContainsFunc(s.set.Volumes(), func(v *store.Volume) bool { return unanswered(v.CanTake(1)) })
+}
+
+// unanswered tells whether an error of the store is that a disk hangs.
+func unanswered(err error) bool {
+	return err != nil && wire.ProblemOf(err).Code == wire.CodeUnreachable
+}
+
+// Refuse tells why an order that arrives would be refused now; nil for one that
+// is no bulk, or may go on. It does not block.
+func (s *Service) Refuse(o wire.Order) error {
+	switch o.Kind {
+	case wire.KindChunkStore:
+		if err := s.limits.Check(); err != nil {
+			return err
+		}
+		return s.disks.refuse()
+	case wire.KindChunkServe:
+		return s.limits.Check()
+	}
+	return nil
+}
+
+// Pause is what a heartbeat says of that; nil if all is welcome.
+func (s *Service) Pause() *wire.Pause {
+	err := s.Refuse(wire.Order{Kind: wire.KindChunkStore})
+	if err == nil {
+		return nil
+	}
+	p := wire.ProblemOf(err)
+	return &wire.Pause{Code: p.Code, Seconds: p.Seconds()}
 }
 
 // Handlers returns the handlers by the kind of their orders.
@@ -137,22 +231,82 @@ func (s *Service) store(ctx context.Context, o wire.Order, _ func(float64)) (wir
 
 // fetch brings a chunk here and makes it durable.
 func (s *Service) fetch(ctx context.Context, id chunk.ID, body wire.ChunkStore) (volume string, err error) {
-	if err := s.set.CanTake(body.Size); err != nil {
-		return "", err // before it costs somebody's traffic
-	}
-	if err := s.memory.Acquire(ctx, body.Size); err != nil {
-		return "", context.Cause(ctx)
-	}
-	defer s.memory.Release(body.Size)
-	data := bytes.NewBuffer(make([]byte, 0, body.Size))
-	if err := s.transfer.Fetch(ctx, body.URL, body.Size, data); err != nil {
+	done, err := s.limits.Reserve(body.Size)
+	if err != nil {
 		return "", err
 	}
-	if got := int64(data.Len()); got != body.Size {
-		return "", wire.FailedBecause(wire.CodeMismatch, "chunk %s: %d bytes came, the order says %d", id, got, body.Size)
+	defer done()
+	if err := s.canTake(body.Size); err != nil {
+		return "", err // before it costs somebody's traffic
 	}
-	// Put hashes before it writes.
-	return s.set.Put(ctx, id, data.Bytes())
+	if err := s.memory.acquire(ctx, body.Size, wire.KindChunkStore.Priority()); err != nil {
+		return "", err
+	}
+	data, err := s.download(ctx, id, body)
+	if err != nil {
+		s.memory.release(body.Size)
+		return "", err
+	}
+	return s.put(ctx, id, data)
+}
+
+// canTake tells whether a chunk could be stored now.
+func (s *Service) canTake(size int64) error {
+	if err := s.disks.refuse(); err != nil {
+		return err
+	}
+	err := s.set.CanTake(size)
+	if unanswered(err) {
+		s.disks.hung()
+		return s.disks.refuse()
+	}
+	return err
+}
+
+func (s *Service) download(ctx context.Context, id chunk.ID, body wire.ChunkStore) ([]byte, error) {
+	if err := s.disks.refuse(); err != nil { // it may have become slow since this waits for memory
+		return nil, err
+	}
+	data := bytes.NewBuffer(make([]byte, 0, body.Size))
+	if err := s.transfer.Fetch(ctx, body.URL, body.Size, data); err != nil {
+		return nil, err
+	}
+	if got := int64(data.Len()); got != body.Size {
+		return nil, wire.FailedBecause(wire.CodeMismatch, "chunk %s: %d bytes came, the order says %d", id, got, body.Size)
+	}
+	return data.Bytes(), nil
+}
+
+// put makes a chunk durable, and gives its memory back when the store has let go
+// of it, which may be after the order has ended. It hashes before it writes.
+func (s *Service) put(ctx context.Context, id chunk.ID, data []byte) (string, error) {
+	type result struct {
+		volume string
+		err    error
+	}
+	stored := make(chan result, 1)
+	go func() { // for as long as the store waits for its disks, at most
+		end := s.disks.begin()
+		volume, err := s.set.Put(context.WithoutCancel(ctx), id, data)
+		if end() >= slowWrite && s.hangs() {
+			s.memory.park(int64(len(data)))
+		} else {
+			s.memory.release(int64(len(data)))
+		}
+		stored <- result{volume, err}
+	}()
+	select {
+	case r := <-stored:
+		if !unanswered(r.err) {
+			return r.volume, r.err
+		}
+		s.disks.hung()
+		p := *wire.ProblemOf(r.err)
+		p.Code, p.After = wire.CodeBusy, s.disks.busy()
+		return "", &p
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
 }
 
 func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
@@ -164,10 +318,15 @@ func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wir
 	if err != nil {
 		return wire.Outcome{}, err
 	}
-	if err := s.memory.Acquire(ctx, chunk.MaxSize); err != nil {
-		return wire.Outcome{}, context.Cause(ctx)
+	done, err := s.limits.Reserve(chunk.MaxSize)
+	if err != nil {
+		return wire.Outcome{}, err
 	}
-	defer s.memory.Release(chunk.MaxSize)
+	defer done()
+	if err := s.memory.acquire(ctx, chunk.MaxSize, wire.KindChunkServe.Priority()); err != nil {
+		return wire.Outcome{}, err
+	}
+	defer s.memory.release(chunk.MaxSize)
 	data, err := s.set.Get(ctx, id)
 	if err != nil {
 		return wire.Outcome{}, s.perhapsAway(err)

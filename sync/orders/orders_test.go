@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -74,7 +73,7 @@ func newDevice(t *testing.T, p *plane, opt store.Options) *device {
 		HTTP: p.Client(), Base: func() []string { return []string{p.URL} },
 		Backoff: time.Millisecond,
 	}
-	return &device{orders.New(store.NewSet(v), client, nil, slog.New(slog.DiscardHandler)), v, dir}
+	return &device{orders.New(store.NewSet(v), client, orders.Options{}), v, dir}
 }
 
 var noFloor = store.Options{FloorBytes: -1}
@@ -412,7 +411,7 @@ func TestWhileAVolumeIsAwayWhatIsNotHeldIsNotCalledLost(t *testing.T) {
 	}
 	t.Cleanup(func() { v.Close() })
 	away := "the one in /mnt/b"
-	d := &device{Service: orders.New(store.NewSet(v), &transfer.Client{HTTP: p.Client()}, func() string { return away }, slog.New(slog.DiscardHandler)), volume: v}
+	d := &device{Service: orders.New(store.NewSet(v), &transfer.Client{HTTP: p.Client()}, orders.Options{Away: func() string { return away }}), volume: v}
 	here, data := someChunk(t, 10_000)
 	if err := v.Put(t.Context(), here, data); err != nil {
 		t.Fatal(err)
