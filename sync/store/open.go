@@ -65,6 +65,9 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 			lock.Close()
 		}
 	}()
+	if err := removeHalfWritten(dir); err != nil {
+		return nil, err
+	}
 	id, fresh, err := identify(dir, opt.ID)
 	if err != nil {
 		return nil, err
@@ -140,6 +143,27 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("the store in %s cannot be locked: %w", dir, err)
 	}
 	return f, nil
+}
+
+// removeHalfWritten removes what a crash has left of a file that was about to
+// replace one of ours.
+func removeHalfWritten(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("the directory for chunks cannot be read: %w", err)
+	}
+	for _, e := range entries {
+		for _, ours := range []string{idFile, syncFailedFile} { // as internal/durable names it
+			random, ok := strings.CutPrefix(e.Name(), "."+ours)
+			if !ok || random == "" || strings.Trim(random, "0123456789") != "" {
+				continue
+			}
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+				return fmt.Errorf("what a crash has left in %s cannot be removed: %w", dir, err)
+			}
+		}
+	}
+	return nil
 }
 
 // identify reads the volume's id, or makes one where a new volume may begin.

@@ -33,9 +33,9 @@ type Options struct {
 	// FloorBytes is what puts leave free on the file system. 0 means 512 MiB or
 	// 1% of the file system, whichever is more; below 0 means no floor.
 	FloorBytes int64
-	// LogBytes is the length at which a value log is full and the next begins, from
-	// 1 MiB up to below 2 GiB. 0 means by the size of the disk. Short logs give dead
-	// bytes back sooner, and take more open files.
+	// LogBytes is the length at which a value log is full and the next begins: not
+	// less than the longest chunk, and below 2 GiB. 0 means by the size of the disk.
+	// Short logs give dead bytes back sooner, and take more open files.
 	LogBytes int64
 	// ID is the id that the volume must have. Empty means any, and allows Open
 	// to make a new volume.
