@@ -330,7 +330,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
-		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}}
+		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust = c.audits.trust
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
@@ -533,6 +533,7 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 			var b wire.Beat
 			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
 				c.reg.beat(b)
+				c.storage.resting.said(b)
 				c.inventories.announced(id)
 				c.losses.announced(id)
 				c.outbox.pump(id) // a coordinator that was restarted hears no hello
@@ -552,6 +553,7 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 		return err
 	}
 	c.reg.seen(id)
+	c.storage.resting.heard(r) // before who waits for it asks the next device
 	if err := c.outbox.report(ctx, r, raw); err != nil {
 		return err
 	}

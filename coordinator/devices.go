@@ -141,6 +141,7 @@ func (c *Coordinator) showDevice(ctx context.Context, id wire.DeviceID) (api.Dev
 	v := c.reg.view(d)
 	score := c.audits.scoreOf(id).view()
 	v.Score = &score
+	v.Rest = c.storage.resting.of(id)
 	raw, row, err := c.inventories.get(ctx, id)
 	v.Inventory, v.InventoryDigest, v.InventoryTaken, v.InventoryProblem = raw, row.Digest, row.Taken, row.Problem
 	return v, err

@@ -17,7 +17,7 @@ import (
 )
 
 // Placement chooses which devices are asked to hold a chunk: those that are
-// there, have room, and were not asked yet.
+// there, have room, do not rest ([resting]), and were not asked yet.
 //
 // The shards of one stripe must not be lost together, so they go to distinct
 // devices, and of those first to owners, then to networks, that have none of
@@ -52,6 +52,11 @@ const (
 // candidates are up to n devices for a chunk of some size, of a stripe if token
 // is not empty.
 func (s *storage) candidates(token string, size int64, not []wire.DeviceID, n int) []wire.DeviceID {
+	return s.candidatesThat(func(d wire.DeviceID) bool { return s.resting.of(d) == nil }, token, size, not, n)
+}
+
+// candidatesThat are candidates of those that may.
+func (s *storage) candidatesThat(may func(wire.DeviceID) bool, token string, size int64, not []wire.DeviceID, n int) []wire.DeviceID {
 	taken := s.stripes.devices(token)
 	owners, nets := map[string]int{}, map[netip.Prefix]int{}
 	for _, d := range taken {
@@ -64,7 +69,7 @@ func (s *storage) candidates(token string, size int64, not []wire.DeviceID, n in
 	}
 	var fit []offer
 	for _, d := range s.reg.list() {
-		if slices.Contains(not, d.ID) || slices.Contains(taken, d.ID) {
+		if slices.Contains(not, d.ID) || slices.Contains(taken, d.ID) || !may(d.ID) {
 			continue
 		}
 		if w := s.weight(d, size); w > 0 {
@@ -272,7 +277,8 @@ func (s *storage) stripe(ctx context.Context, q api.StripeRequest) (api.Stripe, 
 		out.Placed = append(out.Placed, api.Placement{Chunk: api.Chunk{ID: c.ID, Size: c.Size}, Holders: slices.Clone(c.Holders)})
 	}
 	missing := q.Code.Shards() - len(out.Placed)
-	if found := len(s.candidates(q.Token, q.Size, nil, missing)); found < missing {
+	// Those that are busy for seconds are waited for when their turn comes.
+	if found := len(s.candidatesThat(s.resting.serves, q.Token, q.Size, nil, missing)); found < missing {
 		return out, tooFewFor(q.Code, found+len(out.Placed))
 	}
 	return out, nil

@@ -66,6 +66,7 @@ type storage struct {
 
 	stripes  stripes
 	networks networks
+	resting  resting
 	trust    func(wire.DeviceID) float64 // 0: gets nothing new
 
 	mu    sync.Mutex
@@ -242,26 +243,39 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 		}
 	}
 	var failed error
+	patient, done := context.WithTimeout(ctx, storeWait)
+	defer done()
 	for c.alive() < replicas {
 		missing := replicas - c.alive()
 		next := s.free(ctx, ref.id, size, asked, missing, token)
+		if len(next) < missing && s.awaitRested(patient, token, size, asked, next) {
+			continue
+		}
 		if len(next) < missing {
 			return c, s.tooFew(replicas, c.alive()+len(next), token, failed)
 		}
 		asked = append(asked, next...)
-		results := make(chan error, len(next))
+		type tried struct {
+			device wire.DeviceID
+			err    error
+		}
+		results := make(chan tried, len(next))
 		for _, d := range next {
 			go func() {
 				err := s.storeOn(ctx, d, ref, size)
 				if err != nil && token != "" {
 					s.stripes.leave(token, d)
 				}
-				results <- err
+				results <- tried{d, err}
 			}()
 		}
 		for range next {
-			if err := <-results; err != nil {
+			r := <-results
+			if err := r.err; err != nil {
 				failed = err
+				if wire.ProblemOf(err).Code == wire.CodeBusy { // it may be asked again when it has rested
+					asked = slices.DeleteFunc(asked, func(d wire.DeviceID) bool { return d == r.device })
+				}
 				s.log.Warn("a device did not take a chunk; asking another", "chunk", ref.id, "error", err)
 			}
 		}
@@ -271,6 +285,26 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 		c, _ = s.chunks.get(ref.id)
 	}
 	return c, nil
+}
+
+// awaitRested waits for the first of the devices that could take a chunk, but for
+// disks that are too slow at the moment. It returns false if there is none, or if
+// ctx ends before.
+func (s *storage) awaitRested(ctx context.Context, token string, size int64, asked, next []wire.DeviceID) bool {
+	not := slices.Concat(asked, next)
+	able := s.candidatesThat(s.resting.serves, token, size, not, math.MaxInt)
+	until := s.resting.busyUntil(func(d wire.DeviceID) bool { return slices.Contains(able, d) })
+	if until.IsZero() {
+		return len(s.candidates(token, size, not, 1)) > 0 // it has rested meanwhile
+	}
+	wait := time.NewTimer(until.Sub(s.outbox.now()))
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (s *storage) tooFew(want, have int, token string, last error) error {
@@ -434,10 +468,17 @@ func (s *storage) read(ctx context.Context, id string, not ...wire.DeviceID) ([]
 func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceID) ([]byte, error) {
 	holders := slices.Clone(c.Holders)
 	rand.Shuffle(len(holders), func(i, j int) { holders[i], holders[j] = holders[j], holders[i] })
+	// Those whose disks are too slow at the moment come last.
+	slices.SortStableFunc(holders, func(a, b api.Holder) int { return cmp.Compare(s.slow(a.Device), s.slow(b.Device)) })
 	tried := 0
+	var rests *api.Rest
 	var last error
 	for _, h := range holders {
 		if h.Lost || slices.Contains(not, h.Device) || !s.reg.online(h.Device) {
+			continue
+		}
+		if !s.resting.serves(h.Device) {
+			rests = s.resting.of(h.Device)
 			continue
 		}
 		tried++
@@ -448,11 +489,34 @@ func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceI
 		last = err
 		s.log.Warn("a device did not serve a chunk; asking the next", "chunk", c.ID, "error", err)
 	}
+	if tried == 0 && rests != nil {
+		return nil, atRest("every device that is online and holds chunk "+c.ID, rests)
+	}
 	if tried == 0 {
 		return nil, refuse(http.StatusServiceUnavailable, "no_holder_online",
 			"none of the %d devices that hold chunk %s is online; try again when one is (\"deimos device list\")", len(holders), c.ID)
 	}
 	return nil, refuse(http.StatusServiceUnavailable, "unreadable", "chunk %s cannot be read now; the last device said: %v", c.ID, last)
+}
+
+// slow is 1 of a device whose disks are too slow at the moment.
+func (s *storage) slow(d wire.DeviceID) int {
+	if s.resting.of(d) != nil {
+		return 1
+	}
+	return 0
+}
+
+// atRest is why nothing can be read now; r may be nil, if it has ended meanwhile.
+func atRest(who string, r *api.Rest) error {
+	if r == nil {
+		r = &api.Rest{Code: wire.CodeBusy}
+	}
+	when := "soon"
+	if !r.Until.IsZero() {
+		when = "at " + r.Until.Format(time.RFC3339)
+	}
+	return refuse(http.StatusServiceUnavailable, r.Code, "%s moves no chunks now (%s); try again %s", who, r.Code, when)
 }
 
 // readHolder fetches a chunk from one device that should hold it.
@@ -466,6 +530,8 @@ func (s *storage) readHolder(ctx context.Context, id string, d wire.DeviceID) ([
 		return nil, refuse(http.StatusGone, wire.CodeLost, "device %s has lost chunk %s", d, id)
 	case !s.reg.online(d):
 		return nil, refuse(http.StatusServiceUnavailable, "offline", "device %s is offline; try again when it is there", d)
+	case !s.resting.serves(d):
+		return nil, atRest("device "+string(d), s.resting.of(d))
 	}
 	ctx, cancel := context.WithTimeout(ctx, serveLife)
 	defer cancel()

@@ -159,8 +159,9 @@ type reply struct {
 	code       string
 	body       any
 	attachment []byte
-	bulk       bool // put the attachment over HTTPS
-	withhold   bool // sign for the attachment and do not send it
+	bulk       bool  // put the attachment over HTTPS
+	withhold   bool  // sign for the attachment and do not send it
+	retry      int64 // seconds until it may be asked again
 }
 
 // device is a simulated device: real keys, real enrolment, real MQTT and HTTPS
@@ -423,7 +424,7 @@ func (d *device) carryOut(o wire.Order) {
 func (d *device) report(o wire.Order, r *reply) wire.Report {
 	d.mu.Lock()
 	d.seq++
-	rep := wire.Report{Order: o.ID, Device: d.id, Seq: d.seq, State: r.state, Code: r.code, At: time.Now()}
+	rep := wire.Report{Order: o.ID, Device: d.id, Seq: d.seq, State: r.state, Code: r.code, RetrySeconds: r.retry, At: time.Now()}
 	d.mu.Unlock()
 	if r.code != "" {
 		rep.Reason = "it is so (" + r.code + ")"

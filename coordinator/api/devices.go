@@ -78,6 +78,8 @@ type Device struct {
 	// Scrubs is how far each volume is with verifying all that it holds, by the
 	// same heartbeat. It is not in a list.
 	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
+	// Rest says that it refuses to move chunks for a while, by what it said last.
+	Rest *Rest `json:"rest,omitempty"`
 	// Score is what its challenges say of it; lists leave it out.
 	Score *Score `json:"score,omitempty"`
 	// Inventory is what the device has found in itself. With a digest, it has
@@ -88,6 +90,12 @@ type Device struct {
 	InventoryTaken  time.Time       `json:"inventory_taken,omitzero"`
 	// InventoryProblem is why a newer one was not taken in; empty if the newest was.
 	InventoryProblem string `json:"inventory_problem,omitempty"`
+}
+
+// Rest is why a device moves no chunks, and until when.
+type Rest struct {
+	Code  string    `json:"code"` // wire.CodeMetered, wire.CodeQuietHours or wire.CodeBusy
+	Until time.Time `json:"until"`
 }
 
 // DeviceChange changes the devices of a selector. The empty selector means all.
