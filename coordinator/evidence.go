@@ -145,7 +145,7 @@ func judgeLeaves(asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[stri
 	case len(v.Wrong) > 0:
 		v.Outcome, v.Reason = api.AuditWrong, fmt.Sprintf("leaves of %s do not verify", chunksOf(len(v.Wrong)))
 	case len(v.Lost) > 0:
-		v.Outcome, v.Reason = api.AuditLost, "the device says that it has lost " + chunksOf(len(v.Lost))
+		v.Outcome, v.Reason = api.AuditLost, "the device says that it has lost "+chunksOf(len(v.Lost))
 	case v.Right == 0:
 		v.Outcome, v.Reason = api.AuditVoid, releasedReason
 	default:
@@ -434,7 +434,7 @@ func (c *evidenceCheck) order(v *EvidenceVerdict) (err error) {
 		return fmt.Errorf("the order: %w", err)
 	}
 	v.Order = c.asked.ID
-	kinds := map[api.AuditKind]wire.Kind{api.StorageAudit: wire.KindAudit, api.ComputeAudit: wire.KindJobRun, api.Confession: wire.KindChunkLosses}
+	kinds := map[api.AuditKind]wire.Kind{api.StorageAudit: wire.KindAudit, api.ComputeAudit: wire.KindJobRun, api.Confession: wire.KindChunkLosses, api.DrainReceipt: wire.KindChunkHoldings}
 	if want, ok := kinds[c.Kind]; !ok || c.asked.Kind != want {
 		return fmt.Errorf("an order of the kind %q is none of a %q challenge", c.asked.Kind, c.Kind)
 	}
@@ -497,6 +497,9 @@ func (c *evidenceCheck) receipts(v *EvidenceVerdict) error {
 }
 
 func (c *evidenceCheck) judge(v *EvidenceVerdict) error {
+	if c.Kind == api.DrainReceipt {
+		return c.judgeDrain(v)
+	}
 	if c.Outcome != api.AuditWrong && c.Outcome != api.AuditLost {
 		return fmt.Errorf("it claims %q: there is evidence of wrong and lost only", c.Outcome)
 	}
