@@ -102,10 +102,10 @@ func (h Hours) closed(now time.Time) time.Duration {
 // calendar's, by the machine's time zone and a trusted clock: without one the old
 // month goes on.
 //
-// The count is on disk in steps, so that it costs the flash some hundred small
-// writes a month: written ahead is up to where it may have come before the next
-// write. After a power cut that is where it goes on, so a cut makes it up to a step
-// too high, and never too low.
+// The count is on disk in steps of up to 16 MiB, half a step apart, so that the
+// flash sees one small write for 8 MiB: written is up to where it may have come
+// before the next write. After a power cut that is where it goes on, so a cut makes
+// it up to a step too high, and never too low.
 type traffic struct {
 	path  string
 	clock *Clock
