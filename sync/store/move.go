@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -108,8 +109,14 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	if v.writable() != nil {
 		return false
 	}
+	if err := v.rewrite(ctx); err != nil {
+		if ctx.Err() == nil {
+			v.opt.Log.Warn("chunks whose move was cut short could not be written again", "volume", v.id, "err", err)
+		}
+		return false // what they lie in must stay
+	}
 	v.forgetDeleted()
-	victims := v.chooseVictims()
+	victims, live := v.chooseVictims()
 	if len(victims) == 0 {
 		return false
 	}
@@ -126,7 +133,7 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	v.mu.Lock()
 	for _, n := range victims {
 		if s := v.space.logs[n]; s != nil && !s.going {
-			v.mover.stuck[n] = s.live
+			v.mover.stuck[n] = live[n] // as it was: what was dropped since is not looked at yet
 		}
 	}
 	v.mu.Unlock()
@@ -136,14 +143,19 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	return err == nil && len(empty) > 0
 }
 
-func (v *Volume) chooseVictims() []uint32 {
+// chooseVictims tells what lives in them, too, in bytes.
+func (v *Volume) chooseVictims() (logs []uint32, live map[uint32]int64) {
 	short, room := v.short(), v.moveRoom()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.space.victims(short, room, func(n uint32, s *logSpace) bool {
+	logs, live = v.space.victims(short, room, func(n uint32, s *logSpace) bool {
 		live, stuck := v.mover.stuck[n]
 		return stuck && live == s.live
-	})
+	}), map[uint32]int64{}
+	for _, n := range logs {
+		live[n] = v.space.logs[n].live
+	}
+	return logs, live
 }
 
 // resident is a chunk that lies in a log.
@@ -209,6 +221,35 @@ func (v *Volume) moveThese(ctx context.Context, these []resident, bytes int64) e
 		return nil
 	}
 	return v.hand(ctx, &request{moves: moves})
+}
+
+// rewrite has chunks written again that are whole only where they lay before a move.
+func (v *Volume) rewrite(ctx context.Context) error {
+	v.mu.Lock()
+	ids := slices.Collect(maps.Keys(v.rescued))
+	v.mu.Unlock()
+	for _, id := range ids {
+		data, err := v.get(ctx, id)
+		if code := wire.ProblemOf(err).Code; err != nil && code != wire.CodeLost && code != wire.CodeNotFound {
+			return err
+		}
+		if err == nil {
+			var at place
+			if err := v.view(func(txn *badger.Txn) (err error) {
+				at, err = findRecord(txn, id)
+				return err
+			}); err != nil {
+				return err
+			}
+			if err := v.hand(ctx, &request{moves: []move{{id: id, data: data, from: at}}}); err != nil {
+				return err
+			}
+		}
+		v.mu.Lock()
+		delete(v.rescued, id)
+		v.mu.Unlock()
+	}
+	return nil
 }
 
 // pace waits until so many bytes may be moved: at once if room is short, else at

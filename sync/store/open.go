@@ -62,7 +62,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			err = errors.Join(err, unlock(lock))
 		}
 	}()
 	if err := removeHalfWritten(dir); err != nil {
@@ -87,7 +87,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		dir: dir, id: id, opt: opt, lock: lock,
 		queue: make(chan *request), stop: make(chan struct{}), stopped: make(chan struct{}),
 		readers: make(chan struct{}, maxReaders),
-		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
+		lost:    map[chunk.ID]Loss{}, rescued: map[chunk.ID]bool{}, suspect: map[chunk.ID]bool{},
 		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]int64{}},
 	}
 	if v.logSize = opt.LogBytes; v.logSize == 0 {
@@ -124,6 +124,9 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
+	if err := v.rewrite(context.Background()); err != nil {
+		v.latch(fmt.Sprintf("chunks whose move a crash had cut short could not be written again: %v", err))
+	}
 	v.mover.begin(v)
 	return v, nil
 }
@@ -143,6 +146,12 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("the store in %s cannot be locked: %w", dir, err)
 	}
 	return f, nil
+}
+
+// unlock gives the directory back. Closing alone would not, while a program that is
+// being started has not let go of our files yet.
+func unlock(lock *os.File) error {
+	return errors.Join(unix.Flock(int(lock.Fd()), unix.LOCK_UN), lock.Close())
 }
 
 // removeHalfWritten removes what a crash has left of a file that was about to
@@ -413,7 +422,13 @@ func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err erro
 	if err := checkTables(dir, tuned); err != nil {
 		return nil, err
 	}
-	db, err = badger.Open(tuned)
+	// Badger's own lock stays for a moment with programs that are being started; that
+	// nobody else has the volume is known already.
+	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if db, err = badger.Open(tuned); !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(end) {
+			break
+		}
+	}
 	switch {
 	case errors.Is(err, syscall.EWOULDBLOCK):
 		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
@@ -507,14 +522,13 @@ func (v *Volume) agreeOnID(fresh bool) error {
 	return nil
 }
 
-// rebuild counts the chunks and the bytes of the logs, and returns those chunks
-// that can lie in the newest value log: the last ones written, up to a log's
-// length.
+// rebuild counts the chunks and the bytes of the logs, and returns those chunks that
+// a crash can have hurt: the last ones written, up to a log's length or a batch's.
 func (v *Volume) rebuild() ([]chunk.ID, error) {
 	if err := v.measureLogs(); err != nil {
 		return nil, fmt.Errorf("the value logs in %s cannot be measured: %w", v.dir, err)
 	}
-	window := newestWindow{limit: v.logSize + 2*chunk.MaxSize}
+	window := newestWindow{limit: max(v.logSize, maxBatchBytes+moveBatch) + 2*chunk.MaxSize}
 	err := v.eachIndexed(context.Background(), func(id chunk.ID, size int64, version uint64) error {
 		v.chunks++
 		v.used += size

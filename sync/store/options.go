@@ -97,6 +97,7 @@ func tuning(dir string, logSize int64, log *slog.Logger) badger.Options {
 		WithValueThreshold(smallValue).
 		WithValueLogFileSize(logSize).
 		WithMetricsEnabled(false).
+		WithNumVersionsToKeep(2). // the tree knows where a chunk lay before a move that is not durable yet
 		WithDetectConflicts(false).
 		WithChecksumVerificationMode(options.OnBlockRead).
 		// Not for truth, which is the chunk's own hash, but because Badger

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -412,11 +413,12 @@ func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
 func TestWrongBytesWithAGoodChecksumAreLost(t *testing.T) {
 	rng := random(t)
 	v := open1(t, t.TempDir(), noFloor)
-	id, data := someChunk(rng, 30_000)
-	mustPut(t, v, id, data)
 	for _, size := range []int{30_000, 29_999} {
+		id, data := someChunk(rng, 30_000)
 		_, other := someChunk(rng, size)
-		err := v.db.Update(func(txn *badger.Txn) error { return txn.Set(keyOf(chunkPrefix, id), other) })
+		err := v.db.Update(func(txn *badger.Txn) error {
+			return errors.Join(txn.Set(keyOf(chunkPrefix, id), other), txn.Set(keyOf(indexPrefix, id), binary.BigEndian.AppendUint32(nil, 30_000)))
+		})
 		if err != nil {
 			t.Fatal(err)
 		}

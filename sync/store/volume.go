@@ -67,7 +67,8 @@ type Volume struct {
 	space    ledger
 	chunks   int
 	lost     map[chunk.ID]Loss
-	readOnly string // why; empty: writable
+	rescued  map[chunk.ID]bool // whole only where they lay before a move
+	readOnly string            // why; empty: writable
 	// suspect chunks were written but their sync failed; allSuspect says that
 	// of everything, after a restart that left the kernel running.
 	suspect    map[chunk.ID]bool
@@ -199,9 +200,43 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 			return nil, notFound(id)
 		}
 		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
+			if t := v.readOlder(id); t != nil {
+				v.mu.Lock()
+				delete(v.lost, id)
+				v.rescued[id] = true
+				v.mu.Unlock()
+				v.wantRoom()
+				return t, nil
+			}
 			return nil, v.lose(id, size, version, fault.Error())
 		}
 	}
+}
+
+// readOlder reads a chunk where it lay before it was moved; nil if it is not whole
+// there, or nowhere. The tree can know of a move that a crash has taken the bytes of.
+func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
+	_ = v.view(func(txn *badger.Txn) error { // an error is nil, too
+		it := txn.NewKeyIterator(keyOf(chunkPrefix, id), badger.IteratorOptions{})
+		defer it.Close()
+		newest := true
+		for it.Rewind(); it.Valid(); it.Next() {
+			if newest || it.Item().IsDeletedOrExpired() {
+				newest = false
+				continue
+			}
+			data, err := it.Item().ValueCopy(nil)
+			if err != nil || len(data) == 0 {
+				continue
+			}
+			if t, err = chunk.NewTree(data); err == nil && t.ID() == id {
+				return nil
+			}
+			t = nil
+		}
+		return nil
+	})
+	return t
 }
 
 // readOnce reads a chunk as it is at one moment. The fault is ErrKeyNotFound, or
@@ -624,7 +659,7 @@ func (v *Volume) Close() error {
 	select {
 	case err := <-closed:
 		process.giveBack(v.opt.Capacity)
-		if err := errors.Join(err, v.lock.Close()); err != nil {
+		if err := errors.Join(err, unlock(v.lock)); err != nil {
 			return fmt.Errorf("volume %s closed with an error: %w", v.id, err)
 		}
 		return nil
