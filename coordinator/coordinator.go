@@ -28,10 +28,6 @@
 //
 // The HTTP surface is one table of routes (http.go); permissions, audit log and
 // OpenAPI description are made from it. Each topic has its routes in its file.
-//
-// # What is not here yet
-//
-// Lost shards and replicas are noted and not yet rebuilt.
 package coordinator
 
 import (
@@ -89,6 +85,7 @@ type Config struct {
 	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
 	Compute         Compute      // knows the answers of compute challenges; may be nil
 	Audits          AuditPlan    // challenges that nobody asks for; the zero value is none
+	Repair          RepairPlan   // of what devices lose; the zero value is none
 	Log             *slog.Logger // nil drops everything
 	Version         string       // of this program, for who asks
 
@@ -115,6 +112,7 @@ type Coordinator struct {
 	storage  *storage
 	compute  *compute
 	audits   *audits
+	repairs  *repairs
 	releases *releases
 	staging  *staging
 
@@ -172,6 +170,9 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
 	}
 	if err := cfg.Audits.check(); err != nil {
+		return nil, err
+	}
+	if err := cfg.Repair.check(); err != nil {
 		return nil, err
 	}
 	if cfg.EnrolRate < 0 {
@@ -333,6 +334,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust = c.audits.trust
+	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
+	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
+	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -361,6 +365,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
 		func() error { return c.audits.open(ctx, c) },
+		func() error { return c.repairs.open(ctx, c) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -481,6 +486,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
+	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
 	wg.Go(func() { c.cutOffRetired(ctx) })
 	wg.Go(func() {
@@ -583,6 +589,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 		return nil
 	}
 	c.outbox.hello(id)
+	c.repairs.arrived()
 	c.config.hello(p)
 	c.inventories.announced(id)
 	c.losses.announced(id)

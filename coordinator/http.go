@@ -78,6 +78,7 @@ func (c *Coordinator) table() []route {
 		c.storageRoutes(),
 		c.computeRoutes(),
 		c.auditRoutes(),
+		c.repairRoutes(),
 		c.releaseRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),

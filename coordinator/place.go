@@ -82,7 +82,7 @@ func (s *storage) candidatesThat(may func(wire.DeviceID) bool, token string, siz
 // weight is how much a device is to be preferred; 0 if it cannot take a chunk.
 func (s *storage) weight(d api.Device, size int64) float64 {
 	free := d.Capacity - max(d.Used, 0)
-	if free < size || !s.reg.mayWork(d.ID) {
+	if free < size || !s.reg.mayWork(d.ID) || s.leaving(d.ID) {
 		return 0
 	}
 	w := float64(min(max(free, 1), maxWeight))
@@ -270,7 +270,7 @@ func (s *storage) stripe(ctx context.Context, q api.StripeRequest) (api.Stripe, 
 		if !ok || c.Size != q.Size || !s.settled(q.Token, c) {
 			continue
 		}
-		c, err := s.use(ctx, c)
+		c, err := s.use(ctx, c, 1)
 		if err != nil {
 			return out, err
 		}
@@ -313,27 +313,44 @@ func checkCode(c api.Code) error {
 }
 
 // apart tells whether the chunks of a stripe can each be read from a device of
-// its own: whether there is a matching of chunks and holders (Kuhn, 1955).
+// its own.
 func apart(chunks []chunkRecord) bool {
+	on := make([][]wire.DeviceID, len(chunks))
+	for i, c := range chunks {
+		for _, h := range c.Holders {
+			if !h.Lost {
+				on[i] = append(on[i], h.Device)
+			}
+		}
+	}
+	return !slices.Contains(match(on), "")
+}
+
+// match gives as many chunks as can be a device of their own, of those that each is
+// on: a maximum matching (Kuhn, 1955). "" is none. Devices that come first are
+// preferred.
+func match(on [][]wire.DeviceID) []wire.DeviceID {
 	has := make(map[wire.DeviceID]int) // whose chunk it serves
 	var give func(i int, seen map[wire.DeviceID]bool) bool
 	give = func(i int, seen map[wire.DeviceID]bool) bool {
-		for _, h := range chunks[i].Holders {
-			if h.Lost || seen[h.Device] {
+		for _, d := range on[i] {
+			if seen[d] {
 				continue
 			}
-			seen[h.Device] = true
-			if other, taken := has[h.Device]; !taken || give(other, seen) {
-				has[h.Device] = i
+			seen[d] = true
+			if other, taken := has[d]; !taken || give(other, seen) {
+				has[d] = i
 				return true
 			}
 		}
 		return false
 	}
-	for i := range chunks {
-		if !give(i, make(map[wire.DeviceID]bool)) {
-			return false
-		}
+	for i := range on {
+		give(i, make(map[wire.DeviceID]bool))
 	}
-	return true
+	out := make([]wire.DeviceID, len(on))
+	for d, i := range has {
+		out[i] = d
+	}
+	return out
 }

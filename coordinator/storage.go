@@ -32,6 +32,9 @@ type chunkRecord struct {
 	Size    int64        `json:"size"`
 	Holders []api.Holder `json:"holders"`
 	Refs    []string     `json:"refs,omitempty"` // keys of object records
+	// Want is how many copies there should be; 0, in a record of before it was kept,
+	// is as many as were ever made. See [chunkRecord.wanted].
+	Want int `json:"want,omitempty"`
 	// Used is when it was last placed or claimed; see [storage.dropOrphans].
 	Used time.Time `json:"used,omitzero"`
 }
@@ -68,6 +71,11 @@ type storage struct {
 	networks networks
 	resting  resting
 	trust    func(wire.DeviceID) float64 // 0: gets nothing new
+	leaving  func(wire.DeviceID) bool    // gets nothing new either
+	// intended are devices that are about to be ordered to drop a chunk.
+	intended func(id string) []wire.DeviceID
+	// touched is told of every change of a chunk's record.
+	touched func(ids ...string)
 
 	mu    sync.Mutex
 	holds map[wire.DeviceID]map[string]int64 // chunk id → size, of what each device should hold
@@ -93,6 +101,7 @@ const (
 
 // trackChunk keeps holds; it is the chunk table's onEach.
 func (s *storage) trackChunk(id string, c chunkRecord, gone bool) {
+	defer s.touched(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, d := range s.where[id] {
@@ -187,9 +196,10 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 		return chunkRecord{}, refuse(http.StatusBadRequest, wire.CodeMismatch, "%v", err)
 	}
 	defer s.placing.lock(id)()
+	asked := replicas
 	if c, ok := s.chunks.get(id); ok {
 		if token == "" && c.alive() >= replicas || token != "" && s.settled(token, c) {
-			return s.use(ctx, c)
+			return s.use(ctx, c, replicas)
 		}
 		if token != "" { // it is where another shard of the stripe is: one copy more
 			replicas = c.alive() + 1
@@ -205,14 +215,15 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 			s.log.Warn("a staged chunk stays until it expires", "chunk", id, "error", err)
 		}
 	}()
-	return s.spread(ctx, ref, int64(len(data)), replicas, token)
+	return s.spread(ctx, ref, int64(len(data)), asked, replicas, token)
 }
 
 // use keeps a chunk that is there from being taken for an orphan. A write each
 // hour is enough for that.
-func (s *storage) use(ctx context.Context, c chunkRecord) (chunkRecord, error) {
+func (s *storage) use(ctx context.Context, c chunkRecord, replicas int) (chunkRecord, error) {
 	now := s.outbox.now().UTC()
-	if now.Sub(c.Used) < orphanSweep {
+	asked := c
+	if asked.ask(replicas); now.Sub(c.Used) < orphanSweep && asked.Want == c.Want {
 		return c, nil
 	}
 	return s.chunks.change(ctx, c.ID, func(c *chunkRecord, exists bool) error {
@@ -220,16 +231,19 @@ func (s *storage) use(ctx context.Context, c chunkRecord) (chunkRecord, error) {
 			return refuse(http.StatusConflict, "chunk_missing", "the chunk was removed meanwhile; store the file again")
 		}
 		c.Used = now
+		c.ask(replicas)
 		return nil
 	})
 }
 
-// spread asks devices until enough have given a receipt or none is left to ask.
-func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas int, token string) (chunkRecord, error) {
+// spread asks devices until replicas have given a receipt or none is left to ask.
+// want is how many there should be from then on.
+func (s *storage) spread(ctx context.Context, ref blobRef, size int64, want, replicas int, token string) (chunkRecord, error) {
 	c, err := s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
 		if !exists {
 			*c = chunkRecord{ID: ref.id, Size: size}
 		}
+		c.ask(want)
 		c.Used = s.outbox.now().UTC()
 		return nil
 	})
@@ -326,7 +340,7 @@ func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.
 	defer cancel()
 	for {
 		drops := s.dropping(id)
-		not := slices.Clone(asked)
+		not := slices.Concat(asked, s.intended(id))
 		for _, o := range drops {
 			not = append(not, o.Device)
 		}

@@ -38,6 +38,7 @@ type commands struct {
 	Order    orderCmd    `cmd:"" help:"Orders to devices, and what became of them."`
 	Config   configCmd   `cmd:"" help:"What the fleet wants of its devices' settings, and what they run."`
 	Operator operatorCmd `cmd:"" help:"Who may call the coordinator, and what they may do."`
+	Repair   repairCmd   `cmd:"" help:"What is endangered, and what is done about it."`
 	Status   statusCmd   `cmd:"" help:"One look at the fleet, and what needs attention."`
 	Log      logCmd      `cmd:"" help:"What was changed, when and by whom."`
 	Sim      simCmd      `cmd:"" help:"A fleet of simulated devices, to see what a coordinator bears."`

@@ -82,6 +82,8 @@ type Device struct {
 	Rest *Rest `json:"rest,omitempty"`
 	// Score is what its challenges say of it; lists leave it out.
 	Score *Score `json:"score,omitempty"`
+	// Drain says that it is being emptied, or was; lists leave it out.
+	Drain *Drain `json:"drain,omitempty"`
 	// Inventory is what the device has found in itself. With a digest, it has
 	// signed for it, and it was taken in at InventoryTaken; without, it came with
 	// the enrolment.
@@ -225,9 +227,10 @@ func (c *Client) ChangeDevices(ctx context.Context, d DeviceChange) ([]wire.Devi
 }
 
 // RetireDevice sends a device away for ever. When it returns, the device is cut
-// off; a call that failed can be repeated.
-func (c *Client) RetireDevice(ctx context.Context, id string) (Device, error) {
-	return ask[Device](ctx, c, http.MethodPost, "devices/"+segment(id)+"/retire", nil, nil)
+// off; a call that failed can be repeated. One that has the last copies of something
+// is refused, unless by force.
+func (c *Client) RetireDevice(ctx context.Context, id string, force bool) (Device, error) {
+	return ask[Device](ctx, c, http.MethodPost, "devices/"+segment(id)+"/retire", url.Values{"force": {strconv.FormatBool(force)}}, nil)
 }
 
 // Pending lists the devices that wait to be claimed, the longest waiting first.
