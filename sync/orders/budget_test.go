@@ -9,6 +9,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -80,6 +82,44 @@ func TestWhatAHungDiskHoldsCountsUntilItAnswers(t *testing.T) {
 		}
 		if b.free != 6 || b.parked != 0 {
 			t.Errorf("%d free, %d parked", b.free, b.parked)
+		}
+	})
+}
+
+// hungSet is a device's volumes whose disk does not answer for ten seconds.
+type hungSet struct{ *store.Set }
+
+func (hungSet) CanTake(int64) error { return nil }
+
+func (hungSet) Put(context.Context, chunk.ID, []byte) (string, error) {
+	time.Sleep(10 * time.Second)
+	return "", wire.FailedBecause(wire.CodeUnreachable, "it hangs")
+}
+
+func TestAChunkThatAHungDiskWasGivenIsParked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(hungSet{store.NewSet()}, nil, Options{Memory: LeastMemory})
+		var hangs atomic.Bool
+		hangs.Store(true)
+		s.memory.hangs = hangs.Load
+		const size = 1000
+		for n := range 2 {
+			if err := s.memory.acquire(t.Context(), size, 4); err != nil {
+				t.Fatal(err)
+			}
+			_, err := s.put(t.Context(), chunk.ID{}, make([]byte, size))
+			if p := wire.ProblemOf(err); p.Code != wire.CodeBusy || p.After != busyMost {
+				t.Errorf("the order says %+v", p)
+			}
+			if s.memory.free != LeastMemory-size {
+				t.Errorf("%d: %d are free while it hangs", n, s.memory.free)
+			}
+			hangs.Store(false)
+			s.memory.unpark()
+			if s.memory.free != LeastMemory {
+				t.Errorf("%d: %d are free when the disk answers again", n, s.memory.free)
+			}
+			hangs.Store(true)
 		}
 	})
 }

@@ -288,7 +288,7 @@ func (s *Service) put(ctx context.Context, id chunk.ID, data []byte) (string, er
 	go func() { // for as long as the store waits for its disks, at most
 		end := s.disks.begin()
 		volume, err := s.set.Put(context.WithoutCancel(ctx), id, data)
-		if end() >= slowWrite && s.hangs() {
+		if end() >= slowWrite && s.memory.hangs() {
 			s.memory.park(int64(len(data)))
 		} else {
 			s.memory.release(int64(len(data)))
