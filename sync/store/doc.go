@@ -79,8 +79,11 @@
 //     first record is blanked and Badger is made to choose it: it then deletes it
 //     without writing anything.
 //
-// A kill at any moment leaves a chunk in the old log, or in both and the tree
-// pointing to a synced one. A log that was emptied and not deleted is found at the
+// A kill at any moment leaves a chunk in the old log, or in both. After a power cut
+// the tree may point to a record whose bytes are not there, because the kernel writes
+// mapped files in any order, and Badger syncs the tree's log first. So the tree keeps
+// two versions of a key: a chunk that is not whole where it lies is read where it
+// lay before, and Open has such chunks written again before any log is deleted. A log that was emptied and not deleted is found at the
 // next start. A reader whose log goes under it reads again. Moving keeps to a
 // rate and gives way to use, except when room is short; it needs room itself,
 // which puts leave free: the upper half of the floor, and [Stats.Reserved].
