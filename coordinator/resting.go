@@ -73,6 +73,19 @@ func (r *resting) of(d wire.DeviceID) *api.Rest {
 	return &v
 }
 
+// count is how many rest.
+func (r *resting) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := 0
+	for _, v := range r.rows {
+		if r.now().Before(v.Until) {
+			n++
+		}
+	}
+	return n
+}
+
 // serves tells whether a device may be asked for what it holds: a disk that is
 // too slow for more is not in the way of that.
 func (r *resting) serves(d wire.DeviceID) bool {

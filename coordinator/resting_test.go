@@ -3,6 +3,7 @@ package coordinator
 import (
 	"bytes"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -87,6 +88,9 @@ func TestAHeartbeatSaysThatADeviceRests(t *testing.T) {
 		data := someBytes(1000)
 		_, err := w.op.PutChunk(testContext(t), chunk.Sum(data).String(), data, 1)
 		wantRefusal(t, err, http.StatusServiceUnavailable, "too_few_devices")
+		if err == nil || !strings.Contains(err.Error(), "1 that refuse chunks for a while") {
+			t.Errorf("it says %v", err)
+		}
 		_, err = w.op.GetChunk(testContext(t), id)
 		wantRefusal(t, err, http.StatusServiceUnavailable, code)
 		_, err = w.op.GetChunkFrom(testContext(t), id, d.id)

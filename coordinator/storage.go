@@ -329,6 +329,9 @@ func (s *storage) tooFew(want, have int, token string, last error) error {
 	if last != nil {
 		reason += fmt.Sprintf(" (one said: %v)", last)
 	}
+	if n := s.resting.count(); n > 0 {
+		reason += fmt.Sprintf("; %d that refuse chunks for a while are left alone (\"deimos device show\" says until when)", n)
+	}
 	return refuse(http.StatusServiceUnavailable, "too_few_devices", "%s; add devices, or %s", reason, way)
 }
 

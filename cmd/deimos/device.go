@@ -166,6 +166,9 @@ func writeDevice(w io.Writer, d api.Device) error {
 	}
 	writeDrain(row, d.Drain)
 	writeScore(row, d.Score)
+	if d.Rest != nil {
+		row("chunks", "it moves none until %s (%s)", d.Rest.Until.Format(time.RFC3339), d.Rest.Code)
+	}
 	writeScrubs(row, d)
 	writeNow(row, d)
 	return writeInventory(w, d)
