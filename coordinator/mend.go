@@ -201,8 +201,14 @@ func (r *repairs) bestFirst(list []wire.DeviceID, size int64) {
 	})
 }
 
-// hindrance is why nothing can be done about a unit now; empty if something can.
-func (r *repairs) hindrance(u unit, l look) string {
+// withRoom lists the devices that can be given something.
+func (s *storage) withRoom() []api.Device {
+	return slices.DeleteFunc(s.reg.list(), func(d api.Device) bool { return s.weight(d, 1) == 0 || s.resting.of(d.ID) != nil })
+}
+
+// hindrance is why nothing can be done about a unit now; empty if something can. room
+// is the devices that can be given something.
+func (r *repairs) hindrance(u unit, l look, room []api.Device) string {
 	if l.whole() {
 		return ""
 	}
@@ -230,12 +236,11 @@ func (r *repairs) hindrance(u unit, l look) string {
 	case u.code != nil && !copied && there < u.code.Data:
 		return fmt.Sprintf("%d shards can be read now and it takes %d: the devices that hold others are not online", there, u.code.Data)
 	}
-	for _, d := range r.reg.list() {
-		if !slices.Contains(not, d.ID) && r.storage.resting.of(d.ID) == nil && r.storage.weight(d, u.chunks[l.missing[0]].Size) > 0 {
-			return ""
-		}
+	size := u.chunks[l.missing[0]].Size
+	if slices.ContainsFunc(room, func(d api.Device) bool { return d.Capacity-d.Used >= size && !slices.Contains(not, d.ID) }) {
+		return ""
 	}
-	return "there is no device online with room for it that holds nothing of it yet; add a device, or free space on one"
+	return noRoom
 }
 
 // work does what can be done about a unit.
@@ -441,6 +446,8 @@ func reconstructFrom(u unit, data [][]byte, chosen, want []int) bool {
 	return true
 }
 
+const noRoom = "there is no device online with room for it that holds nothing of it yet; add a device, or free space on one"
+
 // maxPutAnew is how many devices are asked to take one shard, at a time.
 const maxPutAnew = 4
 
@@ -513,7 +520,7 @@ func (r *repairs) putAnew(ctx context.Context, u unit, i int, data []byte) error
 		s.stripes.leave(token, next[0])
 		asked = append(asked, next[0])
 	}
-	why := "there is no device online with room for it that holds nothing of it yet; add a device, or free space on one"
+	why := noRoom
 	if last != nil {
 		why += fmt.Sprintf(" (one said: %v)", last)
 	}

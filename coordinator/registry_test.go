@@ -88,7 +88,7 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
 	d.token(c.Connect()) // takes the place of the connection before
 
-	v, err := w.op.RetireDevice(testContext(t), string(d.id), false)
+	v, err := w.op.RetireDevice(testContext(t), string(d.id), true)
 	must(t, err)
 	next(t, cut, "the end of the connection")
 	if v.State != api.DeviceRetired || v.Online || !v.Settled || v.RetiredAt.IsZero() {

@@ -112,10 +112,15 @@ type repairs struct {
 	settled time.Duration // after the start, until who is not there counts as away
 	pace    pacer
 
+	// touching guards the two below alone: it is taken while the table of chunks is
+	// locked, which is never waited for under it.
+	touching sync.Mutex
+	all      bool            // everything is to be looked at
+	dirty    map[string]bool // chunks to look at
+
+	looked time.Time // at everything; of tick alone
+
 	mu      sync.Mutex
-	all     bool            // everything is to be looked at
-	dirty   map[string]bool // chunks to look at
-	looked  time.Time       // at everything
 	conds   map[wire.DeviceID]condition
 	tasks   map[string]*task // by unit
 	working int
@@ -195,8 +200,8 @@ func (r *repairs) open(ctx context.Context, c *Coordinator) error {
 
 // touch has a chunk looked at soon.
 func (r *repairs) touch(ids ...string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.touching.Lock()
+	defer r.touching.Unlock()
 	for _, id := range ids {
 		if !r.all {
 			r.dirty[id] = true
@@ -389,15 +394,13 @@ func (r *repairs) lookAtDevices() {
 
 // lookAtChunks looks at what was touched.
 func (r *repairs) lookAtChunks() {
-	r.mu.Lock()
+	r.touching.Lock()
 	all := r.all || r.now().Sub(r.looked) > lookEvery
 	ids := r.dirty
 	r.dirty, r.all = make(map[string]bool), false
+	r.touching.Unlock()
 	if all {
 		r.looked = r.now()
-	}
-	r.mu.Unlock()
-	if all {
 		clear(ids)
 		r.storage.chunks.each(func(id string, _ chunkRecord) bool {
 			ids[id] = true
@@ -483,6 +486,9 @@ func (r *repairs) due() (out []*task) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := r.now()
+	if r.working == r.plan.AtOnce {
+		return nil
+	}
 	var ready []*task
 	for _, t := range r.tasks {
 		again := t.problem != "" && r.came.After(t.tried) && now.Sub(t.tried) > comePause
@@ -490,14 +496,18 @@ func (r *repairs) due() (out []*task) {
 			ready = append(ready, t)
 		}
 	}
+	if len(ready) == 0 {
+		return nil
+	}
 	slices.SortFunc(ready, func(a, b *task) int { return a.compare(b) })
+	room := r.storage.withRoom()
 	for _, t := range ready {
 		if r.working == r.plan.AtOnce {
 			break
 		}
 		// It is only looked in memory whether it can be done: what cannot does not
 		// take the place of what can.
-		if problem := r.hindrance(t.unit, t.state); problem != "" {
+		if problem := r.hindrance(t.unit, t.state, room); problem != "" {
 			t.wait(now, problem)
 			continue
 		}
