@@ -425,12 +425,12 @@ func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err erro
 	// Badger's own lock stays for a moment with programs that are being started; that
 	// nobody else has the volume is known already.
 	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if db, err = badger.Open(tuned); !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(end) {
+		if db, err = badger.Open(tuned); !isLocked(err) || time.Now().After(end) {
 			break
 		}
 	}
 	switch {
-	case errors.Is(err, syscall.EWOULDBLOCK):
+	case isLocked(err):
 		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
 	case errors.Is(err, syscall.ENOSPC):
 		return nil, fmt.Errorf("the disk of %s is full: delete something else there (%w)", dir, err)
@@ -438,6 +438,12 @@ func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err erro
 		return nil, fmt.Errorf("the chunks in %s cannot be opened: %w; %s", dir, err, beginAnew)
 	}
 	return db, nil
+}
+
+// isLocked tells whether somebody else has Badger's directory. Badger does not wrap
+// the cause.
+func isLocked(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock")
 }
 
 // checkTables reads the tables of the index before Badger does: at a damaged one

@@ -543,6 +543,8 @@ func (v *Volume) Stats() Stats {
 	space, err := v.room()
 	if err != nil {
 		space = 0
+	} else {
+		v.forgetDeleted() // by whoever walked the tree last
 	}
 	hangs := v.hangs.Load() > 0
 	v.mu.Lock()
