@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -62,11 +63,11 @@ func (h *Hours) UnmarshalText(text []byte) error {
 	if len(text) == 0 {
 		return nil
 	}
-	var fromHour, fromMinute, toHour, toMinute int
-	// Sscanf alone would pass over signs and what follows.
-	n, err := fmt.Sscanf(string(text), "%02d:%02d-%02d:%02d", &fromHour, &fromMinute, &toHour, &toMinute)
-	*h = Hours{fromHour*60 + fromMinute, toHour*60 + toMinute}
-	if n != 4 || err != nil || h.String() != string(text) || fromHour > 23 || toHour > 23 || fromMinute > 59 || toMinute > 59 || h.from == h.to {
+	begin, end, _ := strings.Cut(string(text), "-")
+	from, err := time.Parse("15:04", begin)
+	to, err2 := time.Parse("15:04", end)
+	*h = Hours{from.Hour()*60 + from.Minute(), to.Hour()*60 + to.Minute()}
+	if err != nil || err2 != nil || h.String() != string(text) || h.from == h.to {
 		*h = Hours{}
 		return fmt.Errorf("hours in [transfer] cannot be %.40q: they are like \"22:00-06:00\", two different times of the day from 00:00 to 23:59, or \"\" for the whole day", text)
 	}
