@@ -83,9 +83,12 @@ qemu-test: ## The image as devices in QEMU: soon online, stores, proves, compute
 qemu-hang: ## The image with an agent that hangs: the machine's watchdog starts it anew (10 minutes)
 	@scripts/test setup hang
 
-.PHONY: powercut
-powercut: qemu-images ## Cut the power of a device in QEMU at thousands of moments, and see that nothing promised is lost (root; POINTS=6000 BOOTS=10; PLANT=receipt: a bug must be found; DEIMOS_TEST_SEED)
+.PHONY: powercut powercut-device powercut-store
+powercut: powercut-store powercut-device ## Cut the power of a chunk store, then of a device in QEMU, at thousands of moments, and see that nothing promised is lost (root)
+powercut-device: qemu-images ## The device alone (POINTS=6000 BOOTS=10; PLANT=receipt: a bug must be found; DEIMOS_TEST_SEED)
 	@CGO_ENABLED=0 $(GO) run ./test/powercut -bin $(BIN) -points $(or $(POINTS),6000) -boots $(or $(BOOTS),10) -rounds $(or $(ROUNDS),4) $(if $(PLANT),-plant $(PLANT))
+powercut-store: ## The store alone (POINTS=10000; PLANT=move: a bug must be found; DEIMOS_TEST_SEED)
+	@CGO_ENABLED=0 $(GO) run ./test/storecrash -points $(or $(POINTS),10000) -rounds $(or $(ROUNDS),6) $(if $(PLANT),-plant $(PLANT))
 
 .PHONY: deb-test
 deb-test: ## Install, upgrade, remove and purge the Debian packages under a systemd of their own; lintian; same bytes twice (root)

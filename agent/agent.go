@@ -29,6 +29,8 @@
 //	config.json             what the fleet wants of the device, see settings.go
 //	journal/                finished orders, unacknowledged reports, what was
 //	                        dropped of them, orders that were begun, clock floor
+//	traffic.json            what was moved this month, see traffic.go
+//	volumes.seen            the volumes that were ever open, see away.go
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules
 //	slots/, ota/            see ota
@@ -97,6 +99,9 @@ type Agent struct {
 	orders  *dispatcher
 	session *session
 	desired *settings
+	scrubs  *scrubs
+	traffic *traffic
+	data    *orders.Service
 
 	restart chan struct{} // closed when a handler asked for a restart
 	once    sync.Once
@@ -187,9 +192,15 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	if err := a.openVolumes(ctx); err != nil {
 		return err
 	}
+	if a.traffic, err = openTraffic(a.cfg.path(trafficFile), a.clock, a.log); err != nil {
+		return err
+	}
 	if err := a.furnish(); err != nil {
 		return err
 	}
+	ended := make(chan struct{})
+	keeper.Go(func() { a.traffic.keep(ended) })
+	defer close(ended)
 	return a.live(ctx)
 }
 
@@ -249,6 +260,7 @@ func plain(err error) error {
 func (a *Agent) furnish() error {
 	fleet := knows(a.member.Load().authority(), a.clock)
 	fleet.own = func() *tls.Certificate { return a.member.Load().proof(a.id) }
+	fleet.counted = a.traffic.counted
 	a.web = &http.Client{Transport: dataPlane{&http.Transport{
 		DialTLSContext:        within(connectTimeout, fleet.dial),
 		ResponseHeaderTimeout: dataStall,
@@ -257,14 +269,21 @@ func (a *Agent) furnish() error {
 	}, a.doubted}}
 	// Its patience covers the dial: a line that comes only now and then is no stall.
 	a.move = &transfer.Client{HTTP: a.web, Stall: dataStall, Base: func() []string { return a.member.Load().DataPlane }}
-	data := orders.New(a.chunks, a.move, a.log)
-	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: a.move, Chunks: data, Log: a.log})
+	bulk := *a.move
+	bulk.Pace = a.traffic.pace
+	data := orders.New(a.chunks, &bulk, orders.Options{Away: a.awayNow, Limits: a.traffic, Memory: bulkMemory(), Log: a.log})
+	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: &bulk, Chunks: data, Log: a.log})
 	if err != nil {
 		return err
 	}
-	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, level: a.level.Level()}
+	a.data = data
+	a.scrubs = a.newScrubs(a.cfg.Scrub.pace())
+	a.hw.scrubs.Store(a.scrubs)
+	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, scrub: a.cfg.Scrub, transfer: a.cfg.Transfer, level: a.level.Level()}
 	a.desired, err = openSettings(a.cfg.path(settingsFile), base, a.cfg.owned, func(f inForce) {
 		work.SetPolicy(f.jobs)
+		a.scrubs.SetPace(f.scrub.pace())
+		a.traffic.set(f.transfer)
 		a.level.Set(f.level)
 	}, a.log)
 	if err != nil {
@@ -277,9 +296,11 @@ func (a *Agent) furnish() error {
 	}
 	routes := a.hw.routes()
 	maps.Copy(routes, map[wire.Kind]Route{
-		wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], AtOnce: storesAtOnce, Limit: storeLimit},
-		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], AtOnce: storesAtOnce, Limit: serveLimit},
+		wire.KindChunkStore:    {Handle: handle[wire.KindChunkStore], Refuse: data.Refuse, AtOnce: storesAtOnce, Limit: storeLimit},
+		wire.KindChunkServe:    {Handle: handle[wire.KindChunkServe], Refuse: data.Refuse, AtOnce: storesAtOnce, Limit: serveLimit},
 		wire.KindChunkDrop:     {Handle: handle[wire.KindChunkDrop], AtOnce: 1, Limit: storeLimit},
+		wire.KindChunkLosses:   {Handle: handle[wire.KindChunkLosses], AtOnce: 1, Limit: auditLimit},
+		wire.KindChunkHoldings: {Handle: handle[wire.KindChunkHoldings], AtOnce: 1, Limit: auditLimit},
 		wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
 		wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
 		wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
@@ -289,7 +310,7 @@ func (a *Agent) furnish() error {
 	a.orders, err = newDispatcher(duties{
 		id: a.id, trusted: a.orderKey, clock: a.clock, journal: a.journal, epoch: epoch, routes: routes,
 		extra:   a.cfg.Routes,
-		busy:    a.hw.busy,
+		busy:    func(k wire.Kind, by int) { a.hw.busy(k, by); a.scrubs.busy(k, by) },
 		publish: func(raw []byte) { a.session.publish(wire.ChannelReport, raw) },
 		attach: func(ctx context.Context, order string, data []byte) error {
 			return a.move.Put(ctx, "/data/v1/attachment/"+order, data, "application/octet-stream")
@@ -333,7 +354,7 @@ func (a *Agent) live(ctx context.Context) error {
 	wg.Go(func() { a.orders.resend(ctx, a.hw.dog.Pulse("reports", loopLate)) })
 	wg.Go(func() { a.beat(ctx) })
 	wg.Go(func() { a.housekeep(ctx) })
-	wg.Go(func() { a.checkChunks(ctx) })
+	wg.Go(func() { a.scrub(ctx) })
 	wg.Go(func() { a.reopen(ctx, reopenEvery) })
 	a.log.Info("agent runs", "version", a.cfg.Version, "board", a.hw.board.Name, "slot", a.cfg.Slot)
 	var again error
@@ -422,6 +443,7 @@ func (a *Agent) hello() wire.Presence {
 	p.Capacity, p.Used = a.room()
 	p.ConfigVersion = a.desired.version()
 	p.Dropped = a.journal.dropped()
+	p.Losses = a.scrubs.losses()
 	return p
 }
 
@@ -441,6 +463,8 @@ func (a *Agent) beat(ctx context.Context) {
 		b := wire.Beat{Device: a.id.ID, Uptime: time.Since(a.hw.began).Seconds(), Telemetry: raw, InventoryDigest: a.hw.inventory().digest, Warnings: a.hw.warnings()}
 		b.At, b.TimeConfidence = a.clock.Read()
 		b.Capacity, b.Used = a.room()
+		b.Losses, b.Scrubs = a.scrubs.losses(), a.scrubs.told()
+		b.Pause = a.data.Pause()
 		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)
 		if err != nil {
 			a.log.Error("a heartbeat cannot be signed", "error", err)
@@ -483,24 +507,5 @@ func (a *Agent) housekeep(ctx context.Context) {
 		if err := forget(a.journal, a.clock); err != nil {
 			a.log.Warn("the journal cannot be tidied", "error", err)
 		}
-	}
-}
-
-// checkChunks reads every chunk once after the start: Badger cuts a damaged
-// log without a word, and a loss must be known before somebody asks.
-func (a *Agent) checkChunks(ctx context.Context) {
-	for _, v := range a.chunks.Volumes() {
-		a.checkVolume(ctx, v)
-	}
-}
-
-func (a *Agent) checkVolume(ctx context.Context, v *store.Volume) {
-	r, err := v.Check(ctx)
-	switch {
-	case ctx.Err() != nil:
-	case err != nil:
-		a.log.Error("a volume cannot be checked", "volume", v.Dir(), "error", err)
-	default:
-		a.log.Info("volume checked", "volume", v.Dir(), "result", r)
 	}
 }

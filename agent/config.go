@@ -39,6 +39,16 @@ import (
 //	use = ["/mnt/data"]         # these, whatever is on them
 //	never = ["WD-WX11D1234"]    # not these: mount points, names or serial numbers
 //
+//	[scrub]                     # see sync/scrub
+//	days = 21                   # in which every chunk is read and verified
+//	max_bytes_per_second = 33554432 # of one disk
+//
+//	[transfer]                  # see TransferConfig; 0: no limit
+//	max_down_bytes_per_second = 0
+//	max_up_bytes_per_second = 0
+//	monthly_bytes = 0           # in and out; counted over restarts
+//	hours = "22:00-06:00"       # local time; "": the whole day
+//
 //	[board]                     # see board
 //	name = ""                   # instead of what is detected
 //	profiles = "/etc/deimos/boards"
@@ -51,7 +61,7 @@ import (
 //
 //	watchdog = ""               # such as "/dev/watchdog0"; stands above the tables
 //
-// What stands below [jobs] also limits what the fleet's configuration can make
+// What stands below [jobs], [scrub] and [transfer] also limits what the fleet's configuration can make
 // of it; what is missing there leaves it to the fleet.
 type Config struct {
 	Coordinator string         `toml:"coordinator"`
@@ -59,6 +69,8 @@ type Config struct {
 	Volumes     []VolumeConfig `toml:"volume"`
 	Jobs        policy.Policy  `toml:"jobs"`
 	Disks       DisksConfig    `toml:"disks"`
+	Scrub       ScrubConfig    `toml:"scrub"`
+	Transfer    TransferConfig `toml:"transfer"`
 	Board       BoardConfig    `toml:"board"`
 	Sensors     []board.Sensor `toml:"sensor"`
 	Watchdog    string         `toml:"watchdog"`
@@ -142,7 +154,10 @@ func LoadConfig(path string) (Config, error) {
 		}
 		return c, fmt.Errorf("the configuration file %s has keys that mean nothing: %s", path, strings.Join(keys, ", "))
 	}
-	c.owned = ownersJobs(meta.IsDefined, c.Jobs)
+	if err := c.Transfer.check(); err != nil {
+		return c, fmt.Errorf("the configuration file %s: %w", path, err)
+	}
+	c.owned = owners(meta.IsDefined, c)
 	return c, nil
 }
 

@@ -27,6 +27,10 @@ var ErrRestart = errors.New("the agent has to restart")
 // only place where kinds and handlers meet.
 type Route struct {
 	Handle wire.Handler
+	// Refuse tells why an order is refused as soon as it arrives, before it waits for
+	// others; nil for one that is not. It must not block. An order that was begun
+	// before is not refused: its handler knows what became of it. May be nil.
+	Refuse func(o wire.Order) error
 	// AtOnce is how many orders of this kind run together; more wait their turn
 	// (see scheduler). 0 is one, and for kinds of priority 0 any number.
 	AtOnce int
@@ -296,6 +300,12 @@ func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, a
 		go d.end(t, wire.Outcome{}, wire.RejectedBecause(wire.CodeUnknownKind, "this agent does not know orders of kind %q; update it", o.Kind))
 		return
 	}
+	if refuse := d.routes[o.Kind].Refuse; refuse != nil && !again && taken == nil {
+		if err := refuse(o); err != nil {
+			go d.end(t, wire.Outcome{}, err)
+			return
+		}
+	}
 	if o.Kind == wire.KindOrderCancel {
 		// Now, not when its handler runs: the order that it takes back may come
 		// right behind it.
@@ -482,7 +492,7 @@ func (d *dispatcher) terminal(ctx context.Context, order string, out wire.Outcom
 	}
 	if err != nil {
 		p := wire.ProblemOf(err)
-		r = wire.Report{Order: order, State: p.State, Code: p.Code, Reason: p.Reason}
+		r = wire.Report{Order: order, State: p.State, Code: p.Code, Reason: p.Reason, RetrySeconds: p.Seconds()}
 		d.log.Warn("order not done", "order", order, "state", p.State, "code", p.Code, "reason", p.Reason)
 	}
 	return r

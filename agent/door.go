@@ -25,6 +25,8 @@ type door struct {
 	// own is the device's certificate, as it is at the time of each handshake;
 	// nil where the device has none.
 	own func() *tls.Certificate
+	// counted has the bytes of a connection counted; nil: nobody does.
+	counted func(net.Conn) net.Conn
 }
 
 // pinned believes the authority with this fingerprint.
@@ -93,7 +95,7 @@ func (d door) dial(ctx context.Context, network, addr string) (net.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	return handshake(ctx, network, addr, d.config(host))
+	return handshake(ctx, network, addr, d.config(host), d.counted)
 }
 
 // within limits the time of a dial, where whoever calls it does not.
@@ -105,10 +107,13 @@ func within(limit time.Duration, dial func(context.Context, string, string) (net
 	}
 }
 
-func handshake(ctx context.Context, network, addr string, c *tls.Config) (*tls.Conn, error) {
+func handshake(ctx context.Context, network, addr string, c *tls.Config, counted func(net.Conn) net.Conn) (*tls.Conn, error) {
 	raw, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, err
+	}
+	if counted != nil {
+		raw = counted(raw)
 	}
 	conn := tls.Client(raw, c)
 	if err := conn.HandshakeContext(ctx); err != nil {
@@ -142,7 +147,7 @@ func whoServes(ctx context.Context, clock *Clock, addr string) (*x509.Certificat
 			seen = last
 			return d.verify(cs.PeerCertificates, host)
 		},
-	})
+	}, nil)
 	if err != nil {
 		return nil, err
 	}

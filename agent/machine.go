@@ -51,10 +51,11 @@ type machine struct {
 	last   atomic.Pointer[hw.Telemetry]
 	probes sync.Mutex // one probe at a time
 
-	changed chan struct{}         // capacity 1: what the light shows may have
-	noted   *Feeling              // of show, and after it of run alone
-	clock   atomic.Pointer[Clock] // nil until the journal is open
-	once    time.Time             // what an earlier life noted as the latest time for sure
+	changed chan struct{}          // capacity 1: what the light shows may have
+	noted   *Feeling               // of show, and after it of run alone
+	clock   atomic.Pointer[Clock]  // nil until the journal is open
+	scrubs  atomic.Pointer[scrubs] // nil until the volumes are
+	once    time.Time              // what an earlier life noted as the latest time for sure
 	stop    sync.Once
 
 	mu      sync.Mutex // guards the rest

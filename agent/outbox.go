@@ -27,6 +27,8 @@ const (
 var retention = map[wire.Kind]class{
 	wire.KindAudit:         classProof,
 	wire.KindPing:          classProof,
+	wire.KindChunkLosses:   classProof,
+	wire.KindChunkHoldings: classReceipt,
 	wire.KindChunkStore:    classReceipt,
 	wire.KindChunkServe:    classReceipt,
 	wire.KindChunkDrop:     classReceipt,

@@ -25,7 +25,7 @@ import (
 //	built-in default < owner's file < fleet (ConfigApply)
 //
 // but what the owner's file states is a limit for the fleet too: of a number
-// the most, and "false" for good. A value that the fleet wants and cannot have
+// the most (of [scrub] days the least), and "false" for good. A value that the fleet wants and cannot have
 // is refused by itself, with the reason; the owner's or the default is then in
 // force, and the other values are taken.
 //
@@ -52,6 +52,8 @@ type settings struct {
 type inForce struct {
 	beatSeconds int
 	jobs        policy.Policy
+	scrub       ScrubConfig
+	transfer    TransferConfig
 	level       slog.Level
 }
 
@@ -62,6 +64,7 @@ type knob struct {
 	// beyond tells whether want goes further than the owner allows; nil for
 	// what an owner's file cannot state.
 	beyond func(want, owner *inForce) bool
+	least  bool // what the owner allows is the least, not the most
 }
 
 // knobs has an entry for each key of [wire.Settings].
@@ -77,6 +80,16 @@ var knobs = map[string]knob{
 		set:    func(f *inForce, raw json.RawMessage) error { return json.Unmarshal(raw, &f.jobs.Enabled) },
 		beyond: func(want, owner *inForce) bool { return want.jobs.Enabled && !owner.jobs.Enabled },
 	},
+	wire.SettingScrubRate: capped(func(f *inForce) *int64 { return &f.scrub.Rate }),
+	wire.SettingScrubDays: {
+		get:    func(f *inForce) any { return f.scrub.Days },
+		set:    func(f *inForce, raw json.RawMessage) error { return json.Unmarshal(raw, &f.scrub.Days) },
+		beyond: func(want, owner *inForce) bool { return want.scrub.Days < owner.scrub.Days },
+		least:  true,
+	},
+	wire.SettingDownRate: cappedOrNone(wire.MinRate, func(f *inForce) *int64 { return &f.transfer.Down }),
+	wire.SettingUpRate:   cappedOrNone(wire.MinRate, func(f *inForce) *int64 { return &f.transfer.Up }),
+	wire.SettingMonthly:  cappedOrNone(leastMonthly, func(f *inForce) *int64 { return &f.transfer.Monthly }),
 	wire.SettingLogLevel: {
 		get: func(f *inForce) any { return strings.ToLower(f.level.String()) },
 		set: func(f *inForce, raw json.RawMessage) error { return json.Unmarshal(raw, &f.level) },
@@ -92,13 +105,30 @@ func capped[T int | int64 | float64](field func(f *inForce) *T) knob {
 	}
 }
 
+// cappedOrNone is [capped] where 0 is no limit, and any other value at least so
+// much.
+func cappedOrNone(least int64, field func(f *inForce) *int64) knob {
+	k := capped(field)
+	k.set = func(f *inForce, raw json.RawMessage) error {
+		if err := json.Unmarshal(raw, field(f)); err != nil {
+			return err
+		}
+		if v := *field(f); v > 0 && v < least {
+			return fmt.Errorf("it is 0 for no limit, or at least %d, not %d", least, v)
+		}
+		return nil
+	}
+	k.beyond = func(want, owner *inForce) bool { return *field(want) == 0 || *field(want) > *field(owner) }
+	return k
+}
+
 // settingsFile is in the state folder: a [wire.ConfigApply] as JSON.
 const settingsFile = "config.json"
 
 // openSettings reads the document that was in force before, if any, and puts
 // it in force.
 func openSettings(path string, base inForce, owned map[string]bool, apply func(inForce), log *slog.Logger) (*settings, error) {
-	base.jobs = base.jobs.Effective()
+	base.jobs, base.scrub = base.jobs.Effective(), base.scrub.orDefault()
 	s := &settings{path: path, base: base, owned: owned, apply: apply, log: log, changed: make(chan struct{})}
 	raw, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -178,7 +208,11 @@ func (s *settings) weigh(key string, raw json.RawMessage) *wire.Refusal {
 		return &wire.Refusal{Code: wire.CodeBadBody, Reason: fmt.Sprintf("%s cannot be set: %v", key, err)}
 	}
 	if s.owned[key] && k.beyond != nil && k.beyond(&want, &s.base) {
-		return &wire.Refusal{Code: wire.CodePolicy, Reason: fmt.Sprintf("the owner of this device allows no more than %v (%s in its configuration file)", k.get(&s.base), key)}
+		bound := "more"
+		if k.least {
+			bound = "less"
+		}
+		return &wire.Refusal{Code: wire.CodePolicy, Reason: fmt.Sprintf("the owner of this device allows no %s than %v (%s in its configuration file)", bound, k.get(&s.base), key)}
 	}
 	s.now = want
 	return nil
@@ -224,9 +258,10 @@ func (s *settings) mostSlots() int {
 	return max(int(known.Max), s.base.jobs.Slots)
 }
 
-// ownersJobs is which settings of jobs the owner's file states. A number that
-// is not above zero states nothing (see jobs/policy).
-func ownersJobs(defined func(key ...string) bool, p policy.Policy) map[string]bool {
+// owners is which settings the owner's file states. A number that is not above
+// zero states nothing (see jobs/policy).
+func owners(defined func(key ...string) bool, c Config) map[string]bool {
+	p := c.Jobs
 	stated := map[string]bool{
 		wire.SettingJobs:      true,
 		wire.SettingJobSlots:  p.Slots > 0,
@@ -234,6 +269,13 @@ func ownersJobs(defined func(key ...string) bool, p policy.Policy) map[string]bo
 		wire.SettingJobOutput: p.MaxOutput > 0,
 		wire.SettingJobCPU:    p.MaxCPU > 0,
 		wire.SettingJobWall:   p.MaxWall > 0,
+
+		wire.SettingScrubDays: c.Scrub.Days > 0,
+		wire.SettingScrubRate: c.Scrub.Rate > 0,
+
+		wire.SettingDownRate: c.Transfer.Down > 0,
+		wire.SettingUpRate:   c.Transfer.Up > 0,
+		wire.SettingMonthly:  c.Transfer.Monthly > 0,
 	}
 	maps.DeleteFunc(stated, func(key string, sensible bool) bool {
 		return !sensible || !defined(strings.Split(key, ".")...)

@@ -34,7 +34,7 @@ func newDesk(t testing.TB, dir, owner string) *desk {
 		t.Fatal(err)
 	}
 	d := &desk{t: t}
-	base := inForce{beatSeconds: 60, jobs: c.Jobs, level: slog.LevelInfo}
+	base := inForce{beatSeconds: 60, jobs: c.Jobs, scrub: c.Scrub, transfer: c.Transfer, level: slog.LevelInfo}
 	d.settings, err = openSettings(filepath.Join(dir, settingsFile), base, c.owned, func(f inForce) { d.applied = append(d.applied, f) }, discardLog())
 	if err != nil {
 		t.Fatal(err)
@@ -84,6 +84,8 @@ func TestEverySettingCanBeSetAndIsReported(t *testing.T) {
 	values := map[string]string{
 		wire.SettingBeat: "30", wire.SettingJobs: "false", wire.SettingJobSlots: "9", wire.SettingJobMemory: "1073741824",
 		wire.SettingJobOutput: "77", wire.SettingJobCPU: "1.5", wire.SettingJobWall: "86400", wire.SettingLogLevel: `"debug"`,
+		wire.SettingScrubDays: "7.5", wire.SettingScrubRate: "1048576",
+		wire.SettingDownRate: "20000", wire.SettingUpRate: "30000", wire.SettingMonthly: "1073741824",
 	}
 	if len(values) != len(wire.Settings()) || len(knobs) != len(values) {
 		t.Fatalf("%d settings, %d knobs, %d tested", len(wire.Settings()), len(knobs), len(values))
@@ -95,7 +97,7 @@ func TestEverySettingCanBeSetAndIsReported(t *testing.T) {
 	if len(r.Refused) != 0 {
 		t.Errorf("refused: %v", r.Refused)
 	}
-	want := inForce{30, policy.Policy{Enabled: false, Slots: 9, MaxMemory: 1 << 30, MaxOutput: 77, MaxCPU: 1.5, MaxWall: 86400}, slog.LevelDebug}
+	want := inForce{30, policy.Policy{Enabled: false, Slots: 9, MaxMemory: 1 << 30, MaxOutput: 77, MaxCPU: 1.5, MaxWall: 86400}, ScrubConfig{Days: 7.5, Rate: 1 << 20}, TransferConfig{Down: 20000, Up: 30000, Monthly: 1 << 30}, slog.LevelDebug}
 	if d.inForce() != want {
 		t.Errorf("in force %+v, want %+v", d.inForce(), want)
 	}
@@ -256,5 +258,21 @@ func TestTheLogLevelChangesForLoggersThatThereAre(t *testing.T) {
 	child.Warn("not told")
 	if got := out.String(); !strings.Contains(got, "told now") || strings.Contains(got, "not told") {
 		t.Errorf("logged %q", got)
+	}
+}
+
+// An owner who wants the disk read no more than so often, nor faster.
+func TestTheFleetScrubsNoMoreThanTheOwnerAllows(t *testing.T) {
+	d := newDesk(t, t.TempDir(), "[scrub]\ndays = 30\nmax_bytes_per_second = 1000000\n")
+	r := d.mustOrder(1, map[string]string{wire.SettingScrubDays: "20", wire.SettingScrubRate: "2000000"})
+	if len(r.Refused) != 2 || !strings.Contains(r.Refused[wire.SettingScrubDays].Reason, "no less than 30") {
+		t.Errorf("refused: %v", r.Refused)
+	}
+	if f := d.inForce(); f.scrub != (ScrubConfig{Days: 30, Rate: 1000000}) {
+		t.Errorf("in force: %+v", f.scrub)
+	}
+	r = d.mustOrder(2, map[string]string{wire.SettingScrubDays: "40", wire.SettingScrubRate: "500000"})
+	if f := d.inForce(); len(r.Refused) != 0 || f.scrub != (ScrubConfig{Days: 40, Rate: 500000}) {
+		t.Errorf("in force: %+v, refused: %v", f.scrub, r.Refused)
 	}
 }

@@ -41,6 +41,8 @@ type Feeling struct {
 	Online   bool           `json:"online"`
 	Light    panel.State    `json:"light"` // what the light shows, if there is one
 	Warnings []wire.Warning `json:"warnings"`
+	// Scrubs is how far the volumes' were at At. It does not have the rest noted.
+	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
 }
 
 const statusFile = "status.json"
@@ -59,6 +61,9 @@ func (m *machine) saveStatus(ended bool) error {
 	if sure := m.sure(); !sure.IsZero() {
 		sure = sure.UTC().Truncate(time.Second)
 		out.Sure = &sure
+	}
+	if s := m.scrubs.Load(); s != nil {
+		out.Scrubs = s.Progress()
 	}
 	raw, err := json.MarshalIndent(out, "", "  ")
 	if err != nil {

@@ -129,6 +129,7 @@ func (c Config) diskOptions(b board.Board) disk.Options {
 // volumes is the device's places for chunks, as they are now.
 type volumes struct {
 	tests *disk.Record
+	seen  *seen
 	left  []*unopened // of reopen alone, once the agent lives
 
 	mu             sync.Mutex
@@ -182,13 +183,17 @@ func (a *Agent) openVolumes(ctx context.Context) (err error) {
 	if err := a.noteChosen(a.hw.places); err != nil {
 		return err
 	}
+	if a.places.seen, err = openSeen(a.cfg.path(seenFile)); err != nil {
+		return err
+	}
 	a.chunks = store.NewSet()
 	for _, v := range a.hw.places {
 		a.open(ctx, &unopened{place: v})
 	}
 	if len(a.places.left) > 0 {
-		a.log.Error("a volume is not available; its chunks count as lost until it is, and it is tried again", "volumes", len(a.places.left))
+		a.log.Error("a volume is not available; its chunks cannot be reached until it is, and it is tried again", "volumes", len(a.places.left))
 	}
+	a.noteSeen()
 	a.measure()
 	return nil
 }
@@ -220,7 +225,6 @@ func (a *Agent) openRest(ctx context.Context) {
 			a.log.Info("a volume is available again", "volume", u.Dir)
 			a.hw.health.Clear(health.DiskRefused, u.Dir)
 			a.hw.health.Clear(health.VolumeFailed, u.Dir)
-			go a.checkVolume(ctx, vol)
 		}
 	}
 }
@@ -249,6 +253,7 @@ func (a *Agent) adopt(vol *store.Volume) bool {
 		return false
 	}
 	a.chunks.Add(vol)
+	a.noteSeen()
 	return true
 }
 
@@ -323,9 +328,13 @@ func (a *Agent) feel() {
 
 // feelVolumes does so of the volumes, and learns how much room there is.
 func (a *Agent) feelVolumes() {
+	lost := 0
 	for _, s := range a.measure() {
+		lost += s.Lost
 		a.hw.health.Is(health.VolumeFailed, s.Dir, s.ReadOnly != "", s.ReadOnly)
 	}
+	a.noteSeen()
+	a.feelLosses(lost, a.data.Losses)
 }
 
 // measure asks each volume for its figures. One whose disk hangs is left out, and

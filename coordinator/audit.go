@@ -5,18 +5,22 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math"
 	"math/big"
 	mrand "math/rand/v2"
 	"net/http"
 	"slices"
+	"strconv"
+	"strings"
+	"sync"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/oklog/ulid/v2"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -25,16 +29,85 @@ import (
 )
 
 // audits challenges devices: for bytes that they should hold, and for jobs
-// whose answer is known.
+// whose answer is known. Nobody has to ask for it (rounds); what follows from the
+// answers is a score, and what proves a bad one is kept.
+//
+// # Records
+//
+// A challenge that is under way is in challenges, from before its device can know
+// of it until all that follows from its outcome is on record. What counts against
+// a device, or was asked for by an operator, is kept in rows for a year, what went
+// well by itself in routine for a week: of a large fleet that would be millions.
+// Both are out of memory, but for what lists need of the newest.
+//
+// The end of a challenge is written in this order: evidence, record, score, what it
+// cost into the record, out of challenges. Each step can be done again, so who
+// finds a challenge with a record and none waiting for it (sweep) goes on from
+// there, and one without a record is void and costs nothing.
 type audits struct {
-	rows    *table[api.Audit]
+	challenges *table[api.Audit] // by id
+	rows       *table[api.Audit] // by device and id, see auditKey
+	routine    *table[api.Audit] // the same
+	scores     *table[score]
+	receipts   *table[receiptRow]
+	evidence   jetstream.ObjectStore
+	newest     newestAudits
+
 	storage *storage
 	compute *compute
 	outbox  *outbox
 	staging *staging
+	rounds  *rounds
 	// answer runs a module here. It is nil where no engine is linked in.
 	answer Compute
 	limit  time.Duration // for one challenge, its answer included
+}
+
+func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {
+	a := &audits{storage: s, outbox: o, answer: answer, limit: callLimit, newest: newNewestAudits(maxNewestAudits)}
+	a.rounds = newRounds(a, plan, log)
+	return a
+}
+
+// open opens the buckets.
+func (a *audits) open(ctx context.Context, c *Coordinator) (err error) {
+	kept := func(d time.Duration) func(*jetstream.KeyValueConfig) {
+		return func(k *jetstream.KeyValueConfig) { k.TTL = d }
+	}
+	none := keeping(func(api.Audit) bool { return false })
+	for _, t := range []struct {
+		name string
+		life time.Duration
+		into **table[api.Audit]
+		more []tableOption[api.Audit]
+	}{{"challenges", challengeKept, &a.challenges, nil}, {"audits", auditKept, &a.rows, []tableOption[api.Audit]{none}}, {"audited", routineKept, &a.routine, []tableOption[api.Audit]{none}}} {
+		kv, err := c.openKV(ctx, t.name, kept(t.life))
+		if err != nil {
+			return err
+		}
+		if *t.into, err = openTable(ctx, kv, "challenge", a.newest.track, append(t.more, loggingTo[api.Audit](c.log))...); err != nil {
+			return err
+		}
+		c.closers = append(c.closers, (*t.into).close)
+	}
+	if err := bucket(ctx, c, "scores", &a.scores, nil); err != nil {
+		return err
+	}
+	if err := bucket(ctx, c, "rounds", &a.rounds.turns, nil); err != nil {
+		return err
+	}
+	kv, err := c.openKV(ctx, "receipts")
+	if err != nil {
+		return err
+	}
+	if a.receipts, err = openTable(ctx, kv, "receipt", nil, keeping(func(receiptRow) bool { return false }), loggingTo[receiptRow](c.log)); err != nil {
+		return err
+	}
+	c.closers = append(c.closers, a.receipts.close)
+	step, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	a.evidence, err = c.eng.Objects(step, "evidence", func(o *jetstream.ObjectStoreConfig) { o.TTL = auditKept })
+	return err
 }
 
 // Compute runs a module over an input and returns its standard output; the
@@ -47,6 +120,10 @@ const (
 	// 1 - 0.9^44 = 0.9903.
 	defaultLeaves = 44
 	maxLeaves     = 512
+	// challengeKept bounds how long a coordinator may be down for what was under
+	// way to be void on record; after that it is nothing at all.
+	challengeKept = 24 * time.Hour
+	routineKept   = 7 * 24 * time.Hour
 )
 
 // run makes one challenge and waits for its outcome, which is kept.
@@ -82,22 +159,28 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return api.Audit{}, err
 	}
+	return a.challenge(ctx, held, items, api.Audit{Device: r.Device})
+}
+
+// challenge asks a device for leaves of what it should hold.
+func (a *audits) challenge(ctx context.Context, held []api.Chunk, items []wire.AuditItem, rec api.Audit) (api.Audit, error) {
 	nonce := make([]byte, 16)
 	rand.Read(nonce)
 	body := wire.Audit{Items: items, Nonce: hex.EncodeToString(nonce), Deadline: a.outbox.now().UTC().Add(auditLife)}
-	rec := api.Audit{Kind: api.StorageAudit, Device: r.Device, Leaves: n}
+	rec.Kind, rec.Leaves = api.StorageAudit, len(items)
 	for _, it := range items {
 		if !slices.Contains(rec.Chunks, it.Chunk) {
 			rec.Chunks = append(rec.Chunks, it.Chunk)
 		}
 	}
-	claim := a.storage.claims(r.Device, rec.Chunks)
+	claim := a.storage.claims(rec.Device, rec.Chunks)
 	// On record before the device can know of it: what is cut off is void, and
 	// not forgotten.
-	if rec, err = a.begin(ctx, rec); err != nil {
+	rec, err := a.begin(ctx, rec)
+	if err != nil {
 		return rec, err
 	}
-	order, err := a.outbox.submit(ctx, r.Device, wire.KindAudit, body, auditLife)
+	order, err := a.outbox.submit(ctx, rec.Device, wire.KindAudit, body, auditLife)
 	if err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
@@ -106,25 +189,50 @@ func (a *audits) runStorage(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return a.unanswered(ctx, rec, err)
 	}
-	sizes := make(map[string]int64, len(held))
+	sizes := make(map[string]int64, len(rec.Chunks))
 	for _, c := range held {
-		sizes[c.ID] = c.Size
+		if slices.Contains(rec.Chunks, c.ID) {
+			sizes[c.ID] = c.Size
+		}
 	}
-	if err := a.judgeStorage(ctx, &rec, body, sizes, claim, v); err != nil {
-		return a.unjudged(ctx, rec, err)
-	}
-	if err := a.storage.lost(ctx, r.Device, slices.Concat(rec.Lost, rec.Wrong)); err != nil {
-		return rec, err
-	}
-	return a.settle(ctx, rec, v)
+	return a.judged(ctx, rec, v, sizes, func(ans response) verdict {
+		return judgeStorage(body, sizes, ans, a.storage.released(rec.Device, claim))
+	})
 }
 
-// settle keeps an outcome, and then forgets the leaves that it was judged from.
-// What proves a lie, and what may be a customer's job, stays for as long as the
-// staging area keeps things.
+// judged ends a challenge that has an end of its order.
+func (a *audits) judged(ctx context.Context, rec api.Audit, v OrderRecord, sizes map[string]int64, judge func(response) verdict) (api.Audit, error) {
+	rec.Report, rec.Bytes = v.Report, int64(len(v.Envelope)+len(v.Report))
+	if isStaged(v.Result) {
+		rec.Bytes += v.Result.Attachment.Size
+	}
+	if v.State == wire.TimedOut && v.Result.Code == codeNoAnswer {
+		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		return a.settle(ctx, rec, v)
+	}
+	ans, err := a.answerOf(ctx, v)
+	if err != nil {
+		return a.unjudged(ctx, rec, err)
+	}
+	got := judge(ans)
+	rec.Outcome, rec.Reason, rec.Right, rec.Lost, rec.Wrong, rec.Got = got.Outcome, got.Reason, got.Right, got.Lost, got.Wrong, got.Got
+	if rec.Outcome == api.AuditWrong || rec.Outcome == api.AuditLost {
+		if rec.Evidence, err = a.keepEvidence(ctx, rec, v, sizes); err != nil {
+			return a.unjudged(ctx, rec, err)
+		}
+	}
+	if rec, err = a.settle(ctx, rec, v); err != nil {
+		return rec, err
+	}
+	return rec, a.storage.lost(ctx, rec.Device, slices.Concat(rec.Lost, rec.Wrong))
+}
+
+// settle keeps an outcome, and then forgets the leaves that it was judged from:
+// where they prove something, the evidence has them. What may be a customer's job
+// stays for as long as the staging area keeps things.
 func (a *audits) settle(ctx context.Context, rec api.Audit, v OrderRecord) (api.Audit, error) {
-	rec, err := a.save(ctx, rec)
-	if err != nil || rec.Outcome == api.AuditWrong || rec.Kind != api.StorageAudit || !isStaged(v.Result) {
+	rec, err := a.conclude(ctx, rec)
+	if err != nil || rec.Kind != api.StorageAudit || !isStaged(v.Result) {
 		return rec, err
 	}
 	if err := a.staging.drop(ctx, attachmentName(rec.Order)); err != nil {
@@ -139,13 +247,14 @@ func (a *audits) unanswered(ctx context.Context, rec api.Audit, err error) (api.
 		return rec, err // the coordinator is being stopped; see void
 	}
 	rec.Outcome, rec.Reason = api.AuditUnreachable, "the device did not answer in time"
-	return a.save(context.WithoutCancel(ctx), rec)
+	return a.conclude(context.WithoutCancel(ctx), rec)
 }
 
 // unjudged ends a challenge that failed on our side: no device pays for that.
 func (a *audits) unjudged(ctx context.Context, rec api.Audit, cause error) (api.Audit, error) {
 	rec.Outcome, rec.Reason = api.AuditVoid, fmt.Sprintf("the coordinator could not judge the answer: %v", cause)
-	_, err := a.save(context.WithoutCancel(ctx), rec)
+	rec.Lost, rec.Wrong, rec.Evidence = nil, nil, false
+	_, err := a.conclude(context.WithoutCancel(ctx), rec)
 	return rec, errors.Join(cause, err)
 }
 
@@ -179,90 +288,6 @@ func leafAt(held []api.Chunk, at int64) wire.AuditItem {
 		at -= c.Size
 	}
 	panic("coordinator: a byte beyond all that is held") // at is drawn below the sum of sizes
-}
-
-// judgeStorage settles a storage challenge from the signed answer, with nothing
-// but each chunk's root and size.
-func (a *audits) judgeStorage(ctx context.Context, rec *api.Audit, asked wire.Audit, sizes map[string]int64, claim claims, v OrderRecord) error {
-	rec.Report = v.Report
-	if v.State != wire.Succeeded {
-		noProof(rec, v)
-		return nil
-	}
-	wrong := func(format string, args ...any) {
-		rec.Outcome, rec.Reason = api.AuditWrong, fmt.Sprintf(format, args...)
-	}
-	var ans wire.AuditAnswer
-	if err := json.Unmarshal(v.Result.Body, &ans); err != nil || ans.Nonce != asked.Nonce {
-		wrong("the answer is not to this challenge")
-		return nil
-	}
-	raw, err := attachmentOf(ctx, a.staging, v.Result)
-	var refused *refusal
-	if errors.As(err, &refused) {
-		wrong("%s", refused.Reason)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var leaves []wire.AuditLeaf
-	if err := json.Unmarshal(raw, &leaves); err != nil || len(leaves) != len(asked.Items) {
-		wrong("the answer has not one leaf for each that was asked for")
-		return nil
-	}
-	judgeLeaves(rec, asked.Items, leaves, sizes, a.storage.released(rec.Device, claim))
-	return nil
-}
-
-// noProof settles a challenge whose order did not succeed: what the device has
-// signed is a refusal, what the outbox gave up on is silence.
-func noProof(rec *api.Audit, v OrderRecord) {
-	rec.Outcome, rec.Reason = api.AuditRefused, v.Result.Reason
-	if v.State == wire.TimedOut && v.Result.Code == codeNoAnswer {
-		rec.Outcome = api.AuditUnreachable
-	}
-}
-
-// judgeLeaves counts leaves. Chunks that the device was released from meanwhile
-// count for nothing, whether it has dropped them by then or not; a leaf that is
-// made up is a lie about those too.
-func judgeLeaves(rec *api.Audit, asked []wire.AuditItem, leaves []wire.AuditLeaf, sizes map[string]int64, released map[string]bool) {
-	note := func(list *[]string, id string) {
-		if !slices.Contains(*list, id) {
-			*list = append(*list, id)
-		}
-	}
-	for i, l := range leaves {
-		it := asked[i]
-		id, err := chunk.ParseID(it.Chunk)
-		if err == nil && l.Lost {
-			if !released[it.Chunk] {
-				note(&rec.Lost, it.Chunk)
-			}
-			continue
-		}
-		if err == nil {
-			err = chunk.VerifyLeaf(id, sizes[it.Chunk], it.Leaf, l.Data, l.Path)
-		}
-		if err != nil {
-			note(&rec.Wrong, it.Chunk)
-			continue
-		}
-		if !released[it.Chunk] {
-			rec.Right++
-		}
-	}
-	switch {
-	case len(rec.Wrong) > 0:
-		rec.Outcome, rec.Reason = api.AuditWrong, fmt.Sprintf("leaves of %d chunks do not verify", len(rec.Wrong))
-	case len(rec.Lost) > 0:
-		rec.Outcome, rec.Reason = api.AuditLost, fmt.Sprintf("the device says that it has lost %d chunks", len(rec.Lost))
-	case rec.Right == 0:
-		rec.Outcome, rec.Reason = api.AuditVoid, releasedReason
-	default:
-		rec.Outcome = api.AuditRight
-	}
 }
 
 const releasedReason = "what the device was asked about was removed from it meanwhile; ask again"
@@ -308,50 +333,29 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return a.unanswered(ctx, rec, err)
 	}
-	rec.Report = v.Report
-	if err := a.judgeCompute(ctx, &rec, claim, v); err != nil {
+	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
+	if err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
-	if err := a.storage.lost(ctx, r.Device, rec.Lost); err != nil {
-		return rec, err
+	return a.judged(ctx, rec, v, a.sizesOf(rec), func(ans response) verdict {
+		return judgeCompute(asked, rec.Expected, ans, len(a.storage.released(rec.Device, claim)) > 0)
+	})
+}
+
+// sizesOf is how large the chunks of a challenge are.
+func (a *audits) sizesOf(rec api.Audit) map[string]int64 {
+	out := make(map[string]int64, len(rec.Chunks))
+	for _, id := range rec.Chunks {
+		if c, ok := a.storage.chunks.get(id); ok {
+			out[id] = c.Size
+		}
 	}
-	return a.settle(ctx, rec, v)
+	return out
 }
 
 func commitment(salt, outputSum []byte) string {
 	sum := sha256.Sum256(slices.Concat(salt, outputSum))
 	return hex.EncodeToString(sum[:])
-}
-
-// judgeCompute settles a compute challenge. Its error is the coordinator's own.
-func (a *audits) judgeCompute(ctx context.Context, rec *api.Audit, claim claims, v OrderRecord) error {
-	if v.State != wire.Succeeded {
-		noProof(rec, v)
-		// The input is the one chunk that the device may confess to have lost.
-		if c := v.Result.Code; rec.Outcome == api.AuditRefused && (c == wire.CodeLost || c == wire.CodeNotFound) {
-			rec.Outcome, rec.Lost = api.AuditLost, rec.Chunks
-			if len(a.storage.released(rec.Device, claim)) > 0 {
-				rec.Outcome, rec.Reason, rec.Lost = api.AuditVoid, releasedReason, nil
-			}
-		}
-		return nil
-	}
-	j, err := a.compute.collect(ctx, v)
-	var refused *refusal
-	switch {
-	case errors.As(err, &refused):
-		rec.Outcome, rec.Reason = api.AuditWrong, refused.Reason
-		return nil
-	case err != nil:
-		return err
-	}
-	rec.Got = j.Result.Output
-	if subtle.ConstantTimeCompare([]byte(rec.Got), []byte(rec.Expected)) == 1 {
-		rec.Outcome = api.AuditRight
-		return nil
-	}
-	rec.Outcome, rec.Reason = api.AuditWrong, "the device signed another result than the job has"
-	return nil
 }
 
 // knownInput picks a chunk that d holds and somebody else can give us.
@@ -378,30 +382,79 @@ func (a *audits) knownInput(ctx context.Context, d wire.DeviceID) (string, []byt
 // begin keeps a challenge that is about to be sent.
 func (a *audits) begin(ctx context.Context, rec api.Audit) (api.Audit, error) {
 	rec.ID, rec.At, rec.Outcome = ulid.Make().String(), a.outbox.now().UTC(), api.AuditPending
-	return a.save(ctx, rec)
+	return a.put(ctx, a.challenges, rec.ID, rec)
 }
 
-func (a *audits) save(ctx context.Context, rec api.Audit) (api.Audit, error) {
-	return a.rows.change(ctx, rec.ID, func(v *api.Audit, _ bool) error {
+func (a *audits) put(ctx context.Context, t *table[api.Audit], key string, rec api.Audit) (api.Audit, error) {
+	return t.change(ctx, key, func(v *api.Audit, _ bool) error {
 		*v = rec
 		return nil
 	})
 }
 
-// void ends challenges begun before a time that nobody waits for any more: the
-// coordinator was stopped before their answer was judged. They count for nothing.
+// auditKey has the device first, so that a device's are found together.
+func auditKey(rec api.Audit) string { return string(rec.Device) + "." + rec.ID }
+
+// home is where a challenge that has ended is kept.
+func (a *audits) home(rec api.Audit) *table[api.Audit] {
+	if rec.Routine && (rec.Outcome == api.AuditRight || rec.Outcome == api.AuditVoid) {
+		return a.routine
+	}
+	return a.rows
+}
+
+// conclude writes the end of a challenge, whose evidence is kept.
+func (a *audits) conclude(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	if a.home(rec) == a.routine {
+		rec.Report, rec.Chunks = nil, nil // the order has them, for longer than this is kept
+	}
+	rec, err := a.put(ctx, a.home(rec), auditKey(rec), rec)
+	if err != nil {
+		return rec, err
+	}
+	return a.finish(ctx, rec)
+}
+
+// finish is the rest of conclude, for a challenge that has a record.
+func (a *audits) finish(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	if rec.Outcome != api.AuditVoid {
+		p, err := a.count(ctx, rec)
+		if err != nil {
+			return rec, err
+		}
+		if p != nil {
+			a.storage.log.Warn("a device's score has fallen", "device", rec.Device, "figure", p.Figure, "cause", p.Cause, "from", two(p.Before), "to", two(p.After), "challenge", rec.ID)
+			rec.Penalty = p
+			if rec, err = a.put(ctx, a.home(rec), auditKey(rec), rec); err != nil {
+				return rec, err
+			}
+		}
+	}
+	err := a.challenges.remove(ctx, rec.ID, func(api.Audit) bool { return true })
+	if errors.Is(err, errNotFound) {
+		err = nil
+	}
+	return rec, err
+}
+
+func two(v float64) float64 { return math.Round(v*100) / 100 }
+
+// void ends challenges begun before a time that nobody waits for any more. Where
+// a coordinator was stopped before it judged, they count for nothing; where it was
+// stopped after, what was left to do is done.
 func (a *audits) void(ctx context.Context, before time.Time) error {
-	for _, rec := range a.list() {
-		if rec.Outcome != api.AuditPending || rec.At.After(before) {
+	for _, rec := range a.challenges.all(func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) }) {
+		if rec.At.After(before) {
 			continue
 		}
-		_, err := a.rows.change(ctx, rec.ID, func(v *api.Audit, exists bool) error {
-			if !exists || v.Outcome != api.AuditPending {
-				return errUnchanged
-			}
-			v.Outcome, v.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
-			return nil
-		})
+		ended, err := a.ended(ctx, rec)
+		switch {
+		case err == nil:
+			_, err = a.finish(ctx, ended)
+		case errors.Is(err, errNotFound):
+			rec.Outcome, rec.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
+			_, err = a.conclude(ctx, rec)
+		}
 		if err != nil {
 			return err
 		}
@@ -409,10 +462,21 @@ func (a *audits) void(ctx context.Context, before time.Time) error {
 	return nil
 }
 
-// sweep voids what another coordinator of the fleet left behind, until ctx ends.
+// ended is the record of a challenge's end; errNotFound if there is none.
+func (a *audits) ended(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	v, err := a.rows.find(ctx, auditKey(rec))
+	if errors.Is(err, errNotFound) {
+		v, err = a.routine.find(ctx, auditKey(rec))
+	}
+	return v, err
+}
+
+// sweep sees to what another coordinator of the fleet left behind, and to
+// receipts, until ctx ends.
 func (a *audits) sweep(ctx context.Context, log *slog.Logger) {
-	t := time.NewTicker(voidSweep)
+	t, receipts := time.NewTicker(voidSweep), time.NewTicker(receiptSweep)
 	defer t.Stop()
+	defer receipts.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -421,11 +485,223 @@ func (a *audits) sweep(ctx context.Context, log *slog.Logger) {
 			if err := a.void(ctx, a.outbox.now().Add(-2*a.limit)); err != nil && ctx.Err() == nil {
 				log.Warn("challenges that were given up stay pending", "error", err)
 			}
+		case <-receipts.C:
+			if err := a.saveReceipts(ctx); err != nil && ctx.Err() == nil {
+				log.Warn("receipts could not all be kept beyond their orders; it will be tried again", "error", err)
+			}
 		}
 	}
 }
 
-// list is every challenge, oldest first.
-func (a *audits) list() []api.Audit {
-	return a.rows.all(func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) })
+// maxNewestAudits is how many challenges a list of all devices looks through:
+// some 6 MB.
+const maxNewestAudits = 20_000
+
+// newestAudits is the newest challenges in short.
+type newestAudits struct {
+	most int
+
+	mu   sync.Mutex
+	rows map[string]api.AuditSummary // by id
+	cut  bool                        // there were more
+}
+
+func newNewestAudits(most int) newestAudits {
+	return newestAudits{most: most, rows: make(map[string]api.AuditSummary)}
+}
+
+// track is the onEach of all tables of challenges. One that has a record is told
+// of by that, and no more by its begin.
+func (n *newestAudits) track(key string, rec api.Audit, gone bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	_, id, settled := strings.Cut(key, ".")
+	if !settled {
+		id = key
+	}
+	old, known := n.rows[id]
+	switch {
+	case !settled && known && old.Outcome != api.AuditPending:
+	case gone:
+		delete(n.rows, id)
+	default:
+		v := rec.Summary()
+		v.Reason = cutText(v.Reason, 160)
+		if n.rows[id] = v; len(n.rows) > n.most+n.most/4 {
+			n.shrink()
+		}
+	}
+}
+
+// shrink forgets the oldest. n.mu is held.
+func (n *newestAudits) shrink() {
+	n.cut = true
+	ids := slices.Sorted(maps.Keys(n.rows))
+	for _, id := range ids[:len(ids)-n.most] {
+		delete(n.rows, id)
+	}
+}
+
+// list is the newest that fit, the newest first. A record may have been forgotten
+// since; nobody tells of that.
+func (n *newestAudits) list(fits func(api.AuditSummary) bool) (out []api.AuditSummary, cut bool) {
+	n.mu.Lock()
+	for _, v := range n.rows {
+		if fits(v) {
+			out = append(out, v)
+		}
+	}
+	cut = n.cut
+	n.mu.Unlock()
+	slices.SortFunc(out, func(a, b api.AuditSummary) int { return cmp.Compare(b.ID, a.ID) })
+	return out, cut
+}
+
+// list is the challenges that a query means.
+func (a *audits) list(ctx context.Context, q api.AuditQuery) (api.AuditList, error) {
+	old := a.outbox.now().Add(-routineKept)
+	fits := func(v api.AuditSummary) bool {
+		gone := v.Routine && (v.Outcome == api.AuditRight || v.Outcome == api.AuditVoid) && v.At.Before(old)
+		return !gone && (q.Device == "" || v.Device == q.Device) && (q.Outcome == "" || v.Outcome == q.Outcome) && (q.Before == "" || v.ID < q.Before)
+	}
+	found, cut := a.newest.list(fits)
+	if cut && q.Device != "" && len(found) <= q.Limit {
+		var err error
+		if found, err = a.listOf(ctx, q, fits); err != nil {
+			return api.AuditList{}, err
+		}
+		cut = false
+	}
+	out := api.AuditList{Audits: found[:min(q.Limit, len(found))]}
+	if out.Audits == nil {
+		out.Audits = []api.AuditSummary{}
+	}
+	switch {
+	case len(found) > q.Limit:
+		out.Next = found[q.Limit-1].ID
+		out.Cut = fmt.Sprintf("these are the newest %d; ask for more with a higher limit, or for a device or an outcome", q.Limit)
+	case cut:
+		out.Cut = fmt.Sprintf("only the newest %d challenges are looked through; name one device to see all of its own", maxNewestAudits)
+	}
+	return out, nil
+}
+
+// listOf looks through all that is kept of one device's challenges, up to one more
+// than asked for.
+func (a *audits) listOf(ctx context.Context, q api.AuditQuery, fits func(api.AuditSummary) bool) (out []api.AuditSummary, err error) {
+	at := make(map[string]*table[api.Audit])
+	for _, t := range []*table[api.Audit]{a.rows, a.routine} {
+		keys, err := t.keys(ctx, string(q.Device)+".>")
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range keys {
+			at[k] = t
+		}
+	}
+	keys := slices.Sorted(maps.Keys(at))
+	for _, k := range slices.Backward(keys) {
+		rec, err := at[k].find(ctx, k)
+		if errors.Is(err, errNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if v := rec.Summary(); fits(v) {
+			if out = append(out, v); len(out) > q.Limit {
+				break
+			}
+		}
+	}
+	return out, nil
+}
+
+// find is one challenge.
+func (a *audits) find(ctx context.Context, id string) (api.Audit, error) {
+	none := refuse(http.StatusNotFound, wire.CodeNotFound, "there is no challenge %s; \"deimos audit ls\" shows the newest", id)
+	if _, err := ulid.ParseStrict(id); err != nil {
+		return api.Audit{}, none
+	}
+	for _, t := range []*table[api.Audit]{a.rows, a.routine} {
+		keys, err := t.keys(ctx, "*."+id)
+		if err != nil {
+			return api.Audit{}, err
+		}
+		for _, k := range keys {
+			if rec, err := t.find(ctx, k); !errors.Is(err, errNotFound) {
+				return rec, err
+			}
+		}
+	}
+	if rec, ok := a.challenges.get(id); ok {
+		return rec, nil
+	}
+	return api.Audit{}, none
+}
+
+func (c *Coordinator) auditRoutes() []route {
+	var outcomes []string
+	for _, o := range api.AuditOutcomes {
+		outcomes = append(outcomes, string(o))
+	}
+	return []route{
+		{method: "POST", path: v1 + "/audits", needs: toOperate, summary: "Challenge a device", in: api.AuditRequest{}, out: api.Audit{},
+			handle: answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
+				// A challenge that has begun is judged, whoever asked for it has left or not.
+				ctx, cancel := c.outlive(r.Context())
+				defer cancel()
+				return c.audits.run(ctx, q)
+			})},
+		{method: "GET", path: v1 + "/audits", needs: toRead, summary: "List the challenges", out: api.AuditList{},
+			query: []param{{"device", "of this device", ""}, {"outcome", "with this outcome: " + strings.Join(outcomes, ", "), ""}, {"before", "older than the one with this id", ""},
+				{"limit", fmt.Sprintf("how many; default %d, at most %d", api.DefaultAudits, api.MaxAudits), 0}}, handle: c.listAudits},
+		{method: "GET", path: v1 + "/audits/{id}", needs: toRead, summary: "One challenge, and what it cost", out: api.Audit{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			v, err := c.audits.find(r.Context(), r.PathValue("id"))
+			if err == nil {
+				writeJSON(w, http.StatusOK, v)
+			}
+			return err
+		}},
+		{method: "GET", path: v1 + "/audits/{id}/evidence", needs: toRead, summary: "All that is needed to judge a challenge again", out: api.Evidence{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			raw, err := c.audits.readEvidence(r.Context(), r.PathValue("id"))
+			if err == nil {
+				w.Header().Set("Content-Type", "application/json")
+				_, _ = w.Write(raw) // who asked has left
+			}
+			return err
+		}},
+	}
+}
+
+func (c *Coordinator) listAudits(w http.ResponseWriter, r *http.Request) error {
+	v := r.URL.Query()
+	bad := func(format string, args ...any) error {
+		return refuse(http.StatusBadRequest, "bad_query", format, args...)
+	}
+	q := api.AuditQuery{Device: wire.DeviceID(v.Get("device")), Outcome: api.AuditOutcome(v.Get("outcome")), Before: v.Get("before"), Limit: api.DefaultAudits}
+	if q.Outcome != "" && !slices.Contains(api.AuditOutcomes, q.Outcome) {
+		return bad("%q is no outcome of a challenge; they are %v", q.Outcome, api.AuditOutcomes)
+	}
+	if q.Device != "" {
+		if _, err := c.reg.device(q.Device); err != nil {
+			return err
+		}
+	}
+	if q.Before != "" {
+		if _, err := ulid.ParseStrict(q.Before); err != nil {
+			return bad("before is the id of a challenge, not %q", q.Before)
+		}
+	}
+	if s := v.Get("limit"); s != "" {
+		var err error
+		if q.Limit, err = strconv.Atoi(s); err != nil || q.Limit < 1 || q.Limit > api.MaxAudits {
+			return bad("limit is a number from 1 to %d, not %q", api.MaxAudits, s)
+		}
+	}
+	list, err := c.audits.list(r.Context(), q)
+	if err == nil {
+		writeJSON(w, http.StatusOK, list)
+	}
+	return err
 }

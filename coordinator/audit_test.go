@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -39,7 +40,6 @@ func (w *world) someChunks(t testing.TB) (chunks []string) {
 func TestStorageChallenges(t *testing.T) {
 	w := aWorld(t)
 	type leaves = []wire.AuditLeaf
-	d, _, chunks := auditScene(t, w)
 	// each bends the answer of an honest device
 	for name, c := range map[string]struct {
 		bend func(d *device, a *wire.AuditAnswer, l leaves) leaves
@@ -94,7 +94,7 @@ func TestStorageChallenges(t *testing.T) {
 		}, api.AuditWrong},
 	} {
 		t.Run(name, func(t *testing.T) {
-			chunks = append(chunks, w.someChunks(t)...) // the last case may have cost it some
+			d, _, chunks := auditScene(t, w) // who has lied gets nothing any more
 			before := map[string]bool{}
 			for _, id := range chunks {
 				before[id] = slices.Contains(holders(w.chunkRecord(t, id).Holders), d.id)
@@ -124,9 +124,12 @@ func TestStorageChallenges(t *testing.T) {
 					t.Errorf("chunk %s: holder %v, wrong %v", id, isHolder, a.Wrong)
 				}
 			}
-			list, err := w.op.Audits(testContext(t))
-			if err != nil || !slices.ContainsFunc(list, func(x api.Audit) bool { return x.ID == a.ID && x.Outcome == c.want }) {
-				t.Errorf("it is not on record: %v", err)
+			if kept, err := w.op.AuditByID(testContext(t), a.ID); err != nil || !reflect.DeepEqual(kept, a) {
+				t.Errorf("it is on record as %+v, %v; want %+v", kept, err, a)
+			}
+			list, err := w.op.Audits(testContext(t), api.AuditQuery{Device: d.id, Outcome: c.want, Limit: 1})
+			if err != nil || len(list.Audits) != 1 || list.Audits[0].ID != a.ID {
+				t.Errorf("it is not in the list: %+v %v", list, err)
 			}
 		})
 	}
@@ -187,7 +190,7 @@ func TestSilenceIsNoLie(t *testing.T) {
 		if err != nil || a.Outcome != api.AuditUnreachable {
 			t.Errorf("%s cut short: %s %v", kind, a.Outcome, err)
 		}
-		if kept, _ := w.audits.rows.get(a.ID); kept.Outcome != api.AuditUnreachable {
+		if kept, _ := w.audits.find(testContext(t), a.ID); kept.Outcome != api.AuditUnreachable {
 			t.Errorf("%s cut short: %s on record", kind, kept.Outcome)
 		}
 	}
@@ -388,11 +391,7 @@ func TestComputeChallenges(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			begun := make(chan []api.Audit, 1)
 			d.on(wire.KindJobRun, func(o wire.Order) *reply {
-				list, err := w.op.Audits(testContext(t))
-				if err != nil {
-					t.Error(err)
-				}
-				begun <- list
+				begun <- w.audits.challenges.all(func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) })
 				return d.compute(o, c.bend)
 			})
 			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.ComputeAudit, Device: d.id, Module: module, Args: []string{"-x"}})
@@ -544,12 +543,15 @@ func TestUnjudgedChallengesAreVoid(t *testing.T) {
 	}
 	w = open(t, dir)
 	defer w.Close()
-	list, err := w.op.Audits(testContext(t))
-	if err != nil || len(list) != 1 || list[0].Outcome != api.AuditVoid {
-		t.Errorf("%+v %v", list, err)
+	list, err := w.op.Audits(testContext(t), api.AuditQuery{})
+	if err != nil || len(list.Audits) != 1 || list.Audits[0].Outcome != api.AuditVoid {
+		t.Fatalf("%+v %v", list, err)
+	}
+	if s := w.audits.scoreOf(d.id); s.integrity() != 1 || s.reachability() != 1 || len(s.Penalties) > 0 {
+		t.Errorf("it cost %+v", s)
 	}
 	// Nobody may have judged it: not even the coordinator's own fault.
-	a, err := w.audits.unjudged(testContext(t), api.Audit{ID: list[0].ID + "X"}, errNotFound)
+	a, err := w.audits.unjudged(testContext(t), api.Audit{ID: list.Audits[0].ID + "X"}, errNotFound)
 	if err == nil || a.Outcome != api.AuditVoid {
 		t.Errorf("%s %v", a.Outcome, err)
 	}
@@ -634,12 +636,12 @@ func TestOutputsOfJobsStayAndJudgedLeavesGo(t *testing.T) {
 			t.Errorf("%s: %s %v, staged %v", kind, a.Outcome, err, staged(a.Order))
 		}
 	}
-	// What proves a lie stays.
+	// What proves a lie is kept for longer than that.
 	d.on(wire.KindAudit, func(o wire.Order) *reply {
 		return bulk(d.prove(o, func(_ *wire.AuditAnswer, l []wire.AuditLeaf) []wire.AuditLeaf { return l[1:] }))
 	})
-	if a, err := w.op.Audit(ctx, api.AuditRequest{Kind: api.StorageAudit, Device: d.id}); err != nil || a.Outcome != api.AuditWrong || !staged(a.Order) {
-		t.Errorf("%s %v, staged %v", a.Outcome, err, staged(a.Order))
+	if a, err := w.op.Audit(ctx, api.AuditRequest{Kind: api.StorageAudit, Device: d.id}); err != nil || a.Outcome != api.AuditWrong || staged(a.Order) || !a.Evidence {
+		t.Errorf("%s %v, staged %v, evidence %v", a.Outcome, err, staged(a.Order), a.Evidence)
 	}
 	must(t, w.op.RemoveObject(ctx, "bulk"))
 }

@@ -43,6 +43,9 @@ func (c *compute) run(ctx context.Context, r api.JobRequest) (api.Job, error) {
 	if err != nil {
 		return api.Job{}, err
 	}
+	if o.Code != nil {
+		return api.Job{}, refuse(http.StatusConflict, "encrypted", "%q is encrypted: no device can read it, and so no job can run over it; store a copy with \"deimos object put --plain\"", r.Object)
+	}
 	if r.Chunk < 0 || r.Chunk >= len(o.Chunks) {
 		return api.Job{}, refuse(http.StatusBadRequest, "no_such_chunk", "%q has chunks 0 to %d, not %d", r.Object, len(o.Chunks)-1, r.Chunk)
 	}

@@ -28,12 +28,6 @@
 //
 // The HTTP surface is one table of routes (http.go); permissions, audit log and
 // OpenAPI description are made from it. Each topic has its routes in its file.
-//
-// # What is not here yet
-//
-// Objects are replicated, not erasure-coded, and stored as they are given; lost
-// replicas are noted and not yet rebuilt; challenges are made when an operator
-// asks.
 package coordinator
 
 import (
@@ -90,6 +84,8 @@ type Config struct {
 	CertificateLife time.Duration
 	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
 	Compute         Compute      // knows the answers of compute challenges; may be nil
+	Audits          AuditPlan    // challenges that nobody asks for; the zero value is none
+	Repair          RepairPlan   // of what devices lose; the zero value is none
 	Log             *slog.Logger // nil drops everything
 	Version         string       // of this program, for who asks
 
@@ -116,10 +112,12 @@ type Coordinator struct {
 	storage  *storage
 	compute  *compute
 	audits   *audits
+	repairs  *repairs
 	releases *releases
 	staging  *staging
 
 	inventories *inventories
+	losses      *losses
 
 	enrolling keyed // one enrolment of a device at a time
 	cert      *serverCert
@@ -170,6 +168,12 @@ func Start(ctx context.Context, cfg Config) (_ *Coordinator, err error) {
 	}
 	if cfg.Beat < minBeat {
 		return nil, fmt.Errorf("devices cannot beat every %s: the shortest interval is %s", cfg.Beat, minBeat)
+	}
+	if err := cfg.Audits.check(); err != nil {
+		return nil, err
+	}
+	if err := cfg.Repair.check(); err != nil {
+		return nil, err
 	}
 	if cfg.EnrolRate < 0 {
 		return nil, fmt.Errorf("%d devices a second cannot enrol: the rate must be above 0", cfg.EnrolRate)
@@ -327,8 +331,13 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
-		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID)}
-	c.audits = &audits{storage: c.storage, outbox: c.outbox, answer: c.cfg.Compute, limit: callLimit}
+		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
+	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
+	c.storage.trust = c.audits.trust
+	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
+	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
+	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended
+	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
 		func() error {
@@ -338,6 +347,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 			})
 		},
 		func() error { return c.inventories.open(ctx, c) },
+		func() error { return bucket(ctx, c, "losses", &c.losses.rows, nil) },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
@@ -354,9 +364,8 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return bucket(ctx, c, "config", &c.config.docs, c.config.trackDoc) },
 		func() error { return bucket(ctx, c, "chunks", &c.storage.chunks, c.storage.trackChunk) },
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
-		func() error {
-			return bucket(ctx, c, "audits", &c.audits.rows, nil, func(k *jetstream.KeyValueConfig) { k.TTL = auditKept })
-		},
+		func() error { return c.audits.open(ctx, c) },
+		func() error { return c.repairs.open(ctx, c) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -377,7 +386,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	}
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
-	c.storage.staging, c.audits.staging, c.inventories.staging = c.staging, c.staging, c.staging
+	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
 	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
 	c.audits.compute = c.compute
 	cache := newStaging(repo)
@@ -473,8 +482,11 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.outbox.run(ctx) })
 	wg.Go(func() { c.config.run(ctx) })
 	wg.Go(func() { c.inventories.run(ctx) })
+	wg.Go(func() { c.losses.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
+	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
+	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
 	wg.Go(func() { c.cutOffRetired(ctx) })
 	wg.Go(func() {
@@ -527,7 +539,9 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 			var b wire.Beat
 			if b, err = openFrom[wire.Beat](c.reg, id, wire.TypeBeat, m.Data); err == nil {
 				c.reg.beat(b)
+				c.storage.resting.said(b)
 				c.inventories.announced(id)
+				c.losses.announced(id)
 				c.outbox.pump(id) // a coordinator that was restarted hears no hello
 			}
 		}
@@ -545,11 +559,13 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 		return err
 	}
 	c.reg.seen(id)
+	c.storage.resting.heard(r) // before who waits for it asks the next device
 	if err := c.outbox.report(ctx, r, raw); err != nil {
 		return err
 	}
 	c.config.heard(r)
 	c.inventories.heard(r)
+	c.losses.heard(r)
 	return nil
 }
 
@@ -573,8 +589,10 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 		return nil
 	}
 	c.outbox.hello(id)
+	c.repairs.arrived()
 	c.config.hello(p)
 	c.inventories.announced(id)
+	c.losses.announced(id)
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
@@ -54,8 +55,14 @@ func (c *Coordinator) deviceRoutes() []route {
 			}
 			return err
 		}},
-		{method: "POST", path: v1 + "/devices/{id}/retire", needs: toOperate, summary: "Send a device away for ever", out: api.Device{}, handle: func(w http.ResponseWriter, r *http.Request) error {
-			d, err := c.retire(r.Context(), wire.DeviceID(r.PathValue("id")))
+		{method: "POST", path: v1 + "/devices/{id}/retire", needs: toOperate, summary: "Send a device away for ever", out: api.Device{}, query: []param{{"force", "even if it has the last copies of something", false}}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			id := wire.DeviceID(r.PathValue("id"))
+			if r.URL.Query().Get("force") != "true" {
+				if err := c.mayRetire(id); err != nil {
+					return err
+				}
+			}
+			d, err := c.retire(r.Context(), id)
 			if err == nil {
 				writeJSON(w, http.StatusOK, c.reg.view(d))
 			}
@@ -139,6 +146,12 @@ func (c *Coordinator) showDevice(ctx context.Context, id wire.DeviceID) (api.Dev
 		return api.Device{}, err
 	}
 	v := c.reg.view(d)
+	score := c.audits.scoreOf(id).view()
+	v.Score = &score
+	if drain, err := c.repairs.drains.show(id); err == nil {
+		v.Drain = &drain
+	}
+	v.Rest = c.storage.resting.of(id)
 	raw, row, err := c.inventories.get(ctx, id)
 	v.Inventory, v.InventoryDigest, v.InventoryTaken, v.InventoryProblem = raw, row.Digest, row.Taken, row.Problem
 	return v, err
@@ -260,6 +273,19 @@ func place(v *api.DeviceRecord, q api.DeviceChange) error {
 	}
 	v.Group, v.Labels = group, labels
 	return nil
+}
+
+// mayRetire refuses to send away a device without which something cannot be read any
+// more.
+func (c *Coordinator) mayRetire(id wire.DeviceID) error {
+	if !c.reg.member(id) {
+		return nil // who is none is told so; a repeat is none of this
+	}
+	n, names := c.repairs.lastCopies(id)
+	if n == 0 {
+		return nil
+	}
+	return refuse(http.StatusConflict, "last_copies", "device %s has the last copies of %s, of %s: drain it first (\"deimos device drain %s\"), or give them up with --force", id, chunksOf(n), strings.Join(names, ", "), id)
 }
 
 // retire sends a device away for ever. From the moment that the record is

@@ -300,7 +300,7 @@ func TestEnrolmentWantsProofOfAnEd25519Key(t *testing.T) {
 
 func (w *world) retire(t testing.TB, id wire.DeviceID) {
 	t.Helper()
-	_, err := w.op.RetireDevice(testContext(t), string(id))
+	_, err := w.op.RetireDevice(testContext(t), string(id), true)
 	must(t, err)
 }
 

@@ -108,7 +108,7 @@ func TestWhoIsRetiredMeanwhileIsGivenNothing(t *testing.T) {
 	d := w.enrolled(t)
 	chosen, err := w.reg.selected(api.Selector{Devices: []wire.DeviceID{d.id}})
 	must(t, err)
-	_, err = w.op.RetireDevice(testContext(t), string(d.id))
+	_, err = w.op.RetireDevice(testContext(t), string(d.id), false)
 	must(t, err)
 	o, err := w.outbox.submit(testContext(t), chosen[0].ID, extension, struct{}{}, 28*24*time.Hour)
 	must(t, err)

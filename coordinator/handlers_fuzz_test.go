@@ -56,7 +56,7 @@ func handlerSeeds(c *Coordinator) []handlerInput {
 		"PUT " + blobPath + "{kind}/{id}":             {"abc"},
 	}
 	paths := map[string][]string{"{kind}/{id}": {"chunk\nCHUNK", "module\nMODULE", "served\nCHUNK"}, "/chunks/{id}": {"CHUNK"}, "/modules/{id}": {"MODULE"},
-		"{path...}": {"metadata/1.root.json", "a/../b"}, "/devices/{": {"DEVICE"}, "{device}/{": {"DEVICE\nx"}, "/operators/{": {"carol"}, "/objects/{": {"o"}}
+		"{path...}": {"metadata/1.root.json", "a/../b"}, "/devices/{": {"DEVICE"}, "{device}/{": {"DEVICE\nx"}, "/audits/{": {"01ARZ3NDEKTSV4RRFFQ69G5FAV"}, "/operators/{": {"carol"}, "/objects/{": {"o"}}
 	var out []handlerInput
 	for _, rt := range c.table() {
 		in := handlerInput{route: rt.method + " " + rt.path, path: strings.Repeat("x\n", len(rt.pathNames())), header: "bytes=0-1"}

@@ -47,7 +47,7 @@ func cleanWarnings(list []wire.Warning, now time.Time) []wire.Warning {
 
 // listed is a device's view as it stands in a list: without what is long.
 func listed(v api.Device) api.Device {
-	v.Telemetry = nil
+	v.Telemetry, v.Scrubs = nil, nil
 	v.HealthMore = max(len(v.Health)-api.MaxListedHealth, 0)
 	v.Health = slices.Clone(v.Health[:len(v.Health)-v.HealthMore]) // that of the view is everybody's
 	for i := range v.Health {

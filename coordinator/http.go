@@ -77,6 +77,8 @@ func (c *Coordinator) table() []route {
 		c.configRoutes(),
 		c.storageRoutes(),
 		c.computeRoutes(),
+		c.auditRoutes(),
+		c.repairRoutes(),
 		c.releaseRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
@@ -172,6 +174,7 @@ func (c *Coordinator) forDevice(h handler) handler {
 		if err != nil {
 			return err
 		}
+		c.storage.networks.came(d, host(r))
 		return h(w, r.WithContext(context.WithValue(r.Context(), deviceKey{}, d)))
 	}
 }
@@ -191,9 +194,17 @@ func (c *Coordinator) dataRoutes() []route {
 func (c *Coordinator) storageRoutes() []route {
 	return []route{
 		{method: "PUT", path: v1 + "/chunks/{id}", needs: toOperate, summary: "Store a chunk on devices", unlogged: true,
-			in: bytes.Buffer{}, out: api.Placement{}, query: []param{{"replicas", "how many devices hold it; default 2", 0}}, handle: c.putChunk},
-		{method: "GET", path: v1 + "/chunks/{id}", needs: toRead, summary: "Fetch a chunk from a device that holds it", out: bytes.Buffer{}, handle: c.getChunk},
-		{method: "GET", path: v1 + "/objects", needs: toRead, summary: "List the stored files", out: []api.Object{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
+			in: bytes.Buffer{}, out: api.Placement{}, query: []param{
+				{"replicas", "how many devices hold it; default 2, with a stripe 1", 0},
+				{"stripe", "token of the stripe that it is a shard of: it goes to a device that has no other shard of it", ""},
+			}, handle: c.putChunk},
+		{method: "GET", path: v1 + "/chunks/{id}", needs: toRead, summary: "Fetch a chunk from a device that holds it", out: bytes.Buffer{},
+			query: []param{{"device", "the one to fetch it from; default any", ""}}, handle: c.getChunk},
+		{method: "POST", path: v1 + "/stripes", needs: toOperate, summary: "Ask which shards of a stripe are placed, before the others are put", unlogged: true,
+			in: api.StripeRequest{}, out: api.Stripe{}, handle: answer(func(r *http.Request, q api.StripeRequest) (api.Stripe, error) {
+				return c.storage.stripe(r.Context(), q)
+			})},
+		{method: "GET", path: v1 + "/objects", needs: toRead, summary: "List the stored files", out: []api.ObjectEntry{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
 			writeJSON(w, http.StatusOK, c.storage.listObjects())
 			return nil
 		}},
@@ -202,6 +213,13 @@ func (c *Coordinator) storageRoutes() []route {
 			o, err := c.storage.object(r.PathValue("name"))
 			if err == nil {
 				writeJSON(w, http.StatusOK, o)
+			}
+			return err
+		}},
+		{method: "GET", path: v1 + "/objects/{name}/placements", needs: toRead, summary: "Where the chunks of a file are", out: []api.Placement{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			list, err := c.storage.placements(r.PathValue("name"))
+			if err == nil {
+				writeJSON(w, http.StatusOK, list)
 			}
 			return err
 		}},
@@ -221,17 +239,6 @@ func (c *Coordinator) computeRoutes() []route {
 		{method: "PUT", path: v1 + "/modules/{id}", needs: toOperate, summary: "Upload a WebAssembly module", unlogged: true, in: bytes.Buffer{}, handle: c.putModule},
 		{method: "POST", path: v1 + "/jobs", needs: toOperate, summary: "Run a module over a stored chunk", in: api.JobRequest{}, out: api.Job{}, handle: c.runJob},
 		{method: "GET", path: v1 + "/jobs/{device}/{order}", needs: toRead, summary: "The result of a job", out: api.Job{}, handle: c.getJob},
-		{method: "POST", path: v1 + "/audits", needs: toOperate, summary: "Challenge a device", in: api.AuditRequest{}, out: api.Audit{},
-			handle: answer(func(r *http.Request, q api.AuditRequest) (api.Audit, error) {
-				// A challenge that has begun is judged, whoever asked for it has left or not.
-				ctx, cancel := c.outlive(r.Context())
-				defer cancel()
-				return c.audits.run(ctx, q)
-			})},
-		{method: "GET", path: v1 + "/audits", needs: toRead, summary: "List the challenges", out: []api.Audit{}, handle: func(w http.ResponseWriter, _ *http.Request) error {
-			writeJSON(w, http.StatusOK, c.audits.list())
-			return nil
-		}},
 	}
 }
 
@@ -484,7 +491,10 @@ func (c *Coordinator) putRepoFile(w http.ResponseWriter, r *http.Request) error 
 }
 
 func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
-	replicas := defaultReplicas
+	replicas, token := defaultReplicas, r.URL.Query().Get("stripe")
+	if token != "" {
+		replicas = 1
+	}
 	if s := r.URL.Query().Get("replicas"); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil {
@@ -496,7 +506,7 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	rec, err := c.storage.place(r.Context(), r.PathValue("id"), data, replicas)
+	rec, err := c.storage.place(r.Context(), r.PathValue("id"), data, replicas, token)
 	if err != nil {
 		return err
 	}
@@ -515,7 +525,13 @@ func (c *Coordinator) putChunk(w http.ResponseWriter, r *http.Request) error {
 
 func (c *Coordinator) getChunk(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	data, err := c.storage.read(r.Context(), id)
+	var data []byte
+	var err error
+	if d := r.URL.Query().Get("device"); d != "" {
+		data, err = c.storage.readHolder(r.Context(), id, wire.DeviceID(d))
+	} else {
+		data, err = c.storage.read(r.Context(), id)
+	}
 	if err != nil {
 		return err
 	}

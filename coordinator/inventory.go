@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -48,10 +47,7 @@ type inventories struct {
 	staging *staging
 	now     func() time.Time
 	log     *slog.Logger
-
-	mu    sync.Mutex
-	dirty map[wire.DeviceID]bool
-	wake  chan struct{} // capacity 1: there is something dirty
+	*settler
 }
 
 // inventoryRow is what is known about one device's inventory.
@@ -81,13 +77,14 @@ func (r inventoryRow) pause() time.Duration {
 const (
 	inventoryPause = time.Hour
 	inventoryRest  = 24 * time.Hour
-	inventorySweep = time.Minute
 	// refreshLife is for an operator, who waits for it.
 	refreshLife = 2 * time.Minute
 )
 
 func newInventories(reg *registry, o *outbox, now func() time.Time, log *slog.Logger) *inventories {
-	return &inventories{reg: reg, outbox: o, now: now, log: log, dirty: make(map[wire.DeviceID]bool), wake: make(chan struct{}, 1)}
+	s := &inventories{reg: reg, outbox: o, now: now, log: log, settler: newSettler("inventory", log)}
+	s.settler.settle, s.settler.sweep = s.settle, s.sweep
+	return s
 }
 
 // open opens the buckets.
@@ -189,50 +186,6 @@ func (s *inventories) announced(id wire.DeviceID) {
 func (s *inventories) heard(r wire.Report) {
 	if row, ok := s.rows.get(string(r.Device)); ok && r.State.Terminal() && row.Order == r.Order {
 		s.touch(r.Device)
-	}
-}
-
-// touch has a device settled soon.
-func (s *inventories) touch(id wire.DeviceID) {
-	s.mu.Lock()
-	s.dirty[id] = true
-	s.mu.Unlock()
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
-
-// run settles what was noted, one device after the other, until ctx ends. What
-// fails is found again by the next sweep, or the next heartbeat.
-func (s *inventories) run(ctx context.Context) {
-	t := time.NewTicker(inventorySweep)
-	defer t.Stop()
-	s.sweep()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			s.sweep()
-			continue
-		case <-s.wake:
-		}
-		s.mu.Lock()
-		todo := s.dirty
-		s.dirty = make(map[wire.DeviceID]bool)
-		s.mu.Unlock()
-		for id := range todo {
-			err := s.settle(ctx, id)
-			if ctx.Err() != nil {
-				return
-			}
-			if err != nil {
-				s.log.Warn("the inventory of devices cannot be brought up to date; it will be tried again", "device", id, "left", len(todo), "error", err)
-				break // the state store failed: the others would fail alike
-			}
-			delete(todo, id)
-		}
 	}
 }
 

@@ -358,6 +358,8 @@ var services = map[wire.Kind]string{
 	wire.KindChunkStore:    "deimos object put",
 	wire.KindChunkServe:    "deimos object get",
 	wire.KindChunkDrop:     "deimos object rm",
+	wire.KindChunkLosses:   "deimos audit show",
+	wire.KindChunkHoldings: "deimos device drain",
 	wire.KindAudit:         "deimos audit storage",
 	wire.KindJobRun:        "deimos job run",
 	wire.KindUpdateInstall: "deimos release offer",

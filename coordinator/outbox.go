@@ -125,6 +125,8 @@ var kinds = map[wire.Kind]kind{
 	wire.KindChunkStore:    {life: storeLife, quiet: time.Minute},
 	wire.KindChunkServe:    {life: serveLife, quiet: 20 * time.Second},
 	wire.KindChunkDrop:     {life: dropLife, quiet: time.Minute},
+	wire.KindChunkLosses:   {life: 10 * time.Minute, quiet: 15 * time.Second},
+	wire.KindChunkHoldings: {life: 10 * time.Minute, quiet: 15 * time.Second},
 	wire.KindAudit:         {life: auditLife, quiet: 15 * time.Second},
 	wire.KindJobRun:        {life: jobLife, quiet: time.Minute},
 	wire.KindUpdateInstall: {life: offerLife, quiet: 10 * time.Minute},

@@ -84,6 +84,8 @@ type live struct {
 	telemetry json.RawMessage
 	dropped   []wire.Dropped
 	inventory string // digest of what it has; empty if it does not say
+	losses    string // digest of what it has lost; empty if nothing
+	scrubs    []wire.Scrub
 	health    []wire.Warning
 	healthAt  time.Time // of the heartbeat that said so
 	starts    starts
@@ -292,6 +294,7 @@ func (r *registry) heard(p wire.Presence) (what said, twins bool) {
 	}
 	if p.Online {
 		l.session, l.capacity, l.used, l.dropped = p.Session, p.Capacity, p.Used, cleanDropped(p.Dropped)
+		l.losses = p.Losses
 		if isDigest(p.InventoryDigest) {
 			l.inventory = p.InventoryDigest
 		}
@@ -326,6 +329,7 @@ func (r *registry) beat(b wire.Beat) {
 	if l := r.liveOf(b.Device); l != nil {
 		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
 		l.health, l.healthAt = cleanWarnings(b.Warnings, r.now().UTC()), r.now().UTC()
+		l.losses, l.scrubs = b.Losses, cleanScrubs(b.Scrubs)
 		if isDigest(b.InventoryDigest) {
 			l.inventory = b.InventoryDigest
 		}
@@ -341,6 +345,28 @@ func (r *registry) inventoryOf(id wire.DeviceID) string {
 		return l.inventory
 	}
 	return ""
+}
+
+// lossesOf is the digest of what a device has lost, by its own word; empty if it
+// has lost nothing, or not said so in a form that can be compared.
+func (r *registry) lossesOf(id wire.DeviceID) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if l, ok := r.live[id]; ok && isDigest(l.losses) {
+		return l.losses
+	}
+	return ""
+}
+
+// cleanScrubs makes fit to be shown what a device says of its volumes.
+func cleanScrubs(list []wire.Scrub) []wire.Scrub {
+	list = slices.Clone(list[:min(len(list), wire.MaxScrubs)])
+	for i := range list {
+		v := &list[i]
+		v.Volume, v.Dir, v.Problem = label(v.Volume), label(v.Dir), cutText(sentence(v.Problem), maxWarningText)
+		v.Share, v.Bytes, v.Lost = min(max(v.Share, 0), 1), space(v.Bytes), max(v.Lost, 0)
+	}
+	return list
 }
 
 // seen is told of every verified report, which is a sign of life as a beat is:
@@ -407,7 +433,7 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 	}
 	if l, ok := r.live[d.ID]; ok {
 		v.Online, v.LastSeen, v.Telemetry, v.Dropped = l.online, l.lastSeen, l.telemetry, l.dropped
-		v.Health, v.HealthAt = l.health, l.healthAt
+		v.Health, v.HealthAt, v.Scrubs = l.health, l.healthAt, l.scrubs
 		if l.capacity > 0 {
 			v.Capacity, v.Used = l.capacity, l.used
 		}

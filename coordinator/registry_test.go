@@ -88,7 +88,7 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
 	d.token(c.Connect()) // takes the place of the connection before
 
-	v, err := w.op.RetireDevice(testContext(t), string(d.id))
+	v, err := w.op.RetireDevice(testContext(t), string(d.id), true)
 	must(t, err)
 	next(t, cut, "the end of the connection")
 	if v.State != api.DeviceRetired || v.Online || !v.Settled || v.RetiredAt.IsZero() {
@@ -124,10 +124,10 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 	}
 	_, err = w.op.Audit(testContext(t), api.AuditRequest{Kind: api.StorageAudit, Device: d.id})
 	wantRefusal(t, err, http.StatusConflict, wire.CodeRetired)
-	if _, err := w.op.RetireDevice(testContext(t), string(d.id)); err != nil {
+	if _, err := w.op.RetireDevice(testContext(t), string(d.id), false); err != nil {
 		t.Errorf("a second time: %v", err)
 	}
-	_, err = w.op.RetireDevice(testContext(t), "nobody")
+	_, err = w.op.RetireDevice(testContext(t), "nobody", false)
 	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
 	w.Close()
 	w = open(t, dir)
@@ -169,7 +169,7 @@ func TestADeviceIsCutOffWhenItsRetirementReturns(t *testing.T) {
 	w.reg.mu.Lock()
 	w.reg.retired[d.id] = true // the watch of the records finds nothing new to cut off
 	w.reg.mu.Unlock()
-	_, err := w.op.RetireDevice(testContext(t), string(d.id))
+	_, err := w.op.RetireDevice(testContext(t), string(d.id), false)
 	must(t, err)
 	next(t, lost, "the end of the connection")
 }
@@ -395,7 +395,7 @@ func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
 	if err != nil || len(list) != 1 || list[0].ID != a.id || len(list[0].Labels) != 1 || list[0].Labels["y"] != "2" {
 		t.Fatalf("%+v %v", list, err)
 	}
-	if _, err := w.op.RetireDevice(ctx, string(a.id)); err != nil {
+	if _, err := w.op.RetireDevice(ctx, string(a.id), false); err != nil {
 		t.Fatal(err)
 	}
 	if list, err := w.op.DevicesWhere(ctx, api.DeviceQuery{Selector: api.Selector{Groups: []string{"attic"}}, State: api.DeviceRetired}); err != nil || len(list) != 1 {

@@ -35,7 +35,8 @@ func (c *Coordinator) status() api.Status {
 	now := c.now().UTC()
 	s := api.Status{Version: c.cfg.Version, Started: c.started.UTC(), Since: now.Add(-lately), Challenges: make(map[api.AuditOutcome]int)}
 	s.Orders.Open, s.Orders.Ended, s.Orders.AtLeast = c.outbox.counts(s.Since)
-	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now))
+	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now), c.repairs.attention())
+	s.Repair = c.repairs.summary()
 	slices.SortFunc(see, func(a, b api.Attention) int {
 		return cmp.Or(cmp.Compare(a.Code, b.Code), cmp.Compare(a.About, b.About))
 	})
@@ -81,19 +82,16 @@ func aboutDevice(d wire.DeviceID, code, text string) api.Attention {
 
 func (c *Coordinator) statusOfChallenges(s *api.Status) (see []api.Attention) {
 	failed := make(map[wire.DeviceID]int)
-	c.audits.rows.each(func(_ string, a api.Audit) bool {
-		if a.At.Before(s.Since) {
-			return true
-		}
+	lately, _ := c.audits.newest.list(func(a api.AuditSummary) bool { return !a.At.Before(s.Since) && a.Kind != api.Confession })
+	for _, a := range lately {
 		s.Challenges[a.Outcome]++
 		if a.Outcome == api.AuditWrong || a.Outcome == api.AuditLost {
 			failed[a.Device]++
 		}
-		return true
-	})
+	}
 	for d, n := range failed {
 		if c.reg.member(d) {
-			see = append(see, aboutDevice(d, api.AttentionChallenge, fmt.Sprintf("has failed challenges in the last day, %d in all; \"deimos audit list\" shows them", n)))
+			see = append(see, aboutDevice(d, api.AttentionChallenge, fmt.Sprintf("has failed challenges in the last day, %d in all; \"deimos audit ls --device %s\" shows them", n, d)))
 		}
 	}
 	return see

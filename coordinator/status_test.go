@@ -42,11 +42,11 @@ func TestStatusIsOneLookAtTheFleet(t *testing.T) {
 	for outcome, n := range map[api.AuditOutcome]int{api.AuditRight: 2, api.AuditWrong: 1} {
 		for range n {
 			id := ulid.Make().String()
-			must(t, w.audits.rows.create(ctx, id, api.Audit{ID: id, Device: on.id, Outcome: outcome, At: w.now()}))
+			must(t, w.audits.rows.create(ctx, string(on.id)+"."+id, api.Audit{ID: id, Device: on.id, Outcome: outcome, At: w.now()}))
 		}
 	}
 	old := ulid.Make().String()
-	must(t, w.audits.rows.create(ctx, old, api.Audit{ID: old, Device: off.id, Outcome: api.AuditLost, At: w.now().Add(-lately - time.Minute)}))
+	must(t, w.audits.rows.create(ctx, string(off.id)+"."+old, api.Audit{ID: old, Device: off.id, Outcome: api.AuditLost, At: w.now().Add(-lately - time.Minute)}))
 	s := w.statusNow(t)
 	d := s.Devices
 	if d.Online != 1 || d.Offline != 1 || d.Retired != 1 || d.Pending != 1 || d.Warned != 0 {

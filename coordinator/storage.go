@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -31,6 +32,9 @@ type chunkRecord struct {
 	Size    int64        `json:"size"`
 	Holders []api.Holder `json:"holders"`
 	Refs    []string     `json:"refs,omitempty"` // keys of object records
+	// Want is how many copies there should be; 0, in a record of before it was kept,
+	// is as many as were ever made. See [chunkRecord.wanted].
+	Want int `json:"want,omitempty"`
 	// Used is when it was last placed or claimed; see [storage.dropOrphans].
 	Used time.Time `json:"used,omitzero"`
 }
@@ -63,6 +67,16 @@ type storage struct {
 	serving keyed // one fetch of a chunk at a time: what is served has one name
 	reading singleflight.Group
 
+	stripes  stripes
+	networks networks
+	resting  resting
+	trust    func(wire.DeviceID) float64 // 0: gets nothing new
+	leaving  func(wire.DeviceID) bool    // gets nothing new either
+	// intended are devices that are about to be ordered to drop a chunk.
+	intended func(id string) []wire.DeviceID
+	// touched is told of every change of a chunk's record.
+	touched func(ids ...string)
+
 	mu    sync.Mutex
 	holds map[wire.DeviceID]map[string]int64 // chunk id → size, of what each device should hold
 	where map[string][]wire.DeviceID         // the same, seen from the chunk
@@ -87,6 +101,7 @@ const (
 
 // trackChunk keeps holds; it is the chunk table's onEach.
 func (s *storage) trackChunk(id string, c chunkRecord, gone bool) {
+	defer s.touched(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, d := range s.where[id] {
@@ -164,10 +179,14 @@ func (s *storage) released(d wire.DeviceID, before claims) map[string]bool {
 }
 
 // place makes sure that replicas devices hold the chunk, and returns when each
-// has given its receipt. data is checked against id first.
-func (s *storage) place(ctx context.Context, id string, data []byte, replicas int) (chunkRecord, error) {
+// has given its receipt. data is checked against id first. With a stripe's
+// token, it is on a device that has no other chunk of the stripe.
+func (s *storage) place(ctx context.Context, id string, data []byte, replicas int, token string) (chunkRecord, error) {
 	if replicas < 1 || replicas > maxReplica {
 		return chunkRecord{}, refuse(http.StatusBadRequest, "bad_replicas", "replicas must be 1 to %d", maxReplica)
+	}
+	if token != "" && (replicas != 1 || len(token) > api.MaxStripeToken) {
+		return chunkRecord{}, refuse(http.StatusBadRequest, "bad_stripe", "a shard of a stripe has one replica, and the stripe's token at most %d bytes", api.MaxStripeToken)
 	}
 	ref, err := parseBlobRef(string(chunkBlob), id)
 	if err == nil {
@@ -177,8 +196,14 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 		return chunkRecord{}, refuse(http.StatusBadRequest, wire.CodeMismatch, "%v", err)
 	}
 	defer s.placing.lock(id)()
-	if c, ok := s.chunks.get(id); ok && c.alive() >= replicas {
-		return s.use(ctx, c)
+	asked := replicas
+	if c, ok := s.chunks.get(id); ok {
+		if token == "" && c.alive() >= replicas || token != "" && s.settled(token, c) {
+			return s.use(ctx, c, replicas)
+		}
+		if token != "" { // it is where another shard of the stripe is: one copy more
+			replicas = c.alive() + 1
+		}
 	}
 	if err := s.staging.put(ctx, ref.String(), data); err != nil {
 		return chunkRecord{}, err
@@ -190,14 +215,15 @@ func (s *storage) place(ctx context.Context, id string, data []byte, replicas in
 			s.log.Warn("a staged chunk stays until it expires", "chunk", id, "error", err)
 		}
 	}()
-	return s.spread(ctx, ref, int64(len(data)), replicas)
+	return s.spread(ctx, ref, int64(len(data)), asked, replicas, token)
 }
 
 // use keeps a chunk that is there from being taken for an orphan. A write each
 // hour is enough for that.
-func (s *storage) use(ctx context.Context, c chunkRecord) (chunkRecord, error) {
+func (s *storage) use(ctx context.Context, c chunkRecord, replicas int) (chunkRecord, error) {
 	now := s.outbox.now().UTC()
-	if now.Sub(c.Used) < orphanSweep {
+	asked := c
+	if asked.ask(replicas); now.Sub(c.Used) < orphanSweep && asked.Want == c.Want {
 		return c, nil
 	}
 	return s.chunks.change(ctx, c.ID, func(c *chunkRecord, exists bool) error {
@@ -205,16 +231,19 @@ func (s *storage) use(ctx context.Context, c chunkRecord) (chunkRecord, error) {
 			return refuse(http.StatusConflict, "chunk_missing", "the chunk was removed meanwhile; store the file again")
 		}
 		c.Used = now
+		c.ask(replicas)
 		return nil
 	})
 }
 
-// spread asks devices until enough have given a receipt or none is left to ask.
-func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas int) (chunkRecord, error) {
+// spread asks devices until replicas have given a receipt or none is left to ask.
+// want is how many there should be from then on.
+func (s *storage) spread(ctx context.Context, ref blobRef, size int64, want, replicas int, token string) (chunkRecord, error) {
 	c, err := s.chunks.change(ctx, ref.id, func(c *chunkRecord, exists bool) error {
 		if !exists {
 			*c = chunkRecord{ID: ref.id, Size: size}
 		}
+		c.ask(want)
 		c.Used = s.outbox.now().UTC()
 		return nil
 	})
@@ -228,20 +257,39 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 		}
 	}
 	var failed error
+	patient, done := context.WithTimeout(ctx, storeWait)
+	defer done()
 	for c.alive() < replicas {
 		missing := replicas - c.alive()
-		next := s.free(ctx, ref.id, size, asked, missing)
+		next := s.free(ctx, ref.id, size, asked, missing, token)
+		if len(next) < missing && s.awaitRested(patient, token, size, asked, next) {
+			continue
+		}
 		if len(next) < missing {
-			return c, s.tooFew(replicas, c.alive()+len(next), failed)
+			return c, s.tooFew(replicas, c.alive()+len(next), token, failed)
 		}
 		asked = append(asked, next...)
-		results := make(chan error, len(next))
+		type tried struct {
+			device wire.DeviceID
+			err    error
+		}
+		results := make(chan tried, len(next))
 		for _, d := range next {
-			go func() { results <- s.storeOn(ctx, d, ref, size) }()
+			go func() {
+				err := s.storeOn(ctx, d, ref, size)
+				if err != nil && token != "" {
+					s.stripes.leave(token, d)
+				}
+				results <- tried{d, err}
+			}()
 		}
 		for range next {
-			if err := <-results; err != nil {
+			r := <-results
+			if err := r.err; err != nil {
 				failed = err
+				if wire.ProblemOf(err).Code == wire.CodeBusy { // it may be asked again when it has rested
+					asked = slices.DeleteFunc(asked, func(d wire.DeviceID) bool { return d == r.device })
+				}
 				s.log.Warn("a device did not take a chunk; asking another", "chunk", ref.id, "error", err)
 			}
 		}
@@ -253,27 +301,59 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, replicas 
 	return c, nil
 }
 
-func (s *storage) tooFew(want, have int, last error) error {
-	reason := fmt.Sprintf("%d devices with room are needed, %d can be found", want, have)
+// awaitRested waits for the first of the devices that could take a chunk, but for
+// disks that are too slow at the moment. It returns false if there is none, or if
+// ctx ends before.
+func (s *storage) awaitRested(ctx context.Context, token string, size int64, asked, next []wire.DeviceID) bool {
+	not := slices.Concat(asked, next)
+	able := s.candidatesThat(s.resting.serves, token, size, not, math.MaxInt)
+	until := s.resting.busyUntil(func(d wire.DeviceID) bool { return slices.Contains(able, d) })
+	if until.IsZero() {
+		return len(s.candidates(token, size, not, 1)) > 0 // it has rested meanwhile
+	}
+	wait := time.NewTimer(until.Sub(s.outbox.now()))
+	defer wait.Stop()
+	select {
+	case <-wait.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s *storage) tooFew(want, have int, token string, last error) error {
+	reason, way := fmt.Sprintf("%d devices with room are needed, %d can be found", want, have), "store fewer copies with --replicas"
+	if token != "" {
+		reason, way = "no device with room is left that has no other shard of the same stripe", "store with fewer shards by --code"
+	}
 	if last != nil {
 		reason += fmt.Sprintf(" (one said: %v)", last)
 	}
-	return refuse(http.StatusServiceUnavailable, "too_few_devices", "%s; add devices, or store fewer copies with --replicas", reason)
+	if n := s.resting.count(); n > 0 {
+		reason += fmt.Sprintf("; %d that refuse chunks for a while are left alone (\"deimos device show\" says until when)", n)
+	}
+	return refuse(http.StatusServiceUnavailable, "too_few_devices", "%s; add devices, or %s", reason, way)
 }
 
 // free are n candidates for a chunk, or less if there are not as many. A device
 // that still has to drop this chunk is not asked to store it, because the two
 // orders may arrive in any order; where no other is left, the drop is waited for.
-func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.DeviceID, n int) []wire.DeviceID {
+func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.DeviceID, n int, token string) []wire.DeviceID {
 	ctx, cancel := context.WithTimeout(ctx, dropWait)
 	defer cancel()
 	for {
 		drops := s.dropping(id)
-		not := slices.Clone(asked)
+		not := slices.Concat(asked, s.intended(id))
 		for _, o := range drops {
 			not = append(not, o.Device)
 		}
-		next := s.candidates(size, not, n)
+		next := s.candidates(token, size, not, n)
+		if token != "" {
+			// Between the look and this, another chunk of the stripe may have come first.
+			if len(next) > 0 && !s.stripes.take(token, next[0], id) {
+				continue
+			}
+		}
 		if len(next) == n || !s.awaitAny(ctx, drops) {
 			return next
 		}
@@ -311,48 +391,6 @@ func (s *storage) dropping(id string) []wire.Order {
 		if b, err := wire.DecodeBody[wire.ChunkDrop](v.Order); err == nil && slices.Contains(b.IDs, id) {
 			out = append(out, v.Order)
 		}
-	}
-	return out
-}
-
-// candidates are up to n devices that are there, have room, and were not asked
-// yet, drawn by their free space.
-func (s *storage) candidates(size int64, not []wire.DeviceID, n int) []wire.DeviceID {
-	var fit []offer
-	for _, d := range s.reg.list() {
-		if free := d.Capacity - max(d.Used, 0); free >= size && s.reg.mayWork(d.ID) && !slices.Contains(not, d.ID) {
-			fit = append(fit, offer{d.ID, free})
-		}
-	}
-	return drawDevices(fit, n, rand.ExpFloat64)
-}
-
-// offer is a device and its free bytes, as it says itself.
-type offer struct {
-	device wire.DeviceID
-	free   int64
-}
-
-// maxWeight is the most free space that counts, in bytes: what a device says of
-// itself must not bring it every chunk.
-const maxWeight = 1 << 40
-
-// drawDevices draws up to n without repeats, each next one with a chance in
-// proportion to its free space: the n smallest of Exp(1)/weight (Efraimidis and
-// Spirakis, 2006). Devices fill up alike, and none is asked by all at once.
-func drawDevices(fit []offer, n int, exp func() float64) []wire.DeviceID {
-	type drawn struct {
-		device wire.DeviceID
-		at     float64
-	}
-	lots := make([]drawn, len(fit))
-	for i, f := range fit {
-		lots[i] = drawn{f.device, exp() / float64(min(f.free, maxWeight))}
-	}
-	slices.SortFunc(lots, func(a, b drawn) int { return cmp.Compare(a.at, b.at) })
-	var out []wire.DeviceID
-	for _, l := range lots[:min(n, len(lots))] {
-		out = append(out, l.device)
 	}
 	return out
 }
@@ -447,10 +485,17 @@ func (s *storage) read(ctx context.Context, id string, not ...wire.DeviceID) ([]
 func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceID) ([]byte, error) {
 	holders := slices.Clone(c.Holders)
 	rand.Shuffle(len(holders), func(i, j int) { holders[i], holders[j] = holders[j], holders[i] })
+	// Those whose disks are too slow at the moment come last.
+	slices.SortStableFunc(holders, func(a, b api.Holder) int { return cmp.Compare(s.slow(a.Device), s.slow(b.Device)) })
 	tried := 0
+	var rests *api.Rest
 	var last error
 	for _, h := range holders {
 		if h.Lost || slices.Contains(not, h.Device) || !s.reg.online(h.Device) {
+			continue
+		}
+		if !s.resting.serves(h.Device) {
+			rests = s.resting.of(h.Device)
 			continue
 		}
 		tried++
@@ -460,11 +505,9 @@ func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceI
 		}
 		last = err
 		s.log.Warn("a device did not serve a chunk; asking the next", "chunk", c.ID, "error", err)
-		if p := wire.ProblemOf(err); p.Code == wire.CodeLost || p.Code == wire.CodeNotFound {
-			if err := s.lost(ctx, h.Device, []string{c.ID}); err != nil {
-				s.log.Warn("a loss could not be noted", "chunk", c.ID, "error", err)
-			}
-		}
+	}
+	if tried == 0 && rests != nil {
+		return nil, atRest("every device that is online and holds chunk "+c.ID, rests)
 	}
 	if tried == 0 {
 		return nil, refuse(http.StatusServiceUnavailable, "no_holder_online",
@@ -473,8 +516,67 @@ func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceI
 	return nil, refuse(http.StatusServiceUnavailable, "unreadable", "chunk %s cannot be read now; the last device said: %v", c.ID, last)
 }
 
-// readFrom has one device put the chunk on the data plane.
+// slow is 1 of a device whose disks are too slow at the moment.
+func (s *storage) slow(d wire.DeviceID) int {
+	if s.resting.of(d) != nil {
+		return 1
+	}
+	return 0
+}
+
+// atRest is why nothing can be read now; r may be nil, if it has ended meanwhile.
+func atRest(who string, r *api.Rest) error {
+	if r == nil {
+		r = &api.Rest{Code: wire.CodeBusy}
+	}
+	when := "soon"
+	if !r.Until.IsZero() {
+		when = "at " + r.Until.Format(time.RFC3339)
+	}
+	return refuse(http.StatusServiceUnavailable, r.Code, "%s moves no chunks now (%s); try again %s", who, r.Code, when)
+}
+
+// readHolder fetches a chunk from one device that should hold it.
+func (s *storage) readHolder(ctx context.Context, id string, d wire.DeviceID) ([]byte, error) {
+	c, ok := s.chunks.get(id)
+	i := slices.IndexFunc(c.Holders, func(h api.Holder) bool { return h.Device == d })
+	switch {
+	case !ok || i < 0:
+		return nil, refuse(http.StatusNotFound, wire.CodeNotFound, "device %s is not known to hold chunk %s", d, id)
+	case c.Holders[i].Lost:
+		return nil, refuse(http.StatusGone, wire.CodeLost, "device %s has lost chunk %s", d, id)
+	case !s.reg.online(d):
+		return nil, refuse(http.StatusServiceUnavailable, "offline", "device %s is offline; try again when it is there", d)
+	case !s.resting.serves(d):
+		return nil, atRest("device "+string(d), s.resting.of(d))
+	}
+	ctx, cancel := context.WithTimeout(ctx, serveLife)
+	defer cancel()
+	data, err := s.readFrom(ctx, d, c)
+	if err != nil {
+		code := wire.ProblemOf(err).Code
+		if code != wire.CodeLost && code != wire.CodeNotFound {
+			code = "unreadable"
+		}
+		return nil, refuse(http.StatusServiceUnavailable, code, "%v", err)
+	}
+	return data, nil
+}
+
+// readFrom fetches the chunk from one device, and notes if it says that it is
+// lost.
 func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
+	data, err := s.served(ctx, d, c)
+	if p := wire.ProblemOf(err); err != nil && (p.Code == wire.CodeLost || p.Code == wire.CodeNotFound) {
+		if err := s.lost(ctx, d, []string{c.ID}); err != nil {
+			s.log.Warn("a loss could not be noted", "chunk", c.ID, "error", err)
+		}
+	}
+	return data, err
+}
+
+// served has one device put the chunk on the data plane.
+func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
 	defer s.serving.lock(c.ID)()
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -537,7 +639,7 @@ func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, erro
 	// A removal of the same name takes off its claims: they must not be ours.
 	defer s.naming.lock(key)()
 	if old, ok := s.objects.get(key); ok {
-		if old.SHA256 == o.SHA256 && old.Size == o.Size {
+		if sameContent(old, o) {
 			return old, nil
 		}
 		return old, refuse(http.StatusConflict, "exists", "there is another object %q; remove it first (\"deimos object rm\") or choose another name", o.Name)
@@ -571,6 +673,9 @@ func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, erro
 			added = append(added, ch.ID)
 		}
 	}
+	if err := s.checkApart(o); err != nil {
+		return o, errors.Join(err, s.unclaim(ctx, key, added, o.Created))
+	}
 	made, err := s.objects.change(ctx, key, func(v *api.Object, exists bool) error {
 		if exists {
 			return refuse(http.StatusConflict, "exists", "an object %q was made meanwhile", o.Name)
@@ -582,6 +687,37 @@ func (s *storage) putObject(ctx context.Context, o api.Object) (api.Object, erro
 		return o, errors.Join(err, s.unclaim(ctx, key, added, o.Created))
 	}
 	return made, nil
+}
+
+// sameContent tells whether putting b is a repeat of what made a. Of what is
+// encrypted, only the same key makes the same chunks.
+func sameContent(a, b api.Object) bool {
+	if (a.Code == nil) != (b.Code == nil) || a.Size != b.Size {
+		return false
+	}
+	if a.Code == nil {
+		return a.SHA256 == b.SHA256
+	}
+	return *a.Code == *b.Code && slices.Equal(a.Chunks, b.Chunks)
+}
+
+// checkApart tells whether the shards of each stripe are on distinct devices.
+func (s *storage) checkApart(o api.Object) error {
+	if o.Code == nil {
+		return nil
+	}
+	n := 0
+	for part := range slices.Chunk(o.Chunks, o.Code.Shards()) {
+		stripe := make([]chunkRecord, len(part))
+		for i, ch := range part {
+			stripe[i], _ = s.chunks.get(ch.ID)
+		}
+		if !apart(stripe) {
+			return refuse(http.StatusConflict, "not_apart", "two shards of stripe %d are on one device, whose loss would take both; store the file again", n)
+		}
+		n++
+	}
+	return nil
 }
 
 // unclaim takes back the claims that an object added at a time and does not
@@ -627,8 +763,51 @@ func checkObject(o api.Object) error {
 		}
 		sum += c.Size
 	}
+	if o.Code != nil {
+		return checkCoded(o)
+	}
+	if len(o.Manifest) > 0 {
+		return refuse(http.StatusBadRequest, "bad_object", "only an object with a code has a manifest")
+	}
 	if sum != o.Size {
 		return refuse(http.StatusBadRequest, "bad_object", "the chunks have %d bytes together, the object is said to have %d", sum, o.Size)
+	}
+	return nil
+}
+
+// checkCoded checks what can be checked without a key: that each stripe is whole
+// and can be made anew from its other shards.
+func checkCoded(o api.Object) error {
+	bad := func(format string, args ...any) error {
+		return refuse(http.StatusBadRequest, "bad_object", format, args...)
+	}
+	if err := checkCode(*o.Code); err != nil {
+		return err
+	}
+	switch {
+	case len(o.Manifest) == 0 || len(o.Manifest) > api.MaxManifest:
+		return bad("an object with a code has a manifest of 1 to %d bytes, this has %d", api.MaxManifest, len(o.Manifest))
+	case o.SHA256 != "":
+		return bad("an object with a code tells the digest of the file to nobody but its readers, in the manifest")
+	case len(o.Chunks)%o.Code.Shards() != 0:
+		return bad("%d chunks are no whole stripes of %d shards", len(o.Chunks), o.Code.Shards())
+	}
+	var room int64
+	seen := make(map[string]bool, len(o.Chunks))
+	for part := range slices.Chunk(o.Chunks, o.Code.Shards()) {
+		for _, ch := range part {
+			if ch.Size != part[0].Size {
+				return bad("the shards of a stripe must have one size, these have %d and %d bytes", part[0].Size, ch.Size)
+			}
+			if seen[ch.ID] {
+				return bad("chunk %s is there twice: each shard differs from every other", ch.ID)
+			}
+			seen[ch.ID] = true
+		}
+		room += part[0].Size * int64(o.Code.Data)
+	}
+	if o.Size < 0 || o.Size > room {
+		return bad("the shards of data have %d bytes together, the file is said to have %d", room, o.Size)
 	}
 	return nil
 }
@@ -645,9 +824,68 @@ func (s *storage) object(name string) (api.Object, error) {
 	return o, nil
 }
 
-// listObjects is every object, sorted by name.
-func (s *storage) listObjects() []api.Object {
-	return s.objects.all(func(a, b api.Object) int { return cmp.Compare(a.Name, b.Name) })
+// listObjects is every object, sorted by name, and how it is.
+func (s *storage) listObjects() []api.ObjectEntry {
+	list := s.objects.all(func(a, b api.Object) int { return cmp.Compare(a.Name, b.Name) })
+	out := make([]api.ObjectEntry, len(list))
+	online := make(map[wire.DeviceID]bool)
+	for _, d := range s.reg.list() {
+		online[d.ID] = d.Online
+	}
+	for i, o := range list {
+		out[i] = s.entry(o, online)
+	}
+	return out
+}
+
+// entry looks for the stripe that is nearest to be lost; without a code, for
+// the chunk with the least copies.
+func (s *storage) entry(o api.Object, online map[wire.DeviceID]bool) api.ObjectEntry {
+	e := api.ObjectEntry{Name: o.Name, Size: o.Size, SHA256: o.SHA256, Code: o.Code, Chunks: len(o.Chunks), Created: o.Created, Needed: 1}
+	if o.Code != nil {
+		e.Needed = o.Code.Data
+	}
+	if len(o.Chunks) == 0 { // nothing can be lost
+		e.Needed = 0
+		return e
+	}
+	e.Alive, e.Online = math.MaxInt, math.MaxInt
+	width := 1
+	if o.Code != nil {
+		width = o.Code.Shards()
+	}
+	for part := range slices.Chunk(o.Chunks, width) {
+		alive, there := 0, 0
+		for _, ch := range part {
+			c, _ := s.chunks.get(ch.ID)
+			copies, near := c.alive(), 0
+			for _, h := range c.Holders {
+				if !h.Lost && online[h.Device] {
+					near++
+				}
+			}
+			if o.Code != nil { // a second copy of a shard is no second shard
+				copies, near = min(copies, 1), min(near, 1)
+			}
+			alive, there = alive+copies, there+near
+		}
+		e.Alive, e.Online = min(e.Alive, alive), min(e.Online, there)
+	}
+	return e
+}
+
+// placements are where the chunks of an object are.
+func (s *storage) placements(name string) ([]api.Placement, error) {
+	o, err := s.object(name)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]api.Placement, len(o.Chunks))
+	for i, ch := range o.Chunks {
+		c, _ := s.chunks.get(ch.ID)
+		out[i] = api.Placement{Chunk: ch, Holders: append([]api.Holder{}, c.Holders...)}
+	}
+	return out, nil
 }
 
 // removeObject forgets an object, and has devices drop the chunks that no other
@@ -659,7 +897,7 @@ func (s *storage) removeObject(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.objects.remove(ctx, key, func(v api.Object) bool { return v.SHA256 == o.SHA256 }); err != nil {
+	if err := s.objects.remove(ctx, key, func(v api.Object) bool { return sameContent(v, o) }); err != nil {
 		return err
 	}
 	for part := range slices.Chunk(o.Chunks, dropPart) {

@@ -419,7 +419,7 @@ func TestAnyNameWorks(t *testing.T) {
 			t.Errorf("%q: %q %v", name, got.Name, err)
 		}
 		list, err := w.op.Objects(ctx)
-		if err != nil || !slices.ContainsFunc(list, func(o api.Object) bool { return o.Name == name }) {
+		if err != nil || !slices.ContainsFunc(list, func(o api.ObjectEntry) bool { return o.Name == name }) {
 			t.Errorf("%q is not listed: %v", name, err)
 		}
 		if err := w.op.RemoveObject(ctx, name); err != nil {
@@ -519,7 +519,7 @@ func TestPlacementFollowsFreeSpace(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	fit := []offer{{"small", 1 << 38}, {"large", 3 << 38}, {"largest", 1 << 40}, {"boaster", 1 << 50}}
+	fit := []offer{{device: "small", weight: 1 << 38}, {device: "large", weight: 3 << 38}, {device: "largest", weight: 1 << 40}, {device: "boaster", weight: 1 << 40}}
 	const draws = 40_000
 	first := map[wire.DeviceID]int{}
 	for range draws {
@@ -629,7 +629,7 @@ func TestALateReceiptIsKept(t *testing.T) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	placed := make(chan error, 1)
 	go func() {
-		_, err := w.storage.place(ctx, id, data, 1)
+		_, err := w.storage.place(ctx, id, data, 1, "")
 		placed <- err
 	}()
 	next(t, stored, "the store order")
@@ -650,7 +650,7 @@ func TestAFileComesBackWhole(t *testing.T) {
 	for _, size := range []int{0, 1, chunk.DefaultSize, 3*chunk.DefaultSize + 17} {
 		data := someBytes(size)
 		var safe sync.Map
-		o, placed, err := object.Put(ctx, w.op, "file", bytes.NewReader(data), 2, func(n int64) { safe.Store(n, true) })
+		o, placed, err := object.PutPlain(ctx, w.op, "file", bytes.NewReader(data), 2, func(n int64) { safe.Store(n, true) })
 		must(t, err)
 		if want := (size + chunk.DefaultSize - 1) / chunk.DefaultSize; len(o.Chunks) != want || len(placed) != want {
 			t.Errorf("%d bytes made %d chunks", size, len(o.Chunks))

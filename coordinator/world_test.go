@@ -98,6 +98,12 @@ func testConfig(dir string) Config {
 // open starts a coordinator in dir; the caller closes it.
 func open(t testing.TB, dir string) *world {
 	t.Helper()
+	return openWith(t, dir, func(*Config) {})
+}
+
+// openWith is open with a configuration of its own.
+func openWith(t testing.TB, dir string, edit func(*Config)) *world {
+	t.Helper()
 	w := &world{dir: dir, skew: new(atomic.Int64), frozen: new(atomic.Pointer[time.Time])}
 	cfg := testConfig(dir)
 	cfg.now = w.time
@@ -105,6 +111,7 @@ func open(t testing.TB, dir string) *world {
 	if os.Getenv("DEIMOS_TEST_LOG") != "" {
 		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
+	edit(&cfg)
 	ctx, cancel := context.WithTimeout(context.Background(), startLimit)
 	defer cancel()
 	var err error
@@ -159,8 +166,9 @@ type reply struct {
 	code       string
 	body       any
 	attachment []byte
-	bulk       bool // put the attachment over HTTPS
-	withhold   bool // sign for the attachment and do not send it
+	bulk       bool  // put the attachment over HTTPS
+	withhold   bool  // sign for the attachment and do not send it
+	retry      int64 // seconds until it may be asked again
 }
 
 // device is a simulated device: real keys, real enrolment, real MQTT and HTTPS
@@ -423,7 +431,7 @@ func (d *device) carryOut(o wire.Order) {
 func (d *device) report(o wire.Order, r *reply) wire.Report {
 	d.mu.Lock()
 	d.seq++
-	rep := wire.Report{Order: o.ID, Device: d.id, Seq: d.seq, State: r.state, Code: r.code, At: time.Now()}
+	rep := wire.Report{Order: o.ID, Device: d.id, Seq: d.seq, State: r.state, Code: r.code, RetrySeconds: r.retry, At: time.Now()}
 	d.mu.Unlock()
 	if r.code != "" {
 		rep.Reason = "it is so (" + r.code + ")"
@@ -504,6 +512,16 @@ func (d *device) honest(o wire.Order) *reply {
 		}
 		d.mu.Unlock()
 		return &reply{state: wire.Succeeded}
+	case wire.KindChunkHoldings:
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		var holds wire.Holdings
+		ids := []string{}
+		for id, data := range d.chunks {
+			holds.Count, holds.Bytes, ids = holds.Count+1, holds.Bytes+int64(len(data)), append(ids, id)
+		}
+		raw, _ := json.Marshal(ids)
+		return &reply{state: wire.Succeeded, body: holds, attachment: raw}
 	case wire.KindAudit:
 		return d.prove(o, nil)
 	case wire.KindJobRun:

@@ -41,6 +41,7 @@ var mayImport = map[string][]string{
 	"hw":                 {"board", "wire", "internal/durable"},
 	"sync/chunk":         {"wire"},
 	"sync/store":         {"sync/chunk", "wire", "internal/compactors", "internal/durable"},
+	"sync/scrub":         {"sync/chunk", "sync/store", "wire", "internal/durable"},
 	"sync/transfer":      {"wire"},
 	"sync/orders":        {"sync/chunk", "sync/store", "sync/transfer", "wire"},
 	"jobs":               {"wire"},

@@ -38,6 +38,12 @@ have_machines() {
 	return 1
 }
 
+# Can it make a file system on a disk of ours, whose writes we see? That takes
+# qemu-storage-daemon, the kernel's FUSE and loop devices, and e2fsprogs.
+have_recorded_disks() {
+	command -v qemu-storage-daemon >/dev/null && [ -c /dev/fuse ] && [ -c /dev/loop-control ] && [ -x /usr/sbin/mke2fs ]
+}
+
 # Can it make the image? That takes apt, dpkg-deb and the keys of Debian.
 have_image_tools() {
 	command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null && [ -e /usr/share/keyrings/debian-archive-keyring.gpg ]

@@ -486,7 +486,7 @@ func TestEvilBrokerCanOnlyDelay(t *testing.T) {
 		if kept(i) {
 			f.CheckGet(name, want)
 		} else {
-			f.Fails(nil, 1, "object", "get", name, "--out", f.Path("nothing"))
+			f.Fails(nil, 1, "object", "get", "--plain", name, "--out", f.Path("nothing"))
 		}
 	}
 	ended, repeated := 0, 0

@@ -265,7 +265,7 @@ func TestCoordinatorKilled(t *testing.T) {
 		began := make(chan struct{})
 		var busy sync.WaitGroup
 		for _, args := range [][]string{
-			{"object", "put", file, "--name", name},
+			{"object", "put", "--plain", file, "--name", name},
 			{"job", "run", testbed.Guest("sha256sum"), "--input", "kept"},
 		} {
 			busy.Go(func() {
@@ -298,7 +298,7 @@ func TestCoordinatorKilled(t *testing.T) {
 		}
 		f.awaitOrders(answerable)
 		f.CheckGet("kept", kept)
-		f.OK(nil, "object", "put", file, "--name", name) // again, as a user would; a repeat of what succeeded is fine
+		f.OK(nil, "object", "put", "--plain", file, "--name", name) // again, as a user would; a repeat of what succeeded is fine
 	}
 
 	f.Serve.Kill()

@@ -259,7 +259,7 @@ func TestOperatorsFaults(t *testing.T) {
 		{"an unknown object", deimos("object", "get", "nothing"), cli.ExitFailed, []string{`"nothing"`, "object ls"}},
 		{"removing an unknown object", deimos("object", "rm", "nothing"), cli.ExitFailed, []string{`"nothing"`}},
 		{"an unknown order", deimos("order", "show", nobody, "01ARZ3NDEKTSV4RRFFQ69G5FAV"), cli.ExitFailed, []string{"01ARZ3NDEKTSV4RRFFQ69G5FAV"}},
-		{"storing without a device", deimos("object", "put", f.Write("x", []byte("x"))), cli.ExitFailed, []string{"2 devices", "--replicas"}},
+		{"storing without a device", deimos("object", "put", f.Write("x", []byte("x"))), cli.ExitFailed, []string{"6 devices", "4+2"}},
 		{"storing a folder", deimos("object", "put", f.Dir), cli.ExitFailed, []string{"is a folder", "archive"}},
 		{"storing what is not there", deimos("object", "put", f.Path("nowhere")), cli.ExitFailed, []string{"nowhere"}},
 		{"a module that is not there", deimos("job", "run", f.Path("nowhere.wasm"), "--input", "x"), cli.ExitUsage, []string{"nowhere.wasm"}},
@@ -272,11 +272,11 @@ func TestOperatorsFaults(t *testing.T) {
 	data := []byte("a small file\n")
 	f.Put("small", data, "--replicas", "1")
 	f.Sub("getting to where nothing can be written", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
-		f.checkEnd(proc.Command{Argv: deimos("object", "get", "small", "--out", f.Dir)}, cli.ExitFailed, "cannot be written")
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "--plain", "small", "--out", f.Path("no", "such", "folder", "x"))}, cli.ExitFailed, "cannot be written", "no such file or directory")
+		f.checkEnd(proc.Command{Argv: deimos("object", "get", "--plain", "small", "--out", f.Dir)}, cli.ExitFailed, "cannot be written")
 	})
 	f.Sub("storing something else under the same name", func(t *testing.T) {
-		f.checkEnd(proc.Command{Argv: deimos("object", "put", f.Write("y", []byte("other")), "--name", "small", "--replicas", "1")}, cli.ExitFailed, "small", "object rm")
+		f.checkEnd(proc.Command{Argv: deimos("object", "put", "--plain", f.Write("y", []byte("other")), "--name", "small", "--replicas", "1")}, cli.ExitFailed, "small", "object rm")
 	})
 	f.Sub("a module that is none", func(t *testing.T) {
 		f.checkEnd(proc.Command{Argv: deimos("job", "run", f.Write("text.wasm", []byte("no module")), "--input", "small")}, cli.ExitFailed, "module")
@@ -311,7 +311,7 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal("the disk does not get full")
 	}
 	during := f.Write("during", testbed.RandomBytes(rng, 1<<20))
-	said := f.Fails(nil, 1, "object", "put", during, "--replicas", "1")
+	said := f.Fails(nil, 1, "object", "put", "--plain", during, "--replicas", "1")
 	for _, text := range []string{string(d.id), "free-space floor", "free space there"} {
 		if !strings.Contains(said, text) {
 			t.Errorf("the sentence does not say %q: %s", text, said)
@@ -325,7 +325,7 @@ func TestFullDisk(t *testing.T) {
 	if err := os.Remove(filler.Name()); err != nil {
 		t.Fatal(err)
 	}
-	f.OK(nil, "object", "put", during, "--replicas", "1")
+	f.OK(nil, "object", "put", "--plain", during, "--replicas", "1")
 	f.CheckGet("during", readFile(t, during))
 }
 
@@ -344,7 +344,7 @@ func TestFloorAboveTheFreeSpace(t *testing.T) {
 	if v := d.now(); v.Capacity != 0 {
 		t.Errorf("it offers %d bytes", v.Capacity)
 	}
-	said := f.Fails(nil, 1, "object", "put", f.Write("x", []byte("x")), "--replicas", "1")
+	said := f.Fails(nil, 1, "object", "put", "--plain", f.Write("x", []byte("x")), "--replicas", "1")
 	if !strings.Contains(said, "devices with room") && !strings.Contains(said, "device with room") {
 		t.Errorf("the sentence does not say what is missing: %s", said)
 	}

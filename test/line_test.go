@@ -191,5 +191,5 @@ func (f *fleet) checkRemoval(name string) {
 	f.Until("the devices telling that they hold something", func() bool { return used() > 0 })
 	f.OK(nil, "object", "rm", name)
 	f.Until("the devices' space coming back", func() bool { return used() == 0 })
-	f.Fails(nil, 1, "object", "get", name, "--out", f.Path("nothing"))
+	f.Fails(nil, 1, "object", "get", "--plain", name, "--out", f.Path("nothing"))
 }

@@ -363,7 +363,7 @@ func TestOneKeyOnTwoMachinesIsNoticed(t *testing.T) {
 	d.awaitOnline()
 	d.checkPing()
 	file := f.Write("after", testbed.RandomBytes(rng, 10_000))
-	f.Fails(nil, cli.ExitFailed, "object", "put", file, "--replicas", "3")
+	f.Fails(nil, cli.ExitFailed, "object", "put", "--plain", file, "--replicas", "3")
 	o := f.Put("after", readFile(t, file), "--replicas", "2")
 	if slices.Contains(f.holdersOf(o, 0), d) {
 		t.Error("it was given a chunk")

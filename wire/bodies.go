@@ -32,6 +32,9 @@ type ChunkServe struct {
 // ChunkDrop asks a device to forget chunks. Unknown ids are no error.
 type ChunkDrop struct {
 	IDs []string `json:"ids"`
+	// OnlyLost leaves alone what is not known to be lost when the order is carried
+	// out: it may have been stored anew since somebody decided.
+	OnlyLost bool `json:"only_lost,omitempty"`
 }
 
 // Audit asks for proof that chunks are held.

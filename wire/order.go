@@ -16,6 +16,8 @@ const (
 	KindChunkStore    Kind = "chunk.store"
 	KindChunkServe    Kind = "chunk.serve"
 	KindChunkDrop     Kind = "chunk.drop"
+	KindChunkLosses   Kind = "chunk.losses"
+	KindChunkHoldings Kind = "chunk.holdings"
 	KindAudit         Kind = "audit"
 	KindJobRun        Kind = "job.run"
 	KindUpdateInstall Kind = "update.install"
@@ -36,7 +38,7 @@ func (k Kind) Priority() int {
 		return 0 // short, and people wait for them
 	case KindUpdateInstall:
 		return 1
-	case KindAudit:
+	case KindAudit, KindChunkLosses, KindChunkHoldings:
 		return 2
 	case KindChunkServe:
 		return 3
@@ -92,13 +94,16 @@ const (
 // Report is what a device says about an order. A device need not report QUEUED
 // and RUNNING of an order that ends at once.
 type Report struct {
-	Order          string          `json:"order"`
-	Device         DeviceID        `json:"device"`
-	Seq            uint64          `json:"seq"` // grows from report to report of an order, across restarts of the device
-	State          State           `json:"state"`
-	Progress       float64         `json:"progress,omitempty"` // 0 to 1, while RUNNING
-	Code           string          `json:"code,omitempty"`     // stable, for machines; FAILED and REJECTED have one
-	Reason         string          `json:"reason,omitempty"`   // a sentence for a person
+	Order    string   `json:"order"`
+	Device   DeviceID `json:"device"`
+	Seq      uint64   `json:"seq"` // grows from report to report of an order, across restarts of the device
+	State    State    `json:"state"`
+	Progress float64  `json:"progress,omitempty"` // 0 to 1, while RUNNING
+	Code     string   `json:"code,omitempty"`     // stable, for machines; FAILED and REJECTED have one
+	Reason   string   `json:"reason,omitempty"`   // a sentence for a person
+	// RetrySeconds is when the same may be asked for again, counted from At: the
+	// device refused for a reason that ends by itself. 0: nobody knows.
+	RetrySeconds   int64           `json:"retry_seconds,omitempty"`
 	At             time.Time       `json:"at"`
 	TimeConfidence Confidence      `json:"time_confidence"`
 	Body           json.RawMessage `json:"body,omitempty"`
@@ -151,9 +156,14 @@ type Problem struct {
 	State  State
 	Code   string // stable, lower_snake_case
 	Reason string // what happened, why, what to do next
+	// After is when it may be asked for again; 0: nobody knows.
+	After time.Duration
 }
 
 func (p *Problem) Error() string { return p.Reason }
+
+// Seconds is After in whole seconds, upwards.
+func (p *Problem) Seconds() int64 { return int64((p.After + time.Second - 1) / time.Second) }
 
 // Codes that more than one room uses. A room may have codes of its own.
 const (
@@ -164,10 +174,14 @@ const (
 	CodeInternal      = "internal"
 	CodeNotFound      = "not_found"
 	CodeLost          = "lost"           // it should be here, and is not or does not verify
+	CodeUnreachable   = "unreachable"    // it may be on a volume that is away: no loss, and no proof
 	CodeMismatch      = "mismatch"       // bytes do not have the promised digest or size
 	CodeNoSpace       = "no_space"       // the disk's free-space floor is reached
 	CodeReadOnly      = "read_only"      // the volume refuses writes after an error
 	CodeTransfer      = "transfer"       // could not fetch or put over HTTPS
+	CodeMetered       = "metered"        // the owner's volume of this month is used up
+	CodeQuietHours    = "quiet_hours"    // bulk is for other hours, says the owner
+	CodeBusy          = "busy"           // the disks are too slow for more at the moment
 	CodePolicy        = "policy"         // the owner does not allow it
 	CodeLimit         = "limit"          // a limit of the order was hit
 	CodeInterrupted   = "interrupted"    // the agent stopped in the middle and cannot resume
@@ -188,6 +202,13 @@ func FailedBecause(code, format string, args ...any) *Problem {
 // RejectedBecause makes a REJECTED problem; args as for fmt.Sprintf.
 func RejectedBecause(code, format string, args ...any) *Problem {
 	return &Problem{State: Rejected, Code: code, Reason: fmt.Sprintf(format, args...)}
+}
+
+// RejectedUntil is [RejectedBecause] of what may be asked for again after a while.
+func RejectedUntil(after time.Duration, code, format string, args ...any) *Problem {
+	p := RejectedBecause(code, format, args...)
+	p.After = after
+	return p
 }
 
 // ProblemOf finds the Problem in err, or makes err an internal failure.

@@ -22,6 +22,7 @@ type Presence struct {
 	Capacity        int64      `json:"capacity,omitempty"`         // bytes that may hold chunks, used ones included
 	Used            int64      `json:"used,omitempty"`             // bytes of chunks held
 	ConfigVersion   uint64     `json:"config_version,omitempty"`   // see ConfigReport
+	Losses          string     `json:"losses,omitempty"`           // as in Beat
 	Dropped         []Dropped  `json:"dropped,omitempty"`          // what the outbox gave up, since the agent's journal was made
 	At              time.Time  `json:"at"`
 	TimeConfidence  Confidence `json:"time_confidence"`
@@ -58,6 +59,19 @@ type Beat struct {
 	// what it does not know with [KindInventory].
 	InventoryDigest string    `json:"inventory_digest,omitempty"`
 	Warnings        []Warning `json:"warnings,omitempty"` // at most MaxWarnings, the worst first
+	// Losses is the LossDigest of all chunks that the device knows to be lost; the
+	// coordinator asks for them with [KindChunkLosses].
+	Losses string  `json:"losses,omitempty"`
+	Scrubs []Scrub `json:"scrubs,omitempty"` // at most MaxScrubs, the latest first
+	// Pause says that the device would refuse chunks now; without one it would not.
+	Pause *Pause `json:"pause,omitempty"`
+}
+
+// Pause is why a device refuses to move chunks, and for how long: what a report
+// says with the same code, told before anybody asks.
+type Pause struct {
+	Code    string `json:"code"`    // CodeMetered, CodeQuietHours or CodeBusy
+	Seconds int64  `json:"seconds"` // from the time of the message
 }
 
 // EnrolRequest is the body of POST /enrol/v1. The device proves its key by the

@@ -45,15 +45,24 @@ const (
 	SettingJobWall   = "jobs.max_wall_seconds"
 	SettingJobSlots  = "jobs.slots"
 	SettingLogLevel  = "log.level"
+	SettingScrubDays = "scrub.days"
+	SettingScrubRate = "scrub.max_bytes_per_second"
+	SettingDownRate  = "transfer.max_down_bytes_per_second"
+	SettingUpRate    = "transfer.max_up_bytes_per_second"
+	SettingMonthly   = "transfer.monthly_bytes"
 )
+
+// MinRate is the least rate of bulk that can be set, in bytes a second: a chunk
+// of the usual size then takes a minute.
+const MinRate = 16 << 10
 
 // MaxBeat is the longest heartbeat interval, in seconds.
 const MaxBeat = 3600
 
 const longestJob = 24 * 60 * 60 // seconds
 
-// Those of jobs have the names that the owner's configuration file has for them
-// (jobs/policy).
+// Those of jobs, of the scrub and of transfers have the names that the owner's configuration
+// file has for them (jobs/policy, agent.Config).
 var settings = []Setting{ // sorted by key
 	{Key: SettingBeat, Type: SettingInt, Unit: "s", Min: 5, Max: MaxBeat, About: "Time between two heartbeats. Default: as the device was told when it enrolled."},
 	{Key: SettingJobs, Type: SettingBool, About: "Whether the device runs jobs at all."},
@@ -63,6 +72,11 @@ var settings = []Setting{ // sorted by key
 	{Key: SettingJobWall, Type: SettingNumber, Unit: "s", Min: 1, Max: longestJob, About: "Most time of one job from start to end."},
 	{Key: SettingJobSlots, Type: SettingInt, Min: 1, Max: 64, About: "How many jobs run at the same time."},
 	{Key: SettingLogLevel, Type: SettingChoice, Choices: []string{"debug", "info", "warn", "error"}, About: "The least important messages that the agent logs."},
+	{Key: SettingScrubDays, Type: SettingNumber, Unit: "days", Min: 1, Max: 365, About: "Time within which every chunk is read and verified, again and again."},
+	{Key: SettingScrubRate, Type: SettingInt, Unit: "bytes", Min: 1 << 16, Max: 1 << 30, About: "Most that is read of a disk in a second to verify chunks."},
+	{Key: SettingDownRate, Type: SettingInt, Unit: "bytes", Max: 1 << 40, About: "Most that chunks and modules that come in take of the line in a second; 0: no limit, else at least 16 KiB."},
+	{Key: SettingUpRate, Type: SettingInt, Unit: "bytes", Max: 1 << 40, About: "Most that chunks that go out take of the line in a second; 0: no limit, else at least 16 KiB."},
+	{Key: SettingMonthly, Type: SettingInt, Unit: "bytes", Max: 1 << 50, About: "Bytes in and out in a month after which no more chunks are moved; 0: no limit."},
 }
 
 // Settings is the table of all settings that this version knows, sorted by key.

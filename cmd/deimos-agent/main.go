@@ -172,6 +172,15 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		line("claim code", s.ClaimCode)
 		line("to let it in", "deimos device claim "+s.ClaimCode)
 	}
+	if m != nil {
+		for i, x := range m.Scrubs {
+			name := ""
+			if i == 0 {
+				name = "verified"
+			}
+			line(name, scrubLine(x))
+		}
+	}
 	if err := t.Flush(); err != nil || m == nil {
 		return err
 	}
@@ -194,6 +203,27 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		}
 	}
 	return nil
+}
+
+// scrubLine says how far the scrub of a volume is.
+func scrubLine(x wire.Scrub) string {
+	s := x.Dir + ": "
+	if x.Verified.IsZero() {
+		s += "not yet as a whole"
+	} else {
+		s += "as a whole on " + x.Verified.Local().Format(time.DateOnly)
+	}
+	s += fmt.Sprintf("; %.0f%% of this round since %s, to end by %s", 100*x.Share, x.Began.Local().Format(time.DateOnly), x.Ends.Local().Format(time.DateOnly))
+	if x.Lost > 0 {
+		s += fmt.Sprintf("; %d chunks lost", x.Lost)
+	}
+	if x.Late {
+		s += "; late"
+	}
+	if x.Problem != "" {
+		s += ": " + x.Problem
+	}
+	return s
 }
 
 // agentLine says what the agent does, or did when it was last heard of.

@@ -22,6 +22,7 @@ type deviceCmd struct {
 	Pending devicePendingCmd `cmd:"" help:"List the devices that wait to be claimed."`
 	Claim   deviceClaimCmd   `cmd:"" help:"Take in the device that shows a claim code."`
 	Reject  deviceRejectCmd  `cmd:"" help:"Turn the device that shows a claim code away for a day."`
+	Drain   deviceDrainCmd   `cmd:"" help:"Empty a device that is to leave."`
 	Retire  deviceRetireCmd  `cmd:"" help:"Send a device away for ever."`
 
 	Identify  deviceIdentifyCmd  `cmd:"" help:"Have a device blink, to find it among others."`
@@ -163,6 +164,12 @@ func writeDevice(w io.Writer, d api.Device) error {
 	default:
 		row("certificate", "valid until %s", d.CertUntil.Format(time.RFC3339))
 	}
+	writeDrain(row, d.Drain)
+	writeScore(row, d.Score)
+	if d.Rest != nil {
+		row("chunks", "it moves none until %s (%s)", d.Rest.Until.Format(time.RFC3339), d.Rest.Code)
+	}
+	writeScrubs(row, d)
 	writeNow(row, d)
 	return writeInventory(w, d)
 }
@@ -282,6 +289,8 @@ func (d *deviceRejectCmd) Run(ctx context.Context, all *commands) error {
 type deviceRetireCmd struct {
 	ID  deviceFlag `arg:"" help:"Device id."`
 	Yes bool       `help:"Do not ask."`
+
+	Force bool `help:"Even if it has the last copies of something."`
 	cli.Output
 }
 
@@ -300,7 +309,7 @@ func (d *deviceRetireCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	v, err := c.RetireDevice(ctx, string(d.ID))
+	v, err := c.RetireDevice(ctx, string(d.ID), d.Force)
 	if err != nil {
 		return err
 	}

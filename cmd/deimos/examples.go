@@ -18,6 +18,7 @@ func (*deviceCmd) Help() string {
   deimos device list --group attic --state offline                 who of a group is away
   deimos device claim abcde-fghij-klmno --group attic              take in what shows this code
   deimos device set --label site=north --set-group roof            move devices into a group
+  deimos device drain aaaabbbbccccddddeeeeffff --wait              bring elsewhere what one holds
   deimos device retire aaaabbbbccccddddeeeeffff --yes              send one away for ever`
 }
 

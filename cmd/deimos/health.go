@@ -62,6 +62,31 @@ func writeHealth(w io.Writer, d api.Device) {
 	}
 }
 
+// writeScrubs shows what a device has verified of what it holds.
+func writeScrubs(row func(name, format string, args ...any), d api.Device) {
+	for i, x := range d.Scrubs {
+		name := ""
+		if i == 0 {
+			name = "verified"
+		}
+		s := "not yet as a whole"
+		if !x.Verified.IsZero() {
+			s = "as a whole " + cli.Ago(x.Verified)
+		}
+		s += fmt.Sprintf("; %.0f%% of this round, begun %s, to end by %s", 100*x.Share, cli.Ago(x.Began), x.Ends.UTC().Format(time.DateOnly))
+		if x.Lost > 0 {
+			s += fmt.Sprintf("; %d chunks lost", x.Lost)
+		}
+		if x.Late {
+			s += "; late"
+		}
+		if x.Problem != "" {
+			s += ": " + cell(x.Problem)
+		}
+		row(name, "%s", cell(x.Dir)+": "+s)
+	}
+}
+
 // writeNow shows how a device feels, by its last heartbeat. What cannot be read
 // is left out: it is of a newer agent, or of one that is not ours.
 func writeNow(row func(name, format string, args ...any), d api.Device) {

@@ -31,12 +31,14 @@ type commands struct {
 	Token    tokenCmd    `cmd:"" help:"Fleet tokens: let devices in."`
 	Device   deviceCmd   `cmd:"" help:"Devices of the fleet."`
 	Object   objectCmd   `cmd:"" help:"Files stored on the fleet."`
+	Key      keyCmd      `cmd:"" help:"The key that stored files are encrypted for."`
 	Job      jobCmd      `cmd:"" help:"Run WebAssembly modules where the data is."`
 	Audit    auditCmd    `cmd:"" help:"Challenge devices to prove what they hold and compute."`
 	Release  releaseCmd  `cmd:"" help:"Make, publish and offer agent updates."`
 	Order    orderCmd    `cmd:"" help:"Orders to devices, and what became of them."`
 	Config   configCmd   `cmd:"" help:"What the fleet wants of its devices' settings, and what they run."`
 	Operator operatorCmd `cmd:"" help:"Who may call the coordinator, and what they may do."`
+	Repair   repairCmd   `cmd:"" help:"What is endangered, and what is done about it."`
 	Status   statusCmd   `cmd:"" help:"One look at the fleet, and what needs attention."`
 	Log      logCmd      `cmd:"" help:"What was changed, when and by whom."`
 	Sim      simCmd      `cmd:"" help:"A fleet of simulated devices, to see what a coordinator bears."`
@@ -65,15 +67,23 @@ func coded(err error) error {
 	return err
 }
 
+// contextPath is the chosen context's file.
+func (c *commands) contextPath() (string, error) {
+	if c.Context != "" {
+		return c.Context, nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", errors.New("there is no home folder to find the context in; name it with --context")
+	}
+	return filepath.Join(dir, "deimos", "operator.json"), nil
+}
+
 // client opens the coordinator of the chosen context.
 func (c *commands) client() (*api.Client, error) {
-	path := c.Context
-	if path == "" {
-		dir, err := os.UserConfigDir()
-		if err != nil {
-			return nil, errors.New("there is no home folder to find the context in; name it with --context")
-		}
-		path = filepath.Join(dir, "deimos", "operator.json")
+	path, err := c.contextPath()
+	if err != nil {
+		return nil, err
 	}
 	ctx, err := api.LoadContext(path)
 	if err != nil {

@@ -1,46 +1,75 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
+	"filippo.io/age"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/object"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 type objectCmd struct {
-	Put objectPutCmd `cmd:"" help:"Store a file."`
-	Get objectGetCmd `cmd:"" help:"Get a file back, verified."`
-	Ls  objectLsCmd  `cmd:"" help:"List the files."`
-	Rm  objectRmCmd  `cmd:"" help:"Remove a file."`
+	Put    objectPutCmd    `cmd:"" help:"Encrypt a file and store it."`
+	Get    objectGetCmd    `cmd:"" help:"Get a file back, verified."`
+	Ls     objectLsCmd     `cmd:"" help:"List the files, and how far each is from being lost."`
+	Show   objectShowCmd   `cmd:"" help:"Show where the parts of a file are."`
+	Verify objectVerifyCmd `cmd:"" help:"Read every part of a file from every device that holds it."`
+	Rm     objectRmCmd     `cmd:"" help:"Remove a file."`
 }
 
 type objectPutCmd struct {
-	File     string `arg:"" type:"path" help:"File to store; - for standard input."`
-	Name     string `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
-	Replicas int    `default:"2" help:"How many devices hold each chunk (${default})."`
+	File      string   `arg:"" type:"path" help:"File to store; - for standard input."`
+	Name      string   `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
+	Code      string   `placeholder:"K+M" help:"Spread over K+M devices, of which any K are enough to read it. Default: 4+2."`
+	Recipient []string `sep:"none" placeholder:"KEY" help:"Who can read it beside your own key: age1..., or a line of an SSH public key; may be repeated."`
+	Identity  string   `type:"path" placeholder:"FILE" help:"Your key, as age or SSH keep it. Default: key.txt beside the context, made at the first put."`
+	Plain     bool     `help:"Store it as it is: the devices that hold it can read it, and jobs can run over it."`
+	Replicas  int      `placeholder:"N" help:"With --plain: how many devices hold each chunk. Default: 2."`
 	cli.Output
 }
 
-// putResult is what "object put" prints as JSON.
+const defaultReplicas = 2 // one device may be down
+
+// putResult is what "object put" prints as JSON. SHA256 is there of every
+// object: who put it knows it.
 type putResult struct {
 	api.Object
 	Placements []api.Placement `json:"placements"`
 }
 
+func (p *objectPutCmd) check() error {
+	switch {
+	case p.Replicas != 0 && !p.Plain:
+		return errors.New("--replicas is for files that are stored with --plain; others are spread by --code, as in --code 2+1")
+	case p.Plain && (p.Code != "" || len(p.Recipient) > 0 || p.Identity != ""):
+		return errors.New("--plain stores a file as it is, for everybody to read: --code, --recipient and --identity are for others")
+	}
+	return nil
+}
+
 func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
+	if err := p.check(); err != nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: err}
+	}
 	c, err := all.client()
 	if err != nil {
 		return err
@@ -57,27 +86,85 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 		}
 		name = filepath.Base(p.File)
 	}
-	bar := newProgress("storing "+name, size)
-	o, placed, err := object.Put(ctx, c, name, in, p.Replicas, bar.add)
-	bar.end()
+	var res putResult
+	if p.Plain {
+		bar := newProgress("storing "+name, size)
+		res.Object, res.Placements, err = object.PutPlain(ctx, c, name, in, cmp.Or(p.Replicas, defaultReplicas), bar.add)
+		bar.end()
+	} else {
+		res, err = p.encrypt(ctx, all, c, name, in, size)
+	}
 	if err != nil {
 		return err
 	}
-	return p.Print(putResult{o, placed}, func(w io.Writer) error {
-		receipts := 0
-		devices := map[string]bool{}
-		for _, pl := range placed {
-			for _, h := range pl.Holders {
-				if !h.Lost {
-					receipts++
-					devices[string(h.Device)] = true
-				}
+	return p.Print(res, func(w io.Writer) error { return writePut(w, res) })
+}
+
+// encrypt stores a file for those who have a key, and goes on where the same
+// command was cut off.
+func (p *objectPutCmd) encrypt(ctx context.Context, all *commands, c *api.Client, name string, in *os.File, size int64) (res putResult, err error) {
+	code := object.DefaultCode
+	if p.Code != "" {
+		if code, err = object.ParseCode(p.Code); err != nil {
+			return res, &cli.Error{Code: cli.ExitUsage, Err: err}
+		}
+	}
+	k, err := all.keyring()
+	if err != nil {
+		return res, err
+	}
+	recipients, who, err := k.recipients(p.Identity, p.Recipient)
+	if err != nil {
+		return res, err
+	}
+	identities, err := k.identities(p.Identity)
+	if err != nil {
+		return res, err
+	}
+	state, err := openPutState(k.dir, name, in, code, who)
+	if err != nil {
+		return res, err
+	}
+	if state.Session == nil {
+		if state.Session, err = object.NewSession(code, size, recipients); err != nil {
+			return res, err
+		}
+		if err := state.keep(); err != nil {
+			return res, err
+		}
+	}
+	bar := newProgress("storing "+name, size)
+	o, placed, err := object.Put(ctx, c, name, in, state.Session, object.PutOptions{Identities: identities, Progress: bar.add})
+	bar.end()
+	if err != nil {
+		return res, err
+	}
+	if err := state.forget(); err != nil {
+		return res, err
+	}
+	res = putResult{o.Object, placed}
+	res.SHA256 = o.Digest()
+	return res, nil
+}
+
+func writePut(w io.Writer, res putResult) error {
+	receipts := 0
+	devices := map[wire.DeviceID]bool{}
+	for _, pl := range res.Placements {
+		for _, h := range pl.Holders {
+			if !h.Lost {
+				receipts++
+				devices[h.Device] = true
 			}
 		}
-		_, err := fmt.Fprintf(w, "%s: %s in %s on %s, %s\nsha256 %s\n",
-			o.Name, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), cli.Count(len(devices), "device"), cli.Count(receipts, "signed receipt"), o.SHA256)
-		return err
-	})
+	}
+	how := "plain"
+	if res.Code != nil {
+		how = fmt.Sprintf("encrypted, code %s", res.Code)
+	}
+	_, err := fmt.Fprintf(w, "%s: %s in %s on %s, %s, %s\nsha256 %s\n",
+		res.Name, cli.Bytes(res.Size), cli.Count(len(res.Chunks), "chunk"), cli.Count(len(devices), "device"), cli.Count(receipts, "signed receipt"), how, res.SHA256)
+	return err
 }
 
 // openInput opens a file that can be stored; size is -1 if it is not known.
@@ -101,9 +188,53 @@ func openInput(path string) (*os.File, int64, error) {
 }
 
 type objectGetCmd struct {
-	Name string `arg:"" help:"Name on the fleet."`
-	Out  string `short:"O" type:"path" help:"File to write; - for standard output. Default: the name, in this folder." placeholder:"FILE"`
+	Name     string `arg:"" help:"Name on the fleet."`
+	Out      string `short:"O" type:"path" help:"File to write; - for standard output. Default: the name, in this folder." placeholder:"FILE"`
+	Range    string `placeholder:"A-B" help:"Only the bytes A to B, counted from 0, both included; A- for all from A on."`
+	Identity string `type:"path" placeholder:"FILE" help:"Your key, as age or SSH keep it. Default: key.txt beside the context."`
+	Plain    bool   `help:"It was stored with --plain. Who has a key must say so: nothing else shows that it is not a forgery of an encrypted file."`
 	cli.Output
+}
+
+// parseRange reads A-B of a file of size bytes: from, and up to without to.
+func parseRange(s string, size int64) (from, to int64, err error) {
+	a, b, ok := strings.Cut(s, "-")
+	from, err = strconv.ParseInt(a, 10, 64)
+	if to = size; err == nil && b != "" {
+		to, err = strconv.ParseInt(b, 10, 64)
+		if err == nil && to < math.MaxInt64 {
+			to++
+		}
+	}
+	if !ok || err != nil || from < 0 || to < from {
+		return 0, 0, &cli.Error{Code: cli.ExitUsage, Err: fmt.Errorf("%q is no range of bytes, as in 0-99 for the first hundred", s)}
+	}
+	if from >= size {
+		return 0, 0, fmt.Errorf("the file has %d bytes, and none from %d on", size, from)
+	}
+	return from, min(to, size), nil
+}
+
+// openObject believes an object's record, with the key that is there.
+func (c *commands) openObject(ctx context.Context, client *api.Client, name, identity string, plain bool) (*object.Object, error) {
+	k, err := c.keyring()
+	if err != nil {
+		return nil, err
+	}
+	var identities []age.Identity
+	if !plain {
+		if identities, err = k.identities(identity); err != nil {
+			return nil, err
+		}
+	}
+	o, err := object.Open(ctx, client, name, identities)
+	if errors.Is(err, object.ErrPlain) {
+		return nil, fmt.Errorf("%w: if it was stored so, say --plain", err)
+	}
+	if errors.Is(err, object.ErrNoKey) {
+		return nil, &cli.Error{Code: cli.ExitNoPerm, Err: fmt.Errorf("%w: name the file of a key that it was stored for with --identity (looked for: %s)", err, cmp.Or(identity, k.path()))}
+	}
+	return o, err
 }
 
 func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
@@ -111,82 +242,217 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	if g.Out == "-" {
-		_, err := object.Get(ctx, c, g.Name, os.Stdout, nil)
+	o, err := all.openObject(ctx, c, g.Name, g.Identity, g.Plain)
+	if err != nil {
 		return err
+	}
+	from, to := int64(0), o.Size
+	if g.Range != "" {
+		if from, to, err = parseRange(g.Range, o.Size); err != nil {
+			return err
+		}
 	}
 	path := g.Out
 	if path == "" {
 		path = filepath.Base(g.Name)
 	}
-	info, err := c.Object(ctx, g.Name)
-	if err != nil {
-		return err
-	}
-	f, err := openOutput(ctx, path)
-	if err != nil {
+	var f *output
+	if path == "-" {
+		f = streamTo(os.Stdout)
+	} else if f, err = openOutput(ctx, path, o.Version()); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
-	defer f.abandon()
-	bar := newProgress("getting "+g.Name, info.Size)
-	o, err := object.Get(ctx, c, g.Name, f, bar.add)
+	bar := newProgress("getting "+g.Name, to-from)
+	if g.Range != "" {
+		if err = f.restart(); err == nil {
+			err = o.WriteRange(ctx, c, f, from, to, bar.add)
+		}
+	} else {
+		err = getWhole(ctx, c, o, f, bar.add)
+	}
 	bar.end()
 	if err != nil {
+		// Without the digest of the whole, a range cannot go on.
+		if kept := f.abandon(g.Range == ""); kept > 0 {
+			err = fmt.Errorf("%w; %s that came are kept, and the same command goes on from there", err, cli.Bytes(kept))
+		}
 		return err
 	}
 	if err := f.finish(); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
-	return g.Print(o, func(w io.Writer) error {
-		_, err := fmt.Fprintf(w, "%s: %s in %s, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), o.SHA256)
+	if path == "-" {
+		return nil
+	}
+	return g.Print(getResult{o.Object, o.Digest(), from, to - from}, func(w io.Writer) error {
+		if g.Range != "" {
+			_, err := fmt.Fprintf(w, "%s: %s from byte %d on, each shard verified\n", path, cli.Bytes(to-from), from)
+			return err
+		}
+		_, err := fmt.Fprintf(w, "%s: %s in %s, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), o.Digest())
 		return err
 	})
 }
 
-// output is where a file from the fleet goes. A regular file appears whole and
-// verified, or not at all; what is something else (a device, a FIFO, a symbolic
-// link) is written to as it comes, because to replace it would not be to write
-// to it.
-type output struct {
-	io.Writer
-	finish  func() error
-	abandon func() // does nothing after finish
+// getResult is what "object get" prints as JSON.
+type getResult struct {
+	api.Object
+	SHA256 string `json:"sha256"` // of the whole file
+	From   int64  `json:"from"`
+	Bytes  int64  `json:"bytes"` // written
 }
 
-func openOutput(ctx context.Context, path string) (*output, error) {
+// getWhole goes on with what is there. If that was not what it should have been,
+// it begins anew.
+func getWhole(ctx context.Context, c *api.Client, o *object.Object, f *output, progress func(int64)) error {
+	if f.had > o.Size {
+		if err := f.restart(); err != nil {
+			return err
+		}
+	}
+	if f.had == 0 {
+		return o.Write(ctx, c, f, progress)
+	}
+	err := o.Resume(ctx, c, f.before, f.had, f, progress)
+	if !errors.Is(err, object.ErrDamaged) {
+		return err
+	}
+	progress(-f.had)
+	if err := f.restart(); err != nil {
+		return err
+	}
+	return o.Write(ctx, c, f, progress)
+}
+
+// output is where a file from the fleet goes. A regular file appears whole and
+// verified, or not at all; what has come of it is kept beside it, for the next
+// try. What is something else (a device, a FIFO, a symbolic link) is written to
+// as it comes, because to replace it would not be to write to it.
+type output struct {
+	io.Writer
+	had    int64     // bytes that came before
+	before io.Reader // which are these
+	// restart forgets what came.
+	restart func() error
+	finish  func() error
+	// abandon keeps what has come if it may be kept, and returns how much that is.
+	abandon func(keep bool) int64
+}
+
+func openOutput(ctx context.Context, path, version string) (*output, error) {
 	s, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		umask := syscall.Umask(0o077)
 		syscall.Umask(umask)
-		return openFile(path, 0o666&^0o022&^fs.FileMode(umask))
+		return openFile(path, 0o666&^0o022&^fs.FileMode(umask), version)
 	case err != nil:
 		return nil, err
 	case s.IsDir():
 		return nil, fmt.Errorf("%s is a folder; name a file in it", path)
 	case s.Mode().IsRegular():
-		return openFile(path, s.Mode().Perm())
+		return openFile(path, s.Mode().Perm(), version)
 	}
 	return openStream(ctx, path)
 }
 
-// openFile writes beside path, for nobody else to read until it is whole.
-func openFile(path string, mode fs.FileMode) (*output, error) {
+// openFile writes beside path, for nobody else to read until it is whole. The
+// name there tells the content that it is for: of another, nothing is kept.
+func openFile(path string, mode fs.FileMode, version string) (*output, error) {
 	dir := filepath.Dir(path)
-	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(dir), renameio.WithPermissions(0o600))
+	of := sha256.Sum256([]byte(filepath.Base(path)))
+	prefix := filepath.Join(dir, fmt.Sprintf(".deimos-%x-", of[:8]))
+	part := prefix + version[:16] + ".part"
+	f, err := openPart(part)
 	if err != nil {
 		return nil, err
 	}
-	finish := func() error {
-		if err := f.Chmod(mode); err != nil {
-			return err
-		}
-		if err := f.CloseAtomicallyReplace(); err != nil {
+	dropParts(dir, filepath.Base(prefix), part)
+	s, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	o := &output{had: s.Size()}
+	if _, err := f.Seek(0, io.SeekEnd); err != nil {
+		f.Close()
+		return nil, err
+	}
+	o.Writer, o.before = f, io.NewSectionReader(f, 0, o.had)
+	o.restart = func() error {
+		o.had = 0
+		_, err := f.Seek(0, io.SeekStart)
+		return errors.Join(err, f.Truncate(0))
+	}
+	o.finish = func() error {
+		if err := errors.Join(f.Sync(), f.Chmod(mode), os.Rename(part, path), f.Close()); err != nil {
 			return err
 		}
 		return durable.SyncDir(dir)
 	}
-	return &output{f, finish, func() { _ = f.Cleanup() }}, nil
+	o.abandon = func(keep bool) int64 {
+		defer f.Close()
+		if at, err := f.Seek(0, io.SeekCurrent); keep && err == nil && at > 0 {
+			return at
+		}
+		_ = os.Remove(part)
+		return 0
+	}
+	return o, nil
+}
+
+// openPart opens what is to become the file, which no one else may have written
+// to or be able to.
+func openPart(part string) (*os.File, error) {
+	for range 3 {
+		f, err := os.OpenFile(part, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("another command is getting the same file (it writes %s)", part)
+		}
+		var s, now syscall.Stat_t
+		if err := syscall.Fstat(int(f.Fd()), &s); err != nil {
+			f.Close()
+			return nil, err
+		}
+		if syscall.Lstat(part, &now) == nil && now.Ino == s.Ino && now.Dev == s.Dev &&
+			s.Mode&syscall.S_IFMT == syscall.S_IFREG && s.Mode&0o077 == 0 && int(s.Uid) == os.Geteuid() && s.Nlink == 1 {
+			return f, nil
+		}
+		f.Close()
+		if err := os.Remove(part); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("%s is taken by somebody else again and again", part)
+}
+
+// dropParts removes what came of other content for the same file.
+func dropParts(dir, prefix, but string) {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return // they stay
+	}
+	for _, e := range list {
+		p := filepath.Join(dir, e.Name())
+		if p == but || !e.Type().IsRegular() || !strings.HasPrefix(e.Name(), prefix) || !strings.HasSuffix(e.Name(), ".part") {
+			continue
+		}
+		if f, err := os.OpenFile(p, os.O_RDWR|syscall.O_NOFOLLOW, 0); err == nil {
+			if syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+				_ = os.Remove(p)
+			}
+			f.Close()
+		}
+	}
+}
+
+// streamTo writes to what cannot be written to twice.
+func streamTo(f *os.File) *output {
+	return &output{Writer: f, restart: func() error { return nil }, finish: f.Close, abandon: func(bool) int64 { _ = f.Close(); return 0 }}
 }
 
 // openStream opens what is there already. A FIFO opens when somebody reads it.
@@ -205,7 +471,7 @@ func openStream(ctx context.Context, path string) (*output, error) {
 		if o.err != nil {
 			return nil, o.err
 		}
-		return &output{o.f, o.f.Close, func() { _ = o.f.Close() }}, nil
+		return streamTo(o.f), nil
 	case <-ctx.Done(): // the program ends, and the open with it
 		return nil, ctx.Err()
 	}
@@ -225,10 +491,175 @@ func (l *objectLsCmd) Run(ctx context.Context, all *commands) error {
 	return l.Print(list, func(w io.Writer) error {
 		var rows []string
 		for _, o := range list {
-			rows = append(rows, fmt.Sprintf("%s\t%s\t%d\t%s\t%s", o.Name, cli.Bytes(o.Size), len(o.Chunks), cli.Short(o.SHA256), cli.Ago(o.Created)))
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s", o.Name, cli.Bytes(o.Size), codeOf(o.Code), o.Chunks, standing(o), cli.Ago(o.Created)))
 		}
-		return cli.Table(w, "NAME\tSIZE\tCHUNKS\tSHA256\tSTORED", rows)
+		return cli.Table(w, "NAME\tSIZE\tCODE\tCHUNKS\tWORST STRIPE\tSTORED", rows)
 	})
+}
+
+func codeOf(c *api.Code) string {
+	if c == nil {
+		return "plain"
+	}
+	return c.String()
+}
+
+// standing says how far an object is from being lost.
+func standing(o api.ObjectEntry) string {
+	if o.Chunks == 0 {
+		return "-"
+	}
+	s := fmt.Sprintf("%d alive, %d needed", o.Alive, o.Needed)
+	switch {
+	case o.Alive < o.Needed:
+		return "LOST: " + s
+	case o.Online < o.Needed:
+		s += ", only " + fmt.Sprint(o.Online) + " online"
+	case o.Alive == o.Needed && o.Code != nil && o.Code.Parity > 0:
+		s += ": the next loss is the last"
+	}
+	return s
+}
+
+type objectShowCmd struct {
+	Name string `arg:"" help:"Name on the fleet."`
+	cli.Output
+}
+
+// objectView is what "object show" prints as JSON.
+type objectView struct {
+	api.Object
+	Placements []api.Placement `json:"placements"` // in the order of the chunks
+}
+
+func (s *objectShowCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	o, err := c.Object(ctx, s.Name)
+	if err != nil {
+		return err
+	}
+	placed, err := c.ObjectPlacements(ctx, s.Name)
+	if err != nil {
+		return err
+	}
+	return s.Print(objectView{o, placed}, func(w io.Writer) error { return writeObject(w, o, placed) })
+}
+
+func writeObject(w io.Writer, o api.Object, placed []api.Placement) error {
+	how, width, what := "plain, for everybody who holds it to read", 1, "CHUNK"
+	if o.Code != nil {
+		how, width, what = fmt.Sprintf("encrypted, any %d of %d shards are enough", o.Code.Data, o.Code.Shards()), o.Code.Shards(), "STRIPE"
+	}
+	fmt.Fprintf(w, "%s: %s, %s, stored %s\n", o.Name, cli.Bytes(o.Size), how, cli.Ago(o.Created))
+	var rows []string
+	n := 0
+	for part := range slices.Chunk(placed, width) {
+		alive := 0
+		var where []string
+		for _, pl := range part {
+			var holders []string
+			for _, h := range pl.Holders {
+				if h.Lost {
+					holders = append(holders, string(h.Device)+" (lost)")
+					continue
+				}
+				holders = append(holders, string(h.Device))
+			}
+			living := slices.ContainsFunc(pl.Holders, func(h api.Holder) bool { return !h.Lost })
+			switch {
+			case o.Code == nil:
+				for _, h := range pl.Holders {
+					if !h.Lost {
+						alive++
+					}
+				}
+			case living:
+				alive++
+			}
+			where = append(where, cmp.Or(strings.Join(holders, " and "), "nowhere"))
+		}
+		rows = append(rows, fmt.Sprintf("%d\t%d\t%s", n, alive, strings.Join(where, ", ")))
+		n++
+	}
+	return cli.Table(w, what+"\tALIVE\tDEVICES", rows)
+}
+
+type objectVerifyCmd struct {
+	Name     string `arg:"" help:"Name on the fleet."`
+	Identity string `type:"path" placeholder:"FILE" help:"Your key. Default: key.txt beside the context."`
+	cli.Output
+}
+
+// verifyResult is what "object verify" prints as JSON.
+type verifyResult struct {
+	Name string `json:"name"`
+	object.Report
+	// Manifest is whether the key was there to see that the list of parts is the
+	// one that was stored.
+	Manifest bool `json:"manifest"`
+}
+
+func (v *objectVerifyCmd) Run(ctx context.Context, all *commands) error {
+	c, err := all.client()
+	if err != nil {
+		return err
+	}
+	res := verifyResult{Name: v.Name}
+	var rec api.Object
+	o, err := all.openObject(ctx, c, v.Name, v.Identity, false)
+	switch {
+	case err == nil:
+		rec, res.Manifest = o.Object, o.Code != nil
+	case (errors.Is(err, object.ErrNoKey) || errors.Is(err, object.ErrPlain)) && v.Identity == "":
+		if rec, err = c.Object(ctx, v.Name); err != nil {
+			return err
+		}
+	default:
+		return err
+	}
+	var total int64
+	for _, ch := range rec.Chunks {
+		total += ch.Size
+	}
+	bar := newProgress("reading "+v.Name, total)
+	res.Report, err = object.Verify(ctx, c, rec, bar.add)
+	bar.end()
+	if err != nil {
+		return err
+	}
+	if err := v.Print(res, func(w io.Writer) error { return writeVerified(w, rec, res) }); err != nil {
+		return err
+	}
+	if len(res.Faults) > 0 {
+		return fmt.Errorf("%s: %s missing or wrong", v.Name, cli.Count(len(res.Faults), "part"))
+	}
+	return nil
+}
+
+func writeVerified(w io.Writer, o api.Object, res verifyResult) error {
+	fmt.Fprintf(w, "%s: %s read and right\n", res.Name, cli.Count(res.Read, "part"))
+	if o.Code != nil && !res.Manifest {
+		fmt.Fprintln(w, "Without a key, which parts there should be is the coordinator's word.")
+	}
+	if len(res.Faults) == 0 {
+		return nil
+	}
+	var rows []string
+	for _, f := range res.Faults {
+		rows = append(rows, fmt.Sprintf("%d\t%d\t%s\t%s", f.Stripe, f.Shard, cmp.Or(string(f.Device), "-"), f.Problem))
+	}
+	if err := cli.Table(w, "STRIPE\tSHARD\tDEVICE\tPROBLEM", rows); err != nil {
+		return err
+	}
+	verdict := "It can be read."
+	if res.Least < res.Needed {
+		verdict = "It cannot be read whole now."
+	}
+	_, err := fmt.Fprintf(w, "In the worst stripe %d are right, %d are needed. %s\n", res.Least, res.Needed, verdict)
+	return err
 }
 
 type objectRmCmd struct {

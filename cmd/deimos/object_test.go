@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -35,6 +36,15 @@ func wantFile(t *testing.T, path, content string, mode os.FileMode) {
 	}
 }
 
+var aVersion, anotherVersion = strings.Repeat("a", 64), strings.Repeat("b", 64)
+
+func parts(t *testing.T, dir string) []string {
+	t.Helper()
+	list, err := filepath.Glob(filepath.Join(dir, ".*"))
+	must(t, err)
+	return list
+}
+
 func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 	umask := syscall.Umask(0o022)
 	defer syscall.Umask(umask)
@@ -42,7 +52,7 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 	path, old := filepath.Join(dir, "new"), filepath.Join(dir, "old")
 	must(t, os.WriteFile(old, []byte("before"), 0o640))
 	for p, mode := range map[string]os.FileMode{path: 0o644, old: 0o640} {
-		f, err := openOutput(t.Context(), p)
+		f, err := openOutput(t.Context(), p, aVersion)
 		must(t, err)
 		_, err = io.WriteString(f, "half")
 		must(t, err)
@@ -51,27 +61,83 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 		} else if _, err := os.Lstat(p); err == nil {
 			t.Error("it is there before it is whole")
 		}
-		list, err := filepath.Glob(filepath.Join(dir, ".*"))
-		must(t, err)
+		list := parts(t, dir)
 		if len(list) != 1 {
 			t.Fatalf("written aside: %v", list)
 		}
 		wantFile(t, list[0], "half", 0o600)
+		if _, err := openOutput(t.Context(), p, aVersion); err == nil {
+			t.Error("two commands write the same file at once")
+		}
 		must(t, f.finish())
-		f.abandon()
 		wantFile(t, p, "half", mode)
 	}
-	f, err := openOutput(t.Context(), old)
+	f, err := openOutput(t.Context(), old, aVersion)
 	must(t, err)
 	_, err = io.WriteString(f, "less")
 	must(t, err)
-	f.abandon()
+	f.abandon(false)
 	wantFile(t, old, "half", 0o640)
 	if list, _ := os.ReadDir(dir); len(list) != 2 {
 		t.Errorf("left behind: %v", list)
 	}
-	if _, err := openOutput(t.Context(), dir); err == nil {
+	if _, err := openOutput(t.Context(), dir, aVersion); err == nil {
 		t.Error("a folder was opened")
+	}
+}
+
+func TestWhatCameIsKeptForTheSameContentOnly(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	f, err := openOutput(t.Context(), path, aVersion)
+	must(t, err)
+	_, err = io.WriteString(f, "half")
+	must(t, err)
+	if kept := f.abandon(true); kept != 4 {
+		t.Errorf("%d bytes are kept", kept)
+	}
+	f, err = openOutput(t.Context(), path, aVersion)
+	must(t, err)
+	before, err := io.ReadAll(f.before)
+	must(t, err)
+	if f.had != 4 || string(before) != "half" {
+		t.Errorf("it goes on after %d bytes %q", f.had, before)
+	}
+	_, err = io.WriteString(f, " more")
+	must(t, err)
+	f.abandon(true)
+	f, err = openOutput(t.Context(), path, anotherVersion)
+	must(t, err)
+	if f.had != 0 {
+		t.Errorf("%d bytes of something else are there", f.had)
+	}
+	if list := parts(t, dir); len(list) != 1 {
+		t.Errorf("beside it are %v", list)
+	}
+	f.abandon(true)
+	// What others could write to, or have a name for, is not gone on with.
+	for name, spoil := range map[string]func(part string) error{
+		"open to others":  func(p string) error { return os.Chmod(p, 0o666) },
+		"with two names":  func(p string) error { return os.Link(p, filepath.Join(dir, "second")) },
+		"a symbolic link": func(p string) error { return errors.Join(os.Remove(p), os.Symlink(path, p)) },
+	} {
+		f, err := openOutput(t.Context(), path, aVersion)
+		must(t, err)
+		_, err = io.WriteString(f, "half")
+		must(t, err)
+		f.abandon(true)
+		list := parts(t, dir)
+		must(t, spoil(list[0]))
+		f, err = openOutput(t.Context(), path, aVersion)
+		if err == nil && f.had != 0 {
+			t.Errorf("%s: it is gone on with", name)
+		}
+		if err == nil {
+			f.abandon(false)
+		}
+		for _, p := range append(parts(t, dir), filepath.Join(dir, "second")) {
+			_ = os.Remove(p)
+		}
 	}
 }
 
@@ -82,9 +148,8 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 	must(t, os.WriteFile(target, []byte("longer than before"), 0o600))
 	must(t, os.Symlink(target, link))
 	write := func(path string) {
-		f, err := openOutput(t.Context(), path)
+		f, err := openOutput(t.Context(), path, aVersion)
 		must(t, err)
-		defer f.abandon()
 		_, err = io.WriteString(f, "content")
 		must(t, err)
 		must(t, f.finish())
@@ -111,7 +176,7 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := openOutput(ended, fifo); !errors.Is(err, context.Canceled) {
+	if _, err := openOutput(ended, fifo, aVersion); !errors.Is(err, context.Canceled) {
 		t.Errorf("a FIFO that nobody reads: %v", err)
 	}
 	// The open that was given up ends with the program; here, it is let through.

@@ -34,6 +34,13 @@ type serveCmd struct {
 	NoClaim         bool     `name:"no-claim" env:"DEIMOS_NO_CLAIM" help:"Let devices in by fleet token only; by default they can also wait to be claimed."`
 	CertificateLife duration `default:"30d" env:"DEIMOS_CERTIFICATE_LIFE" help:"How long a device's certificate is good, at least a minute (${default}); it is renewed at two thirds."`
 
+	AuditLeaves   int      `default:"90" env:"DEIMOS_AUDIT_LEAVES" placeholder:"N" help:"How many 4 KiB pieces of what it should hold each device has to prove a day (${default}); 90 find a loss of 5% in 99 of 100 cases. 0: none."`
+	AuditInterval duration `default:"8h" env:"DEIMOS_AUDIT_INTERVAL" help:"Mean time between two challenges of a device (${default}); when the next comes cannot be foretold."`
+
+	RepairAtOnce int      `default:"4" env:"DEIMOS_REPAIR_AT_ONCE" placeholder:"N" help:"How many stripes are repaired at a time (${default}). 0: none, and no device can be drained."`
+	RepairRate   int64    `default:"32" env:"DEIMOS_REPAIR_RATE" placeholder:"MIB" help:"How many MiB a second repair reads from devices and sends to them (${default})."`
+	RepairGrace  duration `default:"1d" env:"DEIMOS_REPAIR_GRACE" help:"How long a device, or a disk of one, may be away until what it holds is made anew elsewhere (${default})."`
+
 	Pprof string `placeholder:"ADDR" help:"Serve Go's profiles (net/http/pprof) on this loopback address, for finding out what it is busy with."`
 
 	PrintNATSConfig bool `name:"print-nats-config" help:"Print the configuration of an external NATS server for this coordinator's keys, and end."`
@@ -64,6 +71,8 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, CertNames: s.CertNames, Announce: s.Announce, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
 		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
+		Audits:  coordinator.AuditPlan{Leaves: s.AuditLeaves, Interval: time.Duration(s.AuditInterval)},
+		Repair:  coordinator.RepairPlan{AtOnce: s.RepairAtOnce, Rate: s.RepairRate << 20, Grace: time.Duration(s.RepairGrace)},
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
 	if s.PrintNATSConfig {

@@ -57,6 +57,9 @@ func writeStatus(w io.Writer, s api.Status) error {
 	row("orders", "open: "+counted(s.Orders.Open))
 	row("", "ended in the last day: "+least+counted(s.Orders.Ended))
 	row("challenges", "in the last day: "+counted(s.Challenges))
+	if s.Repair.Endangered > 0 {
+		row("repair", repairText(s.Repair))
+	}
 	if len(s.Attention) == 0 {
 		row("attention", "nothing needs it")
 		return nil

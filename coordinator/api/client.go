@@ -16,7 +16,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strconv"
 	"strings"
 	"time"
 
@@ -104,6 +103,11 @@ func (e *Error) Error() string { return e.Reason }
 
 // call makes one request. body may be nil, []byte, or anything JSON can hold.
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, body any) ([]byte, error) {
+	return c.callFor(ctx, method, path, query, body, maxAnswer)
+}
+
+// callFor is call for an answer of at most so many bytes.
+func (c *Client) callFor(ctx context.Context, method, path string, query url.Values, body any, most int64) ([]byte, error) {
 	var r io.Reader
 	kind := "application/octet-stream"
 	switch b := body.(type) {
@@ -130,12 +134,16 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 		return nil, c.explain(err)
 	}
 	defer resp.Body.Close()
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	if err != nil {
+	var buf bytes.Buffer
+	if resp.ContentLength > 0 && resp.ContentLength <= most {
+		buf.Grow(int(resp.ContentLength) + bytes.MinRead)
+	}
+	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, most+1)); err != nil {
 		return nil, fmt.Errorf("the coordinator's answer was cut off: %w", err)
 	}
-	if len(raw) > maxAnswer {
-		return nil, fmt.Errorf("the coordinator's answer is larger than %d bytes", maxAnswer)
+	raw := buf.Bytes()
+	if int64(len(raw)) > most {
+		return nil, fmt.Errorf("the coordinator's answer is larger than %d bytes", most)
 	}
 	if resp.StatusCode >= 300 {
 		e := &Error{Status: resp.StatusCode, Device: wire.DeviceID(resp.Header.Get(HeaderDevice)), Order: resp.Header.Get(HeaderOrder)}
@@ -190,38 +198,6 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 	return v, nil
 }
 
-// PutChunk stores a chunk on replicas devices and returns when each has given
-// its receipt.
-func (c *Client) PutChunk(ctx context.Context, id string, data []byte, replicas int) (Placement, error) {
-	return ask[Placement](ctx, c, http.MethodPut, "chunks/"+id, url.Values{"replicas": {strconv.Itoa(replicas)}}, data)
-}
-
-// GetChunk fetches a chunk from a device. The caller verifies it.
-func (c *Client) GetChunk(ctx context.Context, id string) ([]byte, error) {
-	return c.call(ctx, http.MethodGet, "chunks/"+id, nil, nil)
-}
-
-// Objects lists the stored files.
-func (c *Client) Objects(ctx context.Context) ([]Object, error) {
-	return ask[[]Object](ctx, c, http.MethodGet, "objects", nil, nil)
-}
-
-// Object shows one stored file.
-func (c *Client) Object(ctx context.Context, name string) (Object, error) {
-	return ask[Object](ctx, c, http.MethodGet, "objects/"+segment(name), nil, nil)
-}
-
-// PutObject names chunks that were put before.
-func (c *Client) PutObject(ctx context.Context, o Object) (Object, error) {
-	return ask[Object](ctx, c, http.MethodPut, "objects/"+segment(o.Name), nil, o)
-}
-
-// RemoveObject forgets a file; devices drop the chunks that no other file has.
-func (c *Client) RemoveObject(ctx context.Context, name string) error {
-	_, err := c.call(ctx, http.MethodDelete, "objects/"+segment(name), nil, nil)
-	return err
-}
-
 // PutModule uploads a WebAssembly module unless it is there, and returns its SHA-256.
 func (c *Client) PutModule(ctx context.Context, module []byte) (string, error) {
 	sum := sha256.Sum256(module)
@@ -250,16 +226,6 @@ func (c *Client) RunJob(ctx context.Context, r JobRequest) (Job, error) {
 // Job fetches the result of a job that has ended. A large output is kept for a day.
 func (c *Client) Job(ctx context.Context, device wire.DeviceID, order string) (Job, error) {
 	return ask[Job](ctx, c, http.MethodGet, "jobs/"+segment(string(device))+"/"+segment(order), nil, nil)
-}
-
-// Audit challenges a device and waits for the outcome.
-func (c *Client) Audit(ctx context.Context, r AuditRequest) (Audit, error) {
-	return ask[Audit](ctx, c, http.MethodPost, "audits", nil, r)
-}
-
-// Audits lists past challenges, oldest first.
-func (c *Client) Audits(ctx context.Context) ([]Audit, error) {
-	return ask[[]Audit](ctx, c, http.MethodGet, "audits", nil, nil)
 }
 
 // PutRepoFile uploads one file of the update repository, e.g.

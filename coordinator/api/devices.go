@@ -75,6 +75,15 @@ type Device struct {
 	Health     []wire.Warning `json:"health,omitempty"`
 	HealthMore int            `json:"health_more,omitempty"` // how many a list leaves out
 	HealthAt   time.Time      `json:"health_at,omitzero"`
+	// Scrubs is how far each volume is with verifying all that it holds, by the
+	// same heartbeat. It is not in a list.
+	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
+	// Rest says that it refuses to move chunks for a while, by what it said last.
+	Rest *Rest `json:"rest,omitempty"`
+	// Score is what its challenges say of it; lists leave it out.
+	Score *Score `json:"score,omitempty"`
+	// Drain says that it is being emptied, or was; lists leave it out.
+	Drain *Drain `json:"drain,omitempty"`
 	// Inventory is what the device has found in itself. With a digest, it has
 	// signed for it, and it was taken in at InventoryTaken; without, it came with
 	// the enrolment.
@@ -83,6 +92,12 @@ type Device struct {
 	InventoryTaken  time.Time       `json:"inventory_taken,omitzero"`
 	// InventoryProblem is why a newer one was not taken in; empty if the newest was.
 	InventoryProblem string `json:"inventory_problem,omitempty"`
+}
+
+// Rest is why a device moves no chunks, and until when.
+type Rest struct {
+	Code  string    `json:"code"` // wire.CodeMetered, wire.CodeQuietHours or wire.CodeBusy
+	Until time.Time `json:"until"`
 }
 
 // DeviceChange changes the devices of a selector. The empty selector means all.
@@ -212,9 +227,10 @@ func (c *Client) ChangeDevices(ctx context.Context, d DeviceChange) ([]wire.Devi
 }
 
 // RetireDevice sends a device away for ever. When it returns, the device is cut
-// off; a call that failed can be repeated.
-func (c *Client) RetireDevice(ctx context.Context, id string) (Device, error) {
-	return ask[Device](ctx, c, http.MethodPost, "devices/"+segment(id)+"/retire", nil, nil)
+// off; a call that failed can be repeated. One that has the last copies of something
+// is refused, unless by force.
+func (c *Client) RetireDevice(ctx context.Context, id string, force bool) (Device, error) {
+	return ask[Device](ctx, c, http.MethodPost, "devices/"+segment(id)+"/retire", url.Values{"force": {strconv.FormatBool(force)}}, nil)
 }
 
 // Pending lists the devices that wait to be claimed, the longest waiting first.

@@ -32,6 +32,7 @@ type Status struct {
 		AtLeast bool               `json:"at_least,omitempty"` // more have ended lately than the coordinator remembers at once
 	} `json:"orders"`
 	Challenges map[AuditOutcome]int `json:"challenges"` // lately
+	Repair     RepairSummary        `json:"repair"`
 	// Attention is what somebody should look at, at most [MaxAttention]; More is
 	// how much is left out.
 	Attention []Attention `json:"attention"`
@@ -55,7 +56,7 @@ const MaxAttention = 50
 // Attention is one thing that somebody should look at.
 type Attention struct {
 	Code  string `json:"code"`  // stable, for machines: that of a [Warning], or one of the constants below
-	About string `json:"about"` // "device:ID", "operator:NAME" or "token:ID"
+	About string `json:"about"` // "device:ID", "object:NAME", "operator:NAME" or "token:ID"
 	Text  string `json:"text"`  // what it is, a short sentence
 }
 
@@ -65,6 +66,9 @@ const (
 	AttentionConfig      = "config"      // a device refuses values that are wanted of it, or could not take them
 	AttentionCertificate = "certificate" // a device that is online has not renewed in time
 	AttentionToken       = "token"       // a token ends soon
+	AttentionRepair      = "repair"      // something holds up the repair of an object
+	AttentionLost        = "lost"        // a part of an object is on no device any more
+	AttentionDrain       = "drain"       // something holds up a drain
 )
 
 // Status gives one look at the fleet.

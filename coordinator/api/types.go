@@ -11,45 +11,8 @@
 package api
 
 import (
-	"time"
-
 	"github.com/deimos-edge/deimos/wire"
 )
-
-// Chunk is one piece of an object.
-type Chunk struct {
-	ID   string `json:"id"`
-	Size int64  `json:"size"`
-}
-
-// Holder is a device that has given a receipt for a chunk.
-type Holder struct {
-	Device  wire.DeviceID `json:"device"`
-	Volume  string        `json:"volume"`
-	Order   string        `json:"order"` // whose signed report is the receipt
-	Receipt []byte        `json:"receipt,omitempty"`
-	Lost    bool          `json:"lost,omitempty"` // it has confessed or been shown to have lost it
-	Since   time.Time     `json:"since"`
-}
-
-// Placement is where a chunk is.
-type Placement struct {
-	Chunk
-	Holders []Holder `json:"holders"`
-}
-
-// MaxChunks is how many chunks an object can have; its record must fit the
-// coordinator's state store. With chunks of 1 MiB that is 10,000 MiB.
-const MaxChunks = 10_000
-
-// Object is a stored file: its pieces in their order, and a digest of the whole.
-type Object struct {
-	Name    string    `json:"name"`
-	Size    int64     `json:"size"`
-	SHA256  string    `json:"sha256"` // of the whole file, hex
-	Chunks  []Chunk   `json:"chunks"`
-	Created time.Time `json:"created,omitzero"`
-}
 
 // JobRequest asks for a run of a module over one chunk.
 type JobRequest struct {
@@ -68,65 +31,6 @@ type Job struct {
 	Result wire.JobResult `json:"result"`
 	Output []byte         `json:"output"`
 	Report []byte         `json:"report"` // the device's signed report, a DSSE envelope
-}
-
-// AuditKind tells the two challenges apart.
-type AuditKind string
-
-// The kinds of challenge.
-const (
-	StorageAudit AuditKind = "storage"
-	ComputeAudit AuditKind = "compute"
-)
-
-// AuditRequest asks for one challenge now.
-type AuditRequest struct {
-	Kind   AuditKind     `json:"kind"`
-	Device wire.DeviceID `json:"device"`
-	Leaves int           `json:"leaves,omitempty"` // storage; 0 means 44, which finds a 10% loss in 99 of 100 cases
-	Module string        `json:"module,omitempty"` // compute: SHA-256, uploaded before
-	Args   []string      `json:"args,omitempty"`
-
-	Limits wire.JobLimits `json:"limits,omitzero"` // compute: of the device's job
-}
-
-// AuditOutcome is how a challenge ended. They are kept apart: a device that
-// cannot be reached has not lied, one that lied was reached, and one that
-// answers with a refusal has proved nothing but that it is there.
-type AuditOutcome string
-
-// The outcomes of a challenge.
-const (
-	AuditPending     AuditOutcome = "pending"
-	AuditRight       AuditOutcome = "right"
-	AuditWrong       AuditOutcome = "wrong"       // an answer that does not verify
-	AuditLost        AuditOutcome = "lost"        // an honest confession
-	AuditRefused     AuditOutcome = "refused"     // an answer that is neither proof nor confession: the device could not or would not
-	AuditUnreachable AuditOutcome = "unreachable" // no answer in time
-	AuditVoid        AuditOutcome = "void"        // never judged, through no fault of the device
-)
-
-// Audit is one challenge and its outcome, with the evidence.
-type Audit struct {
-	ID      string        `json:"id"`
-	Kind    AuditKind     `json:"kind"`
-	Device  wire.DeviceID `json:"device"`
-	Order   string        `json:"order"`
-	At      time.Time     `json:"at"`
-	Outcome AuditOutcome  `json:"outcome"`
-	Reason  string        `json:"reason,omitempty"`
-	Leaves  int           `json:"leaves,omitempty"` // asked
-	Right   int           `json:"right,omitempty"`  // leaves that verified
-	Chunks  []string      `json:"chunks,omitempty"` // those asked about
-	Lost    []string      `json:"lost,omitempty"`   // chunks confessed
-	Wrong   []string      `json:"wrong,omitempty"`  // chunks with a leaf that did not verify
-	// Commitment is SHA-256(salt ‖ SHA-256 of the expected output), fixed
-	// before the order was sent; Salt opens it.
-	Commitment string `json:"commitment,omitempty"`
-	Salt       string `json:"salt,omitempty"`
-	Expected   string `json:"expected,omitempty"` // SHA-256 of the expected output, hex
-	Got        string `json:"got,omitempty"`
-	Report     []byte `json:"report,omitempty"` // the device's signed report
 }
 
 // RepoFile is a file of the update repository as the coordinator has it.

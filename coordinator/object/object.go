@@ -1,12 +1,68 @@
-// Package object stores files in the fleet and gets them back, on the operator's
-// side of the API. It cuts a file into chunks, has each placed on several
-// devices, and trusts nobody on the way back: every chunk is checked against
-// its id, and the whole against its digest.
+// Package object stores files in the fleet and gets them back, on the side of
+// who owns them. What leaves this package is ciphertext; what comes back is
+// believed only when it has been verified.
 //
-// Memory is bounded by the number of chunks under way, whatever the file's size.
+// # Parties
 //
-// Not here yet: encryption and erasure coding. What is stored is readable by the
-// devices that hold it and by the coordinator that hands it on.
+//   - The owner has age identities (filippo.io/age: X25519, hybrid, SSH) and
+//     trusts this program with them.
+//   - The coordinator places chunks, keeps the object's record and hands on what
+//     devices serve. It learns names, sizes and when; it cannot read a file, nor
+//     alter, cut, swap or rename one so that it is not noticed.
+//   - Devices hold chunks, and learn less.
+//
+// A manifest proves that an object was made for its reader, not by whom: who
+// knows a public key can make an object for it. It does not prove either that
+// it is the newest object of its name. Who must be sure compares the digest that
+// [Put] gave.
+//
+// # Keys
+//
+// Each file has a key of 32 random bytes, wrapped with age for its recipients.
+// HKDF-SHA256 (RFC 5869, no salt) makes three keys of it, with the labels
+// "deimos object 1 shards", "... nonces" and "... manifest".
+//
+// # Stripes and shards
+//
+// A file is cut into stripes of k equal payloads. The last stripe's are as small
+// as they can be, and filled up with zeros. Payload n of the file (n counts from 0
+// through all stripes) becomes one shard, of at most [chunk.MaxSize] bytes:
+//
+//	nonce (12) ‖ AES-256-GCM(payload) ‖ tag (16)
+//	associated data = "deimos object 1 shard" ‖ k ‖ m ‖ n (8 bytes, big endian)
+//	nonce = the first 12 bytes of HMAC-SHA256(nonce key, associated data ‖ payload)
+//
+// So a range needs only the shards that it touches, a shard fits nowhere but in
+// its place, and the same file under the same key is the same bytes: a put that
+// was cut off goes on. A nonce that is made of the payload is never used for two:
+// if the file was changed between the two halves of such a put, there is nothing
+// to learn from it.
+//
+// m shards of parity are made of the k shards as they were sealed, by the
+// Reed–Solomon code of klauspost/reedsolomon with its default (Vandermonde)
+// matrix, or for k = 1 by multiplying with 2, 3, ... in its field, so that no two
+// shards are one chunk. Whoever holds k shards of a stripe can make the others,
+// without a key: see [Reconstruct].
+//
+// # Manifest
+//
+// [api.Object].Manifest is JSON: version, the wrapped key, and sealed with the
+// manifest key under a random nonce, bound to the wrapped key, what must not be
+// altered: name, size, SHA-256 of the file, code, payload size, and a digest over
+// the list of chunks. It is opened before anything else is believed of an object.
+//
+// # Memory
+//
+// [Put] and [Get] hold at most underWay bytes of shards, or one stripe if that is
+// more, whatever the file's size; beside it the buffers of as many requests as
+// there are at once (atOnce).
+//
+// # Plain objects
+//
+// Without a code, chunks are the file's own bytes, each replicated: devices and
+// the coordinator can read them, and jobs run over them. The coordinator's word
+// is all there is for their list, so that it could give a plain object for an
+// encrypted one: who brings a key gets no plain object.
 package object
 
 import (
@@ -15,177 +71,120 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
-	"io/fs"
-	"net/http"
 
-	"golang.org/x/sync/errgroup"
+	"filippo.io/age"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
-	"github.com/deimos-edge/deimos/wire"
 )
 
-// atOnce is how many chunks are under way together.
-const atOnce = 4
+const (
+	// underWay bounds the shards in memory, in bytes.
+	underWay = 48 << 20
+	// atOnce is how many requests are made together.
+	atOnce = 12
+)
 
 // maxChunks is api.MaxChunks, but for tests.
 var maxChunks = api.MaxChunks
 
-// ErrDamaged is returned when what came back is not what was stored.
+// ErrDamaged is in the error when what came back is not what was stored.
 var ErrDamaged = errors.New("what came back is not what was stored")
 
-// Put stores what r gives under name, each chunk on replicas devices. done, if
-// not nil, is told the bytes that are safe so far; it may be called by several
-// goroutines at once.
-func Put(ctx context.Context, c *api.Client, name string, r io.Reader, replicas int, done func(bytes int64)) (api.Object, []api.Placement, error) {
-	o := api.Object{Name: name, Chunks: []api.Chunk{}}
-	if size := sizeOf(r); size > int64(maxChunks)*chunk.DefaultSize {
-		return o, nil, errTooLarge()
-	}
-	old, taken, err := lookUp(ctx, c, name)
-	if err != nil {
-		return o, nil, err
-	}
-	var placed []*api.Placement
-	whole := sha256.New()
-	split := chunk.NewSplitter(io.TeeReader(r, whole))
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(atOnce)
-	for gctx.Err() == nil {
-		id, data, err := split.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			_ = g.Wait() // the file's error is the one to tell
-			return o, nil, fmt.Errorf("the file cannot be read: %w", err)
-		}
-		if len(o.Chunks) == maxChunks {
-			_ = g.Wait() // the size is the reason to tell
-			return o, nil, errTooLarge()
-		}
-		// Only what has all the same chunks may have a name that is taken.
-		if n := len(o.Chunks); taken && (n >= len(old.Chunks) || old.Chunks[n].ID != id.String()) {
-			_ = g.Wait() // the name is the reason to tell
-			return o, nil, &api.Error{Status: http.StatusConflict, APIError: wire.APIError{Code: "exists",
-				Reason: fmt.Sprintf("there is another object %q; remove it first (\"deimos object rm\") or choose another name", name)}}
-		}
-		data = append([]byte(nil), data...) // the splitter uses its buffer again
-		o.Chunks = append(o.Chunks, api.Chunk{ID: id.String(), Size: int64(len(data))})
-		o.Size += int64(len(data))
-		p := new(api.Placement)
-		placed = append(placed, p)
-		g.Go(func() (err error) {
-			if *p, err = c.PutChunk(gctx, id.String(), data, replicas); err == nil && done != nil {
-				done(int64(len(data)))
-			}
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return o, nil, err
-	}
-	if err := ctx.Err(); err != nil {
-		return o, nil, err
-	}
-	o.SHA256 = hex.EncodeToString(whole.Sum(nil))
-	o, err = c.PutObject(ctx, o)
-	placements := make([]api.Placement, len(placed))
-	for i, p := range placed {
-		placements[i] = *p
-	}
-	return o, placements, err
+// ErrPlain is in the error when what was to be opened with a key is not encrypted.
+var ErrPlain = errors.New("it is not encrypted, and nothing shows that it is what was stored")
+
+// ErrNoKey is in the error when none of the identities fits.
+var ErrNoKey = errors.New("none of the keys here opens it")
+
+func damaged(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", ErrDamaged, fmt.Sprintf(format, args...))
 }
 
-func errTooLarge() error {
-	return fmt.Errorf("the file has more than %d chunks, which is the most that one object can have: cut it in parts", maxChunks)
+// Object is an object whose record was believed.
+type Object struct {
+	api.Object
+	m    manifest
+	keys keys
 }
 
-// sizeOf is the bytes of a regular file, and 0 for anything else.
-func sizeOf(r io.Reader) int64 {
-	f, ok := r.(interface{ Stat() (fs.FileInfo, error) })
-	if !ok {
-		return 0
+// Digest is the SHA-256 of the file, hex.
+func (o *Object) Digest() string {
+	if o.Code == nil {
+		return o.SHA256
 	}
-	s, err := f.Stat()
-	if err != nil || !s.Mode().IsRegular() {
-		return 0
-	}
-	return s.Size()
+	return o.m.SHA256
 }
 
-// lookUp tells what already has a name, so that a file under a taken name is
-// refused before its first byte has gone over the line.
-func lookUp(ctx context.Context, c *api.Client, name string) (o api.Object, taken bool, err error) {
-	o, err = c.Object(ctx, name)
-	var e *api.Error
-	if errors.As(err, &e) && e.Status == http.StatusNotFound {
-		return o, false, nil
-	}
-	return o, err == nil, err
+// Version is a name for this content under this name: it differs if anything of
+// the object does.
+func (o *Object) Version() string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %d %s %x", o.Name, o.Size, o.Digest(), listDigest(o.Chunks))
+	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Get writes an object to w. On an error w may have got a part of it, every
-// byte of which is right.
-func Get(ctx context.Context, c *api.Client, name string, w io.Writer, done func(bytes int64)) (api.Object, error) {
-	o, err := c.Object(ctx, name)
-	if err != nil {
-		return o, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	type piece struct {
-		data []byte
-		err  error
-	}
-	// Pieces are fetched ahead and written in order.
-	queue := make(chan chan piece, atOnce)
-	go func() {
-		defer close(queue)
-		for _, ch := range o.Chunks {
-			p := make(chan piece, 1)
-			select {
-			case queue <- p:
-			case <-ctx.Done():
-				return
-			}
-			go func() {
-				data, err := fetch(ctx, c, ch)
-				p <- piece{data, err}
-			}()
-		}
-	}()
-	whole := sha256.New()
-	for p := range queue {
-		got := <-p
-		if got.err != nil {
-			return o, got.err
-		}
-		whole.Write(got.data)
-		if _, err := w.Write(got.data); err != nil {
-			return o, fmt.Errorf("the file cannot be written: %w", err)
-		}
-		if done != nil {
-			done(int64(len(got.data)))
-		}
-	}
-	if err := ctx.Err(); err != nil {
-		return o, err
-	}
-	if got := hex.EncodeToString(whole.Sum(nil)); got != o.SHA256 {
-		return o, fmt.Errorf("%w: %q has SHA-256 %s, stored was %s", ErrDamaged, name, got, o.SHA256)
-	}
-	return o, nil
-}
-
-func fetch(ctx context.Context, c *api.Client, ch api.Chunk) ([]byte, error) {
-	data, err := c.GetChunk(ctx, ch.ID)
+// Open fetches an object's record and opens its manifest. With identities, it
+// must have one; without, it must be plain.
+func Open(ctx context.Context, c *api.Client, name string, identities []age.Identity) (*Object, error) {
+	rec, err := c.Object(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	if int64(len(data)) != ch.Size || chunk.Sum(data).String() != ch.ID {
-		return nil, fmt.Errorf("%w: chunk %s does not verify", ErrDamaged, ch.ID)
+	if rec.Name != name {
+		return nil, damaged("the record of %q came for %q", rec.Name, name)
 	}
-	return data, nil
+	return open(rec, identities)
+}
+
+func open(rec api.Object, identities []age.Identity) (*Object, error) {
+	o := &Object{Object: rec}
+	if rec.Code == nil && len(identities) > 0 {
+		return nil, fmt.Errorf("%q: %w", rec.Name, ErrPlain)
+	}
+	if rec.Code == nil {
+		return o, checkPlain(rec)
+	}
+	var err error
+	o.m, o.keys, err = openManifest(rec, identities)
+	return o, err
+}
+
+// checkPlain looks whether the pieces can be the file's: the digest is for the
+// whole only, and says nothing of a range.
+func checkPlain(o api.Object) error {
+	var sum int64
+	for _, ch := range o.Chunks {
+		if ch.Size < 1 || ch.Size > chunk.MaxSize {
+			return damaged("%q has a chunk of %d bytes", o.Name, ch.Size)
+		}
+		sum += ch.Size
+	}
+	if sum != o.Size {
+		return damaged("the chunks of %q have %d bytes together, the record says %d", o.Name, sum, o.Size)
+	}
+	return nil
+}
+
+// whole checks a file as it goes by.
+type whole struct {
+	hash hash.Hash
+	size int64
+}
+
+func newWhole() *whole { return &whole{hash: sha256.New()} }
+
+func (h *whole) Write(p []byte) (int, error) {
+	h.size += int64(len(p))
+	return h.hash.Write(p)
+}
+
+func (h *whole) sum() string { return hex.EncodeToString(h.hash.Sum(nil)) }
+
+// resume takes in the bytes that were got before.
+func (h *whole) resume(r io.Reader, n int64) error {
+	_, err := io.CopyN(h, r, n)
+	return err
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -41,7 +42,9 @@ type shelf struct {
 func newShelf(t *testing.T) (*shelf, *api.Client) {
 	t.Helper()
 	s := &shelf{chunks: map[string][]byte{}, objects: map[string]api.Object{}}
-	srv := httptest.NewTLSServer(s)
+	srv := httptest.NewUnstartedServer(s)
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0) // of connections that a client gives up
+	srv.StartTLS()
 	t.Cleanup(srv.Close)
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
 	c, err := api.NewClient(api.Context{URL: srv.URL, Token: "token", CA: string(ca)})
@@ -75,13 +78,37 @@ func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		s.mu.Lock()
-		raw := s.chunks[name]
+		raw, ok := s.chunks[name]
 		s.mu.Unlock()
+		if !ok {
+			refuse(w, http.StatusServiceUnavailable, "no_holder_online")
+			return
+		}
 		_, _ = w.Write(raw)
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if strings.HasSuffix(r.URL.Path, "/stripes") {
+		var q api.StripeRequest
+		_ = json.NewDecoder(r.Body).Decode(&q)
+		out := api.Stripe{}
+		for _, id := range q.Chunks {
+			if raw, ok := s.chunks[id]; ok {
+				out.Placed = append(out.Placed, api.Placement{Chunk: api.Chunk{ID: id, Size: int64(len(raw))}})
+			}
+		}
+		answer(w, http.StatusOK, out)
+		return
+	}
+	if strings.HasSuffix(r.URL.Path, "/placements") {
+		list := []api.Placement{}
+		for _, ch := range s.objects[path.Base(path.Dir(r.URL.Path))].Chunks {
+			list = append(list, api.Placement{Chunk: ch, Holders: []api.Holder{{Device: "d"}}})
+		}
+		answer(w, http.StatusOK, list)
+		return
+	}
 	if r.Method == http.MethodPut {
 		var o api.Object
 		_ = json.NewDecoder(r.Body).Decode(&o)
@@ -129,7 +156,7 @@ func TestWhatIsPutComesBack(t *testing.T) {
 		clear(s.objects)
 		data := randomBytes(t, n)
 		var told atomic.Int64
-		o, placed, err := Put(testContext(t), c, "f", bytes.NewReader(data), 2, func(b int64) { told.Add(b) })
+		o, placed, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 2, func(b int64) { told.Add(b) })
 		must(t, err)
 		sum := sha256.Sum256(data)
 		if o.Size != int64(n) || o.SHA256 != hex.EncodeToString(sum[:]) || told.Load() != int64(n) || len(placed) != len(o.Chunks) {
@@ -142,7 +169,7 @@ func TestWhatIsPutComesBack(t *testing.T) {
 		}
 		told.Store(0)
 		var out bytes.Buffer
-		if _, err := Get(testContext(t), c, "f", &out, func(b int64) { told.Add(b) }); err != nil || !bytes.Equal(out.Bytes(), data) || told.Load() != int64(n) {
+		if _, err := Get(testContext(t), c, "f", &out, &GetOptions{Progress: func(b int64) { told.Add(b) }}); err != nil || !bytes.Equal(out.Bytes(), data) || told.Load() != int64(n) {
 			t.Errorf("%d bytes: %d came back, %v", n, out.Len(), err)
 		}
 	}
@@ -167,7 +194,7 @@ func TestGetRefusesDamagedData(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s, c := newShelf(t)
 			data := randomBytes(t, several)
-			o, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+			o, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
 			must(t, err)
 			lie(s, &o)
 			s.objects["f"] = o
@@ -201,7 +228,7 @@ func TestPutStopsAtTheFirstRefusal(t *testing.T) {
 		return true
 	}
 	// An endless file: Put must stop by itself.
-	_, _, err := Put(testContext(t), c, "f", endless{}, 2, nil)
+	_, _, err := PutPlain(testContext(t), c, "f", endless{}, 2, nil)
 	var e *api.Error
 	if !errors.As(err, &e) || e.Code != "too_few_devices" {
 		t.Errorf("%v", err)
@@ -234,11 +261,11 @@ func (f *full) Write(p []byte) (int, error) {
 
 func TestLocalFaultsAreTold(t *testing.T) {
 	s, c := newShelf(t)
-	_, _, err := Put(testContext(t), c, "f", &brokenFile{several}, 1, nil)
+	_, _, err := PutPlain(testContext(t), c, "f", &brokenFile{several}, 1, nil)
 	if err == nil || !strings.Contains(err.Error(), "the file cannot be read") || len(s.objects) != 0 {
 		t.Errorf("%v, %d objects", err, len(s.objects))
 	}
-	_, _, err = Put(testContext(t), c, "f", bytes.NewReader(randomBytes(t, several)), 1, nil)
+	_, _, err = PutPlain(testContext(t), c, "f", bytes.NewReader(randomBytes(t, several)), 1, nil)
 	must(t, err)
 	if _, err := Get(testContext(t), c, "f", &full{chunk.DefaultSize + 1}, nil); !errors.Is(err, errFull) {
 		t.Errorf("%v", err)
@@ -249,7 +276,7 @@ func TestLocalFaultsAreTold(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, _, err := Put(ended, c, "g", endless{}, 1, nil); !errors.Is(err, context.Canceled) {
+	if _, _, err := PutPlain(ended, c, "g", endless{}, 1, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
 	if _, err := Get(ended, c, "f", io.Discard, nil); !errors.Is(err, context.Canceled) {
@@ -261,9 +288,9 @@ func TestLocalFaultsAreTold(t *testing.T) {
 func TestATakenNameIsRefusedBeforeTheFirstChunk(t *testing.T) {
 	s, c := newShelf(t)
 	data := randomBytes(t, several)
-	_, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+	_, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
 	must(t, err)
-	if _, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil); err != nil {
+	if _, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 1, nil); err != nil {
 		t.Errorf("the same again: %v", err)
 	}
 	other := bytes.Clone(data)
@@ -277,7 +304,7 @@ func TestATakenNameIsRefusedBeforeTheFirstChunk(t *testing.T) {
 		return false
 	}
 	for name, data := range map[string][]byte{"other": randomBytes(t, 10), "other in the middle": other, "longer": append(bytes.Clone(data), 1)} {
-		_, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+		_, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
 		var e *api.Error
 		if !errors.As(err, &e) || e.Code != "exists" {
 			t.Errorf("%s: %v", name, err)
@@ -293,7 +320,7 @@ func TestAFileThatIsKnownToBeTooLargeIsNotBegun(t *testing.T) {
 	must(t, err)
 	defer f.Close()
 	must(t, f.Truncate(3*chunk.DefaultSize+1))
-	_, _, err = Put(testContext(t), c, "f", f, 1, nil)
+	_, _, err = PutPlain(testContext(t), c, "f", f, 1, nil)
 	if err == nil || !strings.Contains(err.Error(), "more than 3 chunks") || len(s.chunks) != 0 {
 		t.Errorf("%v, %d chunks sent", err, len(s.chunks))
 	}
@@ -304,11 +331,11 @@ func TestAFileThatIsTooLargeIsRefusedInTime(t *testing.T) {
 	s, c := newShelf(t)
 	defer func(n int) { maxChunks = n }(maxChunks)
 	maxChunks = 3
-	_, _, err := Put(testContext(t), c, "f", endless{}, 1, nil)
+	_, _, err := PutPlain(testContext(t), c, "f", endless{}, 1, nil)
 	if err == nil || !strings.Contains(err.Error(), "more than 3 chunks") || len(s.objects) != 0 {
 		t.Errorf("%v, %d objects", err, len(s.objects))
 	}
-	if _, _, err := Put(testContext(t), c, "f", bytes.NewReader(randomBytes(t, 3*chunk.DefaultSize)), 1, nil); err != nil {
+	if _, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(randomBytes(t, 3*chunk.DefaultSize)), 1, nil); err != nil {
 		t.Errorf("a file of exactly that size: %v", err)
 	}
 }

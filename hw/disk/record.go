@@ -154,6 +154,15 @@ func prepare(ctx context.Context, dir string) (string, error) {
 	return a.fsid, nil
 }
 
+// Of is the kernel name of the disk that a folder is on, "" if the inventory does
+// not tell.
+func Of(inv *hw.Inventory, dir string) string {
+	if d := diskOf(inv, dir); d != nil {
+		return d.Name
+	}
+	return ""
+}
+
 // diskOf finds the disk that a folder is on, nil if the inventory has none.
 func diskOf(inv *hw.Inventory, dir string) *hw.Disk {
 	if inv == nil {

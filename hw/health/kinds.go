@@ -17,6 +17,7 @@ const (
 	DiskErrors         Code = "disk_errors"
 	DiskCable          Code = "disk_cable"
 	DiskRefused        Code = "disk_refused"         // self-test failed, or foreign data; of a disk or a folder on it
+	ScrubLate          Code = "scrub_late"           // its chunks were not all verified in time; of the volume's folder
 	VolumeFailed       Code = "volume_failed"        // its chunks cannot be reached; of the volume's folder
 	FilesystemFull     Code = "filesystem_full"      // of a mount point
 	FilesystemReadOnly Code = "filesystem_read_only" // of a mount point
@@ -40,16 +41,16 @@ const (
 var kinds = []Kind{
 	{DiskGone, wire.Trouble, "A disk is gone",
 		"Check its power and its cable, then restart the device. If you took it out on purpose, there is nothing to do: it is forgotten after a week, or after 30 days if it held chunks.",
-		0, 0, []Code{DiskHung, DiskFailing, DiskErrors, DiskCable, DiskSlow, DiskWearing, DiskRefused, VolumeFailed, FilesystemReadOnly, FilesystemFull}},
+		0, 0, []Code{DiskHung, DiskFailing, DiskErrors, DiskCable, DiskSlow, DiskWearing, DiskRefused, VolumeFailed, ScrubLate, FilesystemReadOnly, FilesystemFull}},
 	{DiskHung, wire.Critical, "A disk does not answer",
 		"Restart the device. If it happens again, replace the cable, then the disk.",
-		0, 5 * time.Minute, []Code{DiskSlow, VolumeFailed}},
+		0, 5 * time.Minute, []Code{DiskSlow, VolumeFailed, ScrubLate}},
 	{DiskFailing, wire.Critical, "A disk is failing",
 		"Copy what matters to you off this disk, and replace it soon.",
 		0, time.Hour, []Code{DiskErrors, DiskSlow}},
 	{VolumeFailed, wire.Critical, "A volume cannot be used",
 		"Check that its disk is there and mounted, and look into the agent's log.",
-		time.Minute, 0, nil},
+		time.Minute, 0, []Code{ScrubLate}},
 	{FilesystemReadOnly, wire.Critical, "A filesystem has become read-only",
 		"The kernel does this when a disk returns errors. Look into the kernel's log (dmesg), check the disk, repair the filesystem and restart.",
 		time.Minute, 0, []Code{VolumeFailed}},
@@ -68,6 +69,9 @@ var kinds = []Kind{
 	{DiskRefused, wire.Trouble, "A disk is not used",
 		"deimos-agent disks shows each disk, the reason, and what would change it.",
 		time.Minute, 0, nil},
+	{ScrubLate, wire.Trouble, "Chunks wait to be verified",
+		"It reads on at once and catches up by itself. If this stays for days, the disk is too slow, or [scrub] in the agent's file asks for too much.",
+		time.Hour, 0, nil},
 	{FilesystemFull, wire.Trouble, "A filesystem is nearly full",
 		"Remove what is not needed. Chunks do not grow beyond their floor; something else has taken the space.",
 		time.Minute, 5 * time.Minute, nil},

@@ -96,8 +96,8 @@ pid=$(pgrep -u deimos-agent -x deimos-agent | head -n1)
 is "$(awk '/^CapBnd/{print $2}' "/proc/$pid/status")" 0000000000000000
 is "$(awk '/^Seccomp:/{print $2}' "/proc/$pid/status")" 2
 head -c 3000000 /dev/urandom >/tmp/file
-deimos object put --replicas 1 /tmp/file
-deimos object get file --out /tmp/back
+deimos object put --plain --replicas 1 /tmp/file
+deimos object get --plain file --out /tmp/back
 cmp /tmp/file /tmp/back
 deimos job run --input file /debs/sha256sum.wasm | grep -q "$(head -c 1048576 /tmp/file | sha256sum | cut -c1-64)"
 

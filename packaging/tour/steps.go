@@ -263,7 +263,7 @@ func (t *tour) fallen() error {
 
 // store puts the file and checks every receipt's signature.
 func (t *tour) store(ctx context.Context) ([]string, error) {
-	if err := t.cli(ctx, &t.object, "object", "put", t.File, "--name", objectName); err != nil {
+	if err := t.cli(ctx, &t.object, "object", "put", "--plain", t.File, "--name", objectName); err != nil {
 		return nil, err
 	}
 	fleet, err := t.devicesNow(ctx)
@@ -326,7 +326,7 @@ func (t *tour) readBack(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	out := t.path("read-back")
-	if err := t.cli(ctx, nil, "object", "get", objectName, "--out", out); err != nil {
+	if err := t.cli(ctx, nil, "object", "get", "--plain", objectName, "--out", out); err != nil {
 		return nil, err
 	}
 	want, err := slot.Digest(t.File)
@@ -447,7 +447,7 @@ func (t *tour) auditStorage(ctx context.Context) ([]string, error) {
 		return nil, fmt.Errorf("the tampered device ended as %q: %s", bad.Outcome, bad.Reason)
 	}
 	// Storing the same file again brings every chunk back to two good copies.
-	if err := t.cli(ctx, &t.object, "object", "put", t.File, "--name", objectName); err != nil {
+	if err := t.cli(ctx, &t.object, "object", "put", "--plain", t.File, "--name", objectName); err != nil {
 		return nil, err
 	}
 	return []string{

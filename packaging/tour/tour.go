@@ -234,7 +234,7 @@ The fleet stays up until Ctrl-C. In another terminal:
 
   export DEIMOS_CONTEXT=%s
   %s device list
-  %s object put FILE
+  %s object put --plain FILE
   %s job run %s --input NAME
   %s audit storage %s
 

@@ -1,5 +1,5 @@
 // Package orders carries out what a coordinator orders about chunks: the
-// handlers of chunk.store, chunk.serve, chunk.drop and audit. It joins the rest
+// handlers of chunk.store, chunk.serve, chunk.drop, chunk.losses, chunk.holdings and audit. It joins the rest
 // of sync: chunks are named and proved by sync/chunk, kept by sync/store and
 // moved by sync/transfer.
 //
@@ -12,22 +12,39 @@
 //   - chunk.drop of what is not held is done already.
 //   - audit answers from disk each time. It hides nothing: what does not verify
 //     is confessed as lost, and so is what is not held, since the coordinator
-//     asks only for what it has a receipt for.
+//     asks only for what it has a receipt for. But while a volume is away, what
+//     is not held may be on that, and nobody can say: then the answer is a
+//     refusal ([wire.CodeUnreachable]), no proof and no confession.
+//   - chunk.losses tells what is known to be lost by then.
+//   - chunk.holdings tells what is held by then. While a volume is away nobody can
+//     say, and it is refused as an audit is.
 //
-// Memory is bounded: chunks in flight for store and serve together stay below
-// 32 MiB, and more wait.
+// # What bounds bulk
+//
+// Chunks that come in or go out are bulk; nothing else is, so an audit, a drop or
+// a question never waits for one or is refused with it.
+//
+//   - Memory: chunks under way hold no more than a budget, whatever the number of
+//     orders; more wait, by priority (see budget).
+//   - The owner's limits ([Limits]): what they forbid now is REJECTED, with when
+//     they allow it again, before it costs traffic.
+//   - Disks that are too slow: new chunks are REJECTED with [wire.CodeBusy] (see
+//     pressure).
+//
+// [Service.Refuse] says both at once when an order arrives, so that nobody waits in
+// a line for a refusal, and the handlers again when its turn has come.
 package orders
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
-
-	"golang.org/x/sync/semaphore"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
@@ -35,32 +52,124 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// inFlight is how many bytes of chunks may be in memory for transfers.
-const inFlight = 32 << 20
+// Memory that chunks under way may hold, in bytes: by default, and at least, so
+// that there is room for two.
+const (
+	DefaultMemory = 32 << 20
+	LeastMemory   = 2 * chunk.MaxSize
+)
 
 // maxAuditItems keeps the leaves of an audit below about 6 MiB of JSON.
 const maxAuditItems = 1024
 
+// Store is the device's volumes: a [store.Set].
+type Store interface {
+	Put(ctx context.Context, id chunk.ID, data []byte) (volume string, err error)
+	CanTake(size int64) error
+	Confirm(ctx context.Context, id chunk.ID) (volume string, size int64, err error)
+	Get(ctx context.Context, id chunk.ID) ([]byte, error)
+	Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error)
+	Drop(ctx context.Context, ids []chunk.ID) error
+	Has(id chunk.ID) bool
+	List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error
+	Volumes() []*store.Volume
+}
+
+// Limits are the owner's word on bulk. Both methods return at once. A refusal is
+// a [wire.RejectedUntil].
+type Limits interface {
+	// Check tells whether a chunk may be moved now.
+	Check() error
+	// Reserve is Check, and sets size bytes aside until done is called.
+	Reserve(size int64) (done func(), err error)
+}
+
 // Service carries out orders about chunks. Make it with [New].
 type Service struct {
-	set      *store.Set
+	set      Store
 	transfer *transfer.Client
 	log      *slog.Logger
-	memory   *semaphore.Weighted
+	limits   Limits
+	memory   *budget
+	disks    *pressure
+	away     func() string
+}
+
+// Options are what a [Service] may have besides its volumes; each may be left out.
+type Options struct {
+	// Away names, for a person, the volumes that the device should have and has not
+	// now; "" if there are none.
+	Away   func() string
+	Limits Limits
+	Memory int64 // for chunks under way, in bytes; 0 is DefaultMemory, LeastMemory the least
+	Log    *slog.Logger
 }
 
 // New returns a service over the device's volumes. Closing them is the caller's.
-func New(set *store.Set, t *transfer.Client, log *slog.Logger) *Service {
-	return &Service{set: set, transfer: t, log: log, memory: semaphore.NewWeighted(inFlight)}
+func New(set Store, t *transfer.Client, opt Options) *Service {
+	s := &Service{set: set, transfer: t, log: opt.Log, limits: opt.Limits, disks: newPressure(), away: opt.Away}
+	if s.away == nil {
+		s.away = func() string { return "" }
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.limits == nil {
+		s.limits = noLimits{}
+	}
+	s.memory = newBudget(max(cmp.Or(opt.Memory, DefaultMemory), LeastMemory), s.hangs)
+	return s
+}
+
+type noLimits struct{}
+
+func (noLimits) Check() error                  { return nil }
+func (noLimits) Reserve(int64) (func(), error) { return func() {}, nil }
+
+// hangs tells whether a disk does not answer.
+func (s *Service) hangs() bool {
+	return slices.ContainsFunc(s.set.Volumes(), func(v *store.Volume) bool { return unanswered(v.CanTake(1)) })
+}
+
+// unanswered tells whether an error of the store is that a disk hangs.
+func unanswered(err error) bool {
+	return err != nil && wire.ProblemOf(err).Code == wire.CodeUnreachable
+}
+
+// Refuse tells why an order that arrives would be refused now; nil for one that
+// is no bulk, or may go on. It does not block.
+func (s *Service) Refuse(o wire.Order) error {
+	switch o.Kind {
+	case wire.KindChunkStore:
+		if err := s.limits.Check(); err != nil {
+			return err
+		}
+		return s.disks.refuse()
+	case wire.KindChunkServe:
+		return s.limits.Check()
+	}
+	return nil
+}
+
+// Pause is what a heartbeat says of that; nil if all is welcome.
+func (s *Service) Pause() *wire.Pause {
+	err := s.Refuse(wire.Order{Kind: wire.KindChunkStore})
+	if err == nil {
+		return nil
+	}
+	p := wire.ProblemOf(err)
+	return &wire.Pause{Code: p.Code, Seconds: p.Seconds()}
 }
 
 // Handlers returns the handlers by the kind of their orders.
 func (s *Service) Handlers() map[wire.Kind]wire.Handler {
 	return map[wire.Kind]wire.Handler{
-		wire.KindChunkStore: s.store,
-		wire.KindChunkServe: s.serve,
-		wire.KindChunkDrop:  s.drop,
-		wire.KindAudit:      s.audit,
+		wire.KindChunkStore:    s.store,
+		wire.KindChunkServe:    s.serve,
+		wire.KindChunkDrop:     s.drop,
+		wire.KindChunkLosses:   s.tellLosses,
+		wire.KindChunkHoldings: s.tellHoldings,
+		wire.KindAudit:         s.audit,
 	}
 }
 
@@ -71,7 +180,19 @@ func (s *Service) Read(ctx context.Context, id string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return s.set.Get(ctx, parsed)
+	data, err := s.set.Get(ctx, parsed)
+	return data, s.perhapsAway(err)
+}
+
+// perhapsAway makes of "not held" what it means while a volume is away.
+func (s *Service) perhapsAway(err error) error {
+	if err == nil || wire.ProblemOf(err).Code != wire.CodeNotFound {
+		return err
+	}
+	if away := s.away(); away != "" {
+		return wire.FailedBecause(wire.CodeUnreachable, "%v; it may be on a volume that is away: %s. Ask again when that is back", err, away)
+	}
+	return err
 }
 
 func parseID(s string) (chunk.ID, error) {
@@ -110,22 +231,82 @@ func (s *Service) store(ctx context.Context, o wire.Order, _ func(float64)) (wir
 
 // fetch brings a chunk here and makes it durable.
 func (s *Service) fetch(ctx context.Context, id chunk.ID, body wire.ChunkStore) (volume string, err error) {
-	if err := s.set.CanTake(body.Size); err != nil {
-		return "", err // before it costs somebody's traffic
-	}
-	if err := s.memory.Acquire(ctx, body.Size); err != nil {
-		return "", context.Cause(ctx)
-	}
-	defer s.memory.Release(body.Size)
-	data := bytes.NewBuffer(make([]byte, 0, body.Size))
-	if err := s.transfer.Fetch(ctx, body.URL, body.Size, data); err != nil {
+	done, err := s.limits.Reserve(body.Size)
+	if err != nil {
 		return "", err
 	}
-	if got := int64(data.Len()); got != body.Size {
-		return "", wire.FailedBecause(wire.CodeMismatch, "chunk %s: %d bytes came, the order says %d", id, got, body.Size)
+	defer done()
+	if err := s.canTake(body.Size); err != nil {
+		return "", err // before it costs somebody's traffic
 	}
-	// Put hashes before it writes.
-	return s.set.Put(ctx, id, data.Bytes())
+	if err := s.memory.acquire(ctx, body.Size, wire.KindChunkStore.Priority()); err != nil {
+		return "", err
+	}
+	data, err := s.download(ctx, id, body)
+	if err != nil {
+		s.memory.release(body.Size)
+		return "", err
+	}
+	return s.put(ctx, id, data)
+}
+
+// canTake tells whether a chunk could be stored now.
+func (s *Service) canTake(size int64) error {
+	if err := s.disks.refuse(); err != nil {
+		return err
+	}
+	err := s.set.CanTake(size)
+	if unanswered(err) {
+		s.disks.hung()
+		return s.disks.refuse()
+	}
+	return err
+}
+
+func (s *Service) download(ctx context.Context, id chunk.ID, body wire.ChunkStore) ([]byte, error) {
+	if err := s.disks.refuse(); err != nil { // it may have become slow since this waits for memory
+		return nil, err
+	}
+	data := bytes.NewBuffer(make([]byte, 0, body.Size))
+	if err := s.transfer.Fetch(ctx, body.URL, body.Size, data); err != nil {
+		return nil, err
+	}
+	if got := int64(data.Len()); got != body.Size {
+		return nil, wire.FailedBecause(wire.CodeMismatch, "chunk %s: %d bytes came, the order says %d", id, got, body.Size)
+	}
+	return data.Bytes(), nil
+}
+
+// put makes a chunk durable, and gives its memory back when the store has let go
+// of it, which may be after the order has ended. It hashes before it writes.
+func (s *Service) put(ctx context.Context, id chunk.ID, data []byte) (string, error) {
+	type result struct {
+		volume string
+		err    error
+	}
+	stored := make(chan result, 1)
+	go func() { // for as long as the store waits for its disks, at most
+		end := s.disks.begin()
+		volume, err := s.set.Put(context.WithoutCancel(ctx), id, data)
+		if end() >= slowWrite && s.memory.hangs() {
+			s.memory.park(int64(len(data)))
+		} else {
+			s.memory.release(int64(len(data)))
+		}
+		stored <- result{volume, err}
+	}()
+	select {
+	case r := <-stored:
+		if !unanswered(r.err) {
+			return r.volume, r.err
+		}
+		s.disks.hung()
+		p := *wire.ProblemOf(r.err)
+		p.Code, p.After = wire.CodeBusy, s.disks.busy()
+		return "", &p
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
 }
 
 func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
@@ -137,13 +318,18 @@ func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wir
 	if err != nil {
 		return wire.Outcome{}, err
 	}
-	if err := s.memory.Acquire(ctx, chunk.MaxSize); err != nil {
-		return wire.Outcome{}, context.Cause(ctx)
-	}
-	defer s.memory.Release(chunk.MaxSize)
-	data, err := s.set.Get(ctx, id)
+	done, err := s.limits.Reserve(chunk.MaxSize)
 	if err != nil {
 		return wire.Outcome{}, err
+	}
+	defer done()
+	if err := s.memory.acquire(ctx, chunk.MaxSize, wire.KindChunkServe.Priority()); err != nil {
+		return wire.Outcome{}, err
+	}
+	defer s.memory.release(chunk.MaxSize)
+	data, err := s.set.Get(ctx, id)
+	if err != nil {
+		return wire.Outcome{}, s.perhapsAway(err)
 	}
 	return wire.Outcome{}, s.transfer.Put(ctx, body.URL, data, "application/octet-stream")
 }
@@ -159,7 +345,84 @@ func (s *Service) drop(ctx context.Context, o wire.Order, _ func(float64)) (wire
 			return wire.Outcome{}, err
 		}
 	}
+	if body.OnlyLost {
+		lost := make(map[string]bool)
+		for _, l := range s.Losses() {
+			lost[l.ID] = true
+		}
+		ids = slices.DeleteFunc(ids, func(id chunk.ID) bool { return !lost[id.String()] })
+	}
 	return wire.Outcome{}, s.set.Drop(ctx, ids)
+}
+
+// Losses is every chunk known to be lost, sorted by id. One that is whole on
+// another volume is not.
+func (s *Service) Losses() []wire.ChunkLoss {
+	var all []wire.ChunkLoss
+	for _, v := range s.set.Volumes() {
+		for _, l := range v.Lost() {
+			if !s.set.Has(l.ID) {
+				all = append(all, wire.ChunkLoss{ID: l.ID.String(), Size: l.Size, Volume: v.ID(), Reason: l.Reason, Found: l.Found.UTC()})
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(a, b wire.ChunkLoss) int { return cmp.Compare(a.ID, b.ID) })
+	return slices.CompactFunc(all, func(a, b wire.ChunkLoss) bool { return a.ID == b.ID }) // of two damaged copies one
+}
+
+// DigestOf is the [wire.LossDigest] of losses.
+func DigestOf(losses []wire.ChunkLoss) string {
+	ids := make([]string, len(losses))
+	for i, l := range losses {
+		ids[i] = l.ID
+	}
+	return wire.LossDigest(ids)
+}
+
+func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	if _, err := wire.DecodeBody[struct{}](o); err != nil {
+		return wire.Outcome{}, err
+	}
+	all := s.Losses()
+	few := slices.Clone(all[:min(len(all), wire.MaxLosses)])
+	for i := range few {
+		few[i].Reason = few[i].Reason[:min(len(few[i].Reason), maxReason)]
+	}
+	attachment, err := json.Marshal(few)
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("encode the losses: %w", err)
+	}
+	return wire.Outcome{Body: wire.LossReport{Digest: DigestOf(all), Count: len(all)}, Attachment: attachment}, nil
+}
+
+// maxReason keeps the answer with all losses that it may have below 4 MiB.
+const maxReason = 160 // bytes
+
+func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	if _, err := wire.DecodeBody[wire.ChunkHoldings](o); err != nil {
+		return wire.Outcome{}, err
+	}
+	if away := s.away(); away != "" {
+		return wire.Outcome{}, wire.FailedBecause(wire.CodeUnreachable, "a volume is away, and nobody can say what is on it: %s. Ask again when it is back", away)
+	}
+	var all wire.Holdings
+	ids := []string{}
+	err := s.set.List(ctx, func(id chunk.ID, size int64, _ bool) error {
+		all.Count++
+		all.Bytes += size
+		if len(ids) < wire.MaxHoldings {
+			ids = append(ids, id.String())
+		}
+		return nil
+	})
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("what is held cannot be listed: %w", err)
+	}
+	attachment, err := json.Marshal(ids)
+	if err != nil {
+		return wire.Outcome{}, fmt.Errorf("encode what is held: %w", err)
+	}
+	return wire.Outcome{Body: all, Attachment: attachment}, nil
 }
 
 // errTooLate is the cause of an audit's context when its deadline passes.
@@ -231,6 +494,9 @@ func (s *Service) prove(ctx context.Context, id chunk.ID, items []wire.AuditItem
 	if err != nil {
 		code := wire.ProblemOf(err).Code
 		if code != wire.CodeLost && code != wire.CodeNotFound {
+			return false, err
+		}
+		if err = s.perhapsAway(err); wire.ProblemOf(err).Code == wire.CodeUnreachable {
 			return false, err
 		}
 		s.log.Warn("an audit asks for a chunk that is lost", "chunk", id, "reason", err)

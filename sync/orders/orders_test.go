@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -74,7 +73,7 @@ func newDevice(t *testing.T, p *plane, opt store.Options) *device {
 		HTTP: p.Client(), Base: func() []string { return []string{p.URL} },
 		Backoff: time.Millisecond,
 	}
-	return &device{orders.New(store.NewSet(v), client, slog.New(slog.DiscardHandler)), v, dir}
+	return &device{orders.New(store.NewSet(v), client, orders.Options{}), v, dir}
 }
 
 var noFloor = store.Options{FloorBytes: -1}
@@ -347,4 +346,91 @@ func TestBodiesThatCannotBeRead(t *testing.T) {
 	}
 	_, err := d.Read(t.Context(), "no id")
 	mustFail(t, err, wire.Rejected, wire.CodeBadBody)
+}
+
+func losses(t *testing.T, d *device) (wire.LossReport, []wire.ChunkLoss) {
+	t.Helper()
+	out, err := run(t, d, wire.KindChunkLosses, struct{}{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []wire.ChunkLoss
+	if err := json.Unmarshal(out.Attachment, &list); err != nil {
+		t.Fatal(err)
+	}
+	return out.Body.(wire.LossReport), list
+}
+
+func TestLossesAreToldUntilTheyAreDroppedAndOnlyThen(t *testing.T) {
+	d := newDevice(t, newPlane(t), noFloor)
+	if body, list := losses(t, d); body.Digest != "" || body.Count != 0 || len(list) != 0 {
+		t.Errorf("of none: %+v, %v", body, list)
+	}
+	var ids []chunk.ID
+	for i := range 3 {
+		id, data := someChunk(t, 50_000+i)
+		if err := d.volume.Put(t.Context(), id, data); err != nil {
+			t.Fatal(err)
+		}
+		if i < 2 {
+			damage(t, d.dir, data)
+			if _, err := d.volume.Get(t.Context(), id); err == nil {
+				t.Fatal("it was read")
+			}
+		}
+		ids = append(ids, id)
+	}
+	body, list := losses(t, d)
+	if want := wire.LossDigest([]string{ids[0].String(), ids[1].String()}); body.Digest != want || body.Count != 2 || len(list) != 2 || list[0].ID > list[1].ID {
+		t.Fatalf("%+v, %+v", body, list)
+	}
+	for _, l := range list {
+		if l.Volume != d.volume.ID() || l.Reason == "" || l.Found.IsZero() || l.Size < 50_000 {
+			t.Errorf("%+v", l)
+		}
+	}
+	// One that is whole is not dropped because somebody thought that it was lost.
+	drop := wire.ChunkDrop{OnlyLost: true, IDs: []string{ids[0].String(), ids[2].String()}}
+	if _, err := run(t, d, wire.KindChunkDrop, drop); err != nil {
+		t.Fatal(err)
+	}
+	if !d.volume.Has(ids[2]) {
+		t.Error("a whole chunk was dropped")
+	}
+	if body, _ = losses(t, d); body.Digest != wire.LossDigest([]string{ids[1].String()}) {
+		t.Errorf("then %+v", body)
+	}
+}
+
+// What may be on a volume that is away is neither proved nor called lost.
+func TestWhileAVolumeIsAwayWhatIsNotHeldIsNotCalledLost(t *testing.T) {
+	p := newPlane(t)
+	v, err := store.Open(t.TempDir(), noFloor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { v.Close() })
+	away := "the one in /mnt/b"
+	d := &device{Service: orders.New(store.NewSet(v), &transfer.Client{HTTP: p.Client()}, orders.Options{Away: func() string { return away }}), volume: v}
+	here, data := someChunk(t, 10_000)
+	if err := v.Put(t.Context(), here, data); err != nil {
+		t.Fatal(err)
+	}
+	there, _ := someChunk(t, 10_001)
+	audit := func(id chunk.ID) (wire.Outcome, error) {
+		return run(t, d, wire.KindAudit, wire.Audit{Nonce: "00", Items: []wire.AuditItem{{Chunk: id.String()}}})
+	}
+	_, err = audit(there)
+	mustFail(t, err, wire.Failed, wire.CodeUnreachable)
+	_, err = d.Read(t.Context(), there.String())
+	mustFail(t, err, wire.Failed, wire.CodeUnreachable)
+	_, err = run(t, d, wire.KindChunkServe, wire.ChunkServe{ID: there.String(), URL: "/x"})
+	mustFail(t, err, wire.Failed, wire.CodeUnreachable)
+	if out, err := audit(here); err != nil || len(out.Body.(wire.AuditAnswer).Lost) != 0 {
+		t.Errorf("what is here: %+v, %v", out.Body, err)
+	}
+	away = ""
+	if out, err := audit(there); err != nil || len(out.Body.(wire.AuditAnswer).Lost) != 1 {
+		t.Errorf("with all volumes here: %+v, %v", out.Body, err)
+	}
 }

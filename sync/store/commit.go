@@ -5,9 +5,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 
@@ -25,12 +27,14 @@ const (
 	keyBytes = 64 // a key in the tree with its value where that is no chunk (a size, or where the chunk lies), rounded up
 )
 
-// request is one change that waits for the committer, or with neither data nor
-// drops the question whether a chunk is durable.
+// request is one change that waits for the committer, or with none of the changes
+// the question whether a chunk is durable.
 type request struct {
 	id    chunk.ID
 	data  []byte     // put
 	drops []chunk.ID // drop
+	moves []move     // write again elsewhere
+	flush bool       // make durable what Badger wrote by itself
 	done  chan error // takes one answer without blocking
 
 	err error // the committer's
@@ -83,32 +87,39 @@ func (v *Volume) Drop(ctx context.Context, ids []chunk.ID) error {
 // dropHeld is Drop that leaves a volume alone that holds none of the ids, so
 // that a broken volume does not fail what is no business of its.
 func (v *Volume) dropHeld(ctx context.Context, ids []chunk.ID) error {
-	var there []chunk.ID
-	for _, id := range ids {
-		if _, ok := v.versionOf(id); ok {
-			there = append(there, id)
-		}
+	there, err := v.holds(ids)
+	if err != nil {
+		return err
 	}
 	return v.Drop(ctx, there)
 }
 
 func (v *Volume) submit(ctx context.Context, r *request) error {
+	v.touch()
+	return v.hand(ctx, r)
+}
+
+// hand is submit by the volume itself.
+func (v *Volume) hand(ctx context.Context, r *request) error {
 	if err := v.enter(); err != nil {
 		return err
 	}
 	defer v.ops.Done()
+	if v.hangs.Load() > 0 {
+		return v.hung()
+	}
 	r.done = make(chan error, 1)
+	limit := writePatience * v.opt.hooks.patience
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
 	select {
 	case v.queue <- r:
+	case <-timer.C:
+		return v.hung()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	select {
-	case err := <-r.done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return v.await(ctx, r.done, limit)
 }
 
 // commitLoop is the committer. It ends when stop is closed, which Close does
@@ -129,6 +140,9 @@ func (v *Volume) commitLoop() {
 // were answered together the last time makes larger groups, but no more speed.)
 func (v *Volume) gather(first *request) []*request {
 	batch, bytes := []*request{first}, len(first.data)
+	for _, m := range first.moves {
+		bytes += len(m.data)
+	}
 	for bytes < maxBatchBytes && len(batch) < maxBatchRequests {
 		select {
 		case r := <-v.queue:
@@ -152,7 +166,12 @@ func (v *Volume) commit(batch []*request) {
 	for _, r := range batch {
 		r.err = s.add(r)
 	}
-	if err := s.finish(); err != nil {
+	err := s.finish()
+	if err == nil {
+		err = s.settle()
+	}
+	v.follow()
+	if err != nil {
 		reason := fmt.Sprintf("writing failed: %v", err)
 		v.noteFailedSync(reason, s.put)
 		for _, r := range batch {
@@ -177,6 +196,9 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	}
 	v.mu.Unlock()
 	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
+	if here, err := v.atHome(); err != nil || !here {
+		return // nothing that the kernel could forget has failed, and the note is not for others
+	}
 	boot, err := v.opt.hooks.bootID()
 	if err == nil {
 		err = durable.WriteFile(filepath.Join(v.dir, syncFailedFile), []byte(boot+"\n"), 0o600)
@@ -184,6 +206,16 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	if err != nil {
 		v.opt.Log.Error("the failed write could not be noted on disk", "volume", v.id, "err", err)
 	}
+}
+
+// atHome tells whether the volume's directory is still where it was opened.
+func (v *Volume) atHome() (bool, error) {
+	opened, err := v.lock.Stat()
+	if err != nil {
+		return false, err
+	}
+	now, err := os.Stat(v.dir)
+	return err == nil && os.SameFile(opened, now), err
 }
 
 // stage is a batch on its way: what it has written so far, and what that will
@@ -196,9 +228,12 @@ type stage struct {
 	state    map[chunk.ID]held // of the ids that the batch names, as it goes
 	put      []chunk.ID
 	unlost   []chunk.ID
+	flush    bool
+	staged   int64 // bytes that the puts add to the logs
 	used     int64 // changes of the counters
-	dead     int64
 	chunks   int
+	freed    []record // that no chunk needs any more
+	taken    []record // that were written
 
 	txns []*badger.Txn
 	tree int64      // bytes that they set in Badger's tree, at most
@@ -209,9 +244,16 @@ type stage struct {
 // held is what is known of a chunk before it is changed.
 type held struct {
 	size int64
+	at   place
 	ok   bool // indexed
 	lost bool
 	mine bool // written by this batch
+}
+
+// record is a chunk in the value logs.
+type record struct {
+	at   place
+	size int64 // of the chunk, in bytes
 }
 
 // look finds out, before the first write, what is held of all that the batch
@@ -220,11 +262,7 @@ func (s *stage) look(batch []*request) error {
 	s.state = map[chunk.ID]held{}
 	err := s.v.view(func(txn *badger.Txn) error {
 		for _, r := range batch {
-			ids := r.drops
-			if ids == nil {
-				ids = []chunk.ID{r.id}
-			}
-			for _, id := range ids {
+			for _, id := range r.ids() {
 				item, err := txn.Get(keyOf(indexPrefix, id))
 				if errors.Is(err, badger.ErrKeyNotFound) {
 					continue
@@ -236,7 +274,11 @@ func (s *stage) look(batch []*request) error {
 				if err != nil {
 					return err
 				}
-				s.state[id] = held{size: size, ok: true}
+				at, err := findRecord(txn, id)
+				if err != nil {
+					return err
+				}
+				s.state[id] = held{size: size, at: at, ok: true}
 			}
 		}
 		return nil
@@ -250,8 +292,42 @@ func (s *stage) look(batch []*request) error {
 	return err
 }
 
+// ids are the chunks that a request names.
+func (r *request) ids() []chunk.ID {
+	switch {
+	case r.drops != nil:
+		return r.drops
+	case r.moves != nil:
+		ids := make([]chunk.ID, len(r.moves))
+		for i, m := range r.moves {
+			ids[i] = m.id
+		}
+		return ids
+	case r.flush:
+		return nil
+	}
+	return []chunk.ID{r.id}
+}
+
+// findRecord tells where a chunk's record lies: nowhere, if it is gone.
+func findRecord(txn *badger.Txn, id chunk.ID) (place, error) {
+	item, err := txn.Get(keyOf(chunkPrefix, id))
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return place{}, nil
+	}
+	if err != nil {
+		return place{}, err
+	}
+	return placeOf(item), nil
+}
+
 func (s *stage) add(r *request) error {
 	switch {
+	case r.flush:
+		s.flush = true
+		return nil
+	case r.moves != nil:
+		return s.addMoves(r)
 	case r.data != nil:
 		return s.addPut(r)
 	case r.drops != nil:
@@ -304,23 +380,55 @@ func (s *stage) addPut(r *request) error {
 	if err := s.takeRoom(size); err != nil {
 		return err
 	}
-	s.write(2, min(size, smallValue), func(txn *badger.Txn) error {
-		index := binary.BigEndian.AppendUint32(nil, uint32(size))
-		return errors.Join(
-			txn.Set(keyOf(chunkPrefix, r.id), r.data),
-			txn.Set(keyOf(indexPrefix, r.id), index),
-		)
-	})
+	s.writeChunk(r.id, r.data)
 	if h.ok { // the lost bytes stay behind
-		s.dead += h.size
-		s.used -= h.size
-		s.chunks--
+		s.forget(h)
 	}
 	s.used += size
 	s.chunks++
-	s.put = append(s.put, r.id)
 	s.unlost = append(s.unlost, r.id)
 	s.state[r.id] = held{size: size, ok: true, mine: true}
+	return nil
+}
+
+func (s *stage) writeChunk(id chunk.ID, data []byte) {
+	size := int64(len(data))
+	s.write(2, min(size, smallValue), func(txn *badger.Txn) error {
+		index := binary.BigEndian.AppendUint32(nil, uint32(size))
+		return errors.Join(
+			txn.Set(keyOf(chunkPrefix, id), data),
+			txn.Set(keyOf(indexPrefix, id), index),
+		)
+	})
+	s.put = append(s.put, id)
+}
+
+// forget takes what was held out of the counters.
+func (s *stage) forget(h held) {
+	s.used -= h.size
+	s.chunks--
+	if !h.mine {
+		s.freed = append(s.freed, record{h.at, h.size})
+	}
+}
+
+// addMoves writes chunks again that still lie where they were read.
+func (s *stage) addMoves(r *request) error {
+	if err := s.v.writable(); err != nil {
+		return err
+	}
+	if err := makeRoom(s.v.dir, s.v.opt.hooks); err != nil {
+		return err
+	}
+	for _, m := range r.moves {
+		h := s.state[m.id]
+		if !h.ok || h.mine || h.at != m.from || h.size != int64(len(m.data)) {
+			continue
+		}
+		s.writeChunk(m.id, m.data)
+		s.freed = append(s.freed, record{h.at, h.size})
+		s.state[m.id] = held{size: h.size, ok: true, lost: h.lost, mine: true}
+	}
 	return nil
 }
 
@@ -339,9 +447,7 @@ func (s *stage) addDrops(r *request) error {
 	}
 	for _, id := range there {
 		h := s.state[id]
-		s.used -= h.size
-		s.dead += h.size
-		s.chunks--
+		s.forget(h)
 		s.state[id] = held{}
 	}
 	s.unlost = append(s.unlost, there...)
@@ -384,6 +490,9 @@ func (s *stage) finish() error {
 		return s.err
 	}
 	if len(s.txns) == 0 {
+		if s.flush {
+			return s.v.syncer.sync()
+		}
 		return nil
 	}
 	s.v.rest.Begin(s.tree)
@@ -408,10 +517,30 @@ func (s *stage) finish() error {
 // failed is the answer to a request of a batch that did not become durable. A
 // chunk that was held before is none of the batch's business.
 func (s *stage) failed(r *request, reason string) error {
-	if r.drops == nil && !s.state[r.id].mine {
+	if r.drops == nil && r.moves == nil && !r.flush && !s.state[r.id].mine {
 		return nil
 	}
 	return wire.FailedBecause(wire.CodeReadOnly, "volume %s could not make the change durable and takes no more: %s", s.v.id, reason)
+}
+
+// settle finds out where the batch has put its chunks.
+func (s *stage) settle() error {
+	return s.v.view(func(txn *badger.Txn) error {
+		settled := map[chunk.ID]bool{}
+		for _, id := range s.put {
+			h := s.state[id]
+			if !h.mine || settled[id] { // dropped again, or written twice
+				continue
+			}
+			settled[id] = true
+			at, err := findRecord(txn, id)
+			if err != nil {
+				return err
+			}
+			s.taken = append(s.taken, record{at, h.size})
+		}
+		return nil
+	})
 }
 
 // apply makes the batch count.
@@ -419,10 +548,18 @@ func (s *stage) apply() {
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
 	s.v.used += s.used
-	s.v.dead += s.dead
 	s.v.chunks += s.chunks
+	for _, r := range s.freed {
+		s.v.space.remove(r.at, r.size)
+	}
+	for _, r := range s.taken {
+		s.v.space.add(r.at, r.size)
+	}
 	for _, id := range s.unlost {
 		delete(s.v.lost, id)
+	}
+	if len(s.freed) > 0 {
+		s.v.wantRoom()
 	}
 }
 
@@ -435,10 +572,11 @@ func (s *stage) takeRoom(size int64) error {
 	if s.roomErr != nil {
 		return wire.FailedBecause(wire.CodeReadOnly, "the free space of volume %s cannot be read: %v", s.v.id, s.roomErr)
 	}
-	if err := s.v.fits(size, s.room, s.used+s.dead); err != nil {
+	if err := s.v.fits(size, s.room, s.staged); err != nil {
 		return err
 	}
 	s.room -= size + recordOverhead
+	s.staged += size + recordHead
 	return nil
 }
 
@@ -446,12 +584,14 @@ func (s *stage) takeRoom(size int64) error {
 // the floor, and so much taken already but not counted yet.
 func (v *Volume) fits(size, room, staged int64) error {
 	if size+recordOverhead > room {
+		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s has reached its free-space floor: free space there, or lower the floor", v.id)
 	}
 	v.mu.Lock()
-	occupied := v.used + v.dead + staged
+	occupied := v.occupied() + staged
 	v.mu.Unlock()
-	if v.opt.Capacity > 0 && occupied+size > v.opt.Capacity {
+	if v.opt.Capacity > 0 && occupied+size+recordHead > v.opt.Capacity-v.reserve() {
+		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "volume %s has reached its capacity of %d MiB", v.id, v.opt.Capacity>>20)
 	}
 	return nil

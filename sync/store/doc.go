@@ -49,20 +49,60 @@
 // # Space
 //
 // A write to a full memory-mapped file kills the process, so each put first
-// asks the file system and stops at a floor. Dropping is always allowed. The
-// bytes of dropped chunks stay in the value log and count against the capacity
-// ([Stats.Dead]). On a 32-bit processor the address space ends first: there
-// all volumes of a process together hold 1 GiB.
+// asks the file system and stops at a floor. Dropping is always allowed. On a
+// 32-bit processor the address space ends first: there all volumes of a process
+// together hold 1 GiB.
+//
+// The bytes of dropped chunks stay in their value log until it is emptied, and
+// count against the capacity. The [Stats] are exact to the byte at any time and
+// nothing is walked for them: the tree knows the log and the length of each
+// record, so one walk of its keys at opening and the committer afterwards are
+// enough (see ledger). Nothing of this is written down, so no crash can make it
+// wrong.
+//
+// # Giving dead bytes back
+//
+// Badger's own GC is not safe to call as it is: it deletes the old log before the
+// moved values are synced, stops at the first bad record, so that the whole ones
+// behind it are deleted too, and moves dropped values along until a compaction
+// has taken their keys. So the volume empties logs itself (move.go):
+//
+//   - A log is worth it when half of it is dead, or a quarter when room is short;
+//     never the newest.
+//   - What lives in it is what the tree says, not what the log says: a damaged
+//     record hides none behind it, and the log's format need not be read.
+//   - Each such chunk is read, verified and written again by the committer, with a
+//     checked sync, unless it was dropped or rewritten meanwhile. Put back is both
+//     its record and its index entry. One that is lost stays, and its log with it,
+//     until it is dropped or put again.
+//   - When a second walk of the tree finds nothing that points to the log, its
+//     first record is blanked and Badger is made to choose it: it then deletes it
+//     without writing anything.
+//
+// A kill at any moment leaves a chunk in the old log, or in both. After a power cut
+// the tree may point to a record whose bytes are not there, because the kernel writes
+// mapped files in any order, and Badger syncs the tree's log first. So the tree keeps
+// two versions of a key: a chunk that is not whole where it lies is read where it
+// lay before, and Open has such chunks written again before any log is deleted. A log that was emptied and not deleted is found at the
+// next start. A reader whose log goes under it reads again. Moving keeps to a
+// rate and gives way to use, except when room is short; it needs room itself,
+// which puts leave free: the upper half of the floor, and [Stats.Reserved].
+//
+// # Disks that go wrong
+//
+// What asks a disk for little (Has, Stats, CanTake, List) waits for it for
+// seconds, reads and writes for a minute at most. Then the volume counts as
+// hanging and answers [wire.CodeUnreachable] at once, until the disk has answered;
+// a [Set] does without it meanwhile. A directory that was moved, unmounted or
+// replaced under an open volume takes no more chunks: what is written there would
+// be out of reach of the next start.
 //
 // # Not done yet
 //
-// Value logs are not rewritten, so Dead does not shrink. Badger's own GC is not
-// safe to call as it is: it deletes the old log before the moved values are
-// synced (an open iterator would hold the file until then), and stops at the
-// first bad record, so that the whole ones behind are deleted with it. There is
-// no paced scrub. A damaged index table keeps the volume from opening (with a
-// sentence; the index could be rebuilt from the value logs), and a
-// damaged log of a memtable that was not flushed (only after a crash) takes the
-// index entries behind it, whose chunks are then not found instead of lost. A
-// hung disk is only bounded by the caller's context.
+// A damaged index table keeps the volume from opening (with a sentence; the index
+// could be rebuilt from the value logs), and a damaged log of a memtable that was
+// not flushed (only after a crash) takes the index entries behind it, whose chunks
+// are then not found instead of lost. Small logs that restarts leave are not
+// joined while all in them lives. What the tree itself takes on disk is not in the
+// figures. Opening a volume whose disk hangs is for the caller to bound.
 package store

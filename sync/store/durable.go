@@ -31,6 +31,7 @@ type syncer struct {
 	// clean is the directory's modification time when all but DB.Sync was last
 	// done. Files that come or go change it.
 	clean time.Time
+	home  os.FileInfo // the directory when the volume was opened
 }
 
 // racy is the time within which two changes of a directory may carry the same
@@ -41,6 +42,12 @@ func (s *syncer) sync() error {
 	info, err := os.Stat(s.dir)
 	if err != nil {
 		return err
+	}
+	if s.home == nil {
+		s.home = info
+	}
+	if !os.SameFile(info, s.home) { // what is written goes where no next start looks
+		return fmt.Errorf("another directory lies at %s now: was a disk swapped, or mounted over it?", s.dir)
 	}
 	if err := s.hooks.sync(s.db); err != nil {
 		return err

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -63,9 +62,12 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			err = errors.Join(err, unlock(lock))
 		}
 	}()
+	if err := removeHalfWritten(dir); err != nil {
+		return nil, err
+	}
 	id, fresh, err := identify(dir, opt.ID)
 	if err != nil {
 		return nil, err
@@ -85,20 +87,27 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		dir: dir, id: id, opt: opt, lock: lock,
 		queue: make(chan *request), stop: make(chan struct{}), stopped: make(chan struct{}),
 		readers: make(chan struct{}, maxReaders),
-		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
+		lost:    map[chunk.ID]Loss{}, rescued: map[chunk.ID]bool{}, suspect: map[chunk.ID]bool{},
+		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]int64{}},
+	}
+	if v.logSize = opt.LogBytes; v.logSize == 0 {
+		v.logSize = logSizeFor(v.diskSize())
 	}
 	v.checkEarlierSync()
 	path := filepath.Join(dir, chunksDir)
 	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
-	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), mendLogHeaders(path), guardNewestLog(path)); err != nil {
+	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), forgetDiscards(path), mendLogHeaders(path), guardNewestLog(path)); err != nil {
 		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
 	}
-	if v.db, err = openBadger(path, opt, v.diskSize()); err != nil {
+	if v.db, err = openBadger(path, opt, v.logSize); err != nil {
 		return nil, err
 	}
 	v.syncer = syncer{dir: path, db: v.db, hooks: opt.hooks}
+	if v.syncer.home, err = os.Stat(path); err != nil {
+		return nil, errors.Join(err, v.db.Close())
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, v.db.Close())
@@ -115,6 +124,10 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
+	if err := v.rewrite(context.Background()); err != nil {
+		v.latch(fmt.Sprintf("chunks whose move a crash had cut short could not be written again: %v", err))
+	}
+	v.mover.begin(v)
 	return v, nil
 }
 
@@ -133,6 +146,33 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("the store in %s cannot be locked: %w", dir, err)
 	}
 	return f, nil
+}
+
+// unlock gives the directory back. Closing alone would not, while a program that is
+// being started has not let go of our files yet.
+func unlock(lock *os.File) error {
+	return errors.Join(unix.Flock(int(lock.Fd()), unix.LOCK_UN), lock.Close())
+}
+
+// removeHalfWritten removes what a crash has left of a file that was about to
+// replace one of ours.
+func removeHalfWritten(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("the directory for chunks cannot be read: %w", err)
+	}
+	for _, e := range entries {
+		for _, ours := range []string{idFile, syncFailedFile} { // as internal/durable names it
+			random, ok := strings.CutPrefix(e.Name(), "."+ours)
+			if !ok || random == "" || strings.Trim(random, "0123456789") != "" {
+				continue
+			}
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+				return fmt.Errorf("what a crash has left in %s cannot be removed: %w", dir, err)
+			}
+		}
+	}
+	return nil
 }
 
 // identify reads the volume's id, or makes one where a new volume may begin.
@@ -269,13 +309,22 @@ func guardNewestLog(dir string) error {
 	if err := cutUnwritten(newest); err != nil {
 		return err
 	}
-	n, err := strconv.ParseUint(strings.TrimSuffix(filepath.Base(newest), ".vlog"), 10, 32)
+	n, err := logNumber(newest)
 	if err != nil {
 		return fmt.Errorf("%s has no number: %w", newest, err)
 	}
 	// The header: key id 0 (no encryption) and an initial vector that is not used.
 	header := make([]byte, logHeader)
-	if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%06d.vlog", n+1)), header, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, logName(n+1)), header, 0o600); err != nil {
+		return err
+	}
+	return nil
+}
+
+// forgetDiscards removes Badger's figures of what can be discarded, which a crash
+// or a flipped bit may have falsified: they decide which log it deletes.
+func forgetDiscards(dir string) error {
+	if err := os.Remove(filepath.Join(dir, "DISCARD")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
@@ -362,20 +411,26 @@ func (v *Volume) diskSize() int64 {
 	return int64(st.Blocks) * int64(st.Bsize)
 }
 
-func openBadger(dir string, opt Options, size int64) (db *badger.DB, err error) {
+func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("the chunks in %s cannot be opened, their files are damaged or the disk fails: %v", dir, p)
 		}
 	}()
-	tuned := tuning(dir, size, opt.Log)
+	tuned := tuning(dir, logSize, opt.Log)
 	if err := checkTables(dir, tuned); err != nil {
 		return nil, err
 	}
-	db, err = badger.Open(tuned)
+	// Badger's own lock stays for a moment with programs that are being started; that
+	// nobody else has the volume is known already.
+	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if db, err = badger.Open(tuned); !isLocked(err) || time.Now().After(end) {
+			break
+		}
+	}
 	switch {
-	case errors.Is(err, syscall.EWOULDBLOCK):
+	case isLocked(err):
 		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
 	case errors.Is(err, syscall.ENOSPC):
 		return nil, fmt.Errorf("the disk of %s is full: delete something else there (%w)", dir, err)
@@ -383,6 +438,12 @@ func openBadger(dir string, opt Options, size int64) (db *badger.DB, err error) 
 		return nil, fmt.Errorf("the chunks in %s cannot be opened: %w; %s", dir, err, beginAnew)
 	}
 	return db, nil
+}
+
+// isLocked tells whether somebody else has Badger's directory. Badger does not wrap
+// the cause.
+func isLocked(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock")
 }
 
 // checkTables reads the tables of the index before Badger does: at a damaged one
@@ -467,62 +528,81 @@ func (v *Volume) agreeOnID(fresh bool) error {
 	return nil
 }
 
-// rebuild counts the chunks from the index alone, and returns those that can
-// lie in the newest value log: the last ones written, up to a log's length.
+// rebuild counts the chunks and the bytes of the logs, and returns those chunks that
+// a crash can have hurt: the last ones written, up to a log's length or a batch's.
 func (v *Volume) rebuild() ([]chunk.ID, error) {
-	window := newestWindow{limit: logSize(v.diskSize()) + 2*chunk.MaxSize}
+	if err := v.measureLogs(); err != nil {
+		return nil, fmt.Errorf("the value logs in %s cannot be measured: %w", v.dir, err)
+	}
+	window := newestWindow{limit: max(v.logSize, maxBatchBytes+moveBatch) + 2*chunk.MaxSize}
 	err := v.eachIndexed(context.Background(), func(id chunk.ID, size int64, version uint64) error {
 		v.chunks++
 		v.used += size
 		window.add(entry{id, size, version})
 		return nil
 	})
+	if err == nil {
+		err = v.eachRecord(context.Background(), func(id chunk.ID, at place) error {
+			v.space.add(at, chunkSize(at))
+			return nil
+		})
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the index of the chunks in %s cannot be read: %w", v.dir, err)
 	}
-	v.dead = max(0, v.occupied()-v.used-int64(v.chunks)*recordOverhead)
 	return window.ids(), nil
-}
-
-// occupied is what the value logs take on disk. They are sparse until full.
-func (v *Volume) occupied() int64 {
-	logs, err := filesOf(filepath.Join(v.dir, chunksDir), ".vlog")
-	if err != nil {
-		return 0
-	}
-	var sum int64
-	for _, path := range logs {
-		var st unix.Stat_t
-		if unix.Stat(path, &st) == nil {
-			sum += max(0, st.Blocks*512-4096) // less the header's page
-		}
-	}
-	return sum
 }
 
 // eachIndexed walks the index in the order of ids. The version rises with time.
 func (v *Volume) eachIndexed(ctx context.Context, fn func(id chunk.ID, size int64, version uint64) error) error {
+	return v.eachIndexedFrom(ctx, chunk.ID{}, fn)
+}
+
+// eachIndexedFrom is eachIndexed that begins at an id.
+func (v *Volume) eachIndexedFrom(ctx context.Context, from chunk.ID, fn func(id chunk.ID, size int64, version uint64) error) error {
+	return v.eachKey(ctx, indexPrefix, from, func(item *badger.Item) error {
+		id, size, err := readIndex(item)
+		if err != nil {
+			return err
+		}
+		return fn(id, size, item.Version())
+	})
+}
+
+// eachRecord tells where each chunk's record lies, in the order of ids. It reads
+// the tree only.
+func (v *Volume) eachRecord(ctx context.Context, fn func(id chunk.ID, at place) error) error {
+	return v.eachKey(ctx, chunkPrefix, chunk.ID{}, func(item *badger.Item) error {
+		var id chunk.ID
+		if key := item.Key(); len(key) != 1+len(id) {
+			return fmt.Errorf("the key of a chunk has %d bytes", len(key))
+		}
+		copy(id[:], item.Key()[1:])
+		return fn(id, placeOf(item))
+	})
+}
+
+func (v *Volume) eachKey(ctx context.Context, prefix byte, from chunk.ID, fn func(*badger.Item) error) error {
 	return v.view(func(txn *badger.Txn) error {
-		opt := badger.DefaultIteratorOptions
-		opt.PrefetchValues = false
-		opt.Prefix = []byte{indexPrefix}
-		it := txn.NewIterator(opt)
+		it := txn.NewIterator(keysOnly(prefix))
 		defer it.Close()
-		for it.Rewind(); it.Valid(); it.Next() {
+		for it.Seek(keyOf(prefix, from)); it.Valid(); it.Next() {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			item := it.Item()
-			id, size, err := readIndex(item)
-			if err != nil {
-				return err
-			}
-			if err := fn(id, size, item.Version()); err != nil {
+			if err := fn(it.Item()); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+}
+
+func keysOnly(prefix byte) badger.IteratorOptions {
+	opt := badger.DefaultIteratorOptions
+	opt.PrefetchValues = false
+	opt.Prefix = []byte{prefix}
+	return opt
 }
 
 func readIndex(item *badger.Item) (id chunk.ID, size int64, err error) {

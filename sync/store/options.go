@@ -1,10 +1,12 @@
 package store
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
@@ -31,6 +33,10 @@ type Options struct {
 	// FloorBytes is what puts leave free on the file system. 0 means 512 MiB or
 	// 1% of the file system, whichever is more; below 0 means no floor.
 	FloorBytes int64
+	// LogBytes is the length at which a value log is full and the next begins: not
+	// less than the longest chunk, and below 2 GiB. 0 means by the size of the disk.
+	// Short logs give dead bytes back sooner, and take more open files.
+	LogBytes int64
 	// ID is the id that the volume must have. Empty means any, and allows Open
 	// to make a new volume.
 	ID string
@@ -46,6 +52,10 @@ type hooks struct {
 	fsync  func(path string) error                   // any other file, or a directory
 	statfs func(dir string, st *unix.Statfs_t) error // space
 	bootID func() (string, error)
+	// pace waits before so many bytes are moved; nil means the volume's own way.
+	pace     func(ctx context.Context, bytes int64) error
+	patience time.Duration // 0: the default
+	reading  func()        // a chunk's place is known, its bytes are not read yet
 }
 
 func (h hooks) orReal() hooks {
@@ -58,6 +68,12 @@ func (h hooks) orReal() hooks {
 	if h.statfs == nil {
 		h.statfs = unix.Statfs
 	}
+	if h.patience == 0 {
+		h.patience = patience
+	}
+	if h.reading == nil {
+		h.reading = func() {}
+	}
 	if h.bootID == nil {
 		h.bootID = bootID
 	}
@@ -66,7 +82,7 @@ func (h hooks) orReal() hooks {
 
 // tuning is Badger's configuration for large values on a small board: about
 // 20–30 MB of anonymous memory for any number of chunks.
-func tuning(dir string, capacity int64, log *slog.Logger) badger.Options {
+func tuning(dir string, logSize int64, log *slog.Logger) badger.Options {
 	return badger.DefaultOptions(dir).
 		WithLogger(badgerLog{log}).
 		WithSyncWrites(false). // the committer syncs, and looks at the error
@@ -79,8 +95,9 @@ func tuning(dir string, capacity int64, log *slog.Logger) badger.Options {
 		WithBlockCacheSize(0).
 		WithIndexCacheSize(8 << 20).
 		WithValueThreshold(smallValue).
-		WithValueLogFileSize(logSize(capacity)).
+		WithValueLogFileSize(logSize).
 		WithMetricsEnabled(false).
+		WithNumVersionsToKeep(2). // the tree knows where a chunk lay before a move that is not durable yet
 		WithDetectConflicts(false).
 		WithChecksumVerificationMode(options.OnBlockRead).
 		// Not for truth, which is the chunk's own hash, but because Badger
@@ -88,18 +105,37 @@ func tuning(dir string, capacity int64, log *slog.Logger) badger.Options {
 		WithVerifyValueChecksum(true)
 }
 
-// logSize is the length at which a value log is full, in bytes: small, because
-// Open reads about one log to find what Badger cut, but large enough that a big
-// disk does not need tens of thousands of open files.
-func logSize(capacity int64) int64 {
+// logSizeFor is the length at which a value log is full, in bytes: small, because
+// Open reads about one log to find what a crash cut, and because only full logs
+// can be emptied; but large enough that a big disk does not need tens of thousands
+// of open files.
+func logSizeFor(capacity int64) int64 {
 	if capacity > 128<<30 {
 		return 256 << 20
 	}
-	return 64 << 20
+	return min(64<<20, max(16<<20, capacity/32))
 }
 
-// recordOverhead is what Badger adds to a chunk, rounded up, in bytes.
-const recordOverhead = 512
+const (
+	// recordOverhead is what a chunk takes on disk besides its bytes, in the log
+	// and in the tree, rounded up.
+	recordOverhead = 512
+	// recordHead is what Badger adds to a chunk in the log at most: meta, user
+	// meta, the lengths of key and value and the expiry as uvarints, the key (a
+	// prefix, the id and a version of 8 bytes), and a CRC-32C.
+	recordHead = 1 + 1 + 1 + 4 + 1 + (1 + 32 + 8) + 4
+)
+
+// chunkSize is the size of a chunk whose record has that length.
+func chunkSize(at place) int64 {
+	for lengthBytes := int64(1); lengthBytes <= 4; lengthBytes++ {
+		size := int64(at.length) - (recordHead - 4) - lengthBytes
+		if size >= 0 && size < 1<<(7*lengthBytes) {
+			return size
+		}
+	}
+	return 0
+}
 
 // addressSpace shares out what a 32-bit process can map.
 type addressSpace struct {

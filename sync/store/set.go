@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -57,7 +58,7 @@ var errNoVolume = wire.RejectedBecause(wire.CodeNoSpace, "this device has no vol
 // another tells whether a put that failed may succeed on another volume.
 func another(err error) bool {
 	switch wire.ProblemOf(err).Code {
-	case wire.CodeNoSpace, wire.CodeReadOnly:
+	case wire.CodeNoSpace, wire.CodeReadOnly, wire.CodeUnreachable:
 		return true
 	}
 	return false
@@ -104,55 +105,92 @@ func (s *Set) CanTake(size int64) error {
 
 // Confirm tells on which volume a chunk is durable and whole, and its size.
 func (s *Set) Confirm(ctx context.Context, id chunk.ID) (volume string, size int64, err error) {
-	err = s.first(id, func(v *Volume) error {
-		volume = v.ID()
-		size, err = v.Confirm(ctx, id)
-		return err
+	type confirmed struct {
+		volume string
+		size   int64
+	}
+	c, err := first(ctx, s, id, func(ctx context.Context, v *Volume) (confirmed, error) {
+		size, err := v.Confirm(ctx, id)
+		return confirmed{v.ID(), size}, err
 	})
-	return volume, size, err
+	return c.volume, c.size, err
 }
 
 // Get reads and verifies a chunk.
-func (s *Set) Get(ctx context.Context, id chunk.ID) (data []byte, err error) {
-	err = s.first(id, func(v *Volume) error {
-		data, err = v.Get(ctx, id)
-		return err
-	})
-	return data, err
+func (s *Set) Get(ctx context.Context, id chunk.ID) ([]byte, error) {
+	return first(ctx, s, id, func(ctx context.Context, v *Volume) ([]byte, error) { return v.Get(ctx, id) })
 }
 
 // Tree reads and verifies a chunk, ready to prove its leaves.
-func (s *Set) Tree(ctx context.Context, id chunk.ID) (tree *chunk.Tree, err error) {
-	err = s.first(id, func(v *Volume) error {
-		tree, err = v.Tree(ctx, id)
-		return err
-	})
-	return tree, err
+func (s *Set) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
+	return first(ctx, s, id, func(ctx context.Context, v *Volume) (*chunk.Tree, error) { return v.Tree(ctx, id) })
 }
 
 // Leaf reads and verifies a chunk and proves one leaf.
 func (s *Set) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, path [][]byte, err error) {
-	err = s.first(id, func(v *Volume) error {
-		data, path, err = v.Leaf(ctx, id, leaf)
-		return err
+	type proof struct {
+		data []byte
+		path [][]byte
+	}
+	p, err := first(ctx, s, id, func(ctx context.Context, v *Volume) (proof, error) {
+		data, path, err := v.Leaf(ctx, id, leaf)
+		return proof{data, path}, err
 	})
-	return data, path, err
+	return p.data, p.path, err
 }
 
-// first tries the volumes until one succeeds. If none does, the answer of one
-// that knows the chunk outweighs "not found".
-func (s *Set) first(id chunk.ID, try func(*Volume) error) error {
-	failed := notFound(id)
-	for _, v := range *s.volumes.Load() {
-		err := try(v)
-		if err == nil {
-			return nil
-		}
-		if wire.ProblemOf(err).Code != wire.CodeNotFound {
-			failed = err
+// first tries the volumes, one after the other, those that hang last, until one
+// succeeds. One that does not answer is waited for with patience before the next
+// is tried beside it. If none succeeds, the answer of one that knows the chunk
+// outweighs "not found", and so does one that does not answer.
+func first[T any](ctx context.Context, s *Set, id chunk.ID, try func(context.Context, *Volume) (T, error)) (T, error) {
+	var none T
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	volumes := s.Volumes()
+	slices.SortStableFunc(volumes, func(a, b *Volume) int { return cmp.Compare(min(1, a.hangs.Load()), min(1, b.hangs.Load())) })
+	type answer struct {
+		t   T
+		err error
+	}
+	answers := make(chan answer, len(volumes))
+	failed, next := notFound(id), 0
+	start := func() {
+		if next < len(volumes) {
+			v := volumes[next]
+			next++
+			go func() {
+				t, err := try(ctx, v)
+				answers <- answer{t, err}
+			}()
 		}
 	}
-	return failed
+	start()
+	for got := 0; got < next; {
+		v := volumes[next-1]
+		patience := time.NewTimer(v.opt.hooks.patience)
+		select {
+		case a := <-answers:
+			patience.Stop()
+			if a.err == nil {
+				return a.t, nil
+			}
+			if wire.ProblemOf(a.err).Code != wire.CodeNotFound {
+				failed = a.err
+			}
+			got++
+			start()
+		case <-patience.C:
+			if next == len(volumes) && v.hangs.Load() > 0 {
+				return none, v.hung()
+			}
+			start()
+		case <-ctx.Done():
+			patience.Stop()
+			return none, context.Cause(ctx)
+		}
+	}
+	return none, failed
 }
 
 // Drop forgets chunks on every volume. It goes on after an error.
@@ -171,14 +209,19 @@ func (s *Set) Has(id chunk.ID) bool {
 	return slices.ContainsFunc(*s.volumes.Load(), func(v *Volume) bool { return v.Has(id) })
 }
 
-// List calls fn for every chunk of every volume, volume by volume.
+// List calls fn for every chunk of every volume, volume by volume. One whose disk
+// does not answer holds up no other, and is an error at the end; an error of fn
+// ends the list.
 func (s *Set) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
+	var hung error
 	for _, v := range *s.volumes.Load() {
-		if err := v.List(ctx, fn); err != nil {
+		err := v.List(ctx, fn)
+		if err != nil && wire.ProblemOf(err).Code != wire.CodeUnreachable {
 			return err
 		}
+		hung = cmp.Or(hung, err)
 	}
-	return nil
+	return hung
 }
 
 // Stats returns the figures of each volume.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,20 +28,29 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-const childEnv = "DEIMOS_TEST_STORE_CHILD"
+const (
+	childEnv = "DEIMOS_TEST_STORE_CHILD"
+	churnEnv = "DEIMOS_TEST_STORE_CHURN"
+)
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childEnv); dir != "" {
+		if os.Getenv(churnEnv) != "" {
+			childThatChurns(dir)
+		}
 		childThatPuts(dir)
 		return
 	}
 	os.Exit(m.Run())
 }
 
-// random returns a source whose seed is printed if the test fails.
+// random returns a source whose seed is printed if the test fails, and can be given.
 func random(t testing.TB) *rand.Rand {
 	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
+	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
+		seed = s
+	}
+	t.Logf("DEIMOS_TEST_SEED=%d", seed)
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
@@ -402,11 +413,12 @@ func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
 func TestWrongBytesWithAGoodChecksumAreLost(t *testing.T) {
 	rng := random(t)
 	v := open1(t, t.TempDir(), noFloor)
-	id, data := someChunk(rng, 30_000)
-	mustPut(t, v, id, data)
 	for _, size := range []int{30_000, 29_999} {
+		id, data := someChunk(rng, 30_000)
 		_, other := someChunk(rng, size)
-		err := v.db.Update(func(txn *badger.Txn) error { return txn.Set(keyOf(chunkPrefix, id), other) })
+		err := v.db.Update(func(txn *badger.Txn) error {
+			return errors.Join(txn.Set(keyOf(chunkPrefix, id), other), txn.Set(keyOf(indexPrefix, id), binary.BigEndian.AppendUint32(nil, 30_000)))
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -426,6 +438,41 @@ func TestCheckFindsRotInOldLogs(t *testing.T) {
 	checked, err := v.Check(t.Context())
 	if err != nil || len(checked.Lost) != 1 || checked.Lost[0].ID != id || checked.Lost[0].Size != 30_000 {
 		t.Fatalf("%+v, %v", checked, err)
+	}
+}
+
+func TestAfterWalksAllChunksInOrder(t *testing.T) {
+	rng := random(t)
+	v := open1(t, t.TempDir(), noFloor)
+	var want []chunk.ID
+	for range 20 {
+		id, data := someChunk(rng, 1+rng.IntN(3000))
+		mustPut(t, v, id, data)
+		want = append(want, id)
+	}
+	slices.SortFunc(want, func(a, b chunk.ID) int { return bytes.Compare(a[:], b[:]) })
+	if err := v.Drop(t.Context(), want[5:6]); err != nil {
+		t.Fatal(err)
+	}
+	dropped := want[5]
+	want = slices.Delete(want, 5, 6)
+	var got []chunk.ID
+	for after := (chunk.ID{}); ; {
+		some, err := v.After(t.Context(), after, 6)
+		if err != nil || len(some) > 6 {
+			t.Fatalf("%d ids, %v", len(some), err)
+		}
+		got = append(got, some...)
+		if len(some) < 6 {
+			break
+		}
+		after = some[5]
+	}
+	if !slices.Equal(got, want) {
+		t.Fatalf("walked %d of %d chunks", len(got), len(want))
+	}
+	if next, err := v.After(t.Context(), dropped, 1); err != nil || len(next) != 1 || next[0] != want[5] {
+		t.Fatalf("after one that is not held: %v, %v", next, err)
 	}
 }
 
@@ -708,17 +755,22 @@ func TestFloorAndCapacityAreRespected(t *testing.T) {
 	}
 	freeBlocks.Store(1 << 20)
 	mustPut(t, v, second, secondData)
-	if s := v.Stats(); s.Capacity != 300_000 || s.Free != 100_000 || s.Used != 200_000 {
+	s := v.Stats()
+	if s.Capacity != 300_000 || s.Used != 200_000 || s.Used+s.Dead+s.Reserved+s.Free != s.Capacity {
 		t.Fatalf("%+v", s)
 	}
-	third, thirdData := someChunk(rng, 100_001)
+	third, thirdData := someChunk(rng, int(s.Free)+4)
 	mustFail(t, v.Put(t.Context(), third, thirdData), wire.CodeNoSpace)
 	// Dropping gives nothing back while the bytes still lie there, and the figures say so.
 	if err := v.Drop(t.Context(), []chunk.ID{first}); err != nil {
 		t.Fatal(err)
 	}
-	if s := v.Stats(); s.Used != 100_000 || s.Dead != 100_000 || s.Free != 100_000 {
-		t.Fatalf("%+v", s)
+	after := v.Stats()
+	if head := after.Dead - 100_000; after.Used != 100_000 || head <= 0 || head > recordHead || after.Free != s.Free || after.Capacity != 300_000 {
+		t.Fatalf("%+v", after)
+	}
+	if fits, data := someChunk(rng, int(s.Free)); v.Put(t.Context(), fits, data) != nil {
+		t.Fatal("there is less room than the figures say")
 	}
 }
 

@@ -26,6 +26,11 @@ const (
 
 	maxReaders = 16               // reads at once; what hangs on a dead disk stops here
 	closeLimit = 30 * time.Second // each step of closing
+	patience   = 5 * time.Second  // with a disk, for what takes it milliseconds
+	// readPatience and writePatience are for a chunk, and for a batch of 16 MiB with
+	// those waiting before it, in units of patience.
+	readPatience, writePatience = 6, 12
+	listPage                    = 1024 // ids that are read at once
 )
 
 var keyOfVolume = []byte{'v'}
@@ -41,6 +46,7 @@ type Volume struct {
 	dir     string
 	id      string
 	opt     Options
+	logSize int64    // bytes at which a value log is full
 	lock    *os.File // holds the directory's flock
 	db      *badger.DB
 	rest    *compactors.Keeper
@@ -48,18 +54,21 @@ type Volume struct {
 	queue   chan *request
 	stop    chan struct{} // closed: the committer ends
 	stopped chan struct{} // closed: it has ended
+	mover   mover
 	readers chan struct{} // one token a read under way
 	ops     sync.WaitGroup
+	hangs   atomic.Int32 // calls that the disk has not answered in time
 	// stumbled says that a read has left Badger with a lock that it never gives back.
 	stumbled atomic.Bool
 
 	mu       sync.Mutex // guards all below
 	closed   bool
 	used     int64 // bytes of indexed chunks
-	dead     int64 // bytes of dropped and rewritten ones, about
+	space    ledger
 	chunks   int
 	lost     map[chunk.ID]Loss
-	readOnly string // why; empty: writable
+	rescued  map[chunk.ID]bool // whole only where they lay before a move
+	readOnly string            // why; empty: writable
 	// suspect chunks were written but their sync failed; allSuspect says that
 	// of everything, after a restart that left the kernel running.
 	suspect    map[chunk.ID]bool
@@ -79,10 +88,11 @@ type Loss struct {
 type Stats struct {
 	Volume   string // id
 	Dir      string
-	Capacity int64  // bytes that may hold chunks, used and dead ones included
+	Capacity int64  // bytes that may hold chunks: the sum of the next four
 	Used     int64  // bytes of chunks held, lost ones included until dropped
-	Dead     int64  // bytes that dropped and rewritten chunks still occupy, about
-	Free     int64  // bytes that puts may still take
+	Dead     int64  // bytes of value logs that belong to no chunk held, exactly
+	Reserved int64  // heads of records and logs, exactly, and what is kept free to move a log
+	Free     int64  // bytes that a put may still take
 	Chunks   int    // held, lost ones included
 	Lost     int    // of these, known to be lost
 	ReadOnly string // why puts are refused; empty if they are not
@@ -136,6 +146,20 @@ func (v *Volume) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, 
 // Tree reads a chunk from disk, verifies it, and returns it ready to prove its
 // leaves. Nothing of it is kept. Errors as for [Volume.Get].
 func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
+	v.touch()
+	return v.tree(ctx, id)
+}
+
+// get is Get by the volume itself.
+func (v *Volume) get(ctx context.Context, id chunk.ID) ([]byte, error) {
+	t, err := v.tree(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return t.Data(), nil
+}
+
+func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	if err := v.enter(); err != nil {
 		return nil, err
 	}
@@ -145,53 +169,95 @@ func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 		v.ops.Done()
 		return nil, context.Cause(ctx)
 	}
-	type result struct {
-		tree *chunk.Tree
-		err  error
-	}
 	// On its own goroutine, because a read of mapped memory on a hung disk
 	// cannot be interrupted. It ends when the disk answers.
-	answer := make(chan result, 1)
+	trees, done := make(chan *chunk.Tree, 1), make(chan error, 1)
 	go func() {
 		defer v.ops.Done()
 		defer func() { <-v.readers }()
 		t, err := v.readVerified(id)
-		answer <- result{t, err}
+		trees <- t
+		done <- err
 	}()
-	select {
-	case r := <-answer:
-		return r.tree, r.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	if err := v.await(ctx, done, readPatience*v.opt.hooks.patience); err != nil {
+		return nil, err
+	}
+	return <-trees, nil
+}
+
+// readVerified reads a chunk and remembers it as lost if it does not verify. One
+// that was moved, and its old log deleted, while it was being read is read again.
+func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
+	for again := 3; ; again-- {
+		t, size, version, fault := v.readOnce(id)
+		switch {
+		case fault == nil:
+			v.mu.Lock()
+			delete(v.lost, id) // it was put again while its loss was being noted
+			v.mu.Unlock()
+			return t, nil
+		case errors.Is(fault, badger.ErrKeyNotFound):
+			return nil, notFound(id)
+		}
+		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
+			if t := v.readOlder(id); t != nil {
+				v.mu.Lock()
+				delete(v.lost, id)
+				v.rescued[id] = true
+				v.mu.Unlock()
+				v.wantRoom()
+				return t, nil
+			}
+			return nil, v.lose(id, size, version, fault.Error())
+		}
 	}
 }
 
-// readVerified reads a chunk and remembers it as lost if it does not verify.
-func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
+// readOlder reads a chunk where it lay before it was moved; nil if it is not whole
+// there, or nowhere. The tree can know of a move that a crash has taken the bytes of.
+func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
+	_ = v.view(func(txn *badger.Txn) error { // an error is nil, too
+		it := txn.NewKeyIterator(keyOf(chunkPrefix, id), badger.IteratorOptions{})
+		defer it.Close()
+		newest := true
+		for it.Rewind(); it.Valid(); it.Next() {
+			if newest || it.Item().IsDeletedOrExpired() {
+				newest = false
+				continue
+			}
+			data, err := it.Item().ValueCopy(nil)
+			if err != nil || len(data) == 0 {
+				continue
+			}
+			if t, err = chunk.NewTree(data); err == nil && t.ID() == id {
+				return nil
+			}
+			t = nil
+		}
+		return nil
+	})
+	return t
+}
+
+// readOnce reads a chunk as it is at one moment. The fault is ErrKeyNotFound, or
+// what is wrong with it.
+func (v *Volume) readOnce(id chunk.ID) (t *chunk.Tree, size int64, version uint64, fault error) {
 	version, size, data, err := v.readRaw(id)
-	if errors.Is(err, badger.ErrKeyNotFound) {
-		return nil, notFound(id)
+	switch {
+	case err != nil:
+		return nil, size, version, err
+	case len(data) == 0:
+		return nil, size, version, errors.New("its bytes are gone or damaged on disk")
+	case int64(len(data)) != size:
+		return nil, size, version, fmt.Errorf("%d of %d bytes are left", len(data), size)
 	}
-	if err != nil {
-		return nil, v.lose(id, size, version, err.Error())
-	}
-	if len(data) == 0 {
-		return nil, v.lose(id, size, version, "its bytes are gone or damaged on disk")
-	}
-	if int64(len(data)) != size {
-		return nil, v.lose(id, size, version, fmt.Sprintf("%d of %d bytes are left", len(data), size))
-	}
-	t, err := chunk.NewTree(data)
-	if err != nil {
-		return nil, v.lose(id, size, version, err.Error())
+	if t, err = chunk.NewTree(data); err != nil {
+		return nil, size, version, err
 	}
 	if t.ID() != id {
-		return nil, v.lose(id, size, version, "its bytes have changed on disk")
+		return nil, size, version, errors.New("its bytes have changed on disk")
 	}
-	v.mu.Lock()
-	delete(v.lost, id) // it was put again while its loss was being noted
-	v.mu.Unlock()
-	return t, nil
+	return t, size, version, nil
 }
 
 // readRaw returns what Badger has for a chunk, in memory of its own. The error
@@ -211,6 +277,7 @@ func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, 
 		if err != nil {
 			return fmt.Errorf("it is indexed, but its record cannot be found: %v", err)
 		}
+		v.opt.hooks.reading()
 		data, err = item.ValueCopy(nil)
 		return err
 	})
@@ -259,31 +326,147 @@ func (v *Volume) versionOf(id chunk.ID) (version uint64, ok bool) {
 // Has tells whether the chunk is held and not known to be lost. It does not
 // read the chunk.
 func (v *Volume) Has(id chunk.ID) bool {
-	if v.enter() != nil {
+	ok, _ := v.holds([]chunk.ID{id})
+	if len(ok) == 0 {
 		return false
 	}
-	defer v.ops.Done()
-	_, ok := v.versionOf(id)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	_, lost := v.lost[id]
-	return ok && !lost
+	return !lost
+}
+
+// holds tells which of the ids are indexed.
+func (v *Volume) holds(ids []chunk.ID) ([]chunk.ID, error) {
+	found := make(chan []chunk.ID, 1)
+	err := v.prompt(func() error {
+		var there []chunk.ID
+		for _, id := range ids {
+			if _, ok := v.versionOf(id); ok {
+				there = append(there, id)
+			}
+		}
+		found <- there
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return <-found, nil
+}
+
+// prompt runs fn, which asks the disk for little, and waits for it with patience.
+// A disk that hangs cannot be interrupted: fn then goes on by itself, and until it
+// has returned no other is begun, so that they do not pile up.
+func (v *Volume) prompt(fn func() error) error {
+	if v.hangs.Load() > 0 {
+		return v.hung()
+	}
+	if err := v.enter(); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer v.ops.Done()
+		done <- fn()
+	}()
+	return v.await(context.Background(), done, v.opt.hooks.patience)
+}
+
+// await waits for an answer of the disk. If there is none within the limit, the
+// volume counts as hanging until it comes.
+func (v *Volume) await(ctx context.Context, done <-chan error, limit time.Duration) error {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		v.hangs.Add(1)
+		go func() {
+			<-done
+			v.hangs.Add(-1)
+		}()
+		return v.hung()
+	}
+}
+
+func (v *Volume) hung() error {
+	return wire.FailedBecause(wire.CodeUnreachable, "the disk of volume %s (%s) does not answer: check it, its cable and its power", v.id, v.dir)
 }
 
 // List calls fn for every chunk held, in the order of ids, until fn or ctx says
 // stop. It reads the index only; size is in bytes. fn must not write to the volume.
 func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
-	if err := v.enter(); err != nil {
-		return err
+	for from := (chunk.ID{}); ; {
+		page, err := v.page(ctx, from, listPage)
+		if err != nil {
+			return err
+		}
+		for _, e := range page {
+			v.mu.Lock()
+			_, lost := v.lost[e.id]
+			v.mu.Unlock()
+			if err := fn(e.id, e.size, lost); err != nil {
+				return err
+			}
+		}
+		if len(page) < listPage {
+			return nil
+		}
+		from = page[len(page)-1].id
 	}
-	defer v.ops.Done()
-	return v.eachIndexed(ctx, func(id chunk.ID, size int64, _ uint64) error {
-		v.mu.Lock()
-		_, lost := v.lost[id]
-		v.mu.Unlock()
-		return fn(id, size, lost)
-	})
 }
+
+// page reads n entries of the index that follow an id, or fewer at the end.
+func (v *Volume) page(ctx context.Context, after chunk.ID, n int) ([]entry, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	found := make(chan []entry, 1)
+	err := v.prompt(func() error {
+		var page []entry
+		err := v.eachIndexedFrom(ctx, after, func(id chunk.ID, size int64, version uint64) error {
+			if id == after {
+				return nil
+			}
+			if len(page) >= n {
+				return errEnough
+			}
+			page = append(page, entry{id, size, version})
+			return nil
+		})
+		if err != nil && !errors.Is(err, errEnough) {
+			return err
+		}
+		found <- page
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return <-found, nil
+}
+
+// After returns the chunks held whose ids follow after, in the order of ids, n of
+// them at most, lost ones included. It reads the index only. The zero id begins;
+// fewer than n are the last ones.
+func (v *Volume) After(ctx context.Context, after chunk.ID, n int) ([]chunk.ID, error) {
+	page, err := v.page(ctx, after, n)
+	if err != nil {
+		return nil, err
+	}
+	ids := make([]chunk.ID, len(page))
+	for i, e := range page {
+		ids[i] = e.id
+	}
+	return ids, nil
+}
+
+// errEnough ends a walk early.
+var errEnough = errors.New("enough")
 
 // Lost lists the chunks known to be lost, earliest found first. A chunk leaves
 // the list when it is put again or dropped.
@@ -360,27 +543,47 @@ func (v *Volume) Stats() Stats {
 	space, err := v.room()
 	if err != nil {
 		space = 0
+	} else {
+		v.forgetDeleted() // by whoever walked the tree last
 	}
+	hangs := v.hangs.Load() > 0
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	occupied := v.used + v.dead
+	reserved := v.space.heads() + v.reserve()
 	if v.opt.Capacity > 0 {
-		space = min(space, max(0, v.opt.Capacity-occupied))
+		space = min(space, max(0, v.opt.Capacity-v.occupied()-v.reserve()))
+	}
+	head := min(space, recordHead) // of the next chunk
+	space, reserved = space-head, reserved+head
+	readOnly := v.readOnly
+	if readOnly == "" && hangs {
+		readOnly = "its disk does not answer"
 	}
 	return Stats{
 		Volume: v.id, Dir: v.dir,
-		Capacity: occupied + space, Used: v.used, Dead: v.dead, Free: space,
-		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: v.readOnly,
+		Capacity: v.used + v.space.dead() + reserved + space,
+		Used:     v.used, Dead: v.space.dead(), Reserved: reserved, Free: space,
+		Chunks: v.chunks, Lost: len(v.lost), ReadOnly: readOnly,
 	}
 }
 
-// room is how much may be written before the floor is reached, in bytes.
+// occupied is what the chunks take, dead and small ones included, in bytes; mu is
+// held. Small chunks are in the tree and not in the logs.
+func (v *Volume) occupied() int64 { return v.used - v.space.chunks + v.space.length }
+
+// room is how much puts may write before the floor is reached, in bytes. Without
+// a capacity, what is kept to move a log comes on top of the floor, as far as the
+// floor's upper half is too small for it.
 func (v *Volume) room() (int64, error) {
-	var st unix.Statfs_t
-	if err := v.opt.hooks.statfs(v.dir, &st); err != nil {
+	st := &unix.Statfs_t{} // a call that comes back late writes to its own
+	if err := v.prompt(func() error { return v.opt.hooks.statfs(v.dir, st) }); err != nil {
 		return 0, err
 	}
-	return max(0, free(&st)-v.floor(&st)), nil
+	keep := v.floor(st)
+	if v.opt.Capacity == 0 && keep > 0 {
+		keep = max(keep, keep/2+needed+v.reserve())
+	}
+	return max(0, free(st)-keep), nil
 }
 
 func (v *Volume) floor(st *unix.Statfs_t) int64 {
@@ -436,11 +639,12 @@ func (v *Volume) Close() error {
 	}
 	v.closed = true
 	v.mu.Unlock()
+	v.mover.end()
 	if !within(closeLimit, v.ops.Wait) {
 		return fmt.Errorf("volume %s is not closed: its disk has not answered for %s", v.id, closeLimit)
 	}
 	close(v.stop)
-	if !within(closeLimit, func() { <-v.stopped }) {
+	if !within(closeLimit, func() { <-v.stopped; <-v.mover.ended }) {
 		return fmt.Errorf("volume %s is not closed: a write has not ended for %s", v.id, closeLimit)
 	}
 	if v.stumbled.Load() {
@@ -457,7 +661,7 @@ func (v *Volume) Close() error {
 	select {
 	case err := <-closed:
 		process.giveBack(v.opt.Capacity)
-		if err := errors.Join(err, v.lock.Close()); err != nil {
+		if err := errors.Join(err, unlock(v.lock)); err != nil {
 			return fmt.Errorf("volume %s closed with an error: %w", v.id, err)
 		}
 		return nil

@@ -15,7 +15,7 @@
 // Retries are bounded and backed off with full jitter; Retry-After is heeded. A
 // refusal (4xx but 408 and 429) is never retried, an unreachable address makes
 // way for the next one. A line on which no byte moves for [Client.Stall] counts
-// as cut.
+// as cut; waiting for its turn by a [Pace] is no stall.
 //
 // Bytes are not verified here: who fetches knows their digest.
 package transfer
@@ -60,6 +60,8 @@ type Client struct {
 	// Backoff is the longest wait before the first retry, doubled for each in a
 	// row that brings nothing, up to 15 s; 0 means 250 ms.
 	Backoff time.Duration
+	// Pace is the rate that all transfers of this client share; nil is none.
+	Pace *Pace
 	// Futile is how many attempts in a row may bring nothing; 0 means 6.
 	Futile int
 }
@@ -69,17 +71,23 @@ type Client struct {
 // [wire.CodeTransfer] and a sentence, or the context's own.
 func (c *Client) Fetch(ctx context.Context, ref string, maxSize int64, w io.Writer) error {
 	f := &fetch{max: maxSize, w: w}
-	return c.persist(ctx, "fetch", ref, func(ctx context.Context, to string, alive func()) (bool, error) {
+	return c.persist(ctx, "fetch", ref, func(ctx context.Context, to string, l *line) (bool, error) {
+		if c.Pace != nil {
+			l.pace = &c.Pace.down
+		}
 		before := f.got
-		err := f.attempt(ctx, c.client(), to, alive)
+		err := f.attempt(ctx, c.client(), to, l)
 		return f.got > before, err
 	})
 }
 
 // Put sends data to ref. It may arrive several times. Errors as for [Client.Fetch].
 func (c *Client) Put(ctx context.Context, ref string, data []byte, contentType string) error {
-	return c.persist(ctx, "put", ref, func(ctx context.Context, to string, alive func()) (bool, error) {
-		return false, put(ctx, c.client(), to, data, contentType, alive)
+	return c.persist(ctx, "put", ref, func(ctx context.Context, to string, l *line) (bool, error) {
+		if c.Pace != nil {
+			l.pace = &c.Pace.up
+		}
+		return false, put(ctx, c.client(), to, data, contentType, l)
 	})
 }
 
@@ -117,9 +125,9 @@ func (r *refusal) retry() bool {
 	return r.status >= 500 || r.status == http.StatusRequestTimeout || r.status == http.StatusTooManyRequests
 }
 
-// try is one attempt. It calls alive whenever a byte moves, and tells whether it
+// try is one attempt. It tells the line of every byte that moves, and whether it
 // brought the transfer forward.
-type try func(ctx context.Context, to string, alive func()) (progress bool, err error)
+type try func(ctx context.Context, to string, l *line) (progress bool, err error)
 
 // persist repeats an attempt until it succeeds or there is no hope.
 func (c *Client) persist(ctx context.Context, verb, ref string, once try) error {
@@ -166,7 +174,7 @@ func (c *Client) bounded(ctx context.Context, to string, once try) (bool, error)
 	stall := cmp.Or(c.Stall, defaultStall)
 	timer := time.AfterFunc(stall, func() { cancel(errStalled) })
 	defer timer.Stop()
-	progress, err := once(ctx, to, func() { timer.Reset(stall) })
+	progress, err := once(ctx, to, &line{timer: timer, stall: stall})
 	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
 		err = errStalled
 	}
@@ -230,7 +238,7 @@ type fetch struct {
 	total int64  // size of the whole, if got > 0 and it is known; else -1
 }
 
-func (f *fetch) attempt(ctx context.Context, client *http.Client, to string, alive func()) error {
+func (f *fetch) attempt(ctx context.Context, client *http.Client, to string, l *line) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, to, nil)
 	if err != nil {
 		return final{err}
@@ -248,14 +256,14 @@ func (f *fetch) attempt(ctx context.Context, client *http.Client, to string, ali
 		return err
 	}
 	defer resp.Body.Close()
-	alive()
+	l.alive()
 	if resp.StatusCode >= 300 {
 		return readRefusal(resp)
 	}
 	if err := f.accept(resp); err != nil {
 		return err
 	}
-	return f.copy(resp, alive)
+	return f.copy(ctx, resp, l)
 }
 
 // do sends a request. What arrives after its context has ended is no answer: a
@@ -306,7 +314,7 @@ func (f *fetch) accept(resp *http.Response) error {
 }
 
 // copy writes the body on, and never more than is expected.
-func (f *fetch) copy(resp *http.Response, alive func()) error {
+func (f *fetch) copy(ctx context.Context, resp *http.Response, l *line) error {
 	limit := f.max
 	if f.total >= 0 {
 		limit = f.total
@@ -315,7 +323,7 @@ func (f *fetch) copy(resp *http.Response, alive func()) error {
 	for {
 		n, err := resp.Body.Read(buf)
 		if n > 0 {
-			alive()
+			l.alive()
 			if f.got+int64(n) > limit {
 				return finally("the server sends more than the %d bytes that are expected", limit)
 			}
@@ -323,6 +331,9 @@ func (f *fetch) copy(resp *http.Response, alive func()) error {
 				return finally("what was fetched cannot be kept: %w", err)
 			}
 			f.got += int64(n)
+			if err := l.pay(ctx, n); err != nil {
+				return err
+			}
 		}
 		if errors.Is(err, io.EOF) {
 			break
@@ -367,8 +378,8 @@ func contentRange(s string) (start, end, total int64, err error) {
 	return start, end, total, nil
 }
 
-func put(ctx context.Context, client *http.Client, to string, data []byte, contentType string, alive func()) error {
-	body := func() io.ReadCloser { return io.NopCloser(&watched{bytes.NewReader(data), alive}) }
+func put(ctx context.Context, client *http.Client, to string, data []byte, contentType string, l *line) error {
+	body := func() io.ReadCloser { return io.NopCloser(&watched{ctx, bytes.NewReader(data), l}) }
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, to, body())
 	if err != nil {
 		return final{err}
@@ -384,7 +395,7 @@ func put(ctx context.Context, client *http.Client, to string, data []byte, conte
 		return err
 	}
 	defer resp.Body.Close()
-	alive()
+	l.alive()
 	if resp.StatusCode >= 300 {
 		return readRefusal(resp)
 	}
@@ -393,15 +404,23 @@ func put(ctx context.Context, client *http.Client, to string, data []byte, conte
 	return nil
 }
 
-// watched calls alive for every read.
+// watched tells the line of every read, and reads no faster than that allows.
 type watched struct {
-	r     io.Reader
-	alive func()
+	ctx  context.Context // of the attempt
+	r    io.Reader
+	line *line
 }
 
 func (w *watched) Read(p []byte) (int, error) {
-	w.alive()
-	return w.r.Read(p)
+	w.line.alive()
+	n, err := w.r.Read(p[:min(len(p), paceStep)])
+	if n == 0 {
+		return n, err
+	}
+	if late := w.line.pay(w.ctx, n); late != nil {
+		return 0, late
+	}
+	return n, err
 }
 
 func readRefusal(resp *http.Response) error {

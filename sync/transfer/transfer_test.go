@@ -373,3 +373,102 @@ func TestRetryAfterIsHeeded(t *testing.T) {
 		t.Fatalf("asked again after %s", wait)
 	}
 }
+
+// A rate is for all transfers together, in each direction for itself. To wait for
+// one's turn is no stall, and cuts nothing.
+func TestARateHoldsForAllTogetherAndIsNoStall(t *testing.T) {
+	var requests atomic.Int32
+	s := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		if r.Method == http.MethodPut {
+			io.Copy(io.Discard, r.Body)
+			return
+		}
+		w.Header().Set("ETag", `"v1"`)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(file[:40<<10]))
+	})
+	c := clientOf(s)
+	c.Stall = 150 * time.Millisecond // less than one turn takes
+	c.Pace = transfer.NewPace()
+	for direction, one := range map[string]func() error{
+		"down": func() error { return c.Fetch(t.Context(), "/x", 40<<10, io.Discard) },
+		"up":   func() error { return c.Put(t.Context(), "/x", file[:40<<10], "x/y") },
+	} {
+		requests.Store(0)
+		if direction == "down" {
+			c.Pace.Set(0, 32<<10)
+		} else {
+			c.Pace.Set(32<<10, 0)
+		}
+		began := time.Now()
+		done := make(chan error, 2)
+		for range 2 {
+			go func() { done <- one() }()
+		}
+		for range 2 {
+			if err := <-done; err != nil {
+				t.Fatalf("%s: %v", direction, err)
+			}
+		}
+		// 80 KiB, of which 16 may be ahead: 2 s.
+		if took := time.Since(began); took < 1900*time.Millisecond {
+			t.Errorf("%s: 80 KiB at 32 KiB a second took %s", direction, took)
+		}
+		if n := requests.Load(); n != 2 {
+			t.Errorf("%s: %d requests for two transfers", direction, n)
+		}
+	}
+	c.Pace.Set(1, 1) // and without limits again, nobody waits
+	c.Pace.Set(0, 0)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := errors.Join(c.Fetch(ctx, "/x", 40<<10, io.Discard), c.Put(ctx, "/x", file, "x/y")); err != nil {
+		t.Error(err)
+	}
+}
+
+// What cannot get through before its end is given up at once, and says why.
+func TestATransferThatCannotEndInTimeSaysSo(t *testing.T) {
+	s := serve(t, content)
+	c := clientOf(s)
+	c.Pace = transfer.NewPace()
+	c.Pace.Set(0, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	mustBeProblem(t, c.Fetch(ctx, "/x", int64(len(file)), io.Discard), "rate")
+}
+
+// A server that never stops to send a little is no stall. Who waits ends it, and
+// has a beginning of the file and nothing else.
+func TestAServerThatIsSlowForEverIsEndedByTheContext(t *testing.T) {
+	const least = 5
+	sent := make(chan struct{}, 1<<10)
+	s := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"v1"`)
+		w.Header().Set("Content-Length", strconv.Itoa(len(file)))
+		for i := range file {
+			w.Write(file[i : i+1])
+			w.(http.Flusher).Flush()
+			sent <- struct{}{}
+			select {
+			case <-r.Context().Done():
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var got bytes.Buffer
+	done := make(chan error, 1)
+	go func() { done <- clientOf(s).Fetch(ctx, "/x", int64(len(file)), &got) }()
+	for range least {
+		<-sent
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	if !bytes.HasPrefix(file, got.Bytes()) || got.Len() > len(sent)+least {
+		t.Fatalf("%d bytes are no beginning of the file", got.Len())
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/object"
 	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // bootCut switches a machine on with the disk of a cut, beside the coordinator as
@@ -21,18 +22,18 @@ import (
 // device. What it had given a receipt for by then is read back through the
 // coordinator; what it took after the cut is its memory no more, so a cut at the
 // end of the record is also audited. Last, it stores something new.
-func bootCut(ctx context.Context, rec *recording, c cut, bin string) (after time.Duration, err error) {
+func bootCut(ctx context.Context, rec *recording, c blocks.Cut, bin string) (after time.Duration, err error) {
 	dir, err := os.MkdirTemp("", "d") // sockets want short paths
 	if err != nil {
 		return 0, err
 	}
 	defer os.RemoveAll(dir)
-	disk := filepath.Join(roomy(), filepath.Base(dir)+"-cut")
+	disk := filepath.Join(blocks.Roomy(), filepath.Base(dir)+"-cut")
 	defer os.Remove(disk)
-	if _, err := makeDisk(rec, c, disk); err != nil {
+	if _, err := blocks.MakeDisk(rec.Recording, c, disk); err != nil {
 		return 0, err
 	}
-	if err := os.CopyFS(filepath.Join(dir, "coordinator"), os.DirFS(rec.path("coordinator"))); err != nil {
+	if err := os.CopyFS(filepath.Join(dir, "coordinator"), os.DirFS(rec.Path("coordinator"))); err != nil {
 		return 0, err
 	}
 	f, err := startFleet(ctx, bin, dir, rec.HTTPS, rec.MQTT)
@@ -54,8 +55,12 @@ func bootCut(ctx context.Context, rec *recording, c cut, bin string) (after time
 }
 
 // readBack fetches the objects all chunks of which had a receipt before the cut.
-func (f *fleet) readBack(ctx context.Context, rec *recording, c cut) error {
-	p, read := rec.promised(c.At), 0
+func (f *fleet) readBack(ctx context.Context, rec *recording, c blocks.Cut) error {
+	p, err := rec.promised(c.At)
+	if err != nil {
+		return err
+	}
+	read := 0
 	for _, name := range rec.Objects {
 		o, err := f.client.Object(ctx, name)
 		if err != nil {
@@ -73,7 +78,7 @@ func (f *fleet) readBack(ctx context.Context, rec *recording, c cut) error {
 			return fmt.Errorf("object %s, of which the device had every receipt, cannot be read: %w", name, err)
 		}
 	}
-	if read == 0 || c.At < len(rec.events) {
+	if read == 0 || c.At < len(rec.Events) {
 		return nil
 	}
 	a, err := f.client.Audit(ctx, api.AuditRequest{Kind: api.StorageAudit, Device: rec.Device})

@@ -8,19 +8,16 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/agent"
 	"github.com/deimos-edge/deimos/packaging/init/fat"
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // checker opens disks after a cut as a device does when its power comes back.
@@ -44,12 +41,10 @@ type dataNotes struct {
 	fresh string // id of one that is being made
 }
 
-const toolLimit = 2 * time.Minute
-
 // check looks at everything, and says in a sentence what is not as it must be.
 // It leaves the disk as the device would: repaired, opened and closed.
-func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err error) {
-	mem := d.work.mem
+func (k *checker) check(d *blocks.Disk, espTouched bool, p promises) (boots string, err error) {
+	mem := d.Work.Mem
 	if _, err := gpt.Repair(section(mem), k.rec.Size); err != nil {
 		return "", fmt.Errorf("the partition table is lost: %w", err)
 	}
@@ -61,13 +56,13 @@ func (k *checker) check(d *disk, espTouched bool, p promises) (boots string, err
 	if !ok {
 		return "", errors.New("the partition table has no EFI system partition")
 	}
-	if espTouched || !k.esp.valid || k.esp.changes != d.espChanges || k.esp.after != p.confirmed {
-		k.esp.valid, d.espWritten = false, true // it is mended
+	if espTouched || !k.esp.valid || k.esp.changes != d.QuietChanges || k.esp.after != p.confirmed {
+		k.esp.valid, d.QuietWritten = false, true // it is mended
 		if k.esp.boots, k.esp.notes, err = k.checkESP(mem[part.First*gpt.Block:(part.Last+1)*gpt.Block], p); err != nil {
 			return "", err
 		}
 		if !espTouched {
-			k.esp.valid, k.esp.changes, k.esp.after = true, d.espChanges, p.confirmed
+			k.esp.valid, k.esp.changes, k.esp.after = true, d.QuietChanges, p.confirmed
 		}
 	}
 	data, ok := table.Find("deimos-data")
@@ -123,44 +118,20 @@ func (k *checker) checkESP(raw []byte, p promises) (boots string, notes dataNote
 }
 
 // checkData opens the data partition by the same decisions as packaging/init.
-func checkData(d *disk, p gpt.Partition, notes dataNotes, want promises) (err error) {
-	from, size := p.First*gpt.Block, p.Size()
-	used := notes.used != ""
-	if binary.LittleEndian.Uint16(d.work.mem[from+1024+0x38:]) != 0xef53 && !used {
-		if notes.fresh != p.ID.String() && !allZero(d.work.mem[from:from+1<<20]) {
+func checkData(d *blocks.Disk, p gpt.Partition, notes dataNotes, want promises) error {
+	from := p.First * gpt.Block
+	mem := d.Work.Mem[from:]
+	if binary.LittleEndian.Uint16(mem[1024+0x38:]) != 0xef53 && notes.used == "" {
+		if notes.fresh != p.ID.String() && !blocks.AllZero(mem[:1<<20]) {
 			return errors.New("the data partition has no file system, and would not be formatted: the device runs from memory")
 		}
 		return nil // it would be formatted, now or once more
 	}
-	loop, err := attach(d.work.File, from, size)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, loop.detach()) }()
-	// The journal mends all but what is written past it: a superblock of two sectors
-	// of which one got through. What that has cost shows in the state.
-	if err := e2fsck(loop.path, "-p"); err != nil {
-		d.repaired++
-		if err := e2fsck(loop.path, "-y", "-f"); err != nil {
-			return fmt.Errorf("the file system of the data partition cannot be mended, and the device runs from memory: %w", err)
-		}
-	}
-	return loop.mounted(d.dir, func(state string) error { return checkState(state, want) })
+	return d.Mounted(from, p.Size(), func(dir string) error { return checkState(stateIn(dir), want) })
 }
 
-func e2fsck(args ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), toolLimit)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "e2fsck", args...).CombinedOutput()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && (exit.ExitCode() == 1 || exit.ExitCode() == 2) {
-		return nil // repaired
-	}
-	if err != nil {
-		return fmt.Errorf("e2fsck %s: %w: %s", args[0], err, strings.Join(strings.Split(strings.TrimSpace(string(out)), "\n"), "; "))
-	}
-	return nil
-}
+// stateIn is the state folder of a data partition that is mounted at dir.
+func stateIn(dir string) string { return filepath.Join(dir, "deimos") }
 
 // checkState opens the state folder with our own code.
 func checkState(dir string, want promises) error {
@@ -235,66 +206,4 @@ func checkChunks(dir string, want promises) (err error) {
 		}
 	}
 	return nil
-}
-
-// loop is a part of a file as a block device.
-type loop struct {
-	path string
-	dev  *os.File
-}
-
-func attach(f *os.File, from, size int64) (*loop, error) {
-	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("a loop device is needed (as root): %w", err)
-	}
-	defer control.Close()
-	for range 50 {
-		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
-		if err != nil {
-			return nil, err
-		}
-		l := &loop{path: fmt.Sprintf("/dev/loop%d", n)}
-		if l.dev, err = os.OpenFile(l.path, os.O_RDWR, 0); err != nil {
-			return nil, err
-		}
-		err = unix.IoctlLoopConfigure(int(l.dev.Fd()), &unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector,
-			Info: unix.LoopInfo64{Offset: uint64(from), Sizelimit: uint64(size), Flags: unix.LO_FLAGS_AUTOCLEAR}})
-		if err == nil {
-			return l, nil
-		}
-		l.dev.Close()
-		if !errors.Is(err, unix.EBUSY) {
-			return nil, fmt.Errorf("the loop device %s: %w", l.path, err)
-		}
-	}
-	return nil, errors.New("others take every loop device first")
-}
-
-// detach lets go of it; it ends with its last user.
-func (l *loop) detach() error { return l.dev.Close() }
-
-// mounted mounts the data partition that it is, below dir, while look looks at the
-// state folder there.
-func (l *loop) mounted(dir string, look func(state string) error) (err error) {
-	dir = filepath.Join(dir, "data")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	if err := unix.Mount(l.path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro"); err != nil {
-		return fmt.Errorf("the data partition cannot be mounted: %w", err)
-	}
-	defer func() { err = errors.Join(err, unmount(dir)) }()
-	return look(filepath.Join(dir, "deimos"))
-}
-
-// unmount waits for who still looks at the folder.
-func unmount(dir string) (err error) {
-	for range 50 {
-		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
-			return err
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return fmt.Errorf("unmount %s: %w", dir, err)
 }

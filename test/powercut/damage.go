@@ -13,6 +13,7 @@ import (
 	"github.com/deimos-edge/deimos/packaging/init/gpt"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // damage is what is done to a good disk on purpose, to see that the check for
@@ -27,8 +28,8 @@ type damage struct {
 
 var damages = []damage{
 	{name: "both partition tables are overwritten", want: "the partition table is lost", disk: func(mem []byte) error {
-		clear(mem[:34*sector])
-		clear(mem[len(mem)-34*sector:])
+		clear(mem[:34*blocks.Sector])
+		clear(mem[len(mem)-34*blocks.Sector:])
 		return nil
 	}},
 	{name: "no superblock of the data partition is left", want: "cannot be mended", disk: func(mem []byte) error {
@@ -36,9 +37,9 @@ var damages = []damage{
 		if err != nil {
 			return err
 		}
-		const group = 8 * page * page // bytes; its first block may hold a copy
-		for at := int64(0); at+page <= p.Size(); at += group {
-			clear(mem[p.First*gpt.Block+at:][:page])
+		const block, group = 4096, 8 * 4096 * 4096 // bytes; a group's first block may hold a copy
+		for at := int64(0); at+block <= p.Size(); at += group {
+			clear(mem[p.First*gpt.Block+at:][:block])
 		}
 		return nil
 	}},
@@ -160,15 +161,18 @@ func readChunk(dir string, ids []chunk.ID) (data []byte, err error) {
 
 // tryChecks damages the last disk of a recording, and fails where that is not seen.
 func tryChecks(rec *recording) (err error) {
-	d, err := newDisk(rec)
+	d, err := blocks.NewDisk(rec.Recording)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.close()) }()
-	if err := d.advance(len(rec.events)); err != nil {
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.Advance(len(rec.Events)); err != nil {
 		return err
 	}
-	all := rec.promised(len(rec.events))
+	all, err := rec.promised(len(rec.Events))
+	if err != nil {
+		return err
+	}
 	for _, x := range append([]damage{{name: "nothing"}}, damages...) {
 		want := all.clone()
 		if err := x.to(d, &want); err != nil {
@@ -178,7 +182,7 @@ func tryChecks(rec *recording) (err error) {
 		if !x.seenIn(err) {
 			return fmt.Errorf("a check is none: of a disk on which %s it says: %v", x.name, err)
 		}
-		if err := d.restore(); err != nil {
+		if err := d.Restore(); err != nil {
 			return err
 		}
 	}
@@ -198,8 +202,8 @@ func (x damage) seenIn(err error) bool {
 }
 
 // to does the damage.
-func (x damage) to(d *disk, want *promises) (err error) {
-	mem := d.work.mem
+func (x damage) to(d *blocks.Disk, want *promises) error {
+	mem := d.Work.Mem
 	switch {
 	case x.disk != nil:
 		return x.disk(mem)
@@ -216,10 +220,5 @@ func (x damage) to(d *disk, want *promises) (err error) {
 	if err != nil {
 		return err
 	}
-	loop, err := attach(d.work.File, p.First*gpt.Block, p.Size())
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, loop.detach()) }()
-	return loop.mounted(d.dir, func(state string) error { return x.data(state, want) })
+	return d.Mounted(p.First*gpt.Block, p.Size(), func(dir string) error { return x.data(stateIn(dir), want) })
 }

@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf16"
+
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // esp reads the EFI system partition as a boot loader does: it takes the first
@@ -39,16 +41,16 @@ var errFAT = errors.New("the EFI system partition cannot be read")
 
 func openESP(raw []byte) (*esp, error) {
 	le := binary.LittleEndian
-	if len(raw) < 512 || le.Uint16(raw[510:]) != 0xaa55 || le.Uint16(raw[11:]) != sector || le.Uint16(raw[22:]) != 0 || raw[13] == 0 || raw[16] == 0 {
+	if len(raw) < 512 || le.Uint16(raw[510:]) != 0xaa55 || le.Uint16(raw[11:]) != blocks.Sector || le.Uint16(raw[22:]) != 0 || raw[13] == 0 || raw[16] == 0 {
 		return nil, fmt.Errorf("%w: its first sector is damaged", errFAT)
 	}
 	perFAT, reserved := int64(le.Uint32(raw[36:])), int64(le.Uint16(raw[14:]))
-	e := &esp{raw: raw, cluster: int64(raw[13]) * sector, tableAt: reserved * sector, dataAt: (reserved + int64(raw[16])*perFAT) * sector}
+	e := &esp{raw: raw, cluster: int64(raw[13]) * blocks.Sector, tableAt: reserved * blocks.Sector, dataAt: (reserved + int64(raw[16])*perFAT) * blocks.Sector}
 	sectors := int64(le.Uint32(raw[32:]))
-	if sectors*sector > int64(len(raw)) || e.dataAt >= sectors*sector {
+	if sectors*blocks.Sector > int64(len(raw)) || e.dataAt >= sectors*blocks.Sector {
 		return nil, fmt.Errorf("%w: its measures are wrong", errFAT)
 	}
-	e.end = 2 + uint32((sectors*sector-e.dataAt)/e.cluster)
+	e.end = 2 + uint32((sectors*blocks.Sector-e.dataAt)/e.cluster)
 	return e, nil
 }
 

@@ -12,7 +12,7 @@
 // on, so it must hold for every cut behind it.
 //
 // Then the record is replayed. At each of many moments the disk is made as a
-// disk with a volatile write cache may be after a cut ([cache]): everything
+// disk with a volatile write cache may be after a cut (package blocks): everything
 // before the last flush, and of what came after, anything: all, none, some,
 // single sectors. The disk is opened as the device does it, by the same steps
 // and mostly the same code, as far as both look at what is on it:
@@ -55,6 +55,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -64,12 +65,13 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 type options struct {
@@ -84,7 +86,7 @@ type options struct {
 }
 
 func main() {
-	if err := alone(); err != nil {
+	if err := blocks.Alone(); err != nil {
 		fmt.Fprintln(os.Stderr, "powercut:", err)
 		os.Exit(1)
 	}
@@ -173,12 +175,12 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer rec.close()
+	defer rec.Close()
 	if o.only != "" {
 		return one(ctx, rec, o)
 	}
 	out, err := replayAll(ctx, rec, o)
-	if err := errors.Join(err, out.err()); err != nil {
+	if err := errors.Join(err, out.Err()); err != nil {
 		return err
 	}
 	if err := tryChecks(rec); err != nil {
@@ -204,59 +206,28 @@ func recorded(ctx context.Context, o options) (*recording, error) {
 	return rec, err
 }
 
-func (r *recording) String() string {
-	flushes, changes, bytes, marks := 0, 0, int64(0), 0
-	for _, e := range r.events {
-		switch {
-		case e.Kind == flush:
-			flushes++
-		case e.change():
-			changes++
-			bytes += e.Length
-		case e.Mark != nil:
-			marks++
-		}
-	}
-	return fmt.Sprintf("%d events: %d changes of %d MB, %d flushes, %d marks", len(r.events), changes, bytes/1e6, flushes, marks)
-}
-
 // replayAll fails if not all cuts could be made; what they have found is in the outcome.
 func replayAll(ctx context.Context, rec *recording, o options) (outcome, error) {
-	began := time.Now()
-	cuts := plan(rec, o.points, o.seed)
-	out, err := replay(ctx, rec, cuts, min(runtime.NumCPU(), 4))
-	fmt.Printf("       %d cuts in %s, seed %d; they would boot: %v; at %d the journal was not enough\n", out.points, sinceNow(began), o.seed, out.boots, out.repaired)
-	if err == nil && out.points < len(cuts) && len(out.failures) == 0 {
-		err = fmt.Errorf("only %d of %d cuts were made: %w", out.points, len(cuts), context.Cause(ctx))
-	}
+	cuts := blocks.Plan(rec.Recording, o.points, o.seed)
+	out, err := replay(ctx, rec, cuts, blocks.Workers())
+	fmt.Printf("       %d cuts in %.0f s, seed %d; they would boot: %v; at %d the journal was not enough\n",
+		out.Points, out.Took.Seconds(), o.seed, out.boots, out.Repaired)
 	return out, err
-}
-
-// err is what was not as it must be.
-func (o outcome) err() (err error) {
-	for _, f := range o.failures {
-		err = errors.Join(err, errors.New(f.String()))
-	}
-	return err
 }
 
 // one makes a single cut.
 func one(ctx context.Context, rec *recording, o options) error {
-	at, s, _ := strings.Cut(o.only, ":")
-	var c cut
-	var err1, err2 error
-	c.At, err1 = strconv.Atoi(at)
-	c.Seed, err2 = strconv.ParseUint(s, 10, 64)
-	if err1 != nil || err2 != nil || c.At < 0 || c.At > len(rec.events) {
-		return fmt.Errorf("%q is no cut of this recording, which would be AT:SEED", o.only)
+	c, err := rec.ParseCut(o.only)
+	if err != nil {
+		return err
 	}
 	if o.disk != "" {
-		how, err := makeDisk(rec, c, o.disk)
+		how, err := blocks.MakeDisk(rec.Recording, c, o.disk)
 		fmt.Printf("       %s: %s\n", o.disk, how)
 		return err
 	}
-	out, err := replay(ctx, rec, []cut{c}, 1)
-	if err = errors.Join(err, out.err()); err == nil && o.boots > 0 {
+	out, err := replay(ctx, rec, []blocks.Cut{c}, 1)
+	if err = errors.Join(err, out.Err()); err == nil && o.boots > 0 {
 		var after time.Duration
 		after, err = bootCut(ctx, rec, c, o.bin)
 		fmt.Printf("       online %.0f s after power on\n", after.Seconds())
@@ -268,17 +239,18 @@ func one(ctx context.Context, rec *recording, o options) error {
 // moment on at which the device was a member.
 func bootSome(ctx context.Context, rec *recording, o options) error {
 	first := 0
-	for i, e := range rec.events {
-		if e.Mark != nil && e.Mark.Device != "" {
+	for i, e := range rec.Events {
+		var m mark
+		if e.Mark != nil && json.Unmarshal(e.Mark, &m) == nil && m.Device != "" {
 			first = i + 1
 			break
 		}
 	}
 	rng := rand.New(rand.NewPCG(o.seed, 5))
 	for k := range o.boots {
-		c := cut{len(rec.events), rng.Uint64() >> 32}
+		c := blocks.Cut{At: len(rec.Events), Seed: rng.Uint64() >> 32}
 		if k > 0 {
-			lo, hi := spread(first, len(rec.events), k-1, o.boots-1)
+			lo, hi := blocks.Spread(first, len(rec.Events), k-1, o.boots-1)
 			c.At = lo + rng.IntN(max(1, hi-lo))
 		}
 		after, err := bootCut(ctx, rec, c, o.bin)
@@ -288,9 +260,4 @@ func bootSome(ctx context.Context, rec *recording, o options) error {
 		fmt.Printf("       boot %d of %d: cut %s is online after %.0f s, the same device\n", k+1, o.boots, c, after.Seconds())
 	}
 	return nil
-}
-
-// spread is the k-th of n equal parts.
-func spread(from, to, k, n int) (lo, hi int) {
-	return from + (to-from)*k/n, from + (to-from)*(k+1)/n
 }

@@ -2,68 +2,46 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/deimos-edge/deimos/test/powercut/planted"
 )
 
 // plant is a bug that is put into the agent, to see that the cuts find it. It is one
 // that no other test would see: without a cut, all works as ever.
 type plant struct {
-	file     string // of the repository
-	was, is  string // what is replaced, which stands there once
-	firmware bool   // it needs an update in the recording
+	planted.Bug
+	firmware bool // it needs an update in the recording
+}
+
+func bug(file, was, is string) plant {
+	return plant{Bug: planted.Bug{File: file, Replace: []planted.Replace{{Was: was, Is: is}}}}
 }
 
 var plants = map[string]plant{
 	// The receipt for a chunk is given before the chunk is durable.
-	"receipt": {file: "sync/store/options.go", was: "h.sync = (*badger.DB).Sync", is: "h.sync = func(*badger.DB) error { return nil }"},
+	"receipt": bug("sync/store/options.go", "h.sync = (*badger.DB).Sync", "h.sync = func(*badger.DB) error { return nil }"),
 	// An order is reported before the journal durably knows it.
-	"journal": {file: "agent/journal.go", was: "j.flush = j.db.Sync", is: "j.flush = func() error { return nil }"},
+	"journal": bug("agent/journal.go", "j.flush = j.db.Sync", "j.flush = func() error { return nil }"),
 	// A new firmware gets its name before its bytes are durable.
-	"firmware": {file: "ota/slot/firmware/firmware.go", was: "err = out.Sync()", is: "err = nil", firmware: true},
+	"firmware": {Bug: bug("ota/slot/firmware/firmware.go", "err = out.Sync()", "err = nil").Bug, firmware: true},
 	// A file is replaced by one whose bytes are not durable.
-	"file": {file: "internal/durable/durable.go", was: "f.CloseAtomicallyReplace()",
-		is: "func() error { defer f.Close(); return os.Rename(f.Name(), path) }()"},
+	"file": bug("internal/durable/durable.go", "f.CloseAtomicallyReplace()",
+		"func() error { defer f.Close(); return os.Rename(f.Name(), path) }()"),
 }
 
 const buildLimit = 10 * time.Minute
-
-// overlay writes the changed file and the list for "go build -overlay" into dir.
-// It runs in the repository's root.
-func (p plant) overlay(dir string) (list string, err error) {
-	raw, err := os.ReadFile(p.file)
-	if err != nil {
-		return "", err
-	}
-	if n := strings.Count(string(raw), p.was); n != 1 {
-		return "", fmt.Errorf("%q stands %d times in %s, where the bug is to be planted", p.was, n, p.file)
-	}
-	full, err := filepath.Abs(p.file)
-	if err != nil {
-		return "", err
-	}
-	changed := filepath.Join(dir, "planted.go")
-	if err := os.WriteFile(changed, []byte(strings.Replace(string(raw), p.was, p.is, 1)), 0o644); err != nil {
-		return "", err
-	}
-	raw, err = json.Marshal(map[string]map[string]string{"Replace": {full: changed}})
-	if err != nil {
-		return "", err
-	}
-	list = filepath.Join(dir, "overlay.json")
-	return list, os.WriteFile(list, raw, 0o644)
-}
 
 // image makes an image with the planted agent in dir.
 func (p plant) image(ctx context.Context, bin, version, dir string) (image string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, buildLimit)
 	defer cancel()
-	list, err := p.overlay(dir)
+	list, err := p.Overlay(dir)
 	if err != nil {
 		return "", err
 	}
@@ -108,14 +86,14 @@ func findPlanted(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer rec.close()
+	defer rec.Close()
 	out, err := replayAll(ctx, rec, o)
 	if err != nil {
 		return err
 	}
-	if len(out.failures) == 0 {
-		return fmt.Errorf("the planted bug %q (%s without %q) was not found by %d cuts", o.plant, p.file, p.was, out.points)
+	if len(out.Failures) == 0 {
+		return fmt.Errorf("the planted bug %q (in %s) was not found by %d cuts", o.plant, p.File, out.Points)
 	}
-	fmt.Printf("       the planted bug %q is found, in %d of %d cuts, as by this one: %s\n", o.plant, len(out.failures), out.points, out.failures[0])
+	fmt.Printf("       the planted bug %q is found, in %d of %d cuts, as by this one: %s\n", o.plant, len(out.Failures), out.Points, out.Failures[0])
 	return nil
 }

@@ -11,11 +11,11 @@ func TestEachPlantStillFits(t *testing.T) {
 	t.Chdir("../..")
 	for name, p := range plants {
 		t.Run(name, func(t *testing.T) {
-			list, err := p.overlay(t.TempDir())
+			list, err := p.Overlay(t.TempDir())
 			if err != nil {
 				t.Fatal(err)
 			}
-			if out, err := exec.CommandContext(t.Context(), "go", "build", "-overlay", list, "./"+filepath.Dir(p.file)).CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(t.Context(), "go", "build", "-overlay", list, "./"+filepath.Dir(p.File)).CombinedOutput(); err != nil {
 				t.Errorf("%v: %s", err, out)
 			}
 		})

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"encoding/json"
+	"fmt"
 	"maps"
 	"slices"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
 // mark is what somebody outside the device came to know, or was about to ask.
@@ -43,6 +46,19 @@ func newPromises() promises {
 func (p promises) clone() promises {
 	p.chunks, p.orders = maps.Clone(p.chunks), maps.Clone(p.orders)
 	return p
+}
+
+// pass takes what an event promises.
+func (p *promises) pass(e blocks.Event) error {
+	if e.Mark == nil {
+		return nil
+	}
+	var m mark
+	if err := json.Unmarshal(e.Mark, &m); err != nil {
+		return fmt.Errorf("a mark of the recording: %w", err)
+	}
+	p.take(m)
+	return nil
 }
 
 func (p *promises) take(m mark) {

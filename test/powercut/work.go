@@ -20,6 +20,7 @@ import (
 	"github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/qemu"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/powercut/blocks"
 	"github.com/deimos-edge/deimos/test/powercut/nbd"
 	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
@@ -47,7 +48,7 @@ const (
 type worker struct {
 	work
 	*fleet
-	rec *recorder
+	rec *blocks.Recorder
 	rng *rand.Rand
 	h   header
 
@@ -71,12 +72,12 @@ func record(ctx context.Context, w work, dir string) (err error) {
 		return err
 	}
 	defer os.RemoveAll(scratch)
-	live := filepath.Join(roomy(), filepath.Base(scratch)+"-live")
+	live := filepath.Join(blocks.Roomy(), filepath.Base(scratch)+"-live")
 	if err := qemu.CopyDisk(filepath.Join(dir, "base"), live, k.h.Size); err != nil {
 		return err
 	}
 	defer os.Remove(live)
-	if k.rec, err = newRecorder(dir); err != nil {
+	if k.rec, err = blocks.NewRecorder(dir); err != nil {
 		return err
 	}
 	disk, err := nbd.Serve(filepath.Join(scratch, "nbd"), live, k.rec)
@@ -84,7 +85,7 @@ func record(ctx context.Context, w work, dir string) (err error) {
 		return err
 	}
 	if k.fleet, err = startFleet(ctx, w.bin, scratch, k.h.HTTPS, k.h.MQTT); err != nil {
-		return errors.Join(err, disk.Close(), k.rec.close())
+		return errors.Join(err, disk.Close(), k.rec.Close())
 	}
 	// Not as NVMe: QEMU's takes a write with FUA for any other, so that what must be
 	// durable is not. For virtio, which has no FUA, Linux flushes instead.
@@ -97,7 +98,7 @@ func record(ctx context.Context, w work, dir string) (err error) {
 		}
 	}
 	k.fleet.end()
-	if err := errors.Join(err, disk.Close(), k.rec.close()); err != nil {
+	if err := errors.Join(err, disk.Close(), k.rec.Close()); err != nil {
 		return err
 	}
 	for name := range k.stored {
@@ -111,12 +112,12 @@ func (k *worker) prepare(dir string) error {
 	if err := qemu.CopyDisk(k.image, filepath.Join(dir, "base"), diskSize); err != nil {
 		return err
 	}
-	base, err := openMapped(filepath.Join(dir, "base"))
+	base, err := blocks.OpenMapped(filepath.Join(dir, "base"))
 	if err != nil {
 		return err
 	}
-	defer base.close()
-	e, err := openESP(base.mem[espStart:espEnd])
+	defer base.End()
+	e, err := openESP(base.Mem[espStart:espEnd])
 	if err != nil {
 		return err
 	}
@@ -179,7 +180,7 @@ func (k *worker) run(ctx context.Context, d qemu.Disk) error {
 		return fmt.Errorf("%w; the console's end: %.2000s", err, lastOf(k.machine.Said(), 2000))
 	}
 	k.h.Device = device.ID
-	k.rec.mark(mark{Device: string(device.ID)})
+	k.rec.Mark(mark{Device: string(device.ID)})
 	k.say("online after %s", sinceNow(began))
 
 	watching, stop := context.WithCancel(ctx)
@@ -217,7 +218,7 @@ func (k *worker) life(ctx context.Context) error {
 }
 
 func (k *worker) say(format string, args ...any) {
-	k.rec.note(format, args...)
+	k.rec.Note(format, args...)
 	k.log(format, args...)
 }
 
@@ -225,7 +226,7 @@ func (k *worker) say(format string, args ...any) {
 // removes some of the objects.
 func (k *worker) round(ctx context.Context, n int) error {
 	began := time.Now()
-	k.rec.note("round %d begins: objects and orders", n)
+	k.rec.Note("round %d begins: objects and orders", n)
 	g, gctx := errgroup.WithContext(ctx)
 	for range 3 {
 		rng := rand.New(rand.NewPCG(k.rng.Uint64(), 3))
@@ -253,7 +254,7 @@ func (k *worker) round(ctx context.Context, n int) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	k.rec.note("a job, a change of the configuration, objects removed")
+	k.rec.Note("a job, a change of the configuration, objects removed")
 	if err := errors.Join(k.job(ctx), k.configure(ctx, n)); err != nil {
 		return err
 	}
@@ -281,7 +282,7 @@ func (k *worker) store(ctx context.Context, rng *rand.Rand) error {
 		if err := k.put(ctx, id, data); err != nil {
 			return err
 		}
-		k.rec.mark(mark{Receipt: id})
+		k.rec.Mark(mark{Receipt: id})
 		whole.Write(data)
 		ids = append(ids, id)
 		o.Chunks = append(o.Chunks, api.Chunk{ID: id, Size: int64(len(data))})
@@ -332,7 +333,7 @@ func (k *worker) job(ctx context.Context) error {
 	}
 	j, err := k.client.RunJob(ctx, api.JobRequest{Module: sum, Object: k.any()})
 	if err == nil {
-		k.rec.mark(mark{Order: j.Order})
+		k.rec.Mark(mark{Order: j.Order})
 	}
 	return err
 }
@@ -357,7 +358,7 @@ func (k *worker) configure(ctx context.Context, n int) error {
 		if err != nil || len(all) != 1 || all[0].State != api.ConfigApplied {
 			return false, err
 		}
-		k.rec.mark(mark{Config: all[0].Wanted})
+		k.rec.Mark(mark{Config: all[0].Wanted})
 		return true, nil
 	})
 }
@@ -371,7 +372,7 @@ func (k *worker) removeSome(ctx context.Context, n int) error {
 		ids := k.stored[name]
 		delete(k.stored, name)
 		k.mu.Unlock()
-		k.rec.mark(mark{Removing: ids})
+		k.rec.Mark(mark{Removing: ids})
 		if err := k.client.RemoveObject(ctx, name); err != nil {
 			return err
 		}
@@ -382,7 +383,7 @@ func (k *worker) removeSome(ctx context.Context, n int) error {
 		return err == nil && len(l.Orders) == 0, err
 	})
 	if err == nil {
-		k.rec.mark(mark{Removed: gone})
+		k.rec.Mark(mark{Removed: gone})
 	}
 	return err
 }
@@ -401,7 +402,7 @@ func (k *worker) watchOrders(ctx context.Context) error {
 		for _, o := range l.Orders {
 			if !seen[o.ID] {
 				seen[o.ID] = true
-				k.rec.mark(mark{Order: o.ID})
+				k.rec.Mark(mark{Order: o.ID})
 			}
 		}
 		select {
@@ -471,7 +472,7 @@ func (k *worker) update(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				k.rec.mark(mark{Confirmed: named})
+				k.rec.Mark(mark{Confirmed: named})
 				k.say("firmware %s is confirmed after %s", k.next, sinceNow(began))
 			}
 			return err

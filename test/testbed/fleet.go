@@ -219,7 +219,7 @@ type PutResult struct {
 func (f *Fleet) Put(name string, data []byte, args ...string) (o PutResult) {
 	f.T.Helper()
 	file := f.Write("in-"+name, data)
-	f.OK(&o, append([]string{"object", "put", file, "--name", name}, args...)...)
+	f.OK(&o, append([]string{"object", "put", "--plain", file, "--name", name}, args...)...)
 	return o
 }
 
@@ -228,7 +228,7 @@ func (f *Fleet) CheckGet(name string, want []byte) {
 	f.T.Helper()
 	out := f.Path("out-" + name)
 	defer os.Remove(out)
-	f.OK(nil, "object", "get", name, "--out", out)
+	f.OK(nil, "object", "get", "--plain", name, "--out", out)
 	got, err := os.ReadFile(out)
 	if err != nil {
 		f.T.Fatal(err)

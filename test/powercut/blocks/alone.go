@@ -1,4 +1,4 @@
-package main
+package blocks
 
 import (
 	"fmt"
@@ -8,13 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// aloneEnv says to a program started by [alone] that it is.
+// aloneEnv says to a program started by [Alone] that it is.
 const aloneEnv = "DEIMOS_POWERCUT_ALONE"
 
-// alone starts this program anew where nobody else sees what it mounts. A container, or a
+// Alone starts this program anew where nobody else sees what it mounts. A container, or a
 // sandbox, that begins meanwhile would get a copy of our mounts, and keep a file
 // system alive, and written to, that we have left and whose disk we go on with.
-func alone() error {
+func Alone() error {
 	if os.Getenv(aloneEnv) != "" {
 		return os.Unsetenv(aloneEnv)
 	}

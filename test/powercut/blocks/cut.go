@@ -1,24 +1,38 @@
-package main
+package blocks
 
 import (
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 )
 
-// cut is one moment at which the power goes: before event At of the record, with
+// Cut is one moment at which the power goes: before Event At of the record, with
 // what Seed chooses of the changes that were not durable yet. From both, the disk
 // follows, so a cut can be made again alone.
-type cut struct {
+type Cut struct {
 	At   int
 	Seed uint64
 }
 
-func (c cut) String() string { return fmt.Sprintf("%d:%d", c.At, c.Seed) }
+func (c Cut) String() string { return fmt.Sprintf("%d:%d", c.At, c.Seed) }
+
+// ParseCut reads what [Cut.String] writes, as a cut of this recording.
+func (r *Recording) ParseCut(s string) (c Cut, err error) {
+	at, seed, _ := strings.Cut(s, ":")
+	var err1, err2 error
+	c.At, err1 = strconv.Atoi(at)
+	c.Seed, err2 = strconv.ParseUint(seed, 10, 64)
+	if err1 != nil || err2 != nil || c.At < 0 || c.At > len(r.Events) {
+		return c, fmt.Errorf("%q is no cut of this recording, which would be AT:SEED", s)
+	}
+	return c, nil
+}
 
 // cache is a disk's volatile write cache: the changes that were made and are not
 // durable yet, by the order in which they came.
 type cache struct {
-	rec     *recording
+	rec     *Recording
 	changes int   // that came
 	pending []int // events, of changes that are not durable
 	numbers []int // which changes these are, from 1
@@ -27,9 +41,9 @@ type cache struct {
 // step takes the next event, and returns those that have become durable, as a
 // disk would write them: in their order.
 func (c *cache) step(i int) (durable []int) {
-	e := c.rec.events[i]
+	e := c.rec.Events[i]
 	switch {
-	case e.change():
+	case e.Change():
 		c.changes++
 		c.pending, c.numbers = append(c.pending, i), append(c.numbers, c.changes)
 		if !e.FUA {
@@ -40,14 +54,14 @@ func (c *cache) step(i int) (durable []int) {
 		last := len(c.pending) - 1
 		var rest, numbers []int
 		for k, at := range c.pending {
-			if k == last || overlap(c.rec.events[at], e) {
+			if k == last || overlap(c.rec.Events[at], e) {
 				durable = append(durable, at)
 			} else {
 				rest, numbers = append(rest, at), append(numbers, c.numbers[k])
 			}
 		}
 		c.pending, c.numbers = rest, numbers
-	case e.Kind == flush:
+	case e.Kind == Flush:
 		n := 0
 		for n < len(c.numbers) && c.numbers[n] <= e.Covers {
 			n++
@@ -58,10 +72,11 @@ func (c *cache) step(i int) (durable []int) {
 	return durable
 }
 
-func overlap(a, b event) bool { return a.Offset < b.Offset+b.Length && b.Offset < a.Offset+a.Length }
+func overlap(a, b Event) bool { return a.Offset < b.Offset+b.Length && b.Offset < a.Offset+a.Length }
 
 const (
-	sector = 512
+	// Sector is what a disk writes whole, in bytes.
+	Sector = 512
 	page   = 4096
 )
 
@@ -77,7 +92,7 @@ type piece struct {
 func (c *cache) choose(seed uint64) (kept []piece, how string) {
 	rng := rand.New(rand.NewPCG(seed, 0xc0ffee))
 	n := len(c.pending)
-	whole := func(k int) piece { return piece{c.pending[k], 0, c.rec.events[c.pending[k]].Length} }
+	whole := func(k int) piece { return piece{c.pending[k], 0, c.rec.Events[c.pending[k]].Length} }
 	subset := func(p float64, unit int64) {
 		for k := range n {
 			switch {
@@ -127,7 +142,7 @@ func (c *cache) choose(seed uint64) (kept []piece, how string) {
 		subset(p, 0)
 	case 8:
 		how = fmt.Sprintf("%d pending changes, torn at sectors", n)
-		subset(.5, sector)
+		subset(.5, Sector)
 	default:
 		how = fmt.Sprintf("%d pending changes, torn at pages", n)
 		subset(.5, page)
@@ -151,20 +166,20 @@ func torn(rng *rand.Rand, p piece, unit int64, chance float64) (kept []piece) {
 	return kept
 }
 
-// plan chooses cuts: the moment before each flush is answered, which is when the
+// Plan chooses cuts: the moment before each flush is answered, which is when the
 // most is at stake, and moments at random between, until there are n; of more flushes than
 // n, every so manieth. They are in the order of the record.
-func plan(rec *recording, n int, seed uint64) (cuts []cut) {
+func Plan(rec *Recording, n int, seed uint64) (cuts []Cut) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	var flushes, any []int
 	began := false
-	for i, e := range rec.events {
-		began = began || e.change()
+	for i, e := range rec.Events {
+		began = began || e.Change()
 		switch {
 		case !began:
-		case e.Kind == flush:
+		case e.Kind == Flush:
 			flushes = append(flushes, i)
-		case e.change():
+		case e.Change():
 			any = append(any, i)
 		}
 	}
@@ -177,13 +192,18 @@ func plan(rec *recording, n int, seed uint64) (cuts []cut) {
 		times[flushes[k*len(flushes)/atFlush]]++
 	}
 	for k := range n - atFlush { // evenly, so that no stretch is left out
-		lo, hi := spread(0, len(any), k, n-atFlush)
+		lo, hi := Spread(0, len(any), k, n-atFlush)
 		times[any[lo+rng.IntN(max(1, hi-lo))]]++
 	}
-	for i := range rec.events {
+	for i := range rec.Events {
 		for range times[i] {
-			cuts = append(cuts, cut{i, rng.Uint64() >> 32})
+			cuts = append(cuts, Cut{i, rng.Uint64() >> 32})
 		}
 	}
 	return cuts
+}
+
+// Spread is the k-th of n equal parts of what is between two numbers.
+func Spread(from, to, k, n int) (lo, hi int) {
+	return from + (to-from)*k/n, from + (to-from)*(k+1)/n
 }

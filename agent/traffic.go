@@ -1,0 +1,338 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/sync/orders"
+	"github.com/deimos-edge/deimos/sync/transfer"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// TransferConfig is what the owner lets the fleet have of the line. What the file
+// states is a limit for the fleet, which may set less; the hours are the owner's
+// alone. Rates and hours are of bulk: chunks that come in and go out, and by rate
+// the modules of jobs. Orders, reports, proofs and updates are small or cannot wait.
+type TransferConfig struct {
+	Down    int64 `toml:"max_down_bytes_per_second"` // 0: no limit
+	Up      int64 `toml:"max_up_bytes_per_second"`   // 0: no limit
+	Monthly int64 `toml:"monthly_bytes"`             // in and out, of everything; 0: no limit
+	Hours   Hours `toml:"hours"`                     // of bulk
+}
+
+// leastMonthly is what a month's volume must be at least: a few chunks.
+const leastMonthly = 64 << 20
+
+func (c TransferConfig) check() error {
+	for _, v := range []struct {
+		key   string
+		value int64
+		least int64
+		why   string
+	}{
+		{"max_down_bytes_per_second", c.Down, wire.MinRate, "or chunks do not get through before their orders end"},
+		{"max_up_bytes_per_second", c.Up, wire.MinRate, "or chunks do not get through before their orders end"},
+		{"monthly_bytes", c.Monthly, leastMonthly, "or the month ends with a few chunks"},
+	} {
+		if v.value < 0 || v.value > 0 && v.value < v.least {
+			return fmt.Errorf("%s in [transfer] cannot be %d: it is 0 (no limit), or at least %d, %s", v.key, v.value, v.least, v.why)
+		}
+	}
+	return nil
+}
+
+// Hours are a part of each day, such as "22:00-06:00", by the machine's local
+// time. The zero value is the whole day.
+type Hours struct{ from, to int } // minutes after midnight
+
+// UnmarshalText reads "22:00-06:00"; "" is the whole day.
+func (h *Hours) UnmarshalText(text []byte) error {
+	*h = Hours{}
+	if len(text) == 0 {
+		return nil
+	}
+	begin, end, _ := strings.Cut(string(text), "-")
+	from, err := time.Parse("15:04", begin)
+	to, err2 := time.Parse("15:04", end)
+	*h = Hours{from.Hour()*60 + from.Minute(), to.Hour()*60 + to.Minute()}
+	if err != nil || err2 != nil || h.String() != string(text) || h.from == h.to {
+		*h = Hours{}
+		return fmt.Errorf("hours in [transfer] cannot be %.40q: they are like \"22:00-06:00\", two different times of the day from 00:00 to 23:59, or \"\" for the whole day", text)
+	}
+	return nil
+}
+
+func (h Hours) String() string {
+	if h == (Hours{}) {
+		return ""
+	}
+	return fmt.Sprintf("%02d:%02d-%02d:%02d", h.from/60, h.from%60, h.to/60, h.to%60)
+}
+
+// closed is how long it takes from now, a local time, until the hours begin; 0
+// within them.
+func (h Hours) closed(now time.Time) time.Duration {
+	at := now.Hour()*60 + now.Minute()
+	if h.from < h.to && at >= h.from && at < h.to || h.from > h.to && (at >= h.from || at < h.to) || h.from == h.to {
+		return 0
+	}
+	y, m, d := now.Date()
+	if at >= h.from {
+		d++
+	}
+	return max(time.Minute, time.Date(y, m, d, h.from/60, h.from%60, 0, 0, now.Location()).Sub(now))
+}
+
+// traffic counts what goes over the line to the fleet, and is the owner's word on
+// bulk ([orders.Limits]).
+//
+// It counts the bytes of all connections to broker and data plane, TLS included,
+// in both directions; headers of TCP and IP, some 4%, are not in it. A month is the
+// calendar's, by the machine's time zone and a trusted clock: without one the old
+// month goes on.
+//
+// The count is on disk in steps of up to 16 MiB, half a step apart, so that the
+// flash sees one small write for 8 MiB: written is up to where it may have come
+// before the next write. After a power cut that is where it goes on, so a cut makes
+// it up to a step too high, and never too low.
+type traffic struct {
+	path  string
+	clock *Clock
+	zone  *time.Location
+	pace  *transfer.Pace
+	log   *slog.Logger
+
+	mu       sync.Mutex
+	limits   TransferConfig
+	now      month
+	covered  int64 // bytes up to which the file speaks
+	reserved int64 // of chunks under way
+	failing  bool  // the file cannot be written, and the log says so
+	due      chan struct{}
+}
+
+// month is what traffic.json holds.
+type month struct {
+	Month string `json:"month"` // such as 2026-11; empty before the time was known
+	Bytes int64  `json:"bytes"` // in and out
+	Ahead int64  `json:"ahead"` // so many more may have moved since; 0 if the agent ended in good order
+}
+
+const (
+	trafficFile = "traffic.json"
+	mostStep    = 16 << 20 // bytes between two writes
+	leastStep   = 1 << 20
+	// askAgain is how long who cannot be told better waits.
+	askAgain = time.Minute
+)
+
+var _ orders.Limits = (*traffic)(nil)
+
+func openTraffic(path string, clock *Clock, log *slog.Logger) (*traffic, error) {
+	t := &traffic{path: path, clock: clock, zone: time.Local, pace: transfer.NewPace(), log: log, due: make(chan struct{}, 1)}
+	raw, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("the count of this month's traffic cannot be read: %w", err)
+	}
+	if err == nil && json.Unmarshal(raw, &t.now) != nil {
+		t.now = month{}
+		log.Error("the count of this month's traffic is damaged, and begins at nothing", "file", path)
+	}
+	t.now.Bytes, t.now.Ahead = t.now.Bytes+t.now.Ahead, 0
+	t.covered = t.now.Bytes
+	return t, nil
+}
+
+// set puts limits in force.
+func (t *traffic) set(c TransferConfig) {
+	t.pace.Set(c.Up, c.Down)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.limits = c
+}
+
+// counted is conn with all that it moves counted.
+func (t *traffic) counted(conn net.Conn) net.Conn { return &countedConn{conn, t} }
+
+type countedConn struct {
+	net.Conn
+	t *traffic
+}
+
+func (c *countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.t.moved(n)
+	return n, err
+}
+
+func (c *countedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.t.moved(n)
+	return n, err
+}
+
+func (t *traffic) moved(n int) {
+	now, sure := t.clock.Read()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.turn(now, sure)
+	t.now.Bytes += int64(n)
+	if t.now.Bytes > t.covered-t.step()/2 {
+		t.nudge()
+	}
+}
+
+// turn begins a new month if it is time. mu is held.
+func (t *traffic) turn(now time.Time, sure wire.Confidence) {
+	if sure != wire.ClockTrusted {
+		return
+	}
+	this := now.In(t.zone).Format("2006-01")
+	if this == t.now.Month {
+		return
+	}
+	if t.now.Month != "" && this > t.now.Month { // of an earlier one, what was counted by then counts on
+		t.now.Bytes, t.covered = 0, 0
+	}
+	t.now.Month = this
+	t.nudge()
+}
+
+func (t *traffic) nudge() {
+	select {
+	case t.due <- struct{}{}:
+	default:
+	}
+}
+
+// step is how far ahead the file speaks: less of a small volume. mu is held.
+func (t *traffic) step() int64 {
+	if t.limits.Monthly == 0 {
+		return mostStep
+	}
+	return min(max(t.limits.Monthly/256, leastStep), mostStep)
+}
+
+// keep writes the count when it is due, until stop is closed, and then as it is.
+func (t *traffic) keep(stop <-chan struct{}) {
+	for {
+		select {
+		case <-t.due:
+			t.save(false)
+		case <-stop:
+			t.save(true)
+			return
+		}
+	}
+}
+
+func (t *traffic) save(last bool) {
+	t.mu.Lock()
+	m := t.now
+	if !last {
+		m.Ahead = t.step()
+	}
+	t.mu.Unlock()
+	raw, err := json.Marshal(m)
+	if err == nil {
+		err = durable.WriteFile(t.path, raw, 0o600)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err != nil && !t.failing {
+		t.log.Error("this month's traffic cannot be noted; after a power cut it is counted too low", "error", err)
+	}
+	t.failing = err != nil
+	if m.Month == t.now.Month {
+		t.covered = m.Bytes + m.Ahead // also if it failed, or it would be tried with every byte
+	}
+}
+
+// Check is [orders.Limits].
+func (t *traffic) Check() error {
+	now, sure := t.clock.Read()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.check(now, sure)
+}
+
+// Reserve is [orders.Limits].
+func (t *traffic) Reserve(size int64) (done func(), err error) {
+	now, sure := t.clock.Read()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.check(now, sure); err != nil {
+		return nil, err
+	}
+	t.reserved += size
+	return sync.OnceFunc(func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.reserved -= size
+	}), nil
+}
+
+// check is the refusal that lasts longest, if there is one. mu is held.
+func (t *traffic) check(now time.Time, sure wire.Confidence) error {
+	t.turn(now, sure)
+	hours, volume := t.inHours(now, sure), t.inVolume(now, sure)
+	switch {
+	case volume != nil && (hours == nil || volume.After >= hours.After):
+		return volume
+	case hours != nil:
+		return hours
+	}
+	return nil
+}
+
+func (t *traffic) inHours(now time.Time, sure wire.Confidence) *wire.Problem {
+	h := t.limits.Hours
+	if h == (Hours{}) {
+		return nil
+	}
+	if sure != wire.ClockTrusted {
+		return wire.RejectedUntil(askAgain, wire.CodeQuietHours, "the owner of this device lets chunks be moved from %s, and the time is not known yet; ask again in a minute", h)
+	}
+	after := h.closed(now.In(t.zone))
+	if after == 0 {
+		return nil
+	}
+	return wire.RejectedUntil(after, wire.CodeQuietHours, "the owner of this device lets chunks be moved from %s (%s); ask again in %s", h, now.In(t.zone).Format("-07:00"), after.Round(time.Minute))
+}
+
+func (t *traffic) inVolume(now time.Time, sure wire.Confidence) *wire.Problem {
+	most := t.limits.Monthly
+	if most == 0 || t.now.Bytes+t.reserved+chunk.MaxSize <= most {
+		return nil
+	}
+	after := askAgain
+	// If it is only for what is under way, that may yet take less.
+	if sure == wire.ClockTrusted && t.now.Bytes+chunk.MaxSize > most {
+		y, m, _ := now.In(t.zone).Date()
+		after = time.Date(y, m+1, 1, 0, 0, 0, 0, t.zone).Sub(now)
+	}
+	return wire.RejectedUntil(after, wire.CodeMetered, "%d of the %d bytes that the owner of this device allows in a month are used up; ask again in %s", t.now.Bytes, most, after.Round(time.Minute))
+}
+
+// bulkMemory is what chunks under way may hold on this machine, in bytes: a 32nd
+// of its memory, within bounds.
+func bulkMemory() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return orders.LeastMemory
+	}
+	total := int64(info.Totalram) * int64(max(1, info.Unit))
+	return min(max(total/32, orders.LeastMemory), orders.DefaultMemory)
+}

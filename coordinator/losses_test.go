@@ -1,0 +1,287 @@
+package coordinator
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// lossReply is what a device answers that has lost ids.
+func lossReply(ids ...string) *reply {
+	list := []wire.ChunkLoss{}
+	for _, id := range slices.Sorted(slices.Values(ids)) {
+		list = append(list, wire.ChunkLoss{ID: id, Size: 1, Volume: "v", Reason: "its bytes have changed on disk", Found: time.Now()})
+	}
+	raw, _ := json.Marshal(list)
+	return &reply{state: wire.Succeeded, body: wire.LossReport{Digest: wire.LossDigest(ids), Count: len(ids)}, attachment: raw}
+}
+
+// losing has a device's heartbeat heard, and what follows from it done.
+func (w *world) losing(t *testing.T, d *device, digest string) {
+	t.Helper()
+	w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id, Losses: digest})
+	must(t, w.losses.settle(testContext(t), d.id))
+}
+
+func (w *world) lossRow(d *device) lossRow {
+	row, _ := w.losses.rows.get(string(d.id))
+	return row
+}
+
+// endsLosses waits until the newest order about losses is dealt with.
+func (w *world) endsLosses(t *testing.T, d *device) lossRow {
+	t.Helper()
+	eventually(t, "the answer about losses is dealt with", func() bool { return !w.lossRow(d).open() })
+	return w.lossRow(d)
+}
+
+// placed stores n chunks on the only device there is.
+func (w *world) placed(t *testing.T, n int) (ids []string) {
+	t.Helper()
+	for range n {
+		data := make([]byte, 5000)
+		rand.Read(data)
+		id := chunk.Sum(data).String()
+		_, err := w.storage.place(testContext(t), id, data, 1, "")
+		must(t, err)
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+func (w *world) isLost(t *testing.T, d *device, id string) bool {
+	t.Helper()
+	c, ok := w.storage.chunks.get(id)
+	i := slices.IndexFunc(c.Holders, func(h api.Holder) bool { return h.Device == d.id })
+	if !ok || i < 0 {
+		t.Fatalf("chunk %s is not known to be on %s", id, d.id)
+	}
+	return c.Holders[i].Lost
+}
+
+// confessions are those that the score has heard from a device.
+func (w *world) confessions(t *testing.T, d *device) (out []api.Audit) {
+	t.Helper()
+	all, err := w.audits.list(testContext(t), api.AuditQuery{Device: d.id, Limit: 100})
+	must(t, err)
+	for _, a := range all.Audits {
+		if a.Kind != api.Confession {
+			continue
+		}
+		rec, err := w.audits.rows.find(testContext(t), auditKey(api.Audit{ID: a.ID, Device: a.Device}))
+		must(t, err)
+		out = append(out, rec)
+	}
+	return out
+}
+
+func TestALossIsNotedScoredAndForgottenBeforeItIsAskedFor(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	ids := w.placed(t, 3)
+	stranger := strings.Repeat("ab", 32) // nobody knows why it has that
+	lost := []string{ids[0], ids[1], stranger}
+	drops := make(chan wire.ChunkDrop, 10)
+	d.on(wire.KindChunkDrop, func(o wire.Order) *reply {
+		b, _ := wire.DecodeBody[wire.ChunkDrop](o)
+		drops <- b
+		return &reply{state: wire.Succeeded}
+	})
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return lossReply(lost...) })
+	for _, none := range []string{"", "odd", strings.ToUpper(wire.LossDigest(lost))} {
+		if w.losing(t, d, none); w.lossRow(d).Order != "" {
+			t.Fatalf("it was asked because of %q", none)
+		}
+	}
+	w.losing(t, d, wire.LossDigest(lost))
+	row := w.endsLosses(t, d)
+	if !w.isLost(t, d, ids[0]) || !w.isLost(t, d, ids[1]) || w.isLost(t, d, ids[2]) {
+		t.Error("the wrong holders are noted as lost")
+	}
+	if got := <-drops; !got.OnlyLost || !slices.Equal(slices.Sorted(slices.Values(got.IDs)), slices.Sorted(slices.Values(lost))) {
+		t.Errorf("dropped are %+v", got)
+	}
+	confessions := w.confessions(t, d)
+	if len(confessions) != 1 || confessions[0].Order != row.Order || !slices.Equal(confessions[0].Lost, slices.Sorted(slices.Values(ids[:2]))) {
+		t.Errorf("the score heard %+v", confessions)
+	}
+	if !slices.ContainsFunc(w.entries(t), func(e api.LogEntry) bool {
+		return e.Action == "device.chunks-lost" && strings.Contains(string(e.Request), `"2"`)
+	}) {
+		t.Error("it is not on the audit log")
+	}
+	// The device that does not forget is not asked all the time.
+	w.advance(lossRest / 2)
+	if w.losing(t, d, wire.LossDigest(lost)); w.lossRow(d).Order != row.Order {
+		t.Error("it was asked for what was dealt with")
+	}
+	w.advance(lossRest)
+	if w.losing(t, d, wire.LossDigest(lost)); w.lossRow(d).Order == row.Order {
+		t.Error("it was not asked again after a day")
+	}
+	w.endsLosses(t, d)
+	// Others are asked for soon.
+	lost = []string{ids[2]}
+	w.advance(lossPause)
+	w.losing(t, d, wire.LossDigest(lost))
+	if w.endsLosses(t, d); !w.isLost(t, d, ids[2]) {
+		t.Error("a later loss was not noted")
+	}
+}
+
+// A hello tells of losses, too: of those that were found at the start.
+func TestAHelloTellsOfLosses(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	ids := w.placed(t, 1)
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return lossReply(ids...) })
+	w.hearFrom(t, d, wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: strings.Repeat("6", 32), Losses: wire.LossDigest(ids), At: time.Now()})
+	eventually(t, "the loss is noted", func() bool { return w.isLost(t, d, ids[0]) })
+}
+
+// What was stored there again since is whole: it is neither noted nor dropped.
+func TestAReceiptThatIsNewerThanALossStands(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	ids := w.placed(t, 2)
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return lossReply(ids[0]) })
+	w.losing(t, d, wire.LossDigest(ids[:1]))
+	row := w.endsLosses(t, d)
+	o, err := w.outbox.get(testContext(t), d.id, row.Order)
+	must(t, err)
+	eventually(t, "the chunk is dropped", func() bool { return len(w.outbox.unfinished(wire.KindChunkDrop)) == 0 })
+	data := make([]byte, 100)
+	again := chunk.Sum(data).String()
+	_, err = w.storage.place(testContext(t), again, data, 1, "")
+	must(t, err)
+	if whole, err := w.losses.deal(testContext(t), o, []string{again}); err != nil || whole || w.isLost(t, d, again) {
+		t.Errorf("a chunk that was stored after the answer is lost by it: %v, %v", whole, err)
+	}
+	if n := len(w.outbox.unfinished(wire.KindChunkDrop)); n != 0 {
+		t.Errorf("%d orders to drop it", n)
+	}
+	// And one that is on its way there, whose receipt may come at any time.
+	d.on(wire.KindChunkStore, silent)
+	_, err = w.outbox.submit(testContext(t), d.id, wire.KindChunkStore, wire.ChunkStore{ID: ids[1], Size: 5000, URL: "/data/v1/x"}, storeLife)
+	must(t, err)
+	if whole, err := w.losses.deal(testContext(t), o, ids[1:]); err != nil || whole || w.isLost(t, d, ids[1]) {
+		t.Errorf("a chunk that is being stored is lost: %v, %v", whole, err)
+	}
+}
+
+func TestAListOfLossesThatIsNoneIsRefusedAndAskedForLessOften(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	ids := w.placed(t, 1)
+	w.freeze()
+	some := lossReply(ids...)
+	lie := *some
+	lie.body = wire.LossReport{Digest: digestOf("x"), Count: 1}
+	few := *some
+	few.body = wire.LossReport{Digest: wire.LossDigest(ids)}
+	none := *some
+	none.attachment = nil
+	many := make([]string, wire.MaxLosses+1)
+	for i := range many {
+		many[i] = fmt.Sprintf("%064x", i)
+	}
+	pause := lossPause
+	for i, bad := range []*reply{
+		{state: wire.Succeeded, body: "odd", attachment: []byte("[]")}, {state: wire.Succeeded, body: wire.LossReport{Count: 1}, attachment: []byte(`[{"id":"odd"}]`)},
+		{state: wire.Failed, code: wire.CodeInternal}, {state: wire.Succeeded, attachment: []byte(`{}`)}, &lie, &few, &none, lossReply(many...),
+	} {
+		d.on(wire.KindChunkLosses, func(wire.Order) *reply { return bad })
+		before := w.lossRow(d).Order
+		w.losing(t, d, digestOf(fmt.Sprint(i)))
+		row := w.endsLosses(t, d)
+		if row.Order == before || row.Vain != i+1 {
+			t.Fatalf("answer %d: %+v", i, row)
+		}
+		if w.isLost(t, d, ids[0]) {
+			t.Fatalf("answer %d was believed", i)
+		}
+		pause *= 2
+		w.advance(pause - time.Second)
+		if w.losing(t, d, digestOf("more")); w.lossRow(d).Order != row.Order {
+			t.Fatalf("it was asked again before %s", pause)
+		}
+		w.advance(time.Second)
+	}
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return some })
+	w.losing(t, d, wire.LossDigest(ids))
+	if row := w.endsLosses(t, d); row.Vain != 0 || !w.isLost(t, d, ids[0]) {
+		t.Errorf("a good one: %+v", row)
+	}
+}
+
+func TestAnAgentThatDoesNotKnowLossesIsNotAskedAgain(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return &reply{state: wire.Rejected, code: wire.CodeUnknownKind} })
+	w.losing(t, d, digestOf("a"))
+	row := w.endsLosses(t, d)
+	w.advance(10 * lossRest)
+	if w.losing(t, d, digestOf("b")); w.lossRow(d).Order != row.Order {
+		t.Error("it was asked again")
+	}
+}
+
+// A coordinator may stop between any two steps.
+func TestLossesThatWereCutOffAreDealtWith(t *testing.T) {
+	w := ownWorld(t)
+	d := w.device(t)
+	ids := w.placed(t, 1)
+	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return lossReply(ids...) })
+	_, err := w.losses.rows.change(context.Background(), string(d.id), func(v *lossRow, _ bool) error {
+		v.Order, v.Asked = ulid.Make().String(), w.now().UTC()
+		return nil
+	})
+	must(t, err)
+	w.losses.sweep()
+	w.endsLosses(t, d)
+	if !w.isLost(t, d, ids[0]) {
+		t.Error("an order that was not made is not made")
+	}
+	// All done, and not written down: done again, it changes nothing.
+	order := w.lossRow(d).Order
+	_, err = w.losses.rows.change(context.Background(), string(d.id), func(v *lossRow, _ bool) error {
+		v.Ended = ""
+		return nil
+	})
+	must(t, err)
+	w.losses.sweep()
+	if row := w.endsLosses(t, d); row.Order != order {
+		t.Error("it was asked anew")
+	}
+	if n := len(w.confessions(t, d)); n != 1 {
+		t.Errorf("the score heard it %d times", n)
+	}
+}
+
+// What a device says of its scrubs can be shown, whatever it is.
+func TestScrubsAreShownAndBounded(t *testing.T) {
+	w := aWorld(t)
+	d := w.device(t)
+	many := make([]wire.Scrub, 3*wire.MaxScrubs)
+	many[0] = wire.Scrub{Volume: "v\n", Dir: "/mnt/\x1b[1m" + strings.Repeat("a", 500), Share: -7, Bytes: -1, Lost: -1, Problem: strings.Repeat("p", 10_000)}
+	w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id, Scrubs: many})
+	v, err := w.op.Device(testContext(t), string(d.id))
+	must(t, err)
+	if len(v.Scrubs) != wire.MaxScrubs {
+		t.Fatalf("%d are shown", len(v.Scrubs))
+	}
+	if s := v.Scrubs[0]; s.Volume != "v" || strings.ContainsRune(s.Dir, 0x1b) || len(s.Dir) > maxLabel || s.Share != 0 || s.Bytes != 0 || s.Lost != 0 || len(s.Problem) > maxWarningText+5 {
+		t.Errorf("%+v", s)
+	}
+}

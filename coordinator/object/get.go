@@ -1,0 +1,383 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
+)
+
+// GetOptions are the particulars of [Get].
+type GetOptions struct {
+	Identities []age.Identity    // one of them must fit; none: the object is plain
+	Progress   func(bytes int64) // as in [PutOptions]
+}
+
+// Get writes an object to w. On an error w may have got a part of it, every byte
+// of which is right.
+func Get(ctx context.Context, c *api.Client, name string, w io.Writer, o *GetOptions) (*Object, error) {
+	if o == nil {
+		o = &GetOptions{}
+	}
+	obj, err := Open(ctx, c, name, o.Identities)
+	if err != nil {
+		return obj, err
+	}
+	return obj, obj.Write(ctx, c, w, o.Progress)
+}
+
+// Write writes the whole file to w, as [Get] does.
+func (o *Object) Write(ctx context.Context, c *api.Client, w io.Writer, progress func(int64)) error {
+	return o.write(ctx, c, w, newWhole(), progress)
+}
+
+// Resume goes on with a file of which the first n bytes, which part reads, came
+// before. What came before is checked with the rest, against the digest of the
+// whole: if it is not what it should be, the error is [ErrDamaged].
+func (o *Object) Resume(ctx context.Context, c *api.Client, part io.Reader, n int64, w io.Writer, progress func(int64)) error {
+	h := newWhole()
+	if err := h.resume(part, n); err != nil {
+		return fmt.Errorf("what came before cannot be read: %w", err)
+	}
+	if progress != nil {
+		progress(n)
+	}
+	return o.write(ctx, c, w, h, progress)
+}
+
+func (o *Object) write(ctx context.Context, c *api.Client, w io.Writer, h *whole, progress func(int64)) error {
+	if err := o.WriteRange(ctx, c, io.MultiWriter(toFile{w}, h), h.size, o.Size, progress); err != nil {
+		return err
+	}
+	if got := h.sum(); h.size != o.Size || got != o.Digest() {
+		return damaged("%q has SHA-256 %s, stored was %s", o.Name, got, o.Digest())
+	}
+	return nil
+}
+
+// toFile says that it is the file which cannot be written.
+type toFile struct{ io.Writer }
+
+func (f toFile) Write(p []byte) (int, error) {
+	n, err := f.Writer.Write(p)
+	if err != nil {
+		err = fmt.Errorf("the file cannot be written: %w", err)
+	}
+	return n, err
+}
+
+// WriteRange writes the bytes from, up to and without to. It fetches only the
+// shards that they are in. Of a plain object, each chunk is checked against its
+// id, and nothing says that the coordinator told the right ids.
+func (o *Object) WriteRange(ctx context.Context, c *api.Client, w io.Writer, from, to int64, progress func(int64)) error {
+	if from < 0 || to < from || to > o.Size {
+		return fmt.Errorf("%q has %d bytes, and so no range %d-%d", o.Name, o.Size, from, to)
+	}
+	r := &reader{client: c, object: o}
+	units, ahead := r.units(from, to)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type piece struct {
+		data [][]byte
+		err  error
+	}
+	// Pieces are fetched ahead and written in order. One that is being written
+	// still has its place.
+	places := make(chan struct{}, ahead)
+	queue := make(chan chan piece, ahead)
+	go func() {
+		defer close(queue)
+		for fetch := range units {
+			select {
+			case places <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+			p := make(chan piece, 1)
+			queue <- p
+			go func() {
+				data, err := fetch(ctx)
+				p <- piece{data, err}
+			}()
+		}
+	}()
+	for p := range queue {
+		got := <-p
+		if got.err != nil {
+			return got.err
+		}
+		for _, data := range got.data {
+			if _, err := w.Write(data); err != nil {
+				return err
+			}
+			if progress != nil {
+				progress(int64(len(data)))
+			}
+		}
+		<-places
+	}
+	return ctx.Err()
+}
+
+// reader gets one object.
+type reader struct {
+	client *api.Client
+	object *Object
+	pace   pace
+}
+
+// unit fetches the next bytes.
+type unit func(context.Context) ([][]byte, error)
+
+// requestsAhead is how many shards are asked for at once, those of one stripe
+// and what is asked for in place of slow ones not counted.
+const requestsAhead = 24
+
+// units are the parts of a range in their order, and how many of them may be in
+// memory.
+func (r *reader) units(from, to int64) (units func(yield func(unit) bool), ahead int) {
+	o := r.object
+	if o.Code == nil {
+		return func(yield func(unit) bool) {
+			var at int64
+			for _, ch := range o.Chunks {
+				a, b := max(from, at)-at, min(to, at+ch.Size)-at
+				at += ch.Size
+				if a < b && !yield(func(ctx context.Context) ([][]byte, error) {
+					data, err := r.fetch(ctx, ch)
+					if err != nil {
+						return nil, err
+					}
+					return [][]byte{data[a:b]}, nil
+				}) {
+					return
+				}
+			}
+		}, window(chunk.MaxSize, atOnce)
+	}
+	m := o.m
+	ahead = window(m.Code.Shards()*(m.Payload+overhead), min(4, max(requestsAhead/m.Code.Data, 1)))
+	return func(yield func(unit) bool) {
+		if from == to {
+			return
+		}
+		full := int64(m.Payload) * int64(m.Code.Data)
+		for s := from / full; s <= (to-1)/full; s++ {
+			if !yield(func(ctx context.Context) ([][]byte, error) { return r.stripe(ctx, s, from, to) }) {
+				return
+			}
+		}
+	}, ahead
+}
+
+// fetch gets a chunk and checks it against its id.
+func (r *reader) fetch(ctx context.Context, ch api.Chunk) ([]byte, error) {
+	data, err := r.client.GetChunk(ctx, ch.ID)
+	if err != nil {
+		return nil, err
+	}
+	return data, checkChunk(ch, data)
+}
+
+func checkChunk(ch api.Chunk, data []byte) error {
+	if int64(len(data)) != ch.Size || chunk.Sum(data).String() != ch.ID {
+		return damaged("chunk %s does not verify", ch.ID)
+	}
+	return nil
+}
+
+// stripe gets the bytes of a range that are in one stripe.
+func (r *reader) stripe(ctx context.Context, s, from, to int64) ([][]byte, error) {
+	m := r.object.m
+	at, payload := m.stripe(s)
+	p := int64(payload)
+	a, b := max(from, at)-at, min(to, at+p*int64(m.Code.Data), m.Size)-at
+	first, last := int(a/p), int((b-1)/p)
+	width := m.Code.Shards()
+	shards, err := r.gather(ctx, r.object.Chunks[int(s)*width:][:width], first, last)
+	if err != nil {
+		return nil, fmt.Errorf("%q, stripe %d: %w", r.object.Name, s, err)
+	}
+	var out [][]byte
+	for i := first; i <= last; i++ {
+		data, err := r.object.keys.openShard(m.Code, s*int64(m.Code.Data)+int64(i), shards[i])
+		if err != nil {
+			return nil, fmt.Errorf("%q: %w", r.object.Name, err)
+		}
+		lo, hi := max(a-int64(i)*p, 0), min(b-int64(i)*p, p)
+		out = append(out, data[lo:hi])
+	}
+	return out, nil
+}
+
+// gather gets the shards first to last of a stripe. As soon as one of them fails
+// or is late, others are asked for, of which as many as there are shards of data
+// do as well.
+func (r *reader) gather(ctx context.Context, chunks []api.Chunk, first, last int) ([][]byte, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // whoever is late need not go on
+	h := &hunt{reader: r, chunks: chunks, first: first, last: last, code: r.object.m.Code,
+		shards: make([][]byte, len(chunks)), asked: make([]bool, len(chunks)), got: make(chan shard, len(chunks)), began: time.Now()}
+	for i := first; i <= last; i++ {
+		h.ask(ctx, i)
+	}
+	late := time.NewTimer(r.pace.patience())
+	defer late.Stop()
+	patience := 1
+	for !h.complete() {
+		if h.underWay == 0 && !h.askMore(ctx, h.code.Data-h.have) {
+			return nil, h.failed()
+		}
+		select {
+		case s := <-h.got:
+			h.take(s)
+			if s.err != nil && ctx.Err() == nil {
+				h.askMore(ctx, h.code.Data-h.have-h.underWay)
+			}
+			late.Reset(time.Until(h.began.Add(time.Duration(patience) * r.pace.patience())))
+		case <-late.C:
+			h.askMore(ctx, h.code.Data-h.have-h.extra)
+			patience *= 2
+			late.Reset(time.Until(h.began.Add(time.Duration(patience) * r.pace.patience())))
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	for i := first; i <= last; i++ {
+		if h.shards[i] == nil {
+			if err := reconstructData(h.code, h.shards); err != nil {
+				return nil, err
+			}
+			break
+		}
+	}
+	return h.shards, nil
+}
+
+// hunt is the search for the shards of one stripe.
+type hunt struct {
+	reader      *reader
+	chunks      []api.Chunk
+	first, last int // wanted
+	code        api.Code
+	shards      [][]byte
+	asked       []bool
+	got         chan shard
+	began       time.Time
+	// How many have come, are under way, and are under way in place of others.
+	have, underWay, extra int
+	problems              []string
+	unreadable            error // the first that was not a fault of the stripe alone
+}
+
+type shard struct {
+	i    int
+	data []byte
+	err  error
+}
+
+func (h *hunt) ask(ctx context.Context, i int) {
+	h.asked[i] = true
+	h.underWay++
+	if i < h.first || i > h.last {
+		h.extra++
+	}
+	go func() {
+		began := time.Now()
+		data, err := h.reader.fetch(ctx, h.chunks[i])
+		if err == nil {
+			h.reader.pace.took(time.Since(began))
+		}
+		h.got <- shard{i, data, err}
+	}()
+}
+
+// askMore asks for n shards more, and returns false if none is left.
+func (h *hunt) askMore(ctx context.Context, n int) (any bool) {
+	for i := range h.chunks {
+		if n <= 0 {
+			break
+		}
+		if !h.asked[i] {
+			h.ask(ctx, i)
+			any = true
+			n--
+		}
+	}
+	return any
+}
+
+func (h *hunt) take(s shard) {
+	h.underWay--
+	if s.i < h.first || s.i > h.last {
+		h.extra--
+	}
+	if s.err != nil {
+		h.problems = append(h.problems, fmt.Sprintf("shard %d: %v", s.i, s.err))
+		if h.unreadable == nil || errors.Is(s.err, ErrDamaged) {
+			h.unreadable = s.err
+		}
+		return
+	}
+	h.have++
+	h.shards[s.i] = s.data
+}
+
+// complete tells whether what was wanted is there, or enough to make it of.
+func (h *hunt) complete() bool {
+	return h.have >= h.code.Data || !slices.ContainsFunc(h.shards[h.first:h.last+1], func(s []byte) bool { return s == nil })
+}
+
+func (h *hunt) failed() error {
+	slices.Sort(h.problems)
+	return fmt.Errorf("%d of %d shards can be read, it takes %d (%s): %w", h.have, len(h.chunks), h.code.Data,
+		strings.Join(h.problems, "; "), unreadable{h.unreadable})
+}
+
+// unreadable is an error that was told already.
+type unreadable struct{ error }
+
+func (unreadable) Error() string   { return "the file cannot be read whole now" }
+func (u unreadable) Unwrap() error { return u.error }
+
+// pace learns how long a shard takes, and so when one is late: after twice as
+// long as nine of ten took lately. What was given up for being late does not
+// count, so that a slow device does not make everybody wait for it.
+type pace struct {
+	mu     sync.Mutex
+	latest [64]time.Duration
+	n      int
+}
+
+const (
+	// Before anything has come, and at least: what is quick is not worth more load.
+	firstPatience = 5 * time.Second
+	leastPatience = 50 * time.Millisecond
+)
+
+func (p *pace) took(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.latest[p.n%len(p.latest)] = d
+	p.n++
+}
+
+func (p *pace) patience() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.n == 0 {
+		return firstPatience
+	}
+	list := slices.Clone(p.latest[:min(p.n, len(p.latest))])
+	slices.Sort(list)
+	return max(2*list[(len(list)-1)*9/10], leastPatience)
+}

@@ -1,0 +1,76 @@
+package store
+
+import (
+	"encoding/binary"
+	"reflect"
+	"unsafe" // for go:linkname, and an address that is handed through
+
+	"github.com/dgraph-io/badger/v4"
+)
+
+// What the store must know of Badger and Badger has no public call for: where a
+// record lies, how far the newest value log is written, and which log its
+// RunValueLogGC takes. The first two are read, by reflection, from fields whose
+// lack is found at the first Open; the third is one method linked by name,
+// without which nothing links. So it is found out by who takes a new Badger,
+// never by a device.
+
+// place is where Badger keeps the value of a key.
+type place struct {
+	log    uint32 // the value log's number; 0: in the tree
+	length uint32 // of the whole record, in bytes
+	at     uint32 // bytes from the beginning of the log
+}
+
+const bitValuePointer = 1 << 1 // in an item's meta: the value is in a value log
+
+var (
+	itemMeta    = fieldOf(reflect.TypeFor[badger.Item](), "meta")
+	itemPointer = fieldOf(reflect.TypeFor[badger.Item](), "vptr")
+	valueLog    = fieldOf(reflect.TypeFor[badger.DB](), "vlog")
+)
+
+func fieldOf(t reflect.Type, name string) []int {
+	f, ok := t.FieldByName(name)
+	if !ok {
+		panic("this Badger has no " + t.Name() + "." + name + ": the store must be adapted to it")
+	}
+	return f.Index
+}
+
+// placeOf tells where an item's value lies, without reading it. A pointer is
+// three numbers of 32 bits in the order of the processor: log, length, offset.
+func placeOf(item *badger.Item) place {
+	fields := reflect.ValueOf(item).Elem()
+	pointer := fields.FieldByIndex(itemPointer).Bytes()
+	if fields.FieldByIndex(itemMeta).Uint()&bitValuePointer == 0 || len(pointer) != 12 {
+		return place{}
+	}
+	return place{
+		log:    binary.NativeEndian.Uint32(pointer),
+		length: binary.NativeEndian.Uint32(pointer[4:]),
+		at:     binary.NativeEndian.Uint32(pointer[8:]),
+	}
+}
+
+// newestLog is the number of the value log that Badger writes to, and how many
+// bytes of it are written. Only who writes may ask, between two writes.
+func newestLog(db *badger.DB) (number uint32, length int64) {
+	logs := reflect.ValueOf(db).Elem().FieldByIndex(valueLog)
+	number = uint32(logs.FieldByName("maxFid").Uint())
+	return number, int64(logs.FieldByName("writableLogOffset").FieldByName("v").Uint())
+}
+
+// chooseLog makes RunValueLogGC take this value log and no other: it takes the
+// one that most can be discarded of, by figures that compactions add to.
+func chooseLog(db *badger.DB, number uint32, others []uint32) {
+	const most = 1 << 40 // bytes; above what compactions can add up to
+	figures := reflect.ValueOf(db).Elem().FieldByIndex(valueLog).FieldByName("discardStats").UnsafePointer()
+	for _, other := range others {
+		updateDiscard(figures, other, -1)
+	}
+	updateDiscard(figures, number, most)
+}
+
+//go:linkname updateDiscard github.com/dgraph-io/badger/v4.(*discardStats).Update
+func updateDiscard(figures unsafe.Pointer, log uint32, discard int64) int64
