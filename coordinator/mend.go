@@ -3,6 +3,8 @@ package coordinator
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
@@ -50,20 +52,37 @@ func (r *repairs) units(ids map[string]bool) (out []unit) {
 		if !ok {
 			continue
 		}
-		width, kind := 1, "c."
+		width := 1
 		if o.Code != nil {
-			width, kind = o.Code.Shards(), "s."
+			width = o.Code.Shards()
 		}
 		for i := 0; i*width < len(o.Chunks); i++ {
 			part := o.Chunks[i*width : (i+1)*width]
-			if seen[kind+part[0].ID] || !slices.ContainsFunc(part, func(c api.Chunk) bool { return ids[c.ID] }) {
+			if !slices.ContainsFunc(part, func(c api.Chunk) bool { return ids[c.ID] }) {
 				continue
 			}
-			seen[kind+part[0].ID] = true
-			out = append(out, unit{key: kind + part[0].ID, name: o.Name, index: i, code: o.Code, chunks: part, created: o.Created})
+			unitKey := "c." + part[0].ID
+			if o.Code != nil {
+				unitKey = stripeKey(*o.Code, part)
+			}
+			if seen[unitKey] {
+				continue
+			}
+			seen[unitKey] = true
+			out = append(out, unit{key: unitKey, name: o.Name, index: i, code: o.Code, chunks: part, created: o.Created})
 		}
 	}
 	return out
+}
+
+// stripeKey is of all its shards: two stripes may have some in common.
+func stripeKey(code api.Code, shards []api.Chunk) string {
+	h := sha256.New()
+	fmt.Fprintln(h, code)
+	for _, c := range shards {
+		fmt.Fprintln(h, c.ID)
+	}
+	return "s." + hex.EncodeToString(h.Sum(nil))
 }
 
 // look is how a unit is.
