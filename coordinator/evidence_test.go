@@ -3,8 +3,6 @@ package coordinator
 import (
 	"bytes"
 	"crypto/ed25519"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"math/rand/v2"
 	"os"
@@ -271,11 +269,6 @@ func TestReceiptsOutliveTheirOrders(t *testing.T) {
 	if keys, err := w.audits.receipts.keys(ctx, ">"); err != nil || len(keys) != 0 {
 		t.Errorf("%d receipts of chunks that are gone: %v", len(keys), err)
 	}
-}
-
-func sumOf(b []byte) string {
-	s := sha256.Sum256(b)
-	return hex.EncodeToString(s[:])
 }
 
 // testSeed is printed where it matters, and given again in DEIMOS_TEST_SEED.
