@@ -30,15 +30,54 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// shelf keeps what is put on it. It stands still when gate says so.
+// shelf keeps what is put on it. It stands still when gate says so. While no
+// command runs, nobody asks, and the test may look at it and change it.
 type shelf struct {
-	mu      sync.Mutex
+	mu      sync.Mutex // guards the rest
 	chunks  map[string][]byte
 	sent    map[string]int // how often each chunk was sent, or fetched
 	fetched map[string]int
 	object  *api.Object
 	gate    func(r *http.Request) bool // may block; false: who asked is dead
-	busy    sync.WaitGroup
+	busy    int                        // requests under way
+	idle    *sync.Cond                 // busy is 0
+}
+
+func newShelf() *shelf {
+	s := &shelf{chunks: map[string][]byte{}, sent: map[string]int{}, fetched: map[string]int{}}
+	s.idle = sync.NewCond(&s.mu)
+	return s
+}
+
+// begin takes a request in, and returns the gate that it has to go through.
+func (s *shelf) begin() func(*http.Request) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy++
+	return s.gate
+}
+
+func (s *shelf) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy--; s.busy == 0 {
+		s.idle.Broadcast()
+	}
+}
+
+// await returns when all is answered.
+func (s *shelf) await() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.busy > 0 {
+		s.idle.Wait()
+	}
+}
+
+func (s *shelf) setGate(gate func(*http.Request) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gate = gate
 }
 
 func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -47,9 +86,9 @@ func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(w).Encode(v)
 	}
 	name := path.Base(r.URL.Path)
-	s.busy.Add(1)
-	defer s.busy.Done()
-	if s.gate != nil && !s.gate(r) {
+	gate := s.begin()
+	defer s.end()
+	if gate != nil && !gate(r) {
 		return
 	}
 	if strings.Contains(r.URL.Path, "/chunks/") && r.Method == http.MethodPut {
@@ -100,7 +139,7 @@ type machine struct {
 }
 
 func newMachine(t *testing.T) *machine {
-	s := &shelf{chunks: map[string][]byte{}, sent: map[string]int{}, fetched: map[string]int{}}
+	s := newShelf()
 	c := answering(t, s.ServeHTTP)
 	return &machine{t: t, dir: t.TempDir(), s: s, args: []string{"--context", c.Context}}
 }
@@ -115,11 +154,19 @@ func (m *machine) command(args ...string) (*exec.Cmd, *bytes.Buffer) {
 
 func (m *machine) ok(args ...string) string {
 	m.t.Helper()
-	cmd, said := m.command(args...)
-	if err := cmd.Run(); err != nil {
+	said, err := m.run(args...)
+	if err != nil {
 		m.t.Fatalf("%v: %v\n%s", args, err, said)
 	}
-	return said.String()
+	return said
+}
+
+func (m *machine) run(args ...string) (said string, err error) {
+	m.s.await() // what the test has changed is seen by who asks from now on
+	cmd, out := m.command(args...)
+	err = cmd.Run()
+	m.s.await()
+	return out.String(), err
 }
 
 // killAt runs a command and kills it when it has made n requests for chunks.
@@ -127,7 +174,7 @@ func (m *machine) killAt(n int, args ...string) {
 	m.t.Helper()
 	reached, dead := make(chan struct{}), make(chan struct{})
 	var mu sync.Mutex
-	m.s.gate = func(r *http.Request) bool {
+	m.s.setGate(func(r *http.Request) bool {
 		if !strings.Contains(r.URL.Path, "/chunks/") {
 			return true
 		}
@@ -142,7 +189,7 @@ func (m *machine) killAt(n int, args ...string) {
 			<-dead
 		}
 		return now > 0
-	}
+	})
 	cmd, said := m.command(args...)
 	must(m.t, cmd.Start())
 	select {
@@ -153,14 +200,12 @@ func (m *machine) killAt(n int, args ...string) {
 	must(m.t, cmd.Process.Kill())
 	_ = cmd.Wait()
 	close(dead)
-	m.s.busy.Wait()
-	m.s.gate = nil
+	m.s.await()
+	m.s.setGate(nil)
 }
 
 // there are the chunks that have come.
 func (m *machine) there() map[string]bool {
-	m.s.mu.Lock()
-	defer m.s.mu.Unlock()
 	ids := make(map[string]bool)
 	for id := range m.s.chunks {
 		ids[id] = true
@@ -288,8 +333,7 @@ func TestTheKeyIsMadeOnceAndForItsOwnerOnly(t *testing.T) {
 	}
 	before, err := os.ReadFile(key)
 	must(t, err)
-	cmd, out := m.command("key", "new")
-	if err := cmd.Run(); err == nil || !strings.Contains(out.String(), "there is a key already") {
+	if out, err := m.run("key", "new"); err == nil || !strings.Contains(out, "there is a key already") {
 		t.Errorf("a second key: %v, %s", err, out)
 	}
 	m.s.object = nil
@@ -305,8 +349,7 @@ func TestTheKeyIsMadeOnceAndForItsOwnerOnly(t *testing.T) {
 	// Without it there is nothing to be had, and with a copy of it there is.
 	moved := filepath.Join(m.dir, "moved.txt")
 	must(t, os.Rename(key, moved))
-	cmd, out = m.command("object", "get", "file", "--out", filepath.Join(m.dir, "back"))
-	if err := cmd.Run(); err == nil || !strings.Contains(out.String(), "--identity") {
+	if out, err := m.run("object", "get", "file", "--out", filepath.Join(m.dir, "back")); err == nil || !strings.Contains(out, "--identity") {
 		t.Errorf("without a key: %v, %s", err, out)
 	}
 	m.ok("object", "get", "file", "--identity", moved, "--out", filepath.Join(m.dir, "back"))
@@ -320,8 +363,7 @@ func TestWhoHasAKeyGetsNoPlainFileUnasked(t *testing.T) {
 	m.ok("object", "put", "--plain", file)
 	m.ok("object", "get", "file", "--out", filepath.Join(m.dir, "one"))
 	m.ok("key", "new")
-	cmd, out := m.command("object", "get", "file", "--out", filepath.Join(m.dir, "two"))
-	if err := cmd.Run(); err == nil || !strings.Contains(out.String(), "--plain") {
+	if out, err := m.run("object", "get", "file", "--out", filepath.Join(m.dir, "two")); err == nil || !strings.Contains(out, "--plain") {
 		t.Errorf("%v, %s", err, out)
 	}
 	m.ok("object", "get", "--plain", "file", "--out", filepath.Join(m.dir, "two"))
