@@ -233,12 +233,18 @@ func TestABadAnswerIsFollowedUpWithinMinutesAndBounded(t *testing.T) {
 	}
 }
 
+// planned is the rounds of a coordinator that makes none by itself, with the usual plan.
+func planned(w *world) *rounds {
+	r := newRounds(w.audits, usualPlan, w.log)
+	r.turns = w.audits.rounds.turns
+	return r
+}
+
 func TestAnUnansweredChallengeComesAgainAsItWas(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, chunks := auditScene(t, w)
-	r := w.audits.rounds
-	r.plan = usualPlan
+	r := planned(w)
 	asked := make(chan []wire.AuditItem, 1)
 	watch := func(answer func(wire.Order) *reply) {
 		d.on(wire.KindAudit, func(o wire.Order) *reply {
@@ -274,8 +280,7 @@ func TestOnlyDevicesThatAreThereAreChallenged(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, away, _ := auditScene(t, w)
-	r := w.audits.rounds
-	r.plan = usualPlan
+	r := planned(w)
 	away.leave()
 	var asking sync.WaitGroup
 	must(t, r.tick(ctx, &asking)) // turns are drawn

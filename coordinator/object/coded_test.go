@@ -322,16 +322,16 @@ func TestAPutGoesOnWhereItWasCutOff(t *testing.T) {
 		must(t, err)
 		session = new(Session)
 		must(t, json.Unmarshal(raw, session))
+		var again atomic.Int32
 		s.mu.Lock()
 		before := maps.Clone(s.chunks)
-		s.mu.Unlock()
-		var again atomic.Int32
 		s.odd = func(_ http.ResponseWriter, r *http.Request) bool {
 			if before[path.Base(r.URL.Path)] != nil && r.Method == http.MethodPut {
 				again.Add(1)
 			}
 			return false
 		}
+		s.mu.Unlock()
 		var told atomic.Int64
 		o, _, err := Put(testContext(t), c, "f", bytes.NewReader(data), session, PutOptions{Progress: func(n int64) { told.Add(n) }})
 		must(t, err)

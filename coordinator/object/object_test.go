@@ -60,7 +60,10 @@ func must(t *testing.T, err error) {
 }
 
 func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if s.odd != nil && s.odd(w, r) {
+	s.mu.Lock()
+	odd := s.odd
+	s.mu.Unlock()
+	if odd != nil && odd(w, r) {
 		return
 	}
 	name := path.Base(r.URL.Path)
@@ -70,7 +73,10 @@ func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for old := s.most.Load(); n > old && !s.most.CompareAndSwap(old, n); old = s.most.Load() {
 		}
 		if r.Method == http.MethodPut {
-			raw, _ := io.ReadAll(r.Body)
+			raw, err := io.ReadAll(r.Body)
+			if err != nil {
+				return // cut off
+			}
 			s.mu.Lock()
 			s.chunks[name] = raw
 			s.mu.Unlock()
