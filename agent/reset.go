@@ -23,7 +23,7 @@ import (
 
 // made is what the agent makes below the state folder, but for its volumes. In
 // what is not in this list, a reset finds nothing of the device's.
-var made = []string{claimFile, settingsFile, statusFile, chosenFile, seenFile, disk.RecordFile, HistoryDir, healthDir, "jobs", "ota", "journal", "identity"}
+var made = []string{claimFile, settingsFile, statusFile, chosenFile, seenFile, disk.RecordFile, trafficFile, HistoryDir, healthDir, "jobs", "ota", "journal", "identity"}
 
 // resetMark stands below the state folder while it is reset, so that a power cut
 // in the middle does not leave half a device: the next start goes on.

@@ -28,6 +28,7 @@ func (w *world) drained(t testing.TB, d wire.DeviceID) api.Drain {
 // A device is emptied while it proves what it holds, and signs at the end that it
 // holds nothing: anybody can check that.
 func TestADrainEndsWithASignedReceipt(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 8)
 	f := w.putCoded(t, "coded", 60_000, api.Code{Data: 4, Parity: 2})
@@ -126,6 +127,7 @@ func TestADrainReceiptThatDoesNotProveItIsRefused(t *testing.T) {
 // A device that goes away in the middle is drained by rebuilding, and can be retired
 // without losing anything; when it comes back instead, it ends as any other.
 func TestADrainGoesOnWithoutTheDevice(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 8)
 	f := w.putCoded(t, "coded", 60_000, api.Code{Data: 4, Parity: 2})
@@ -155,6 +157,7 @@ func TestADrainGoesOnWithoutTheDevice(t *testing.T) {
 
 // The coordinator is stopped in the middle of dropping.
 func TestADrainGoesOnAfterARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := repairing(t, dir)
 	devices := w.devices(t, 8)
@@ -182,6 +185,7 @@ func TestADrainGoesOnAfterARestart(t *testing.T) {
 // While there is no room elsewhere the device keeps everything, and says why; a
 // canceled drain leaves it as it was.
 func TestADrainThatCannotBeKeepsEverything(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 6)
 	f := w.putCoded(t, "coded", 60_000, api.Code{Data: 4, Parity: 2})

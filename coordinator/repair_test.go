@@ -119,6 +119,7 @@ func (d *device) has(id string) bool {
 // one more is: everything is made anew elsewhere each time, and the file is there bit
 // for bit with two others away after that.
 func TestDestroyedAndCorruptingDevicesAreRepaired(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 10)
 	f := w.putCoded(t, "coded", 100_000, api.Code{Data: 4, Parity: 2})
@@ -271,6 +272,7 @@ func TestTheMostEndangeredGoesFirst(t *testing.T) {
 
 // A coordinator is stopped in the middle of a repair: nothing is forgotten.
 func TestARepairGoesOnAfterARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := repairing(t, dir)
 	devices := w.devices(t, 9)
@@ -301,6 +303,7 @@ func TestARepairGoesOnAfterARestart(t *testing.T) {
 
 // The absence of a device is counted through a restart.
 func TestAnAbsenceIsCountedThroughARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := repairing(t, dir)
 	devices := w.devices(t, 4)
