@@ -308,7 +308,8 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 		t.Fatalf("the valid order: %s %s", r.State, r.Reason)
 	}
 	var lost api.Audit
-	f.Fails(&lost, 1, "audit", "storage", string(d.id))
+	// Enough leaves that none of a dozen chunks is missed: (11/12)^512.
+	f.Fails(&lost, 1, "audit", "storage", string(d.id), "--leaves", "512")
 	if lost.Outcome != api.AuditLost {
 		t.Errorf("after a valid drop the audit says %q", lost.Outcome)
 	}
