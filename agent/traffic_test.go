@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -161,15 +160,7 @@ var someDay = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 // At whatever byte the power is cut, what is counted afterwards is no less than
 // what was moved and no more than a step above, and the flash has seen few writes.
 func TestTheMonthsVolumeOutlivesPowerCutsWithFewWrites(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	for _, limit := range []int64{0, 1 << 30, 1 << 40} {
 		path := filepath.Join(t.TempDir(), trafficFile)
 		m := newMeter(t, path, someDay)

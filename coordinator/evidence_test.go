@@ -5,14 +5,13 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"math/rand/v2"
-	"os"
 	"reflect"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -153,7 +152,7 @@ func TestForgedEvidenceIsRefused(t *testing.T) {
 func TestNoByteOfEvidenceCanBeAltered(t *testing.T) {
 	w := ownWorld(t)
 	_, _, raw := lied(t, w)
-	seed := testSeed(t)
+	seed := testenv.Seed(t)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	meaning := func(raw []byte) api.Evidence {
 		var e api.Evidence
@@ -269,17 +268,4 @@ func TestReceiptsOutliveTheirOrders(t *testing.T) {
 	if keys, err := w.audits.receipts.keys(ctx, ">"); err != nil || len(keys) != 0 {
 		t.Errorf("%d receipts of chunks that are gone: %v", len(keys), err)
 	}
-}
-
-// testSeed is printed where it matters, and given again in DEIMOS_TEST_SEED.
-func testSeed(t *testing.T) uint64 {
-	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
-		var err error
-		seed, err = strconv.ParseUint(s, 10, 64)
-		must(t, err)
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	return seed
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -57,7 +58,7 @@ func TestALeafHasNotMoreOnTheLineThanIsCounted(t *testing.T) {
 // memory, and no day in debt.
 func TestThePlanIsKeptOnAverage(t *testing.T) {
 	now := epoch
-	seed := testSeed(t)
+	seed := testenv.Seed(t)
 	r, _ := simRounds(seed, &now)
 	var tn turn
 	r.next(&tn, false, 100, 1)
@@ -99,7 +100,7 @@ func TestThePlanIsKeptOnAverage(t *testing.T) {
 // Ten thousand devices after a night without their coordinator: no storm.
 func TestAStartIsNoStorm(t *testing.T) {
 	now := epoch
-	seed := testSeed(t)
+	seed := testenv.Seed(t)
 	r, _ := simRounds(seed, &now)
 	const fleet = 10_000
 	turns := make([]turn, fleet)
@@ -197,7 +198,7 @@ func TestALiarIsFoundWithinItsBudget(t *testing.T) {
 
 func TestABadAnswerIsFollowedUpWithinMinutesAndBounded(t *testing.T) {
 	now := epoch
-	r, _ := simRounds(testSeed(t), &now)
+	r, _ := simRounds(testenv.Seed(t), &now)
 	var tn turn
 	r.next(&tn, false, 100, 1)
 	now = tn.Next

@@ -18,7 +18,6 @@ import (
 	"runtime"
 	"runtime/metrics"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,20 +27,14 @@ import (
 	"filippo.io/age"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
 // seeded is a source of chance that DEIMOS_TEST_SEED repeats.
 func seeded(t *testing.T) *rand.Rand {
 	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
-		var err error
-		seed, err = strconv.ParseUint(s, 10, 64)
-		must(t, err)
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 func someOf(rng *rand.Rand, n int) []byte {

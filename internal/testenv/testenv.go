@@ -11,8 +11,10 @@ package testenv
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
+	"strconv"
 	"testing"
 )
 
@@ -45,4 +47,19 @@ func Root(t testing.TB, why string) {
 	if os.Geteuid() != 0 {
 		Cannot(t, "%s", why)
 	}
+}
+
+// Seed is what a random test begins with: that of DEIMOS_TEST_SEED, or a new one.
+// It is in the test's log.
+func Seed(t testing.TB) uint64 {
+	t.Helper()
+	seed := rand.Uint64()
+	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
+		var err error
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatalf("DEIMOS_TEST_SEED is no number: %v", err)
+		}
+	}
+	t.Logf("DEIMOS_TEST_SEED=%d", seed)
+	return seed
 }
