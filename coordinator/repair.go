@@ -472,17 +472,24 @@ func latest(a, b time.Time) time.Time {
 
 // begin takes the most endangered units that are due, as many as there are places.
 func (r *repairs) begin(ctx context.Context, mending *sync.WaitGroup) {
-	for _, t := range r.due() {
+	for _, a := range r.due() {
 		mending.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, mendLimit)
 			defer cancel()
-			r.end(t, r.work(ctx, t.unit))
+			r.end(a.task, r.work(ctx, a.unit))
 		})
 	}
 }
 
+// assignment is a task that is begun, with its unit as it was then: the task's may be
+// looked at anew meanwhile.
+type assignment struct {
+	task *task
+	unit unit
+}
+
 // due takes units for which there are places.
-func (r *repairs) due() (out []*task) {
+func (r *repairs) due() (out []assignment) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := r.now()
@@ -513,7 +520,7 @@ func (r *repairs) due() (out []*task) {
 		}
 		t.working = true
 		r.working++
-		out = append(out, t)
+		out = append(out, assignment{t, t.unit})
 	}
 	return out
 }
