@@ -97,12 +97,19 @@
 // replaced under an open volume takes no more chunks: what is written there would
 // be out of reach of the next start.
 //
+// # A damaged tree
+//
+// Badger crashes at a damaged table, and deletes the tables that its list (MANIFEST)
+// does not name, so of a list that was cut it forgets chunks without a word. Open looks
+// at list and tables first. If one is damaged, cut or gone, it makes the tree anew of
+// what is whole in the tables and of the records in the value logs, without copying a
+// chunk, and puts it in the place of the old one at once (see rebuild.go). That reads
+// all logs; what is known to be lost then is told before anyone asks.
+//
 // # Not done yet
 //
-// A damaged index table keeps the volume from opening (with a sentence; the index
-// could be rebuilt from the value logs), and a damaged log of a memtable that was
-// not flushed (only after a crash) takes the index entries behind it, whose chunks
-// are then not found instead of lost. Small logs that restarts leave are not
+// A damaged log of a memtable that was not flushed (only after a crash) takes the
+// index entries behind it, whose chunks are then not found instead of lost. Small logs that restarts leave are not
 // joined while all in them lives. What the tree itself takes on disk is not in the
 // figures. Opening a volume whose disk hangs is for the caller to bound.
 package store

@@ -17,9 +17,6 @@ import (
 	"time"
 
 	"github.com/dgraph-io/badger/v4"
-	"github.com/dgraph-io/badger/v4/options"
-	"github.com/dgraph-io/badger/v4/table"
-	"github.com/dgraph-io/ristretto/v2/z"
 	"github.com/oklog/ulid/v2"
 	"golang.org/x/sys/unix"
 
@@ -39,7 +36,9 @@ const (
 
 // Open opens the volume in dir, or makes a new one if dir is empty or missing
 // and no particular id is asked for. Before it returns it has read the chunks
-// of the newest value log, which a crash can have hurt; see [Volume.Lost].
+// of the newest value log, which a crash can have hurt; see [Volume.Lost]. If the
+// tree is damaged it is made anew, which reads all value logs once: hours on a large
+// disk. It can be killed at any time, and is begun again then.
 //
 // It refuses, with a sentence, a directory that another process has open, that
 // holds anything but a volume, or that holds another volume than the one asked
@@ -98,8 +97,12 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err := syncLeftovers(path, opt.hooks); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
-	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), forgetDiscards(path), mendLogHeaders(path), guardNewestLog(path)); err != nil {
+	if err := errors.Join(durable.RemoveEmpty(path, ".vlog", ".mem"), forgetDiscards(path), forgetKeys(path), forgetRebuild(path), mendLogHeaders(path), guardNewestLog(path)); err != nil {
 		return nil, fmt.Errorf("the chunks in %s cannot be prepared for opening: %w", dir, err)
+	}
+	mended, err := v.mendTree(path, fresh)
+	if err != nil {
+		return nil, err
 	}
 	if v.db, err = openBadger(path, opt, v.logSize); err != nil {
 		return nil, err
@@ -116,11 +119,15 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err := v.agreeOnID(fresh); err != nil {
 		return nil, err
 	}
-	newest, err := v.rebuild()
+	newest, err := v.takeStock()
 	if err != nil {
 		return nil, err
 	}
-	v.readAll(context.Background(), newest)
+	hurt, err := v.hurt(mended)
+	if err != nil {
+		return nil, err
+	}
+	v.readAll(context.Background(), append(newest, hurt...))
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
@@ -419,9 +426,6 @@ func openBadger(dir string, opt Options, logSize int64) (db *badger.DB, err erro
 		}
 	}()
 	tuned := tuning(dir, logSize, opt.Log)
-	if err := checkTables(dir, tuned); err != nil {
-		return nil, err
-	}
 	// Badger's own lock stays for a moment with programs that are being started; that
 	// nobody else has the volume is known already.
 	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
@@ -446,49 +450,52 @@ func isLocked(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock")
 }
 
-// checkTables reads the tables of the index before Badger does: at a damaged one
-// Badger crashes the process, from a goroutine of its own, or skips keys.
-func checkTables(dir string, tuned badger.Options) error {
-	f, err := os.Open(filepath.Join(dir, badger.ManifestFilename))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("the index of the chunks in %s cannot be read: %w", dir, err)
-	}
-	defer f.Close()
-	manifest, _, err := badger.ReplayManifestFile(f, tuned.ExternalMagicVersion, tuned)
-	if err != nil {
-		return fmt.Errorf("the index of the chunks in %s is damaged: %w; %s", dir, err, beginAnew)
-	}
-	for id := range manifest.Tables { // others were never finished, Badger deletes them
-		path := table.NewFilename(id, dir)
-		if err := checkTable(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("the index of the chunks in %s is damaged: %s: %w; %s", dir, filepath.Base(path), err, beginAnew)
-		}
-	}
-	return nil
-}
-
 const beginAnew = "if the disk is sound, move the directory away and begin a new volume, the fleet holds copies"
 
-func checkTable(path string) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = errors.New("it cannot be read")
-		}
-	}()
-	file, err := z.OpenMmapFile(path, os.O_RDONLY, 0)
+// mendTree makes the tree anew if Badger would not open it, or forget what is in it.
+// It returns nil if there was no need.
+func (v *Volume) mendTree(path string, fresh bool) (*mended, error) {
+	tuned := tuning(path, v.logSize, v.opt.Log)
+	d, err := inspect(path, tuned)
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("the index of the chunks in %s cannot be read: %w", path, err)
 	}
-	defer func() { err = errors.Join(err, file.Close(-1)) }()
-	t, err := table.OpenTable(file, table.Options{ReadOnly: true, ChkMode: options.NoVerification})
+	if d == nil {
+		return nil, nil
+	}
+	if v.readOnly != "" {
+		return nil, fmt.Errorf("the index of the chunks in %s is damaged (%w) and cannot be made anew: %s", path, d.why, v.readOnly)
+	}
+	id := v.id
+	if fresh { // the chunks may belong to another one
+		id = ""
+	}
+	m, err := rebuildTree(path, id, d, tuned, v.opt.hooks, v.opt.Log)
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("the index of the chunks in %s is damaged (%w) and cannot be made anew: %w; %s", path, d.why, err, beginAnew)
 	}
-	return t.VerifyChecksum()
+	return m, nil
+}
+
+// hurt are the chunks that are lost for all that a tree made anew knows: without a
+// record, or with one where the logs are damaged or gone.
+func (v *Volume) hurt(m *mended) (ids []chunk.ID, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	err = v.view(func(txn *badger.Txn) error {
+		return v.eachIndexed(context.Background(), func(id chunk.ID, _ int64, _ uint64) error {
+			item, err := txn.Get(keyOf(chunkPrefix, id))
+			if err != nil && !errors.Is(err, badger.ErrKeyNotFound) {
+				return err
+			}
+			if err != nil || m.suspects(placeOf(item)) {
+				ids = append(ids, id)
+			}
+			return nil
+		})
+	})
+	return ids, err
 }
 
 // agreeOnID compares the id of the directory with the one among the chunks, and
@@ -528,9 +535,9 @@ func (v *Volume) agreeOnID(fresh bool) error {
 	return nil
 }
 
-// rebuild counts the chunks and the bytes of the logs, and returns those chunks that
+// takeStock counts the chunks and the bytes of the logs, and returns those chunks that
 // a crash can have hurt: the last ones written, up to a log's length or a batch's.
-func (v *Volume) rebuild() ([]chunk.ID, error) {
+func (v *Volume) takeStock() ([]chunk.ID, error) {
 	if err := v.measureLogs(); err != nil {
 		return nil, fmt.Errorf("the value logs in %s cannot be measured: %w", v.dir, err)
 	}

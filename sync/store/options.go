@@ -56,6 +56,8 @@ type hooks struct {
 	pace     func(ctx context.Context, bytes int64) error
 	patience time.Duration // 0: the default
 	reading  func()        // a chunk's place is known, its bytes are not read yet
+	// rebuilding is told each step of making the tree anew when it is done.
+	rebuilding func(step string)
 }
 
 func (h hooks) orReal() hooks {
@@ -73,6 +75,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.reading == nil {
 		h.reading = func() {}
+	}
+	if h.rebuilding == nil {
+		h.rebuilding = func(string) {}
 	}
 	if h.bootID == nil {
 		h.bootID = bootID

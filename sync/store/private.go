@@ -38,12 +38,19 @@ func fieldOf(t reflect.Type, name string) []int {
 	return f.Index
 }
 
-// placeOf tells where an item's value lies, without reading it. A pointer is
-// three numbers of 32 bits in the order of the processor: log, length, offset.
+// placeOf tells where an item's value lies, without reading it.
 func placeOf(item *badger.Item) place {
 	fields := reflect.ValueOf(item).Elem()
-	pointer := fields.FieldByIndex(itemPointer).Bytes()
-	if fields.FieldByIndex(itemMeta).Uint()&bitValuePointer == 0 || len(pointer) != 12 {
+	if fields.FieldByIndex(itemMeta).Uint()&bitValuePointer == 0 {
+		return place{}
+	}
+	return placeIn(fields.FieldByIndex(itemPointer).Bytes())
+}
+
+// placeIn reads a pointer: three numbers of 32 bits in the order of the processor,
+// log, length and offset.
+func placeIn(pointer []byte) place {
+	if len(pointer) != 12 {
 		return place{}
 	}
 	return place{
@@ -51,6 +58,13 @@ func placeOf(item *badger.Item) place {
 		length: binary.NativeEndian.Uint32(pointer[4:]),
 		at:     binary.NativeEndian.Uint32(pointer[8:]),
 	}
+}
+
+// encode writes a pointer as placeIn reads it.
+func (p place) encode() []byte {
+	raw := binary.NativeEndian.AppendUint32(nil, p.log)
+	raw = binary.NativeEndian.AppendUint32(raw, p.length)
+	return binary.NativeEndian.AppendUint32(raw, p.at)
 }
 
 // newestLog is the number of the value log that Badger writes to, and how many
