@@ -262,7 +262,7 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, want, rep
 	for c.alive() < replicas {
 		missing := replicas - c.alive()
 		next := s.free(ctx, ref.id, size, asked, missing, token)
-		if len(next) < missing && s.awaitRested(patient, token, size, asked, next) {
+		if len(next) < missing && s.awaitRested(patient, ref.id, token, size, slices.Concat(asked, next)) {
 			continue
 		}
 		if len(next) < missing {
@@ -304,8 +304,8 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, want, rep
 // awaitRested waits for the first of the devices that could take a chunk, but for
 // disks that are too slow at the moment. It returns false if there is none, or if
 // ctx ends before.
-func (s *storage) awaitRested(ctx context.Context, token string, size int64, asked, next []wire.DeviceID) bool {
-	not := slices.Concat(asked, next)
+func (s *storage) awaitRested(ctx context.Context, id, token string, size int64, asked []wire.DeviceID) bool {
+	not := slices.Concat(asked, s.lettingGo(id, s.dropping(id)))
 	able := s.candidatesThat(s.resting.serves, token, size, not, math.MaxInt)
 	until := s.resting.busyUntil(func(d wire.DeviceID) bool { return slices.Contains(able, d) })
 	if until.IsZero() {
@@ -343,11 +343,7 @@ func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.
 	defer cancel()
 	for {
 		drops := s.dropping(id)
-		not := slices.Concat(asked, s.intended(id))
-		for _, o := range drops {
-			not = append(not, o.Device)
-		}
-		next := s.candidates(token, size, not, n)
+		next := s.candidates(token, size, slices.Concat(asked, s.lettingGo(id, drops)), n)
 		if token != "" {
 			// Between the look and this, another chunk of the stripe may have come first.
 			if len(next) > 0 && !s.stripes.take(token, next[0], id) {
@@ -358,6 +354,16 @@ func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.
 			return next
 		}
 	}
+}
+
+// lettingGo are the devices that are about to be ordered to drop a chunk, or are by
+// drops.
+func (s *storage) lettingGo(id string, drops []wire.Order) []wire.DeviceID {
+	out := s.intended(id)
+	for _, o := range drops {
+		out = append(out, o.Device)
+	}
+	return out
 }
 
 // awaitAny returns true when one of the orders to devices that are there has ended.
