@@ -482,7 +482,7 @@ func (a *audits) sweep(ctx context.Context, log *slog.Logger) {
 		case <-ctx.Done():
 			return
 		case <-t.C:
-			if err := a.void(ctx, a.outbox.now().Add(-2*a.limit)); err != nil && ctx.Err() == nil {
+			if err := a.void(ctx, a.outbox.now().Add(-2*callLimit)); err != nil && ctx.Err() == nil {
 				log.Warn("challenges that were given up stay pending", "error", err)
 			}
 		case <-receipts.C:

@@ -53,6 +53,7 @@ func (w *world) pendingCodes(t *testing.T) []string {
 }
 
 func TestADeviceWithoutATokenWaitsUntilItIsClaimed(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	key := newKey(t)
 	id := wire.IDOf(key.Public().(ed25519.PublicKey))
@@ -91,6 +92,7 @@ func TestADeviceWithoutATokenWaitsUntilItIsClaimed(t *testing.T) {
 
 // Both have found the code before either has made the device a member.
 func TestTwoClaimsOfOneCodeMakeOneMember(t *testing.T) {
+	t.Parallel()
 	for name, groups := range map[string][]string{"differing": {"attic", "cellar"}, "alike": {"attic", "attic"}} {
 		t.Run(name, func(t *testing.T) {
 			w := ownWorld(t)
@@ -131,6 +133,7 @@ func TestTwoClaimsOfOneCodeMakeOneMember(t *testing.T) {
 }
 
 func TestWrongClaimCodesAreExplained(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	for code, want := range map[string]struct {
 		status int
@@ -147,6 +150,7 @@ func TestWrongClaimCodesAreExplained(t *testing.T) {
 }
 
 func TestARejectedDeviceIsRefusedForADay(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	key := newKey(t)
 	w.knocks(t, key)
@@ -167,6 +171,7 @@ func TestARejectedDeviceIsRefusedForADay(t *testing.T) {
 }
 
 func TestDevicesThatWaitAreForgottenAfterADay(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	gone, here := newKey(t), newKey(t)
@@ -196,6 +201,7 @@ func TestDevicesThatWaitAreForgottenAfterADay(t *testing.T) {
 // A stranger's keys ask twice, and a device that waits is written down only every
 // few minutes; so neither tells them apart. Where they come from does.
 func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
+	t.Parallel()
 	for name, flood := range map[string]func(i int) string{
 		"one IPv4 network":                 func(i int) string { return fmt.Sprintf("203.0.113.%d:1", i%250) },
 		"one IPv6 site":                    func(i int) string { return fmt.Sprintf("[2001:db8:1:%x::1]:1", i) },
@@ -238,6 +244,7 @@ func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
 }
 
 func TestACodeThatIsNotFoundInAFullTableBlamesNobody(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.waiting.most = 3
 	reason := func() string {
@@ -259,6 +266,7 @@ func TestACodeThatIsNotFoundInAFullTableBlamesNobody(t *testing.T) {
 // Anybody can make keys. They push out one another, and not a device that keeps
 // asking.
 func TestAFloodOfKeysStaysBoundedAndHurtsNobody(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.waiting.most = 50
 	real := newKey(t)
@@ -292,6 +300,7 @@ func TestAFloodOfKeysStaysBoundedAndHurtsNobody(t *testing.T) {
 }
 
 func TestWithoutClaimingOnlyTokensLetIn(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.cfg.NoClaim = true
 	if status, _, e := w.knocks(t, newKey(t)); status != http.StatusForbidden || e.Code != "token_refused" {
@@ -307,6 +316,7 @@ func TestWithoutClaimingOnlyTokensLetIn(t *testing.T) {
 }
 
 func TestWaitingWantsProofOfTheKeyToo(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	forged := bytes.Clone(csr(t, newKey(t)))
 	forged[len(forged)-1] ^= 1
@@ -324,6 +334,7 @@ func TestWaitingWantsProofOfTheKeyToo(t *testing.T) {
 }
 
 func TestCertificatesOfDevicesLastAsLongAsIsSaid(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	for _, life := range []time.Duration{time.Minute, deviceCertLife} {
 		key := newKey(t)
@@ -345,6 +356,7 @@ func TestCertificatesOfDevicesLastAsLongAsIsSaid(t *testing.T) {
 
 // A coordinator may run for longer than its own certificate lasts.
 func TestTheServersCertificateRenewsItself(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	serials := func() (https, mqtt *big.Int) {

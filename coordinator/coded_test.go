@@ -53,6 +53,7 @@ func (f coded) get(t *testing.T, w *world) error {
 }
 
 func TestAnyDevicesOfDataGiveTheFileBack(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 7)
 	f := w.putCoded(t, "coded", 100_000, api.Code{Data: 4, Parity: 2})
@@ -107,6 +108,7 @@ func TestAnyDevicesOfDataGiveTheFileBack(t *testing.T) {
 }
 
 func TestTooFewDevicesForACodeAreToldBeforeTheFirstByte(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 3)
 	id, err := age.GenerateX25519Identity()
@@ -143,6 +145,7 @@ func TestTheFittingCodeFits(t *testing.T) {
 
 // Shards of a stripe that are placed at the same time do not meet on a device.
 func TestShardsAtTheSameTimeGoApart(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 6)
 	for round := range 3 {
@@ -174,6 +177,7 @@ func TestShardsAtTheSameTimeGoApart(t *testing.T) {
 // A coordinator that does not know what another one reserved, or has forgotten:
 // the object is refused, and put again it is placed apart.
 func TestAStripeThatMeetsOnADeviceIsNotNamedAndIsMended(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 3)
 	a, b := someBytes(500), someBytes(500)
@@ -228,6 +232,7 @@ func (w *world) claimedBy(id string) wire.DeviceID {
 }
 
 func TestCodedObjectsThatCannotBeAreRefused(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 3)
 	var ids []string
@@ -305,6 +310,7 @@ func TestStripesAreForgotten(t *testing.T) {
 // Of equals it is drawn; but first come owners, then networks, that a stripe
 // does not have yet.
 func TestAStripeSpreadsByOwnerAndNetwork(t *testing.T) {
+	t.Parallel()
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -363,6 +369,7 @@ func TestNetworksAreToldApartByTheirPrefix(t *testing.T) {
 
 // Who is in trouble, or is not trusted, is asked less, or not at all.
 func TestHealthAndTrustWeigh(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	view := func(health ...wire.Warning) api.Device {
@@ -418,6 +425,7 @@ func TestApartIsAMatching(t *testing.T) {
 }
 
 func TestOneHolderCanBeAsked(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 2)
 	data := someBytes(700)

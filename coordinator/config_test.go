@@ -136,6 +136,7 @@ func (w *world) openConfigs(d wire.DeviceID) []OrderRecord {
 }
 
 func TestDeviceGoesBeforeGroupAndGroupBeforeFleet(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	other := tune(w.device(t))
@@ -156,6 +157,7 @@ func TestDeviceGoesBeforeGroupAndGroupBeforeFleet(t *testing.T) {
 }
 
 func TestTheVersionGrowsWithEachChangeThatTouchesTheDevice(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	last := uint64(0)
@@ -193,6 +195,7 @@ func TestTheVersionGrowsWithEachChangeThatTouchesTheDevice(t *testing.T) {
 }
 
 func TestARefusalIsSeenWithItsReason(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	d.refuse = map[string]wire.Refusal{"jobs.slots": {Code: wire.CodePolicy, Reason: "the owner allows 2\x1b[2J"}}
@@ -207,6 +210,7 @@ func TestARefusalIsSeenWithItsReason(t *testing.T) {
 }
 
 func TestADeviceThatIsAwayGetsOneOrderWithTheNewest(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.enrolled(t))
 	for i := range 5 {
@@ -232,6 +236,7 @@ func TestADeviceThatIsAwayGetsOneOrderWithTheNewest(t *testing.T) {
 }
 
 func TestTwoOperatorsAtOnceLoseNothing(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	const n = 24
 	var wg sync.WaitGroup
@@ -251,6 +256,7 @@ func TestTwoOperatorsAtOnceLoseNothing(t *testing.T) {
 }
 
 func TestWhatIsWantedOutlivesTheCoordinator(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := tune(w.enrolled(t))
@@ -269,6 +275,7 @@ func TestWhatIsWantedOutlivesTheCoordinator(t *testing.T) {
 
 // The coordinator dies after the version is on record and before its order is.
 func TestAnOrderThatWasNotMadeIsMade(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	id := ulid.Make().String()
@@ -286,6 +293,7 @@ func TestAnOrderThatWasNotMadeIsMade(t *testing.T) {
 }
 
 func TestTheCountGoesOnFromTheDevices(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	d.greet(41) // this coordinator never gave it any
@@ -300,6 +308,7 @@ func TestTheCountGoesOnFromTheDevices(t *testing.T) {
 }
 
 func TestAFailedConfigurationIsGivenAgainAtTheNextHello(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	d.on(wire.KindConfigApply, func(wire.Order) *reply { return failed("disk_full") })
@@ -324,6 +333,7 @@ func TestAFailedConfigurationIsGivenAgainAtTheNextHello(t *testing.T) {
 // always says it has nothing is given the same values without end; who was too
 // early gets them when it is time.
 func TestAHelloThatIsRepeatedMakesOneOrder(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.freeze()
 	d := w.device(t)
@@ -382,6 +392,7 @@ func TestAHelloThatIsRepeatedMakesOneOrder(t *testing.T) {
 
 // A second coordinator changes a document; this one's copy does not have it yet.
 func TestAnOldCopyOfADocumentBringsNothingBack(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	w.set(t, api.ConfigScope{}, "beat.seconds=30")
@@ -400,6 +411,7 @@ func TestAnOldCopyOfADocumentBringsNothingBack(t *testing.T) {
 }
 
 func TestChangesThatMakeNoSenseAreRefused(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	one := map[string]json.RawMessage{"beat.seconds": json.RawMessage("60")}
@@ -443,6 +455,7 @@ func TestChangesThatMakeNoSenseAreRefused(t *testing.T) {
 
 // A group that was left out or misspelt must not become the whole fleet.
 func TestAChangeSaysWhomItIsFor(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	for _, body := range []string{
@@ -468,6 +481,7 @@ func TestAChangeSaysWhomItIsFor(t *testing.T) {
 }
 
 func TestADeviceThatBeatsSeldomIsNotAway(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := tune(w.device(t))
 	w.set(t, api.ConfigScope{}, "beat.seconds=600")
@@ -486,6 +500,7 @@ func TestADeviceThatBeatsSeldomIsNotAway(t *testing.T) {
 
 // The largest documents that there can be still fit an order.
 func TestTheLargestConfigurationFitsAnOrder(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	w.join(t, d.id, "g")

@@ -13,6 +13,7 @@ import (
 
 // What is misspelt, left out or said twice must not become the whole fleet.
 func TestARequestForEverybodySaysSo(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.enrolled(t)
 	owner, err := api.LoadContext(filepath.Join(w.dir, ContextFile))
@@ -45,6 +46,7 @@ func TestARequestForEverybodySaysSo(t *testing.T) {
 
 // A client made from the description sends what can be repeated as often as needed.
 func TestSelectorsAreDescribedAsLists(t *testing.T) {
+	t.Parallel()
 	raw, err := openapi(aWorld(t).table())
 	must(t, err)
 	var doc apiDocument

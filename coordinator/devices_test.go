@@ -38,6 +38,7 @@ func (w *world) asOwner(t testing.TB, method, path, body string, answer any) int
 }
 
 func TestListsComeInPagesWithoutWhatIsLarge(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	var want []wire.DeviceID
 	for range 5 {
@@ -87,6 +88,7 @@ func TestListsComeInPagesWithoutWhatIsLarge(t *testing.T) {
 }
 
 func TestWhatARetiredDeviceHadCanBeRead(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	ctx := testContext(t)
@@ -111,6 +113,7 @@ func TestWhatARetiredDeviceHadCanBeRead(t *testing.T) {
 }
 
 func TestAClientReadsAllPages(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	const more = api.MaxConfigPage + 1
 	for i := range more {
@@ -160,6 +163,7 @@ func (w *world) last(t testing.TB) api.LogEntry {
 }
 
 func TestRefusedMeansThatNothingWasChanged(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	first, second := w.two(t)
@@ -206,6 +210,7 @@ func TestRefusedMeansThatNothingWasChanged(t *testing.T) {
 }
 
 func TestTheLogNamesWhoWasMeant(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
@@ -263,6 +268,7 @@ func TestTheLogNamesWhoWasMeant(t *testing.T) {
 }
 
 func TestOrdersToManyAreAllMadeThoughWhoAskedHasLeft(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	a, b := w.two(t)
 	ctx, leave := context.WithCancel(testContext(t))
@@ -274,6 +280,7 @@ func TestOrdersToManyAreAllMadeThoughWhoAskedHasLeft(t *testing.T) {
 }
 
 func TestAJobLivesAsLongAsItMayRun(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	module, err := w.op.PutModule(testContext(t), []byte("a module"))

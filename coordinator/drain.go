@@ -190,7 +190,7 @@ func (s *drains) tick(ctx context.Context) error {
 			continue
 		}
 		s.stepped.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, mendLimit)
+			ctx, cancel := context.WithTimeout(ctx, s.repairs.plan.limit)
 			defer cancel()
 			err := s.step(ctx, row)
 			s.mu.Lock()

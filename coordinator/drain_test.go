@@ -85,6 +85,7 @@ func TestADrainEndsWithASignedReceipt(t *testing.T) {
 
 // What is altered about a receipt, or was never signed, is found.
 func TestADrainReceiptThatDoesNotProveItIsRefused(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	sign := func(held wire.Holdings, statement *wire.Drained) api.Evidence {

@@ -25,6 +25,7 @@ import (
 )
 
 func TestEnrolmentRefusesTokensThatAreNotGood(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	used := w.newToken(t, api.TokenRequest{Uses: 1})
 	if status, _, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: used}); status != http.StatusOK {
@@ -62,6 +63,7 @@ func TestEnrolmentRefusesTokensThatAreNotGood(t *testing.T) {
 // An answer can be lost on the way: asking again costs no second use, and is
 // not open to anybody else.
 func TestADeviceRepeatsItsEnrolmentForFree(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	tok := w.newToken(t, api.TokenRequest{Uses: 1, Group: "attic"})
 	request := csr(t, newKey(t))
@@ -85,6 +87,7 @@ func TestADeviceRepeatsItsEnrolmentForFree(t *testing.T) {
 }
 
 func TestATokenLetsExactlyAsManyInAsItHasUses(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	const racers, uses = 50, 20
 	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: uses})
@@ -134,6 +137,7 @@ func TestATokenLetsExactlyAsManyInAsItHasUses(t *testing.T) {
 // Between a spent use and the device's record there may be a crash. The use is
 // neither lost to the device nor given to another.
 func TestACrashAfterSpendingNeitherLosesNorDoublesTheUse(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	text := w.newToken(t, api.TokenRequest{Uses: 1, Group: "attic", Labels: map[string]string{"a": "1"}})
 	tok, err := wire.ParseFleetToken(text)
@@ -156,6 +160,7 @@ func TestACrashAfterSpendingNeitherLosesNorDoublesTheUse(t *testing.T) {
 
 // A token's record does not grow with the devices that come in by it.
 func TestATokensRecordStaysSmall(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 10})
 	must(t, err)
@@ -173,6 +178,7 @@ func TestATokensRecordStaysSmall(t *testing.T) {
 }
 
 func TestRevokingATokenIsFinalAndSurvivesARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 5})
@@ -208,6 +214,7 @@ func (w *world) enrolHere(q wire.EnrolRequest) *httptest.ResponseRecorder {
 // A certificate is renewed by the key alone, and whoever has seen a request for it
 // can send it again: nothing else changes.
 func TestRenewalChangesNothingButTheCertificate(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	key := newKey(t)
 	made, err := w.op.CreateToken(testContext(t), api.TokenRequest{Uses: 2, Group: "attic", Labels: map[string]string{"floor": "3"}})
@@ -247,6 +254,7 @@ func TestRenewalChangesNothingButTheCertificate(t *testing.T) {
 // A claimed device has none until its first renewal; a member's own connection
 // brings a newer one.
 func TestAnInventoryIsReplacedOnlyByTheMemberItself(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	owner, neighbour := w.enrolled(t), w.enrolled(t)
 	send := func(as *tls.Certificate, inventory, want string) {
@@ -268,6 +276,7 @@ func TestAnInventoryIsReplacedOnlyByTheMemberItself(t *testing.T) {
 }
 
 func TestALargeInventoryIsNotKept(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	large := json.RawMessage(`"` + strings.Repeat("x", maxInventory) + `"`)
 	status, m, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{}), Inventory: large})
@@ -280,6 +289,7 @@ func TestALargeInventoryIsNotKept(t *testing.T) {
 }
 
 func TestEnrolmentWantsProofOfAnEd25519Key(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	tok := w.newToken(t, api.TokenRequest{Uses: 1})
 	good := csr(t, newKey(t))
@@ -307,6 +317,7 @@ func (w *world) retire(t testing.TB, id wire.DeviceID) {
 // Whoever gets hold of the coordinator's files, records or context must not be
 // able to enrol with a token that was handed out.
 func TestOnlyTheHashOfATokenIsKept(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	tok := w.newToken(t, api.TokenRequest{Uses: 2})
@@ -336,6 +347,7 @@ func TestOnlyTheHashOfATokenIsKept(t *testing.T) {
 }
 
 func TestTokenRequestsAreBounded(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	for _, r := range []api.TokenRequest{{Uses: -1}, {Uses: maxTokenUse + 1}, {ValidSeconds: -5}, {ValidSeconds: int64(maxTokenTTL/time.Second) + 1},
 		{ValidSeconds: 18446744074}, {Name: "a\nb"}} { // the last is 0.3 s if it overflows
@@ -357,6 +369,7 @@ func TestTokenRequestsAreBounded(t *testing.T) {
 
 // What a device says of itself ends in an operator's terminal.
 func TestADevicesWordsAreFitForATerminal(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	check := func(id wire.DeviceID) {
 		t.Helper()

@@ -54,6 +54,7 @@ func lied(t *testing.T, w *world) (*device, api.Audit, []byte) {
 func (w *world) orderKey() ed25519.PublicKey { return w.auth.orderKey.Public().(ed25519.PublicKey) }
 
 func TestEvidenceIsJudgedWithoutTheCoordinator(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d, a, raw := lied(t, w)
 	v, err := CheckEvidence(raw, EvidenceChecks{OrderKey: w.orderKey()})
@@ -81,6 +82,7 @@ func forge(t *testing.T, raw []byte, f func(e *api.Evidence)) []byte {
 // Each is what a coordinator might try that wants to be rid of an honest device,
 // or a device's friend who wants a lie to look like none.
 func TestForgedEvidenceIsRefused(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d, a, raw := lied(t, w)
 	other := newKey(t)
@@ -150,6 +152,7 @@ func TestForgedEvidenceIsRefused(t *testing.T) {
 
 // Any byte: either it is refused, or it means what it meant.
 func TestNoByteOfEvidenceCanBeAltered(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	_, _, raw := lied(t, w)
 	seed := testenv.Seed(t)
@@ -201,6 +204,7 @@ func envelopeMeaning(t *testing.T, raw []byte) json.RawMessage {
 }
 
 func TestEvidenceOfAJobNeedsTheJob(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, _ := auditScene(t, w)
@@ -243,6 +247,7 @@ func TestEvidenceOfAJobNeedsTheJob(t *testing.T) {
 
 // Orders are forgotten after a month, what a device has signed for is not.
 func TestReceiptsOutliveTheirOrders(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.device(t)

@@ -14,6 +14,7 @@ import (
 // TestAFloodOfOneDeviceSilencesNobody: it sends reports that are good in form,
 // faster than they can be looked at.
 func TestAFloodOfOneDeviceSilencesNobody(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	flooder, other := w.enrolled(t), w.enrolled(t)
 	raw, err := wire.Seal(flooder.key, wire.TypeReport, wire.Report{Order: "01NONE", Device: flooder.id, Seq: 1, State: wire.Running})
@@ -72,6 +73,7 @@ func (l *lines) take() string {
 }
 
 func TestADeviceThatMisbehavesHasOneLogLineAMinute(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.freeze()
 	d, e := w.enrolled(t), w.enrolled(t)
@@ -104,6 +106,7 @@ func TestADeviceThatMisbehavesHasOneLogLineAMinute(t *testing.T) {
 }
 
 func TestWhoIsRetiredMeanwhileIsGivenNothing(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	chosen, err := w.reg.selected(api.Selector{Devices: []wire.DeviceID{d.id}})
@@ -121,6 +124,7 @@ func TestWhoIsRetiredMeanwhileIsGivenNothing(t *testing.T) {
 }
 
 func TestReportsAreASignOfLife(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze()

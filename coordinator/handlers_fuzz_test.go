@@ -229,6 +229,7 @@ func FuzzHandlers(f *testing.F) {
 // TestHandlerSeedsReachEveryRoute: a fuzz target that starts at the door learns
 // nothing of the rooms. DEIMOS_WRITE_SEEDS=1 commits the seeds to testdata.
 func TestHandlerSeedsReachEveryRoute(t *testing.T) {
+	t.Parallel()
 	h := newHandlerWorld(t)
 	reached, done := map[string]bool{}, 0
 	for _, in := range handlerSeeds(h.Coordinator) {

@@ -46,6 +46,7 @@ func TestWarningsOfDevicesAreCleaned(t *testing.T) {
 }
 
 func TestTheFleetsHealthIsSeenAtOnce(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	ill, slow, well, mute := w.enrolled(t), w.enrolled(t), w.enrolled(t), w.enrolled(t)
@@ -133,6 +134,7 @@ func TestKindsOfWarningsAreBounded(t *testing.T) {
 }
 
 func TestADeviceIsIdentified(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	d := w.device(t)
@@ -168,6 +170,7 @@ func TestADeviceIsIdentified(t *testing.T) {
 }
 
 func TestWhatIsAskedOfADeviceIsChecked(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, gone := w.enrolled(t), w.enrolled(t)
@@ -200,6 +203,7 @@ func TestWhatIsAskedOfADeviceIsChecked(t *testing.T) {
 }
 
 func TestAHistoryIsWhatTheDeviceSignedFor(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	d := w.device(t)

@@ -50,6 +50,7 @@ func wantJSONRefusal(t *testing.T, what string, resp *http.Response, status int)
 }
 
 func TestNoOperatorRouteWithoutTheToken(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
@@ -79,6 +80,7 @@ func TestNoOperatorRouteWithoutTheToken(t *testing.T) {
 }
 
 func TestTheDataPlaneIsForDevicesAlone(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
 	must(t, err)
@@ -102,6 +104,7 @@ func certificate(t *testing.T, pemBytes []byte, key any) tls.Certificate {
 // Only certificates of this fleet's authority, made for devices, come through
 // TLS; one of a device that never enrolled comes no further than the registry.
 func TestCertificatesOfOthersAreRefused(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	key := newKey(t)
 	pub := key.Public().(ed25519.PublicKey)
@@ -155,6 +158,7 @@ func TestCertificatesOfOthersAreRefused(t *testing.T) {
 }
 
 func TestEveryRefusalIsJSON(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	c := w.plain(nil)
 	for what, want := range map[string]int{
@@ -181,6 +185,7 @@ func (w *world) ticket(method string, d *device, kind blobKind, id string, size 
 }
 
 func TestTicketsAreGoodForWhatTheySayOnly(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	me, other := w.enrolled(t), w.enrolled(t)
 	data := someBytes(5000)
@@ -218,6 +223,7 @@ func TestTicketsAreGoodForWhatTheySayOnly(t *testing.T) {
 }
 
 func TestRangesOfAChunkCanBeFetched(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	data := someBytes(10_000)
@@ -243,6 +249,7 @@ func TestRangesOfAChunkCanBeFetched(t *testing.T) {
 
 // The data plane takes nothing from a device but the very bytes that the ticket names.
 func TestWrongBytesAreNotTakenIn(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	data := someBytes(5000)
@@ -274,6 +281,7 @@ func TestWrongBytesAreNotTakenIn(t *testing.T) {
 
 // A module's or chunk's upload by an operator is checked in the same way.
 func TestOperatorsUploadsAreChecked(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	_, err := w.op.PutChunk(ctx, chunk.Sum([]byte("a")).String(), []byte("b"), 1)
@@ -297,6 +305,7 @@ func TestOperatorsUploadsAreChecked(t *testing.T) {
 }
 
 func TestUpdateRepositoryIsHandedOutAsPublished(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)

@@ -59,6 +59,7 @@ func (w *world) wantInventory(t *testing.T, d *device, name string) {
 }
 
 func TestAnInventoryFollowsWhatTheDeviceHas(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	for _, none := range []string{"", "odd", strings.ToUpper(digestOf("a")), digestOf("a") + "0"} {
@@ -92,6 +93,7 @@ func TestAnInventoryFollowsWhatTheDeviceHas(t *testing.T) {
 
 // One whose answers are refused is asked ever less often, and it is seen why.
 func TestADeviceThatIsAskedInVainIsAskedLessOften(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze()
@@ -127,6 +129,7 @@ func TestADeviceThatIsAskedInVainIsAskedLessOften(t *testing.T) {
 
 // Whatever a device says of itself, others see that and the rest.
 func TestNoDeviceMakesItselfUnshowable(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	deep := json.RawMessage(`{"a\"[[":` + strings.Repeat("[", 9990) + strings.Repeat("]", 9990) + `}`)
 	status, m, e := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{}), Inventory: deep})
@@ -146,6 +149,7 @@ func TestNoDeviceMakesItselfUnshowable(t *testing.T) {
 }
 
 func TestAHelloAnnouncesAnInventoryToo(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	d.on(wire.KindInventory, func(wire.Order) *reply { return found("a") })
@@ -155,6 +159,7 @@ func TestAHelloAnnouncesAnInventoryToo(t *testing.T) {
 }
 
 func TestADeviceThatFlapsIsAskedOnceAnHour(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze()
@@ -178,6 +183,7 @@ func TestADeviceThatFlapsIsAskedOnceAnHour(t *testing.T) {
 }
 
 func TestOnlyOneInventoryOrderIsOpen(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t) // away: nothing is answered
 	w.freeze()
@@ -197,6 +203,7 @@ func TestOnlyOneInventoryOrderIsOpen(t *testing.T) {
 
 // Two coordinators hear the same heartbeat.
 func TestCoordinatorsAskOnce(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id})
@@ -223,6 +230,7 @@ func TestCoordinatorsAskOnce(t *testing.T) {
 }
 
 func TestAnAgentThatCannotIsNotAskedAgain(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t) // it knows no such order
 	w.beats(t, d, digestOf("a"))
@@ -240,6 +248,7 @@ func TestAnAgentThatCannotIsNotAskedAgain(t *testing.T) {
 }
 
 func TestBadInventoriesAreNotTaken(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	answer := found("good")
@@ -295,6 +304,7 @@ func TestBadInventoriesAreNotTaken(t *testing.T) {
 
 // A large one comes over HTTPS.
 func TestALargeInventoryIsFetched(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	raw := fmt.Appendf(nil, `{"format":1,"x":%q}`, strings.Repeat("x", maxInventory-100)) // the store takes it
@@ -308,6 +318,7 @@ func TestALargeInventoryIsFetched(t *testing.T) {
 }
 
 func TestNobodyReportsAnothersInventory(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d, thief := w.enrolled(t), w.enrolled(t)
 	w.beats(t, d, digestOf("a"))
@@ -333,6 +344,7 @@ func TestNobodyReportsAnothersInventory(t *testing.T) {
 }
 
 func TestAnInventoryOutlivesRestarts(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -377,6 +389,7 @@ func TestAnInventoryOutlivesRestarts(t *testing.T) {
 }
 
 func TestWhatIsOldReplacesNothingNewer(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	d.on(wire.KindInventory, func(wire.Order) *reply { return found("a") })
@@ -404,6 +417,7 @@ func TestWhatIsOldReplacesNothingNewer(t *testing.T) {
 }
 
 func TestARefreshSaysWhyItBroughtNothing(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d, gone := w.device(t), w.enrolled(t)
 	w.retire(t, gone.id)

@@ -28,16 +28,10 @@ func wantSlowly(t *testing.T, rec *httptest.ResponseRecorder) time.Duration {
 	return time.Duration(seconds) * time.Second
 }
 
-// stopped makes the coordinator's clock one that stands still.
-func stopped(w *world) (advance func(time.Duration)) {
-	now := time.Now()
-	w.now = func() time.Time { return now }
-	return func(d time.Duration) { now = now.Add(d) }
-}
-
 func TestEnrolmentIsBoundedForAnAddressAndForAll(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
-	advance := stopped(w)
+	w.freeze()
 	ask := func(from string) *httptest.ResponseRecorder {
 		return w.serveLocal(http.MethodPost, enrolPath, "", from, []byte("{"))
 	}
@@ -79,7 +73,7 @@ func TestEnrolmentIsBoundedForAnAddressAndForAll(t *testing.T) {
 	if n := let("[2001:db8:2::1]:1", 1); n != 1 {
 		t.Error("another site is refused with it")
 	}
-	advance(wait)
+	w.advance(wait)
 	if n := let("192.0.2.1:1", 1); n != 1 {
 		t.Error("who came back when it was told to is refused")
 	}
@@ -91,10 +85,11 @@ func TestEnrolmentIsBoundedForAnAddressAndForAll(t *testing.T) {
 
 // What counts for all is only what proves a key, and members have their own.
 func TestStrangersCannotStopRenewals(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	other := w.enrolled(t)
-	advance := stopped(w)
+	w.freeze()
 	w.limits.enrolAll, w.limits.renewAll = rate.NewLimiter(1, 5), rate.NewLimiter(1, 30)
 	from := 0
 	ask := func(q any) *httptest.ResponseRecorder {
@@ -125,17 +120,18 @@ func TestStrangersCannotStopRenewals(t *testing.T) {
 	if rec := ask(wire.EnrolRequest{CSR: csr(t, other.key)}); rec.Code != http.StatusOK {
 		t.Errorf("another member's renewal: %d %s", rec.Code, rec.Body)
 	}
-	advance(wait)
+	w.advance(wait)
 	if rec := ask(wire.EnrolRequest{CSR: csr(t, newKey(t))}); rec.Code != http.StatusAccepted {
 		t.Errorf("who came back when it was told to: %d %s", rec.Code, rec.Body)
 	}
 }
 
 func TestFailedLoginsAreBoundedAndAGoodTokenIsNot(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
 	must(t, err)
-	advance := stopped(w)
+	w.freeze()
 	ask := func(token, from string) *httptest.ResponseRecorder {
 		return w.serveLocal(http.MethodGet, v1+"/objects", token, from, nil)
 	}
@@ -151,16 +147,17 @@ func TestFailedLoginsAreBoundedAndAGoodTokenIsNot(t *testing.T) {
 	if rec := ask("wrong", "192.0.2.2:1"); rec.Code != http.StatusUnauthorized {
 		t.Errorf("another address: %d", rec.Code)
 	}
-	advance(wait)
+	w.advance(wait)
 	if rec := ask("wrong", "192.0.2.1:1"); rec.Code != http.StatusUnauthorized {
 		t.Errorf("after the wait: %d", rec.Code)
 	}
 }
 
 func TestOneOperatorsCallsAreBoundedAndUploadsAreNot(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	busy, other := w.newOperator(t, "busy", api.Operating), w.newOperator(t, "other", api.Operating)
-	advance := stopped(w)
+	w.freeze()
 	w.limits.calls = newBuckets(1, 20)
 	ask := func(token string) *httptest.ResponseRecorder {
 		return w.serveLocal(http.MethodGet, v1+"/objects", token, "192.0.2.1:1", nil)
@@ -178,7 +175,7 @@ func TestOneOperatorsCallsAreBoundedAndUploadsAreNot(t *testing.T) {
 	if upload.Code == http.StatusTooManyRequests {
 		t.Error("an upload is counted as a call")
 	}
-	advance(wait)
+	w.advance(wait)
 	if rec := ask(busy.Token); rec.Code != http.StatusOK {
 		t.Errorf("after the wait: %d", rec.Code)
 	}

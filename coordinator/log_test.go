@@ -38,6 +38,7 @@ func (w *world) entries(t testing.TB) []api.LogEntry {
 }
 
 func TestEveryChangeIsOnTheLogBeforeItIsMadeAndAfter(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)
@@ -85,6 +86,7 @@ func TestEveryChangeIsOnTheLogBeforeItIsMadeAndAfter(t *testing.T) {
 
 // Devices come and go by themselves, too.
 func TestWhatDevicesDoIsOnTheLog(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	of := func(d wire.DeviceID) (out []api.LogEntry) {
@@ -138,6 +140,7 @@ func TestWhatDevicesDoIsOnTheLog(t *testing.T) {
 
 // What has happened already is not undone because it cannot be noted.
 func TestADeviceEnrolsThoughTheLogIsGone(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	tok := w.newToken(t, api.TokenRequest{})
 	must(t, w.eng.JetStream().DeleteStream(testContext(t), "LOG_audit"))
@@ -148,6 +151,7 @@ func TestADeviceEnrolsThoughTheLogIsGone(t *testing.T) {
 
 // Who reads the log, or filters it, relies on what actions are called.
 func TestActionsAreStableAndTellRoutesApart(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	seen := map[string]string{}
 	for _, rt := range w.table() {
@@ -178,6 +182,7 @@ func TestActionsAreStableAndTellRoutesApart(t *testing.T) {
 
 // TestNoChangeWithoutAnEntry takes the log away.
 func TestNoChangeWithoutAnEntry(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	w.newOperator(t, "carol", api.Viewer)
@@ -197,6 +202,7 @@ func TestNoChangeWithoutAnEntry(t *testing.T) {
 }
 
 func TestTheServerRemovesNoEntry(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	w.newToken(t, api.TokenRequest{})
@@ -226,6 +232,7 @@ func TestTheServerRemovesNoEntry(t *testing.T) {
 }
 
 func TestTwoCoordinatorsWriteOneChain(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	peer, err := openTrail(ctx, w.eng, w.now)
@@ -263,6 +270,7 @@ func TestTwoCoordinatorsWriteOneChain(t *testing.T) {
 }
 
 func TestTheChainGoesOnAfterARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	w.newToken(t, api.TokenRequest{})
@@ -280,6 +288,7 @@ func TestTheChainGoesOnAfterARestart(t *testing.T) {
 }
 
 func TestTheLogIsReadInPagesAndSinceATime(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	const n = 2*api.MaxLogPage + 10
@@ -409,6 +418,7 @@ func TestVerifyNamesTheFirstBrokenEntry(t *testing.T) {
 
 // The raw stream of a server that was tampered with: the same bytes, but one.
 func TestAnEntryThatIsAlteredInTheStoreIsFound(t *testing.T) {
+	t.Parallel()
 	log, _ := realLog(t)
 	w := ownWorld(t)
 	ctx := testContext(t)

@@ -87,6 +87,7 @@ func (w *world) confessions(t *testing.T, d *device) (out []api.Audit) {
 }
 
 func TestALossIsNotedScoredAndForgottenBeforeItIsAskedFor(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ids := w.placed(t, 3)
@@ -142,6 +143,7 @@ func TestALossIsNotedScoredAndForgottenBeforeItIsAskedFor(t *testing.T) {
 
 // A hello tells of losses, too: of those that were found at the start.
 func TestAHelloTellsOfLosses(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ids := w.placed(t, 1)
@@ -152,6 +154,7 @@ func TestAHelloTellsOfLosses(t *testing.T) {
 
 // What was stored there again since is whole: it is neither noted nor dropped.
 func TestAReceiptThatIsNewerThanALossStands(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ids := w.placed(t, 2)
@@ -181,6 +184,7 @@ func TestAReceiptThatIsNewerThanALossStands(t *testing.T) {
 }
 
 func TestAListOfLossesThatIsNoneIsRefusedAndAskedForLessOften(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ids := w.placed(t, 1)
@@ -226,6 +230,7 @@ func TestAListOfLossesThatIsNoneIsRefusedAndAskedForLessOften(t *testing.T) {
 }
 
 func TestAnAgentThatDoesNotKnowLossesIsNotAskedAgain(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	d.on(wire.KindChunkLosses, func(wire.Order) *reply { return &reply{state: wire.Rejected, code: wire.CodeUnknownKind} })
@@ -239,6 +244,7 @@ func TestAnAgentThatDoesNotKnowLossesIsNotAskedAgain(t *testing.T) {
 
 // A coordinator may stop between any two steps.
 func TestLossesThatWereCutOffAreDealtWith(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ids := w.placed(t, 1)
@@ -271,6 +277,7 @@ func TestLossesThatWereCutOffAreDealtWith(t *testing.T) {
 
 // What a device says of its scrubs can be shown, whatever it is.
 func TestScrubsAreShownAndBounded(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	many := make([]wire.Scrub, 3*wire.MaxScrubs)

@@ -30,6 +30,7 @@ func described(t testing.TB, w *world) ([]byte, apiDocument) {
 }
 
 func TestEveryRouteIsDescribed(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	raw, doc := described(t, w)
 	ids := map[string]bool{}
@@ -104,6 +105,7 @@ func pathOf(doc apiDocument, method, path string) string {
 // TestTheClientAsksOnlyForWhatIsDescribed calls every method of the client, of
 // which the command line uses nothing else.
 func TestTheClientAsksOnlyForWhatIsDescribed(t *testing.T) {
+	t.Parallel()
 	_, doc := described(t, aWorld(t))
 	asked := make(chan string, 10_000)
 	srv := httptest.NewTLSServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {

@@ -22,6 +22,7 @@ func loaded(t *testing.T, w *world) *openapi3.T {
 }
 
 func TestTheDescriptionIsValid(t *testing.T) {
+	t.Parallel()
 	doc := loaded(t, aWorld(t))
 	must(t, doc.Validate(context.Background()))
 	if !doc.IsOpenAPI31OrLater() {
@@ -60,6 +61,7 @@ func answerFits(t *testing.T, doc *openapi3.T, method, pattern string, rec *http
 }
 
 func TestAnswersAreAsDescribed(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	doc := loaded(t, w)
 	d := w.device(t)

@@ -42,6 +42,7 @@ func (w *world) serveLocal(method, path, token, from string, body []byte) *httpt
 }
 
 func TestEachRoleMayDoItsOwnOnly(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	for role, may := range map[api.Role][]permission{
 		api.Viewer:         {toRead},
@@ -69,6 +70,7 @@ func TestEachRoleMayDoItsOwnOnly(t *testing.T) {
 // Who may do what is a promise. A route that is new, or that others may use from
 // now on, is written down here by somebody who means it.
 func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
+	t.Parallel()
 	want := map[permission][]string{
 		byAnybody: {
 			"GET /api/v1/openapi.json",
@@ -160,6 +162,7 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 }
 
 func TestATokenEndsWhenItIsRevokedOrExpires(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	// Another coordinator of the same fleet: its copy of the records.
@@ -221,6 +224,7 @@ func TestATokenEndsWhenItIsRevokedOrExpires(t *testing.T) {
 
 // Whoever reads the coordinator's files can call nobody by them.
 func TestTokensAreKeptAsHashes(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	op := w.newOperator(t, "carol", api.Admin).Token
@@ -260,6 +264,7 @@ func checkCall(c *api.Client) error {
 
 // A lost last admin is no lost fleet.
 func TestTheOwnersFileAlwaysLetsIn(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	ctx := testContext(t)

@@ -45,6 +45,7 @@ func (d *device) drained(t testing.TB) *atomic.Int64 {
 }
 
 func TestADeviceIsNeverGivenMoreThanItsWindow(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze() // a slow machine must not send anything again
@@ -82,6 +83,7 @@ func TestADeviceIsNeverGivenMoreThanItsWindow(t *testing.T) {
 // Hellos that are repeated, copies or not, make no flood of orders; and no device
 // that comes back twice has to wait for longer than the first retry.
 func TestRepeatedHellosMakeFewOrders(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze() // a slow machine must not send anything again
@@ -124,6 +126,7 @@ func TestRepeatedHellosMakeFewOrders(t *testing.T) {
 
 // Orders that a device never answers must not hold up others for ever.
 func TestUnansweredOrdersYieldToFreshOnes(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	w.freeze() // a slow machine must not send anything again
@@ -142,6 +145,7 @@ func TestUnansweredOrdersYieldToFreshOnes(t *testing.T) {
 }
 
 func TestUrgentKindsGoFirst(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	for _, k := range []wire.Kind{extension, wire.KindPing, wire.KindOrderCancel, wire.KindUpdateInstall, extension} {
@@ -163,6 +167,7 @@ func TestUrgentKindsGoFirst(t *testing.T) {
 // A device comes back to thousands of orders, and the coordinator restarts in
 // the middle: each order is done once, and none is lost.
 func TestThousandsOfPendingOrdersAreAllDoneOnce(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -219,6 +224,7 @@ func TestThousandsOfPendingOrdersAreAllDoneOnce(t *testing.T) {
 }
 
 func TestEndedOrdersAreNotHeldInMemory(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	d.on(extension, func(wire.Order) *reply { return &reply{state: wire.Succeeded, body: "yes"} })
@@ -266,6 +272,7 @@ func (d *device) cancels(t testing.TB) {
 }
 
 func TestACancelEndsAnOrderByTheDevicesReport(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)
@@ -314,6 +321,7 @@ func TestACancelEndsAnOrderByTheDevicesReport(t *testing.T) {
 // A device can lose a cancel that it has answered, in a crash: who asks again has
 // it told once more.
 func TestACancelThatHasEndedCanBeGivenAgain(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	d := w.device(t)
@@ -338,6 +346,7 @@ func TestACancelThatHasEndedCanBeGivenAgain(t *testing.T) {
 // A crash can come between the mark and the order that it names: who asks again
 // has it sent.
 func TestACancelThatWasCutOffIsSentByTheNext(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	o := w.order(t, d, extension)
@@ -355,6 +364,7 @@ func TestACancelThatWasCutOffIsSentByTheNext(t *testing.T) {
 }
 
 func TestOrdersOfARetiredDeviceEnd(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	a, b := w.order(t, d, extension), w.order(t, d, wire.KindPing)
@@ -370,6 +380,7 @@ func TestOrdersOfARetiredDeviceEnd(t *testing.T) {
 }
 
 func TestReportsThatCameTogetherShareAnAck(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	var acks []wire.Ack
@@ -399,6 +410,7 @@ func ids(l api.OrderList) (out []string) {
 }
 
 func TestOrdersAreListedNewestFirst(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, e := w.device(t), w.enrolled(t)
@@ -485,6 +497,7 @@ func TestTheIndexOfEndedOrdersIsBounded(t *testing.T) {
 }
 
 func TestOrdersSentByHand(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	d, e := w.enrolled(t), w.enrolled(t)

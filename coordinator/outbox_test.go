@@ -98,6 +98,7 @@ func (d *device) ackOf(id string) wire.Ack {
 }
 
 func TestOrdersSurviveARestartAndGoOutOnHello(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -129,6 +130,7 @@ func TestOrdersSurviveARestartAndGoOutOnHello(t *testing.T) {
 }
 
 func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	d.on(wire.KindUpdateInstall, silent)
@@ -172,6 +174,7 @@ func TestOrdersAreSentUntilTheyAreAnswered(t *testing.T) {
 // Reports that must have no effect: each is followed by one that has, on the
 // same connection, so that the test knows when the first has been looked at.
 func TestReportsOfOthersHaveNoEffect(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d, other := w.device(t), w.device(t)
 	d.on(wire.KindUpdateInstall, silent)
@@ -202,8 +205,8 @@ func TestReportsOfOthersHaveNoEffect(t *testing.T) {
 		"no state":                      {d, seal(d, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 9})},
 	} {
 		t.Run(name, func(t *testing.T) {
-			bad.from.publish(wire.ChannelReport, bad.raw)
-			bad.from.fence(t)
+			// By hand: then it has been looked at when the record is.
+			w.hear(testContext(t), &nats.Msg{Subject: wire.Subject(bad.from.id, wire.ChannelReport), Data: bad.raw})
 			if v := w.record(t, o); v.State != wire.Queued || v.Seq != 0 || v.Report != nil {
 				t.Errorf("order is %s with seq %d", v.State, v.Seq)
 			}
@@ -227,6 +230,7 @@ func (d *device) fence(t testing.TB) {
 }
 
 func TestReportsOnUnknownOrdersAreAcknowledged(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: "01UNKNOWN", Device: d.id, Seq: 7, State: wire.Succeeded})
@@ -239,6 +243,7 @@ func TestReportsOnUnknownOrdersAreAcknowledged(t *testing.T) {
 }
 
 func TestTheNewestReportCountsAndATerminalOneIsFinal(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	d.on(wire.KindUpdateInstall, silent)
@@ -277,6 +282,7 @@ func TestTheNewestReportCountsAndATerminalOneIsFinal(t *testing.T) {
 // The ack promises that the device may forget: so the report must be in the
 // state store before.
 func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	d.on(wire.KindUpdateInstall, silent)
@@ -312,11 +318,13 @@ func TestAckOnlyAfterTheReportIsKept(t *testing.T) {
 }
 
 func TestSilenceTimesOut(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	d.on(wire.KindUpdateInstall, silent)
 	o := w.offer(t, d)
 	d.orderOf(o.ID)
+	w.freeze()
 	w.advance(offerLife + silence/2)
 	w.outbox.step(testContext(t))
 	if v := w.record(t, o); v.State != wire.Queued {
@@ -344,6 +352,7 @@ func TestSilenceTimesOut(t *testing.T) {
 }
 
 func TestOrdersCanBeLookedUpAndWaitedFor(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	hold := make(chan struct{})

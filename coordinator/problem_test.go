@@ -33,6 +33,7 @@ func TestACallThatWasGivenUpIsNotAnsweredAsDone(t *testing.T) {
 }
 
 func TestACallThatTheStopCutsOffIsToldSo(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	data := someBytes(1000)

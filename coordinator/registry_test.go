@@ -26,6 +26,7 @@ func (w *world) hearFrom(t *testing.T, d *device, ch wire.Channel, typ wire.Payl
 }
 
 func TestADeviceSpeaksForItselfAlone(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d, victim := w.enrolled(t), w.enrolled(t)
 	entries := func() int {
@@ -52,6 +53,7 @@ func TestADeviceSpeaksForItselfAlone(t *testing.T) {
 }
 
 func TestADevicesSpaceIsWithinReason(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	for _, n := range []int64{-1, -1 << 63, 1<<63 - 1} {
@@ -72,6 +74,7 @@ func TestADevicesSpaceIsWithinReason(t *testing.T) {
 }
 
 func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -147,6 +150,7 @@ func (d *device) holdLine(w *world) <-chan struct{} {
 
 // Another coordinator may have let the device in before it knew.
 func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.enrolled(t)
 	cut := d.holdLine(w)
@@ -163,6 +167,7 @@ func TestARetirementByAnotherCoordinatorCutsOffToo(t *testing.T) {
 // The command's return is a promise: nothing that runs beside it may be what
 // cuts the device off.
 func TestADeviceIsCutOffWhenItsRetirementReturns(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	lost := d.holdLine(w)
@@ -176,6 +181,7 @@ func TestADeviceIsCutOffWhenItsRetirementReturns(t *testing.T) {
 
 // Its words may be on their way while a device is being retired.
 func TestWhatARetiredDeviceSaidBeforeLeavesNothing(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	w.hearFrom(t, d, wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id})
@@ -192,6 +198,7 @@ func TestWhatARetiredDeviceSaidBeforeLeavesNothing(t *testing.T) {
 
 // What a crash left of a retirement is done at the next start.
 func TestARetirementThatWasCutOffIsSettledLater(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -266,6 +273,7 @@ func TestTwoMachinesWithOneKeyAreFoundAndNothingElseIs(t *testing.T) {
 // A hello that the broker has kept says what was so once: it is answered, and
 // changes nothing, also after a restart of the coordinator.
 func TestAnOldHelloChangesNothing(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	d := w.enrolled(t)
@@ -315,6 +323,7 @@ func TestAnOldHelloChangesNothing(t *testing.T) {
 
 // An old hello must be answered: the device that said it may still be waiting.
 func TestAStaleHelloIsAnswered(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	p := wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: newNonce(), Instance: "a", At: w.now(), TimeConfidence: wire.ClockTrusted}
@@ -327,6 +336,7 @@ func TestAStaleHelloIsAnswered(t *testing.T) {
 }
 
 func TestADuplicateKeyKeepsWorkAwayUntilADayHasPassed(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.enrolled(t)
 	d.connect(w)
@@ -379,6 +389,7 @@ func TestADuplicateKeyKeepsWorkAwayUntilADayHasPassed(t *testing.T) {
 }
 
 func TestGroupsAndLabelsOfManyAreSetAtOnce(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	a, b := w.enrolled(t), w.enrolled(t)
 	ctx := testContext(t)

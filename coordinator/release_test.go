@@ -46,6 +46,7 @@ func aRoot(t testing.TB, version int64, signatures int) []byte {
 }
 
 func TestOnlyARootThatDevicesCouldTrustIsTaken(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	good := aRoot(t, 1, 2)
@@ -81,6 +82,7 @@ func TestOnlyARootThatDevicesCouldTrustIsTaken(t *testing.T) {
 }
 
 func TestAPublishedFileNeverChanges(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	for name, first := range map[string]string{"metadata/1.targets.json": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
@@ -101,6 +103,7 @@ func TestAPublishedFileNeverChanges(t *testing.T) {
 }
 
 func TestOnlyWhatTheMirrorHasIsOffered(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)
@@ -120,6 +123,7 @@ func TestOnlyWhatTheMirrorHasIsOffered(t *testing.T) {
 }
 
 func TestAReleaseIsNotThereBeforeAllOfItsPartsAre(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.enrolled(t)
@@ -139,6 +143,7 @@ func TestAReleaseIsNotThereBeforeAllOfItsPartsAre(t *testing.T) {
 }
 
 func TestWhatANameOfTheRepositoryPromisesIsChecked(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	part := []byte("packed")

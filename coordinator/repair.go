@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -25,6 +26,7 @@ type RepairPlan struct {
 
 	spare time.Duration // how long a copy more than wanted is kept; 0: [spareKept]
 	every time.Duration // between two looks at devices; 0: [repairTick]
+	limit time.Duration // for one piece of work; 0: [mendLimit]
 }
 
 // DefaultRepair bears a night without a device, and leaves room on a line of 1 Gbit/s.
@@ -118,7 +120,8 @@ type repairs struct {
 	all      bool            // everything is to be looked at
 	dirty    map[string]bool // chunks to look at
 
-	looked time.Time // at everything; of tick alone
+	looked time.Time    // at everything; of tick alone
+	ticks  atomic.Int64 // how often devices and chunks have been looked at
 
 	mu      sync.Mutex
 	conds   map[wire.DeviceID]condition
@@ -182,7 +185,7 @@ func newRepairs(s *storage, a *audits, plan RepairPlan, settled time.Duration, l
 	r := &repairs{plan: plan, storage: s, audits: a, reg: s.reg, outbox: s.outbox, now: s.outbox.now, log: log, self: ulid.Make().String(),
 		settled: settled, all: true, dirty: make(map[string]bool), conds: make(map[wire.DeviceID]condition), tasks: make(map[string]*task), asked: make(map[wire.DeviceID]time.Time)}
 	r.started = r.now()
-	r.plan.spare, r.plan.every = cmp.Or(plan.spare, spareKept), cmp.Or(plan.every, repairTick)
+	r.plan.spare, r.plan.every, r.plan.limit = cmp.Or(plan.spare, spareKept), cmp.Or(plan.every, repairTick), cmp.Or(plan.limit, mendLimit)
 	r.pace.rate, r.sum.Since = plan.Rate, r.started.UTC()
 	return r
 }
@@ -253,6 +256,7 @@ func (r *repairs) tick(ctx context.Context, mending *sync.WaitGroup) error {
 		return err
 	}
 	r.begin(ctx, mending)
+	r.ticks.Add(1)
 	return r.drains.tick(ctx)
 }
 
@@ -474,7 +478,7 @@ func latest(a, b time.Time) time.Time {
 func (r *repairs) begin(ctx context.Context, mending *sync.WaitGroup) {
 	for _, a := range r.due() {
 		mending.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, mendLimit)
+			ctx, cancel := context.WithTimeout(ctx, r.plan.limit)
 			defer cancel()
 			r.end(a.task, r.work(ctx, a.unit))
 		})

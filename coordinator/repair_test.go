@@ -24,6 +24,7 @@ func repairing(t testing.TB, dir string, edit ...func(*Config)) *world {
 	t.Helper()
 	w := openWith(t, dir, func(c *Config) {
 		c.Repair = testRepair
+		c.Beat = time.Hour // who is away has said so: no test's clock does, that goes by days
 		for _, e := range edit {
 			e(c)
 		}
@@ -32,7 +33,19 @@ func repairing(t testing.TB, dir string, edit ...func(*Config)) *world {
 	return w
 }
 
-// settle waits until every stripe is whole.
+// looks waits until repair has looked at everything that was there to be looked at,
+// and has done what it would.
+func (w *world) looks(t testing.TB) {
+	t.Helper()
+	began := w.repairs.ticks.Load()
+	eventually(t, "repair has looked", func() bool {
+		w.repairs.mu.Lock()
+		defer w.repairs.mu.Unlock()
+		return w.repairs.ticks.Load() >= began+2 && w.repairs.working == 0
+	})
+}
+
+// untilWhole waits until every stripe is whole.
 func (w *world) untilWhole(t testing.TB, names ...string) {
 	t.Helper()
 	eventually(t, "everything is whole again", func() bool { return w.whole(names...) })
@@ -143,7 +156,7 @@ func TestDestroyedAndCorruptingDevicesAreRepaired(t *testing.T) {
 		}
 	}
 	gone[0].destroy()
-	time.Sleep(5 * testRepair.every)
+	w.looks(t)
 	if w.whole(names...) || w.repairs.summary().Done > 0 {
 		t.Error("what is away for a moment is made anew already")
 	}
@@ -186,6 +199,7 @@ func TestDestroyedAndCorruptingDevicesAreRepaired(t *testing.T) {
 
 // A source that lies is found out by its own signature, and others are read.
 func TestALyingSourceIsFoundOutAndOthersAreTried(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 8)
 	f := w.putCoded(t, "lied", 20_000, api.Code{Data: 4, Parity: 2})
@@ -214,6 +228,7 @@ func TestALyingSourceIsFoundOutAndOthersAreTried(t *testing.T) {
 
 // With too few devices nothing is begun, it is said why, and it goes on by itself.
 func TestRepairWaitsForDevicesAndGoesOnWhenOneComes(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 6)
 	f := w.putCoded(t, "few", 30_000, api.Code{Data: 4, Parity: 2})
@@ -235,7 +250,7 @@ func TestRepairWaitsForDevicesAndGoesOnWhenOneComes(t *testing.T) {
 		t.Errorf("shown as %+v", v)
 	}
 	served := w.orders(t, wire.KindChunkServe)
-	time.Sleep(20 * testRepair.every)
+	w.looks(t)
 	if n := w.orders(t, wire.KindChunkServe); n != served {
 		t.Errorf("%d chunks were read for nothing", n-served)
 	}
@@ -325,6 +340,7 @@ func TestAnAbsenceIsCountedThroughARestart(t *testing.T) {
 // A device that comes back with a good copy makes one too many: one goes, after a
 // while, and never the last that can be read.
 func TestACopyTooManyIsDroppedAfterAWhile(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 8)
 	f := w.putCoded(t, "back", 30_000, api.Code{Data: 4, Parity: 2})
@@ -350,7 +366,7 @@ func TestACopyTooManyIsDroppedAfterAWhile(t *testing.T) {
 		}
 		return n
 	}
-	time.Sleep(10 * testRepair.every)
+	w.looks(t)
 	if n := count(); n != 2 {
 		t.Fatalf("%d devices have the shard right after it came back", n)
 	}
@@ -386,6 +402,7 @@ func TestACopyTooManyIsDroppedAfterAWhile(t *testing.T) {
 // Shards that do not fit together, though each is what its id says, make something
 // that is never placed; where another choice makes the right thing, it is.
 func TestAWrongRebuiltShardIsNeverPlaced(t *testing.T) {
+	t.Parallel()
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 9)
 	code := api.Code{Data: 2, Parity: 3}
@@ -448,6 +465,7 @@ func (d *device) held() map[string][]byte {
 
 // Of two coordinators one has the lease.
 func TestALeaseIsOneCoordinators(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	other := &repairs{leases: w.repairs.leases, now: w.time, self: "other", log: w.repairs.log}
@@ -470,6 +488,7 @@ func TestALeaseIsOneCoordinators(t *testing.T) {
 // An order to drop that a crash came before is made, unless the device has the chunk
 // again.
 func TestAnIntendedDropIsMadeAfterACrash(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	ctx := testContext(t)
@@ -496,6 +515,7 @@ func TestAnIntendedDropIsMadeAfterACrash(t *testing.T) {
 
 // How many copies are wanted is kept; of an old record it is as many as there were.
 func TestTheRecordKnowsHowManyCopiesAreWanted(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 4)
 	data := someBytes(700)
@@ -530,6 +550,7 @@ func TestTheRecordKnowsHowManyCopiesAreWanted(t *testing.T) {
 
 // A device with the last copies is not sent away unless somebody says so.
 func TestTheLastCopiesAreNotSentAwayUnasked(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 3)
 	o := w.putFile(t, "only", someBytes(300), 1)

@@ -39,6 +39,7 @@ func (w *world) putOne(t *testing.T, replicas int) (id string) {
 // A device that refuses because of a limit is asked once, and then not before the
 // time that it named. No score hears of it.
 func TestADeviceThatRefusesForAWhileIsLeftAloneUntilThen(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	w.freeze()
 	limited := w.enrolled(t)
@@ -74,6 +75,7 @@ func TestADeviceThatRefusesForAWhileIsLeftAloneUntilThen(t *testing.T) {
 // A heartbeat says it before anybody asks, and the next one that it is over.
 // Meanwhile the device is challenged as ever.
 func TestAHeartbeatSaysThatADeviceRests(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	id := w.putOne(t, 1)
@@ -113,6 +115,7 @@ func TestAHeartbeatSaysThatADeviceRests(t *testing.T) {
 }
 
 func TestReadsGoToThoseThatDoNotRest(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	devices := w.devices(t, 2)
 	id := w.putOne(t, 2)
@@ -140,6 +143,7 @@ func TestReadsGoToThoseThatDoNotRest(t *testing.T) {
 // Disks that are too slow for some seconds are waited for, where no other is left,
 // but not for ever.
 func TestABusyDeviceIsWaitedForWhereThereIsNoOther(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d := w.device(t)
 	var seconds atomic.Int64

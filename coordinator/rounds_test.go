@@ -234,6 +234,55 @@ func TestABadAnswerIsFollowedUpWithinMinutesAndBounded(t *testing.T) {
 	}
 }
 
+// Who is new, or has been caught, is asked twice as much and twice as often; many
+// new chunks bring the next time nearer, and never put it off.
+func TestNewDoubtedAndGrowingDevicesAreAskedMore(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	d := w.enrolled(t)
+	r := planned(w)
+	if got := r.haste(d.id); got != 2 {
+		t.Errorf("a new device is asked %v times as much", got)
+	}
+	w.advance(newFor + time.Hour)
+	if got := r.haste(d.id); got != 1 {
+		t.Errorf("after a week %v times as much", got)
+	}
+	_, err := w.audits.count(testContext(t), api.Audit{ID: "one", Kind: api.StorageAudit, Device: d.id, Outcome: api.AuditWrong})
+	must(t, err)
+	if got := r.haste(d.id); got != 2 {
+		t.Errorf("after a lie %v times as much", got)
+	}
+	now := epoch
+	sim, _ := simRounds(testenv.Seed(t), &now)
+	sim.exp = func() float64 { return 1 }
+	var tn turn
+	sim.next(&tn, false, 99, 1)
+	if want := now.Add(usualPlan.Interval / 2); !tn.Next.Equal(want) || tn.Credit != float64(usualPlan.Leaves*leafOnLine) {
+		t.Errorf("one that holds something for the first time is asked at %s, for %v bytes", tn.Next, tn.Credit)
+	}
+	tn.Next = now.Add(usualPlan.Interval)
+	if sim.due(tn, true, 132) || !sim.due(tn, true, 133) {
+		t.Error("it is not a third more chunks that are many")
+	}
+	if ask, _ := sim.next(&tn, true, 133, 1); ask || !tn.Next.Equal(now.Add(usualPlan.Interval/2)) || tn.Chunks != 133 {
+		t.Errorf("with a third more chunks it is asked at %s", tn.Next)
+	}
+	tn.Next = now.Add(time.Minute)
+	if sim.next(&tn, true, 200, 1); !tn.Next.Equal(now.Add(time.Minute)) {
+		t.Errorf("with more chunks the next time was put off to %s", tn.Next)
+	}
+	// Twice as much in the same time.
+	portion := func(haste float64) int {
+		v := turn{Next: now, At: now.Add(-8 * time.Hour), Chunks: 99}
+		_, n := sim.next(&v, true, 99, haste)
+		return n
+	}
+	if a, b := portion(1), portion(2); a != usualPlan.Leaves/3 || b != 2*a {
+		t.Errorf("after a third of a day %d leaves, and %d in haste", a, b)
+	}
+}
+
 // planned is the rounds of a coordinator that makes none by itself, with the usual plan.
 func planned(w *world) *rounds {
 	r := newRounds(w.audits, usualPlan, w.log)
@@ -242,6 +291,7 @@ func planned(w *world) *rounds {
 }
 
 func TestAnUnansweredChallengeComesAgainAsItWas(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, chunks := auditScene(t, w)
@@ -278,6 +328,7 @@ func TestAnUnansweredChallengeComesAgainAsItWas(t *testing.T) {
 }
 
 func TestOnlyDevicesThatAreThereAreChallenged(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, away, _ := auditScene(t, w)
@@ -316,6 +367,7 @@ func TestOnlyDevicesThatAreThereAreChallenged(t *testing.T) {
 
 // Who takes a turn moves it on: of several coordinators, one asks.
 func TestCoordinatorsShareTheTurns(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d := w.device(t)
@@ -362,6 +414,7 @@ func TestCoordinatorsShareTheTurns(t *testing.T) {
 // A coordinator that dies between record and score finishes what it began; one
 // that dies before the record has asked for nothing.
 func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, _ := auditScene(t, w)
@@ -386,6 +439,7 @@ func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
 }
 
 func TestRoundsEndWithTheCoordinator(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d, _, _ := auditScene(t, w)
 	r := newRounds(w.audits, AuditPlan{Leaves: 90, Interval: time.Second}, w.log)

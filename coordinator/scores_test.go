@@ -165,6 +165,7 @@ func TestTheLastHundredPenaltiesAreKept(t *testing.T) {
 }
 
 func TestTrustFollowsFromWhatADeviceDid(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	d, _, _ := auditScene(t, w)
 	if w.audits.trust(d.id) != 1 || w.audits.distrusted(d.id) || w.audits.trust("nobody") != 1 {
@@ -190,6 +191,7 @@ func TestTrustFollowsFromWhatADeviceDid(t *testing.T) {
 }
 
 func TestAConfessionCountsOnceAndHasARecord(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, chunks := auditScene(t, w)

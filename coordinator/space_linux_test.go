@@ -30,6 +30,7 @@ func smallDisk(t *testing.T, size string) string {
 }
 
 func TestACoordinatorStartsOnASmallDiskAndAgainOnAFullerOne(t *testing.T) {
+	t.Parallel()
 	dir := smallDisk(t, "128m")
 	state := filepath.Join(dir, "state")
 	ctx := testContext(t)

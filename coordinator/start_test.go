@@ -47,6 +47,7 @@ func taken(t *testing.T) string {
 }
 
 func TestFaultsAtTheStartAreOneSentence(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	open(t, dir).Close() // keys and state of a first start
 	file := filepath.Join(t.TempDir(), "file")
@@ -86,6 +87,7 @@ func TestFaultsAtTheStartAreOneSentence(t *testing.T) {
 }
 
 func TestDamagedKeysAreRefusedAndNeverReplaced(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	open(t, dir).Close()
 	other, err := openAuthority(t.TempDir())
@@ -147,6 +149,7 @@ func TestAnOrderKeyOfAnotherKindIsRefused(t *testing.T) {
 }
 
 func TestTheOperatorsContextLastsAndIsPrivate(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	w := open(t, dir)
 	path := filepath.Join(dir, ContextFile)
@@ -196,13 +199,7 @@ func ours() []string {
 }
 
 func TestCloseLeavesNothingBehind(t *testing.T) {
-	shared.Lock()
-	if shared.w != nil { // its goroutines could not be told apart
-		shared.w.Close()
-		os.RemoveAll(shared.w.dir)
-		shared.w = nil
-	}
-	shared.Unlock()
+	closeShared() // their goroutines could not be told apart
 	before := len(ours())
 	dir := t.TempDir()
 	w := open(t, dir)

@@ -21,6 +21,7 @@ func (w *world) statusNow(t testing.TB) api.Status {
 }
 
 func TestStatusIsOneLookAtTheFleet(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	w.cfg.Version = "1.2.3"
@@ -68,6 +69,7 @@ func TestStatusIsOneLookAtTheFleet(t *testing.T) {
 }
 
 func TestStatusNamesWhatNeedsAttention(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	codes := func() (out []string) {

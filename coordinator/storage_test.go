@@ -42,6 +42,7 @@ func (w *world) chunkRecord(t testing.TB, id string) chunkRecord {
 }
 
 func TestPlacementIsOnDistinctDevicesThatSignedForIt(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 3)
 	data := someBytes(100_000)
@@ -78,6 +79,7 @@ func TestPlacementIsOnDistinctDevicesThatSignedForIt(t *testing.T) {
 }
 
 func TestTooFewDevicesIsSaidSo(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	small := w.enrolled(t)
@@ -99,6 +101,7 @@ func TestTooFewDevicesIsSaidSo(t *testing.T) {
 }
 
 func TestAnotherDeviceTakesOverFromOneThatFails(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	for name, odd := range map[string]func(o wire.Order) *reply{
 		"no space": func(wire.Order) *reply { return failed(wire.CodeNoSpace) },
@@ -135,6 +138,7 @@ func TestAnotherDeviceTakesOverFromOneThatFails(t *testing.T) {
 }
 
 func TestTheSameFileTwiceIsStoredOnce(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 4)
 	data := someBytes(300_000)
@@ -166,6 +170,7 @@ func TestTheSameFileTwiceIsStoredOnce(t *testing.T) {
 }
 
 func TestReadingTriesTheNextHolder(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	for name, c := range map[string]struct {
 		odd  func(d *device, o wire.Order) *reply
@@ -214,6 +219,7 @@ func TestReadingTriesTheNextHolder(t *testing.T) {
 }
 
 func TestASilentHolderIsPassedOver(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 2)
 	data := someBytes(1000)
@@ -237,6 +243,7 @@ func TestASilentHolderIsPassedOver(t *testing.T) {
 
 // Two different readers of one chunk use the same name on the data plane.
 func TestReadersOfOneChunkDoNotDisturbEachOther(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	devices := w.devices(t, 2)
 	data := someBytes(50_000)
@@ -265,6 +272,7 @@ func TestReadersOfOneChunkDoNotDisturbEachOther(t *testing.T) {
 }
 
 func TestRemovingDropsOnlyWhatNobodyElseNeeds(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	devices := w.devices(t, 2)
@@ -315,6 +323,7 @@ func TestRemovingDropsOnlyWhatNobodyElseNeeds(t *testing.T) {
 // A store order must never reach a device that has still to drop the same
 // chunk: the drop could come last.
 func TestPuttingAgainWhileADropIsPendingLosesNothing(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	slow := w.enrolled(t)
@@ -358,6 +367,7 @@ func TestPuttingAgainWhileADropIsPendingLosesNothing(t *testing.T) {
 
 // The same as a race, without anybody holding anything up.
 func TestPutAndRemoveInARowNeverLose(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	devices := w.devices(t, 3)
@@ -382,6 +392,7 @@ func TestPutAndRemoveInARowNeverLose(t *testing.T) {
 
 // A placement in the middle of a removal waits until the removal's orders are out.
 func TestNoPlacementBetweenRemovalAndItsDropOrder(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	w.devices(t, 2)
 	data := someBytes(1000)
@@ -405,6 +416,7 @@ func TestNoPlacementBetweenRemovalAndItsDropOrder(t *testing.T) {
 }
 
 func TestAnyNameWorks(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	w.devices(t, 2)
@@ -436,6 +448,7 @@ func TestAnyNameWorks(t *testing.T) {
 }
 
 func TestATakenNameIsNotGivenAway(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	w.devices(t, 2)
@@ -472,6 +485,7 @@ func TestATakenNameIsNotGivenAway(t *testing.T) {
 }
 
 func TestObjectsThatAreNotWhatTheySayAreRefused(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	w.devices(t, 2)
@@ -543,6 +557,7 @@ func TestPlacementFollowsFreeSpace(t *testing.T) {
 
 // What is left of uploads that were given up goes, a day later.
 func TestOrphansAreDropped(t *testing.T) {
+	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
 	devices := w.devices(t, 2)
@@ -591,6 +606,7 @@ func TestOrphansAreDropped(t *testing.T) {
 }
 
 func TestAnObjectThatIsNotMadeClaimsNothing(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	w.devices(t, 2)
@@ -615,6 +631,7 @@ func TestAnObjectThatIsNotMadeClaimsNothing(t *testing.T) {
 
 // Who asked for a placement may be gone when the receipt comes.
 func TestALateReceiptIsKept(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	d := w.device(t)
 	stored, release := make(chan struct{}), make(chan struct{})
@@ -644,6 +661,7 @@ func TestALateReceiptIsKept(t *testing.T) {
 }
 
 func TestAFileComesBackWhole(t *testing.T) {
+	t.Parallel()
 	w := aWorld(t)
 	ctx := testContext(t)
 	devices := w.devices(t, 3)

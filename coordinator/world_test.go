@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -33,8 +34,9 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// patience is how long tests wait for what must come. It is no measurement.
-const patience = 30 * time.Second
+// patience is how long tests wait for what must come, on a machine that has much
+// else to do. It is no measurement.
+const patience = 2 * time.Minute
 
 // world is a running coordinator with its operator.
 type world struct {
@@ -132,31 +134,55 @@ func ownWorld(t testing.TB) *world {
 	return w
 }
 
+// shared are coordinators that tests have one after the other.
 var shared struct {
 	sync.Mutex
-	w *world
+	idle []*world
 }
 
-// aWorld is a coordinator that tests share, one after the other. Each brings
-// its own devices, which are gone when it ends.
+// aWorld is a coordinator that no other test has at the same time, and others had
+// before and will have after. Each brings its own devices, which are gone when it ends.
 func aWorld(t testing.TB) *world {
 	t.Helper()
 	shared.Lock()
-	defer shared.Unlock()
-	if shared.w == nil {
+	var w *world
+	if n := len(shared.idle); n > 0 {
+		w, shared.idle = shared.idle[n-1], shared.idle[:n-1]
+	}
+	shared.Unlock()
+	if w == nil {
 		dir, err := os.MkdirTemp("", "coordinator")
 		must(t, err)
-		shared.w = open(t, dir)
+		w = open(t, dir)
 	}
-	return shared.w
+	t.Cleanup(func() {
+		shared.Lock()
+		defer shared.Unlock()
+		shared.idle = append(shared.idle, w)
+	})
+	return w
 }
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if shared.w != nil {
-		shared.w.Close()
-		os.RemoveAll(shared.w.dir)
+// closeShared ends the coordinators that no test has now.
+func closeShared() {
+	shared.Lock()
+	defer shared.Unlock()
+	for _, w := range shared.idle {
+		w.Close()
+		os.RemoveAll(w.dir)
 	}
+	shared.idle = nil
+}
+
+// besides is how many tests run at the same time: most of what they do is to wait.
+const besides = "4"
+
+func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", besides); err != nil { // -parallel is read later, and goes before
+		panic(err)
+	}
+	code := m.Run()
+	closeShared()
 	os.Exit(code)
 }
 
