@@ -1,11 +1,12 @@
-// Command bench measures the line between coordinator and devices, and prints a
-// table: what, ours, the baseline in the same run, and their ratio. "make bench"
+// Command bench measures the line between coordinator and devices, and storage, and
+// prints a table: what, ours, the baseline in the same run, and their ratio. "make bench"
 // runs it.
 //
 // Ours is the real coordinator as a process of its own, and in this process as
 // many simulated devices as asked for (see agent.Simulation). The baseline is
 // in bare.go. For what a device spends while idle it is a real agent, and the
-// baseline its budget or the bare databases (steady.go). Both share the processors that there are; nothing else should run.
+// baseline its budget or the bare databases (steady.go). Storage is measured beside
+// plain files (storage.go). Both share the processors that there are; nothing else should run.
 package main
 
 import (
@@ -45,13 +46,15 @@ var (
 	idleFor   = flag.Duration("idle", 2*time.Minute, "how long a device of the image is left alone")
 	image     = flag.String("image", "", "disk image of a device, for the rows on it; the one below -bin if not given")
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
+
+	storageOnly = flag.Bool("storage-only", false, "the rows on storage alone")
 )
 
 const (
 	rateDevices   = 64 // for the row on the rate of orders
 	latencyOrders = 500
 	connectAtOnce = 32
-	limit         = 15 * time.Minute // for everything, but the time that a device of the image is left alone
+	limit         = 25 * time.Minute // for everything, but the time that a device of the image is left alone
 )
 
 func main() {
@@ -80,6 +83,9 @@ func run(ctx context.Context, t *table) error {
 	if *imageOnly {
 		return imageRows(ctx, t)
 	}
+	if *storageOnly {
+		return storageRows(ctx, t)
+	}
 	sealing(t)
 	known, err := knowing(ctx)
 	if err != nil {
@@ -96,6 +102,9 @@ func run(ctx context.Context, t *table) error {
 	}
 	t.row("idle agent, of a core (databases)", "%", idle, bases, "%.3f")
 	if err := imageRows(ctx, t); err != nil {
+		return err
+	}
+	if err := storageRows(ctx, t); err != nil {
 		return err
 	}
 	bare, err := measure(ctx, newBareSide)
@@ -122,16 +131,61 @@ type table struct {
 	over []string // what is over its limit
 }
 
-func (*table) head() { fmt.Printf("%-36s %12s %12s %8s\n", "what", "ours", "baseline", "ratio") }
+func (*table) head() { fmt.Printf("%-40s %12s %12s %8s\n", "what", "ours", "baseline", "ratio") }
 
 func (*table) row(what, unit string, ours, base float64, format string) {
 	f := func(v float64) string { return fmt.Sprintf(format, v) + " " + unit }
-	fmt.Printf("%-36s %12s %12s %8.2f\n", what, f(ours), f(base), ours/base)
+	fmt.Printf("%-40s %12s %12s %8.2f\n", what, f(ours), f(base), ours/base)
+}
+
+// paired is a row of several rounds: the medians of both, the median of the rounds'
+// ratios, and in brackets the least and the most of those.
+func (*table) paired(what, unit string, rounds []pair, format string) {
+	var ours, base, ratio []float64
+	for _, r := range rounds {
+		ours, base, ratio = append(ours, r.ours), append(base, r.base), append(ratio, r.ours/r.base)
+	}
+	f := func(v []float64) string { return fmt.Sprintf(format, median(v)) + " " + unit }
+	fmt.Printf("%-40s %12s %12s %8.2f (%.2f to %.2f)\n", what, f(ours), f(base), median(ratio), slices.Min(ratio), slices.Max(ratio))
+}
+
+// pair is one round of ours and of the baseline.
+type pair struct{ ours, base float64 }
+
+// interleave measures both in turn, so that whatever else the machine does meets
+// both; the one that begins changes. A round before the first is not counted.
+func interleave(rounds int, ours, base func() (float64, error)) (all []pair, err error) {
+	for i := range rounds + 1 {
+		var p pair
+		turns := []struct {
+			measure func() (float64, error)
+			into    *float64
+		}{{ours, &p.ours}, {base, &p.base}}
+		if i%2 == 1 {
+			slices.Reverse(turns)
+		}
+		for _, turn := range turns {
+			runtime.GC() // nobody pays for the garbage of another
+			if *turn.into, err = turn.measure(); err != nil {
+				return nil, err
+			}
+		}
+		if i > 0 {
+			all = append(all, p)
+		}
+	}
+	return all, nil
+}
+
+// median is the middle one, or what is half way between the middle two.
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
 // only is a row without a baseline.
 func (*table) only(what, unit string, ours float64, format string) {
-	fmt.Printf("%-36s %12s %12s\n", what, fmt.Sprintf(format, ours)+" "+unit, "none")
+	fmt.Printf("%-40s %12s %12s\n", what, fmt.Sprintf(format, ours)+" "+unit, "none")
 }
 
 // limit is a row with a baseline that must not be passed.
@@ -298,13 +352,17 @@ func ownMemory() float64 {
 }
 
 // memoryOf is a process's resident memory, in bytes; 0 if it cannot be read.
-func memoryOf(pid int) float64 {
+func memoryOf(pid int) float64 { return statusOf(pid, "VmRSS") }
+
+// statusOf is a line of proc_pid_status(5) that is in kB, in bytes; 0 if it cannot
+// be read.
+func statusOf(pid int, name string) float64 {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0
 	}
 	for line := range strings.Lines(string(raw)) {
-		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == name+":" {
 			kb, _ := strconv.ParseFloat(f[1], 64)
 			return kb * 1024
 		}
@@ -350,7 +408,8 @@ func (c *child) kill() error {
 type ourSide struct {
 	dir         string
 	https, mqtt string
-	advertise   string // to devices; "" for where they found it
+	advertise   string        // to devices; "" for where they found it
+	beat        time.Duration // of devices; 0: the default
 	serve       *child
 	client      *api.Client
 	state       atomic.Pointer[agent.SimState]
@@ -376,6 +435,9 @@ func (s *ourSide) start(context.Context) error {
 	if s.advertise != "" {
 		args = append(args, "--advertise", s.advertise)
 	}
+	if s.beat > 0 {
+		args = append(args, "--beat", s.beat.String())
+	}
 	var err error
 	if s.serve, err = startChild(filepath.Join(*bin, "deimos"), args...); err != nil {
 		return err
@@ -396,6 +458,28 @@ func (s *ourSide) start(context.Context) error {
 	}
 	s.client, err = api.NewClient(c)
 	return err
+}
+
+// startAgent starts a real agent with a folder for its state, and returns when it
+// is online.
+func (s *ourSide) startAgent(ctx context.Context, state string, more ...string) (*child, error) {
+	tok, err := s.client.CreateToken(ctx, api.TokenRequest{Uses: 1, ValidSeconds: 3600})
+	if err != nil {
+		return nil, err
+	}
+	args := append([]string{"run", "--state", state, "--coordinator", "https://" + s.https, "--token", tok.Token, "--log-level", "error"}, more...)
+	device, err := startChild(filepath.Join(*bin, "deimos-agent"), args...)
+	if err != nil {
+		return nil, err
+	}
+	go func() { _, _ = io.Copy(io.Discard, device.out) }() // until it ends
+	if err := until(ctx, func() bool {
+		st, err := agent.ReadStatus(state)
+		return err == nil && st.Machine != nil && st.Machine.Online
+	}); err != nil {
+		return nil, errors.Join(fmt.Errorf("the agent did not come online: %w", err), device.kill())
+	}
+	return device, nil
 }
 
 func (s *ourSide) connect(ctx context.Context, n int) error {

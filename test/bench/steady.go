@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,8 +14,6 @@ import (
 
 	badger "github.com/dgraph-io/badger/v4"
 
-	"github.com/deimos-edge/deimos/agent"
-	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/hw"
 )
 
@@ -107,24 +104,11 @@ func steady(ctx context.Context) (percent float64, err error) {
 		return 0, err
 	}
 	defer s.close()
-	tok, err := s.client.CreateToken(ctx, api.TokenRequest{Uses: 1, ValidSeconds: 3600})
-	if err != nil {
-		return 0, err
-	}
-	program, state := filepath.Join(*bin, "deimos-agent"), filepath.Join(dir, "agent")
-	device, err := startChild(program, "run", "--state", state, "--coordinator", "https://"+s.https, "--token", tok.Token, "--log-level", "error")
+	device, err := s.startAgent(ctx, filepath.Join(dir, "agent"))
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, device.kill()) }()
-	go func() { _, _ = io.Copy(io.Discard, device.out) }() // until it ends
-
-	if err := until(ctx, func() bool {
-		st, err := agent.ReadStatus(state)
-		return err == nil && st.Machine != nil && st.Machine.Online
-	}); err != nil {
-		return 0, fmt.Errorf("the agent did not come online: %w", err)
-	}
 	if err := rest(ctx, steadySettle); err != nil {
 		return 0, err
 	}
@@ -136,7 +120,7 @@ func steady(ctx context.Context) (percent float64, err error) {
 	if before == 0 || after < before {
 		return 0, errors.New("the agent has ended")
 	}
-	probe, err := probeCost(ctx, program)
+	probe, err := probeCost(ctx, filepath.Join(*bin, "deimos-agent"))
 	return 100 * (float64(after-before)/float64(passed) + float64(probe)/float64(probeEvery)), err
 }
 
