@@ -6,7 +6,7 @@
 // (scripts/setup), so there, with CI set, the test fails: one that is silently left
 // out for ever protects nothing.
 //
-// Only tests import it.
+// Only tests import it, and what is below test, where the programs are tests, too.
 package testenv
 
 import (
@@ -53,13 +53,25 @@ func Root(t testing.TB, why string) {
 // It is in the test's log.
 func Seed(t testing.TB) uint64 {
 	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatalf("DEIMOS_TEST_SEED is no number: %v", err)
-		}
+	seed, err := ProgramSeed()
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
+	t.Logf("%s=%d", seedEnv, seed)
 	return seed
+}
+
+const seedEnv = "DEIMOS_TEST_SEED"
+
+// ProgramSeed is [Seed] for a program, which has to say itself which it is.
+func ProgramSeed() (uint64, error) {
+	s := os.Getenv(seedEnv)
+	if s == "" {
+		return rand.Uint64(), nil
+	}
+	seed, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s is no number: %w", seedEnv, err)
+	}
+	return seed, nil
 }

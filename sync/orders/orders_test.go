@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/orders"
 	"github.com/deimos-edge/deimos/sync/store"
@@ -100,9 +101,8 @@ func mustFail(t *testing.T, err error, state wire.State, code string) {
 }
 
 func someChunk(t *testing.T, size int) (chunk.ID, []byte) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	t.Helper()
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), uint64(size)))
 	data := make([]byte, size)
 	for i := range data {
 		data[i] = byte(rng.Uint32())

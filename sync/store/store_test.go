@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -49,12 +48,8 @@ func TestMain(m *testing.M) {
 
 // random returns a source whose seed is printed if the test fails, and can be given.
 func random(t testing.TB) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
-		seed = s
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	t.Helper()
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 func someChunk(rng *rand.Rand, size int) (chunk.ID, []byte) {

@@ -66,11 +66,11 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
@@ -90,6 +90,11 @@ func main() {
 		fmt.Fprintln(os.Stderr, "powercut:", err)
 		os.Exit(1)
 	}
+	seed, err := testenv.ProgramSeed()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "powercut:", err)
+		os.Exit(1)
+	}
 	o := options{}
 	o.log = func(format string, args ...any) { fmt.Printf("       "+format+"\n", args...) }
 	replay := flag.String("replay", "", "folder of a recording to replay")
@@ -97,7 +102,7 @@ func main() {
 	flag.StringVar(&o.bin, "bin", "bin", "folder of our programs")
 	flag.StringVar(&o.image, "image", "", "image of the disk; default: that of bin/image of the version that make builds")
 	flag.StringVar(&o.firmware, "firmware", "", "newer firmware to install; default: that of bin/qemu-test of the version after it; \"none\" for none")
-	flag.Uint64Var(&o.seed, "seed", seed(), "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
+	flag.Uint64Var(&o.seed, "seed", seed, "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
 	flag.IntVar(&o.points, "points", 6000, "how many cuts")
 	flag.IntVar(&o.boots, "boots", 10, "how many of them to boot")
 	flag.IntVar(&o.rounds, "rounds", 4, "how much work to record")
@@ -141,14 +146,6 @@ func (o *options) built() error {
 		o.firmware = ""
 	}
 	return nil
-}
-
-// seed is that of DEIMOS_TEST_SEED, or a new one.
-func seed() uint64 {
-	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
-		return s
-	}
-	return rand.Uint64() >> 32
 }
 
 func run(ctx context.Context, o options) (err error) {

@@ -51,15 +51,14 @@ import (
 	"flag"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"os/signal"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/test/powercut/blocks"
 )
 
@@ -78,9 +77,14 @@ func main() {
 	keep := flag.String("keep", "", "be the store in this folder, for storecrash itself")
 	socket := flag.String("socket", "", "with -keep: where to listen")
 	replay := flag.String("replay", "", "folder of a recording to replay")
+	seed, err := testenv.ProgramSeed()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "storecrash:", err)
+		os.Exit(1)
+	}
 	var o options
 	flag.StringVar(&o.dir, "record", "", "empty or new folder for the recording; default: one that is removed if all is well")
-	flag.Uint64Var(&o.seed, "seed", seed(), "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
+	flag.Uint64Var(&o.seed, "seed", seed, "seed of everything by chance; default: DEIMOS_TEST_SEED, or a new one")
 	flag.IntVar(&o.points, "points", 10_000, "how many cuts")
 	flag.IntVar(&o.rounds, "rounds", 6, "how long a life to record")
 	flag.StringVar(&o.only, "cut", "", "only this cut, AT:SEED")
@@ -90,7 +94,6 @@ func main() {
 	if *replay != "" {
 		o.replay, o.dir = true, *replay
 	}
-	var err error
 	if *keep != "" {
 		err = serveStore(*socket, *keep)
 	} else if err = blocks.Alone(); err == nil {
@@ -102,14 +105,6 @@ func main() {
 		fmt.Fprintln(os.Stderr, "storecrash:", err)
 		os.Exit(1)
 	}
-}
-
-// seed is that of DEIMOS_TEST_SEED, or a new one.
-func seed() uint64 {
-	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
-		return s
-	}
-	return rand.Uint64() >> 32
 }
 
 func run(ctx context.Context, o options) (err error) {

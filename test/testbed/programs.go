@@ -27,6 +27,7 @@ import (
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 const (
@@ -174,15 +175,7 @@ func Descendants(root int) (out []int) {
 // Seeded is a random source whose seed is in the test's log.
 func Seeded(t *testing.T) *rand.Rand {
 	t.Helper()
-	seed := rand.Uint64()
-	if s := os.Getenv("DEIMOS_TEST_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatalf("DEIMOS_TEST_SEED is no number: %v", err)
-		}
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 // RandomBytes are n bytes of any value.

@@ -10,10 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/deimos-edge/deimos/internal/testenv"
 )
@@ -358,12 +356,7 @@ func (c *cut) WriteAt(p []byte, at int64) (int, error) {
 // no content, comes to the same end when it is cut and begun again, and leaves
 // what fsck.vfat calls whole unless it says otherwise.
 func TestAnyDamage(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	if s, err := strconv.ParseUint(os.Getenv("DEIMOS_TEST_SEED"), 10, 64); err == nil {
-		seed = s
-	}
-	t.Logf("DEIMOS_TEST_SEED=%d", seed)
-	r := rand.New(rand.NewPCG(seed, 0))
+	r := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	e := newESP(t)
 	e.put(trial+".tmp", 40_000)
 	e.put("deimos_0.3.0+2-1.efi", 1000)
