@@ -24,6 +24,7 @@ type Status struct {
 	ClaimCode   string        `json:"claim_code,omitempty"` // of a device that waits
 	Until       *time.Time    `json:"certificate_until,omitempty"`
 	Machine     *Feeling      `json:"machine,omitempty"` // absent before the first start
+	Line        *Line         `json:"line,omitempty"`    // absent before it was a member
 }
 
 // Feeling is how a device feels, as its agent last noted. It is noted whenever
@@ -149,6 +150,9 @@ func ReadStatus(stateDir string) (Status, error) {
 	}
 	s := Status{Device: id.ID, Standing: New, Running: locked(filepath.Join(stateDir, lockFile))}
 	if s.Machine, err = readFeeling(stateDir); err != nil {
+		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
+	}
+	if s.Line, err = readLine(stateDir); err != nil {
 		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
 	}
 	if f := s.Machine; f != nil && !s.Running {

@@ -37,7 +37,13 @@ func TestStatusTellsHowADeviceStands(t *testing.T) {
 	if err := m.save(dir); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(state, trafficFile), []byte(`{"month":"2026-11","bytes":7,"ahead":0,"limits":{"hours":"22:00-06:00"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	s, err := ReadStatus(state)
+	if s.Line == nil || s.Line.Bytes != 7 || s.Line.Limits.Hours.String() != "22:00-06:00" || s.Line.Left != nil {
+		t.Errorf("its line: %+v", s.Line)
+	}
 	if err != nil || s.Standing != Member || s.Coordinator != "https://c:2" || s.ClaimCode != "" || s.Until == nil || !s.Until.Equal(m.ends()) {
 		t.Errorf("as a member: %+v %v", s, err)
 	}

@@ -8,11 +8,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -26,10 +25,10 @@ import (
 // alone. Rates and hours are of bulk: chunks that come in and go out, and by rate
 // the modules of jobs. Orders, reports, proofs and updates are small or cannot wait.
 type TransferConfig struct {
-	Down    int64 `toml:"max_down_bytes_per_second"` // 0: no limit
-	Up      int64 `toml:"max_up_bytes_per_second"`   // 0: no limit
-	Monthly int64 `toml:"monthly_bytes"`             // in and out, of everything; 0: no limit
-	Hours   Hours `toml:"hours"`                     // of bulk
+	Down    int64 `toml:"max_down_bytes_per_second" json:"max_down_bytes_per_second"` // 0: no limit
+	Up      int64 `toml:"max_up_bytes_per_second" json:"max_up_bytes_per_second"`     // 0: no limit
+	Monthly int64 `toml:"monthly_bytes" json:"monthly_bytes"`                         // in and out, of everything; 0: no limit
+	Hours   Hours `toml:"hours" json:"hours"`                                         // of bulk
 }
 
 // leastMonthly is what a month's volume must be at least: a few chunks.
@@ -74,6 +73,9 @@ func (h *Hours) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// MarshalText is what UnmarshalText reads.
+func (h Hours) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
+
 func (h Hours) String() string {
 	if h == (Hours{}) {
 		return ""
@@ -116,6 +118,7 @@ type traffic struct {
 
 	mu       sync.Mutex
 	limits   TransferConfig
+	noted    TransferConfig // that the file speaks of
 	now      month
 	covered  int64 // bytes up to which the file speaks
 	reserved int64 // of chunks under way
@@ -123,7 +126,34 @@ type traffic struct {
 	due      chan struct{}
 }
 
-// month is what traffic.json holds.
+// Line is what was moved this month, and what may be: traffic.json.
+type Line struct {
+	month
+	Limits TransferConfig `json:"limits"`         // in force, of owner and fleet
+	Left   *int64         `json:"left,omitempty"` // of the month's volume, at least; not in the file
+}
+
+// readLine returns nil without error if nothing was noted yet, or what was is damaged.
+func readLine(stateDir string) (*Line, error) {
+	raw, err := os.ReadFile(filepath.Join(stateDir, trafficFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var l Line
+	if json.Unmarshal(raw, &l) != nil {
+		return nil, nil
+	}
+	if most := l.Limits.Monthly; most > 0 {
+		left := max(0, most-l.Bytes-l.Ahead)
+		l.Left = &left
+	}
+	return &l, nil
+}
+
+// month is how much was moved in one.
 type month struct {
 	Month string `json:"month"` // such as 2026-11; empty before the time was known
 	Bytes int64  `json:"bytes"` // in and out
@@ -152,6 +182,10 @@ func openTraffic(path string, clock *Clock, log *slog.Logger) (*traffic, error) 
 	}
 	t.now.Bytes, t.now.Ahead = t.now.Bytes+t.now.Ahead, 0
 	t.covered = t.now.Bytes
+	var said Line
+	if json.Unmarshal(raw, &said) == nil {
+		t.noted = said.Limits
+	}
 	return t, nil
 }
 
@@ -160,7 +194,9 @@ func (t *traffic) set(c TransferConfig) {
 	t.pace.Set(c.Up, c.Down)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.limits = c
+	if t.limits = c; c != t.noted {
+		t.nudge() // for deimos-agent status
+	}
 }
 
 // counted is conn with all that it moves counted.
@@ -240,12 +276,12 @@ func (t *traffic) keep(stop <-chan struct{}) {
 
 func (t *traffic) save(last bool) {
 	t.mu.Lock()
-	m := t.now
+	m, limits := t.now, t.limits
 	if !last {
 		m.Ahead = t.step()
 	}
 	t.mu.Unlock()
-	raw, err := json.Marshal(m)
+	raw, err := json.Marshal(Line{month: m, Limits: limits})
 	if err == nil {
 		err = durable.WriteFile(t.path, raw, 0o600)
 	}
@@ -254,7 +290,7 @@ func (t *traffic) save(last bool) {
 	if err != nil && !t.failing {
 		t.log.Error("this month's traffic cannot be noted; after a power cut it is counted too low", "error", err)
 	}
-	t.failing = err != nil
+	t.failing, t.noted = err != nil, limits
 	if m.Month == t.now.Month {
 		t.covered = m.Bytes + m.Ahead // also if it failed, or it would be tried with every byte
 	}
@@ -324,15 +360,4 @@ func (t *traffic) inVolume(now time.Time, sure wire.Confidence) *wire.Problem {
 		after = time.Date(y, m+1, 1, 0, 0, 0, 0, t.zone).Sub(now)
 	}
 	return wire.RejectedUntil(after, wire.CodeMetered, "%d of the %d bytes that the owner of this device allows in a month are used up; ask again in %s", t.now.Bytes, most, after.Round(time.Minute))
-}
-
-// bulkMemory is what chunks under way may hold on this machine, in bytes: a 32nd
-// of its memory, within bounds.
-func bulkMemory() int64 {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return orders.LeastMemory
-	}
-	total := int64(info.Totalram) * int64(max(1, info.Unit))
-	return min(max(total/32, orders.LeastMemory), orders.DefaultMemory)
 }

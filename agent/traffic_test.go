@@ -335,6 +335,72 @@ func TestADamagedCountBeginsAnewAndAFolderThatIsFullIsSaidOnce(t *testing.T) {
 	}
 }
 
+// What deimos-agent status tells of the line is what is in force and was counted,
+// while the agent runs and afterwards.
+func TestTheLineIsToldAsItIs(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, trafficFile)
+	told := func() Line {
+		t.Helper()
+		l, err := readLine(dir)
+		if err != nil || l == nil {
+			t.Fatalf("%v, %v", l, err)
+		}
+		return *l
+	}
+	if l, err := readLine(dir); l != nil || err != nil {
+		t.Errorf("before anything was moved: %v, %v", l, err)
+	}
+	m := newMeter(t, path, someDay)
+	m.set(TransferConfig{})
+	if m.written() {
+		t.Error("written for nothing")
+	}
+	limits := TransferConfig{Down: 2_000_000, Up: 500_000, Monthly: 1 << 30, Hours: mustHours(t, "22:00-06:00")}
+	m.set(limits)
+	if !m.written() {
+		t.Fatal("new limits are not told")
+	}
+	m.moved(100 << 20)
+	m.written()
+	l := told()
+	if l.Limits != limits || l.Month != "2026-11" || l.Bytes != 100<<20 || l.Ahead != m.step() || l.Left == nil || *l.Left != 1<<30-100<<20-m.step() {
+		t.Errorf("while it runs: %+v, left %v", l, l.Left)
+	}
+	if m.set(limits); m.written() {
+		t.Error("the same limits are written again")
+	}
+	limits.Up = 0
+	m.set(limits)
+	m.moved(1)
+	m.save(true)
+	if l = told(); l.Limits != limits || l.Bytes != 100<<20+1 || l.Ahead != 0 || *l.Left != 1<<30-100<<20-1 {
+		t.Errorf("afterwards: %+v, left %d", l, *l.Left)
+	}
+	// The next start knows what it has told.
+	m = newMeter(t, path, someDay)
+	if m.set(limits); m.written() {
+		t.Error("after a start the same limits are written again")
+	}
+	m.moved(1 << 30)
+	m.save(true)
+	if l = told(); *l.Left != 0 {
+		t.Errorf("beyond the volume %d are left", *l.Left)
+	}
+	if m.set(TransferConfig{}); !m.written() {
+		t.Error("that there is no limit any more is not told")
+	}
+	if l = told(); l.Left != nil || l.Limits != (TransferConfig{}) {
+		t.Errorf("without limits: %+v", l)
+	}
+	if err := os.WriteFile(path, []byte(`{"month":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := readLine(dir); l != nil || err != nil {
+		t.Errorf("of a damaged file: %v, %v", l, err)
+	}
+}
+
 // An order that is refused does not wait behind others of its kind, and its report
 // says when to come back. What was begun before is left to its handler.
 func TestAnOrderIsRefusedAtArrival(t *testing.T) {

@@ -181,6 +181,10 @@ func writeStatus(w io.Writer, s agent.Status) error {
 			line(name, scrubLine(x))
 		}
 	}
+	if s.Line != nil {
+		line("moved", movedLine(*s.Line))
+		line("line", limitsLine(s.Line.Limits))
+	}
 	if err := t.Flush(); err != nil || m == nil {
 		return err
 	}
@@ -203,6 +207,41 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		}
 	}
 	return nil
+}
+
+// movedLine says what of the month's volume is used and left.
+func movedLine(l agent.Line) string {
+	s := cli.Bytes(l.Bytes)
+	if l.Left != nil {
+		s += " of " + cli.Bytes(l.Limits.Monthly)
+	}
+	if l.Month == "" {
+		s += ", in a month that is not known yet"
+	} else {
+		s += " in " + l.Month
+	}
+	if l.Ahead > 0 {
+		s += ", and up to " + cli.Bytes(l.Ahead) + " since this was noted"
+	}
+	if l.Left != nil {
+		s += "; " + cli.Bytes(*l.Left) + " left"
+	}
+	return s
+}
+
+// limitsLine says at which rate and when chunks are moved.
+func limitsLine(c agent.TransferConfig) string {
+	rate := func(n int64) string {
+		if n == 0 {
+			return "any rate"
+		}
+		return cli.Bytes(n) + "/s"
+	}
+	hours := c.Hours.String()
+	if hours == "" {
+		hours = "all day"
+	}
+	return fmt.Sprintf("%s down, %s up, %s", rate(c.Down), rate(c.Up), hours)
 }
 
 // scrubLine says how far the scrub of a volume is.

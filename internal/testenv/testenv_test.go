@@ -29,3 +29,18 @@ func TestWhatIsLackingFailsUnderCIAndIsLeftOutElsewhere(t *testing.T) {
 		}
 	}
 }
+
+func TestASeedIsTheOneThatIsGivenOrANewOne(t *testing.T) {
+	t.Setenv(seedEnv, "18446744073709551615")
+	if got := Seed(t); got != 1<<64-1 {
+		t.Errorf("given 2^64-1: %d", got)
+	}
+	t.Setenv(seedEnv, "")
+	if a, b := Seed(t), Seed(t); a == b {
+		t.Errorf("not given: %d twice", a)
+	}
+	t.Setenv(seedEnv, "0x7")
+	if got, err := ProgramSeed(); err == nil {
+		t.Errorf("given 0x7: %d", got)
+	}
+}
