@@ -105,10 +105,11 @@ func writeAudit(w io.Writer, a api.Audit) error {
 		row("expected", "%s", a.Expected)
 		row("got", "%s", a.Got)
 	}
-	for name, ids := range map[string][]string{"wrong": a.Wrong, "lost": a.Lost} {
-		for _, id := range ids {
-			row(name, "%s", id)
-		}
+	for _, id := range a.Wrong {
+		row("wrong", "%s", id)
+	}
+	for _, id := range a.Lost {
+		row("lost", "%s", id)
 	}
 	if a.Bytes > 0 {
 		row("on line", "%s", cli.Bytes(a.Bytes))
@@ -133,6 +134,9 @@ type auditListCmd struct {
 }
 
 func (a *auditListCmd) Run(ctx context.Context, all *commands) error {
+	if a.Limit < 1 || a.Limit > api.MaxAudits {
+		return &cli.Error{Code: cli.ExitUsage, Err: fmt.Errorf("a list has 1 to %d challenges", api.MaxAudits)}
+	}
 	c, err := all.client()
 	if err != nil {
 		return err
@@ -283,10 +287,11 @@ func readLimited(path string, limit int64) ([]byte, error) {
 func writeVerdict(w io.Writer, v coordinator.EvidenceVerdict) error {
 	fmt.Fprintf(w, "proved     %s: %s\ndevice     %s\norder      %s (%s)\norder key  %s\n",
 		v.Outcome, cell(v.Reason), v.Device, cell(v.Order), v.Kind, base64.StdEncoding.EncodeToString(v.OrderKey))
-	for name, list := range map[string][]string{"wrong": v.Wrong, "lost": v.Lost} {
-		for _, id := range list {
-			fmt.Fprintf(w, "%-10s %s\n", name, cell(id))
-		}
+	for _, id := range v.Wrong {
+		fmt.Fprintf(w, "wrong      %s\n", cell(id))
+	}
+	for _, id := range v.Lost {
+		fmt.Fprintf(w, "lost       %s\n", cell(id))
 	}
 	for _, s := range v.Checked {
 		fmt.Fprintf(w, "verified   %s\n", s)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -23,6 +24,9 @@ import (
 const asCommand = "DEIMOS_TEST_AS_COMMAND"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg { // of a coordinator or an agent in a test
+		os.Exit(sandbox.WorkerMain())
+	}
 	if os.Getenv(asCommand) != "" {
 		main()
 		return
@@ -38,9 +42,10 @@ type shelf struct {
 	sent    map[string]int // how often each chunk was sent, or fetched
 	fetched map[string]int
 	object  *api.Object
-	gate    func(r *http.Request) bool // may block; false: who asked is dead
-	busy    int                        // requests under way
-	idle    *sync.Cond                 // busy is 0
+	gate    func(r *http.Request) bool                        // may block; false: who asked is dead
+	answer  func(w http.ResponseWriter, r *http.Request) bool // instead of the shelf; false: it has not
+	busy    int                                               // requests under way
+	idle    *sync.Cond                                        // busy is 0
 }
 
 func newShelf() *shelf {
@@ -49,12 +54,13 @@ func newShelf() *shelf {
 	return s
 }
 
-// begin takes a request in, and returns the gate that it has to go through.
-func (s *shelf) begin() func(*http.Request) bool {
+// begin takes a request in, and returns the gate that it has to go through, and who
+// may answer it instead.
+func (s *shelf) begin() (gate func(*http.Request) bool, instead func(http.ResponseWriter, *http.Request) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.busy++
-	return s.gate
+	return s.gate, s.answer
 }
 
 func (s *shelf) end() {
@@ -74,6 +80,12 @@ func (s *shelf) await() {
 	}
 }
 
+func (s *shelf) setAnswer(answer func(http.ResponseWriter, *http.Request) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answer = answer
+}
+
 func (s *shelf) setGate(gate func(*http.Request) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,9 +98,9 @@ func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(w).Encode(v)
 	}
 	name := path.Base(r.URL.Path)
-	gate := s.begin()
+	gate, instead := s.begin()
 	defer s.end()
-	if gate != nil && !gate(r) {
+	if gate != nil && !gate(r) || instead != nil && instead(w, r) {
 		return
 	}
 	if strings.Contains(r.URL.Path, "/chunks/") && r.Method == http.MethodPut {

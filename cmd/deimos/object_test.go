@@ -1,11 +1,15 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -215,5 +219,121 @@ func TestAFileNamedDashIsWritten(t *testing.T) {
 	must(t, typed(t, c, "object", "get", "empty", "--out", dash))
 	if _, err := os.Stat(dash); err != nil {
 		t.Error(err)
+	}
+}
+
+// wantUntouched wants a file to be what it was, and beside it nothing that is no
+// beginning of what it is to become.
+func (m *machine) wantUntouched(out, content, data string) {
+	m.t.Helper()
+	wantFile(m.t, out, content, 0o600)
+	for _, part := range parts(m.t, filepath.Dir(out)) {
+		if raw, err := os.ReadFile(part); err != nil || !strings.HasPrefix(data, string(raw)) {
+			m.t.Errorf("%d bytes are kept that are none of the file, %v", len(raw), err)
+		}
+	}
+}
+
+// Whatever the coordinator gives instead of what was stored: the command says why
+// it refuses it, the file that was there is still there, and when the truth is told
+// again it comes back.
+func TestWhatIsNotWhatWasStoredIsRefusedAndNothingIsLost(t *testing.T) {
+	m := newMachine(t)
+	elsewhere, reached := askable(t, http.StatusOK, nil)
+	at, err := api.LoadContext(elsewhere.Context)
+	must(t, err)
+	data := strings.Repeat("what was stored ", 100_000)
+	file, other, out := filepath.Join(m.dir, "file"), filepath.Join(m.dir, "other"), filepath.Join(m.dir, "back")
+	must(t, os.WriteFile(file, []byte(data), 0o600))
+	must(t, os.WriteFile(other, []byte(data), 0o600))
+	m.ok("object", "put", other, "--name", "file")
+	second := m.s.object
+	m.s.object = nil
+	// The same file again, of somebody with another key.
+	key := filepath.Join(filepath.Dir(m.args[1]), keyFile)
+	must(t, os.Rename(key, key+".mine"))
+	m.ok("object", "put", file)
+	stranger := m.s.object
+	m.s.object = nil
+	must(t, os.Rename(key+".mine", key))
+	m.ok("object", "put", file)
+	truth, chunks := *m.s.object, m.s.chunks
+
+	sealed := func(change func(manifest map[string]any)) func(o *api.Object) {
+		return func(o *api.Object) {
+			var manifest map[string]any
+			must(t, json.Unmarshal(o.Manifest, &manifest))
+			change(manifest)
+			o.Manifest, err = json.Marshal(manifest)
+			must(t, err)
+		}
+	}
+	flip := func(field string, at int) func(map[string]any) {
+		return func(manifest map[string]any) {
+			raw, err := base64.StdEncoding.DecodeString(manifest[field].(string))
+			must(t, err)
+			raw[at] ^= 1
+			manifest[field] = base64.StdEncoding.EncodeToString(raw)
+		}
+	}
+	// stripe is the first one, of which two parts of six may be bad.
+	stripe := func(change func(raw []byte) []byte) func(*api.Object) {
+		return func(o *api.Object) {
+			for _, ch := range o.Chunks[:3] {
+				m.s.chunks[ch.ID] = change(bytes.Clone(m.s.chunks[ch.ID]))
+			}
+		}
+	}
+	for name, c := range map[string]struct {
+		change func(o *api.Object)
+		says   string
+	}{
+		"a manifest that was altered":   {change: sealed(flip("sealed", 40)), says: "manifest"},
+		"a manifest whose key was":      {change: sealed(flip("key", 60)), says: "--identity"},
+		"a manifest that was cut":       {change: func(o *api.Object) { o.Manifest = o.Manifest[:len(o.Manifest)/2] }, says: "manifest"},
+		"no manifest":                   {change: func(o *api.Object) { o.Manifest = nil }, says: "manifest"},
+		"a manifest of another file":    {change: func(o *api.Object) { o.Manifest = second.Manifest }, says: "list of the chunks"},
+		"a manifest for another key":    {change: func(o *api.Object) { o.Manifest = stranger.Manifest }, says: "--identity"},
+		"a record for another key":      {change: func(o *api.Object) { *o = *stranger }, says: "--identity"},
+		"chunks of another file":        {change: func(o *api.Object) { o.Chunks = second.Chunks }, says: "list of the chunks"},
+		"another size":                  {change: func(o *api.Object) { o.Size++ }, says: "the record says"},
+		"plain, though it was not":      {change: func(o *api.Object) { o.Code, o.Manifest = nil, nil }, says: "--plain"},
+		"chunks that were altered":      {change: stripe(func(raw []byte) []byte { raw[99] ^= 1; return raw }), says: "does not verify"},
+		"chunks that are too short":     {change: stripe(func(raw []byte) []byte { return raw[:len(raw)-1] }), says: "does not verify"},
+		"chunks that are too long":      {change: stripe(func(raw []byte) []byte { return append(raw, 0) }), says: "does not verify"},
+		"chunks that are much too long": {change: stripe(func([]byte) []byte { return make([]byte, 5<<20) }), says: "larger than"},
+		"chunks that are at another place": {change: func(*api.Object) {
+			m.s.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.Contains(r.URL.Path, "/chunks/") {
+					return false
+				}
+				http.Redirect(w, r, at.URL, http.StatusFound)
+				return true
+			})
+		}, says: "302"},
+		"a record that is at another place": {change: func(*api.Object) {
+			m.s.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+				http.Redirect(w, r, at.URL, http.StatusTemporaryRedirect)
+				return true
+			})
+		}, says: "307"},
+	} {
+		must(t, os.WriteFile(out, []byte("before"), 0o600))
+		m.s.await()
+		object := truth
+		m.s.object, m.s.chunks = &object, maps.Clone(chunks)
+		c.change(&object)
+		said, err := m.run("object", "get", "file", "--out", out)
+		m.s.setAnswer(nil)
+		if err == nil || !strings.Contains(said, c.says) {
+			t.Errorf("%s: %v, %s, not of %q", name, err, said, c.says)
+		}
+		m.wantUntouched(out, "before", data)
+		m.s.object, m.s.chunks = &truth, chunks
+		m.ok("object", "get", "file", "--out", out)
+		m.wantUntouched(out, data, data)
+	}
+	if *reached != 0 {
+		t.Errorf("another server was asked %d times", *reached)
 	}
 }

@@ -51,7 +51,7 @@ func TestOnlyWhatBelongsToARepositoryIsUploaded(t *testing.T) {
 func TestWhatTheCoordinatorHasIsNotUploadedAgain(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	c := startCoordinator(ctx, t)
+	_, c := startCoordinator(ctx, t)
 	dir := t.TempDir()
 	keys, repository := filepath.Join(dir, "keys"), filepath.Join(dir, "repo")
 	if err := repo.Init(keys, repo.InitOptions{RootKeys: 2, Threshold: 2, Now: time.Now()}); err != nil {
@@ -106,8 +106,9 @@ func TestWhatTheCoordinatorHasIsNotUploadedAgain(t *testing.T) {
 	}
 }
 
-// startCoordinator starts a whole one, and lets its owner in.
-func startCoordinator(ctx context.Context, t *testing.T) *api.Client {
+// startCoordinator starts a whole one, and lets its owner in, who types commands or
+// is a program.
+func startCoordinator(ctx context.Context, t *testing.T) (*commands, *api.Client) {
 	t.Helper()
 	dir := t.TempDir()
 	c, err := coordinator.Start(ctx, coordinator.Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: compute})
@@ -115,15 +116,12 @@ func startCoordinator(ctx context.Context, t *testing.T) *api.Client {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
-	at, err := api.LoadContext(filepath.Join(dir, coordinator.ContextFile))
+	owner := &commands{Context: filepath.Join(dir, coordinator.ContextFile)}
+	client, err := owner.client()
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, err := api.NewClient(at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client
+	return owner, client
 }
 
 // aBundle is a release of these parts, as if they were packed already.

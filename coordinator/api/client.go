@@ -58,6 +58,8 @@ type Client struct {
 	ca    string
 	token string
 	http  *http.Client
+	stall time.Duration // how long no byte of an answer that has begun may come
+	whole time.Duration // how long an answer may take from its first byte to its last
 }
 
 // maxAnswer bounds what is read of an answer, in bytes.
@@ -73,7 +75,7 @@ func NewClient(c Context) (*Client, error) {
 	if !roots.AppendCertsFromPEM([]byte(c.CA)) {
 		return nil, errors.New("it holds no valid authority: copy it again from the coordinator's folder")
 	}
-	return &Client{base: base, ca: c.CA, token: c.Token, http: &http.Client{
+	return &Client{base: base, ca: c.CA, token: c.Token, stall: time.Minute, whole: 30 * time.Minute, http: &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13},
 			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
@@ -123,6 +125,8 @@ func (c *Client) callFor(ctx context.Context, method, path string, query url.Val
 	}
 	u := c.base.JoinPath("/api/v1", path)
 	u.RawQuery = query.Encode()
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), r)
 	if err != nil {
 		return nil, err
@@ -138,7 +142,13 @@ func (c *Client) callFor(ctx context.Context, method, path string, query url.Val
 	if resp.ContentLength > 0 && resp.ContentLength <= most {
 		buf.Grow(int(resp.ContentLength) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, most+1)); err != nil {
+	answer := &watched{resp.Body, time.AfterFunc(c.stall, func() { cut(errStalled) }), c.stall}
+	defer answer.timer.Stop()
+	defer time.AfterFunc(c.whole, func() { cut(errSlow) }).Stop()
+	if _, err := buf.ReadFrom(io.LimitReader(answer, most+1)); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
 		return nil, fmt.Errorf("the coordinator's answer was cut off: %w", err)
 	}
 	raw := buf.Bytes()
@@ -153,6 +163,26 @@ func (c *Client) callFor(ctx context.Context, method, path string, query url.Val
 		return nil, e
 	}
 	return raw, nil
+}
+
+var (
+	errStalled = errors.New("for too long nothing more of it came")
+	errSlow    = errors.New("it came too slowly to ever end")
+)
+
+// watched notes that bytes come.
+type watched struct {
+	io.Reader
+	timer *time.Timer
+	stall time.Duration
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	n, err := w.Reader.Read(p)
+	if n > 0 {
+		w.timer.Reset(w.stall)
+	}
+	return n, err
 }
 
 // segment makes any text one part of a path: dots too, or "." and ".." would

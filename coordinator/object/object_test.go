@@ -188,8 +188,11 @@ func TestWhatIsPutComesBack(t *testing.T) {
 // then is right.
 func TestGetRefusesDamagedData(t *testing.T) {
 	for name, lie := range map[string]func(s *shelf, o *api.Object){
-		"a flipped bit":           func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID][7] ^= 1 },
-		"a cut chunk":             func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID] = s.chunks[o.Chunks[3].ID][:100] },
+		"a flipped bit": func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID][7] ^= 1 },
+		"a cut chunk":   func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID] = s.chunks[o.Chunks[3].ID][:100] },
+		"a long chunk": func(s *shelf, o *api.Object) {
+			s.chunks[o.Chunks[3].ID] = append(bytes.Clone(s.chunks[o.Chunks[3].ID]), 0)
+		},
 		"an empty chunk":          func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID] = nil },
 		"another chunk":           func(s *shelf, o *api.Object) { s.chunks[o.Chunks[3].ID] = s.chunks[o.Chunks[4].ID] },
 		"chunks in another order": func(_ *shelf, o *api.Object) { o.Chunks[3], o.Chunks[4] = o.Chunks[4], o.Chunks[3] },
