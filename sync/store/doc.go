@@ -39,8 +39,10 @@
 // # Reading
 //
 // Badger answers a damaged value with success and an empty or a wrong value. So
-// every read is hashed. Files are memory-mapped: a bad sector or a file cut
-// short is a SIGBUS, which reads turn into a lost chunk. When Badger opens it
+// every read is hashed. It maps its files: a bad sector or a file cut short is a
+// SIGBUS, and on a disk that hangs, who waits for a page cannot be stopped for the
+// garbage collector, so all of the process stands still. So chunks are read from their
+// logs by system calls; in the tree a SIGBUS becomes an error. When Badger opens it
 // cuts its newest value log at the first bad record, with all whole ones behind,
 // and says nothing; Open puts an empty log in the way of that (see
 // guardNewestLog), and reads the chunks of the newest log, so that what a crash
@@ -95,7 +97,8 @@
 // hanging and answers [wire.CodeUnreachable] at once, until the disk has answered;
 // a [Set] does without it meanwhile. A directory that was moved, unmounted or
 // replaced under an open volume takes no more chunks: what is written there would
-// be out of reach of the next start.
+// be out of reach of the next start. A file system that turns read-only takes none
+// either; Badger cannot be closed there, and Close says so at once.
 //
 // # A damaged tree
 //
@@ -111,5 +114,7 @@
 // A damaged log of a memtable that was not flushed (only after a crash) takes the
 // index entries behind it, whose chunks are then not found instead of lost. Small logs that restarts leave are not
 // joined while all in them lives. What the tree itself takes on disk is not in the
-// figures. Opening a volume whose disk hangs is for the caller to bound.
+// figures. Opening a volume whose disk hangs is for the caller to bound. The tree is read
+// in mapped memory: if the kernel needed its pages for something else, and then the disk
+// hangs, the process stands still until the disk answers.
 package store

@@ -60,6 +60,29 @@ func placeIn(pointer []byte) place {
 	}
 }
 
+// valueOf is the value of a record: behind meta and user meta, a byte each, the
+// lengths of key and value and the expiry as uvarints, and the key. It is nil if the
+// lengths are damaged.
+func valueOf(record []byte) []byte {
+	if len(record) < 2 {
+		return nil
+	}
+	rest := record[2:]
+	var numbers [3]uint64
+	for i := range numbers {
+		x, n := binary.Uvarint(rest)
+		if n <= 0 {
+			return nil
+		}
+		numbers[i], rest = x, rest[n:]
+	}
+	key, value := numbers[0], numbers[1]
+	if key > uint64(len(rest)) || value > uint64(len(rest))-key {
+		return nil
+	}
+	return rest[key : key+value : key+value]
+}
+
 // encode writes a pointer as placeIn reads it.
 func (p place) encode() []byte {
 	raw := binary.NativeEndian.AppendUint32(nil, p.log)

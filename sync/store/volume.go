@@ -58,7 +58,8 @@ type Volume struct {
 	readers chan struct{} // one token a read under way
 	ops     sync.WaitGroup
 	hangs   atomic.Int32 // calls that the disk has not answered in time
-	// stumbled says that a read has left Badger with a lock that it never gives back.
+	// stumbled says that Badger cannot be closed: a read has left it with a lock that it
+	// never gives back, or a file that it has mapped was cut short.
 	stumbled atomic.Bool
 
 	mu       sync.Mutex // guards all below
@@ -163,14 +164,20 @@ func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	if err := v.enter(); err != nil {
 		return nil, err
 	}
+	limit := readPatience * v.opt.hooks.patience
+	turn := time.NewTimer(limit)
+	defer turn.Stop()
 	select {
 	case v.readers <- struct{}{}:
+	case <-turn.C: // those before it hang
+		v.ops.Done()
+		return nil, v.hung()
 	case <-ctx.Done():
 		v.ops.Done()
 		return nil, context.Cause(ctx)
 	}
-	// On its own goroutine, because a read of mapped memory on a hung disk
-	// cannot be interrupted. It ends when the disk answers.
+	// On its own goroutine, because a read on a hung disk cannot be interrupted. It
+	// ends when the disk answers.
 	trees, done := make(chan *chunk.Tree, 1), make(chan error, 1)
 	go func() {
 		defer v.ops.Done()
@@ -179,7 +186,7 @@ func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 		trees <- t
 		done <- err
 	}()
-	if err := v.await(ctx, done, readPatience*v.opt.hooks.patience); err != nil {
+	if err := v.await(ctx, done, limit); err != nil {
 		return nil, err
 	}
 	return <-trees, nil
@@ -225,7 +232,13 @@ func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
 				newest = false
 				continue
 			}
-			data, err := it.Item().ValueCopy(nil)
+			var data []byte
+			var err error
+			if at := placeOf(it.Item()); at.log != 0 {
+				data, err = v.readRecord(at)
+			} else {
+				data, err = it.Item().ValueCopy(nil)
+			}
 			if err != nil || len(data) == 0 {
 				continue
 			}
@@ -260,10 +273,11 @@ func (v *Volume) readOnce(id chunk.ID) (t *chunk.Tree, size int64, version uint6
 	return t, size, version, nil
 }
 
-// readRaw returns what Badger has for a chunk, in memory of its own. The error
+// readRaw returns what lies on disk for a chunk, in memory of its own. The error
 // is ErrKeyNotFound only if the chunk is not even indexed. A fault of the
 // mapped memory, or Badger stumbling over damaged data, becomes an error.
 func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, err error) {
+	var at place
 	err = v.view(func(txn *badger.Txn) error {
 		index, err := txn.Get(keyOf(indexPrefix, id))
 		if err != nil {
@@ -277,11 +291,56 @@ func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, 
 		if err != nil {
 			return fmt.Errorf("it is indexed, but its record cannot be found: %v", err)
 		}
-		v.opt.hooks.reading()
-		data, err = item.ValueCopy(nil)
+		if at = placeOf(item); at.log == 0 {
+			data, err = item.ValueCopy(nil)
+		}
 		return err
 	})
+	v.opt.hooks.reading()
+	if err == nil && at.log != 0 {
+		data, err = v.readRecord(at)
+	}
 	return version, size, data, err
+}
+
+// readRecord reads the value of a record from its log, by a system call. Badger would
+// read it in mapped memory: on a disk that hangs that holds up the garbage collector,
+// and with it the whole process, for as long; and where the disk has a bad sector it
+// is a fault. The log is found from the directory that is locked: by name it could be
+// another volume's by now.
+func (v *Volume) readRecord(at place) ([]byte, error) {
+	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(at.log)), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("its value log cannot be opened: %v", err)
+	}
+	defer unix.Close(fd)
+	raw := make([]byte, at.length)
+	for read := 0; read < len(raw); {
+		n, err := unix.Pread(fd, raw[read:], int64(at.at)+int64(read))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return nil, fmt.Errorf("the disk cannot be read there: %v", err)
+		case n == 0:
+			v.noteCut(at)
+			return nil, errors.New("its value log ends before it")
+		}
+		read += max(n, 0)
+	}
+	return valueOf(raw), nil
+}
+
+// noteCut latches the volume if the log of a record became shorter since it was opened:
+// Badger has it mapped, and the kernel kills who touches what is not there.
+func (v *Volume) noteCut(at place) {
+	v.mu.Lock()
+	s := v.space.logs[at.log]
+	whole := s != nil && int64(at.at)+int64(at.length) <= s.length
+	v.mu.Unlock()
+	if whole {
+		v.latch("a value log was cut short while it was in use: check the disk and restart")
+		v.stumbled.Store(true)
+	}
 }
 
 // view is Badger's View with faults and stumbles turned into errors. After one,
@@ -650,6 +709,9 @@ func (v *Volume) Close() error {
 	if v.stumbled.Load() {
 		return fmt.Errorf("volume %s is not closed: a read of its disk failed; the directory is free when the process ends", v.id)
 	}
+	if v.writable() != nil && refusesWrites(v.dir) { // Badger would try for ever
+		return fmt.Errorf("volume %s is not closed, though all its chunks are safe: its file system takes no writes; the directory is free when the process ends", v.id)
+	}
 	if err := makeRoom(v.dir, v.opt.hooks); err != nil {
 		return fmt.Errorf("volume %s is not closed, though all its chunks are safe: %w", v.id, err)
 	}
@@ -668,6 +730,16 @@ func (v *Volume) Close() error {
 	case <-time.After(closeLimit):
 		return fmt.Errorf("volume %s is not closed: its files have not closed for %s", v.id, closeLimit)
 	}
+}
+
+// refusesWrites tells whether the file system of dir is read-only, also if only the
+// kernel knows because it has found an error there.
+func refusesWrites(dir string) bool {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return errors.Is(err, unix.EROFS) || errors.Is(err, unix.EIO)
 }
 
 // within tells whether fn returned in time. If not, fn goes on.
