@@ -328,6 +328,7 @@ func TestAnAbsenceIsCountedThroughARestart(t *testing.T) {
 	eventually(t, "the absence is on record", func() bool { _, ok := w.repairs.away.get(string(d.id)); return ok })
 	w.Close()
 	w = repairing(t, dir)
+	w.looks(t) // and does not begin to count anew
 	w.advance(25 * time.Hour)
 	for _, e := range devices {
 		if e != d {
@@ -482,6 +483,16 @@ func TestALeaseIsOneCoordinators(t *testing.T) {
 	must(t, other.lease(ctx, "s.1")) // ours was over
 	if err := w.repairs.intend(ctx, "s.1", &dropping{}); err != errTaken {
 		t.Errorf("who has lost the lease goes on: %v", err)
+	}
+	// With an order that is about to be made, it waits for endLeases.
+	must(t, w.repairs.lease(ctx, "s.2"))
+	must(t, w.repairs.intend(ctx, "s.2", &dropping{Device: "d", Order: "o", IDs: []string{"c"}}))
+	w.repairs.unlease(ctx, "s.2")
+	if err := w.repairs.lease(ctx, "s.2"); err != errTaken {
+		t.Errorf("its own coordinator works on: %v", err)
+	}
+	if l, ok := w.repairs.leases.get("s.2"); !ok || l.Drop == nil {
+		t.Error("the order that was about to be made is forgotten")
 	}
 }
 
