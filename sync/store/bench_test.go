@@ -5,94 +5,144 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
-
-	"github.com/dgraph-io/badger/v4"
+	"time"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
-// BenchmarkDurablePut compares puts of 1 MiB chunks with a plain file that is
-// appended to and synced as often, hashing included, in the same run.
+// BenchmarkDurablePut compares durable puts with a plain file to which the same chunks
+// are appended, hashed as they are by Put, and synced after as many as there are
+// writers: "of-plain-file" is the speed of the first as a part of the other's. Both
+// take turns, so that a disk that others use is the same for both.
 func BenchmarkDurablePut(b *testing.B) {
-	data := make([]byte, chunk.DefaultSize)
-	rng := rand.NewChaCha8([32]byte{})
-	rng.Read(data)
-	for _, writers := range []int{1, 4, 16} {
-		var syncs int64
-		b.Run(fmt.Sprintf("writers=%d/store", writers), func(b *testing.B) {
-			syncs = benchStore(b, data, writers)
-		})
-		if b.N == 0 || syncs == 0 {
-			continue
+	for _, size := range []int{64 << 10, 1 << 20, 4 << 20} {
+		for _, writers := range []int{1, 4, 16} {
+			b.Run(fmt.Sprintf("%dKiB/writers=%d", size>>10, writers), func(b *testing.B) {
+				data := make([]byte, size)
+				rand.NewChaCha8([32]byte{}).Read(data)
+				benchPut(b, data, writers)
+			})
 		}
-		b.Run(fmt.Sprintf("writers=%d/plain-file", writers), func(b *testing.B) {
-			benchFile(b, data, writers)
-		})
 	}
 }
 
-// benchStore returns how many puts shared a sync, on average, at least 1.
-func benchStore(b *testing.B, data []byte, writers int) int64 {
-	var syncs atomic.Int64
-	opt := noFloor
-	opt.hooks.sync = func(db *badger.DB) error { syncs.Add(1); return db.Sync() }
-	v := open1(b, b.TempDir(), opt)
-	var next atomic.Int64
-	// Put hashes, as the baseline does; what it is asked to check is known.
-	ids := make([]chunk.ID, b.N)
-	own := append([]byte{}, data...)
-	for i := range ids {
-		copy(own, fmt.Sprintf("%9d", i))
-		ids[i] = chunk.Sum(own)
-	}
-	syncs.Store(0)
+func benchPut(b *testing.B, data []byte, writers int) {
+	store, plain := newPutter(b, data, writers), newAppender(b, data, writers)
+	turn := max(4*writers, 16<<20/len(data)) // chunks
+	var took [2]time.Duration
 	b.SetBytes(int64(len(data)))
 	b.ResetTimer()
-	var all sync.WaitGroup
+	b.StopTimer()
+	for begin := 0; begin < b.N; begin += turn {
+		end := min(begin+turn, b.N)
+		store.sum(begin, end)
+		for i := range 2 {
+			if began := time.Now(); (begin/turn+i)%2 == 0 {
+				b.StartTimer()
+				store.put(begin, end)
+				b.StopTimer()
+				took[0] += time.Since(began)
+			} else {
+				plain.write(begin, end)
+				took[1] += time.Since(began)
+			}
+		}
+	}
+	b.ReportMetric(took[1].Seconds()/took[0].Seconds(), "of-plain-file")
+	b.ReportMetric(float64(b.N)/float64(store.syncs.Load()), "puts/sync")
+}
+
+// numbered makes each chunk another one.
+func numbered(data []byte, i int) { copy(data, fmt.Sprintf("%9d", i)) }
+
+// putter puts chunks from several sides.
+type putter struct {
+	b     *testing.B
+	v     *Volume
+	datas [][]byte // a writer's
+	ids   []chunk.ID
+	syncs atomic.Int64
+}
+
+func newPutter(b *testing.B, data []byte, writers int) *putter {
+	p := &putter{b: b}
 	for range writers {
+		p.datas = append(p.datas, append([]byte{}, data...))
+	}
+	opt := noFloor
+	opt.hooks.fdatasync = func(f *os.File) error {
+		if strings.HasSuffix(f.Name(), ".vlog") {
+			p.syncs.Add(1)
+		}
+		return fdatasync(f)
+	}
+	p.v = open1(b, b.TempDir(), opt)
+	p.syncs.Store(0)
+	return p
+}
+
+// sum finds the ids out that Put is to be asked for; it hashes for itself.
+func (p *putter) sum(begin, end int) {
+	p.ids = make([]chunk.ID, end-begin)
+	for i := range p.ids {
+		numbered(p.datas[0], begin+i)
+		p.ids[i] = chunk.Sum(p.datas[0])
+	}
+}
+
+func (p *putter) put(begin, end int) {
+	var next atomic.Int64
+	next.Store(int64(begin))
+	var all sync.WaitGroup
+	for _, data := range p.datas {
 		all.Go(func() {
-			// Put has returned nil before its bytes are changed for the next.
-			own := append([]byte{}, data...)
 			for {
-				i := next.Add(1) - 1
-				if i >= int64(b.N) {
+				i := int(next.Add(1) - 1)
+				if i >= end {
 					return
 				}
-				copy(own, fmt.Sprintf("%9d", i))
-				if err := v.Put(b.Context(), ids[i], own); err != nil {
-					b.Error(err)
+				numbered(data, i) // Put has returned nil before
+				if err := p.v.Put(p.b.Context(), p.ids[i-begin], data); err != nil {
+					p.b.Error(err)
 					return
 				}
 			}
 		})
 	}
 	all.Wait()
-	b.StopTimer()
-	b.ReportMetric(float64(b.N)/float64(syncs.Load()), "puts/sync")
-	return max(1, int64(b.N)/syncs.Load())
 }
 
-func benchFile(b *testing.B, data []byte, every int) {
+// appender is the plain file.
+type appender struct {
+	b     *testing.B
+	file  *os.File
+	data  []byte
+	every int // chunks are synced together
+}
+
+func newAppender(b *testing.B, data []byte, every int) *appender {
 	f, err := os.Create(filepath.Join(b.TempDir(), "plain"))
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer f.Close()
-	own := append([]byte{}, data...)
-	b.SetBytes(int64(len(data)))
-	b.ResetTimer()
-	for i := range b.N {
-		copy(own, fmt.Sprintf("%9d", i))
-		chunk.Sum(own)
-		if _, err := f.Write(own); err != nil {
-			b.Fatal(err)
+	b.Cleanup(func() { f.Close() })
+	return &appender{b, f, append([]byte{}, data...), every}
+}
+
+func (a *appender) write(begin, end int) {
+	for i := begin; i < end; i++ {
+		numbered(a.data, i)
+		chunk.Sum(a.data)
+		if _, err := a.file.Write(a.data); err != nil {
+			a.b.Fatal(err)
 		}
-		if (i+1)%every == 0 || i == b.N-1 {
-			if err := f.Sync(); err != nil {
-				b.Fatal(err)
+		if (i+1)%a.every == 0 || i == end-1 {
+			if err := a.file.Sync(); err != nil {
+				a.b.Fatal(err)
 			}
 		}
 	}

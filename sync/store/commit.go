@@ -22,7 +22,8 @@ import (
 const (
 	maxBatchBytes    = 16 << 20 // chunks that share one sync
 	maxBatchRequests = 1024
-	maxDropsAtOnce   = 1000 // ids in one transaction
+	partBytes        = 1 << 20 // of a batch, after which the disk begins to write
+	maxDropsAtOnce   = 1000    // ids in one transaction
 
 	keyBytes = 64 // a key in the tree with its value where that is no chunk (a size, or where the chunk lies), rounded up
 )
@@ -126,47 +127,90 @@ func (v *Volume) hand(ctx context.Context, r *request) error {
 // after the last submit has returned.
 func (v *Volume) commitLoop() {
 	defer close(v.stopped)
+	c := crowd{queue: v.queue}
 	for {
 		select {
 		case r := <-v.queue:
-			v.commit(v.gather(r))
+			var b batch
+			for b.add(r); len(b.requests) > 0; {
+				b = v.commit(b, &c)
+			}
 		case <-v.stop:
+			if err := v.syncer.close(); err != nil {
+				v.opt.Log.Warn("a log was not closed", "volume", v.id, "err", err)
+			}
 			return
 		}
 	}
 }
 
-// gather adds to first whoever waits already. (Waiting a little for those who
-// were answered together the last time makes larger groups, but no more speed.)
-func (v *Volume) gather(first *request) []*request {
-	batch, bytes := []*request{first}, len(first.data)
-	for _, m := range first.moves {
-		bytes += len(m.data)
-	}
-	for bytes < maxBatchBytes && len(batch) < maxBatchRequests {
-		select {
-		case r := <-v.queue:
-			batch, bytes = append(batch, r), bytes+len(r.data)
-		default:
-			return batch
-		}
-	}
-	return batch
+// batch is requests that share a sync.
+type batch struct {
+	requests []*request
+	bytes    int
 }
 
-// commit carries a batch out: write all, sync once, answer all.
-func (v *Volume) commit(batch []*request) {
-	s := stage{v: v}
-	if err := s.look(batch); err != nil {
-		for _, r := range batch {
-			r.done <- wire.FailedBecause(wire.CodeInternal, "the index of volume %s cannot be read: %v", v.id, err)
+func (b *batch) add(r *request) {
+	b.requests, b.bytes = append(b.requests, r), b.bytes+len(r.data)
+	for _, m := range r.moves {
+		b.bytes += len(m.data)
+	}
+}
+
+func (b *batch) full() bool { return b.bytes >= maxBatchBytes || len(b.requests) >= maxBatchRequests }
+
+// crowd is those who use the committer at once. Who was answered just now comes again
+// soon, if there is more to do. If the others did not wait for that, there would be two
+// groups that take turns, and twice as many syncs.
+type crowd struct {
+	queue <-chan *request
+	size  int           // of the last batch, with those who came while it was synced
+	took  time.Duration // that sync
+	skip  int           // batches that are not held up, because it was in vain
+}
+
+const (
+	waitShare = 2  // of the time that the last sync took, the part for which others are waited for
+	waitAgain = 16 // batches after which it is tried again
+)
+
+// take adds to a batch those who are there already.
+func (c *crowd) take(b *batch) {
+	for !b.full() {
+		select {
+		case r := <-c.queue:
+			b.add(r)
+		default:
+			return
 		}
-		return
 	}
-	for _, r := range batch {
-		r.err = s.add(r)
+}
+
+// expects tells whether others will soon come for this batch.
+func (c *crowd) expects(b *batch) bool { return c.skip == 0 && len(b.requests) < c.size && !b.full() }
+
+// wait adds the next one who comes, if one does.
+func (c *crowd) wait(b *batch, limit *time.Timer) bool {
+	select {
+	case r := <-c.queue:
+		b.add(r)
+		return true
+	case <-limit.C:
+		return false
 	}
-	err := s.finish()
+}
+
+// commit carries a batch out: it writes what is there, and what comes soon, syncs
+// once, and answers all. It returns those who have come meanwhile.
+func (v *Volume) commit(b batch, c *crowd) (next batch) {
+	s := stage{v: v, state: map[chunk.ID]held{}}
+	s.writeAll(&b, c)
+	err := s.err
+	if err == nil && s.unsynced() {
+		began := time.Now()
+		err = v.syncer.sync()
+		c.took = time.Since(began)
+	}
 	if err == nil {
 		err = s.settle()
 	}
@@ -174,7 +218,7 @@ func (v *Volume) commit(batch []*request) {
 	if err != nil {
 		reason := fmt.Sprintf("writing failed: %v", err)
 		v.noteFailedSync(reason, s.put)
-		for _, r := range batch {
+		for _, r := range b.requests {
 			if r.err == nil {
 				r.err = s.failed(r, reason)
 			}
@@ -182,8 +226,37 @@ func (v *Volume) commit(batch []*request) {
 	} else {
 		s.apply()
 	}
-	for _, r := range batch {
+	c.take(&next)
+	c.size = len(b.requests) + len(next.requests)
+	for _, r := range b.requests {
 		r.done <- r.err
+	}
+	return next
+}
+
+// writeAll writes a batch, and whoever comes for it. The disk begins with what is
+// there while others are waited for.
+func (s *stage) writeAll(b *batch, c *crowd) {
+	c.take(b)
+	s.take(b.requests)
+	if c.skip > 0 {
+		c.skip--
+	}
+	began := len(b.requests)
+	limit := time.NewTimer(c.took / waitShare)
+	defer limit.Stop()
+	for done := began; s.err == nil && s.unsynced() && c.expects(b); done = len(b.requests) {
+		if s.err = s.v.syncer.begin(); s.err != nil {
+			return
+		}
+		if !c.wait(b, limit) {
+			if done == began {
+				c.skip = waitAgain
+			}
+			return
+		}
+		c.take(b)
+		s.take(b.requests[done:])
 	}
 }
 
@@ -235,10 +308,11 @@ type stage struct {
 	freed    []record // that no chunk needs any more
 	taken    []record // that were written
 
-	txns []*badger.Txn
-	tree int64      // bytes that they set in Badger's tree, at most
-	mu   sync.Mutex // guards err while Badger writes
-	err  error
+	changes []unwritten // prepared
+	tree    int64       // bytes that they set in Badger's tree, at most
+	written bool        // some others
+	mu      sync.Mutex  // guards err while Badger writes
+	err     error
 }
 
 // held is what is known of a chunk before it is changed.
@@ -256,40 +330,65 @@ type record struct {
 	size int64 // of the chunk, in bytes
 }
 
-// look finds out, before the first write, what is held of all that the batch
-// names: Badger would make a later read wait for the writes before it.
-func (s *stage) look(batch []*request) error {
-	s.state = map[chunk.ID]held{}
+// take does what some requests of the batch ask for, up to the sync.
+func (s *stage) take(some []*request) {
+	if err := s.look(some); err != nil {
+		for _, r := range some {
+			r.err = wire.FailedBecause(wire.CodeInternal, "the index of volume %s cannot be read: %v", s.v.id, err)
+		}
+		return
+	}
+	for _, r := range some {
+		r.err = s.add(r)
+	}
+	s.write()
+}
+
+// look finds out, before these requests are written, what is held of all that they
+// name: Badger would make a later read wait for the writes before it.
+func (s *stage) look(some []*request) error {
+	var found []chunk.ID
 	err := s.v.view(func(txn *badger.Txn) error {
-		for _, r := range batch {
+		for _, r := range some {
 			for _, id := range r.ids() {
-				item, err := txn.Get(keyOf(indexPrefix, id))
-				if errors.Is(err, badger.ErrKeyNotFound) {
+				if _, known := s.state[id]; known {
 					continue
 				}
+				h, err := lookUp(txn, id)
 				if err != nil {
 					return err
 				}
-				_, size, err := readIndex(item)
-				if err != nil {
-					return err
-				}
-				at, err := findRecord(txn, id)
-				if err != nil {
-					return err
-				}
-				s.state[id] = held{size: size, at: at, ok: true}
+				s.state[id] = h
+				found = append(found, id)
 			}
 		}
 		return nil
 	})
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
-	for id, h := range s.state {
+	for _, id := range found {
+		h := s.state[id]
 		_, h.lost = s.v.lost[id]
 		s.state[id] = h
 	}
 	return err
+}
+
+// lookUp reads what the tree knows of a chunk.
+func lookUp(txn *badger.Txn, id chunk.ID) (h held, err error) {
+	item, err := txn.Get(keyOf(indexPrefix, id))
+	if errors.Is(err, badger.ErrKeyNotFound) {
+		return held{}, nil
+	}
+	if err != nil {
+		return held{}, err
+	}
+	if _, h.size, err = readIndex(item); err != nil {
+		return held{}, err
+	}
+	h.at, err = findRecord(txn, id)
+	h.ok = err == nil
+	return h, err
 }
 
 // ids are the chunks that a request names.
@@ -393,7 +492,7 @@ func (s *stage) addPut(r *request) error {
 
 func (s *stage) writeChunk(id chunk.ID, data []byte) {
 	size := int64(len(data))
-	s.write(2, min(size, smallValue), func(txn *badger.Txn) error {
+	s.prepare(2, size, func(txn *badger.Txn) error {
 		index := binary.BigEndian.AppendUint32(nil, uint32(size))
 		return errors.Join(
 			txn.Set(keyOf(chunkPrefix, id), data),
@@ -451,7 +550,7 @@ func (s *stage) addDrops(r *request) error {
 		s.state[id] = held{}
 	}
 	s.unlost = append(s.unlost, there...)
-	s.write(2*len(there), 0, func(txn *badger.Txn) error {
+	s.prepare(2*len(there), 0, func(txn *badger.Txn) error {
 		for _, id := range there {
 			if err := errors.Join(txn.Delete(keyOf(chunkPrefix, id)), txn.Delete(keyOf(indexPrefix, id))); err != nil {
 				return err
@@ -462,13 +561,19 @@ func (s *stage) addDrops(r *request) error {
 	return nil
 }
 
-// write prepares a transaction of so many keys, with values of so many bytes that
-// stay in the tree; finish hands it on. An error fails the batch as a whole.
-func (s *stage) write(keys int, values int64, fill func(*badger.Txn) error) {
-	s.tree += int64(keys)*(keyBytes+compactors.EntryBytes) + values
-	txn := s.v.db.NewTransaction(true)
-	s.txns = append(s.txns, txn)
-	if err := fill(txn); err != nil {
+// unwritten is a transaction that is not committed yet.
+type unwritten struct {
+	txn   *badger.Txn
+	bytes int64 // of its chunk
+}
+
+// prepare makes a transaction of so many keys, with a chunk of so many bytes or none.
+// An error fails the batch as a whole.
+func (s *stage) prepare(keys int, bytes int64, fill func(*badger.Txn) error) {
+	s.tree += int64(keys)*(keyBytes+compactors.EntryBytes) + min(bytes, smallValue)
+	c := unwritten{s.v.db.NewTransaction(true), bytes}
+	s.changes = append(s.changes, c)
+	if err := fill(c.txn); err != nil {
 		s.fail(err)
 	}
 }
@@ -479,28 +584,40 @@ func (s *stage) fail(err error) {
 	s.err = errors.Join(s.err, err)
 }
 
-// finish writes what is prepared and makes it durable. Badger carries
-// transactions out in the order that they come; all exist before the first is
-// committed, because a new one waits for the writes before it.
-func (s *stage) finish() error {
-	if s.err != nil {
-		for _, txn := range s.txns {
-			txn.Discard()
-		}
-		return s.err
-	}
-	if len(s.txns) == 0 {
-		if s.flush {
-			return s.v.syncer.sync()
-		}
-		return nil
+// write writes what is prepared. All transactions exist before the first is committed,
+// because a new one waits for the writes before it. The disk begins with one part while
+// the next is written.
+func (s *stage) write() {
+	if len(s.changes) == 0 {
+		return
 	}
 	s.v.rest.Begin(s.tree)
 	defer s.v.rest.End()
+	s.tree, s.written = 0, true
+	for s.err == nil {
+		if s.commitPart(); len(s.changes) == 0 {
+			return
+		}
+		if s.err == nil {
+			s.err = s.v.syncer.begin()
+		}
+	}
+	for _, c := range s.changes {
+		c.txn.Discard()
+	}
+}
+
+// unsynced tells whether the batch needs a sync.
+func (s *stage) unsynced() bool { return s.written || s.flush }
+
+// commitPart writes the next changes, in their order, up to a part's bytes.
+func (s *stage) commitPart() {
 	var writes sync.WaitGroup
-	for _, txn := range s.txns {
+	for bytes := int64(0); bytes < partBytes && len(s.changes) > 0; {
+		c := s.changes[0]
+		s.changes, bytes = s.changes[1:], bytes+c.bytes
 		writes.Add(1)
-		txn.CommitWith(func(err error) {
+		c.txn.CommitWith(func(err error) {
 			defer writes.Done()
 			if err != nil {
 				s.fail(err)
@@ -508,10 +625,6 @@ func (s *stage) finish() error {
 		})
 	}
 	writes.Wait()
-	if s.err != nil {
-		return s.err
-	}
-	return s.v.syncer.sync()
 }
 
 // failed is the answer to a request of a batch that did not become durable. A

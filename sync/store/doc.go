@@ -24,17 +24,20 @@
 //
 // One goroutine, the committer, makes every change. It takes what waits (up to
 // a limit of bytes), writes it, makes it durable once, then answers everybody:
-// puts that arrive together share one sync. An error on the way latches the
-// volume read-only until it is opened again, because after a failed fsync
-// nobody knows what is on disk: the kernel forgets such pages and says success
-// the next time. For the same reason a failed sync is noted in SYNC_FAILED, and
-// the volume stays read-only until the machine has booted again.
+// puts that arrive together share one sync. Those who were answered together the
+// last time are waited for a little, and the disk begins with what is written
+// meanwhile. An error on the way latches the volume read-only until it is opened
+// again, because after a failed fsync nobody knows what is on disk: the kernel
+// forgets such pages and says success the next time. For the same reason a failed
+// sync is noted in SYNC_FAILED, and the volume stays read-only until the machine
+// has booted again.
 //
 // Badger is set to SyncWrites=false, since with it on a failed sync is logged
 // and the commit succeeds. Its DB.Sync covers the current memtable's log and the
-// current value log only, so the committer itself syncs what Badger leaves out:
-// the logs of memtables that were rotated but are not flushed yet, and the
-// directory after files came or went (see durable.go).
+// current value log only, one after the other. So the committer itself syncs, at
+// once, all logs that were written to since the last time, memtables that were
+// rotated but are not flushed yet among them, and the directory after new ones
+// came (see durable.go).
 //
 // # Reading
 //
@@ -83,12 +86,13 @@
 //
 // A kill at any moment leaves a chunk in the old log, or in both. After a power cut
 // the tree may point to a record whose bytes are not there, because the kernel writes
-// mapped files in any order, and Badger syncs the tree's log first. So the tree keeps
-// two versions of a key: a chunk that is not whole where it lies is read where it
-// lay before, and Open has such chunks written again before any log is deleted. A log that was emptied and not deleted is found at the
-// next start. A reader whose log goes under it reads again. Moving keeps to a
-// rate and gives way to use, except when room is short; it needs room itself,
-// which puts leave free: the upper half of the floor, and [Stats.Reserved].
+// mapped files in any order, and the tree's log is synced beside the value log. So
+// the tree keeps two versions of a key: a chunk that is not whole where it lies is
+// read where it lay before, and Open has such chunks written again before any log is
+// deleted. A log that was emptied and not deleted is found at the next start. A
+// reader whose log goes under it reads again. Moving keeps to a rate and gives way to
+// use, except when room is short; it needs room itself, which puts leave free: the
+// upper half of the floor, and [Stats.Reserved].
 //
 // # Disks that go wrong
 //

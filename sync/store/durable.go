@@ -8,76 +8,141 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
+	"sync"
 
 	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
 )
 
 // syncer makes everything written to a Badger directory durable. It belongs to
 // the committer, which calls it while nothing is being written.
 //
-// What Badger's DB.Sync leaves out:
+// Badger's own DB.Sync is not used. It leaves out the log of a memtable that a write
+// has just rotated out, whose entries are durable only once it is flushed to a table,
+// some time later, and the directory entries of new logs. And it syncs the tree's log
+// and then the value log, where the disk can do both at once. Which of them becomes
+// durable first does not matter: nobody relies on one before both are.
 //
-//   - The write-ahead log of a memtable that a write has just rotated out. Its
-//     entries are durable only once it is flushed to a table, some time later.
-//   - The directory entries of new logs.
-//
-// A rotated value log is synced by Badger itself when it is cut to its length,
-// and an error there fails the write.
+// Nothing else needs a sync. Badger syncs a table, and the manifest that names it,
+// before it deletes the memtable's log.
 type syncer struct {
-	dir   string
-	db    *badger.DB
-	hooks hooks
-	// clean is the directory's modification time when all but DB.Sync was last
-	// done. Files that come or go change it.
-	clean time.Time
-	home  os.FileInfo // the directory when the volume was opened
+	dir    string
+	db     *badger.DB
+	hooks  hooks
+	home   os.FileInfo // the directory when the volume was opened
+	values tail
+	trees  tail // logs of memtables
+	named  bool // the directory entries of all these logs are durable
 }
 
-// racy is the time within which two changes of a directory may carry the same
-// modification time, with a wide margin for the kernel's coarse clock.
-const racy = time.Second
+// newSyncer is for a Badger that has just been opened and has written nothing.
+func newSyncer(dir string, db *badger.DB, h hooks) (syncer, error) {
+	home, err := os.Stat(dir)
+	newest, _ := newestLog(db)
+	return syncer{
+		dir: dir, db: db, hooks: h, home: home,
+		values: tail{name: logName, next: newest},
+		trees:  tail{name: memtableName, next: newestMemtable(db)},
+	}, err
+}
 
 func (s *syncer) sync() error {
-	info, err := os.Stat(s.dir)
+	now, err := os.Stat(s.dir)
 	if err != nil {
 		return err
 	}
-	if s.home == nil {
-		s.home = info
-	}
-	if !os.SameFile(info, s.home) { // what is written goes where no next start looks
+	if !os.SameFile(now, s.home) { // what is written goes where no next start looks
 		return fmt.Errorf("another directory lies at %s now: was a disk swapped, or mounted over it?", s.dir)
 	}
-	if err := s.hooks.sync(s.db); err != nil {
+	if err := s.follow(); err != nil {
 		return err
 	}
-	if info.ModTime().Equal(s.clean) {
-		return nil
+	var syncs []func() error
+	for _, f := range slices.Concat(s.values.logs, s.trees.logs) {
+		syncs = append(syncs, func() error { return s.hooks.fdatasync(f) })
 	}
-	if err := s.syncRotated(); err != nil {
+	if !s.named {
+		syncs = append(syncs, func() error { return s.hooks.fsync(s.dir) })
+	}
+	if err := atOnce(syncs); err != nil {
 		return err
 	}
-	s.clean = time.Time{}
-	if age := time.Since(info.ModTime()); age > racy {
-		s.clean = info.ModTime()
-	}
-	return nil
+	s.named = true
+	return errors.Join(s.values.keep(1), s.trees.keep(1))
 }
 
-// syncRotated syncs the logs of memtables but the current one, then the
-// directory. A log that vanishes meanwhile has become a synced table.
-func (s *syncer) syncRotated() error {
-	logs, err := filesOf(s.dir, ".mem")
+// begin has the disk write what is in the newest value log, and does not wait for
+// it. Only an error of writing is one.
+func (s *syncer) begin() error {
+	if err := s.follow(); err != nil {
+		return err
+	}
+	f := s.values.logs[len(s.values.logs)-1]
+	err := unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)
+	if err == nil || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
+		return nil
+	}
+	return fmt.Errorf("write %s: %w", f.Name(), err)
+}
+
+// follow finds the logs that were begun since the last sync.
+func (s *syncer) follow() error {
+	newest, _ := newestLog(s.db)
+	values, err := s.values.follow(s.dir, newest)
 	if err != nil {
 		return err
 	}
-	for _, path := range logs[:max(0, len(logs)-1)] {
-		if err := s.hooks.fsync(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+	trees, err := s.trees.follow(s.dir, newestMemtable(s.db))
+	s.named = s.named && values == 0 && trees == 0
+	return err
+}
+
+// close lets go of the logs.
+func (s *syncer) close() error { return errors.Join(s.values.keep(0), s.trees.keep(0)) }
+
+// tail is the end of Badger's numbered logs of one kind. It appends to the newest only.
+type tail struct {
+	name func(number uint32) string
+	// logs that may hold what is not durable, the newest last. They have descriptors
+	// of their own, and for as long, so that an error of the kernel's own writing in
+	// the meantime is told.
+	logs []*os.File
+	next uint32 // the number of the next one
+}
+
+// follow opens the logs up to the newest, and returns how many were begun.
+func (t *tail) follow(dir string, newest uint32) (begun int, err error) {
+	for ; t.next <= newest; t.next++ {
+		f, err := os.Open(filepath.Join(dir, t.name(t.next)))
+		switch {
+		case err == nil:
+			t.logs = append(t.logs, f)
+			begun++
+		case t.next == newest || !errors.Is(err, fs.ErrNotExist): // else it is a durable table already
+			return begun, err
 		}
 	}
-	return s.hooks.fsync(s.dir)
+	return begun, nil
+}
+
+// keep closes all logs but the newest n.
+func (t *tail) keep(n int) (err error) {
+	for len(t.logs) > n {
+		err = errors.Join(err, t.logs[0].Close())
+		t.logs = t.logs[1:]
+	}
+	return err
+}
+
+// atOnce runs all jobs and waits for them.
+func atOnce(jobs []func() error) error {
+	errs := make([]error, len(jobs))
+	var all sync.WaitGroup
+	for i, job := range jobs {
+		all.Go(func() { errs[i] = job() })
+	}
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // syncLeftovers makes durable what a killed process left in the page cache, so
@@ -133,6 +198,15 @@ func fsync(path string) error {
 		return fmt.Errorf("sync %s: %w", path, err)
 	}
 	return nil
+}
+
+// fdatasync flushes what was written to a log, its length included.
+func fdatasync(f *os.File) error {
+	for {
+		if err := unix.Fdatasync(int(f.Fd())); !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("fdatasync "+f.Name(), err)
+		}
+	}
 }
 
 func bootID() (string, error) {

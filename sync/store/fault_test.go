@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/testenv"
@@ -31,7 +30,7 @@ func TestAHungVolumeHoldsUpNoOther(t *testing.T) {
 	opt := Options{FloorBytes: -1, Capacity: 100 << 20}
 	opt.hooks.patience = 50 * time.Millisecond
 	opt.hooks.statfs = func(dir string, st *unix.Statfs_t) error { stuck(); return unix.Statfs(dir, st) }
-	opt.hooks.sync = func(db *badger.DB) error { stuck(); return db.Sync() }
+	opt.hooks.fdatasync = func(f *os.File) error { stuck(); return fdatasync(f) }
 	opt.hooks.reading = stuck
 	bad := open1(t, t.TempDir(), opt)
 	patient := Options{FloorBytes: -1, Capacity: 50 << 20}

@@ -107,15 +107,14 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if v.db, err = openBadger(path, opt, v.logSize); err != nil {
 		return nil, err
 	}
-	v.syncer = syncer{dir: path, db: v.db, hooks: opt.hooks}
-	if v.syncer.home, err = os.Stat(path); err != nil {
-		return nil, errors.Join(err, v.db.Close())
-	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, v.db.Close())
+			err = errors.Join(err, v.syncer.close(), v.db.Close())
 		}
 	}()
+	if v.syncer, err = newSyncer(path, v.db, opt.hooks); err != nil {
+		return nil, err
+	}
 	if err := v.agreeOnID(fresh); err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -48,10 +49,10 @@ type Options struct {
 
 // hooks are the system calls that tests stand in for.
 type hooks struct {
-	sync   func(*badger.DB) error                    // Badger's current logs
-	fsync  func(path string) error                   // any other file, or a directory
-	statfs func(dir string, st *unix.Statfs_t) error // space
-	bootID func() (string, error)
+	fdatasync func(*os.File) error                      // one of Badger's logs; several at once
+	fsync     func(path string) error                   // any other file, or a directory
+	statfs    func(dir string, st *unix.Statfs_t) error // space
+	bootID    func() (string, error)
 	// pace waits before so many bytes are moved; nil means the volume's own way.
 	pace     func(ctx context.Context, bytes int64) error
 	patience time.Duration // 0: the default
@@ -61,8 +62,8 @@ type hooks struct {
 }
 
 func (h hooks) orReal() hooks {
-	if h.sync == nil {
-		h.sync = (*badger.DB).Sync
+	if h.fdatasync == nil {
+		h.fdatasync = fdatasync
 	}
 	if h.fsync == nil {
 		h.fsync = fsync

@@ -2,6 +2,7 @@ package store
 
 import (
 	"encoding/binary"
+	"fmt"
 	"reflect"
 	"unsafe" // for go:linkname, and an address that is handed through
 
@@ -9,10 +10,10 @@ import (
 )
 
 // What the store must know of Badger and Badger has no public call for: where a
-// record lies, how far the newest value log is written, and which log its
-// RunValueLogGC takes. The first two are read, by reflection, from fields whose
-// lack is found at the first Open; the third is one method linked by name,
-// without which nothing links. So it is found out by who takes a new Badger,
+// record lies, how far the newest value log is written, which memtable's log is the
+// newest, and which log its RunValueLogGC takes. The first three are read, by
+// reflection, from fields whose lack is found at the first Open; the last is one
+// method linked by name, without which nothing links. So it is found out by who takes a new Badger,
 // never by a device.
 
 // place is where Badger keeps the value of a key.
@@ -28,6 +29,7 @@ var (
 	itemMeta    = fieldOf(reflect.TypeFor[badger.Item](), "meta")
 	itemPointer = fieldOf(reflect.TypeFor[badger.Item](), "vptr")
 	valueLog    = fieldOf(reflect.TypeFor[badger.DB](), "vlog")
+	memtable    = fieldOf(reflect.TypeFor[badger.DB](), "mt")
 )
 
 func fieldOf(t reflect.Type, name string) []int {
@@ -97,6 +99,16 @@ func newestLog(db *badger.DB) (number uint32, length int64) {
 	number = uint32(logs.FieldByName("maxFid").Uint())
 	return number, int64(logs.FieldByName("writableLogOffset").FieldByName("v").Uint())
 }
+
+// newestMemtable is the number of the log of the memtable that Badger writes to.
+// Asked like newestLog.
+func newestMemtable(db *badger.DB) uint32 {
+	log := reflect.ValueOf(db).Elem().FieldByIndex(memtable).Elem().FieldByName("wal").Elem()
+	return uint32(log.FieldByName("fid").Uint())
+}
+
+// memtableName is how Badger names its log.
+func memtableName(number uint32) string { return fmt.Sprintf("%05d.mem", number) }
 
 // chooseLog makes RunValueLogGC take this value log and no other: it takes the
 // one that most can be discarded of, by figures that compactions add to.

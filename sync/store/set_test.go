@@ -1,10 +1,10 @@
 package store
 
 import (
+	"os"
 	"sync/atomic"
 	"testing"
 
-	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -16,11 +16,11 @@ import (
 func pair(t *testing.T) (s *Set, a, b *Volume, dirA string, broken *atomic.Bool) {
 	broken = &atomic.Bool{}
 	roomy := Options{FloorBytes: -1, Capacity: 10 << 20}
-	roomy.hooks.sync = func(db *badger.DB) error {
+	roomy.hooks.fdatasync = func(f *os.File) error {
 		if broken.Load() {
 			return unix.EIO
 		}
-		return db.Sync()
+		return fdatasync(f)
 	}
 	dirA = t.TempDir()
 	a = open1(t, dirA, roomy)

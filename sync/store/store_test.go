@@ -198,7 +198,7 @@ func TestReceiptOnlyAfterSync(t *testing.T) {
 	returned := make(chan struct{})
 	var armed, early atomic.Bool
 	opt := noFloor
-	opt.hooks.sync = func(db *badger.DB) error {
+	opt.hooks.fdatasync = func(f *os.File) error {
 		if armed.Load() {
 			select {
 			case <-returned:
@@ -206,7 +206,7 @@ func TestReceiptOnlyAfterSync(t *testing.T) {
 			case <-time.After(100 * time.Millisecond): // a wrong Put has long returned
 			}
 		}
-		return db.Sync()
+		return fdatasync(f)
 	}
 	v := open1(t, t.TempDir(), opt)
 	armed.Store(true)
@@ -223,13 +223,13 @@ func TestConfirmWaitsForTheSyncOfThePut(t *testing.T) {
 	syncing, release := make(chan struct{}), make(chan struct{})
 	var armed atomic.Bool
 	opt := noFloor
-	opt.hooks.sync = func(db *badger.DB) error {
+	opt.hooks.fdatasync = func(f *os.File) error {
 		if armed.CompareAndSwap(true, false) {
 			close(syncing)
 			<-release
 			return errors.New("injected")
 		}
-		return db.Sync()
+		return fdatasync(f)
 	}
 	v := open1(t, t.TempDir(), opt)
 	armed.Store(true)
@@ -249,11 +249,11 @@ func TestFailedSyncGivesNoReceiptAndLatches(t *testing.T) {
 	var fail atomic.Bool
 	boot := "one"
 	opt := noFloor
-	opt.hooks.sync = func(db *badger.DB) error {
+	opt.hooks.fdatasync = func(f *os.File) error {
 		if fail.Load() {
 			return unix.EIO
 		}
-		return db.Sync()
+		return fdatasync(f)
 	}
 	opt.hooks.bootID = func() (string, error) { return boot, nil }
 	v := open1(t, dir, opt)
@@ -290,51 +290,6 @@ func TestFailedSyncGivesNoReceiptAndLatches(t *testing.T) {
 	v = open1(t, dir, opt)
 	mustPut(t, v, bad, badData)
 	mustPut(t, v, next, nextData)
-}
-
-func TestRotatedLogsAndDirectoryAreSynced(t *testing.T) {
-	dir := t.TempDir()
-	for _, name := range []string{"00009.mem", "00010.mem", "00011.mem", "000001.vlog"} {
-		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var synced []string
-	var logErr error
-	s := syncer{dir: dir, hooks: hooks{
-		sync: func(*badger.DB) error { synced = append(synced, "badger"); return nil },
-		fsync: func(path string) error {
-			synced = append(synced, filepath.Base(path))
-			return logErr
-		},
-	}}
-	check := func(want ...string) {
-		t.Helper()
-		synced = nil
-		if err := s.sync(); err != nil {
-			t.Fatal(err)
-		}
-		if !slices.Equal(synced, want) {
-			t.Fatalf("synced %v, want %v", synced, want)
-		}
-	}
-	all := []string{"badger", "00009.mem", "00010.mem", filepath.Base(dir)}
-	check(all...)
-	check(all...) // the directory changed a moment ago: its time cannot be trusted
-	old := time.Now().Add(-time.Hour)
-	if err := os.Chtimes(dir, old, old); err != nil {
-		t.Fatal(err)
-	}
-	check(all...)
-	check("badger")
-	if err := os.Remove(filepath.Join(dir, "00009.mem")); err != nil {
-		t.Fatal(err)
-	}
-	check("badger", "00010.mem", filepath.Base(dir))
-	logErr = unix.EIO
-	if err := s.sync(); !errors.Is(err, unix.EIO) {
-		t.Fatalf("an error of a rotated log is hidden: %v", err)
-	}
 }
 
 func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
@@ -930,12 +885,12 @@ func TestContextBoundsWaiting(t *testing.T) {
 	syncing, release := make(chan struct{}), make(chan struct{})
 	var armed atomic.Bool
 	opt := noFloor
-	opt.hooks.sync = func(db *badger.DB) error {
+	opt.hooks.fdatasync = func(f *os.File) error {
 		if armed.CompareAndSwap(true, false) {
 			close(syncing)
 			<-release // the disk hangs
 		}
-		return db.Sync()
+		return fdatasync(f)
 	}
 	v := open1(t, t.TempDir(), opt)
 	armed.Store(true)
