@@ -192,7 +192,7 @@ func deadOnDisk(v *store.Volume) (dead, unsure int64, err error) {
 }
 
 func number(log string) int {
-	n, _ := strconv.Atoi(strings.TrimSuffix(filepath.Base(log), ".vlog")) // Badger's names
+	n, _ := strconv.Atoi(strings.TrimSuffix(filepath.Base(log), filepath.Ext(log))) // Badger's names
 	return n
 }
 

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -29,6 +30,8 @@ type history struct {
 	keeper  *kept
 	starts  int
 	writers []*writer
+
+	memtable atomic.Int64 // the number of the newest log of the tree that is known
 }
 
 // writer changes chunks of its own, one after the other.
@@ -218,7 +221,22 @@ func (w *writer) put(ctx context.Context, c *known) error {
 	}
 	c.state = held
 	w.disk.rec.Mark(mark{Receipt: &c.id})
+	w.rotated(a.Memtable)
 	return nil
+}
+
+// rotated notes when the tree has begun a memtable.
+func (h *history) rotated(memtable int) {
+	for {
+		last := h.memtable.Load()
+		switch {
+		case int64(memtable) <= last:
+			return
+		case h.memtable.CompareAndSwap(last, int64(memtable)):
+			h.disk.rec.Mark(mark{Rotated: true})
+			return
+		}
+	}
 }
 
 func (w *writer) drop(ctx context.Context, these []*known) error {

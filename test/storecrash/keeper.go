@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/rpc"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/deimos-edge/deimos/internal/proc"
@@ -42,9 +43,10 @@ func (s Stored) bytes() []byte {
 
 // Answer is how a request went: the code of a problem, or "".
 type Answer struct {
-	Code   string
-	Reason string
-	Volume string
+	Code     string
+	Reason   string
+	Volume   string
+	Memtable int // after a put: the number of the newest log of the tree
 }
 
 func (a *Answer) take(err error) {
@@ -59,7 +61,11 @@ func (k *keeper) Put(s Stored, a *Answer) error {
 	defer k.mu.RUnlock()
 	data := s.bytes()
 	a.take(k.volume.Put(context.Background(), chunk.Sum(data), data))
-	return nil
+	logs, err := filepath.Glob(filepath.Join(k.dir, "chunks", "*.mem"))
+	for _, log := range logs {
+		a.Memtable = max(a.Memtable, number(log))
+	}
+	return err
 }
 
 // Drop forgets chunks durably.

@@ -46,11 +46,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"os/signal"
 	"slices"
@@ -132,7 +134,11 @@ func run(ctx context.Context, o options) (err error) {
 	if o.only != "" {
 		return one(ctx, rec, o)
 	}
-	out, err := replay(ctx, rec, blocks.Plan(rec, o.points, o.seed))
+	cuts, err := plan(rec, o.points, o.seed)
+	if err != nil {
+		return err
+	}
+	out, err := replay(ctx, rec, cuts)
 	fmt.Printf("       %d cuts in %.0f s, seed %d; at %d the journal was not enough\n", out.Points, out.Took.Seconds(), o.seed, out.Repaired)
 	switch {
 	case err != nil:
@@ -191,6 +197,36 @@ func record(ctx context.Context, o options) error {
 
 func replay(ctx context.Context, rec *blocks.Recording, cuts []blocks.Cut) (blocks.Outcome, error) {
 	return blocks.Replay(ctx, rec, cuts, min(blocks.Workers(), len(cuts)), func(*blocks.Disk) blocks.Checker { return newChecker() })
+}
+
+// plan chooses n cuts: those of package blocks, and of each ten one just after the tree
+// has begun another memtable. There are few such moments, and until the one before is
+// a table, only its log has what was put last.
+func plan(rec *blocks.Recording, n int, seed uint64) ([]blocks.Cut, error) {
+	const each = 16 // things that happen to the disk then
+	rng := rand.New(rand.NewPCG(seed, 2))
+	var near []blocks.Cut
+	left := 0
+	for i, e := range rec.Events {
+		if left > 0 && e.Kind != blocks.Note {
+			near = append(near, blocks.Cut{At: i, Seed: rng.Uint64() >> 32})
+			left--
+		}
+		m, err := markOf(e)
+		if err != nil {
+			return nil, err
+		}
+		if m.Rotated {
+			left = each
+		}
+	}
+	if most := max(n/10, 1); len(near) > most { // not the first rotations alone
+		rng.Shuffle(len(near), func(i, j int) { near[i], near[j] = near[j], near[i] })
+		near = near[:most]
+	}
+	cuts := append(blocks.Plan(rec, n-len(near), seed), near...)
+	slices.SortStableFunc(cuts, func(a, b blocks.Cut) int { return cmp.Compare(a.At, b.At) })
+	return cuts, nil
 }
 
 // one makes a single cut.

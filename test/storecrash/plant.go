@@ -17,18 +17,17 @@ import (
 var plants = map[string]planted.Bug{
 	// The receipt for a chunk is given before the chunk is durable.
 	"receipt": {File: "sync/store/options.go", Replace: []planted.Replace{
-		{Was: "h.sync = (*badger.DB).Sync", Is: "h.sync = func(*badger.DB) error { return nil }"},
+		{Was: "h.fdatasync = fdatasync", Is: "h.fdatasync = func(*os.File) error { return nil }"},
 	}},
 	// A value log is deleted before what was moved out of it is durable.
 	"move": {File: "sync/store/commit.go", Replace: []planted.Replace{
-		{Was: "\tif len(s.txns) == 0 {\n\t\tif s.flush {\n\t\t\treturn s.v.syncer.sync()\n\t\t}", Is: "\tif len(s.txns) == 0 {"},
-		{Was: "\tif s.err != nil {\n\t\treturn s.err\n\t}\n\treturn s.v.syncer.sync()", Is: "\tif s.err != nil || s.moving {\n\t\treturn s.err\n\t}\n\treturn s.v.syncer.sync()"},
+		{Was: "return s.written || s.flush }", Is: "return s.written && !s.moving }"},
 		{Was: "func (s *stage) addMoves(r *request) error {\n", Is: "func (s *stage) addMoves(r *request) error {\n\ts.moving = true\n"},
 		{Was: "type stage struct {\n", Is: "type stage struct {\n\tmoving bool\n"},
 	}},
 	// A memtable that is full is not synced before it is a table.
 	"rotated": {File: "sync/store/durable.go", Replace: []planted.Replace{
-		{Was: "logs[:max(0, len(logs)-1)]", Is: "logs[:0]"},
+		{Was: "slices.Concat(s.values.logs, s.trees.logs)", Is: "slices.Concat(s.values.logs, s.trees.logs[len(s.trees.logs)-1:])"},
 	}},
 }
 

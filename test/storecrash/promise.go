@@ -22,6 +22,8 @@ type mark struct {
 	Removing []chunk.ID `json:"removing,omitempty"`
 	// Removed are chunks that are gone.
 	Removed []chunk.ID `json:"removed,omitempty"`
+	// Rotated says that the tree has begun another memtable since the last such mark.
+	Rotated bool `json:"rotated,omitempty"`
 }
 
 // state is what must hold of a chunk after a cut.
@@ -41,15 +43,22 @@ type promises struct {
 
 // Pass takes what an event promises.
 func (p *promises) Pass(e blocks.Event) error {
+	m, err := markOf(e)
+	if err == nil {
+		p.take(m)
+	}
+	return err
+}
+
+// markOf is an event's mark, empty if it has none.
+func markOf(e blocks.Event) (m mark, err error) {
 	if e.Mark == nil {
-		return nil
+		return m, nil
 	}
-	var m mark
 	if err := json.Unmarshal(e.Mark, &m); err != nil {
-		return fmt.Errorf("a mark of the recording: %w", err)
+		return m, fmt.Errorf("a mark of the recording: %w", err)
 	}
-	p.take(m)
-	return nil
+	return m, nil
 }
 
 func (p *promises) take(m mark) {
