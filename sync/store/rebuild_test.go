@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/dgraph-io/badger/v4"
+	"github.com/dgraph-io/badger/v4/table"
 	"github.com/dgraph-io/badger/v4/y"
 
 	"github.com/deimos-edge/deimos/internal/testenv"
@@ -361,6 +362,7 @@ func TestForgedRecordsInAChunkDoNoHarm(t *testing.T) {
 	v := open1(t, dir, noFloor)
 	victim, victimData := someChunk(rng, 5000)
 	inside, insideData := someChunk(rng, 3000)
+	ghost, _ := someChunk(rng, 3000)
 	record := func(meta byte, id chunk.ID, version uint64, data []byte) []byte {
 		key := y.KeyWithTs(keyOf(chunkPrefix, id), version)
 		raw := []byte{meta, 0}
@@ -374,6 +376,7 @@ func TestForgedRecordsInAChunkDoNoHarm(t *testing.T) {
 		make([]byte, 1000),
 		record(0, victim, 1<<40, insideData), // other bytes
 		record(bitDelete, victim, 1<<40, nil),
+		record(0, ghost, 1<<40, insideData),  // nobody has it
 		record(0, inside, 1<<63, insideData), // a version that ends all others
 		record(0, inside, 1<<41, insideData), // what is true may be believed
 		make([]byte, 1000),
@@ -392,6 +395,8 @@ func TestForgedRecordsInAChunkDoNoHarm(t *testing.T) {
 	mustHold(t, v, inside, insideData)
 	_, err := v.Get(t.Context(), id)
 	mustFail(t, err, wire.CodeLost)
+	_, err = v.Get(t.Context(), ghost)
+	mustFail(t, err, wire.CodeNotFound)
 	more, moreData := someChunk(rng, 5000)
 	mustPut(t, v, more, moreData)
 	mustPut(t, v, id, forged)
@@ -400,6 +405,44 @@ func TestForgedRecordsInAChunkDoNoHarm(t *testing.T) {
 	for id, data := range map[chunk.ID][]byte{victim: victimData, inside: insideData, id: forged, more: moreData} {
 		mustHold(t, v, id, data)
 	}
+}
+
+// The same for blocks of a table, in chunks that are small enough to lie in one: they
+// could drop chunks of others.
+func TestAForgedBlockInASmallChunkDropsNothing(t *testing.T) {
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
+	dir := t.TempDir()
+	v := open1(t, dir, noFloor)
+	victim, victimData := someChunk(rng, 5000)
+	mustPut(t, v, victim, victimData)
+	b := table.NewTableBuilder(table.Options{TableSize: 1 << 20, BlockSize: 4 << 10})
+	b.Add(y.KeyWithTs(keyOf(chunkPrefix, victim), 1<<40), y.ValueStruct{Meta: bitDelete}, 0)
+	raw := b.Finish()
+	entries, length := splitBlock(raw)
+	if len(entries) != 1 || length > smallValue/2 {
+		t.Fatalf("%d entries in a block of %d bytes", len(entries), length)
+	}
+	_, tail := someChunk(rng, 300)
+	forged := slices.Concat(raw[:length], tail)
+	mustPut(t, v, chunk.Sum(forged), forged)
+	mustClose(t, v)
+	tables, err := filesOf(filepath.Join(dir, chunksDir), ".sst")
+	if err != nil || len(tables) != 1 {
+		t.Fatal(tables, err)
+	}
+	whole, err := os.ReadFile(tables[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(whole, forged)
+	if at < 0 {
+		t.Fatal("the small chunk is not in the tree as it is")
+	}
+	change(t, tables[0], at+len(forged)-1) // so its own block is damaged
+	v = open1(t, dir, noFloor)
+	mustHold(t, v, victim, victimData)
+	_, err = v.Get(t.Context(), chunk.Sum(forged))
+	mustFail(t, err, wire.CodeNotFound)
 }
 
 // The agent is killed while a tree is made anew: the next start makes it, or has it.
@@ -495,6 +538,45 @@ func TestADiskThatGivesNothingIsNotTakenForAnEmptyOne(t *testing.T) {
 		if err := b.enough(); (err == nil) != c.sure {
 			t.Errorf("%d of 100 bytes are not to be had: %v", c.bad, err)
 		}
+	}
+}
+
+// Killed between the flush of a memtable and its place on the list, Badger makes the
+// table again from the memtable's log: no reason to walk all chunks.
+func TestATreeIsNotMadeAnewForAFlushThatWasCutShort(t *testing.T) {
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
+	dir := t.TempDir()
+	v := open1(t, dir, noFloor)
+	held := map[chunk.ID][]byte{}
+	for range 20 {
+		id, data := someChunk(rng, 1+rng.IntN(5000))
+		mustPut(t, v, id, data)
+		held[id] = data
+	}
+	logs, err := filesOf(filepath.Join(dir, chunksDir), ".mem")
+	if err != nil || len(logs) == 0 {
+		t.Fatal(logs, err)
+	}
+	before := map[string][]byte{}
+	for _, path := range append(logs, filepath.Join(dir, chunksDir, badger.ManifestFilename)) {
+		if before[path], err = os.ReadFile(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustClose(t, v) // flushes
+	for path, raw := range before {
+		if err := os.WriteFile(path, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tables, err := tablesIn(filepath.Join(dir, chunksDir)); err != nil || len(tables) == 0 {
+		t.Fatal("no table was made", err)
+	}
+	opt := noFloor
+	opt.hooks.rebuilding = func(step string) { t.Errorf("the tree is made anew: %s", step) }
+	v = open1(t, dir, opt)
+	for id, data := range held {
+		mustHold(t, v, id, data)
 	}
 }
 
