@@ -88,12 +88,12 @@ func TestAnyDevicesOfDataGiveTheFileBack(t *testing.T) {
 	// What is found out on the way is known from then on.
 	r, err := object.Verify(testContext(t), w.op, f.Object.Object, nil)
 	must(t, err)
-	for _, fault := range r.Faults {
+	for _, fault := range slices.Concat(r.Faults, r.Away) {
 		if fault.Device != devices[0].id && fault.Device != devices[1].id {
 			t.Errorf("device %s is blamed: %s", fault.Device, fault.Problem)
 		}
 	}
-	if len(r.Faults) == 0 || r.Read+len(r.Faults) != 18 || r.Least < 4 {
+	if len(r.Faults) == 0 || r.Read+len(r.Faults)+len(r.Away) != 18 || r.Least < 4 {
 		t.Errorf("verified: %+v", r)
 	}
 	if e := entry(); e.Alive >= 6 || e.Online > e.Alive {

@@ -264,13 +264,16 @@ func (s *storage) stripe(ctx context.Context, q api.StripeRequest) (api.Stripe, 
 	if q.Token == "" || len(q.Token) > api.MaxStripeToken || len(q.Chunks) != q.Code.Shards() || q.Size < 1 || q.Size > chunk.MaxSize {
 		return api.Stripe{}, refuse(http.StatusBadRequest, "bad_stripe", "a stripe has a token of 1 to %d bytes and %d shards of 1 to %d bytes", api.MaxStripeToken, q.Code.Shards(), chunk.MaxSize)
 	}
+	if q.Replicas < 0 || q.Replicas > maxReplica {
+		return api.Stripe{}, refuse(http.StatusBadRequest, "bad_replicas", "replicas must be 1 to %d", maxReplica)
+	}
 	out := api.Stripe{Placed: []api.Placement{}}
 	for _, id := range q.Chunks {
 		c, ok := s.chunks.get(id)
 		if !ok || c.Size != q.Size || !s.settled(q.Token, c) {
 			continue
 		}
-		c, err := s.use(ctx, c, 1)
+		c, err := s.use(ctx, c, max(q.Replicas, 1))
 		if err != nil {
 			return out, err
 		}

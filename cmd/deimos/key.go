@@ -8,11 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"filippo.io/age"
 	"filippo.io/age/agessh"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -85,7 +87,7 @@ func (k keyring) identities(path string) ([]age.Identity, error) {
 		return nil, &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("the key cannot be read: %w", err)}
 	}
 	if bytes.HasPrefix(raw, []byte("-----BEGIN")) {
-		id, err := agessh.ParseIdentity(raw)
+		id, err := parseSSH(raw)
 		if err != nil {
 			return nil, &cli.Error{Code: cli.ExitConfig, Err: fmt.Errorf("%s is no SSH key that can be used, which is an Ed25519 or RSA key without a passphrase: %w", path, err)}
 		}
@@ -98,34 +100,55 @@ func (k keyring) identities(path string) ([]age.Identity, error) {
 	return list, nil
 }
 
-// recipientOf is who an identity belongs to; nil, "" if it does not tell.
-func recipientOf(id age.Identity) (age.Recipient, string) {
-	switch v := id.(type) {
-	case *age.X25519Identity:
-		return v.Recipient(), v.Recipient().String()
-	case *age.HybridIdentity:
-		return v.Recipient(), v.Recipient().String()
-	case *agessh.Ed25519Identity:
-		return v.Recipient(), "the SSH key (Ed25519)"
-	case *agessh.RSAIdentity:
-		return v.Recipient(), "the SSH key (RSA)"
-	}
-	return nil, ""
+// sshIdentity is an SSH key.
+type sshIdentity struct {
+	age.Identity
+	public string // as in a file of authorized keys, without a comment
 }
 
-func parseRecipient(text string) (age.Recipient, error) {
+func parseSSH(raw []byte) (id sshIdentity, err error) {
+	if id.Identity, err = agessh.ParseIdentity(raw); err != nil {
+		return id, err
+	}
+	s, err := ssh.ParsePrivateKey(raw)
+	if err == nil {
+		id.public = strings.TrimSpace(string(ssh.MarshalAuthorizedKey(s.PublicKey())))
+	}
+	return id, err
+}
+
+// publicOf is the public key of an identity; empty if it does not tell.
+func publicOf(id age.Identity) string {
+	switch v := id.(type) {
+	case *age.X25519Identity:
+		return v.Recipient().String()
+	case *age.HybridIdentity:
+		return v.Recipient().String()
+	case sshIdentity:
+		return v.public
+	}
+	return ""
+}
+
+// parseRecipient reads a public key. name tells it from every other, whatever is
+// written beside it.
+func parseRecipient(text string) (r age.Recipient, name string, err error) {
 	if strings.HasPrefix(text, "ssh-") {
-		r, err := agessh.ParseRecipient(text)
-		if err != nil {
-			return nil, fmt.Errorf("%q is no public SSH key that can be used: %w", text, err)
+		key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(text))
+		if err == nil {
+			name = strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
+			r, err = agessh.ParseRecipient(name)
 		}
-		return r, nil
+		if err != nil {
+			return nil, "", fmt.Errorf("%q is no public SSH key that can be used: %w", text, err)
+		}
+		return r, name, nil
 	}
 	list, err := age.ParseRecipients(strings.NewReader(text))
 	if err != nil || len(list) != 1 {
-		return nil, fmt.Errorf("%q is no public key: it begins with \"age1\", or is a line of an SSH public key", text)
+		return nil, "", fmt.Errorf("%q is no public key: it begins with \"age1\", or is a line of an SSH public key", text)
 	}
-	return list[0], nil
+	return list[0], strings.TrimSpace(text), nil
 }
 
 // listed are those of recipients.txt.
@@ -146,42 +169,60 @@ func (k keyring) listed() ([]string, error) {
 	return out, nil
 }
 
-// recipients are who will be able to read a file: the owner's key, those of the
-// list, and more. Where there is no key and no one else, a key is made. names
-// tells them apart.
-func (k keyring) recipients(identity string, more []string) (list []age.Recipient, names []string, err error) {
-	listed, err := k.listed()
+// recipients are who will be able to read a file: the owner's key, which is made
+// if there is none, those of the list, and more; without the owner's key, if they
+// are to be the only ones. names tells them apart.
+func (k keyring) recipients(identity string, more []string, only bool) (list []age.Recipient, names []string, err error) {
+	texts, err := k.listed()
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, text := range append(listed, more...) {
-		r, err := parseRecipient(text)
-		if err != nil {
-			return nil, nil, &cli.Error{Code: cli.ExitUsage, Err: err}
-		}
-		list, names = append(list, r), append(names, text)
-	}
-	own, err := k.identities(identity)
-	if err != nil {
-		return nil, nil, err
-	}
-	if len(own) == 0 && len(list) == 0 {
-		id, err := k.create()
+	texts = append(texts, more...)
+	if !only {
+		own, err := k.own(identity)
 		if err != nil {
 			return nil, nil, err
 		}
-		own = []age.Identity{id}
-		fmt.Fprintf(os.Stderr, "A key was made: %s. Nobody can read what you store without it: keep a copy of it elsewhere.\n", k.path())
+		texts = append(texts, own...)
 	}
-	for _, id := range own {
-		if r, name := recipientOf(id); r != nil {
+	for _, text := range texts {
+		r, name, err := parseRecipient(text)
+		if err != nil {
+			return nil, nil, &cli.Error{Code: cli.ExitUsage, Err: err}
+		}
+		if !slices.Contains(names, name) {
 			list, names = append(list, r), append(names, name)
 		}
 	}
 	if len(list) == 0 {
-		return nil, nil, &cli.Error{Code: cli.ExitConfig, Err: errors.New("the key does not tell its public key: name it with --recipient")}
+		return nil, nil, &cli.Error{Code: cli.ExitUsage, Err: errors.New("--only-recipients needs somebody who can read the file: name them with --recipient")}
 	}
 	return list, names, nil
+}
+
+// own are the owner's public keys.
+func (k keyring) own(identity string) ([]string, error) {
+	ids, err := k.identities(identity)
+	if err != nil {
+		return nil, err
+	}
+	if len(ids) == 0 {
+		id, err := k.create()
+		if err != nil {
+			return nil, err
+		}
+		ids = []age.Identity{id}
+		fmt.Fprintf(os.Stderr, "A key was made: %s. Nobody can read what you store without it: keep a copy of it elsewhere.\n", k.path())
+	}
+	var out []string
+	for _, id := range ids {
+		public := publicOf(id)
+		if public == "" {
+			return nil, &cli.Error{Code: cli.ExitConfig, Err: errors.New("the key does not tell its public key: name that with --recipient and --only-recipients")}
+		}
+		out = append(out, public)
+	}
+	return out, nil
 }
 
 type keyNewCmd struct{ cli.Output }
@@ -222,8 +263,8 @@ func (s *keyShowCmd) Run(all *commands) error {
 	}
 	v := keyView{File: k.path(), Recipients: []string{}}
 	for _, id := range own {
-		if _, name := recipientOf(id); name != "" {
-			v.Recipients = append(v.Recipients, name)
+		if public := publicOf(id); public != "" {
+			v.Recipients = append(v.Recipients, public)
 		}
 	}
 	listed, err := k.listed()
@@ -254,7 +295,7 @@ type keyAddRecipientCmd struct {
 }
 
 func (a *keyAddRecipientCmd) Run(all *commands) error {
-	if _, err := parseRecipient(a.Recipient); err != nil {
+	if _, _, err := parseRecipient(a.Recipient); err != nil {
 		return &cli.Error{Code: cli.ExitUsage, Err: err}
 	}
 	k, err := all.keyring()

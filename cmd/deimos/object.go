@@ -37,13 +37,14 @@ type objectCmd struct {
 }
 
 type objectPutCmd struct {
-	File      string   `arg:"" type:"path" help:"File to store; - for standard input."`
-	Name      string   `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
-	Code      string   `placeholder:"K+M" help:"Spread over K+M devices, of which any K are enough to read it. Default: 4+2."`
-	Recipient []string `sep:"none" placeholder:"KEY" help:"Who can read it beside your own key: age1..., or a line of an SSH public key; may be repeated."`
-	Identity  string   `type:"path" placeholder:"FILE" help:"Your key, as age or SSH keep it. Default: key.txt beside the context, made at the first put."`
-	Plain     bool     `help:"Store it as it is: the devices that hold it can read it, and jobs can run over it."`
-	Replicas  int      `placeholder:"N" help:"With --plain: how many devices hold each chunk. Default: 2."`
+	File           string   `arg:"" type:"path" help:"File to store; - for standard input."`
+	Name           string   `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
+	Code           string   `placeholder:"K+M" help:"Spread over K+M devices, of which any K are enough to read it. Default: 4+2."`
+	Recipient      []string `sep:"none" placeholder:"KEY" help:"Who can read it beside your own key: age1..., or a line of an SSH public key; may be repeated."`
+	OnlyRecipients bool     `help:"Only they: your own key, if there is one, does not open it."`
+	Identity       string   `type:"path" placeholder:"FILE" help:"Your key, as age or SSH keep it. Default: key.txt beside the context, made at the first put."`
+	Plain          bool     `help:"Store it as it is: the devices that hold it can read it, and jobs can run over it."`
+	Replicas       int      `placeholder:"N" help:"With --plain: how many devices hold each chunk. Default: 2."`
 	cli.Output
 }
 
@@ -60,8 +61,10 @@ func (p *objectPutCmd) check() error {
 	switch {
 	case p.Replicas != 0 && !p.Plain:
 		return errors.New("--replicas is for files that are stored with --plain; others are spread by --code, as in --code 2+1")
-	case p.Plain && (p.Code != "" || len(p.Recipient) > 0 || p.Identity != ""):
-		return errors.New("--plain stores a file as it is, for everybody to read: --code, --recipient and --identity are for others")
+	case p.Plain && (p.Code != "" || len(p.Recipient) > 0 || p.OnlyRecipients || p.Identity != ""):
+		return errors.New("--plain stores a file as it is, for everybody to read: --code, --recipient, --only-recipients and --identity are for others")
+	case p.OnlyRecipients && p.Identity != "":
+		return errors.New("--only-recipients stores a file that your own key does not open: --identity is for others")
 	}
 	return nil
 }
@@ -74,7 +77,7 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	in, size, err := openInput(p.File)
+	in, size, err := openInput(ctx, p.File)
 	if err != nil {
 		return err
 	}
@@ -89,7 +92,7 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 	var res putResult
 	if p.Plain {
 		bar := newProgress("storing "+name, size)
-		res.Object, res.Placements, err = object.PutPlain(ctx, c, name, in, cmp.Or(p.Replicas, defaultReplicas), bar.add)
+		res.Object, res.Placements, err = object.PutPlain(ctx, c, name, readable(ctx, in, size), cmp.Or(p.Replicas, defaultReplicas), bar.add)
 		bar.end()
 	} else {
 		res, err = p.encrypt(ctx, all, c, name, in, size)
@@ -113,7 +116,7 @@ func (p *objectPutCmd) encrypt(ctx context.Context, all *commands, c *api.Client
 	if err != nil {
 		return res, err
 	}
-	recipients, who, err := k.recipients(p.Identity, p.Recipient)
+	recipients, who, err := k.recipients(p.Identity, p.Recipient, p.OnlyRecipients)
 	if err != nil {
 		return res, err
 	}
@@ -134,7 +137,8 @@ func (p *objectPutCmd) encrypt(ctx context.Context, all *commands, c *api.Client
 		}
 	}
 	bar := newProgress("storing "+name, size)
-	o, placed, err := object.Put(ctx, c, name, in, state.Session, object.PutOptions{Identities: identities, Progress: bar.add})
+	o, placed, err := object.Put(ctx, c, name, readable(ctx, in, size), state.Session, object.PutOptions{
+		Identities: identities, Readers: who, AnyCode: p.Code == "", Progress: bar.add})
 	bar.end()
 	if err != nil {
 		return res, err
@@ -168,12 +172,11 @@ func writePut(w io.Writer, res putResult) error {
 }
 
 // openInput opens a file that can be stored; size is -1 if it is not known.
-func openInput(path string) (*os.File, int64, error) {
+func openInput(ctx context.Context, path string) (f *os.File, size int64, err error) {
 	if path == "-" { // the argument itself: a file can have this name
 		return os.Stdin, -1, nil
 	}
-	f, err := os.Open(path)
-	if err != nil {
+	if f, err = openAny(ctx, path, os.O_RDONLY); err != nil {
 		return nil, 0, err
 	}
 	s, err := f.Stat()
@@ -184,13 +187,50 @@ func openInput(path string) (*os.File, int64, error) {
 		f.Close()
 		return nil, 0, err
 	}
+	if !s.Mode().IsRegular() {
+		return f, -1, nil
+	}
 	return f, s.Size(), nil
+}
+
+// openAny opens what may be a FIFO, which opens when somebody is at its other end.
+func openAny(ctx context.Context, path string, flag int) (*os.File, error) {
+	type opened struct {
+		f   *os.File
+		err error
+	}
+	done := make(chan opened, 1)
+	go func() {
+		f, err := os.OpenFile(path, flag, 0o644)
+		done <- opened{f, err}
+	}()
+	select {
+	case o := <-done:
+		return o.f, o.err
+	case <-ctx.Done(): // the program ends, and the open with it
+		return nil, ctx.Err()
+	}
+}
+
+// readable is a file whose reading ends with ctx, though nothing comes: from a
+// pipe or a terminal, which are those without a size.
+func readable(ctx context.Context, f *os.File, size int64) io.Reader {
+	if size >= 0 {
+		return f
+	}
+	r, w := io.Pipe()
+	go func() { // ends with the file, or the program
+		_, err := io.Copy(w, f)
+		_ = w.CloseWithError(err) // it returns nil
+	}()
+	context.AfterFunc(ctx, func() { _ = w.CloseWithError(ctx.Err()) })
+	return r
 }
 
 type objectGetCmd struct {
 	Name     string `arg:"" help:"Name on the fleet."`
 	Out      string `short:"O" type:"path" help:"File to write; - for standard output. Default: the name, in this folder." placeholder:"FILE"`
-	Range    string `placeholder:"A-B" help:"Only the bytes A to B, counted from 0, both included; A- for all from A on."`
+	Range    string `placeholder:"A-B" help:"Only the bytes A to B, counted from 0, both included; A- for all from A on. Needs --out."`
 	Identity string `type:"path" placeholder:"FILE" help:"Your key, as age or SSH keep it. Default: key.txt beside the context."`
 	Plain    bool   `help:"It was stored with --plain. Who has a key must say so: nothing else shows that it is not a forgery of an encrypted file."`
 	cli.Output
@@ -200,19 +240,17 @@ type objectGetCmd struct {
 func parseRange(s string, size int64) (from, to int64, err error) {
 	a, b, ok := strings.Cut(s, "-")
 	from, err = strconv.ParseInt(a, 10, 64)
-	if to = size; err == nil && b != "" {
-		to, err = strconv.ParseInt(b, 10, 64)
-		if err == nil && to < math.MaxInt64 {
-			to++
-		}
+	last := int64(math.MaxInt64)
+	if err == nil && b != "" {
+		last, err = strconv.ParseInt(b, 10, 64)
 	}
-	if !ok || err != nil || from < 0 || to < from {
+	if !ok || err != nil || from < 0 || last < from {
 		return 0, 0, &cli.Error{Code: cli.ExitUsage, Err: fmt.Errorf("%q is no range of bytes, as in 0-99 for the first hundred", s)}
 	}
 	if from >= size {
 		return 0, 0, fmt.Errorf("the file has %d bytes, and none from %d on", size, from)
 	}
-	return from, min(to, size), nil
+	return from, min(last, size-1) + 1, nil
 }
 
 // openObject believes an object's record, with the key that is there.
@@ -238,6 +276,9 @@ func (c *commands) openObject(ctx context.Context, client *api.Client, name, ide
 }
 
 func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
+	if g.Range != "" && g.Out == "" {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("say with --out which file gets the range; it must not take the place of the whole one")}
+	}
 	c, err := all.client()
 	if err != nil {
 		return err
@@ -259,7 +300,7 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	var f *output
 	if path == "-" {
 		f = streamTo(os.Stdout)
-	} else if f, err = openOutput(ctx, path, o.Version()); err != nil {
+	} else if f, err = openOutput(ctx, path, g.Range, o.Version()); err != nil {
 		return fmt.Errorf("the file cannot be written: %w", err)
 	}
 	bar := newProgress("getting "+g.Name, to-from)
@@ -272,8 +313,9 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	}
 	bar.end()
 	if err != nil {
-		// Without the digest of the whole, a range cannot go on.
-		if kept := f.abandon(g.Range == ""); kept > 0 {
+		// Without the digest of the whole, a range cannot go on; and what does not
+		// have it need not.
+		if kept := f.abandon(g.Range == "" && !errors.Is(err, object.ErrWhole)); kept > 0 {
 			err = fmt.Errorf("%w; %s that came are kept, and the same command goes on from there", err, cli.Bytes(kept))
 		}
 		return err
@@ -314,7 +356,7 @@ func getWhole(ctx context.Context, c *api.Client, o *object.Object, f *output, p
 		return o.Write(ctx, c, f, progress)
 	}
 	err := o.Resume(ctx, c, f.before, f.had, f, progress)
-	if !errors.Is(err, object.ErrDamaged) {
+	if !errors.Is(err, object.ErrWhole) {
 		return err
 	}
 	progress(-f.had)
@@ -339,28 +381,38 @@ type output struct {
 	abandon func(keep bool) int64
 }
 
-func openOutput(ctx context.Context, path, version string) (*output, error) {
+// openOutput opens what a whole file is written to, or a range, as it was asked
+// for; version is of the file.
+func openOutput(ctx context.Context, path, span, version string) (*output, error) {
 	s, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		umask := syscall.Umask(0o077)
 		syscall.Umask(umask)
-		return openFile(path, 0o666&^0o022&^fs.FileMode(umask), version)
+		return openFile(path, 0o666&^0o022&^fs.FileMode(umask), span, version)
 	case err != nil:
 		return nil, err
 	case s.IsDir():
 		return nil, fmt.Errorf("%s is a folder; name a file in it", path)
 	case s.Mode().IsRegular():
-		return openFile(path, s.Mode().Perm(), version)
+		return openFile(path, s.Mode().Perm(), span, version)
 	}
-	return openStream(ctx, path)
+	f, err := openAny(ctx, path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return nil, err
+	}
+	return streamTo(f), nil
 }
 
 // openFile writes beside path, for nobody else to read until it is whole. The
-// name there tells the content that it is for: of another, nothing is kept.
-func openFile(path string, mode fs.FileMode, version string) (*output, error) {
+// name there tells the content that it is for: of another, nothing is kept. What
+// is kept of the whole is not touched by a range.
+func openFile(path string, mode fs.FileMode, span, version string) (*output, error) {
 	dir := filepath.Dir(path)
 	of := sha256.Sum256([]byte(filepath.Base(path)))
+	if span != "" {
+		of = sha256.Sum256([]byte(filepath.Base(path) + "/range"))
+	}
 	prefix := filepath.Join(dir, fmt.Sprintf(".deimos-%x-", of[:8]))
 	part := prefix + version[:16] + ".part"
 	f, err := openPart(part)
@@ -385,8 +437,17 @@ func openFile(path string, mode fs.FileMode, version string) (*output, error) {
 		return errors.Join(err, f.Truncate(0))
 	}
 	o.finish = func() error {
-		if err := errors.Join(f.Sync(), f.Chmod(mode), os.Rename(part, path), f.Close()); err != nil {
+		defer f.Close() // with the lock, which it has until it has its name
+		if err := f.Chmod(mode); err != nil {
 			return err
+		}
+		// After an error, the kernel may hold for written what is not on the disk: the
+		// next try would find it right.
+		if err := f.Sync(); err != nil {
+			return errors.Join(err, os.Remove(part))
+		}
+		if err := os.Rename(part, path); err != nil {
+			return errors.Join(err, f.Chmod(0o600)) // it is kept
 		}
 		return durable.SyncDir(dir)
 	}
@@ -453,28 +514,6 @@ func dropParts(dir, prefix, but string) {
 // streamTo writes to what cannot be written to twice.
 func streamTo(f *os.File) *output {
 	return &output{Writer: f, restart: func() error { return nil }, finish: f.Close, abandon: func(bool) int64 { _ = f.Close(); return 0 }}
-}
-
-// openStream opens what is there already. A FIFO opens when somebody reads it.
-func openStream(ctx context.Context, path string) (*output, error) {
-	type opened struct {
-		f   *os.File
-		err error
-	}
-	done := make(chan opened, 1)
-	go func() {
-		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
-		done <- opened{f, err}
-	}()
-	select {
-	case o := <-done:
-		if o.err != nil {
-			return nil, o.err
-		}
-		return streamTo(o.f), nil
-	case <-ctx.Done(): // the program ends, and the open with it
-		return nil, ctx.Err()
-	}
 }
 
 type objectLsCmd struct{ cli.Output }
@@ -624,7 +663,7 @@ func (v *objectVerifyCmd) Run(ctx context.Context, all *commands) error {
 	for _, ch := range rec.Chunks {
 		total += ch.Size
 	}
-	bar := newProgress("reading "+v.Name, total)
+	bar := newProgress("verifying "+v.Name, total)
 	res.Report, err = object.Verify(ctx, c, rec, bar.add)
 	bar.end()
 	if err != nil {
@@ -633,8 +672,11 @@ func (v *objectVerifyCmd) Run(ctx context.Context, all *commands) error {
 	if err := v.Print(res, func(w io.Writer) error { return writeVerified(w, rec, res) }); err != nil {
 		return err
 	}
-	if len(res.Faults) > 0 {
+	switch {
+	case len(res.Faults) > 0:
 		return fmt.Errorf("%s: %s missing or wrong", v.Name, cli.Count(len(res.Faults), "part"))
+	case len(res.Away) > 0:
+		return fmt.Errorf("%s: %s could not be looked at; verify it again when the devices are there", v.Name, cli.Count(len(res.Away), "part"))
 	}
 	return nil
 }
@@ -644,11 +686,12 @@ func writeVerified(w io.Writer, o api.Object, res verifyResult) error {
 	if o.Code != nil && !res.Manifest {
 		fmt.Fprintln(w, "Without a key, which parts there should be is the coordinator's word.")
 	}
-	if len(res.Faults) == 0 {
+	problems := slices.Concat(res.Faults, res.Away)
+	if len(problems) == 0 {
 		return nil
 	}
 	var rows []string
-	for _, f := range res.Faults {
+	for _, f := range problems {
 		rows = append(rows, fmt.Sprintf("%d\t%d\t%s\t%s", f.Stripe, f.Shard, cmp.Or(string(f.Device), "-"), f.Problem))
 	}
 	if err := cli.Table(w, "STRIPE\tSHARD\tDEVICE\tPROBLEM", rows); err != nil {

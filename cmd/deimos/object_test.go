@@ -56,7 +56,7 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 	path, old := filepath.Join(dir, "new"), filepath.Join(dir, "old")
 	must(t, os.WriteFile(old, []byte("before"), 0o640))
 	for p, mode := range map[string]os.FileMode{path: 0o644, old: 0o640} {
-		f, err := openOutput(t.Context(), p, aVersion)
+		f, err := openOutput(t.Context(), p, "", aVersion)
 		must(t, err)
 		_, err = io.WriteString(f, "half")
 		must(t, err)
@@ -70,13 +70,13 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 			t.Fatalf("written aside: %v", list)
 		}
 		wantFile(t, list[0], "half", 0o600)
-		if _, err := openOutput(t.Context(), p, aVersion); err == nil {
+		if _, err := openOutput(t.Context(), p, "", aVersion); err == nil {
 			t.Error("two commands write the same file at once")
 		}
 		must(t, f.finish())
 		wantFile(t, p, "half", mode)
 	}
-	f, err := openOutput(t.Context(), old, aVersion)
+	f, err := openOutput(t.Context(), old, "", aVersion)
 	must(t, err)
 	_, err = io.WriteString(f, "less")
 	must(t, err)
@@ -85,7 +85,7 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 	if list, _ := os.ReadDir(dir); len(list) != 2 {
 		t.Errorf("left behind: %v", list)
 	}
-	if _, err := openOutput(t.Context(), dir, aVersion); err == nil {
+	if _, err := openOutput(t.Context(), dir, "", aVersion); err == nil {
 		t.Error("a folder was opened")
 	}
 }
@@ -93,14 +93,14 @@ func TestAFileAppearsWholeOrNotAtAll(t *testing.T) {
 func TestWhatCameIsKeptForTheSameContentOnly(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "f")
-	f, err := openOutput(t.Context(), path, aVersion)
+	f, err := openOutput(t.Context(), path, "", aVersion)
 	must(t, err)
 	_, err = io.WriteString(f, "half")
 	must(t, err)
 	if kept := f.abandon(true); kept != 4 {
 		t.Errorf("%d bytes are kept", kept)
 	}
-	f, err = openOutput(t.Context(), path, aVersion)
+	f, err = openOutput(t.Context(), path, "", aVersion)
 	must(t, err)
 	before, err := io.ReadAll(f.before)
 	must(t, err)
@@ -110,7 +110,7 @@ func TestWhatCameIsKeptForTheSameContentOnly(t *testing.T) {
 	_, err = io.WriteString(f, " more")
 	must(t, err)
 	f.abandon(true)
-	f, err = openOutput(t.Context(), path, anotherVersion)
+	f, err = openOutput(t.Context(), path, "", anotherVersion)
 	must(t, err)
 	if f.had != 0 {
 		t.Errorf("%d bytes of something else are there", f.had)
@@ -125,14 +125,14 @@ func TestWhatCameIsKeptForTheSameContentOnly(t *testing.T) {
 		"with two names":  func(p string) error { return os.Link(p, filepath.Join(dir, "second")) },
 		"a symbolic link": func(p string) error { return errors.Join(os.Remove(p), os.Symlink(path, p)) },
 	} {
-		f, err := openOutput(t.Context(), path, aVersion)
+		f, err := openOutput(t.Context(), path, "", aVersion)
 		must(t, err)
 		_, err = io.WriteString(f, "half")
 		must(t, err)
 		f.abandon(true)
 		list := parts(t, dir)
 		must(t, spoil(list[0]))
-		f, err = openOutput(t.Context(), path, aVersion)
+		f, err = openOutput(t.Context(), path, "", aVersion)
 		if err == nil && f.had != 0 {
 			t.Errorf("%s: it is gone on with", name)
 		}
@@ -152,7 +152,7 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 	must(t, os.WriteFile(target, []byte("longer than before"), 0o600))
 	must(t, os.Symlink(target, link))
 	write := func(path string) {
-		f, err := openOutput(t.Context(), path, aVersion)
+		f, err := openOutput(t.Context(), path, "", aVersion)
 		must(t, err)
 		_, err = io.WriteString(f, "content")
 		must(t, err)
@@ -180,7 +180,7 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := openOutput(ended, fifo, aVersion); !errors.Is(err, context.Canceled) {
+	if _, err := openOutput(ended, fifo, "", aVersion); !errors.Is(err, context.Canceled) {
 		t.Errorf("a FIFO that nobody reads: %v", err)
 	}
 	// The open that was given up ends with the program; here, it is let through.
@@ -201,7 +201,7 @@ func TestAFileNamedDashIsAFile(t *testing.T) {
 		must(t, err)
 		_, err = p.Parse([]string{"object", "put", arg})
 		must(t, err)
-		f, size, err := openInput(c.Object.Put.File)
+		f, size, err := openInput(t.Context(), c.Object.Put.File)
 		must(t, err)
 		if file != (f != os.Stdin) || file && size != int64(len("content")) {
 			t.Errorf("%s: %s with %d bytes", arg, f.Name(), size)

@@ -93,12 +93,15 @@ type ObjectEntry struct {
 }
 
 // StripeRequest asks which shards of a stripe are placed already. The devices
-// that hold them get no other shard that is put with the same token.
+// that hold them get no other shard that is put with the same token. What is
+// asked for is kept for a day more, though no object has it yet.
 type StripeRequest struct {
 	Token  string   `json:"token"`  // made up by who puts the object; at most [MaxStripeToken] bytes
 	Code   Code     `json:"code"`   // of the object
 	Size   int64    `json:"size"`   // of each shard, in bytes
 	Chunks []string `json:"chunks"` // ids of the shards
+	// Replicas is how many copies there should be of each that is placed; 0 means 1.
+	Replicas int `json:"replicas,omitempty"`
 }
 
 // Stripe is what is placed of a stripe.

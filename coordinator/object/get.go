@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -42,7 +43,7 @@ func (o *Object) Write(ctx context.Context, c *api.Client, w io.Writer, progress
 
 // Resume goes on with a file of which the first n bytes, which part reads, came
 // before. What came before is checked with the rest, against the digest of the
-// whole: if it is not what it should be, the error is [ErrDamaged].
+// whole: if it is not what it should be, the error is [ErrWhole].
 func (o *Object) Resume(ctx context.Context, c *api.Client, part io.Reader, n int64, w io.Writer, progress func(int64)) error {
 	h := newWhole()
 	if err := h.resume(part, n); err != nil {
@@ -59,7 +60,7 @@ func (o *Object) write(ctx context.Context, c *api.Client, w io.Writer, h *whole
 		return err
 	}
 	if got := h.sum(); h.size != o.Size || got != o.Digest() {
-		return damaged("%q has SHA-256 %s, stored was %s", o.Name, got, o.Digest())
+		return fmt.Errorf("%w: %q has SHA-256 %s, stored was %s", ErrWhole, o.Name, got, o.Digest())
 	}
 	return nil
 }
@@ -226,28 +227,26 @@ func (r *reader) gather(ctx context.Context, chunks []api.Chunk, first, last int
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // whoever is late need not go on
 	h := &hunt{reader: r, chunks: chunks, first: first, last: last, code: r.object.m.Code,
-		shards: make([][]byte, len(chunks)), asked: make([]bool, len(chunks)), got: make(chan shard, len(chunks)), began: time.Now()}
+		shards: make([][]byte, len(chunks)), asked: make([]asked, len(chunks)), got: make(chan shard, len(chunks)), patience: 1}
 	for i := first; i <= last; i++ {
 		h.ask(ctx, i)
 	}
-	late := time.NewTimer(r.pace.patience())
+	late := time.NewTimer(h.untilLate())
 	defer late.Stop()
-	patience := 1
 	for !h.complete() {
 		if h.underWay == 0 && !h.askMore(ctx, h.code.Data-h.have) {
 			return nil, h.failed()
 		}
+		late.Reset(h.untilLate())
 		select {
 		case s := <-h.got:
 			h.take(s)
 			if s.err != nil && ctx.Err() == nil {
-				h.askMore(ctx, h.code.Data-h.have-h.underWay)
+				h.askMore(ctx, h.code.Data-h.have-h.coming())
 			}
-			late.Reset(time.Until(h.began.Add(time.Duration(patience) * r.pace.patience())))
 		case <-late.C:
-			h.askMore(ctx, h.code.Data-h.have-h.extra)
-			patience *= 2
-			late.Reset(time.Until(h.began.Add(time.Duration(patience) * r.pace.patience())))
+			h.noteLate()
+			h.askMore(ctx, h.code.Data-h.have-h.coming())
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
@@ -270,13 +269,24 @@ type hunt struct {
 	first, last int // wanted
 	code        api.Code
 	shards      [][]byte
-	asked       []bool
+	asked       []asked
 	got         chan shard
-	began       time.Time
-	// How many have come, are under way, and are under way in place of others.
-	have, underWay, extra int
-	problems              []string
-	unreadable            error // the first that was not a fault of the stripe alone
+	// patience is how often the reader's patience a request has from now on: it
+	// doubles each time that some are late, so that a line that is slow altogether
+	// does not make everything be asked for.
+	patience int
+	// How many have come, and are under way.
+	have, underWay int
+	problems       []string
+	unreadable     error // the first that was not a fault of the stripe alone
+}
+
+// asked is a request for a shard; zero: there was none.
+type asked struct {
+	at       time.Time
+	patience int
+	late     bool // it is not counted upon any more
+	over     bool
 }
 
 type shard struct {
@@ -286,11 +296,8 @@ type shard struct {
 }
 
 func (h *hunt) ask(ctx context.Context, i int) {
-	h.asked[i] = true
+	h.asked[i] = asked{at: time.Now(), patience: h.patience}
 	h.underWay++
-	if i < h.first || i > h.last {
-		h.extra++
-	}
 	go func() {
 		began := time.Now()
 		data, err := h.reader.fetch(ctx, h.chunks[i])
@@ -307,7 +314,7 @@ func (h *hunt) askMore(ctx context.Context, n int) (any bool) {
 		if n <= 0 {
 			break
 		}
-		if !h.asked[i] {
+		if h.asked[i].at.IsZero() {
 			h.ask(ctx, i)
 			any = true
 			n--
@@ -316,11 +323,38 @@ func (h *hunt) askMore(ctx context.Context, n int) (any bool) {
 	return any
 }
 
+// expected calls f with the requests that are under way and not late.
+func (h *hunt) expected(f func(a *asked)) {
+	for i := range h.asked {
+		if a := &h.asked[i]; !a.at.IsZero() && !a.over && !a.late {
+			f(a)
+		}
+	}
+}
+
+// coming is how many shards can be counted upon.
+func (h *hunt) coming() (n int) {
+	h.expected(func(*asked) { n++ })
+	return n
+}
+
+// untilLate is how long it takes until the next request is late; for ever, if
+// all are.
+func (h *hunt) untilLate() time.Duration {
+	each, next := h.reader.pace.patience(), time.Duration(math.MaxInt64)
+	h.expected(func(a *asked) { next = min(next, time.Until(a.at.Add(time.Duration(a.patience)*each))) })
+	return next
+}
+
+func (h *hunt) noteLate() {
+	each := h.reader.pace.patience()
+	h.expected(func(a *asked) { a.late = time.Since(a.at) >= time.Duration(a.patience)*each })
+	h.patience *= 2
+}
+
 func (h *hunt) take(s shard) {
 	h.underWay--
-	if s.i < h.first || s.i > h.last {
-		h.extra--
-	}
+	h.asked[s.i].over = true
 	if s.err != nil {
 		h.problems = append(h.problems, fmt.Sprintf("shard %d: %v", s.i, s.err))
 		if h.unreadable == nil || errors.Is(s.err, ErrDamaged) {

@@ -93,6 +93,11 @@ var maxChunks = api.MaxChunks
 // ErrDamaged is in the error when what came back is not what was stored.
 var ErrDamaged = errors.New("what came back is not what was stored")
 
+// ErrWhole is in the error, beside [ErrDamaged], when each part was believed and
+// the whole is not what was stored: what came before is wrong, or the list of a
+// plain object.
+var ErrWhole = fmt.Errorf("%w as a whole", ErrDamaged)
+
 // ErrPlain is in the error when what was to be opened with a key is not encrypted.
 var ErrPlain = errors.New("it is not encrypted, and nothing shows that it is what was stored")
 

@@ -86,6 +86,10 @@ func (s *shelf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		raw, ok := s.chunks[name]
 		s.mu.Unlock()
+		if !ok && r.URL.Query().Has("device") {
+			refuse(w, http.StatusGone, wire.CodeLost)
+			return
+		}
 		if !ok {
 			refuse(w, http.StatusServiceUnavailable, "no_holder_online")
 			return

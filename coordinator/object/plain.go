@@ -2,6 +2,7 @@ package object
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -27,6 +28,8 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 	if taken && old.Code != nil {
 		return o, nil, errTaken(name)
 	}
+	keeper := keep(ctx, c)
+	defer keeper.end()
 	var placed []*api.Placement
 	h := newWhole()
 	split := chunk.NewSplitter(io.TeeReader(r, h))
@@ -56,10 +59,14 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 		p := new(api.Placement)
 		placed = append(placed, p)
 		g.Go(func() (err error) {
-			if *p, err = c.PutChunk(gctx, id.String(), data, replicas); err == nil && progress != nil {
+			if *p, err = c.PutChunk(gctx, id.String(), data, replicas); err != nil {
+				return err
+			}
+			keeper.add(api.StripeRequest{Token: rand.Text(), Code: api.Code{Data: 1}, Size: int64(len(data)), Chunks: []string{id.String()}, Replicas: replicas})
+			if progress != nil {
 				progress(int64(len(data)))
 			}
-			return err
+			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {

@@ -1,6 +1,7 @@
 package object
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -70,6 +71,12 @@ type PutOptions struct {
 	// Identities open an object that has the name already, to see whether it is
 	// the same file.
 	Identities []age.Identity
+	// Readers name the recipients of the session. An object that has the name
+	// already is the same only if it was stored for the same.
+	Readers []string
+	// AnyCode says that an object that has the name already may have another code
+	// than the session.
+	AnyCode bool
 	// Progress is told the bytes of the file that are safe; it may be called by
 	// several goroutines at once. May be nil.
 	Progress func(bytes int64)
@@ -82,20 +89,23 @@ func (o PutOptions) progress(n int64) {
 }
 
 // Put encrypts what r gives and stores it under name. What the session has
-// placed before is not sent again.
+// placed before is not sent again. If the object is there already, shards of it
+// that were lost are placed again.
 func Put(ctx context.Context, c *api.Client, name string, r io.Reader, s *Session, o PutOptions) (*Object, []api.Placement, error) {
 	old, taken, err := lookUp(ctx, c, name)
 	if err != nil {
 		return nil, nil, err
 	}
 	if taken {
-		return repeat(ctx, c, old, r, o)
+		return repeat(ctx, c, old, r, s, o)
 	}
 	keys, err := deriveKeys(s.Key)
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &putter{client: c, session: s, keys: keys, o: o, requests: semaphore.NewWeighted(atOnce)}
+	p := newPutter(c, s, keys, o)
+	p.keeper = keep(ctx, c)
+	defer p.keeper.end()
 	size, sum, err := p.run(ctx, r)
 	if err != nil {
 		return nil, nil, err
@@ -106,7 +116,8 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, s *Sessio
 			rec.Chunks = append(rec.Chunks, pl.Chunk)
 		}
 	}
-	m := manifest{Name: name, Size: size, SHA256: sum, Code: s.Code, Payload: s.Payload, Chunks: hex.EncodeToString(listDigest(rec.Chunks))}
+	m := manifest{Name: name, Size: size, SHA256: sum, Code: s.Code, Payload: s.Payload,
+		Chunks: hex.EncodeToString(listDigest(rec.Chunks)), Readers: readersDigest(o.Readers)}
 	if rec.Manifest, err = sealManifest(keys, s.Wrapped, m); err != nil {
 		return nil, nil, err
 	}
@@ -127,28 +138,61 @@ func lookUp(ctx context.Context, c *api.Client, name string) (o api.Object, take
 	return o, err == nil, err
 }
 
-func errTaken(name string) error {
+func errTaken(name string) error { return errExists("there is another object %q", name) }
+
+// errExists is a refusal as the coordinator's own.
+func errExists(format string, args ...any) error {
 	return &api.Error{Status: http.StatusConflict, APIError: wire.APIError{Code: "exists",
-		Reason: fmt.Sprintf("there is another object %q; remove it first (\"deimos object rm\") or choose another name", name)}}
+		Reason: fmt.Sprintf(format, args...) + "; remove it first (\"deimos object rm\") or choose another name"}}
 }
 
-// repeat is for a name that is taken: if the object there is the same file, it
-// need not be stored again.
-func repeat(ctx context.Context, c *api.Client, rec api.Object, r io.Reader, o PutOptions) (*Object, []api.Placement, error) {
+// repeat is for a name that is taken. If the object there is the same file, only
+// those of its shards are sent that no device has any more.
+func repeat(ctx context.Context, c *api.Client, rec api.Object, r io.Reader, s *Session, o PutOptions) (*Object, []api.Placement, error) {
+	old, err := s.open(rec, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	if size := sizeOf(r); size >= 0 && size != rec.Size {
+		return nil, nil, errTaken(rec.Name)
+	}
+	p := newPutter(c, &Session{Token: rand.Text(), Code: old.m.Code, Payload: old.m.Payload}, old.keys, o)
+	p.same = rec.Chunks
+	size, sum, err := p.run(ctx, r)
+	if errors.Is(err, errOther) || err == nil && (size != rec.Size || sum != old.Digest()) {
+		return nil, nil, errTaken(rec.Name)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	now, taken, err := lookUp(ctx, c, rec.Name)
+	if err == nil && (!taken || !bytes.Equal(now.Manifest, rec.Manifest)) {
+		err = fmt.Errorf("%q was removed meanwhile; store the file again", rec.Name)
+	}
+	return old, slices.Concat(p.stripes...), err
+}
+
+// open opens an object that may be what this put, or one like it, has made.
+func (s *Session) open(rec api.Object, o PutOptions) (*Object, error) {
+	if rec.Code == nil {
+		return nil, errTaken(rec.Name)
+	}
 	old, err := open(rec, o.Identities)
-	if size := sizeOf(r); err != nil || rec.Code == nil || size != rec.Size {
-		return nil, nil, errTaken(rec.Name)
+	if e, bad := readEnvelope(rec); bad == nil && bytes.Equal(e.Key, s.Wrapped) { // this put has made it, maybe for others only
+		m, k, err := e.open(rec, s.Key)
+		return &Object{Object: rec, m: m, keys: k}, err
 	}
-	h := newWhole()
-	if _, err := io.Copy(h, r); err != nil {
-		return nil, nil, fmt.Errorf("the file cannot be read: %w", err)
+	switch {
+	case errors.Is(err, ErrNoKey):
+		return nil, errTaken(rec.Name)
+	case err != nil:
+		return nil, err
+	case old.m.Code != s.Code && !o.AnyCode:
+		return nil, errExists("%q is stored with the code %s, not %s", rec.Name, old.m.Code, s.Code)
+	case old.m.Readers != readersDigest(o.Readers):
+		return nil, errExists("%q is stored for other recipients than those that are named now", rec.Name)
 	}
-	if h.sum() != old.Digest() {
-		return nil, nil, errTaken(rec.Name)
-	}
-	o.progress(rec.Size)
-	placed, err := c.ObjectPlacements(ctx, rec.Name)
-	return old, placed, err
+	return old, nil
 }
 
 // sizeOf is the bytes of a regular file, and -1 for anything else.
@@ -172,6 +216,16 @@ type putter struct {
 	o        PutOptions
 	requests *semaphore.Weighted
 	stripes  [][]api.Placement
+	keeper   *keeper // nil: an object has the chunks already
+	// same is what the shards must be, of a file that was stored before.
+	same []api.Chunk
+}
+
+// errOther is the error of a file that is not the one that was stored before.
+var errOther = errors.New("it is another file")
+
+func newPutter(c *api.Client, s *Session, k keys, o PutOptions) *putter {
+	return &putter{client: c, session: s, keys: k, o: o, requests: semaphore.NewWeighted(atOnce)}
 }
 
 // window is how many stripes of so many bytes are in memory.
@@ -283,11 +337,18 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 		ids[i] = chunk.Sum(sh).String()
 		placed[i].Chunk = api.Chunk{ID: ids[i], Size: int64(len(sh))}
 	}
+	// Nothing of another file goes out under this name, nor with this key.
+	if at := s * len(shards); p.same != nil && (at+len(shards) > len(p.same) || !slices.EqualFunc(placed, p.same[at:at+len(shards)],
+		func(pl api.Placement, ch api.Chunk) bool { return pl.Chunk == ch })) {
+		return errOther
+	}
 	token := fmt.Sprintf("%s-%d", p.session.Token, s)
-	there, err := p.client.Stripe(ctx, api.StripeRequest{Token: token, Code: code, Size: int64(len(shards[0])), Chunks: ids})
+	q := api.StripeRequest{Token: token, Code: code, Size: int64(len(shards[0])), Chunks: ids}
+	there, err := p.client.Stripe(ctx, q)
 	if err != nil {
 		return err
 	}
+	p.keeper.add(q)
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range shards {
 		of := 0 // bytes of the file in this shard

@@ -100,6 +100,8 @@ type manifest struct {
 	Code    api.Code `json:"code"`
 	Payload int      `json:"payload"` // bytes of each, but those of the last stripe
 	Chunks  string   `json:"chunks"`  // digest of the list, hex
+	// Readers is a digest of the names of who it was stored for; empty: not told.
+	Readers string `json:"readers,omitempty"`
 }
 
 // envelope is [api.Object].Manifest.
@@ -123,6 +125,19 @@ func listDigest(chunks []api.Chunk) []byte {
 		h.Write(binary.BigEndian.AppendUint64(id, uint64(ch.Size)))
 	}
 	return h.Sum(nil)
+}
+
+// readersDigest is the SHA-256 of names, in whatever order; empty of none.
+func readersDigest(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	names = slices.Compact(slices.Sorted(slices.Values(names)))
+	h := sha256.New()
+	for _, n := range names {
+		fmt.Fprintf(h, "%q", n)
+	}
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // wrap encrypts a file's key for its recipients.
@@ -175,20 +190,32 @@ func sealManifest(k keys, wrapped []byte, m manifest) ([]byte, error) {
 
 // openManifest believes nothing of a record that the manifest does not say.
 func openManifest(o api.Object, identities []age.Identity) (m manifest, k keys, err error) {
-	if len(o.Manifest) > api.MaxManifest {
-		return m, k, damaged("the manifest of %q has %d bytes", o.Name, len(o.Manifest))
-	}
-	var e envelope
-	if err := json.Unmarshal(o.Manifest, &e); err != nil {
-		return m, k, damaged("the manifest of %q cannot be read", o.Name)
-	}
-	if e.Version != version {
-		return m, k, fmt.Errorf("%q was stored by another version of this program: its manifest has version %d, known is %d", o.Name, e.Version, version)
+	e, err := readEnvelope(o)
+	if err != nil {
+		return m, k, err
 	}
 	key, err := unwrap(e.Key, identities)
 	if err != nil {
 		return m, k, fmt.Errorf("%q: %w", o.Name, err)
 	}
+	return e.open(o, key)
+}
+
+func readEnvelope(o api.Object) (e envelope, err error) {
+	if len(o.Manifest) > api.MaxManifest {
+		return e, damaged("the manifest of %q has %d bytes", o.Name, len(o.Manifest))
+	}
+	if err := json.Unmarshal(o.Manifest, &e); err != nil {
+		return e, damaged("the manifest of %q cannot be read", o.Name)
+	}
+	if e.Version != version {
+		return e, fmt.Errorf("%q was stored by another version of this program: its manifest has version %d, known is %d", o.Name, e.Version, version)
+	}
+	return e, nil
+}
+
+// open opens the manifest with the file's key.
+func (e envelope) open(o api.Object, key []byte) (m manifest, k keys, err error) {
 	if k, err = deriveKeys(key); err != nil {
 		return m, k, err
 	}
