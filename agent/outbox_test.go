@@ -15,6 +15,8 @@ import (
 	"github.com/dgraph-io/badger/v4"
 
 	"github.com/deimos-edge/deimos/wire"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // onBoth runs a claim on both journals.
@@ -115,9 +117,7 @@ func TestJournalKeepsRevisesAndForgets(t *testing.T) {
 // TestBytesAreCountedExactly changes a journal at random and opens it again:
 // the count that was kept is the count of what is there.
 func TestBytesAreCountedExactly(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	dir := t.TempDir()
 	j, err := openJournal(dir)
 	if err != nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // held is a handler whose orders stay until they are let go.
@@ -91,9 +93,7 @@ func TestFloodKeepsNothingUrgentWaiting(t *testing.T) {
 // TestSchedulerKeepsItsRule checks the rule of the scheduler's
 // comment on random floods.
 func TestSchedulerKeepsItsRule(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	var u duties
 	kinds(newHeld(), nil)(&u)
 	all := []wire.Kind{wire.KindChunkStore, wire.KindChunkServe, wire.KindChunkDrop, wire.KindAudit, wire.KindJobRun, wire.KindUpdateInstall, wire.KindPing}

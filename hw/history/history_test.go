@@ -19,6 +19,7 @@ import (
 	"unsafe"
 
 	"github.com/deimos-edge/deimos/hw"
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -319,8 +320,7 @@ func TestRingStaysWithinItsBudgetAndKeepsTheCoarseLonger(t *testing.T) {
 	dir := t.TempDir()
 	r, err := Open(dir, Options{MaxBytes: leastBytes})
 	must(t, err)
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
+	seed := testenv.Seed(t)
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	const n = 20 * 24 * 60
 	for i := range n {
@@ -625,8 +625,7 @@ func TestAKilledWriterLosesOnlyWhatWaited(t *testing.T) {
 }
 
 func TestWhatIsEncodedIsDecoded(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
+	seed := testenv.Seed(t)
 	rnd := rand.New(rand.NewPCG(seed, 2))
 	for range 200 {
 		x := newBuilder(bootID{byte(rnd.IntN(2))})

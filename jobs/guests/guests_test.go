@@ -81,9 +81,7 @@ func native(t *testing.T, in []byte, tool string, args ...string) []string {
 // inputs are real and awkward ones, none above the size of a chunk.
 func inputs(t *testing.T) map[string][]byte {
 	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	r := rand.New(rand.NewPCG(seed, 0))
+	r := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	noise := make([]byte, 100_000+r.IntN(1000))
 	for i := range noise {
 		noise[i] = byte(r.IntN(256))

@@ -4,10 +4,11 @@ import (
 	"math"
 	"math/rand/v2"
 	"testing"
-	"time"
 
 	"github.com/BurntSushi/toml"
 	"github.com/deimos-edge/deimos/wire"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // within fails unless every limit is above zero and no cap of d is passed.
@@ -22,9 +23,7 @@ func within(t *testing.T, got wire.JobLimits, d Policy) {
 }
 
 func TestOwnersCapsAlwaysWin(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	r := rand.New(rand.NewPCG(seed, 0))
+	r := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	floats := []float64{0, -1, 1e-9, 1, 1e18, math.MaxFloat64, math.Inf(1), math.Inf(-1), math.NaN()}
 	ints := []int64{0, -1, 1, 1 << 20, 1 << 40, math.MaxInt64, math.MinInt64}
 	f := func() float64 { return floats[r.IntN(len(floats))] }

@@ -276,9 +276,7 @@ func procFile(pid int, name string) string {
 
 // seeded makes random numbers that can be had again.
 func seeded(t *testing.T) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 // hostListener is a socket of the host that no guest may reach.

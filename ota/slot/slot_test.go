@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 func open(t *testing.T) *Store {
@@ -274,9 +276,7 @@ func TestNoGenerationNamesTheInstallTarget(t *testing.T) {
 // TestRandomHistories drives agent and launcher through random steps, with
 // damage to the newest generation in between, and checks what always holds.
 func TestRandomHistories(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 0))
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	s := device(t)
 	must(t, s.update(func(*State) error { return nil })) // two generations
 	for i := range 300 {

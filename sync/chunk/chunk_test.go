@@ -9,13 +9,14 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
-	"time"
 
 	"crypto/sha256"
 
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
+
+	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
 // sizes covers one leaf to many, balanced and lopsided trees, full and cut last leaves.
@@ -26,9 +27,7 @@ var sizes = []int{
 
 // random returns a source whose seed is printed if the test fails.
 func random(t testing.TB) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 func someBytes(rng *rand.Rand, n int) []byte {

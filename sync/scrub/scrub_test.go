@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
@@ -74,9 +75,7 @@ type huge struct {
 var nothing = make([]byte, 64<<20) // never touched
 
 func random(t testing.TB) *rand.Rand {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
 func randomID(rng *rand.Rand) (id chunk.ID) {
