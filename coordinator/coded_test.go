@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/object"
@@ -333,16 +333,22 @@ func TestAStripeSpreadsByOwnerAndNetwork(t *testing.T) {
 		_, err := w.op.ChangeDevices(testContext(t), api.DeviceChange{Selector: api.Selector{Devices: []wire.DeviceID{d.id}}, SetLabels: map[string]string{ownerLabel: owner}})
 		must(t, err)
 	}
-	for round := range 5 {
-		token, seen := fmt.Sprintf("owners-%d", round), map[string]bool{}
-		for range 2 {
+	for round := range 60 { // both at once, as they are put
+		token, went := fmt.Sprintf("owners-%d", round), make([]string, 2)
+		var both errgroup.Group
+		for i := range went {
 			data := someBytes(300)
-			p, err := w.op.PutShard(testContext(t), chunk.Sum(data).String(), data, token)
-			must(t, err)
-			seen[owners[p.Holders[0].Device]] = true
+			both.Go(func() error {
+				p, err := w.op.PutShard(testContext(t), chunk.Sum(data).String(), data, token)
+				if err == nil {
+					went[i] = owners[p.Holders[0].Device]
+				}
+				return err
+			})
 		}
-		if len(seen) != 2 {
-			t.Errorf("two shards went to %v", slices.Collect(maps.Keys(seen)))
+		must(t, both.Wait())
+		if went[0] == went[1] {
+			t.Errorf("both shards went to %s", went[0])
 		}
 	}
 }

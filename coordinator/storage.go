@@ -65,7 +65,9 @@ type storage struct {
 	placing keyed // one placement or removal of a chunk at a time
 	naming  keyed // one change of an object's name at a time
 	serving keyed // one fetch of a chunk at a time: what is served has one name
-	reading singleflight.Group
+	// choosing is one device at a time for the shards of a stripe.
+	choosing keyed
+	reading  singleflight.Group
 
 	stripes  stripes
 	networks networks
@@ -343,16 +345,26 @@ func (s *storage) free(ctx context.Context, id string, size int64, asked []wire.
 	defer cancel()
 	for {
 		drops := s.dropping(id)
-		next := s.candidates(token, size, slices.Concat(asked, s.lettingGo(id, drops)), n)
-		if token != "" {
-			// Between the look and this, another chunk of the stripe may have come first.
-			if len(next) > 0 && !s.stripes.take(token, next[0], id) {
-				continue
-			}
-		}
+		next := s.choose(token, id, size, slices.Concat(asked, s.lettingGo(id, drops)), n)
 		if len(next) == n || !s.awaitAny(ctx, drops) {
 			return next
 		}
+	}
+}
+
+// choose draws candidates, and reserves the one of a stripe before another shard of
+// it looks whose devices are taken: else both could go to one owner.
+func (s *storage) choose(token, id string, size int64, not []wire.DeviceID, n int) []wire.DeviceID {
+	if token == "" {
+		return s.candidates(token, size, not, n)
+	}
+	defer s.choosing.lock(token)()
+	for {
+		next := s.candidates(token, size, not, n)
+		if len(next) == 0 || s.stripes.take(token, next[0], id) {
+			return next
+		}
+		// A shard that was there already has come between.
 	}
 }
 
