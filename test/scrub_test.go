@@ -1,11 +1,7 @@
 package test
 
 import (
-	"bytes"
 	"crypto/rand"
-	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -37,7 +33,7 @@ func TestALossIsReportedBeforeItIsAskedFor(t *testing.T) {
 	if lost := lostOf(f, "photos"); len(lost) != 0 {
 		t.Fatalf("lost before anything was damaged: %v", lost)
 	}
-	flipBit(t, d.state("volumes", "main"), data[1<<20:2<<20])
+	damage(t, d.state("volumes", "main"), o.Chunks[1])
 	f.Until("the loss is known to the coordinator", func() bool { return len(lostOf(f, "photos")) > 0 })
 	if lost := lostOf(f, "photos"); len(lost) != 1 || lost[0] != o.Chunks[1].ID {
 		t.Errorf("lost are %v, damaged was %s", lost, o.Chunks[1].ID)
@@ -79,31 +75,4 @@ func lostOf(f *fleet, name string) (ids []string) {
 		}
 	}
 	return ids
-}
-
-// flipBit changes one bit of a chunk where it lies on a device's disk.
-func flipBit(t *testing.T, dir string, data []byte) {
-	t.Helper()
-	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.vlog"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range logs {
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		raw, err := io.ReadAll(io.LimitReader(f, 64<<20))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if i := bytes.Index(raw, data); i >= 0 {
-			if _, err := f.WriteAt([]byte{raw[i+5000] ^ 1}, int64(i+5000)); err != nil {
-				t.Fatal(err)
-			}
-			return
-		}
-	}
-	t.Fatal("the chunk is in no value log")
 }

@@ -172,7 +172,7 @@ func Descendants(root int) (out []int) {
 	return out
 }
 
-// Seeded is a random source whose seed is in the test's log.
+// Seeded is a random source with the seed of [testenv.Seed].
 func Seeded(t *testing.T) *rand.Rand {
 	t.Helper()
 	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
