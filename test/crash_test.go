@@ -148,6 +148,10 @@ func (f *fleet) checkReceipts(placed <-chan api.Placement) {
 		}
 		defer v.Close()
 		volumes[d.id] = v
+		// Nothing else there is damaged either: no kill of a process takes what it wrote.
+		if found, err := v.Check(f.Ctx); err != nil || len(found.Lost) > 0 {
+			f.T.Errorf("%s: %d chunks are lost, the first %+v; %v", d.name, len(found.Lost), found.Lost[:min(1, len(found.Lost))], err)
+		}
 	}
 	receipts := 0
 	for p := range placed {

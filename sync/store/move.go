@@ -120,6 +120,7 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	if len(victims) == 0 {
 		return false
 	}
+	v.opt.Log.Debug("value logs are being emptied", "volume", v.id, "logs", victims)
 	err := v.empty(ctx, victims)
 	var empty []uint32
 	if err == nil {
@@ -139,6 +140,8 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	v.mu.Unlock()
 	if err != nil && ctx.Err() == nil {
 		v.opt.Log.Warn("dead bytes could not be given back", "volume", v.id, "err", err)
+	} else if err == nil {
+		v.opt.Log.Debug("value logs were emptied", "volume", v.id, "deleted", empty)
 	}
 	return err == nil && len(empty) > 0
 }
