@@ -19,9 +19,8 @@ const (
 	growthSize   = chunk.LeafSize
 	growthAtOnce = 512 // puts while they are filled
 
-	growthRounds = 5
-	growthPuts   = 20 // in a round, one after the other
-	growthGets   = 200
+	growthPuts = 20 // in a round, one after the other
+	growthGets = 200
 )
 
 // grown is a store with so many chunks to begin with.
@@ -46,17 +45,18 @@ func growthRows(ctx context.Context, t *table, dir string) (err error) {
 		what, unit string
 		do         func(g *grown) error
 		each       float64 // in a round
+		rounds     int
 	}{
-		{"durable put", "ms", func(g *grown) error { return g.put(ctx) }, growthPuts},
-		{"verified get", "µs", func(g *grown) error { return g.get(ctx) }, growthGets / 1000.},
-		{"opening", "ms", (*grown).open, 1},
+		{"durable put", "ms", func(g *grown) error { return g.put(ctx) }, growthPuts, 5},
+		{"verified get", "µs", func(g *grown) error { return g.get(ctx) }, growthGets / 1000., 5},
+		{"opening", "ms", (*grown).open, 1, 3},
 	} {
 		side := func(g *grown) func() (float64, error) {
 			measure := took(func() error { return r.do(g) })
 			return func() (float64, error) { d, err := measure(); return d / r.each, err }
 		}
 		for _, g := range all[1:] {
-			rounds, err := interleave(growthRounds, side(g), side(all[0]))
+			rounds, err := interleave(r.rounds, side(g), side(all[0]))
 			if err != nil {
 				return err
 			}

@@ -30,13 +30,15 @@ import (
 const (
 	loadMemory = 96 // MiB, the limit
 
-	loadFor      = time.Minute
-	loadSize     = chunk.MaxSize
-	loadFirst    = 64 // chunks that are there when it begins
-	loadPutters  = 12
-	loadGetters  = 12
-	loadAuditors = 3
-	loadMost     = 1000 // chunks that are put, at most: for the disk's sake
+	loadFor     = time.Minute
+	loadSize    = chunk.MaxSize
+	loadFirst   = 64   // chunks that are there when it begins
+	loadMost    = 1000 // chunks that are put, at most: for the disk's sake
+	loadPutters = 12
+	// A device serves and proves before it stores (see wire.Kind): with many more of
+	// these no put would begin.
+	loadGetters  = 3
+	loadAuditors = 1
 
 	// A terabyte of chunks of the usual size.
 	indexed    = 1_000_000

@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
@@ -47,7 +48,7 @@ var (
 	image     = flag.String("image", "", "disk image of a device, for the rows on it; the one below -bin if not given")
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 
-	storageOnly = flag.Bool("storage-only", false, "the rows on storage alone")
+	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
 )
 
 const (
@@ -63,7 +64,9 @@ func main() {
 		return
 	}
 	flag.Parse()
-	ctx, cancel := context.WithTimeout(context.Background(), limit+*idleFor)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM) // what is on disk is removed
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, limit+*idleFor)
 	defer cancel()
 	var t table
 	check(run(ctx, &t))
@@ -83,8 +86,8 @@ func run(ctx context.Context, t *table) error {
 	if *imageOnly {
 		return imageRows(ctx, t)
 	}
-	if *storageOnly {
-		return storageRows(ctx, t)
+	if *storageOnly != "" {
+		return storageRows(ctx, t, *storageOnly)
 	}
 	sealing(t)
 	known, err := knowing(ctx)
@@ -104,7 +107,7 @@ func run(ctx context.Context, t *table) error {
 	if err := imageRows(ctx, t); err != nil {
 		return err
 	}
-	if err := storageRows(ctx, t); err != nil {
+	if err := storageRows(ctx, t, "all"); err != nil {
 		return err
 	}
 	bare, err := measure(ctx, newBareSide)

@@ -45,8 +45,14 @@ const (
 	auditLeaves = 90
 )
 
-// storageRows are all of them. Everything that they write is below one folder.
-func storageRows(ctx context.Context, t *table) error {
+// storageRows are those of one kind, or all. Everything that a kind writes is below
+// one folder, which is removed at its end.
+func storageRows(ctx context.Context, t *table, kind string) error {
+	kinds := []struct {
+		name string
+		rows func(ctx context.Context, t *table, dir string) error
+	}{{"puts", putRows}, {"reads", readRows}, {"growth", growthRows}, {"memory", loadRows}, {"objects", objectRows}}
+	known := kind == "all"
 	var st unix.Statfs_t
 	if err := unix.Statfs(os.TempDir(), &st); err != nil {
 		return fmt.Errorf("the free space of %s: %w", os.TempDir(), err)
@@ -55,27 +61,25 @@ func storageRows(ctx context.Context, t *table) error {
 		fmt.Printf("left out: storage: it needs %d GiB, and %s has %d: name a folder on another disk with TMPDIR\n", storageSpace>>30, os.TempDir(), free>>30)
 		return nil
 	}
-	for _, rows := range []struct {
-		what string
-		do   func(ctx context.Context, t *table, dir string) error
-	}{
-		{"durable puts", putRows},
-		{"reads", readRows},
-		{"a store that grows", growthRows},
-		{"an agent's memory", loadRows},
-		{"objects", objectRows},
-	} {
+	for _, k := range kinds {
+		if kind != "all" && kind != k.name {
+			continue
+		}
+		known = true
 		dir, err := os.MkdirTemp("", "deimos-bench-")
 		if err != nil {
 			return err
 		}
-		err = rows.do(ctx, t, dir)
+		err = k.rows(ctx, t, dir)
 		if err := os.RemoveAll(dir); err != nil {
 			return err
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", rows.what, err)
+			return fmt.Errorf("storage, %s: %w", k.name, err)
 		}
+	}
+	if !known {
+		return fmt.Errorf("there are no rows on storage called %q: see -help", kind)
 	}
 	return nil
 }
