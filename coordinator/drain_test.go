@@ -217,3 +217,33 @@ func TestADrainThatCannotBeKeepsEverything(t *testing.T) {
 	wantRefusal(t, w.op.CancelDrain(testContext(t), string(d.id)), http.StatusNotFound, wire.CodeNotFound)
 	must(t, f.get(t, w))
 }
+
+// A device is asked whether it holds nothing when no order is out that could change
+// that; and the order to say so, which a crash came before, is made.
+func TestADrainIsEndedWhenNothingIsOnItsWay(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	s := w.repairs.drains
+	row := drainRow{Device: d.id, Began: w.now().UTC()}
+	must(t, s.rows.create(ctx, string(d.id), row))
+	d.on(wire.KindChunkStore, silent)
+	late, err := w.outbox.submit(ctx, d.id, wire.KindChunkStore, wire.ChunkStore{ID: chunk.Sum([]byte("late")).String(), Size: 4, URL: "/data/v1/x"}, storeLife)
+	must(t, err)
+	must(t, s.step(ctx, row))
+	if n := w.orders(t, wire.KindChunkHoldings); n != 0 {
+		t.Error("it is asked whether it is empty while it is told to store something")
+	}
+	must(t, w.outbox.end(ctx, d.id, late.ID, wire.Canceled, "x", "the test is done with it"))
+	const order = "01J0000000000000000000000D"
+	must(t, s.change(ctx, d.id, func(v *drainRow) error { v.Order, v.Asked = order, w.now().UTC(); return nil }))
+	must(t, s.step(ctx, row))
+	if _, err := w.outbox.await(ctx, wire.Order{ID: order, Device: d.id}, nil); err != nil {
+		t.Fatalf("the order that was about to be made is not made: %v", err)
+	}
+	must(t, s.step(ctx, row))
+	if v, err := s.show(d.id); err != nil || v.State != api.DrainDone || v.Receipt != order {
+		t.Errorf("ended as %+v, %v", v, err)
+	}
+}

@@ -514,3 +514,37 @@ func TestWhatIsAboutToBeDroppedIsNotPlacedThere(t *testing.T) {
 	_, err = w.op.PutChunk(ctx, id, data, 1)
 	must(t, err)
 }
+
+// Who is to leave is read from first, and nobody is told to drop anything while it is
+// away.
+func TestWhoLeavesServesAndWhoIsAwayKeeps(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	devices := w.devices(t, 2)
+	var served [2]atomic.Int32
+	for i, d := range devices {
+		d.on(wire.KindChunkServe, func(o wire.Order) *reply { served[i].Add(1); return d.honest(o) })
+	}
+	ch := w.putFile(t, "two", someBytes(3000), 2).Chunks[0]
+	for i, d := range devices {
+		must(t, w.repairs.drains.rows.create(ctx, string(d.id), drainRow{Device: d.id, Began: w.now()}))
+		_, err := w.repairs.fetch(ctx, ch, nil)
+		must(t, err)
+		must(t, w.repairs.drains.cancel(ctx, d.id))
+		if served[i].Load() != 1 || served[1-i].Load() != int32(i) {
+			t.Errorf("with device %d drained, %d and %d were read from", i, served[0].Load(), served[1].Load())
+		}
+	}
+	w.want(t, ch.ID, 1)
+	if l := w.repairs.look(w.unitOf(t, ch.ID)); len(l.extra) != 1 {
+		t.Errorf("too many are %v", l.extra)
+	}
+	for _, d := range devices {
+		d.leave()
+		if l := w.repairs.look(w.unitOf(t, ch.ID)); len(l.extra) != 0 {
+			t.Errorf("one is away, and too many are %v", l.extra)
+		}
+		d.connect(w)
+	}
+}

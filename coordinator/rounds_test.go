@@ -226,6 +226,27 @@ func TestABadAnswerIsFollowedUpWithinMinutesAndBounded(t *testing.T) {
 	if bytes > 7*day+day || soon < followUps {
 		t.Errorf("a liar was asked for %.1f days' bytes in two days, %d follow-ups", bytes/day, soon)
 	}
+	// So many times in a row, and then as any other.
+	tn = turn{Credit: day}
+	for range followUps {
+		tn.Next = epoch
+		if r.after(&tn, 1, nil, api.Audit{Outcome: api.AuditLost}); !tn.Next.After(now) {
+			t.Error("it is not followed up")
+		}
+	}
+	tn.Next = epoch
+	if r.after(&tn, 1, nil, api.Audit{Outcome: api.AuditLost}); !tn.Next.Equal(epoch) || tn.Follow != 0 {
+		t.Errorf("it is followed up %d times", followUps+1)
+	}
+	// What was not answered comes again as far as two days' bytes in advance go.
+	again := turn{Again: make([]wire.AuditItem, 90)}
+	if n := r.portion(again, day); n != 90 {
+		t.Errorf("of 90 leaves %d are asked for again", n)
+	}
+	again.Credit = -2 * day
+	if n := r.portion(again, day); n != 0 {
+		t.Errorf("%d leaves are asked for again, beyond what may be used in advance", n)
+	}
 	// A right answer ends it.
 	tn.Follow = 2
 	r.after(&tn, 1, nil, right(1))
