@@ -83,6 +83,12 @@ qemu-test: ## The image as devices in QEMU: soon online, stores, proves, compute
 qemu-hang: ## The image with an agent that hangs: the machine's watchdog starts it anew (10 minutes)
 	@scripts/test setup hang
 
+.PHONY: fleet kills
+fleet: $(HOST) $(GUESTS) $(TOUR) ## 12 devices, 2 GiB of files: two destroyed, one whose disk lies, one slow; all comes back (MIB=2048 DEIMOS_TEST_SEED; 6 GiB of disk)
+	@FLEET=$(or $(MIB),2048) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=3h -run '^TestEveryFileComesBackFromAFleetThatRots$$' ./test
+kills: $(HOST) $(GUESTS) $(TOUR) ## Kill agents in the middle of storing, emptying logs, scrub and drain, and see that nothing signed for is lost (KILLS=200 DEIMOS_TEST_SEED)
+	@KILLS=$(or $(KILLS),200) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=0 -run '^TestKilledInTheMiddleAnAgentHasAllThatItSignedFor$$' ./test
+
 .PHONY: powercut powercut-device powercut-store
 powercut: powercut-store powercut-device ## Cut the power of a chunk store, then of a device in QEMU, at thousands of moments, and see that nothing promised is lost (root)
 powercut-device: qemu-images ## The device alone (POINTS=6000 BOOTS=10; PLANT=receipt: a bug must be found; DEIMOS_TEST_SEED)

@@ -11,6 +11,10 @@
 //   - crash_test.go: agents and the coordinator killed in the middle of work;
 //   - chaos_test.go: twenty devices in a storm of kills and bad lines, at the end
 //     of which every effect stands once; CHAOS=30m makes it longer;
+//   - kill_test.go: agents killed in the middle of each kind of work with chunks, and
+//     what they signed for afterwards; KILLS=200 makes it longer;
+//   - storage_fleet_test.go: devices destroyed, a disk that lies, a slow one, and all
+//     files back; FLEET=2048 makes it as large in MiB;
 //   - members_test.go: who gets in, who is sent away, who may give orders, and
 //     the life of an order, as the command line shows it;
 //   - fault_test.go: what goes wrong at users' and owners' hands, and the
