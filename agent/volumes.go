@@ -154,7 +154,8 @@ type opened struct {
 
 const (
 	// openLimit is how long the start waits for a volume. It may take longer, as
-	// the chunks of its newest log are read; then it comes later.
+	// the chunks of its newest log are read, or all if its index was damaged; then
+	// it comes later.
 	openLimit = 20 * time.Second
 	statLimit = 2 * time.Second
 	// reopenEvery is how often it is looked for a volume that is due, or has opened
@@ -287,7 +288,7 @@ func (a *Agent) openVolume(ctx context.Context, u *unopened) (*store.Volume, err
 		}
 		return x.vol, x.err
 	case <-limit.C:
-		err := fmt.Errorf("the disk of %s has not answered for %s; it is waited for", u.Dir, openLimit)
+		err := fmt.Errorf("the volume %s is not open after %s, because its disk is slow or hangs, or its damaged index is made anew (then the log says how far it is); it is waited for", u.Dir, openLimit)
 		a.hw.health.Set(health.VolumeFailed, u.Dir, err.Error())
 		return nil, err
 	case <-ctx.Done():

@@ -434,8 +434,8 @@ func (b *builder) readTable(path string) error {
 		return err
 	}
 	// chained: a whole block ends here, so here begins one.
-	for at, chained := int64(0), true; at < end; {
-		raw, err := w.bytes(at, int(min(maxBlock, end-at)))
+	for at, chained := int64(0), true; at < w.size; {
+		raw, err := w.bytes(at, maxBlock)
 		if err != nil {
 			return err
 		}
@@ -449,7 +449,7 @@ func (b *builder) readTable(path string) error {
 			at, chained = at+int64(length), true
 			continue
 		}
-		if chained {
+		if chained && at != end {
 			b.blocks++
 		}
 		chained = false
@@ -458,9 +458,8 @@ func (b *builder) readTable(path string) error {
 	return nil
 }
 
-// endOfBlocks is where the blocks of a table end and its index begins, or if the foot
-// does not say so, the end of the file. A wrong one does no harm: blocks tell
-// themselves whether they are whole.
+// endOfBlocks is where the blocks of a table end and its index begins, as far as the
+// foot can be trusted: a block that ends there is believed however short it is.
 func (w *window) endOfBlocks() (int64, error) {
 	end := w.size
 	for range 2 { // the checksum and its length, the index and its length

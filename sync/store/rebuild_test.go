@@ -3,10 +3,12 @@ package store
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -51,10 +53,11 @@ type history struct {
 	id      string
 	held    map[chunk.ID][]byte
 	dropped map[chunk.ID]bool
+	twice   map[chunk.ID]bool // held, and put twice: whole in two places
 }
 
 func newHistory(t testing.TB, rng *rand.Rand) *history {
-	h := &history{dir: t.TempDir(), held: map[chunk.ID][]byte{}, dropped: map[chunk.ID]bool{}}
+	h := &history{dir: t.TempDir(), held: map[chunk.ID][]byte{}, dropped: map[chunk.ID]bool{}, twice: map[chunk.ID]bool{}}
 	for range 4 {
 		v := open1(t, h.dir, smallLogs())
 		h.id = v.ID()
@@ -85,10 +88,12 @@ func newHistory(t testing.TB, rng *rand.Rand) *history {
 		for i, id := range drop {
 			if i == 0 { // dropped, and put again
 				mustPut(t, v, id, h.held[id])
+				h.twice[id] = true
 				continue
 			}
 			h.dropped[id] = true
 			delete(h.held, id)
+			delete(h.twice, id)
 		}
 		mustClose(t, v)
 	}
@@ -271,34 +276,37 @@ func TestACutManifestCostsNothing(t *testing.T) {
 func TestWhatATreeMadeAnewCannotReadIsToldAsLost(t *testing.T) {
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	h := newHistory(t, rng)
+	opt := smallLogs()
+	opt.hooks.pace = func(context.Context, int64) error { return errors.New("nothing is moved here") }
+	v := open1(t, h.dir, opt)
 	var flipped chunk.ID
-	for id, data := range h.held {
-		if len(data) >= smallValue {
-			flipped = id
-			flip(t, h.dir, data, rng.IntN(len(data)))
-			break
-		}
-	}
-	// A whole log is gone as well.
-	v := open1(t, h.dir, smallLogs())
-	var gone []chunk.ID
+	var gone []chunk.ID // a whole log is gone as well
 	var log uint32
 	for id, data := range h.held {
-		if at := whereIs(t, v, id); len(data) >= smallValue && id != flipped && (log == 0 || at.log == log) {
+		at := whereIs(t, v, id)
+		switch {
+		case len(data) < smallValue || h.twice[id]:
+		case flipped == chunk.ID{}:
+			flipped = id
+		case at.log != whereIs(t, v, flipped).log && (log == 0 || at.log == log):
 			log, gone = at.log, append(gone, id)
 		}
 	}
-	if at := whereIs(t, v, flipped); at.log == log {
-		gone = append(gone, flipped)
+	for range 30 { // Open reads the newest ones in any case
+		id, data := someChunk(rng, chunk.DefaultSize)
+		mustPut(t, v, id, data)
 	}
+	rotten := whereIs(t, v, flipped)
 	mustClose(t, v)
+	overwrite(t, v.logPath(rotten.log), int64(rotten.at)+60+rng.Int64N(900), 0xa5)
+	overwrite(t, v.logPath(rotten.log), int64(rotten.at)+1000, 0x5a) // one of them is a change
 	if err := os.Remove(v.logPath(log)); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Remove(h.path(badger.ManifestFilename)); err != nil {
 		t.Fatal(err)
 	}
-	v = open1(t, h.dir, smallLogs())
+	v = open1(t, h.dir, opt)
 	lost := lostIDs(v)
 	if !slices.Contains(lost, flipped) {
 		t.Errorf("the damaged chunk is not told as lost, of %d that are", len(lost))
@@ -376,9 +384,9 @@ func TestForgedRecordsInAChunkDoNoHarm(t *testing.T) {
 		make([]byte, 1000),
 		record(0, victim, 1<<40, insideData), // other bytes
 		record(bitDelete, victim, 1<<40, nil),
-		record(0, ghost, 1<<40, insideData),  // nobody has it
-		record(0, inside, 1<<63, insideData), // a version that ends all others
-		record(0, inside, 1<<41, insideData), // what is true may be believed
+		record(0, ghost, 1<<40, insideData),             // nobody has it
+		record(0, inside, math.MaxUint64-1, insideData), // a version that ends all others
+		record(0, inside, 1<<41, insideData),            // what is true may be believed
 		make([]byte, 1000),
 	)
 	id := chunk.Sum(forged)
