@@ -31,7 +31,8 @@ type history struct {
 	starts  int
 	writers []*writer
 
-	memtable atomic.Int64 // the number of the newest log of the tree that is known
+	memtable  atomic.Int64 // the number of the tree's newest log; 0: not known since the volume was opened
+	rotations atomic.Int64
 }
 
 // writer changes chunks of its own, one after the other.
@@ -52,9 +53,10 @@ const (
 	historyLimit = 20 * time.Minute
 	// What is done in each round: by one writer, by some, by many, and what happens then.
 	changesAtOnce = 16
-	changes       = 64  // of a round's part, by all writers together
-	smallWriters  = 64  // that fill the tree
-	smallEach     = 100 // chunks; together with their drops more than a memtable takes (8 MiB)
+	changes       = 64 // of a round's part, by all writers together
+	smallWriters  = 64 // that fill the tree
+	smallEach     = 25 // chunks, and again until the tree has begun another memtable
+	smallMost     = 20 // times; five or so fill one (8 MiB)
 )
 
 // record lives such a life, and kills the store in the middle of it. The recording
@@ -106,6 +108,7 @@ func (h *history) start(ctx context.Context) (err error) {
 func (h *history) reopen(ctx context.Context) error {
 	a, err := h.keeper.ask(ctx, "Reopen", 0)
 	if err == nil {
+		h.memtable.Store(0)
 		h.disk.rec.Mark(mark{Volume: a.Volume})
 	}
 	return err
@@ -121,7 +124,7 @@ func (h *history) round(ctx context.Context, round int) error {
 	}
 	if round%3 == 0 {
 		h.disk.rec.Note("round %d: many small chunks", round+1)
-		if err := h.all(ctx, smallWriters, smallEach, (*writer).putSmall); err != nil {
+		if err := h.fillMemtables(ctx); err != nil {
 			return err
 		}
 		if err := h.all(ctx, smallWriters, 1, (*writer).dropSmall); err != nil {
@@ -137,6 +140,21 @@ func (h *history) round(ctx context.Context, round int) error {
 	}
 	h.disk.rec.Note("round %d: killed and started", round+1)
 	return h.killed(ctx, time.Duration(rng.IntN(400))*time.Millisecond)
+}
+
+// fillMemtables has small chunks stored until the tree has begun two memtables. One
+// would do, but for those that begin between two batches: then nothing is at stake.
+func (h *history) fillMemtables(ctx context.Context) error {
+	before := h.rotations.Load()
+	for range smallMost {
+		if err := h.all(ctx, smallWriters, smallEach, (*writer).putSmall); err != nil {
+			return err
+		}
+		if h.rotations.Load() >= before+2 {
+			return nil
+		}
+	}
+	return fmt.Errorf("%d small chunks have not filled two memtables", smallMost*smallEach*smallWriters)
 }
 
 // all has n writers do something so often, at once.
@@ -225,7 +243,7 @@ func (w *writer) put(ctx context.Context, c *known) error {
 	return nil
 }
 
-// rotated notes when the tree has begun a memtable.
+// rotated notes when the tree has begun another memtable since the volume was opened.
 func (h *history) rotated(memtable int) {
 	for {
 		last := h.memtable.Load()
@@ -233,7 +251,10 @@ func (h *history) rotated(memtable int) {
 		case int64(memtable) <= last:
 			return
 		case h.memtable.CompareAndSwap(last, int64(memtable)):
-			h.disk.rec.Mark(mark{Rotated: true})
+			if last > 0 {
+				h.rotations.Add(1)
+				h.disk.rec.Mark(mark{Rotated: true})
+			}
 			return
 		}
 	}

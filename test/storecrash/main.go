@@ -199,11 +199,11 @@ func replay(ctx context.Context, rec *blocks.Recording, cuts []blocks.Cut) (bloc
 	return blocks.Replay(ctx, rec, cuts, min(blocks.Workers(), len(cuts)), func(*blocks.Disk) blocks.Checker { return newChecker() })
 }
 
-// plan chooses n cuts: those of package blocks, and of each ten one just after the tree
-// has begun another memtable. There are few such moments, and until the one before is
-// a table, only its log has what was put last.
+// plan chooses n cuts: those of package blocks, and up to a quarter of them just after
+// the tree has begun another memtable. There are few such moments, and until the one
+// before is a table, only its log has what was put last.
 func plan(rec *blocks.Recording, n int, seed uint64) ([]blocks.Cut, error) {
-	const each = 16 // things that happen to the disk then
+	const each = 8 // things that happen to the disk then
 	rng := rand.New(rand.NewPCG(seed, 2))
 	var near []blocks.Cut
 	left := 0
@@ -220,7 +220,7 @@ func plan(rec *blocks.Recording, n int, seed uint64) ([]blocks.Cut, error) {
 			left = each
 		}
 	}
-	if most := max(n/10, 1); len(near) > most { // not the first rotations alone
+	if most := max(n/4, 1); len(near) > most { // not the first rotations alone
 		rng.Shuffle(len(near), func(i, j int) { near[i], near[j] = near[j], near[i] })
 		near = near[:most]
 	}
