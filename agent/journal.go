@@ -670,7 +670,7 @@ func apply(tx *badger.Txn, p pair) (grown int64, err error) {
 func (j *badgerJournal) sync() error {
 	err := j.flush()
 	if err == nil {
-		err = durable.SyncDir(j.dir) // of a log that is new; Badger does it some time later
+		err = durable.Sync(j.dir) // of a log that is new; Badger does it some time later
 	}
 	if err != nil {
 		err = fmt.Errorf("the journal could not be synced to disk, and is not used until the agent is started again: %w", err)

@@ -221,10 +221,7 @@ func (a *audits) judged(ctx context.Context, rec api.Audit, v OrderRecord, sizes
 			return a.unjudged(ctx, rec, err)
 		}
 	}
-	if rec, err = a.settle(ctx, rec, v); err != nil {
-		return rec, err
-	}
-	return rec, a.storage.lost(ctx, rec.Device, slices.Concat(rec.Lost, rec.Wrong))
+	return a.settle(ctx, rec, v)
 }
 
 // settle keeps an outcome, and then forgets the leaves that it was judged from:
@@ -429,6 +426,10 @@ func (a *audits) finish(ctx context.Context, rec api.Audit) (api.Audit, error) {
 				return rec, err
 			}
 		}
+	}
+	// Before the challenge is off the table: whoever finds it there does this again.
+	if err := a.storage.lostBefore(ctx, rec.Device, slices.Concat(rec.Lost, rec.Wrong), rec.At); err != nil {
+		return rec, err
 	}
 	err := a.challenges.remove(ctx, rec.ID, func(api.Audit) bool { return true })
 	if errors.Is(err, errNotFound) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -315,12 +316,13 @@ func TestAStripeSpreadsByOwnerAndNetwork(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	fit := []offer{
-		{device: "same owner", weight: 1 << 40, near: [2]int{1, 0}},
-		{device: "same network", weight: 1 << 40, near: [2]int{0, 1}},
-		{device: "far and small", weight: 1, near: [2]int{0, 0}},
+		{device: "same owner", weight: 1 << 40, owner: "carol", net: netip.MustParsePrefix("192.0.2.0/24")},
+		{device: "same network", weight: 1 << 40, owner: "dave", net: netip.MustParsePrefix("198.51.100.0/24")},
+		{device: "far and small", weight: 1, owner: "erin", net: netip.MustParsePrefix("203.0.113.0/24")},
 	}
 	for range 100 {
-		if got := drawDevices(fit, 3, rng.ExpFloat64); !slices.Equal(got, []wire.DeviceID{"far and small", "same network", "same owner"}) {
+		have := around{map[string]int{"carol": 1}, map[netip.Prefix]int{fit[1].net: 1}}
+		if got := drawDevices(fit, have, 3, rng.ExpFloat64); !slices.Equal(got, []wire.DeviceID{"far and small", "same network", "same owner"}) {
 			t.Fatalf("drawn: %v", got)
 		}
 	}
@@ -349,6 +351,12 @@ func TestAStripeSpreadsByOwnerAndNetwork(t *testing.T) {
 		must(t, both.Wait())
 		if went[0] == went[1] {
 			t.Errorf("both shards went to %s", went[0])
+		}
+		data := someBytes(300)
+		p, err := w.op.PutChunk(testContext(t), chunk.Sum(data).String(), data, 2)
+		must(t, err)
+		if a, b := owners[p.Holders[0].Device], owners[p.Holders[1].Device]; a == b {
+			t.Errorf("both copies of a chunk went to %s", a)
 		}
 	}
 }

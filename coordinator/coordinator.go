@@ -331,9 +331,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
-		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]wire.DeviceID), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
+		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
-	c.storage.trust = c.audits.trust
+	c.storage.trust, c.storage.durable = c.audits.trust, c.eng.Durable
 	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
 	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
 	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended

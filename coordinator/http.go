@@ -431,6 +431,7 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	r.Body = c.storage.coming.body(r.Body, ref.id, caller(r))
 	data, err := readBody(w, r, min(t.size, chunk.MaxSize))
 	if err != nil {
 		return err
@@ -548,6 +549,10 @@ func (c *Coordinator) putObject(w http.ResponseWriter, r *http.Request) error {
 	o, err := c.storage.putObject(r.Context(), o)
 	if err != nil {
 		return err
+	}
+	// From here on the reader's only copy of the key may be in this record.
+	if err := c.storage.durable("chunks", "objects"); err != nil {
+		return fmt.Errorf("the object %q may not survive a power cut; put it again: %w", o.Name, err)
 	}
 	writeJSON(w, http.StatusOK, o)
 	return nil

@@ -264,7 +264,7 @@ func (r *repairs) hindrance(u unit, l look, room []api.Device) string {
 
 // work does what can be done about a unit.
 func (r *repairs) work(ctx context.Context, u unit) error {
-	if err := r.lease(ctx, u.key); err != nil {
+	if err := r.leaseFor(ctx, u.key, leaseLife+r.paceOf(u)); err != nil {
 		return err
 	}
 	defer r.unlease(ctx, u.key)

@@ -26,7 +26,8 @@ import (
 // fill up alike, and none is asked by all at once.
 //
 // Which devices a stripe has is held in memory, by the stripe's token, until
-// the object is named or nobody has asked for it for a while. Two coordinators
+// the object is named or nobody has asked for it for a while. Copies of a chunk
+// without a stripe are spread in the same way. Two coordinators
 // do not know each other's; what slips through is refused when the object is
 // named ([storage.putObject]), and placed better when it is put again.
 
@@ -34,9 +35,24 @@ import (
 type offer struct {
 	device wire.DeviceID
 	weight float64
-	// near counts the shards of the stripe that are with the same owner, and in
-	// the same network.
-	near [2]int
+	owner  string
+	net    netip.Prefix
+}
+
+// around counts the shards of a stripe, or the copies of a chunk, by owner and network.
+type around struct {
+	owners map[string]int
+	nets   map[netip.Prefix]int
+}
+
+// near is how many are with the owner of an offer, and in its network.
+func (a around) near(o offer) [2]int { return [2]int{a.owners[o.owner], a.nets[o.net]} }
+
+func (a around) add(owner string, net netip.Prefix) {
+	a.owners[owner]++
+	if net.IsValid() {
+		a.nets[net]++
+	}
 }
 
 // maxWeight is the most free space that counts, in bytes: what a device says of
@@ -57,26 +73,32 @@ func (s *storage) candidates(token string, size int64, not []wire.DeviceID, n in
 
 // candidatesThat are candidates of those that may.
 func (s *storage) candidatesThat(may func(wire.DeviceID) bool, token string, size int64, not []wire.DeviceID, n int) []wire.DeviceID {
+	fit, have := s.offers(may, token, size, not)
+	return drawDevices(fit, have, n, rand.ExpFloat64)
+}
+
+// offers are all that may and can take a chunk, and what there is of its stripe, or of
+// the chunk, already.
+func (s *storage) offers(may func(wire.DeviceID) bool, token string, size int64, not []wire.DeviceID) (fit []offer, have around) {
 	taken := s.stripes.devices(token)
-	owners, nets := map[string]int{}, map[netip.Prefix]int{}
+	if token == "" { // those that have a copy are among them
+		taken = not
+	}
+	have = around{map[string]int{}, map[netip.Prefix]int{}}
 	for _, d := range taken {
 		if rec, ok := s.reg.rows.get(string(d)); ok {
-			owners[ownerOf(rec)]++
-		}
-		if p := s.networks.of(d); p.IsValid() {
-			nets[p]++
+			have.add(ownerOf(rec), s.networks.of(d))
 		}
 	}
-	var fit []offer
 	for _, d := range s.reg.list() {
 		if slices.Contains(not, d.ID) || slices.Contains(taken, d.ID) || !may(d.ID) {
 			continue
 		}
 		if w := s.weight(d, size); w > 0 {
-			fit = append(fit, offer{d.ID, w, [2]int{owners[ownerOf(d.DeviceRecord)], nets[s.networks.of(d.ID)]}})
+			fit = append(fit, offer{d.ID, w, ownerOf(d.DeviceRecord), s.networks.of(d.ID)})
 		}
 	}
-	return drawDevices(fit, n, rand.ExpFloat64)
+	return fit, have
 }
 
 // weight is how much a device is to be preferred; 0 if it cannot take a chunk.
@@ -115,11 +137,11 @@ func ownerOf(d api.DeviceRecord) string {
 	return "device " + string(d.ID)
 }
 
-// drawDevices draws up to n without repeats, those with the least of their
-// stripe near before others; among equals each next one with a chance in
+// drawDevices draws up to n without repeats, each time those with the least near,
+// of what there is and was drawn before; among equals each next one with a chance in
 // proportion to its weight: the n smallest of Exp(1)/weight (Efraimidis and
-// Spirakis, 2006).
-func drawDevices(fit []offer, n int, exp func() float64) []wire.DeviceID {
+// Spirakis, 2006). have is changed.
+func drawDevices(fit []offer, have around, n int, exp func() float64) (out []wire.DeviceID) {
 	type drawn struct {
 		offer
 		at float64
@@ -128,12 +150,17 @@ func drawDevices(fit []offer, n int, exp func() float64) []wire.DeviceID {
 	for i, f := range fit {
 		lots[i] = drawn{f, exp() / f.weight}
 	}
-	slices.SortFunc(lots, func(a, b drawn) int {
-		return cmp.Or(slices.Compare(a.near[:], b.near[:]), cmp.Compare(a.at, b.at))
-	})
-	var out []wire.DeviceID
-	for _, l := range lots[:min(n, len(lots))] {
-		out = append(out, l.device)
+	for len(lots) > 0 && len(out) < n {
+		best := 0
+		for i := range lots {
+			a, b := have.near(lots[i].offer), have.near(lots[best].offer)
+			if cmp.Or(slices.Compare(a[:], b[:]), cmp.Compare(lots[i].at, lots[best].at)) < 0 {
+				best = i
+			}
+		}
+		out = append(out, lots[best].device)
+		have.add(lots[best].owner, lots[best].net)
+		lots = slices.Delete(lots, best, best+1)
 	}
 	return out
 }

@@ -137,7 +137,7 @@ const (
 	lookEvery  = time.Hour
 	spareKept  = time.Hour
 	leaseLife  = 10 * time.Minute
-	mendLimit  = 8 * time.Minute // less than the lease, by more than clocks differ
+	mendLimit  = 8 * time.Minute // less than the lease, by more than clocks differ; both and paceOf
 	firstPause = 15 * time.Second
 	maxPause   = 10 * time.Minute
 	// comePause is the least time between two tries because a device has come.
@@ -270,7 +270,7 @@ func (r *repairs) noteAbsences(ctx context.Context) error {
 			continue
 		}
 		if r.reg.online(d) {
-			for _, v := range r.volumesAway(d) {
+			for _, v := range r.storage.volumesAway(d) {
 				gone[string(d)+"."+v] = now
 			}
 			continue
@@ -306,34 +306,6 @@ func (r *repairs) noteAbsences(ctx context.Context) error {
 	return nil
 }
 
-// volumeFailed is the code of the warning of a device that cannot reach a volume
-// (hw/health).
-const volumeFailed = "volume_failed"
-
-// volumesAway are those that chunks are on, by their receipts, and that a device
-// which warns of one does not have open.
-func (r *repairs) volumesAway(d wire.DeviceID) (away []string) {
-	rec, ok := r.reg.rows.get(string(d))
-	if !ok {
-		return nil
-	}
-	v := r.reg.view(rec)
-	warned := slices.ContainsFunc(v.Health, func(w wire.Warning) bool { return w.Code == volumeFailed })
-	if !warned || len(v.Scrubs) >= wire.MaxScrubs { // of more it does not tell
-		return nil
-	}
-	for _, ch := range r.storage.held(d) {
-		c, _ := r.storage.chunks.get(ch.ID)
-		for _, h := range c.Holders {
-			open := slices.ContainsFunc(v.Scrubs, func(s wire.Scrub) bool { return s.Volume == h.Volume })
-			if h.Device == d && !h.Lost && !open && isVolume(h.Volume) && !slices.Contains(away, h.Volume) {
-				away = append(away, h.Volume)
-			}
-		}
-	}
-	return away
-}
-
 // isVolume tells whether a device's name for a volume can be part of a key.
 func isVolume(s string) bool {
 	if s == "" || len(s) > maxLabel {
@@ -363,7 +335,7 @@ func (r *repairs) conditionOf(d wire.DeviceID) (c condition) {
 	case over(string(d)):
 		c.why = absent
 	case r.reg.online(d):
-		for _, v := range r.volumesAway(d) {
+		for _, v := range r.storage.volumesAway(d) {
 			if over(string(d) + "." + v) {
 				c.volumes += "\n" + v + "\n"
 			}
@@ -478,7 +450,7 @@ func latest(a, b time.Time) time.Time {
 func (r *repairs) begin(ctx context.Context, mending *sync.WaitGroup) {
 	for _, a := range r.due() {
 		mending.Go(func() {
-			ctx, cancel := context.WithTimeout(ctx, r.plan.limit)
+			ctx, cancel := context.WithTimeout(ctx, r.plan.limit+r.paceOf(a.unit))
 			defer cancel()
 			r.end(a.task, r.work(ctx, a.unit))
 		})
@@ -589,13 +561,30 @@ func errText(err error) string {
 	return err.Error()
 }
 
+// paceOf is how long a unit may have to wait for its turns to move bytes: at a low rate
+// longer than anything else takes.
+func (r *repairs) paceOf(u unit) time.Duration {
+	if r.plan.Rate <= 0 {
+		return 0
+	}
+	var all int64 // that are read and written, at most
+	for _, c := range u.chunks {
+		all += 2 * c.Size
+	}
+	return time.Duration(float64(all) * float64(r.plan.AtOnce) / float64(r.plan.Rate) * float64(time.Second))
+}
+
 // lease takes a unit or a drain for this coordinator.
 func (r *repairs) lease(ctx context.Context, key string) error {
+	return r.leaseFor(ctx, key, leaseLife)
+}
+
+func (r *repairs) leaseFor(ctx context.Context, key string, life time.Duration) error {
 	_, err := r.leases.change(ctx, key, func(l *lease, exists bool) error {
 		if exists && (l.Drop != nil || l.By != r.self && l.Until.After(r.now())) {
 			return errTaken
 		}
-		*l = lease{By: r.self, Until: r.now().Add(leaseLife).UTC()}
+		*l = lease{By: r.self, Until: r.now().Add(life).UTC()}
 		return nil
 	})
 	return err

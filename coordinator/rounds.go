@@ -65,7 +65,8 @@ const (
 // minutes, up to followUps times in a row and for two days' bytes in advance.
 //
 // A challenge that was not answered with proof or confession comes again with the
-// same leaves: who cannot answer gets no other question.
+// same leaves: who cannot answer gets no other question. Where a volume is away, which
+// the device warns of and repair sees to, every second challenge is about the others.
 //
 // # Who
 //
@@ -258,6 +259,14 @@ func (r *rounds) ask(ctx context.Context, d wire.DeviceID, leaves int, again []w
 	ctx, cancel := context.WithTimeout(ctx, r.audits.limit)
 	defer cancel()
 	held := r.audits.storage.held(d)
+	// A device refuses a challenge as a whole if it asks for what is on a volume that
+	// is away. So only every second one does, for the refusals to count.
+	var aside []wire.AuditItem
+	if away := r.audits.storage.volumesAway(d); len(away) > 0 && r.even() < 0.5 {
+		there := func(id string) bool { return !slices.Contains(away, r.audits.storage.volumeOf(d, id)) }
+		held = slices.DeleteFunc(held, func(c api.Chunk) bool { return !there(c.ID) })
+		aside = slices.DeleteFunc(slices.Clone(again), func(it wire.AuditItem) bool { return there(it.Chunk) })
+	}
 	items := slices.DeleteFunc(slices.Clone(again), func(it wire.AuditItem) bool {
 		_, there := slices.BinarySearchFunc(held, it.Chunk, func(c api.Chunk, id string) int { return cmp.Compare(c.ID, id) })
 		return !there
@@ -275,13 +284,14 @@ func (r *rounds) ask(ctx context.Context, d wire.DeviceID, leaves int, again []w
 	if rec.Outcome == api.AuditPending || rec.Outcome == "" {
 		return err // cut off; the sweep sees to it
 	}
-	return errors.Join(err, r.note(context.WithoutCancel(ctx), d, leaves, items, rec))
+	return errors.Join(err, r.note(context.WithoutCancel(ctx), d, leaves, items, aside, rec))
 }
 
 // note takes the end of a challenge into its device's turn.
-func (r *rounds) note(ctx context.Context, d wire.DeviceID, leaves int, items []wire.AuditItem, rec api.Audit) error {
+func (r *rounds) note(ctx context.Context, d wire.DeviceID, leaves int, items, aside []wire.AuditItem, rec api.Audit) error {
 	_, err := r.turns.change(ctx, string(d), func(t *turn, _ bool) error {
 		r.after(t, leaves, items, rec)
+		t.Again = append(t.Again, aside...)
 		return nil
 	})
 	return err

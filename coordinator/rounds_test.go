@@ -439,9 +439,10 @@ func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)
 	d, _, _ := auditScene(t, w)
-	rec, err := w.audits.begin(ctx, api.Audit{Kind: api.StorageAudit, Device: d.id})
+	held := w.storage.held(d.id)
+	rec, err := w.audits.begin(ctx, api.Audit{Kind: api.StorageAudit, Device: d.id, Chunks: []string{held[0].ID}})
 	must(t, err)
-	rec.Outcome = api.AuditWrong
+	rec.Outcome, rec.Wrong = api.AuditWrong, rec.Chunks
 	rec, err = w.audits.put(ctx, w.audits.home(rec), auditKey(rec), rec)
 	must(t, err)
 	for range 2 {
@@ -456,6 +457,9 @@ func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
 	}
 	if n := len(w.audits.challenges.all(func(a, b api.Audit) int { return 0 })); n != 0 {
 		t.Errorf("%d are under way", n)
+	}
+	if now := w.storage.held(d.id); len(now) != len(held)-1 || now[0] == held[0] {
+		t.Errorf("of %d chunks, one proved wrong, it still counts as holding %d", len(held), len(now))
 	}
 }
 

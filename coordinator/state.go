@@ -39,6 +39,7 @@ type table[T any] struct {
 	rows    map[string]row[T]
 	removed map[string]uint64      // key → revision that we deleted, until the watch says so too
 	left    map[string]uint64      // key → revision that we wrote and do not keep, until the watch says so too
+	damaged map[string]bool        // keys of records that cannot be decoded
 	writing map[string]*written[T] // what we are writing now: the watch may tell before the answer comes
 	seen    uint64                 // newest revision that the watch has given
 	loaded  bool                   // the watch has given all there was, and gives news
@@ -103,7 +104,7 @@ const (
 // never concurrently. It must not call the table's writing methods.
 func openTable[T any](ctx context.Context, kv jetstream.KeyValue, what string, onEach func(key string, v T, gone bool), options ...tableOption[T]) (*table[T], error) {
 	t := &table[T]{kv: kv, what: what, rows: make(map[string]row[T]), removed: make(map[string]uint64),
-		left: make(map[string]uint64), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach,
+		left: make(map[string]uint64), damaged: make(map[string]bool), waiters: make(map[string]*waiter), done: make(chan struct{}), onEach: onEach,
 		log: slog.New(slog.DiscardHandler), writing: make(map[string]*written[T]), write: func(v T) ([]byte, error) { return json.Marshal(v) }}
 	for _, o := range options {
 		o(t)
@@ -166,7 +167,8 @@ func (t *table[T]) close() {
 }
 
 // apply takes one change into the copy. A record that cannot be decoded counts
-// as absent: it was written by a newer version, or damaged.
+// as absent: it was written by a newer version, or damaged. [table.unreadable]
+// tells of those, for who must not take them for removed.
 func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 	if t.knows(e) {
 		return
@@ -179,6 +181,10 @@ func (t *table[T]) apply(e jetstream.KeyValueEntry) {
 		return // the watch gives news in the order of revisions: this is none
 	}
 	t.seen = max(t.seen, e.Revision())
+	if delete(t.damaged, e.Key()); err != nil {
+		t.damaged[e.Key()] = true
+		t.log.Error(fmt.Sprintf("the %s record cannot be read and counts as absent: it is damaged, or of a newer version", t.what), "key", e.Key(), "error", err)
+	}
 	if old, ok := t.rows[e.Key()]; ok && old.rev >= e.Revision() {
 		return // our own write, already taken
 	}
@@ -217,6 +223,13 @@ func (t *table[T]) decode(e jetstream.KeyValueEntry) (v T, err error) {
 	}
 	err = json.Unmarshal(e.Value(), &v)
 	return v, err
+}
+
+// unreadable counts the records that are there and cannot be decoded.
+func (t *table[T]) unreadable() int {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return len(t.damaged)
 }
 
 func (t *table[T]) keeps(v T) bool { return t.keep == nil || t.keep(v) }

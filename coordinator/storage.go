@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net/http"
@@ -68,12 +70,14 @@ type storage struct {
 	// choosing is one device at a time for the shards of a stripe.
 	choosing keyed
 	reading  singleflight.Group
+	coming   arrivals
 
 	stripes  stripes
 	networks networks
 	resting  resting
-	trust    func(wire.DeviceID) float64 // 0: gets nothing new
-	leaving  func(wire.DeviceID) bool    // gets nothing new either
+	trust    func(wire.DeviceID) float64   // 0: gets nothing new
+	durable  func(buckets ...string) error // see [engine.Engine.Durable]
+	leaving  func(wire.DeviceID) bool      // gets nothing new either
 	// intended are devices that are about to be ordered to drop a chunk.
 	intended func(id string) []wire.DeviceID
 	// touched is told of every change of a chunk's record.
@@ -81,17 +85,20 @@ type storage struct {
 
 	mu    sync.Mutex
 	holds map[wire.DeviceID]map[string]int64 // chunk id → size, of what each device should hold
-	where map[string][]wire.DeviceID         // the same, seen from the chunk
+	where map[string][]spotOn                // the same, seen from the chunk
+	on    map[wire.DeviceID]map[string]int   // volume → how many of them, by the receipts
 }
 
 const (
 	storeLife = 10 * time.Minute // of a chunk.store order
 	storeWait = time.Minute      // until another device is asked as well
-	serveLife = 2 * time.Minute
-	serveWait = 15 * time.Second // until the next holder is asked
-	dropLife  = 7 * 24 * time.Hour
-	dropWait  = 5 * time.Second // for a drop, before its device is passed over
-	dropPart  = 500             // chunks in one order: well below a message's size
+	serveLife = 2 * time.Minute  // and what the slowest line takes, see serveLifeOf
+	serveWait = 15 * time.Second // without a byte, until the next holder is asked
+	// slowestLine is the least rate that an owner can set, in bytes a second.
+	slowestLine = 16 << 10
+	dropLife    = 7 * 24 * time.Hour
+	dropWait    = 5 * time.Second // for a drop, before its device is passed over
+	dropPart    = 500             // chunks in one order: well below a message's size
 	// orphanLife is how long a chunk is kept for an object that is still being
 	// put: the largest takes a day at 1 Mbit/s.
 	orphanLife  = 24 * time.Hour
@@ -106,8 +113,11 @@ func (s *storage) trackChunk(id string, c chunkRecord, gone bool) {
 	defer s.touched(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, d := range s.where[id] {
-		delete(s.holds[d], id)
+	for _, at := range s.where[id] {
+		delete(s.holds[at.device], id)
+		if s.on[at.device][at.volume]--; s.on[at.device][at.volume] == 0 {
+			delete(s.on[at.device], at.volume)
+		}
 	}
 	delete(s.where, id)
 	if gone {
@@ -119,10 +129,37 @@ func (s *storage) trackChunk(id string, c chunkRecord, gone bool) {
 		}
 		if s.holds[h.Device] == nil {
 			s.holds[h.Device] = make(map[string]int64)
+			s.on[h.Device] = make(map[string]int)
 		}
 		s.holds[h.Device][id] = c.Size
-		s.where[id] = append(s.where[id], h.Device)
+		s.on[h.Device][h.Volume]++
+		s.where[id] = append(s.where[id], spotOn{h.Device, h.Volume})
 	}
+}
+
+// spotOn is where a chunk is, by a receipt.
+type spotOn struct {
+	device wire.DeviceID
+	volume string
+}
+
+// volumeOf is where a device has a chunk, by its receipt; "" where there is none.
+func (s *storage) volumeOf(d wire.DeviceID, id string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, at := range s.where[id] {
+		if at.device == d {
+			return at.volume
+		}
+	}
+	return ""
+}
+
+// volumes are those of a device that chunks are on, by its receipts.
+func (s *storage) volumes(d wire.DeviceID) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.on[d]))
 }
 
 // held lists what a device should hold, in a fixed order.
@@ -135,6 +172,31 @@ func (s *storage) held(d wire.DeviceID) []api.Chunk {
 	}
 	slices.SortFunc(out, func(a, b api.Chunk) int { return cmp.Compare(a.ID, b.ID) })
 	return out
+}
+
+// volumeFailed is the code of the warning of a device that cannot reach a volume
+// (hw/health).
+const volumeFailed = "volume_failed"
+
+// volumesAway are those that chunks are on, by their receipts, and that a device
+// which warns of one does not have open.
+func (s *storage) volumesAway(d wire.DeviceID) (away []string) {
+	rec, ok := s.reg.rows.get(string(d))
+	if !ok {
+		return nil
+	}
+	v := s.reg.view(rec)
+	warned := slices.ContainsFunc(v.Health, func(w wire.Warning) bool { return w.Code == volumeFailed })
+	if !warned || len(v.Scrubs) >= wire.MaxScrubs { // of more it does not tell
+		return nil
+	}
+	for _, volume := range s.volumes(d) {
+		open := slices.ContainsFunc(v.Scrubs, func(x wire.Scrub) bool { return x.Volume == volume })
+		if !open && isVolume(volume) {
+			away = append(away, volume)
+		}
+	}
+	return away
 }
 
 // claims are what a device has signed for: chunk id → store order. Another
@@ -308,8 +370,10 @@ func (s *storage) spread(ctx context.Context, ref blobRef, size int64, want, rep
 // ctx ends before.
 func (s *storage) awaitRested(ctx context.Context, id, token string, size int64, asked []wire.DeviceID) bool {
 	not := slices.Concat(asked, s.lettingGo(id, s.dropping(id)))
-	able := s.candidatesThat(s.resting.serves, token, size, not, math.MaxInt)
-	until := s.resting.busyUntil(func(d wire.DeviceID) bool { return slices.Contains(able, d) })
+	able, _ := s.offers(s.resting.serves, token, size, not)
+	until := s.resting.busyUntil(func(d wire.DeviceID) bool {
+		return slices.ContainsFunc(able, func(o offer) bool { return o.device == d })
+	})
 	if until.IsZero() {
 		return len(s.candidates(token, size, not, 1)) > 0 // it has rested meanwhile
 	}
@@ -487,7 +551,7 @@ func (s *storage) read(ctx context.Context, id string, not ...wire.DeviceID) ([]
 	got := s.reading.DoChan(id+fmt.Sprint(not), func() (any, error) {
 		ctx, cancel := outlive(ctx, s.life)
 		defer cancel()
-		ctx, cancel = context.WithTimeout(ctx, serveLife)
+		ctx, cancel = context.WithTimeout(ctx, serveLifeOf(c.Size))
 		defer cancel()
 		return s.readAny(ctx, c, not)
 	})
@@ -568,7 +632,7 @@ func (s *storage) readHolder(ctx context.Context, id string, d wire.DeviceID) ([
 	case !s.resting.serves(d):
 		return nil, atRest("device "+string(d), s.resting.of(d))
 	}
-	ctx, cancel := context.WithTimeout(ctx, serveLife)
+	ctx, cancel := context.WithTimeout(ctx, serveLifeOf(c.Size))
 	defer cancel()
 	data, err := s.readFrom(ctx, d, c)
 	if err != nil {
@@ -600,16 +664,17 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 		return nil, err
 	}
 	ref := blobRef{servedBlob, c.ID}
-	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: ref, size: c.Size, expires: s.outbox.now().Add(serveLife)})
-	o, err := s.outbox.submit(ctx, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, serveLife)
+	life := serveLifeOf(c.Size)
+	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: ref, size: c.Size, expires: s.outbox.now().Add(life)})
+	o, err := s.outbox.submit(ctx, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, life)
 	if err != nil {
 		return nil, err
 	}
-	wait, cancel := context.WithTimeout(ctx, s.wait)
-	defer cancel()
+	wait, done := s.coming.wait(ctx, c.ID, d, s.wait)
+	defer done()
 	v, err := s.outbox.await(wait, o, nil)
 	if err != nil {
-		return nil, fmt.Errorf("device %s has not answered: %w", d, err)
+		return nil, fmt.Errorf("device %s has not answered: %w", d, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
 		return nil, err
@@ -624,11 +689,82 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 	return data, nil
 }
 
+// serveLifeOf is how long a device may take to serve a chunk of some size, if bytes
+// keep coming.
+func serveLifeOf(size int64) time.Duration {
+	return serveLife + time.Duration(size)*time.Second/slowestLine
+}
+
+// arrivals lets those who wait for a chunk see that it is coming. At most one waits for
+// a chunk.
+type arrivals struct {
+	mu   sync.Mutex
+	rows map[string]arrival // by chunk
+}
+
+type arrival struct {
+	from  wire.DeviceID
+	bytes func()
+}
+
+// wait gives a context that ends, with context.DeadlineExceeded as its cause, when
+// nothing of the chunk has come from the device for some time.
+func (a *arrivals) wait(ctx context.Context, id string, from wire.DeviceID, quiet time.Duration) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(quiet, func() { cancel(context.DeadlineExceeded) })
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.rows == nil {
+		a.rows = make(map[string]arrival)
+	}
+	a.rows[id] = arrival{from, func() { timer.Reset(quiet) }}
+	return ctx, func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.rows, id)
+		timer.Stop()
+		cancel(nil)
+	}
+}
+
+// body is an upload whose bytes are seen by whoever waits for them.
+func (a *arrivals) body(r io.ReadCloser, id string, from wire.DeviceID) io.ReadCloser {
+	return arrivingBody{r, func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if row, ok := a.rows[id]; ok && row.from == from {
+			row.bytes()
+		}
+	}}
+}
+
+type arrivingBody struct {
+	io.ReadCloser
+	seen func()
+}
+
+func (b arrivingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 {
+		b.seen()
+	}
+	return n, err
+}
+
 // lost notes that a device does not have chunks any more.
 func (s *storage) lost(ctx context.Context, d wire.DeviceID, ids []string) error {
+	return s.lostThat(ctx, d, ids, func(api.Holder) bool { return true })
+}
+
+// lostBefore is lost, but for what the device has given a receipt for since.
+func (s *storage) lostBefore(ctx context.Context, d wire.DeviceID, ids []string, at time.Time) error {
+	return s.lostThat(ctx, d, ids, func(h api.Holder) bool { return !h.Since.After(at) })
+}
+
+func (s *storage) lostThat(ctx context.Context, d wire.DeviceID, ids []string, fits func(api.Holder) bool) error {
 	for _, id := range ids {
 		_, err := s.chunks.change(ctx, id, func(c *chunkRecord, exists bool) error {
-			i := slices.IndexFunc(c.Holders, func(h api.Holder) bool { return h.Device == d && !h.Lost })
+			i := slices.IndexFunc(c.Holders, func(h api.Holder) bool { return h.Device == d && !h.Lost && fits(h) })
 			if !exists || i < 0 {
 				return errUnchanged
 			}
@@ -1036,7 +1172,11 @@ func (s *storage) sweep(ctx context.Context) {
 // dropOrphans drops the chunks that no object has and nobody has placed or
 // claimed for orphanLife: what is left of uploads that were given up, and of
 // crashes. It is the objects that count, not the claims: a crash can leave one.
+// While there is an object that cannot be read, nobody knows what it needs.
 func (s *storage) dropOrphans(ctx context.Context) error {
+	if n := s.objects.unreadable(); n > 0 {
+		return fmt.Errorf("%d object records cannot be read, and their chunks must not be taken for unneeded: nothing is dropped until the version of the coordinator that wrote them runs again", n)
+	}
 	needed := make(map[string]bool)
 	s.objects.each(func(_ string, o api.Object) bool {
 		for _, ch := range o.Chunks {

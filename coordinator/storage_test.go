@@ -6,9 +6,11 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"io"
 	"math"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -239,6 +241,88 @@ func TestASilentHolderIsPassedOver(t *testing.T) {
 	if got := holders(w.chunkRecord(t, id).Holders); len(got) != 2 {
 		t.Error("silence was taken for a loss")
 	}
+}
+
+// A line may be so slow that a chunk takes longer than anybody waits for silence.
+func TestASlowUploadIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	d := w.device(t)
+	data := someBytes(64 << 10)
+	id := chunk.Sum(data).String()
+	_, err := w.op.PutChunk(testContext(t), id, data, 1)
+	must(t, err)
+	const quiet, parts = 4 * time.Second, 12
+	w.storage.wait = quiet
+	d.on(wire.KindChunkServe, func(o wire.Order) *reply {
+		b, _ := wire.DecodeBody[wire.ChunkServe](o)
+		slow, send := io.Pipe()
+		go func() {
+			defer send.Close()
+			for part := range slices.Chunk(data, len(data)/parts+1) {
+				time.Sleep(quiet / 8) // that time passes is what this is about
+				if _, err := send.Write(part); err != nil {
+					return
+				}
+			}
+		}()
+		if status, _ := call(d.t, d.http, http.MethodPut, d.w.URL()+b.URL, slow); status != http.StatusNoContent {
+			return failed(wire.CodeTransfer)
+		}
+		return &reply{state: wire.Succeeded}
+	})
+	asked := w.orders(t, wire.KindChunkServe)
+	got, err := w.storage.read(testContext(t), id)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+	if n := w.orders(t, wire.KindChunkServe) - asked; n != 1 {
+		t.Errorf("it was asked for %d times", n)
+	}
+}
+
+// Who reads "stored" may forget the file: the record of it must be on disk by then.
+func TestAnObjectIsStoredWhenItsRecordIsOnDisk(t *testing.T) {
+	w := ownWorld(t)
+	w.devices(t, 2)
+	safe := w.storage.durable
+	var synced []string
+	w.storage.durable = func(buckets ...string) error {
+		synced = buckets
+		return errors.Join(safe(buckets...), errors.New("the disk is gone"))
+	}
+	data := someBytes(100)
+	_, err := w.tryPutFile(testContext(t), "kept", data, 2)
+	if err == nil || !slices.Contains(synced, "objects") || !slices.Contains(synced, "chunks") {
+		t.Errorf("after a failed sync of %v: %v", synced, err)
+	}
+	w.storage.durable = safe
+	w.putFile(t, "kept", data, 2)
+}
+
+// An object whose record is damaged still needs its chunks.
+func TestADamagedRecordDropsNothing(t *testing.T) {
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.devices(t, 2)[0]
+	o := w.putFile(t, "kept", someBytes(100), 2)
+	key := objectKey("kept")
+	whole, err := w.storage.objects.kv.Get(ctx, key)
+	must(t, err)
+	_, err = w.storage.objects.kv.Put(ctx, key, []byte(`{"name":"kept","chunks":{}}`))
+	must(t, err)
+	eventually(t, "the damage is seen", func() bool { return w.storage.objects.unreadable() == 1 })
+	w.advance(orphanLife + time.Hour)
+	if err := w.storage.dropOrphans(ctx); err == nil {
+		t.Error("chunks were looked through with an object that cannot be read")
+	}
+	if _, ok := w.storage.chunks.get(o.Chunks[0].ID); !ok || !d.holds(o.Chunks[0].ID) {
+		t.Error("its chunk was dropped")
+	}
+	_, err = w.storage.objects.kv.Put(ctx, key, whole.Value())
+	must(t, err)
+	eventually(t, "it can be read again", func() bool { return w.storage.objects.unreadable() == 0 })
+	must(t, w.storage.dropOrphans(ctx))
 }
 
 // Two different readers of one chunk use the same name on the data plane.
@@ -537,7 +621,7 @@ func TestPlacementFollowsFreeSpace(t *testing.T) {
 	const draws = 40_000
 	first := map[wire.DeviceID]int{}
 	for range draws {
-		got := drawDevices(fit, 3, rng.ExpFloat64)
+		got := drawDevices(fit, around{map[string]int{}, map[netip.Prefix]int{}}, 3, rng.ExpFloat64)
 		if len(got) != 3 || got[0] == got[1] || got[1] == got[2] || got[0] == got[2] {
 			t.Fatalf("drawn: %v", got)
 		}
@@ -550,7 +634,7 @@ func TestPlacementFollowsFreeSpace(t *testing.T) {
 			t.Errorf("%s was drawn first %v times, expected %.0f ± %.0f", d, got, want, slack)
 		}
 	}
-	if got := drawDevices(fit[:2], 3, rng.ExpFloat64); len(got) != 2 {
+	if got := drawDevices(fit[:2], around{map[string]int{}, map[netip.Prefix]int{}}, 3, rng.ExpFloat64); len(got) != 2 {
 		t.Errorf("of two devices, drawn: %v", got)
 	}
 }

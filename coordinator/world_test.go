@@ -483,12 +483,12 @@ func (d *device) report(o wire.Order, r *reply) wire.Report {
 
 // transfer calls the data plane and gives status and body.
 func (d *device) transfer(method, path string, body []byte) (int, string) {
-	return call(d.t, d.http, method, d.w.URL()+path, body)
+	return call(d.t, d.http, method, d.w.URL()+path, bytes.NewReader(body))
 }
 
-func call(t testing.TB, c *http.Client, method, url string, body []byte) (int, string) {
+func call(t testing.TB, c *http.Client, method, url string, body io.Reader) (int, string) {
 	t.Helper()
-	req, err := http.NewRequest(method, url, bytes.NewReader(body))
+	req, err := http.NewRequest(method, url, body)
 	if err != nil {
 		t.Errorf("%s %s: %v", method, url, err)
 		return 0, ""

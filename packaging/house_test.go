@@ -49,7 +49,7 @@ var mayImport = map[string][]string{
 	"ota":                {"wire", "internal/durable"},
 	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/compactors", "internal/durable"},
 	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo", "internal/durable"},
-	"coordinator/engine": {"wire"},
+	"coordinator/engine": {"wire", "internal/durable"},
 	"coordinator/api":    {"wire", "sync/chunk"},
 	"coordinator/object": {"coordinator/api", "wire", "sync/chunk"},
 	"cmd":                {""},

@@ -64,7 +64,7 @@ func (k keyring) create() (*age.X25519Identity, error) {
 		err = os.Link(tmp.Name(), k.path())
 	}
 	if err == nil {
-		err = durable.SyncDir(k.dir)
+		err = durable.Sync(k.dir)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the key cannot be written: %w", err)

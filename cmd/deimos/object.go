@@ -449,7 +449,7 @@ func openFile(path string, mode fs.FileMode, span, version string) (*output, err
 		if err := os.Rename(part, path); err != nil {
 			return errors.Join(err, f.Chmod(0o600)) // it is kept
 		}
-		return durable.SyncDir(dir)
+		return durable.Sync(dir)
 	}
 	o.abandon = func(keep bool) int64 {
 		defer f.Close()

@@ -391,7 +391,7 @@ func (m *Machine) Close() error {
 	go func() {
 		err := m.write(filepath.Join(m.dir, memoryName), raw)
 		if gone := os.Remove(filepath.Join(m.dir, markerName)); !errors.Is(gone, fs.ErrNotExist) {
-			err = errors.Join(err, gone, durable.SyncDir(m.dir))
+			err = errors.Join(err, gone, durable.Sync(m.dir))
 		}
 		done <- err
 	}()

@@ -268,7 +268,7 @@ func (f *files) room(more int64) (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := durable.SyncDir(f.dir); err != nil {
+	if err := durable.Sync(f.dir); err != nil {
 		_ = out.Close()
 		_ = os.Remove(f.path(number))
 		return nil, err

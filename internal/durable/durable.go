@@ -51,14 +51,15 @@ func replace(path string, mode fs.FileMode, fill func(io.Writer) error) error {
 	if err := f.CloseAtomicallyReplace(); err != nil {
 		return err
 	}
-	return SyncDir(filepath.Dir(path))
+	return Sync(filepath.Dir(path))
 }
 
-// SyncDir makes what was created, renamed or removed in a folder last.
-func SyncDir(dir string) error {
-	d, err := os.Open(dir)
+// Sync makes what was written to a file last, whoever wrote it, or what was created,
+// renamed or removed in a folder.
+func Sync(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(f.Sync(), f.Close())
 }

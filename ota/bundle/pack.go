@@ -205,7 +205,7 @@ func (p unpacked) pack(ctx context.Context, dir string, level zstd.EncoderLevel)
 	if err := os.Rename(out.Name(), path); err != nil {
 		return Part{}, err
 	}
-	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
+	if err := durable.Sync(filepath.Dir(path)); err != nil {
 		return Part{}, err
 	}
 	return Part{Name: p.Name, Platform: p.Platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
@@ -264,7 +264,7 @@ func Unpack(ctx context.Context, src io.Reader, part Part, form Form, path strin
 	case err != nil:
 		return fmt.Errorf("unpack: %w", err)
 	}
-	return durable.SyncDir(filepath.Dir(path))
+	return durable.Sync(filepath.Dir(path))
 }
 
 // Reader gives out the raw file of a packed part. It ends with io.EOF only if both

@@ -71,13 +71,13 @@ func Leave(dir string, root []byte) error {
 		}
 	}
 	if err == nil {
-		err = durable.SyncDir(dir)
+		err = durable.Sync(dir)
 	}
 	if err == nil {
 		err = os.Remove(filepath.Join(dir, enrolledFile))
 	}
 	if err == nil {
-		err = durable.SyncDir(dir)
+		err = durable.Sync(dir)
 	}
 	if err != nil {
 		return fmt.Errorf("the update metadata of the fleet before cannot be removed from %s: %w", dir, err)

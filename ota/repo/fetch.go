@@ -233,7 +233,7 @@ func (d *download) finish(f *os.File) error {
 	if err := os.Rename(d.partial(), d.path); err != nil {
 		return err
 	}
-	return durable.SyncDir(filepath.Dir(d.path))
+	return durable.Sync(filepath.Dir(d.path))
 }
 
 // paced ends the context it returns when less than MinBytes are gained in a window.

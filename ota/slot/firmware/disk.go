@@ -120,7 +120,7 @@ func firstBlock(path string) (block int32, err error) {
 	return block, nil
 }
 
-func (m *mounted) sync() error { return durable.SyncDir(m.esp) }
+func (m *mounted) sync() error { return durable.Sync(m.esp) }
 
 const recordFile = "firmware.json"
 
