@@ -20,8 +20,9 @@ import (
 const (
 	killsQuick = 8 // two of each kind of work; KILLS=200 makes more
 	killTries  = 8 // to meet work that has not ended yet
-	killObject = 6 // chunks of an object, of some 512 KiB
-	killKeep   = 3 // objects that stay
+	killObject = 6 // chunks of an object, of some 256 KiB
+	killAtOnce = 8 // objects that are put beside each other
+	killKeep   = 4 // objects that stay
 )
 
 // TestKilledInTheMiddleAnAgentHasAllThatItSignedFor kills agents with SIGKILL in the
@@ -138,13 +139,21 @@ func (k *killer) store(n int, placed chan<- api.Placement) (names []string, done
 	var all sync.WaitGroup
 	for range n {
 		name := fmt.Sprint("object-", k.made)
-		data := testbed.RandomBytes(k.rng, killObject<<19-k.rng.IntN(1<<19))
+		data := testbed.RandomBytes(k.rng, killObject<<18-k.rng.IntN(1<<18))
 		k.made++
 		names = append(names, name)
 		all.Go(func() { k.storeInChunks(name, data, killObject, placed) })
 	}
 	go func() { all.Wait(); close(ended) }()
 	return names, ended
+}
+
+// trim removes the oldest objects.
+func (k *killer) trim() {
+	k.T.Helper()
+	old := max(0, len(k.kept)-killKeep)
+	k.remove(k.kept[:old]...)
+	k.kept = slices.Clone(k.kept[old:])
 }
 
 func (k *killer) remove(names ...string) {
@@ -160,9 +169,10 @@ func (k *killer) remove(names ...string) {
 // stays for later rounds.
 func (k *killer) storing(d *device) bool {
 	k.T.Helper()
-	placed := make(chan api.Placement, 2*killObject)
-	await := 1 + k.rng.IntN(killObject)
-	names, done := k.store(2, placed)
+	k.trim()
+	placed := make(chan api.Placement, killAtOnce*killObject)
+	await := 1 + k.rng.IntN(killAtOnce*killObject/2)
+	names, done := k.store(killAtOnce, placed)
 	for range await {
 		select {
 		case <-placed:
@@ -188,16 +198,15 @@ func (k *killer) emptying(d *device) bool {
 	k.T.Helper()
 	begun := d.said(emptyingBegins)
 	for d.said(emptyingBegins) == begun { // once there is a full log
-		names, done := k.store(6, nil)
+		names, done := k.store(killAtOnce, nil)
 		<-done
 		if k.T.Failed() {
 			return false
 		}
 		k.kept = append(k.kept, names[:2]...)
-		old := max(0, len(k.kept)-killKeep)
 		begun = d.said(emptyingBegins)
-		k.remove(slices.Concat(names[2:], k.kept[:old])...)
-		k.kept = slices.Clone(k.kept[old:])
+		k.remove(names[2:]...)
+		k.trim()
 		for deadline := time.Now().Add(time.Second); d.said(emptyingBegins) == begun && time.Now().Before(deadline); {
 			time.Sleep(2 * time.Millisecond)
 		}
