@@ -50,7 +50,7 @@ import (
 // Chunks are not copied: the new tree points to where they lie. Its entries are
 // collected in sorted runs of a few MiB, which are merged into tables that do not
 // overlap, Badger's lowest level. That takes as much of the disk as the tree twice,
-// some hundred bytes a chunk, and less than 32 MiB of memory for any number of them.
+// some hundred bytes a chunk, and some 40 MiB of memory for any number of them.
 //
 // Everything is made in chunks/rebuild. The tables are synced, moved beside the old
 // ones, and then count at once, when a new MANIFEST takes the place of the old.
