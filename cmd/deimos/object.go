@@ -141,7 +141,7 @@ func (p *objectPutCmd) encrypt(ctx context.Context, all *commands, c *api.Client
 		Identities: identities, Readers: who, AnyCode: p.Code == "", Progress: bar.add})
 	bar.end()
 	if err != nil {
-		return res, err
+		return res, state.interrupted(err, bar.done.Load())
 	}
 	if err := state.forget(); err != nil {
 		return res, err
@@ -331,7 +331,7 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 			_, err := fmt.Fprintf(w, "%s: %s from byte %d on, each shard verified\n", path, cli.Bytes(to-from), from)
 			return err
 		}
-		_, err := fmt.Fprintf(w, "%s: %s in %s, each verified\nsha256 %s\n", path, cli.Bytes(o.Size), cli.Count(len(o.Chunks), "chunk"), o.Digest())
+		_, err := fmt.Fprintf(w, "%s: %s, every byte verified\nsha256 %s\n", path, cli.Bytes(o.Size), o.Digest())
 		return err
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -314,4 +315,28 @@ func TestAVerifyOfWhatIsAwayIsNoSuccess(t *testing.T) {
 	}
 	offline = func(string) bool { return false }
 	printed(t, func() { must(t, verify()) })
+}
+
+// Who is told that a put has failed is told, too, that it need not begin anew.
+func TestAPutThatFailsTellsThatItGoesOn(t *testing.T) {
+	m := newMachine(t)
+	file, _ := m.file("file", 20<<20)
+	var n atomic.Int32
+	m.s.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, "/chunks/") || n.Add(1) <= 10 {
+			return false
+		}
+		w.WriteHeader(http.StatusInsufficientStorage)
+		_, _ = io.WriteString(w, `{"code":"no_space","reason":"there is no space"}`)
+		return true
+	})
+	m.refused("the same command goes on from there", "object", "put", file)
+	m.s.setAnswer(nil)
+	before := m.there()
+	m.ok("object", "put", file)
+	for id := range before {
+		if m.s.sent[id] != 1 {
+			t.Errorf("chunk %s was there and was sent %d times", id, m.s.sent[id])
+		}
+	}
 }

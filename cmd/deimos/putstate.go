@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/object"
+	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/durable"
 )
 
@@ -120,6 +122,19 @@ func (s *putState) keep() error {
 		return fmt.Errorf("what is needed to go on with a put that is cut off cannot be kept: %w", err)
 	}
 	return nil
+}
+
+// interrupted adds to the error of a put that had stored some bytes how it goes on.
+func (s *putState) interrupted(err error, stored int64) error {
+	if s.path == "" || stored == 0 {
+		return err
+	}
+	how := fmt.Sprintf("%s that are stored are kept for a day, and the same command goes on from there", cli.Bytes(stored))
+	if errors.Is(err, context.Canceled) { // the program ends without a word
+		fmt.Fprintln(os.Stderr, how)
+		return err
+	}
+	return fmt.Errorf("%w; %s", err, how)
 }
 
 // forget is for when the file is stored.

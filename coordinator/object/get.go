@@ -134,6 +134,7 @@ type reader struct {
 	client *api.Client
 	object *Object
 	pace   pace
+	line   line
 }
 
 // unit fetches the next bytes.
@@ -182,7 +183,7 @@ func (r *reader) units(from, to int64) (units func(yield func(unit) bool), ahead
 
 // fetch gets a chunk and checks it against its id.
 func (r *reader) fetch(ctx context.Context, ch api.Chunk) ([]byte, error) {
-	data, err := r.client.GetChunk(ctx, ch.ID)
+	data, err := over(ctx, &r.line, interrupted, func() ([]byte, error) { return r.client.GetChunk(ctx, ch.ID) })
 	if err != nil {
 		return nil, err
 	}

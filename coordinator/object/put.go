@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"net/http"
 	"slices"
+	"sync/atomic"
 
 	"filippo.io/age"
 	"golang.org/x/sync/errgroup"
@@ -121,7 +122,7 @@ func Put(ctx context.Context, c *api.Client, name string, r io.Reader, s *Sessio
 	if rec.Manifest, err = sealManifest(keys, s.Wrapped, m); err != nil {
 		return nil, nil, err
 	}
-	if rec, err = c.PutObject(ctx, rec); err != nil {
+	if rec, err = over(ctx, &p.line, interrupted, func() (api.Object, error) { return c.PutObject(ctx, rec) }); err != nil {
 		return nil, nil, err
 	}
 	return &Object{Object: rec, m: m, keys: keys}, slices.Concat(p.stripes...), nil
@@ -215,6 +216,8 @@ type putter struct {
 	keys     keys
 	o        PutOptions
 	requests *semaphore.Weighted
+	line     line
+	placed   atomic.Bool // something was, by this put
 	stripes  [][]api.Placement
 	keeper   *keeper // nil: an object has the chunks already
 	// same is what the shards must be, of a file that was stored before.
@@ -227,6 +230,10 @@ var errOther = errors.New("it is another file")
 func newPutter(c *api.Client, s *Session, k keys, o PutOptions) *putter {
 	return &putter{client: c, session: s, keys: k, o: o, requests: semaphore.NewWeighted(atOnce)}
 }
+
+// passes tells whether an error may pass: once there were devices enough, one that
+// is missing may only be starting anew.
+func (p *putter) passes(err error) bool { return interrupted(err) || p.placed.Load() && tooFew(err) }
 
 // window is how many stripes of so many bytes are in memory.
 func window(stripe, most int) int { return min(max(underWay/stripe, 1), most) }
@@ -344,7 +351,7 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 	}
 	token := fmt.Sprintf("%s-%d", p.session.Token, s)
 	q := api.StripeRequest{Token: token, Code: code, Size: int64(len(shards[0])), Chunks: ids}
-	there, err := p.client.Stripe(ctx, q)
+	there, err := over(ctx, &p.line, p.passes, func() (api.Stripe, error) { return p.client.Stripe(ctx, q) })
 	if err != nil {
 		return err
 	}
@@ -365,10 +372,11 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 				return err
 			}
 			defer p.requests.Release(1)
-			pl, err := p.client.PutShard(ctx, ids[i], shards[i], token)
+			pl, err := over(ctx, &p.line, p.passes, func() (api.Placement, error) { return p.client.PutShard(ctx, ids[i], shards[i], token) })
 			if err != nil {
 				return err
 			}
+			p.placed.Store(true)
 			if pl.Chunk != placed[i].Chunk {
 				return damaged("the coordinator placed chunk %s for %s", pl.ID, ids[i])
 			}
