@@ -271,7 +271,7 @@ func (a *Agent) furnish() error {
 	a.move = &transfer.Client{HTTP: a.web, Stall: dataStall, Base: func() []string { return a.member.Load().DataPlane }}
 	bulk := *a.move
 	bulk.Pace = a.traffic.pace
-	data := orders.New(a.chunks, &bulk, orders.Options{Away: a.awayNow, Limits: a.traffic, Memory: bulkMemory(), Log: a.log})
+	data := orders.New(a.chunks, &bulk, orders.Options{Away: a.awayNow, Limits: a.traffic, Memory: bulkMemory(), Now: a.clock.Now, Log: a.log})
 	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: &bulk, Chunks: data, Log: a.log})
 	if err != nil {
 		return err

@@ -186,6 +186,7 @@ func newRepairs(s *storage, a *audits, plan RepairPlan, settled time.Duration, l
 		settled: settled, all: true, dirty: make(map[string]bool), conds: make(map[wire.DeviceID]condition), tasks: make(map[string]*task), asked: make(map[wire.DeviceID]time.Time)}
 	r.started = r.now()
 	r.plan.spare, r.plan.every, r.plan.limit = cmp.Or(plan.spare, spareKept), cmp.Or(plan.every, repairTick), cmp.Or(plan.limit, mendLimit)
+	r.plan.Grace = cmp.Or(plan.Grace, DefaultRepair.Grace)
 	r.pace.rate, r.sum.Since = plan.Rate, r.started.UTC()
 	return r
 }
@@ -219,11 +220,8 @@ func (r *repairs) arrived() {
 	r.came = r.now()
 }
 
-// run repairs until ctx ends.
+// run repairs until ctx ends. With repair switched off it only looks, and tells.
 func (r *repairs) run(ctx context.Context) {
-	if r.plan.AtOnce == 0 {
-		return
-	}
 	// Devices cannot be served any more when the coordinator begins to stop: what
 	// fails then is no device's fault.
 	ctx, cancel := context.WithCancel(ctx)
@@ -252,6 +250,9 @@ func (r *repairs) tick(ctx context.Context, mending *sync.WaitGroup) error {
 	}
 	r.lookAtDevices()
 	r.lookAtChunks()
+	if r.plan.AtOnce == 0 {
+		return nil
+	}
 	if err := r.endLeases(ctx); err != nil {
 		return err
 	}
@@ -683,6 +684,9 @@ func (r *repairs) attention() (see []api.Attention) {
 	}
 	by := make(map[string]*held)
 	for _, t := range r.endangered() {
+		if r.plan.AtOnce == 0 {
+			t.problem = "repair is switched off (--repair-at-once 0)"
+		}
 		if t.problem == "" && !t.state.lost {
 			continue
 		}

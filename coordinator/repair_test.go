@@ -604,3 +604,21 @@ func TestRepairPlansThatCannotBeAreRefused(t *testing.T) {
 		t.Error(fmt.Errorf("no repair: %w", err))
 	}
 }
+
+// Who has switched repair off still wants to know what there is to repair.
+func TestWithoutRepairALossIsTold(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	devices := w.devices(t, 3)
+	w.putFile(t, "gone", someBytes(3000), 3)
+	attention := func(code string) func() bool {
+		return func() bool {
+			return slices.ContainsFunc(w.repairs.attention(), func(a api.Attention) bool { return a.Code == code && a.About == "object:gone" })
+		}
+	}
+	w.retire(t, devices[0].id)
+	eventually(t, "a copy less is told of", attention(api.AttentionRepair))
+	w.retire(t, devices[1].id)
+	w.retire(t, devices[2].id)
+	eventually(t, "the loss is told of", attention(api.AttentionLost))
+}

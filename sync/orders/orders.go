@@ -93,6 +93,7 @@ type Service struct {
 	memory   *budget
 	disks    *pressure
 	away     func() string
+	now      func() time.Time
 }
 
 // Options are what a [Service] may have besides its volumes; each may be left out.
@@ -101,13 +102,17 @@ type Options struct {
 	// now; "" if there are none.
 	Away   func() string
 	Limits Limits
-	Memory int64 // for chunks under way, in bytes; 0 is DefaultMemory, LeastMemory the least
+	Memory int64            // for chunks under way, in bytes; 0 is DefaultMemory, LeastMemory the least
+	Now    func() time.Time // the time that the coordinator goes by; nil: the machine's
 	Log    *slog.Logger
 }
 
 // New returns a service over the device's volumes. Closing them is the caller's.
 func New(set Store, t *transfer.Client, opt Options) *Service {
-	s := &Service{set: set, transfer: t, log: opt.Log, limits: opt.Limits, disks: newPressure(), away: opt.Away}
+	s := &Service{set: set, transfer: t, log: opt.Log, limits: opt.Limits, disks: newPressure(), away: opt.Away, now: opt.Now}
+	if s.now == nil {
+		s.now = time.Now
+	}
 	if s.away == nil {
 		s.away = func() string { return "" }
 	}
@@ -439,7 +444,9 @@ func (s *Service) audit(ctx context.Context, o wire.Order, progress func(float64
 	}
 	if !body.Deadline.IsZero() {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadlineCause(ctx, body.Deadline, errTooLate)
+		// By the device's clock, which is set by the coordinator's: the machine's may be
+		// wrong by years.
+		ctx, cancel = context.WithTimeoutCause(ctx, body.Deadline.Sub(s.now()), errTooLate)
 		defer cancel()
 	}
 	answer := wire.AuditAnswer{Nonce: body.Nonce}
