@@ -193,9 +193,8 @@ func TestThousandsOfPendingOrdersAreAllDoneOnce(t *testing.T) {
 	d.drained(t)
 	d.connect(w)
 	next(t, half, "half of the orders")
-	d.mqtt.Disconnect(0)
+	d.hangUp(0)
 	w.Close()
-	d.work.Wait()
 
 	w = open(t, dir)
 	defer w.Close()

@@ -216,6 +216,7 @@ type device struct {
 	work     sync.WaitGroup
 
 	mu     sync.Mutex
+	gone   bool // it has hung up, and takes nothing in any more
 	chunks map[string][]byte
 	odd    map[wire.Kind]func(wire.Order) *reply
 	done   map[string][]byte // order → its sealed terminal report
@@ -316,7 +317,13 @@ func (w *world) devices(t testing.TB, n int) []*device {
 // connect says hello and waits for the welcome.
 func (d *device) connect(w *world) {
 	d.t.Helper()
-	d.w, d.session = w, newNonce()
+	if d.mqtt != nil {
+		d.hangUp(0) // of a coordinator that was closed, or of one that goes on
+	}
+	d.mu.Lock()
+	d.w, d.gone = w, false
+	d.mu.Unlock()
+	d.session = newNonce()
 	d.mqtt = mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
 		SetTLSConfig(d.tls.Clone()).SetCleanSession(true).SetAutoReconnect(false).SetConnectTimeout(patience))
 	d.token(d.mqtt.Connect())
@@ -342,13 +349,21 @@ func (d *device) leave() {
 		return
 	}
 	if d.w.life.Err() != nil { // the coordinator was first to go
-		d.mqtt.Disconnect(0)
-		d.work.Wait()
+		d.hangUp(0)
 		return
 	}
 	d.say(wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Session: d.session, Nonce: newNonce()})
 	eventually(d.t, "the device is offline", func() bool { return !d.w.reg.online(d.id) })
-	d.mqtt.Disconnect(50)
+	d.hangUp(50)
+}
+
+// hangUp ends the connection, within some milliseconds, and all work. The MQTT client
+// may still give out messages after that.
+func (d *device) hangUp(quiesce uint) {
+	d.mqtt.Disconnect(quiesce)
+	d.mu.Lock()
+	d.gone = true
+	d.mu.Unlock()
 	d.work.Wait()
 }
 
@@ -379,7 +394,13 @@ func (d *device) publish(ch wire.Channel, raw []byte) {
 }
 
 func (d *device) take(raw []byte) {
-	typ, payload, err := wire.Open(raw, d.w.auth.orderKey.Public().(ed25519.PublicKey))
+	d.mu.Lock()
+	w, gone := d.w, d.gone
+	d.mu.Unlock()
+	if gone {
+		return
+	}
+	typ, payload, err := wire.Open(raw, w.auth.orderKey.Public().(ed25519.PublicKey))
 	if err != nil {
 		d.t.Errorf("the coordinator sent what it did not sign: %v", err)
 		return
@@ -397,7 +418,11 @@ func (d *device) take(raw []byte) {
 		var o wire.Order
 		_ = json.Unmarshal(payload, &o)
 		d.orders <- o
-		d.work.Go(func() { d.carryOut(o) })
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !d.gone {
+			d.work.Go(func() { d.carryOut(o) })
+		}
 	}
 }
 
