@@ -132,10 +132,23 @@ func (c *Coordinator) forOperator(rt route) handler {
 				return slowly(w, wait, "this operator makes too many calls")
 			}
 		}
-		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), operatorKey{}, op), callLimit)
+		limit := callLimit
+		if rt.bulk() {
+			limit += uploadLimit(r.ContentLength)
+			// An answer without it is the next best: the server has its own limit.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(limit))
+		}
+		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), operatorKey{}, op), limit)
 		defer cancel()
 		return h(w, r.WithContext(ctx))
 	}
+}
+
+// uploadLimit is how long a body of so many bytes may take to come, over the slowest
+// line, which several uploads share.
+func uploadLimit(size int64) time.Duration {
+	size = min(max(size, 0), chunk.MaxSize)
+	return 4 * time.Duration(size) * time.Second / slowestLine
 }
 
 // toTheEnd is for a change of many things: once begun, it is not cut off because
