@@ -96,9 +96,11 @@ const (
 	serveWait = 15 * time.Second // without a byte, until the next holder is asked
 	// slowestLine is the least rate that an owner can set, in bytes a second.
 	slowestLine = 16 << 10
-	dropLife    = 7 * 24 * time.Hour
-	dropWait    = 5 * time.Second // for a drop, before its device is passed over
-	dropPart    = 500             // chunks in one order: well below a message's size
+	// dropLife is as long as an order can live: nobody asks again for what a device that
+	// was away for longer should drop.
+	dropLife = maxLife
+	dropWait = 5 * time.Second // for a drop, before its device is passed over
+	dropPart = 500             // chunks in one order: well below a message's size
 	// orphanLife is how long a chunk is kept for an object that is still being
 	// put: the largest takes a day at 1 Mbit/s.
 	orphanLife  = 24 * time.Hour
