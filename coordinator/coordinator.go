@@ -31,6 +31,7 @@
 package coordinator
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -91,6 +92,7 @@ type Config struct {
 
 	now     func() time.Time // for tests; nil is time.Now
 	ackHold time.Duration    // for tests; 0 is ackHold
+	serve   time.Duration    // for tests; 0 is serveWait
 }
 
 // Coordinator is a running coordinator.
@@ -330,7 +332,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
-	c.storage = &storage{life: c.life, wait: serveWait, outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
+	c.storage = &storage{life: c.life, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust, c.storage.durable = c.audits.trust, c.eng.Durable

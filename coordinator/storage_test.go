@@ -231,7 +231,7 @@ func TestASilentHolderIsPassedOver(t *testing.T) {
 	devices[0].on(wire.KindChunkServe, silent)
 	// Both orders of asking: one reader at a time would wait twice as long.
 	w.storage.wait = 5 * time.Second // in which the other one does answer
-	defer func() { w.storage.wait = serveWait }()
+	defer func() { w.storage.wait = w.cfg.serve }()
 	for len(devices[0].orders) < 2 { // its own store order is the first
 		got, err := w.storage.read(testContext(t), id)
 		if err != nil || !bytes.Equal(got, data) {

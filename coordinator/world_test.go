@@ -94,7 +94,7 @@ func toyCompute(_ context.Context, module []byte, args []string, input []byte) (
 }
 
 func testConfig(dir string) Config {
-	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyCompute, ackHold: time.Millisecond}
+	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyCompute, ackHold: time.Millisecond, serve: patience / 4}
 }
 
 // open starts a coordinator in dir; the caller closes it.
