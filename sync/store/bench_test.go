@@ -21,12 +21,13 @@ import (
 //
 // The aim is 0.9, and it is not shown yet. On two cores with 14 others waiting for them,
 // one writer reached 0.91 (64 KiB), 0.86 (1 MiB) and 0.78 (4 MiB), and several, when they
-// were not waited for yet, 0.45 to 0.71, each in one run. With 35 to 44 waiting single runs went from 0.1 to 3.3, and the ratio could not be
-// told from that of one sync after the other (1 MiB, 4 runs each: one writer 0.69 against
-// 0.84 on average, four 0.57 against 0.53, sixteen 0.62 against 0.57), though sixteen
-// writers shared a sync with 9.1 puts on average instead of 6.5. What a put needs more
-// than the file: a second sync, beside the first, as the tree has a log of its own; and
-// goroutines that wait for one another, which costs what the processor is late.
+// were not waited for yet, 0.45 to 0.71, each in one run. With 35 to 44 waiting, single
+// runs went from 0.1 to 3.3, and the ratio could not be told from that of one sync after
+// the other (1 MiB, 4 runs each: one writer 0.69 against 0.84 on average, four 0.57
+// against 0.53, sixteen 0.62 against 0.57), though sixteen writers shared a sync with 9.1
+// puts on average instead of 6.5. What a put needs more than the file: a second sync,
+// beside the first, as the tree has a log of its own; and goroutines that wait for one
+// another, which costs what the processor is late.
 func BenchmarkDurablePut(b *testing.B) {
 	for _, size := range []int{64 << 10, 1 << 20, 4 << 20} {
 		for _, writers := range []int{1, 4, 16} {
