@@ -209,8 +209,8 @@ func TestWhatCameIsKeptWhenTheNextIsWrong(t *testing.T) {
 	for _, ch := range chunks[len(chunks)-3:] { // one more than parity
 		m.s.chunks[ch.ID][50] ^= 1
 	}
-	m.refused("are kept", "object", "get", "file", "--out", out)
 	clear(m.s.fetched)
+	m.refused("are kept", "object", "get", "file", "--out", out)
 	for _, ch := range chunks[len(chunks)-3:] {
 		m.s.chunks[ch.ID][50] ^= 1
 	}
