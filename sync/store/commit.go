@@ -32,11 +32,12 @@ const (
 // the question whether a chunk is durable.
 type request struct {
 	id    chunk.ID
-	data  []byte     // put
-	drops []chunk.ID // drop
-	moves []move     // write again elsewhere
-	flush bool       // make durable what Badger wrote by itself
-	done  chan error // takes one answer without blocking
+	data  []byte       // put
+	drops []chunk.ID   // drop
+	moves []move       // write again elsewhere
+	flush bool         // make durable what Badger wrote by itself
+	first func() error // before a flush: what Badger does while nothing is being written
+	done  chan error   // takes one answer without blocking
 
 	err error // the committer's
 }
@@ -424,6 +425,9 @@ func (s *stage) add(r *request) error {
 	switch {
 	case r.flush:
 		s.flush = true
+		if r.first != nil {
+			return r.first()
+		}
 		return nil
 	case r.moves != nil:
 		return s.addMoves(r)

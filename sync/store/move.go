@@ -310,14 +310,16 @@ func (v *Volume) deleteLog(ctx context.Context, number uint32) (err error) {
 	err = v.view(func(txn *badger.Txn) error {
 		it := txn.NewIterator(keysOnly('v'))
 		defer it.Close()
-		chooseLog(v.db, number, others)
-		if err := v.db.RunValueLogGC(0.5); err != nil {
-			return fmt.Errorf("value log %d is not deleted: %w", number, err)
-		}
-		v.mu.Lock()
-		v.space.logs[number].going = true
-		v.mu.Unlock()
-		return v.hand(ctx, &request{flush: true})
+		return v.hand(ctx, &request{flush: true, first: func() error {
+			chooseLog(v.db, number, others)
+			if err := v.db.RunValueLogGC(0.5); err != nil {
+				return fmt.Errorf("value log %d is not deleted: %w", number, err)
+			}
+			v.mu.Lock()
+			v.space.logs[number].going = true
+			v.mu.Unlock()
+			return nil
+		}})
 	})
 	v.forgetDeleted()
 	return err

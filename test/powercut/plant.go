@@ -25,7 +25,7 @@ func bug(file, was, is string) plant {
 
 var plants = map[string]plant{
 	// The receipt for a chunk is given before the chunk is durable.
-	"receipt": bug("sync/store/options.go", "h.sync = (*badger.DB).Sync", "h.sync = func(*badger.DB) error { return nil }"),
+	"receipt": bug("sync/store/options.go", "h.fdatasync = fdatasync", "h.fdatasync = func(*os.File) error { return nil }"),
 	// An order is reported before the journal durably knows it.
 	"journal": bug("agent/journal.go", "j.flush = j.db.Sync", "j.flush = func() error { return nil }"),
 	// A new firmware gets its name before its bytes are durable.
