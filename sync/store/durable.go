@@ -187,19 +187,6 @@ func filesOf(dir, ending string) ([]string, error) {
 	return paths, nil
 }
 
-// fsync flushes a file or directory, whoever wrote to it.
-func fsync(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("sync %s: %w", path, err)
-	}
-	return nil
-}
-
 // fdatasync flushes what was written to a log, its length included.
 func fdatasync(f *os.File) error {
 	for {

@@ -12,6 +12,7 @@ import (
 	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -45,7 +46,7 @@ func (w *witness) hooked(opt Options) Options {
 		if err := w.see(path); err != nil {
 			return err
 		}
-		return fsync(path)
+		return durable.Sync(path)
 	}
 	return opt
 }

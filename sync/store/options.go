@@ -13,6 +13,7 @@ import (
 	"github.com/dgraph-io/badger/v4/options"
 	"golang.org/x/sys/unix"
 
+	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
@@ -66,7 +67,7 @@ func (h hooks) orReal() hooks {
 		h.fdatasync = fdatasync
 	}
 	if h.fsync == nil {
-		h.fsync = fsync
+		h.fsync = durable.Sync
 	}
 	if h.statfs == nil {
 		h.statfs = unix.Statfs
