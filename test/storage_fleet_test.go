@@ -215,22 +215,36 @@ func (r *rot) checkSpread() {
 	})
 }
 
-// draw decides who suffers what.
+// draw decides who suffers what. Where two devices are the only ones of their owners,
+// each stripe has shards on both, and none would bear damage: another pair is drawn.
 func (r *rot) draw(rng *rand.Rand) {
 	r.T.Helper()
 	order := rng.Perm(len(r.devices))
-	r.destroyed = []*device{r.devices[order[0]], r.devices[order[1]]}
-	order = order[2:]
-	for i, n := range order {
-		r.corrupter = r.devices[n]
-		if r.drawDamage(rng) {
-			r.slow = r.devices[order[(i+1)%len(order)]]
-			r.T.Logf("%s and %s are destroyed, %d chunks (%.0f%%) of %s are damaged, %s is slow",
-				r.destroyed[0].name, r.destroyed[1].name, len(r.damaged), 100*r.share, r.corrupter.name, r.slow.name)
-			return
+	for a := range order {
+		for b := range a {
+			if r.drawWithout(rng, order[b], order[a], order) {
+				r.T.Logf("%s and %s are destroyed, %d chunks (%.0f%%) of %s are damaged, %s is slow",
+					r.destroyed[0].name, r.destroyed[1].name, len(r.damaged), 100*r.share, r.corrupter.name, r.slow.name)
+				return
+			}
 		}
 	}
-	r.T.Fatal("no device has enough chunks in stripes that bear damage")
+	r.T.Fatal("no device has enough chunks in stripes that bear damage, whichever two are destroyed")
+}
+
+// drawWithout draws the other two, the first that fit in the order, if the devices a and
+// b are destroyed. It returns false if too few chunks of any may be damaged.
+func (r *rot) drawWithout(rng *rand.Rand, a, b int, order []int) bool {
+	r.destroyed = []*device{r.devices[a], r.devices[b]}
+	left := slices.DeleteFunc(slices.Clone(order), func(n int) bool { return n == a || n == b })
+	for i, n := range left {
+		r.corrupter = r.devices[n]
+		if r.drawDamage(rng) {
+			r.slow = r.devices[left[(i+1)%len(left)]]
+			return true
+		}
+	}
+	return false
 }
 
 // drawDamage chooses chunks of the corrupter, of stripes that do not have shards on
