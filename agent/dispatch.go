@@ -35,7 +35,7 @@ type Route struct {
 	// (see scheduler). 0 is one, and for kinds of priority 0 any number.
 	AtOnce int
 	// Queues is for a handler with a queue of its own: the order is QUEUED until
-	// the handler first calls progress, with 0 when its turn has come.
+	// the handler first says that it is under way, when its turn has come.
 	Queues bool
 	// Long is for work that may take hours: it does not count as I/O.
 	Long bool
@@ -457,12 +457,11 @@ func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
 		d.step(t, wire.Report{Order: o.ID, State: wire.Running})
 		d.mu.Unlock()
 	}
-	out, err := d.handle(running, o, func(done float64) {
+	out, err := d.handle(running, o, func(p wire.Progress) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		// A percent at a time is enough for a person to watch. Nothing after the end.
-		if d.inFlight[o.ID] == t && (t.last.State != wire.Running || done >= t.last.Progress+0.01) {
-			d.step(t, wire.Report{Order: o.ID, State: wire.Running, Progress: min(done, 1)})
+		if d.inFlight[o.ID] == t { // nothing after the end
+			d.progressed(t, p)
 		}
 	})
 	open := route.Restart != nil && errors.Is(err, route.Restart) || route.Later != nil && errors.Is(err, route.Later)
@@ -472,16 +471,31 @@ func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
 	return out, err
 }
 
+// progressed takes what a handler says of an order that is under way. d.mu is held.
+func (d *dispatcher) progressed(t *task, p wire.Progress) {
+	r := wire.Report{Order: t.order.ID, State: wire.Running, Progress: t.last.Progress}
+	if p.Done > r.Progress { // and a number
+		r.Progress = min(p.Done, 1)
+	}
+	if w := p.Waits; w != nil {
+		r.State, r.Code, r.Reason, r.RetrySeconds = t.last.State, w.Code, w.Reason, w.Seconds()
+	}
+	// A percent at a time is enough for a person to watch.
+	if r.State != t.last.State || r.Code != t.last.Code || r.Progress >= t.last.Progress+0.01 {
+		d.step(t, r)
+	}
+}
+
 // handle calls the handler. A panic in it is the failure of this order: the
 // other orders go on, and the coordinator hears of it.
-func (d *dispatcher) handle(ctx context.Context, o wire.Order, progress func(float64)) (out wire.Outcome, err error) {
+func (d *dispatcher) handle(ctx context.Context, o wire.Order, tell func(wire.Progress)) (out wire.Outcome, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			d.log.Error("a handler panicked; this is a bug, please report it", "order", o.ID, "kind", o.Kind, "panic", v, "stack", string(debug.Stack()))
 			out, err = wire.Outcome{}, wire.FailedBecause(wire.CodeInternal, "the agent has a bug: carrying out a %s order panicked (%v); its log holds the details", o.Kind, v)
 		}
 	}()
-	return d.routes[o.Kind].Handle(ctx, o, progress)
+	return d.routes[o.Kind].Handle(ctx, o, tell)
 }
 
 // terminal makes the final report of an order.
@@ -737,7 +751,7 @@ const (
 // or cut off in the middle, or be an update on trial. So its state is RUNNING;
 // when it arrives again, its handler is called with its context already
 // canceled, and says that it is done or beyond recall, or stops.
-func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (d *dispatcher) cancelOrder(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	c, err := cancelOf(o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -836,7 +850,7 @@ const pingLimit = 10 * time.Second
 
 // ping carries out device.ping.
 func ping(version string, began time.Time) wire.Handler {
-	return func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	return func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		return wire.Outcome{Body: wire.Pong{Agent: version, Uptime: time.Since(began).Seconds()}}, nil
 	}
 }

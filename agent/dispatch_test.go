@@ -201,7 +201,7 @@ type counter struct {
 	n  int
 }
 
-func (c *counter) handle(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+func (c *counter) handle(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.n++
@@ -215,9 +215,9 @@ func (c *counter) calls() int {
 }
 
 func TestOrderRunsToItsReport(t *testing.T) {
-	r := newRig(t, func(_ context.Context, o wire.Order, progress func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		for _, p := range []float64{-1, math.NaN(), 0.5, 0.505, 0.2, 7} {
-			progress(p)
+			tell(wire.Progress{Done: p})
 		}
 		return wire.Outcome{Body: map[string]string{"echo": o.ID}, Attachment: []byte("out")}, nil
 	})
@@ -393,7 +393,7 @@ func TestOrderIsNotBegunAfterItsExpiry(t *testing.T) {
 
 func TestOrderThatExpiresInTheQueueIsRejected(t *testing.T) {
 	gate, entered := make(chan struct{}), make(chan string, 4)
-	r := newRig(t, func(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		entered <- o.ID
 		<-gate
 		return wire.Outcome{}, nil
@@ -480,10 +480,10 @@ func (r *rig) seqOf(raw []byte) uint64 {
 func TestRunningOrderIsNotRunTwice(t *testing.T) {
 	var c counter
 	gate := make(chan struct{})
-	r := newRig(t, func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
-		p(0.25)
+	r := newRig(t, func(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
+		tell(wire.Progress{Done: 0.25})
 		<-gate
-		return c.handle(ctx, o, p)
+		return c.handle(ctx, o, tell)
 	})
 	o := r.order("a")
 	r.give(o)
@@ -523,7 +523,7 @@ func TestReportIsDurableBeforeItIsSent(t *testing.T) {
 
 func TestReportThatCannotBeKeptIsNotSent(t *testing.T) {
 	gate := make(chan struct{})
-	r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		<-gate
 		return wire.Outcome{}, nil
 	})
@@ -643,7 +643,7 @@ func TestReconnectSendsWhatIsOwed(t *testing.T) {
 
 func TestPanicIsAFailureOfItsOrderAlone(t *testing.T) {
 	var none map[string]int
-	r := newRig(t, func(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		if o.ID == "bad" {
 			none["x"] = 1
 		}
@@ -663,7 +663,7 @@ func TestPanicIsAFailureOfItsOrderAlone(t *testing.T) {
 }
 
 func TestHandlerOverItsLimitIsTimedOut(t *testing.T) {
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		<-ctx.Done()
 		return wire.Outcome{}, fmt.Errorf("interrupted: %w", ctx.Err())
 	}, func(u *duties) {
@@ -678,7 +678,7 @@ func TestHandlerOverItsLimitIsTimedOut(t *testing.T) {
 }
 
 func TestHandlerMayNotOutlastItsOrder(t *testing.T) {
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		<-ctx.Done()
 		return wire.Outcome{}, ctx.Err()
 	})
@@ -701,7 +701,9 @@ func TestFailuresKeepTheirCode(t *testing.T) {
 		"unnamed":  {errors.New("boom"), wire.Failed, wire.CodeInternal},
 	} {
 		t.Run(what, func(t *testing.T) {
-			r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) { return wire.Outcome{}, tc.err })
+			r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
+				return wire.Outcome{}, tc.err
+			})
 			r.give(r.order("a"))
 			if rep := r.ends("a"); rep.State != tc.state || rep.Code != tc.code || rep.Reason == "" || rep.Body != nil {
 				t.Errorf("got %+v", rep)
@@ -712,11 +714,11 @@ func TestFailuresKeepTheirCode(t *testing.T) {
 
 func TestShutdownLeavesTheOrderOpen(t *testing.T) {
 	for what, handle := range map[string]wire.Handler{
-		"in the handler": func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+		"in the handler": func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 			<-ctx.Done()
 			return wire.Outcome{}, wire.FailedBecause(wire.CodeTransfer, "interrupted")
 		},
-		"in the attachment": func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+		"in the attachment": func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 			return wire.Outcome{Attachment: make([]byte, wire.MaxInline+1)}, nil
 		},
 	} {
@@ -753,7 +755,7 @@ func TestShutdownLeavesTheOrderOpen(t *testing.T) {
 // TestCancelJustBeforeShutdownIsReported: it was taken back, whatever ends next.
 func TestCancelJustBeforeShutdownIsReported(t *testing.T) {
 	stopping, gate := make(chan struct{}), make(chan struct{})
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		<-ctx.Done()
 		close(stopping)
 		<-gate
@@ -771,13 +773,34 @@ func TestCancelJustBeforeShutdownIsReported(t *testing.T) {
 	}
 }
 
+// TestWhyAnOrderStandsStillIsReported, in whatever state it is, until it goes on.
+func TestWhyAnOrderStandsStillIsReported(t *testing.T) {
+	night := &wire.Problem{Code: "hours", Reason: "the owner lets jobs run from 22:00", After: 90 * time.Second}
+	r := newRig(t, func(_ context.Context, _ wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
+		for _, p := range []wire.Progress{{Waits: night}, {Waits: night}, {}, {Done: 0.5}, {Done: 0.5, Waits: night}, {Done: 0.1}} {
+			tell(p)
+		}
+		return wire.Outcome{}, nil
+	}, func(u *duties) { x := u.routes[kindTest]; x.Queues = true; u.routes[kindTest] = x })
+	r.give(r.order("a"))
+	r.wait()
+	var said []string
+	for len(r.reports) > 0 {
+		rep := <-r.reports
+		said = append(said, fmt.Sprintf("%s %g %s%d", rep.State, rep.Progress, rep.Code, rep.RetrySeconds))
+	}
+	if got, want := strings.Join(said, ", "), "QUEUED 0 0, QUEUED 0 hours90, RUNNING 0 0, RUNNING 0.5 0, RUNNING 0.5 hours90, RUNNING 0.5 0, SUCCEEDED 0 0"; got != want {
+		t.Errorf("reported %s\nwant     %s", got, want)
+	}
+}
+
 // TestOrderInItsHandlersQueueIsQueued until its turn.
 func TestOrderInItsHandlersQueueIsQueued(t *testing.T) {
 	turn, begun, end := make(chan struct{}), make(chan struct{}), make(chan struct{})
-	r := newRig(t, func(_ context.Context, _ wire.Order, progress func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, _ wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		<-turn
-		progress(0)
-		progress(0)
+		tell(wire.Progress{})
+		tell(wire.Progress{})
 		close(begun)
 		<-end
 		return wire.Outcome{}, nil
@@ -800,7 +823,7 @@ func TestOrderInItsHandlersQueueIsQueued(t *testing.T) {
 
 // TestEffectJustBeforeShutdownIsReported: what is done is done.
 func TestEffectJustBeforeShutdownIsReported(t *testing.T) {
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		<-ctx.Done()
 		return wire.Outcome{}, nil
 	})
@@ -818,7 +841,7 @@ func TestLargeAttachmentIsPutBeforeTheReport(t *testing.T) {
 			data := bytes.Repeat([]byte{7}, size)
 			var mu sync.Mutex
 			var put []byte
-			r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+			r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 				return wire.Outcome{Attachment: data}, nil
 			}, func(u *duties) {
 				u.attach = func(_ context.Context, order string, b []byte) error {
@@ -858,7 +881,7 @@ func TestLargeAttachmentIsPutBeforeTheReport(t *testing.T) {
 }
 
 func TestAttachmentThatCannotBePutFailsTheOrder(t *testing.T) {
-	r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		return wire.Outcome{Body: "x", Attachment: make([]byte, wire.MaxInline+1)}, nil
 	}, func(u *duties) {
 		u.attach = func(context.Context, string, []byte) error {
@@ -873,13 +896,13 @@ func TestAttachmentThatCannotBePutFailsTheOrder(t *testing.T) {
 
 func TestReportTooLargeToSendFailsTheOrder(t *testing.T) {
 	for what, handle := range map[string]wire.Handler{
-		"body": func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+		"body": func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 			return wire.Outcome{Body: strings.Repeat("x", wire.MaxMessage)}, nil
 		},
-		"reason": func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+		"reason": func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 			return wire.Outcome{}, errors.New(strings.Repeat("x", wire.MaxMessage))
 		},
-		"not JSON": func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+		"not JSON": func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 			return wire.Outcome{Body: math.Inf(1)}, nil
 		},
 	} {
@@ -902,7 +925,7 @@ func TestReportTooLargeToSendFailsTheOrder(t *testing.T) {
 func TestLargestReportIsKept(t *testing.T) {
 	// Base64 makes 3 bytes 4; the rest is the envelope.
 	body := strings.Repeat("x", wire.MaxMessage*3/4-1024)
-	r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		return wire.Outcome{Body: body}, nil
 	})
 	r.give(r.order("a"))
@@ -944,7 +967,7 @@ func TestOnlySoManyAtOnce(t *testing.T) {
 	gate, entered := make(chan struct{}), make(chan struct{}, n)
 	var mu sync.Mutex
 	now, peak := 0, 0
-	r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		mu.Lock()
 		now++
 		peak = max(peak, now)
@@ -978,7 +1001,7 @@ func TestOnlySoManyAtOnce(t *testing.T) {
 
 func TestTooManyOrdersAreLeftUnanswered(t *testing.T) {
 	gate := make(chan struct{})
-	r := newRig(t, func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 		<-gate
 		return wire.Outcome{}, nil
 	})
@@ -1005,7 +1028,7 @@ func TestTooManyOrdersAreLeftUnanswered(t *testing.T) {
 
 func TestRestartAndLaterLeaveTheOrderOpen(t *testing.T) {
 	again, later := errors.New("again"), errors.New("later")
-	r := newRig(t, func(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		if o.ID == "later" {
 			return wire.Outcome{}, fmt.Errorf("wait: %w", later)
 		}
@@ -1036,9 +1059,9 @@ func TestRestartAndLaterLeaveTheOrderOpen(t *testing.T) {
 // must be numbered above all that were given before, and above a repeat's.
 func TestConcludedReportIsTheNewest(t *testing.T) {
 	later := errors.New("later")
-	handle := func(_ context.Context, _ wire.Order, p func(float64)) (wire.Outcome, error) {
+	handle := func(_ context.Context, _ wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		for i := range 50 {
-			p(float64(i) / 50)
+			tell(wire.Progress{Done: float64(i) / 50})
 		}
 		return wire.Outcome{}, later
 	}

@@ -18,9 +18,9 @@ import (
 func FuzzReceive(f *testing.F) {
 	owner := newAuthority(f)
 	var ran []wire.Order
-	r := startRig(f, owner, newIdentity(f), f.TempDir(), func(_ context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+	r := startRig(f, owner, newIdentity(f), f.TempDir(), func(_ context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		ran = append(ran, o) // the fuzz body waits for the end of each order
-		p(0.5)
+		tell(wire.Progress{Done: 0.5})
 		return wire.Outcome{Body: json.RawMessage(`{}`)}, nil
 	})
 	good, err := json.Marshal(r.order("seed"))

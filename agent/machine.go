@@ -427,7 +427,7 @@ func (m *machine) routes() map[wire.Kind]Route {
 	}
 }
 
-func (m *machine) identify(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (m *machine) identify(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	q, err := wire.DecodeBody[wire.Identify](o)
 	switch {
 	case err != nil:
@@ -441,7 +441,7 @@ func (m *machine) identify(_ context.Context, o wire.Order, _ func(float64)) (wi
 	return wire.Outcome{}, nil
 }
 
-func (m *machine) tellInventory(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (m *machine) tellInventory(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	if err := m.probe(ctx); err != nil {
 		return wire.Outcome{}, err
 	}
@@ -451,7 +451,7 @@ func (m *machine) tellInventory(ctx context.Context, _ wire.Order, _ func(float6
 	return wire.Outcome{Body: wire.InventoryReport{Digest: inv.digest}, Attachment: raw}, err
 }
 
-func (m *machine) tellHistory(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (m *machine) tellHistory(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	q, err := wire.DecodeBody[wire.HistoryRequest](o)
 	if err != nil {
 		return wire.Outcome{}, err

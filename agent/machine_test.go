@@ -71,7 +71,7 @@ func (m *machine) asked(t *testing.T, k wire.Kind, body any) (wire.Outcome, erro
 	if err != nil {
 		t.Fatal(err)
 	}
-	return m.routes()[k].Handle(t.Context(), wire.Order{Kind: k, Body: raw}, func(float64) {})
+	return m.routes()[k].Handle(t.Context(), wire.Order{Kind: k, Body: raw}, func(wire.Progress) {})
 }
 
 func TestTheMachineAnswersForItself(t *testing.T) {

@@ -247,7 +247,7 @@ func small(bound int64, j func(*duties)) func(*duties) {
 			wire.KindJobRun: {AtOnce: 1, Limit: time.Hour},
 		}
 		for k, r := range u.routes {
-			r.Handle = func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) {
+			r.Handle = func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
 				return wire.Outcome{Body: strings.Repeat("b", 4<<10), Attachment: make([]byte, 4<<10)}, nil
 			}
 			u.routes[k] = r

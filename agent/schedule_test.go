@@ -23,7 +23,7 @@ type held struct {
 
 func newHeld() *held { return &held{make(chan string, 4096), make(chan struct{})} }
 
-func (h *held) handle(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (h *held) handle(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	h.entered <- o.ID
 	select {
 	case <-h.gate:
@@ -283,7 +283,7 @@ func TestCanceledOrderThatRunsIsStopped(t *testing.T) {
 // TestCancelTooLateTellsWhatHappened: the effect was done when the cancellation came.
 func TestCancelTooLateTellsWhatHappened(t *testing.T) {
 	entered := make(chan struct{}, 1)
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		entered <- struct{}{}
 		<-ctx.Done()
 		return wire.Outcome{Body: "done", Attachment: []byte("x")}, nil
@@ -372,7 +372,7 @@ func TestOrderThatArrivesAgainBeforeItsCancellationIsHandledIsCanceled(t *testin
 	later := errors.New("later")
 	gate, entered := make(chan struct{}), make(chan error, 1)
 	var lives int
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		lives++
 		entered <- ctx.Err()
 		if lives == 1 {
@@ -430,7 +430,9 @@ func TestUpdateBeyondRecallIsNotCanceled(t *testing.T) {
 		x.Restart, x.Later = again, later
 		u.routes[kindTest] = x
 	}
-	install := func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) { return wire.Outcome{}, again }
+	install := func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
+		return wire.Outcome{}, again
+	}
 	r := newRig(t, install, route)
 	o := r.order("update")
 	still := func(cancel string) {
@@ -448,7 +450,7 @@ func TestUpdateBeyondRecallIsNotCanceled(t *testing.T) {
 	r.wait()
 	still("c1")
 	canceledToo := make(chan bool, 4)
-	r = r.reborn(func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r = r.reborn(func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		canceledToo <- ctx.Err() != nil
 		return wire.Outcome{}, fmt.Errorf("on trial: %w", later)
 	}, route)
@@ -493,11 +495,11 @@ func TestUpdateCutOffInTheMiddleCanBeCanceled(t *testing.T) {
 func TestUpdateOnTrialIsNotCanceledWhileItWaits(t *testing.T) {
 	later := errors.New("later")
 	h := newHeld()
-	r := newRig(t, func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		if o.ID == "update" {
 			return wire.Outcome{}, later
 		}
-		return h.handle(ctx, o, p)
+		return h.handle(ctx, o, tell)
 	}, func(u *duties) { x := u.routes[kindTest]; x.Later, x.AtOnce = later, 1; u.routes[kindTest] = x })
 	r.give(r.order("update"))
 	r.wait()
@@ -525,8 +527,8 @@ func TestCancelOfNothingIsRejected(t *testing.T) {
 }
 
 func TestQuickOrderIsReportedOnce(t *testing.T) {
-	r := newRig(t, func(_ context.Context, _ wire.Order, p func(float64)) (wire.Outcome, error) {
-		p(0.5)
+	r := newRig(t, func(_ context.Context, _ wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
+		tell(wire.Progress{Done: 0.5})
 		return wire.Outcome{}, nil
 	})
 	r.quiet = time.Hour
@@ -555,9 +557,9 @@ func TestSlowOrderIsReportedAfterAWhile(t *testing.T) {
 // it was not sent yet.
 func TestRepeatIsAnsweredAtOnce(t *testing.T) {
 	at, gate := make(chan struct{}), make(chan struct{})
-	r := newRig(t, func(_ context.Context, _ wire.Order, p func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(_ context.Context, _ wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		for i := range 100 {
-			p(float64(i) / 100)
+			tell(wire.Progress{Done: float64(i) / 100})
 		}
 		close(at)
 		<-gate

@@ -145,7 +145,7 @@ func openSettings(path string, base inForce, owned map[string]bool, apply func(i
 }
 
 // Handle is the [wire.Handler] of [wire.KindConfigApply].
-func (s *settings) Handle(_ context.Context, o wire.Order, _ func(done float64)) (wire.Outcome, error) {
+func (s *settings) Handle(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	want, err := wire.DecodeBody[wire.ConfigApply](o)
 	if err != nil {
 		return wire.Outcome{}, err

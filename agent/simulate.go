@@ -121,7 +121,7 @@ type simulated struct {
 }
 
 // configure says yes to everything: there is nothing here that it would change.
-func (d *simulated) configure(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (d *simulated) configure(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	c, err := wire.DecodeBody[wire.ConfigApply](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -160,7 +160,7 @@ func (d *simulated) live(ctx context.Context) error {
 	orders, err := newDispatcher(duties{
 		id: d.id, trusted: trusted, clock: d.clock, journal: newMemoryJournal(),
 		routes: map[wire.Kind]Route{
-			wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+			wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(wire.Progress)) (wire.Outcome, error) {
 				d.fleet.orders.Add(1)
 				return pong(ctx, o, p)
 			}},

@@ -418,7 +418,7 @@ func TestAnOrderIsRefusedAtArrival(t *testing.T) {
 		u.routes[kindTest] = r
 	}
 	begun := make(chan string, 10)
-	stuck := func(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+	stuck := func(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		begun <- o.ID
 		<-ctx.Done()
 		return wire.Outcome{}, ctx.Err()

@@ -75,11 +75,11 @@ func (r *rig) under(order string) bool {
 func TestAReportThatCannotBeKeptIsTriedAgainAndItsOrderIsNot(t *testing.T) {
 	var c counter
 	gate := make(chan struct{})
-	r := newRig(t, func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 		if o.ID == "a" {
 			<-gate
 		}
-		return c.handle(ctx, o, p)
+		return c.handle(ctx, o, tell)
 	})
 	r.retry = time.Millisecond
 	r.give(r.order("a"))
@@ -203,7 +203,7 @@ func TestNothingIsForgottenWithoutAFloor(t *testing.T) {
 func cutOff(t *testing.T, expires time.Time) (*rig, wire.Order) {
 	t.Helper()
 	done := make(chan struct{})
-	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		close(done)
 		<-ctx.Done()
 		return wire.Outcome{}, ctx.Err()
@@ -223,17 +223,19 @@ func TestACancelAfterACrashDoesNotDenyTheEffect(t *testing.T) {
 		state  wire.State
 		code   string
 	}{
-		"it is done": {func(context.Context, wire.Order, func(float64)) (wire.Outcome, error) { return wire.Outcome{}, nil }, wire.Succeeded, ""},
-		"it does not know": {func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+		"it is done": {func(context.Context, wire.Order, func(wire.Progress)) (wire.Outcome, error) {
+			return wire.Outcome{}, nil
+		}, wire.Succeeded, ""},
+		"it does not know": {func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 			return wire.Outcome{}, ctx.Err()
 		}, wire.Failed, wire.CodeInterrupted},
 	} {
 		t.Run(what, func(t *testing.T) {
 			r, o := cutOff(t, time.Now().Add(time.Hour))
 			var seen context.Context
-			r = r.reborn(func(ctx context.Context, o wire.Order, p func(float64)) (wire.Outcome, error) {
+			r = r.reborn(func(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 				seen = ctx
-				return x.handle(ctx, o, p)
+				return x.handle(ctx, o, tell)
 			})
 			r.give(r.cancelOf("c", "a", o.Expires))
 			if got := r.canceled("c"); got != wire.Running {
@@ -282,7 +284,7 @@ func TestThatAnOrderBeginsIsNotedBeforeItsHandlerAndCostsNoSync(t *testing.T) {
 	for later, want := range map[error]int{nil: 1, errors.New("later"): 2} {
 		t.Run(fmt.Sprint(later), func(t *testing.T) {
 			var r *rig
-			r = newRig(t, func(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+			r = newRig(t, func(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 				if begun, err := r.journal.begun(o.ID); !begun || err != nil {
 					t.Errorf("%s is not noted (%v)", o.ID, err)
 				}
@@ -309,7 +311,7 @@ func TestACancelThatWasAnsweredOutlivesACrash(t *testing.T) {
 	for _, what := range []string{"while it runs", "before it comes again"} {
 		t.Run(what, func(t *testing.T) {
 			begun, gate := make(chan struct{}, 1), make(chan struct{})
-			r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+			r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 				begun <- struct{}{}
 				<-gate // deaf
 				return wire.Outcome{}, context.Cause(ctx)
@@ -336,7 +338,7 @@ func TestACancelThatWasAnsweredOutlivesACrash(t *testing.T) {
 			}
 			kill()
 			var told error
-			next := func(ctx context.Context, _ wire.Order, _ func(float64)) (wire.Outcome, error) {
+			next := func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 				told = context.Cause(ctx)
 				return wire.Outcome{}, ctx.Err()
 			}

@@ -112,8 +112,8 @@ func (s *Service) SetPolicy(p policy.Policy) {
 
 // Run is the [wire.Handler] of [wire.KindJobRun]: the outcome has a
 // [wire.JobResult] as its body and standard output as its attachment. It calls
-// progress once, with 0, when the job has its slot.
-func (s *Service) Run(ctx context.Context, o wire.Order, progress func(done float64)) (wire.Outcome, error) {
+// tell once, with no progress, when the job has its slot.
+func (s *Service) Run(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 	job, err := wire.DecodeBody[wire.JobRun](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -128,7 +128,7 @@ func (s *Service) Run(ctx context.Context, o wire.Order, progress func(done floa
 	if err := s.admit(job); err != nil { // the policy may have changed meanwhile
 		return wire.Outcome{}, err
 	}
-	progress(0)
+	tell(wire.Progress{})
 	input, err := s.input(ctx, job.Input)
 	if err != nil {
 		return wire.Outcome{}, err

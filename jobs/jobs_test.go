@@ -159,7 +159,7 @@ func order(t *testing.T, body any) wire.Order {
 func do(t *testing.T, s *Service, job wire.JobRun) (wire.Outcome, error) {
 	t.Helper()
 	var handler wire.Handler = s.Run
-	return handler(t.Context(), order(t, job), func(float64) {})
+	return handler(t.Context(), order(t, job), func(wire.Progress) {})
 }
 
 func wantProblem(t *testing.T, err error, state wire.State, code, text string) {
@@ -401,7 +401,7 @@ func TestNoMoreJobsThanSlots(t *testing.T) {
 	why := &wire.Problem{State: wire.Canceled, Code: "canceled", Reason: "the operator canceled it"}
 	waiting := make(chan error)
 	go func() {
-		_, err := s.Run(ctx, order(t, wire.JobRun{Module: blob(idle, "/idle"), Input: "in"}), func(float64) {})
+		_, err := s.Run(ctx, order(t, wire.JobRun{Module: blob(idle, "/idle"), Input: "in"}), func(wire.Progress) {})
 		waiting <- err
 	}()
 	cancel(why)

@@ -194,7 +194,7 @@ func (s *Service) settled(last slot.Outcome) *Settled {
 // Handle is the [wire.Handler] of [wire.KindUpdateInstall]. Beside what a
 // handler may return it can return [ErrRestart] and [ErrPending], after which
 // the order stays open, and ctx's error as it is, after which a repeat resumes.
-func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float64)) (wire.Outcome, error) {
+func (s *Service) Handle(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 	if !s.busy.TryLock() {
 		return wire.Outcome{}, wire.RejectedBecause(CodeUpdatePending, "another update is being installed; offer this one again when it has ended")
 	}
@@ -209,8 +209,10 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, progress func(float6
 	if done, out, err := s.seenBefore(o.ID); done {
 		return out, err
 	}
-	if progress == nil {
-		progress = func(float64) {}
+	progress := func(done float64) {
+		if tell != nil {
+			tell(wire.Progress{Done: done})
+		}
 	}
 	if err := s.install(ctx, o.ID, want, progress); err != nil {
 		t, _, unknown := s.how.standing()

@@ -217,7 +217,8 @@ func TestInstallGoesOnTrialAndAsksForRestart(t *testing.T) {
 		f.good("1.1.0")
 		s, dir := f.device()
 		last := 0.0
-		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(p float64) {
+		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(told wire.Progress) {
+			p := told.Done
 			if p < last || p > 1 {
 				t.Errorf("progress went from %v to %v", last, p)
 			}
@@ -424,7 +425,8 @@ func TestCancelledInstallResumes(t *testing.T) {
 			return true
 		}
 		s, dir := f.device()
-		_, err := s.Handle(ctx, order("o1", "1.1.0"), func(p float64) {
+		_, err := s.Handle(ctx, order("o1", "1.1.0"), func(told wire.Progress) {
+			p := told.Done
 			if p > 0.05 {
 				cancel() // bytes have come
 			}
@@ -446,7 +448,7 @@ func TestOneInstallAtATime(t *testing.T) {
 		f.good("1.1.0")
 		s, _ := f.device()
 		asked := false
-		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(float64) {
+		_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(wire.Progress) {
 			if !asked {
 				asked = true
 				refused(t, s, order("o2", "1.1.0"), wire.Rejected, CodeUpdatePending, "another update is being installed")

@@ -66,42 +66,11 @@ type AuditLeaf struct {
 	Path  [][]byte `json:"path,omitempty"` // RFC 6962 inclusion path, leaf to root, 32 bytes each
 }
 
-// JobRun asks a device to run a WebAssembly module over an input.
-type JobRun struct {
-	Module Blob      `json:"module"`
-	Args   []string  `json:"args,omitempty"`
-	Input  string    `json:"input,omitempty"` // id of a chunk that this device holds; becomes standard input
-	Limits JobLimits `json:"limits"`
-}
-
 // Blob is a file fetched over HTTPS and checked against its digest.
 type Blob struct {
 	SHA256 string `json:"sha256"` // lower-case hex
 	Size   int64  `json:"size"`   // bytes
 	URL    string `json:"url"`
-}
-
-// JobLimits bounds a job. Zero means the device's own default; the owner's
-// policy caps every value.
-type JobLimits struct {
-	MemoryBytes int64   `json:"memory_bytes,omitempty"`
-	CPUSeconds  float64 `json:"cpu_seconds,omitempty"`
-	WallSeconds float64 `json:"wall_seconds,omitempty"`
-	OutputBytes int64   `json:"output_bytes,omitempty"`
-}
-
-// JobResult is the body of a report on a job that ran; standard output is the
-// report's attachment.
-type JobResult struct {
-	Module      string  `json:"module"`          // SHA-256 of the module, hex
-	Input       string  `json:"input,omitempty"` // chunk id
-	Output      string  `json:"output"`          // SHA-256 of standard output, hex
-	OutputBytes int64   `json:"output_bytes"`
-	CPUSeconds  float64 `json:"cpu_seconds"`
-	WallSeconds float64 `json:"wall_seconds"`
-	MaxRSSBytes int64   `json:"max_rss_bytes"`
-	Engine      string  `json:"engine"`           // e.g. "wazero/1.12.0 compiler amd64"
-	Stderr      string  `json:"stderr,omitempty"` // the last 4 KiB of standard error
 }
 
 // UpdateInstall offers a release. The device trusts none of this: it reads the

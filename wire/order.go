@@ -99,7 +99,7 @@ type Report struct {
 	Seq      uint64   `json:"seq"` // grows from report to report of an order, across restarts of the device
 	State    State    `json:"state"`
 	Progress float64  `json:"progress,omitempty"` // 0 to 1, while RUNNING
-	Code     string   `json:"code,omitempty"`     // stable, for machines; FAILED and REJECTED have one
+	Code     string   `json:"code,omitempty"`     // stable, for machines; FAILED and REJECTED have one; of QUEUED and RUNNING why it stands still
 	Reason   string   `json:"reason,omitempty"`   // a sentence for a person
 	// RetrySeconds is when the same may be asked for again, counted from At: the
 	// device refused for a reason that ends by itself. 0: nobody knows.
@@ -144,12 +144,20 @@ type Outcome struct {
 	Attachment []byte // becomes Report.Attachment
 }
 
+// Progress is what a handler says of an order that is under way.
+type Progress struct {
+	Done float64 // 0 to 1
+	// Waits is why the order stands still for now, whether it has begun or not: its code,
+	// its reason and when it is likely to go on. nil: it does not. Its state is not used.
+	Waits *Problem
+}
+
 // Handler carries out one kind of order on the device. It returns an Outcome
 // for SUCCEEDED, or an error: a [*Problem] says state, code and reason itself,
 // any other error becomes FAILED with the code [CodeInternal]. A handler must
 // be idempotent, because a crash can come between its effect and its report,
 // and must return soon after ctx ends.
-type Handler func(ctx context.Context, o Order, progress func(done float64)) (Outcome, error)
+type Handler func(ctx context.Context, o Order, tell func(Progress)) (Outcome, error)
 
 // Problem is the reason for an order that did not succeed.
 type Problem struct {

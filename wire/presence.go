@@ -65,13 +65,16 @@ type Beat struct {
 	Scrubs []Scrub `json:"scrubs,omitempty"` // at most MaxScrubs, the latest first
 	// Pause says that the device would refuse chunks now; without one it would not.
 	Pause *Pause `json:"pause,omitempty"`
+	// Jobs is how the device stands with jobs; without it, its agent is too old to
+	// say, or runs none.
+	Jobs *JobsState `json:"jobs,omitempty"`
 }
 
-// Pause is why a device refuses to move chunks, and for how long: what a report
+// Pause is why a device refuses to move chunks, or lets jobs stand still, and for how long: what a report
 // says with the same code, told before anybody asks.
 type Pause struct {
-	Code    string `json:"code"`    // CodeMetered, CodeQuietHours or CodeBusy
-	Seconds int64  `json:"seconds"` // from the time of the message
+	Code    string `json:"code"`    // CodeMetered, CodeQuietHours or CodeBusy; of jobs, a code of jobs/policy
+	Seconds int64  `json:"seconds"` // from the time of the message; 0: nobody knows
 }
 
 // EnrolRequest is the body of POST /enrol/v1. The device proves its key by the

@@ -208,7 +208,7 @@ func parseID(s string) (chunk.ID, error) {
 	return id, nil
 }
 
-func (s *Service) store(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (s *Service) store(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	body, err := wire.DecodeBody[wire.ChunkStore](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -314,7 +314,7 @@ func (s *Service) put(ctx context.Context, id chunk.ID, data []byte) (string, er
 	}
 }
 
-func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (s *Service) serve(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	body, err := wire.DecodeBody[wire.ChunkServe](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -339,7 +339,7 @@ func (s *Service) serve(ctx context.Context, o wire.Order, _ func(float64)) (wir
 	return wire.Outcome{}, s.transfer.Put(ctx, body.URL, data, "application/octet-stream")
 }
 
-func (s *Service) drop(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (s *Service) drop(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	body, err := wire.DecodeBody[wire.ChunkDrop](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -384,7 +384,7 @@ func DigestOf(losses []wire.ChunkLoss) string {
 	return wire.LossDigest(ids)
 }
 
-func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	if _, err := wire.DecodeBody[struct{}](o); err != nil {
 		return wire.Outcome{}, err
 	}
@@ -403,7 +403,7 @@ func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(float64)) (
 // maxReason keeps the answer with all losses that it may have below 4 MiB.
 const maxReason = 160 // bytes
 
-func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	if _, err := wire.DecodeBody[wire.ChunkHoldings](o); err != nil {
 		return wire.Outcome{}, err
 	}
@@ -433,7 +433,7 @@ func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(float64
 // errTooLate is the cause of an audit's context when its deadline passes.
 var errTooLate = errors.New("the audit's deadline has passed")
 
-func (s *Service) audit(ctx context.Context, o wire.Order, progress func(float64)) (wire.Outcome, error) {
+func (s *Service) audit(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
 	body, err := wire.DecodeBody[wire.Audit](o)
 	if err != nil {
 		return wire.Outcome{}, err
@@ -462,7 +462,7 @@ func (s *Service) audit(ctx context.Context, o wire.Order, progress func(float64
 		if lost {
 			answer.Lost = append(answer.Lost, id.String())
 		}
-		progress(float64(done+1) / float64(len(order)))
+		tell(wire.Progress{Done: float64(done+1) / float64(len(order))})
 	}
 	attachment, err := json.Marshal(leaves)
 	if err != nil {

@@ -89,7 +89,7 @@ func runIn(ctx context.Context, t *testing.T, d *device, kind wire.Kind, body an
 	if err != nil {
 		t.Fatal(err)
 	}
-	return d.Handlers()[kind](ctx, wire.Order{ID: "1", Kind: kind, Body: raw}, func(float64) {})
+	return d.Handlers()[kind](ctx, wire.Order{ID: "1", Kind: kind, Body: raw}, func(wire.Progress) {})
 }
 
 func mustFail(t *testing.T, err error, state wire.State, code string) {
@@ -348,7 +348,7 @@ func TestAuditRefusesWhatCannotBeAsked(t *testing.T) {
 func TestBodiesThatCannotBeRead(t *testing.T) {
 	d := newDevice(t, newPlane(t), noFloor)
 	for kind, handler := range d.Handlers() {
-		_, err := handler(t.Context(), wire.Order{Kind: kind, Body: json.RawMessage(`[`)}, func(float64) {})
+		_, err := handler(t.Context(), wire.Order{Kind: kind, Body: json.RawMessage(`[`)}, func(wire.Progress) {})
 		mustFail(t, err, wire.Rejected, wire.CodeBadBody)
 	}
 	_, err := d.Read(t.Context(), "no id")

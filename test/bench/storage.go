@@ -306,7 +306,7 @@ func (s *shelf) audit(ctx context.Context, chunks []int) error {
 		return err
 	}
 	answer := chunkorders.New(store.NewSet(s.v), nil, chunkorders.Options{}).Handlers()[wire.KindAudit]
-	out, err := answer(ctx, wire.Order{Kind: wire.KindAudit, Body: body}, func(float64) {})
+	out, err := answer(ctx, wire.Order{Kind: wire.KindAudit, Body: body}, func(wire.Progress) {})
 	if err == nil && len(out.Attachment) < len(chunks)*chunk.LeafSize {
 		err = fmt.Errorf("the answer to %d leaves has %d bytes", len(chunks), len(out.Attachment))
 	}

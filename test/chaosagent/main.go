@@ -119,7 +119,7 @@ type pause struct {
 	After  time.Duration `json:"after"`
 }
 
-func (e *effects) handle(ctx context.Context, o wire.Order, _ func(float64)) (wire.Outcome, error) {
+func (e *effects) handle(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 	p, err := wire.DecodeBody[pause](o)
 	if err != nil {
 		return wire.Outcome{}, err

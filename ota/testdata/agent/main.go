@@ -71,7 +71,7 @@ func work(ctx context.Context, s *ota.Service, orderFile string) {
 		report(done.Outcome, done.Problem)
 		return
 	}
-	out, err := s.Handle(ctx, o, func(p float64) { say("progress %.2f", p) })
+	out, err := s.Handle(ctx, o, func(p wire.Progress) { say("progress %.2f", p.Done) })
 	if errors.Is(err, ota.ErrRestart) {
 		os.Exit(slot.ExitRestart)
 	}
