@@ -13,11 +13,12 @@ import (
 // (ids are ULIDs, which sort by age). One may begin if
 //
 //   - fewer than AtOnce orders of its kind run, and
-//   - it is no I/O (a long one, see [Route.Long]), or fewer I/O orders run than
-//     its priority may see: see placesFor. The lower a priority, the fewer
-//     places it sees, so a flood of one leaves places for all above it, and what
-//     is urgent waits for nothing but its own kind. While much of a higher
-//     priority is to be done, a lower one waits; its order's expiry ends that.
+//   - it is no I/O (a long one, see [Route.Long]), or nothing of its kind runs, or
+//     fewer I/O orders run than its priority may see: see placesFor. So each kind
+//     has a place of its own: no flood keeps another kind waiting, neither an urgent
+//     one nor one that is below it all the time. Beyond that place, the lower a
+//     priority, the fewer it sees: while much of a higher priority is to be done, a
+//     lower one goes one at a time.
 //
 // Orders of priority 0 take no place. They begin at once, unless their kind has
 // a bound of its own. Jobs are long and take no place either: they are bounded
@@ -30,8 +31,8 @@ type scheduler struct {
 }
 
 // placesFor is how many I/O orders there may be with one of this priority that
-// begins: 4 for chunks that come in and for extensions, and one more or two for
-// each priority above.
+// begins beside others of its kind: 4 for chunks that come in and for extensions,
+// and one more or two for each priority above.
 var placesFor = [...]int{1: 8, 2: 7, 3: 6, 4: 4, 5: 4}
 
 // lane is one kind's share of the scheduler.
@@ -88,7 +89,7 @@ func (s *scheduler) mayBegin(l *lane) bool {
 	if l.route.AtOnce > 0 && l.running >= l.route.AtOnce {
 		return false
 	}
-	return !l.takesPlace() || s.io < placesFor[l.priority]
+	return !l.takesPlace() || l.running == 0 || s.io < placesFor[l.priority]
 }
 
 func (l *lane) before(other *lane) bool {

@@ -73,7 +73,7 @@ func TestFloodKeepsNothingUrgentWaiting(t *testing.T) {
 			r.give(r.orderOf(k, fmt.Sprintf("flood-%04d", n)))
 		}
 	}
-	for range 4 + 2 + 2 { // stores, serves beyond them, jobs
+	for range 4 + 1 + 1 + 2 { // stores; a drop and a serve in their own places; jobs
 		await(t, "the flood", h.entered)
 	}
 	for _, k := range []wire.Kind{wire.KindAudit, wire.KindUpdateInstall, wire.KindPing} {
@@ -85,6 +85,42 @@ func TestFloodKeepsNothingUrgentWaiting(t *testing.T) {
 	r.give(r.cancelOf("cancel", "flood-0003", time.Now().Add(time.Hour)))
 	if got := r.canceled("cancel"); got != wire.Canceled {
 		t.Errorf("the canceled order is %s", got)
+	}
+	r.end()
+	r.wait()
+}
+
+// TestDeviceThatServesAllTheTimeStoresToo: what is below another flood goes one at a
+// time, and not never.
+func TestDeviceThatServesAllTheTimeStoresToo(t *testing.T) {
+	serves, stores := newHeld(), newHeld()
+	r := newRig(t, nil, kinds(serves, stores.handle, wire.KindChunkServe))
+	for n := range 50 {
+		r.give(r.orderOf(wire.KindChunkServe, fmt.Sprintf("serve-%04d", n)))
+	}
+	for range storesAtOnce {
+		await(t, "the flood", serves.entered)
+	}
+	for n := range 3 {
+		r.give(r.orderOf(wire.KindChunkStore, fmt.Sprintf("store-%d", n)))
+		r.give(r.orderOf(wire.KindChunkDrop, fmt.Sprintf("drop-%d", n)))
+	}
+	for range 3 { // a store and a drop each time
+		await(t, "one", stores.entered)
+		await(t, "another", stores.entered)
+		if n := len(stores.entered); n > 0 {
+			t.Fatalf("%d more began than have a place of their own", n)
+		}
+		stores.gate <- struct{}{}
+		stores.gate <- struct{}{}
+	}
+	for ended := 0; ended < 6; {
+		if rep := await(t, "the ends", r.reports); rep.State.Terminal() {
+			ended++
+			if rep.State != wire.Succeeded {
+				t.Errorf("got %+v", rep)
+			}
+		}
 	}
 	r.end()
 	r.wait()
@@ -117,7 +153,7 @@ func TestSchedulerKeepsItsRule(t *testing.T) {
 			}
 		}
 		r, p := u.routes[t.order.Kind], t.order.Kind.Priority()
-		return (r.AtOnce == 0 || same < r.AtOnce) && (p == 0 || r.Long || io < placesFor[p])
+		return (r.AtOnce == 0 || same < r.AtOnce) && (p == 0 || r.Long || same == 0 || io < placesFor[p])
 	}
 	for step := range 20_000 {
 		switch {

@@ -9,8 +9,9 @@ import (
 )
 
 // budget is the memory that chunks under way may hold, in bytes. What does not
-// fit waits: the lowest number of priority first, then who came first, and nobody
-// overtakes who is first in line. So no number of orders makes the agent grow.
+// fit waits: first a priority that holds nothing by now, so that none starves, then
+// the lowest number of priority, then who came first; and nobody overtakes who is
+// first in line. So no number of orders makes the agent grow.
 //
 // A disk that hangs keeps the chunks it was given, also when their orders have
 // ended. They are parked: they count until no disk hangs any more.
@@ -20,8 +21,9 @@ type budget struct {
 
 	mu      sync.Mutex
 	free    int64
+	held    map[int]int64 // by priority, without what is parked
 	parked  int64
-	waiting []*waiter // in the order in which they go
+	waiting []*waiter // by priority, then age
 }
 
 type waiter struct {
@@ -34,7 +36,7 @@ type waiter struct {
 const parkedCheck = 5 * time.Second
 
 func newBudget(bytes int64, hangs func() bool) *budget {
-	return &budget{hangs: hangs, check: parkedCheck, free: bytes}
+	return &budget{hangs: hangs, check: parkedCheck, free: bytes, held: make(map[int]int64)}
 }
 
 // acquire waits for n bytes, which must not be more than all.
@@ -69,31 +71,43 @@ func (b *budget) leave(w *waiter) {
 		b.waiting = slices.Delete(b.waiting, i, i+1)
 	} else {
 		b.free += w.bytes
+		b.held[w.priority] -= w.bytes
 	}
 	b.grant()
 }
 
-func (b *budget) release(n int64) {
+// release gives n bytes back that were acquired with this priority.
+func (b *budget) release(n int64, priority int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.free += n
+	b.held[priority] -= n
 	b.grant()
 }
 
 // grant serves who is first in line as long as there is enough. mu is held.
 func (b *budget) grant() {
-	for len(b.waiting) > 0 && b.waiting[0].bytes <= b.free {
-		b.free -= b.waiting[0].bytes
-		close(b.waiting[0].granted)
-		b.waiting = slices.Delete(b.waiting, 0, 1)
+	for len(b.waiting) > 0 {
+		first := max(0, slices.IndexFunc(b.waiting, func(w *waiter) bool { return b.held[w.priority] == 0 }))
+		w := b.waiting[first]
+		if w.bytes > b.free {
+			return
+		}
+		b.free -= w.bytes
+		b.held[w.priority] += w.bytes
+		close(w.granted)
+		b.waiting = slices.Delete(b.waiting, first, first+1)
 	}
 }
 
-// park keeps n bytes taken until no disk hangs.
-func (b *budget) park(n int64) {
+// park keeps n bytes, which were acquired with this priority, taken until no disk
+// hangs.
+func (b *budget) park(n int64, priority int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.parked += n
+	b.held[priority] -= n
+	b.grant()
 }
 
 func (b *budget) unpark() {

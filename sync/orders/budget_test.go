@@ -36,7 +36,7 @@ func TestWhoWaitsForMemoryGoesByPriorityThenByAge(t *testing.T) {
 		gone := make(chan error, 1)
 		go func() { gone <- b.acquire(ctx, 10, 0) }()
 		synctest.Wait()
-		b.release(5)
+		b.release(5, 4)
 		synctest.Wait()
 		if len(order) != 0 {
 			t.Fatalf("%v went before who is first in line", order)
@@ -46,17 +46,59 @@ func TestWhoWaitsForMemoryGoesByPriorityThenByAge(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		b.release(5)
+		b.release(5, 4)
 		synctest.Wait()
 		if !slices.Equal(order, []string{"serve", "store 1"}) {
 			t.Errorf("they went %v", order)
 		}
-		b.release(10)
+		b.release(10, 4)
 		synctest.Wait()
 		if len(order) != 3 || b.free != 9 || len(b.waiting) != 0 {
 			t.Errorf("%v, %d free, %d wait", order, b.free, len(b.waiting))
 		}
 	})
+}
+
+// TestNoPriorityTakesAllMemoryFromAnother: a device that serves all the time stores
+// all the same, one chunk at a time, and the other way round.
+func TestNoPriorityTakesAllMemoryFromAnother(t *testing.T) {
+	for _, flood := range []int{3, 4} {
+		synctest.Test(t, func(t *testing.T) {
+			const size = 4
+			b := newBudget(2*size, func() bool { return false })
+			var granted []int // by priority, in order
+			ask := func(priority int) {
+				go func() {
+					if err := b.acquire(t.Context(), size, priority); err == nil {
+						granted = append(granted, priority)
+					}
+				}()
+				synctest.Wait()
+			}
+			for range 100 {
+				ask(flood)
+			}
+			other := 7 - flood
+			ask(other)
+			ask(other)
+			for n := 0; n < len(granted); n++ { // each ends in its turn
+				b.release(size, granted[n])
+				synctest.Wait()
+			}
+			if len(granted) != 102 || len(b.waiting) != 0 || b.free != 2*size {
+				t.Fatalf("%d were granted, %d wait, %d free", len(granted), len(b.waiting), b.free)
+			}
+			if granted[2] != other {
+				t.Errorf("a flood of %d: the first of %d was not next: %v", flood, other, granted[:6])
+			}
+			if flood < other && granted[3] == other {
+				t.Error("the lower priority got more than its share")
+			}
+			if at := slices.Index(granted[3:], other); at < 0 || at > 2 {
+				t.Errorf("a flood of %d: the second of %d came as number %d", flood, other, at+4)
+			}
+		})
+	}
 }
 
 func TestWhatAHungDiskHoldsCountsUntilItAnswers(t *testing.T) {
@@ -67,7 +109,7 @@ func TestWhatAHungDiskHoldsCountsUntilItAnswers(t *testing.T) {
 		if err := b.acquire(t.Context(), 8, 4); err != nil {
 			t.Fatal(err)
 		}
-		b.park(8)
+		b.park(8, 4)
 		short, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		if err := b.acquire(short, 4, 4); !errors.Is(err, context.DeadlineExceeded) {

@@ -25,7 +25,7 @@
 // a question never waits for one or is refused with it.
 //
 //   - Memory: chunks under way hold no more than a budget, whatever the number of
-//     orders; more wait, by priority (see budget).
+//     orders; more wait, by priority, of which none starves (see budget).
 //   - The owner's limits ([Limits]): what they forbid now is REJECTED, with when
 //     they allow it again, before it costs traffic.
 //   - Disks that are too slow: new chunks are REJECTED with [wire.CodeBusy] (see
@@ -58,6 +58,9 @@ const (
 	DefaultMemory = 32 << 20
 	LeastMemory   = 2 * chunk.MaxSize
 )
+
+// What bulk waits for memory with.
+var storePriority, servePriority = wire.KindChunkStore.Priority(), wire.KindChunkServe.Priority()
 
 // maxAuditItems keeps the leaves of an audit below about 6 MiB of JSON.
 const maxAuditItems = 1024
@@ -244,12 +247,12 @@ func (s *Service) fetch(ctx context.Context, id chunk.ID, body wire.ChunkStore) 
 	if err := s.canTake(body.Size); err != nil {
 		return "", err // before it costs somebody's traffic
 	}
-	if err := s.memory.acquire(ctx, body.Size, wire.KindChunkStore.Priority()); err != nil {
+	if err := s.memory.acquire(ctx, body.Size, storePriority); err != nil {
 		return "", err
 	}
 	data, err := s.download(ctx, id, body)
 	if err != nil {
-		s.memory.release(body.Size)
+		s.memory.release(body.Size, storePriority)
 		return "", err
 	}
 	return s.put(ctx, id, data)
@@ -294,9 +297,9 @@ func (s *Service) put(ctx context.Context, id chunk.ID, data []byte) (string, er
 		end := s.disks.begin()
 		volume, err := s.set.Put(context.WithoutCancel(ctx), id, data)
 		if end() >= slowWrite && s.memory.hangs() {
-			s.memory.park(int64(len(data)))
+			s.memory.park(int64(len(data)), storePriority)
 		} else {
-			s.memory.release(int64(len(data)))
+			s.memory.release(int64(len(data)), storePriority)
 		}
 		stored <- result{volume, err}
 	}()
@@ -328,10 +331,10 @@ func (s *Service) serve(ctx context.Context, o wire.Order, _ func(wire.Progress)
 		return wire.Outcome{}, err
 	}
 	defer done()
-	if err := s.memory.acquire(ctx, chunk.MaxSize, wire.KindChunkServe.Priority()); err != nil {
+	if err := s.memory.acquire(ctx, chunk.MaxSize, servePriority); err != nil {
 		return wire.Outcome{}, err
 	}
-	defer s.memory.release(chunk.MaxSize)
+	defer s.memory.release(chunk.MaxSize, servePriority)
 	data, err := s.set.Get(ctx, id)
 	if err != nil {
 		return wire.Outcome{}, s.perhapsAway(err)
