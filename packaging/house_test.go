@@ -356,6 +356,28 @@ func TestAgentHasNoPartOfTheCoordinator(t *testing.T) {
 	report(t, wrong)
 }
 
+// TestTheAgentCarriesNoMethodThatNobodyCalls: if any function looks a method up by a
+// name that the linker cannot know, every exported method of every type stays, a
+// sixth of the agent. text/template and github.com/alecthomas/kong have such ones.
+func TestTheAgentCarriesNoMethodThatNobodyCalls(t *testing.T) {
+	lookAround(t)
+	cmd := exec.Command("go", "build", "-ldflags=-dumpdep", "-o", filepath.Join(t.TempDir(), "agent"), "./cmd/deimos-agent")
+	cmd.Dir = root(t)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=arm64")
+	said, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, said[max(0, len(said)-2000):])
+	}
+	if !bytes.Contains(said, []byte("main.main -> ")) {
+		t.Fatal("the linker did not say what it keeps, and why")
+	}
+	for line := range strings.Lines(string(said)) {
+		if why, what, _ := strings.Cut(strings.TrimSpace(line), " -> "); strings.HasSuffix(what, "<ReflectMethod>") {
+			t.Fatalf("%s, which %s uses, looks methods up by name", what, why)
+		}
+	}
+}
+
 func TestLauncherIsStandardLibraryAndSlotsOnly(t *testing.T) {
 	var wrong []string
 	for _, arch := range []string{"amd64", "arm64", "arm"} {

@@ -53,7 +53,9 @@ func main() {
 		os.Exit(sandbox.WorkerMain())
 	}
 	limitMemory()
-	cli.Parse("deimos-agent", about, &commands{}, coded)
+	cli.Main("deimos-agent", coded, func(ctx context.Context, args []string) error {
+		return cli.Run(ctx, "deimos-agent", about, &commands{}, args)
+	})
 }
 
 // memoryLimit is from where on the Go runtime collects harder, in bytes, instead of

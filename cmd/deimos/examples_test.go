@@ -7,8 +7,6 @@ import (
 	"testing"
 
 	"github.com/alecthomas/kong"
-
-	"github.com/deimos-edge/deimos/internal/cli"
 )
 
 // An example that cannot be typed is worse than none: what is read here is the
@@ -60,7 +58,7 @@ func helpOf(t *testing.T, command string) string {
 	t.Helper()
 	var out bytes.Buffer
 	ended := false
-	p, err := kong.New(&commands{}, cli.Help, kong.Name("deimos"), kong.Writers(&out, &out), kong.Exit(func(int) { ended = true }))
+	p, err := kong.New(&commands{}, helpOptions, kong.Name("deimos"), kong.Writers(&out, &out), kong.Exit(func(int) { ended = true }))
 	if err != nil {
 		t.Fatal(err)
 	}

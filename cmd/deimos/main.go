@@ -2,11 +2,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
+
+	"github.com/alecthomas/kong"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
@@ -45,13 +48,28 @@ type commands struct {
 	Version  versionCmd  `cmd:"" help:"Show the version."`
 }
 
+// helpOptions is how help is shown.
+var helpOptions = kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true})
+
 func main() {
 	// The coordinator runs modules itself to know the answers of challenges.
 	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg {
 		os.Exit(sandbox.WorkerMain())
 	}
 	var c commands
-	cli.Parse("deimos", about, &c, coded, &c)
+	cli.Main("deimos", coded, func(ctx context.Context, args []string) error {
+		p, err := kong.New(&c,
+			kong.Name("deimos"), kong.Description(about),
+			helpOptions, kong.BindTo(ctx, (*context.Context)(nil)), kong.Bind(&c))
+		if err != nil {
+			return err
+		}
+		k, err := p.Parse(args)
+		if err != nil {
+			return cli.Usage("deimos", err)
+		}
+		return k.Run()
+	})
 }
 
 // coded gives what a coordinator could not be asked, or would not do for this

@@ -21,7 +21,6 @@ import (
 	"unicode/utf16"
 	"unicode/utf8"
 
-	"github.com/alecthomas/kong"
 	"golang.org/x/sys/unix"
 )
 
@@ -72,13 +71,10 @@ func CodeOf(err error) int {
 	return ExitFailed
 }
 
-// Help is how a program shows its help.
-var Help = kong.ConfigureHelp(kong.HelpOptions{Compact: true, NoExpandSubcommands: true})
-
-// Parse reads the command line into grammar, runs the command it names and ends
-// the program; the command's Run gets a context that ends with Ctrl-C or
-// SIGTERM, and binds. coded gives an error its exit code (see [Error]).
-func Parse(name, about string, grammar any, coded func(error) error, binds ...any) {
+// Main runs a program on its command line, which is "--help" if there is none,
+// and ends it. The context ends with Ctrl-C or SIGTERM; coded gives an error its
+// exit code (see [Error]).
+func Main(name string, coded func(error) error, run func(ctx context.Context, args []string) error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// A second Ctrl-C ends a program that does not end well. A second SIGTERM does
@@ -86,24 +82,16 @@ func Parse(name, about string, grammar any, coded func(error) error, binds ...an
 	// own to the agent, which would die of it and leave the watchdog armed.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
-	p, err := kong.New(grammar,
-		kong.Name(name), kong.Description(about), kong.UsageOnError(),
-		Help,
-		kong.BindTo(ctx, (*context.Context)(nil)),
-		kong.Bind(binds...),
-	)
-	if err != nil {
-		Exit(name, err)
-	}
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"--help"}
 	}
-	k, err := p.Parse(args)
-	if err != nil {
-		Exit(name, &Error{ExitUsage, fmt.Errorf("%w; see \"%s --help\"", err, name)})
-	}
-	Exit(name, coded(k.Run()))
+	Exit(name, coded(run(ctx, args)))
+}
+
+// Usage is what is said of a command line that cannot be understood.
+func Usage(name string, err error) error {
+	return &Error{ExitUsage, fmt.Errorf("%w; see \"%s --help\"", err, name)}
 }
 
 // Output is the -o flag.

@@ -30,9 +30,11 @@ const asStopper = "CLI_TEST_STOPPER"
 func TestASecondSIGTERMDoesNotKillAProgramThatStops(t *testing.T) {
 	if os.Getenv(asStopper) != "" {
 		os.Args = []string{"stopper", "run"}
-		Parse("stopper", "stops", &struct {
-			Run stopper `cmd:""`
-		}{}, func(err error) error { return err })
+		Main("stopper", func(err error) error { return err }, func(ctx context.Context, args []string) error {
+			return Run(ctx, "stopper", "stops", &struct {
+				Run stopper `cmd:""`
+			}{}, args)
+		})
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
