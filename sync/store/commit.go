@@ -598,6 +598,7 @@ func (s *stage) write() {
 	s.v.rest.Begin(s.tree)
 	defer s.v.rest.End()
 	s.tree, s.written = 0, true
+	s.v.syncer.answers()
 	for s.err == nil {
 		if s.commitPart(); len(s.changes) == 0 {
 			return

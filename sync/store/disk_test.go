@@ -25,10 +25,12 @@ type ownDisk struct {
 	device, mount string
 }
 
-// newDisk makes one of what backing, which has an ext4 on it, holds.
-func newDisk(t *testing.T, backing string) *ownDisk {
+// newDisk makes one of what backing, which has an ext4 on it, holds. The file is that
+// of the daemon with a process id, if there is one.
+func newDisk(t *testing.T, backing string, daemon ...int) *ownDisk {
 	t.Helper()
 	d := &ownDisk{device: run(t, "losetup", "--find", "--show", backing), mount: filepath.Join(t.TempDir(), "mount")}
+	d.guard(t, daemon...)
 	t.Cleanup(func() {
 		if out, err := exec.Command("losetup", "--detach", d.device).CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
@@ -39,6 +41,36 @@ func newDisk(t *testing.T, backing string) *ownDisk {
 	}
 	d.attach(t)
 	return d
+}
+
+// hangsMost is how long a disk may hang: who waits for it in mapped memory holds up
+// all of this process, the test and its time limit too.
+const hangsMost = 45 * time.Second
+
+// guard has a process of its own take the disk away if this one dies, and have a
+// stopped daemon go on in time whatever becomes of this one: killed while it waits for
+// the disk, it does not end before.
+func (d *ownDisk) guard(t *testing.T, daemon ...int) {
+	t.Helper()
+	const script = `timeout "$1" cat; test -z "$4" || kill -CONT "$4"; cat; umount -l "$3"; losetup -d "$2"; test -z "$4" || kill "$4"`
+	args := []string{"-c", script, "sh", fmt.Sprint(hangsMost.Seconds()), d.device, d.mount}
+	for _, pid := range daemon {
+		args = append(args, fmt.Sprint(pid))
+	}
+	cmd := exec.Command("sh", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // what ends this one must not end it
+	alive, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // when all is taken away
+		_ = cmd.Process.Kill()
+		_ = alive.Close()
+		_ = cmd.Wait()
+	})
 }
 
 func (d *ownDisk) attach(t *testing.T) {
@@ -214,7 +246,7 @@ func slowDisk(t *testing.T) (d *ownDisk, hang, answer func()) {
 		info, err := os.Stat(disk)
 		return err == nil && info.Size() > 0
 	})
-	d = newDisk(t, disk)
+	d = newDisk(t, disk, cmd.Process.Pid)
 	return d, func() { send(syscall.SIGSTOP) }, func() { send(syscall.SIGCONT) }
 }
 

@@ -45,7 +45,8 @@
 // every read is hashed. It maps its files: a bad sector or a file cut short is a
 // SIGBUS, and on a disk that hangs, who waits for a page cannot be stopped for the
 // garbage collector, so all of the process stands still. So chunks are read from their
-// logs by system calls; in the tree a SIGBUS becomes an error. When Badger opens it
+// logs by system calls, and before logs are written to in mapped memory, a system call
+// waits for the journal of their file system; in the tree a SIGBUS becomes an error. When Badger opens it
 // cuts its newest value log at the first bad record, with all whole ones behind,
 // and says nothing; Open puts an empty log in the way of that (see
 // guardNewestLog), and reads the chunks of the newest log, so that what a crash
@@ -120,5 +121,6 @@
 // joined while all in them lives. What the tree itself takes on disk is not in the
 // figures. Opening a volume whose disk hangs is for the caller to bound. The tree is read
 // in mapped memory: if the kernel needed its pages for something else, and then the disk
-// hangs, the process stands still until the disk answers.
+// hangs, the process stands still until the disk answers; the same if it begins to hang
+// within the milliseconds of a write to mapped memory.
 package store

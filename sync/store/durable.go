@@ -97,6 +97,22 @@ func (s *syncer) follow() error {
 	return err
 }
 
+// answers returns when the file system can be written to. It is asked before Badger
+// writes to a log in mapped memory: who waits there for a disk that hangs (for its
+// journal, within a page fault) cannot be stopped for the garbage collector, so all of
+// the process would stand still; who waits in a system call holds up nobody. A change
+// of the mode to what it is takes the same way through the journal as the write. Why
+// it fails, the write and the sync will tell.
+func (s *syncer) answers() {
+	for _, t := range []*tail{&s.values, &s.trees} {
+		if n := len(t.logs); n > 0 {
+			if info, err := t.logs[n-1].Stat(); err == nil {
+				_ = t.logs[n-1].Chmod(info.Mode())
+			}
+		}
+	}
+}
+
 // close lets go of the logs.
 func (s *syncer) close() error { return errors.Join(s.values.keep(0), s.trees.keep(0)) }
 
