@@ -21,7 +21,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 HOST    := $(addprefix $(BIN)/,deimos deimos-agent deimos-launch)
 ARM64   := $(addprefix $(BIN)/arm64/,deimos-agent deimos-launch)
 ARMV7   := $(addprefix $(BIN)/armv7/,deimos-agent deimos-launch)
-GUESTS  := $(patsubst jobs/guests/%/,$(BIN)/guests/%.wasm,$(filter-out %/testdata/,$(wildcard jobs/guests/*/)))
+GO_GUESTS := $(patsubst jobs/guests/%/main.go,$(BIN)/guests/%.wasm,$(wildcard jobs/guests/*/main.go))
+C_GUESTS  := $(patsubst jobs/guests/%/main.c,$(BIN)/guests/%.wasm,$(wildcard jobs/guests/*/main.c))
+GUESTS    := $(GO_GUESTS) $(C_GUESTS)
 # The two releases that the tour offers: one that works, one that does not.
 TOUR    := $(BIN)/tour/agent-next $(BIN)/tour/agent-broken
 IMAGE   := $(BIN)/image/deimos-arm64-$(VERSION).img
@@ -163,8 +165,14 @@ $(BIN)/arm64/deimos-init: $(SOURCES) $(STAMP)
 $(ARMV7): $(BIN)/armv7/%: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=linux GOARCH=arm GOARM=7,$(VERSION),cmd/$*)
 
-$(GUESTS): $(BIN)/guests/%.wasm: $(SOURCES) $(STAMP)
+$(GO_GUESTS): $(BIN)/guests/%.wasm: $(SOURCES) $(STAMP)
 	$(call go-build,GOOS=wasip1 GOARCH=wasm GOWASM=,$(VERSION),jobs/guests/$*)
+
+# Where no C compiler makes WebAssembly, this is left out: nothing but a job of it needs it.
+$(C_GUESTS): $(BIN)/guests/%.wasm: jobs/guests/%/main.c jobs/guests/include/deimos.h scripts/guest-c
+	@echo "build  $@"
+	@mkdir -p $(@D); rm -f $@
+	@scripts/guest-c $@ $< || { [ $$? -eq 3 ] && [ -z "$$CI" ] && echo "       left out"; }
 
 $(BIN)/tour/agent-next: $(SOURCES) $(STAMP)
 	$(call go-build,$(NATIVE),$(NEXT),cmd/deimos-agent)

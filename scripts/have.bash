@@ -61,3 +61,19 @@ have_deb_tools() {
 		command -v $p >/dev/null || return 1
 	done
 }
+
+# Prints a clang that makes WebAssembly with WASI's libc; the name differs between
+# releases. That there is a clang does not tell: linker, libc and run-time are others'
+# packages.
+wasm_clang() {
+	local cc
+	for cc in clang $(compgen -c clang- | grep -x 'clang-[0-9]*' | sort -u -t- -k2nr); do
+		command -v "$cc" >/dev/null || continue
+		echo '#include <stdio.h>
+			int main(void) { puts(""); return 0; }' |
+			"$cc" --target=wasm32-wasi -x c - -o /dev/null 2>/dev/null || continue
+		echo "$cc"
+		return
+	done
+	return 1
+}

@@ -7,6 +7,7 @@ package guests
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -22,12 +23,16 @@ import (
 	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/jobs/internal/wasmtest"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 var (
 	built  string         // folder of the modules
 	runner sandbox.Runner // with a worker that is no test binary
 )
+
+// goGuests are those that ship and are written in Go.
+var goGuests = []string{"wordcount", "sha256sum", "textstats"}
 
 func TestMain(m *testing.M) {
 	os.Exit(testMain(m))
@@ -40,7 +45,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(built)
-	for _, g := range []string{"wordcount", "sha256sum"} {
+	for _, g := range goGuests {
 		if err := wasmtest.Build(filepath.Join(wasmtest.Guests(), g), filepath.Join(built, g+".wasm")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
@@ -54,15 +59,36 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-func run(t testing.TB, guest string, in []byte) []byte {
+// job is a guest's order with limits for the slowest machine.
+func job(guest string, in []byte, args ...string) sandbox.Spec {
+	return sandbox.Spec{
+		Module: filepath.Join(built, guest+".wasm"), Args: args, Input: in, CacheDir: filepath.Join(built, "cache"),
+		Limits: wire.JobLimits{CPUSeconds: 300, WallSeconds: 300, MemoryBytes: 256 << 20},
+	}
+}
+
+func run(t testing.TB, guest string, in []byte, args ...string) []byte {
 	t.Helper()
-	res, err := runner.Run(t.Context(), sandbox.Spec{
-		Module: filepath.Join(built, guest+".wasm"), Input: in, CacheDir: filepath.Join(built, "cache"),
-	})
+	res, err := runner.Run(t.Context(), job(guest, in, args...))
 	if err != nil {
-		t.Fatalf("%s: %v (stderr %q)", guest, err, res.Stderr)
+		t.Fatalf("%s %q: %v (stderr %q)", guest, args, err, res.Stderr)
 	}
 	return res.Output
+}
+
+// refuses holds a guest to an exit code and a sentence that says why, for an order
+// that it cannot do.
+func refuses(t *testing.T, says string, guest string, in []byte, args ...string) {
+	t.Helper()
+	res, err := runner.Run(t.Context(), job(guest, in, args...))
+	var e *sandbox.Error
+	if !errors.As(err, &e) || e.Cause != sandbox.GuestFailed || res.ExitCode != 1 {
+		t.Errorf("%s %q over %.40q: %v, exit code %d (output %.200q)", guest, args, in, err, res.ExitCode, res.Output)
+		return
+	}
+	if line := strings.TrimSuffix(res.Stderr, "\n"); !strings.HasPrefix(line, guest+": ") || !strings.Contains(line, says) || strings.Contains(line, "\n") {
+		t.Errorf("%s %q over %.40q says %q, not one line with %q", guest, args, in, line, says)
+	}
 }
 
 // native runs a tool of this machine over the same input, in the C locale.
@@ -76,6 +102,31 @@ func native(t *testing.T, in []byte, tool string, args ...string) []string {
 		t.Fatal(err)
 	}
 	return strings.Fields(string(out))
+}
+
+// pipe is native for a line of the shell.
+func pipe(t *testing.T, in []byte, script string) string {
+	t.Helper()
+	cmd := exec.Command(testenv.Tool(t, "sh", "dash"), "-c", script)
+	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH")}
+	cmd.Stdin = bytes.NewReader(in)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// printable makes an x of each byte that is not. In the C locale GNU wc takes no
+// notice of those; with it, its words are ours.
+func printable(in []byte) []byte {
+	out := slices.Clone(in)
+	for i, b := range out {
+		if b < ' ' && !(b >= '\t' && b <= '\r') || b > '~' {
+			out[i] = 'x'
+		}
+	}
+	return out
 }
 
 // inputs are real and awkward ones, none above the size of a chunk.
@@ -137,15 +188,7 @@ func TestWordcountAgreesWithTheNativeTool(t *testing.T) {
 		if got := []string{strconv.Itoa(c.Lines), strconv.Itoa(c.Bytes)}; got[0] != wc[0] || got[1] != wc[2] {
 			t.Errorf("%s: %s lines, %s bytes; wc says %s, %s", what, got[0], got[1], wc[0], wc[2])
 		}
-		// In the C locale GNU wc takes no notice of bytes that are not
-		// printable; with each of them made an x, the words are ours.
-		printable := slices.Clone(in)
-		for i, b := range printable {
-			if b < ' ' && !(b >= '\t' && b <= '\r') || b > '~' {
-				printable[i] = 'x'
-			}
-		}
-		if want := native(t, printable, "wc", "-w")[0]; strconv.Itoa(c.Words) != want {
+		if want := native(t, printable(in), "wc", "-w")[0]; strconv.Itoa(c.Words) != want {
 			t.Errorf("%s: %d words; wc says %s", what, c.Words, want)
 		}
 	}
