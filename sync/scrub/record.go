@@ -17,7 +17,7 @@ import (
 type record struct {
 	Volume   string    `json:"volume"`            // id: a copy of the directory is another's
 	Began    time.Time `json:"began"`             // the round
-	Cursor   string    `json:"cursor,omitempty"`  // id of the last chunk that was read; "" before the first
+	Cursor   string    `json:"cursor,omitempty"`  // the greatest id of what was read; "" before the first stretch
 	Bytes    int64     `json:"bytes"`             // verified in this round
 	Found    int       `json:"found,omitempty"`   // lost ones that this round has come upon
 	Read     time.Time `json:"read,omitzero"`     // when the newest burst began

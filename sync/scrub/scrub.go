@@ -3,11 +3,12 @@
 //
 // # Rounds
 //
-// A round walks a volume in the order of chunk ids and reads each chunk as
-// anybody would: [store.Volume.Get] verifies, and remembers what is lost. It has
-// [Pace.Period] for that, of which the last seventh is kept for catching up. When
-// a round ends the next begins at once. Ids are hashes, so the id that was read
-// last says how much is done:
+// A round walks a volume in the order of chunk ids, stretch by stretch, and has each
+// stretch read in the order in which it lies on disk: [store.Volume.Stretch] verifies,
+// and remembers what is lost. A stretch is 256 MiB, or what the rate reads in
+// [saveEvery] if that is less. The round has [Pace.Period], of which the last seventh
+// is kept for catching up. When a round ends the next begins at once. Ids are hashes, so
+// the greatest id of the last stretch that was read says how much is done:
 //
 //	share = id / 2²⁵⁶,  left = bytes held · (1 − share)
 //
@@ -34,9 +35,9 @@
 //	chunks/scrub.json   in the volume's directory, with the chunks it is about:
 //	                    the round, its last id, and the chunks known to be lost
 //
-// It is replaced after each burst, within one every [saveEvery], and when the
-// lost chunks are others; a process that is killed reads some minutes of one burst
-// again. The store forgets at its end what it knew to be lost, so those chunks,
+// It is replaced after each burst, within one after a stretch if [saveEvery] has
+// passed, and when the lost chunks are others; a process that is killed reads some
+// minutes of one burst again. The store forgets at its end what it knew to be lost, so those chunks,
 // [maxKept] at most, are read at the start. Where the file cannot be written (a
 // read-only disk) the round goes on in memory.
 //
@@ -62,7 +63,7 @@ import (
 type Volume interface {
 	ID() string
 	Dir() string
-	After(ctx context.Context, after chunk.ID, n int) ([]chunk.ID, error)
+	Stretch(ctx context.Context, after chunk.ID, bytes int64) (store.Stretch, error)
 	Get(ctx context.Context, id chunk.ID) ([]byte, error)
 	Lost() []store.Loss
 	Stats() store.Stats
@@ -91,8 +92,8 @@ const (
 	retryAfter = time.Hour        // after a volume could not be read
 	busyRest   = 10 * time.Second // until it is asked again whether the disks are idle
 	look       = time.Minute      // between two looks at the clock
-	readLimit  = 2 * time.Minute  // for one chunk
-	batch      = 256              // ids looked up at a time
+	readLimit  = 2 * time.Minute  // for one chunk, or those beside it
+	stretch    = 256 << 20        // bytes that are read in the order in which they lie
 	maxKept    = 4096             // lost chunks that are kept over a restart
 )
 
@@ -188,6 +189,11 @@ func (p Pace) takes(n int64) time.Duration {
 	return time.Duration(min(seconds*float64(time.Second), math.MaxInt64/2))
 }
 
+// reads is how many bytes the full rate reads in that time.
+func (p Pace) reads(d time.Duration) int64 {
+	return int64(min(float64(p.Rate)*d.Seconds(), math.MaxInt64/2))
+}
+
 // Progress tells of each volume, in the order in which they came. It touches no
 // disk.
 func (s *Scrubber) Progress() []wire.Scrub {
@@ -267,9 +273,16 @@ func (v *volume) begin(ctx context.Context) {
 	v.mu.Unlock()
 	for _, id := range rec.Lost {
 		if id, err := chunk.ParseID(id); err == nil && ctx.Err() == nil {
-			_, _ = v.read(ctx, id) // the store remembers it if it is lost
+			v.lookAt(ctx, id)
 		}
 	}
+}
+
+// lookAt reads one chunk. The store remembers it if it is lost.
+func (v *volume) lookAt(ctx context.Context, id chunk.ID) {
+	limited, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
+	_, _ = v.Get(limited, id)
 }
 
 // position is where the round is, put right if the clock has gone back.
@@ -349,22 +362,21 @@ func (v *volume) burst(ctx context.Context) (err error) {
 	v.due = v.s.opt.Now()
 	defer v.save()
 	for quota := v.quota(); quota > 0; {
-		ids, err := v.After(ctx, v.cursor(), batch)
+		next, err := v.Stretch(ctx, v.cursor(), min(quota, stretch, v.s.paceNow().reads(saveEvery)))
 		if err != nil {
 			return fmt.Errorf("the chunks of the volume cannot be listed: %w", err)
 		}
-		if len(ids) == 0 {
+		if next.Last == (chunk.ID{}) {
 			v.finish()
 			return nil
 		}
-		for _, id := range ids {
-			n, err := v.next(ctx, id)
-			if err != nil {
-				return err
-			}
-			if quota -= max(n, 1); quota <= 0 {
-				break
-			}
+		n, err := v.read(ctx, next)
+		if err != nil {
+			return err
+		}
+		quota -= max(n, 1)
+		if now := v.s.opt.Now(); now.Sub(v.saved) >= saveEvery || now.Before(v.saved) {
+			v.save()
 		}
 	}
 	return nil
@@ -376,46 +388,71 @@ func (v *volume) cursor() (id chunk.ID) {
 	return v.rec.cursor()
 }
 
-// next reads one chunk when the time for it has come, and notes it as done. It
-// returns how many bytes that took.
-func (v *volume) next(ctx context.Context, id chunk.ID) (n int64, err error) {
+// read reads a stretch of chunks, each when the time for it has come, and then notes
+// it as done. It returns how many bytes that took. What it does not finish counts as
+// not read.
+func (v *volume) read(ctx context.Context, these store.Stretch) (n int64, err error) {
+	v.mu.Lock()
+	bytes, found := v.rec.Bytes, v.rec.Found
+	v.mu.Unlock()
+	defer func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if err == nil {
+			v.rec.Cursor = these.Last.String()
+		} else {
+			v.rec.Bytes, v.rec.Found = bytes, found
+		}
+	}()
+	for {
+		read, err := v.few(ctx, these)
+		if err != nil {
+			return n, err
+		}
+		if read < 0 {
+			break
+		}
+		n += read
+		if err := v.slow(ctx, read); err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// few reads the next chunks of a stretch, and returns how many bytes that took: less
+// than none if there are no more.
+func (v *volume) few(ctx context.Context, these store.Stretch) (n int64, err error) {
 	for !v.s.opt.Idle.Idle() && !v.pressed() {
 		if err := v.s.opt.Rest(ctx, busyRest); err != nil {
 			return 0, err
 		}
 		v.tellLate()
 	}
-	n, err = v.read(ctx, id)
-	lost := false
+	limited, cancel := context.WithTimeoutCause(ctx, readLimit, fmt.Errorf("chunks could not be read within %s", readLimit))
+	defer cancel()
+	some, err := these.Next(limited)
 	if err != nil {
-		switch wire.ProblemOf(err).Code {
-		case wire.CodeNotFound: // dropped meanwhile
-		case wire.CodeLost:
-			lost = true
-			v.s.opt.Log.Warn("a chunk is lost", "volume", v.Dir(), "chunk", id, "reason", err)
-		default:
-			return 0, err
+		return 0, err
+	}
+	if len(some) == 0 {
+		return -1, nil
+	}
+	lost := 0
+	for _, c := range some {
+		switch {
+		case c.Err == nil:
+			n += c.Size
+		case wire.ProblemOf(c.Err).Code == wire.CodeLost:
+			lost++
+			v.s.opt.Log.Warn("a chunk is lost", "volume", v.Dir(), "chunk", c.ID, "reason", c.Err)
 		}
 	}
 	v.mu.Lock()
-	v.rec.Cursor = id.String()
 	v.rec.Bytes += n
-	if lost {
-		v.rec.Found++
-	}
+	v.rec.Found += lost
 	v.mu.Unlock()
-	if now := v.s.opt.Now(); now.Sub(v.saved) >= saveEvery || now.Before(v.saved) {
-		v.save()
-	}
-	return n, v.slow(ctx, n)
-}
-
-// read has a chunk read and verified, within a limit.
-func (v *volume) read(ctx context.Context, id chunk.ID) (int64, error) {
-	limited, cancel := context.WithTimeoutCause(ctx, readLimit, fmt.Errorf("a chunk could not be read within %s", readLimit))
-	defer cancel()
-	data, err := v.Get(limited, id)
-	return int64(len(data)), err
+	return n, nil
 }
 
 // slow waits until n bytes more may be read. A clock that is set meanwhile holds

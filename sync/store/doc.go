@@ -52,6 +52,10 @@
 // guardNewestLog), and reads the chunks of the newest log, so that what a crash
 // took is known at once. [Volume.Check] reads everything.
 //
+// Who reads many chunks (opening, Check, a scrub) has them read as they lie on disk, some
+// megabytes at one go and with the next already asked for; what is not whole there is then
+// read alone, and that decides (see sweep.go).
+//
 // # Space
 //
 // A write to a full memory-mapped file kills the process, so each put first

@@ -1,7 +1,6 @@
 package store
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -161,18 +160,12 @@ func (v *Volume) chooseVictims() (logs []uint32, live map[uint32]int64) {
 	return logs, live
 }
 
-// resident is a chunk that lies in a log.
-type resident struct {
-	id chunk.ID
-	at place
-}
-
 // empty moves what lives in these logs.
 func (v *Volume) empty(ctx context.Context, logs []uint32) error {
 	var all []resident
 	err := v.eachRecord(ctx, func(id chunk.ID, at place) error {
 		if slices.Contains(logs, at.log) {
-			all = append(all, resident{id, at})
+			all = append(all, resident{id: id, at: at})
 		}
 		if len(all) >= moveAtOnce {
 			return errEnough
@@ -182,9 +175,7 @@ func (v *Volume) empty(ctx context.Context, logs []uint32) error {
 	if err != nil && !errors.Is(err, errEnough) {
 		return err
 	}
-	slices.SortFunc(all, func(a, b resident) int { // as the disk reads
-		return cmp.Or(cmp.Compare(a.at.log, b.at.log), cmp.Compare(a.at.at, b.at.at))
-	})
+	asTheyLie(all)
 	for len(all) > 0 {
 		n, bytes := 0, int64(0)
 		for n < len(all) && (n == 0 || bytes+int64(all[n].at.length) <= moveBatch) {

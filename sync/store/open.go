@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"container/heap"
 	"context"
 	"crypto/rand"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -126,7 +128,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err != nil {
 		return nil, err
 	}
-	v.readAll(context.Background(), append(newest, hurt...))
+	v.readAgain(append(newest, hurt...))
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
@@ -478,23 +480,32 @@ func (v *Volume) mendTree(path string, fresh bool) (*mended, error) {
 
 // hurt are the chunks that are lost for all that a tree made anew knows: without a
 // record, or with one where the logs are damaged or gone.
-func (v *Volume) hurt(m *mended) (ids []chunk.ID, err error) {
+func (v *Volume) hurt(m *mended) (hurt []resident, err error) {
 	if m == nil {
 		return nil, nil
 	}
 	err = v.view(func(txn *badger.Txn) error {
-		return v.eachIndexed(context.Background(), func(id chunk.ID, _ int64, _ uint64) error {
+		return v.eachIndexed(context.Background(), func(id chunk.ID, size int64, _ uint64) error {
 			item, err := txn.Get(keyOf(chunkPrefix, id))
 			if err != nil && !errors.Is(err, badger.ErrKeyNotFound) {
 				return err
 			}
 			if err != nil || m.suspects(placeOf(item)) {
-				ids = append(ids, id)
+				hurt = append(hurt, resident{id: id, size: size}) // each by itself
 			}
 			return nil
 		})
 	})
-	return ids, err
+	return hurt, err
+}
+
+// readAgain reads chunks and remembers which are lost.
+func (v *Volume) readAgain(some []resident) {
+	asTheyLie(some)
+	s := sweep{v: v, rest: some}
+	if err := v.check(context.Background(), s.next, &Checked{}); err != nil {
+		v.opt.Log.Warn("not all chunks that a crash can have hurt were read", "volume", v.id, "err", err)
+	}
 }
 
 // agreeOnID compares the id of the directory with the one among the chunks, and
@@ -536,7 +547,7 @@ func (v *Volume) agreeOnID(fresh bool) error {
 
 // takeStock counts the chunks and the bytes of the logs, and returns those chunks that
 // a crash can have hurt: the last ones written, up to a log's length or a batch's.
-func (v *Volume) takeStock() ([]chunk.ID, error) {
+func (v *Volume) takeStock() ([]resident, error) {
 	if err := v.measureLogs(); err != nil {
 		return nil, fmt.Errorf("the value logs in %s cannot be measured: %w", v.dir, err)
 	}
@@ -547,16 +558,24 @@ func (v *Volume) takeStock() ([]chunk.ID, error) {
 		window.add(entry{id, size, version})
 		return nil
 	})
+	newest := window.residents()
 	if err == nil {
+		next := 0 // both are in the order of ids
 		err = v.eachRecord(context.Background(), func(id chunk.ID, at place) error {
 			v.space.add(at, chunkSize(at))
+			for next < len(newest) && compareIDs(newest[next].id, id) < 0 { // has no record
+				next++
+			}
+			if next < len(newest) && newest[next].id == id {
+				newest[next].at = at
+			}
 			return nil
 		})
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the index of the chunks in %s cannot be read: %w", v.dir, err)
 	}
-	return window.ids(), nil
+	return newest, nil
 }
 
 // eachIndexed walks the index in the order of ids. The version rises with time.
@@ -659,14 +678,17 @@ func (w *newestWindow) add(e entry) {
 	}
 }
 
-// ids empties the window, newest first.
-func (w *newestWindow) ids() []chunk.ID {
-	ids := make([]chunk.ID, len(w.entries))
-	for i := len(ids) - 1; i >= 0; i-- {
-		ids[i] = heap.Pop(w).(entry).id
+// residents are the chunks in the window, in the order of ids.
+func (w *newestWindow) residents() []resident {
+	all := make([]resident, len(w.entries))
+	for i, e := range w.entries {
+		all[i] = resident{id: e.id, size: e.size}
 	}
-	return ids
+	slices.SortFunc(all, func(a, b resident) int { return compareIDs(a.id, b.id) })
+	return all
 }
+
+func compareIDs(a, b chunk.ID) int { return bytes.Compare(a[:], b[:]) }
 
 // Erase removes a volume for good: its chunks first and its id last, so that one
 // that was cut off is found and erased again. A directory that is missing or

@@ -394,41 +394,6 @@ func TestCheckFindsRotInOldLogs(t *testing.T) {
 	}
 }
 
-func TestAfterWalksAllChunksInOrder(t *testing.T) {
-	rng := random(t)
-	v := open1(t, t.TempDir(), noFloor)
-	var want []chunk.ID
-	for range 20 {
-		id, data := someChunk(rng, 1+rng.IntN(3000))
-		mustPut(t, v, id, data)
-		want = append(want, id)
-	}
-	slices.SortFunc(want, func(a, b chunk.ID) int { return bytes.Compare(a[:], b[:]) })
-	if err := v.Drop(t.Context(), want[5:6]); err != nil {
-		t.Fatal(err)
-	}
-	dropped := want[5]
-	want = slices.Delete(want, 5, 6)
-	var got []chunk.ID
-	for after := (chunk.ID{}); ; {
-		some, err := v.After(t.Context(), after, 6)
-		if err != nil || len(some) > 6 {
-			t.Fatalf("%d ids, %v", len(some), err)
-		}
-		got = append(got, some...)
-		if len(some) < 6 {
-			break
-		}
-		after = some[5]
-	}
-	if !slices.Equal(got, want) {
-		t.Fatalf("walked %d of %d chunks", len(got), len(want))
-	}
-	if next, err := v.After(t.Context(), dropped, 1); err != nil || len(next) != 1 || next[0] != want[5] {
-		t.Fatalf("after one that is not held: %v, %v", next, err)
-	}
-}
-
 func lostIDs(v *Volume) []chunk.ID {
 	var ids []chunk.ID
 	for _, l := range v.Lost() {

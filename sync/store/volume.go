@@ -161,8 +161,22 @@ func (v *Volume) get(ctx context.Context, id chunk.ID) ([]byte, error) {
 }
 
 func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
-	if err := v.enter(); err != nil {
+	trees := make(chan *chunk.Tree, 1)
+	if err := v.reading(ctx, func() error {
+		t, err := v.readVerified(id)
+		trees <- t
+		return err
+	}); err != nil {
 		return nil, err
+	}
+	return <-trees, nil
+}
+
+// reading runs fn, which reads chunks, when it is its turn, and waits for it with
+// patience. If it does not, fn goes on by itself.
+func (v *Volume) reading(ctx context.Context, fn func() error) error {
+	if err := v.enter(); err != nil {
+		return err
 	}
 	limit := readPatience * v.opt.hooks.patience
 	turn := time.NewTimer(limit)
@@ -171,25 +185,20 @@ func (v *Volume) tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	case v.readers <- struct{}{}:
 	case <-turn.C: // those before it hang
 		v.ops.Done()
-		return nil, v.hung()
+		return v.hung()
 	case <-ctx.Done():
 		v.ops.Done()
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 	// On its own goroutine, because a read on a hung disk cannot be interrupted. It
 	// ends when the disk answers.
-	trees, done := make(chan *chunk.Tree, 1), make(chan error, 1)
+	done := make(chan error, 1)
 	go func() {
 		defer v.ops.Done()
 		defer func() { <-v.readers }()
-		t, err := v.readVerified(id)
-		trees <- t
-		done <- err
+		done <- fn()
 	}()
-	if err := v.await(ctx, done, limit); err != nil {
-		return nil, err
-	}
-	return <-trees, nil
+	return v.await(ctx, done, limit)
 }
 
 // readVerified reads a chunk and remembers it as lost if it does not verify. One
@@ -315,17 +324,12 @@ func (v *Volume) readRecord(at place) ([]byte, error) {
 	}
 	defer unix.Close(fd)
 	raw := make([]byte, at.length)
-	for read := 0; read < len(raw); {
-		n, err := unix.Pread(fd, raw[read:], int64(at.at)+int64(read))
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return nil, fmt.Errorf("the disk cannot be read there: %v", err)
-		case n == 0:
-			v.noteCut(at)
-			return nil, errors.New("its value log ends before it")
-		}
-		read += max(n, 0)
+	switch err := readFull(fd, raw, int64(at.at)); {
+	case errors.Is(err, errCut):
+		v.noteCut(at)
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("the disk cannot be read there: %v", err)
 	}
 	return valueOf(raw), nil
 }
@@ -509,21 +513,6 @@ func (v *Volume) page(ctx context.Context, after chunk.ID, n int) ([]entry, erro
 	return <-found, nil
 }
 
-// After returns the chunks held whose ids follow after, in the order of ids, n of
-// them at most, lost ones included. It reads the index only. The zero id begins;
-// fewer than n are the last ones.
-func (v *Volume) After(ctx context.Context, after chunk.ID, n int) ([]chunk.ID, error) {
-	page, err := v.page(ctx, after, n)
-	if err != nil {
-		return nil, err
-	}
-	ids := make([]chunk.ID, len(page))
-	for i, e := range page {
-		ids[i] = e.id
-	}
-	return ids, nil
-}
-
 // errEnough ends a walk early.
 var errEnough = errors.New("enough")
 
@@ -552,40 +541,47 @@ type Checked struct {
 	Lost   []Loss
 }
 
-// Check reads and verifies every chunk. What is not whole shows in [Volume.Lost]
-// as soon as it is found. It reads as fast as the disk does, one chunk at a
-// time, until done or ctx ends.
-func (v *Volume) Check(ctx context.Context) (Checked, error) {
-	var ids []chunk.ID
-	err := v.List(ctx, func(id chunk.ID, _ int64, _ bool) error {
-		ids = append(ids, id)
-		return nil
-	})
-	if err != nil {
-		return Checked{}, err
-	}
-	return v.readAll(ctx, ids)
-}
+// checkBytes is how much Check sorts by place at a time.
+const checkBytes = 256 << 20
 
-func (v *Volume) readAll(ctx context.Context, ids []chunk.ID) (Checked, error) {
+// Check reads and verifies every chunk. What is not whole shows in [Volume.Lost]
+// as soon as it is found. It reads as fast as the disk does, until done or ctx ends.
+func (v *Volume) Check(ctx context.Context) (Checked, error) {
 	var sum Checked
-	for _, id := range ids {
-		data, err := v.Get(ctx, id)
-		switch {
-		case err == nil:
-			sum.Bytes += int64(len(data))
-		case ctx.Err() != nil:
-			return sum, context.Cause(ctx)
-		case wire.ProblemOf(err).Code == wire.CodeNotFound: // dropped meanwhile
-			continue
-		case wire.ProblemOf(err).Code == wire.CodeLost:
-			sum.Lost = append(sum.Lost, v.lossOf(id, err))
-		default:
+	for after := (chunk.ID{}); ; {
+		s, err := v.Stretch(ctx, after, checkBytes)
+		if err != nil {
 			return sum, err
 		}
-		sum.Chunks++
+		if s.Last == (chunk.ID{}) {
+			return sum, nil
+		}
+		if err := v.check(ctx, s.Next, &sum); err != nil {
+			return sum, err
+		}
+		after = s.Last
 	}
-	return sum, nil
+}
+
+// check reads all that next gives.
+func (v *Volume) check(ctx context.Context, next func(context.Context) ([]Verified, error), sum *Checked) error {
+	for {
+		some, err := next(ctx)
+		if err != nil || len(some) == 0 {
+			return err
+		}
+		for _, c := range some {
+			switch {
+			case c.Err == nil:
+				sum.Bytes += c.Size
+			case wire.ProblemOf(c.Err).Code == wire.CodeNotFound: // dropped meanwhile
+				continue
+			default:
+				sum.Lost = append(sum.Lost, v.lossOf(c.ID, c.Err))
+			}
+			sum.Chunks++
+		}
+	}
 }
 
 func (v *Volume) lossOf(id chunk.ID, err error) Loss {

@@ -288,10 +288,20 @@ type countedReads struct {
 	bytes int64
 }
 
-func (v *countedReads) Get(ctx context.Context, id chunk.ID) ([]byte, error) {
-	data, err := v.Volume.Get(ctx, id)
-	v.bytes += int64(len(data))
-	return data, err
+func (v *countedReads) Stretch(ctx context.Context, after chunk.ID, bytes int64) (store.Stretch, error) {
+	s, err := v.Volume.Stretch(ctx, after, bytes)
+	next := s.Next
+	s.Next = func(ctx context.Context) ([]store.Verified, error) {
+		some, err := next(ctx)
+		for _, c := range some {
+			v.bytes += c.Size
+			if c.Err != nil {
+				return nil, c.Err
+			}
+		}
+		return some, err
+	}
+	return s, err
 }
 
 // audit has the handler of audits answer one: a leaf of each of these chunks.
