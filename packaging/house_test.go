@@ -50,6 +50,7 @@ var mayImport = map[string][]string{
 	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/compactors", "internal/durable"},
 	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo", "internal/durable"},
 	"coordinator/engine": {"wire", "internal/durable"},
+	"coordinator/trust":  {"wire"},
 	"coordinator/api":    {"wire", "sync/chunk"},
 	"coordinator/object": {"coordinator/api", "wire", "sync/chunk"},
 	"cmd":                {""},

@@ -1,0 +1,249 @@
+// Package trust decides whose results of jobs are believed, and who is caught lying. It
+// does nothing itself: it has no clock, no luck and no network, and says what follows.
+//
+// # What a liar is up against
+//
+//   - Challenges. A share of a device's jobs ([Standing.Share]: a fifth of a new one's, a
+//     twentieth of a trusted one's, never none) are jobs whose result the coordinator has
+//     worked out beforehand. Whether one is due after a job is drawn by itself each time
+//     ([Standing.Challenge]), so nothing foretells it.
+//   - Company. A job of a device that is not trusted is done by a second one, too, and one
+//     of a trusted device now and then ([NewCase]). No owner has two of them ([Pick]).
+//   - A third eye. Where two agree, a third owner does the job, too, after the result was
+//     given out: of a fifth of the jobs of new devices, and always where a trusted one was
+//     given company. Who lies only when both have the same job is found by that.
+//   - The coordinator itself. Whenever two results differ, it runs the job. Nobody pays for
+//     being outvoted: only what the coordinator has worked out itself, before or after,
+//     makes a lie. So no majority of liars gets an honest device punished.
+//
+// A lie that is told in a share of jobs, of which a share is looked at, has the chance p,
+// the product of both, to be found with each job, and is found with 99% within
+// ln(0.01)/ln(1-p) jobs ([Within]): p of 20% takes 21 jobs, of 10% 44, of 5% 90, of 1% 459.
+//
+// # Who is protected
+//
+// A result that a device could not give is no lie: a limit of its owner, silence, a job
+// that failed. Processors differ in the bits of what is not a number, so a module may have
+// another result on another engine, and no device has lied then. A result from
+// an engine that is not the coordinator's is a lie only if two devices of other owners, on
+// that same engine, say what the coordinator says ([Case]). If nobody can vouch for either,
+// it is a doubt: for a while the device counts as new, and gets no jobs of that module; over
+// several modules, none at all.
+//
+// # Memory
+//
+// A [Standing] fades slowly, is not worn by time alone, and begins anew, but for the
+// lies, when engine or agent of the device change: another program is another
+// worker, and who has changed sides with an update has no credit to spend.
+package trust
+
+import (
+	"fmt"
+	"math"
+	"slices"
+	"time"
+)
+
+// Runtime is what a device runs jobs with.
+type Runtime struct {
+	Engine string `json:"engine,omitempty"` // as in [wire.JobResult]
+	Agent  string `json:"agent,omitempty"`  // version of the agent
+}
+
+// Standing is what is known of one device's results. The zero value is a device that
+// nothing is known of. Counts fade by half in [HalfLife].
+type Standing struct {
+	At         time.Time `json:"at,omitzero"`           // when the counts were as they say
+	Right      float64   `json:"right,omitempty"`       // results that were confirmed, each by its [Weight]
+	Wrong      float64   `json:"wrong,omitempty"`       // results that were proved wrong, each by one more than that
+	Jobs       float64   `json:"jobs,omitempty"`        // results that customers got of it
+	Challenges float64   `json:"challenges,omitempty"`  // that it was given
+	Doubts     []Doubt   `json:"doubts,omitempty"`      // the newest of up to three modules, the oldest first
+	Runtime    Runtime   `json:"runtime,omitzero"`      // that Right was earned with
+	Since      time.Time `json:"since,omitzero"`        // when it was first seen with that
+	ResetBy    string    `json:"reset_by,omitempty"`    // a sentence: why it began anew then; empty if it did not
+	ResetRight float64   `json:"reset_right,omitempty"` // what Right was before
+}
+
+// Doubt is a result that differs from the coordinator's and that nobody could vouch for
+// or against.
+type Doubt struct {
+	At     time.Time `json:"at"`
+	Module string    `json:"module"`
+}
+
+// HalfLife is in what time evidence loses half of its weight: twice as long as that of
+// storage, as there is less of it.
+const HalfLife = 60 * 24 * time.Hour
+
+const (
+	priorWeight = 10.0
+	// goodCap bounds what a good past is worth, so that no length of it buys a lie.
+	goodCap       = 20.0
+	wrongWeight   = 40.0
+	trustedAbove  = 0.9 // of the figure
+	distrustBelow = 0.5 // of the figure
+	// trustedFrom is how much of Right makes a device trusted: as many whole jobs as it
+	// takes to find who lies in one of ten. More than twice that is not kept, so that
+	// trust ends within a [HalfLife] of doing nothing.
+	trustedFrom = 44.0
+
+	newShare, trustedShare = 0.20, 0.05
+	checkShare             = 0.20 // of the jobs that new devices have company in
+
+	// A job of costUnit CPU seconds, or more, counts whole. Small ones count less: who
+	// wants credit has to work for it.
+	costUnit  = 10.0
+	minWeight = 0.25
+
+	doubtLife = 14 * 24 * time.Hour
+	// asideFrom is over how many modules a device may be doubted before it gets no more
+	// jobs for a while.
+	asideFrom = 3
+)
+
+// Weight is what a result is worth by the CPU seconds that it cost, from 0.25 to 1. A
+// device's own word on that is not to be believed: see [Verdict].
+func Weight(cpuSeconds float64) float64 {
+	if math.IsNaN(cpuSeconds) {
+		return minWeight
+	}
+	return min(max(cpuSeconds/costUnit, minWeight), 1)
+}
+
+// Within is how many jobs it takes to find, with 99%, what has the chance p to be found
+// with each of them.
+func Within(p float64) int { return int(math.Ceil(math.Log(0.01) / math.Log1p(-p))) }
+
+// Aged is the standing at a time after At.
+func (s Standing) Aged(now time.Time) Standing {
+	age := now.Sub(s.At)
+	if age <= 0 {
+		return s
+	}
+	left := math.Exp2(-float64(age) / float64(HalfLife))
+	for _, v := range []*float64{&s.Right, &s.Wrong, &s.Jobs, &s.Challenges, &s.ResetRight} {
+		*v *= left
+	}
+	var doubts []Doubt
+	for _, d := range s.Doubts {
+		if now.Sub(d.At) < doubtLife {
+			doubts = append(doubts, d)
+		}
+	}
+	s.At, s.Doubts = now.UTC(), doubts
+	return s
+}
+
+// Figure is from 0 to 1, and 1 where nothing is known against the device: the expectation
+// of a beta distribution with the base rate 1, as the coordinator's other figures.
+//
+//	compute = (r + 10) / (r + 10 + 40·wrong)    r = min(right, 20)
+func (s Standing) Figure() float64 {
+	good := priorWeight + min(s.Right, goodCap)
+	return good / (good + wrongWeight*s.Wrong)
+}
+
+// Distrusted is a device that lies, and gets no jobs.
+func (s Standing) Distrusted() bool { return s.Figure() < distrustBelow }
+
+// Aside is a device that gets no jobs: it lies, or is doubted over so many modules that
+// there is no use in asking it.
+func (s Standing) Aside() bool { return s.Distrusted() || len(s.Doubts) >= asideFrom }
+
+// May tells whether the device may be given jobs of a module.
+func (s Standing) May(module string) bool {
+	return !s.Aside() && !slices.ContainsFunc(s.Doubts, func(d Doubt) bool { return d.Module == module })
+}
+
+// earned is from 0, of a new device or one that is doubted, to 1.
+func (s Standing) earned() float64 {
+	if s.Figure() < trustedAbove || len(s.Doubts) > 0 {
+		return 0
+	}
+	return min(s.Right/trustedFrom, 1)
+}
+
+// Trusted is a device whose result is believed without a second one's.
+func (s Standing) Trusted() bool { return s.earned() == 1 }
+
+// Share is the share of challenges among all jobs that the device is given, from 0.20 down
+// to 0.05.
+func (s Standing) Share() float64 { return newShare - (newShare-trustedShare)*s.earned() }
+
+// Challenge tells whether, after a customer's job, a challenge is due. even is drawn
+// evenly from [0, 1).
+func (s Standing) Challenge(even float64) bool {
+	q := s.Share()
+	return even < q/(1-q)
+}
+
+// Under notes what the device runs jobs with. If that has changed, it is as new, but for
+// lies and doubts. An empty part is not known and changes nothing.
+func (s *Standing) Under(r Runtime, now time.Time) (reset bool) {
+	was := s.Runtime
+	if r.Engine == "" {
+		r.Engine = was.Engine
+	}
+	if r.Agent == "" {
+		r.Agent = was.Agent
+	}
+	if r == was {
+		return false
+	}
+	*s = s.Aged(now)
+	why := ""
+	switch {
+	case was.Engine != "" && r.Engine != was.Engine:
+		why = fmt.Sprintf("its engine was %s and is %s", was.Engine, r.Engine)
+	case was.Agent != "" && r.Agent != was.Agent:
+		why = fmt.Sprintf("its agent was %s and is %s", was.Agent, r.Agent)
+	}
+	if s.Runtime = r; why == "" { // it is the first that is known
+		if s.Since.IsZero() {
+			s.Since = now.UTC()
+		}
+		return false
+	}
+	s.Since, s.ResetBy, s.ResetRight, s.Right = now.UTC(), why, s.Right, 0
+	return true
+}
+
+// Did counts a result that a customer got.
+func (s *Standing) Did(now time.Time) {
+	*s = s.Aged(now)
+	s.At = now.UTC()
+	s.Jobs++
+}
+
+// Challenged counts a challenge that was given.
+func (s *Standing) Challenged(now time.Time) {
+	*s = s.Aged(now)
+	s.At = now.UTC()
+	s.Challenges++
+}
+
+// Confirm counts a result that others or the coordinator have, too.
+func (s *Standing) Confirm(cpuSeconds float64, now time.Time) {
+	*s = s.Aged(now)
+	s.At = now.UTC()
+	s.Right = min(s.Right+Weight(cpuSeconds), 2*trustedFrom)
+}
+
+// Lied counts a result that is proved wrong. One of a job that costs nothing is enough to be
+// distrusted, also with the best past; a costly one takes longer to be forgotten.
+func (s *Standing) Lied(cpuSeconds float64, now time.Time) {
+	*s = s.Aged(now)
+	s.At = now.UTC()
+	s.Wrong += 1 + Weight(cpuSeconds)
+}
+
+// Doubt counts a result that nobody can vouch for or against; the module is named by its
+// SHA-256.
+func (s *Standing) Doubt(module string, now time.Time) {
+	*s = s.Aged(now)
+	s.At = now.UTC()
+	others := slices.DeleteFunc(slices.Clone(s.Doubts), func(d Doubt) bool { return d.Module == module })
+	s.Doubts = append(others, Doubt{now.UTC(), module})
+	s.Doubts = s.Doubts[max(0, len(s.Doubts)-asideFrom):]
+}
