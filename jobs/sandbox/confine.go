@@ -43,7 +43,7 @@ func confine(t task) (confinement, error) {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return c, fmt.Errorf("become undumpable: %w", err)
 	}
-	if err := closeInherited(); err != nil {
+	if err := closeInherited(t.lastFD()); err != nil {
 		return c, err
 	}
 	// Best effort: where it is refused, the kernel's own choice stands.
@@ -63,7 +63,7 @@ func confine(t task) (confinement, error) {
 		limit(unix.RLIMIT_CORE, 0, "core size"),
 		limit(unix.RLIMIT_CPU, cpu, "CPU"),
 		limit(unix.RLIMIT_FSIZE, maxCodeFile, "file size"),
-		limit(unix.RLIMIT_NOFILE, 64, "open files"),
+		limit(unix.RLIMIT_NOFILE, 64+uint64(t.lastFD()), "open files"),
 		limit(unix.RLIMIT_DATA, uint64(c.field("VmData")+compileAllowance), "data"),
 	)
 }
@@ -118,14 +118,14 @@ func limit(resource int, v uint64, what string) error {
 // closeInherited closes what the parent left open by mistake. The Go runtime's
 // own descriptors are told apart by being close-on-exec: none with that flag
 // can have come through the exec that began this process.
-func closeInherited() error {
+func closeInherited(last int) error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("list open descriptors: %w", err)
 	}
 	for _, e := range entries {
 		fd, err := strconv.Atoi(e.Name())
-		if err != nil || fd <= eventFD {
+		if err != nil || fd <= last {
 			continue
 		}
 		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {

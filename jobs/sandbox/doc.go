@@ -19,8 +19,16 @@
 //
 // # What a module sees
 //
-// WASI preview 1 (wasi_snapshot_preview1): arguments ("job" first), standard
-// input, output and error. No environment, no directory, no socket. Both
+// WASI preview 1 (wasi_snapshot_preview1): arguments ("job" first), the environment
+// that the order gives, standard input, output and error; its named inputs as /in/NAME, read only; its named
+// outputs as /out/NAME, written once from beginning to end. No other file or folder, no socket.
+// Both folders are lists of descriptors that the parent opened: there is no
+// file system behind them that a path could lead into. Files have a size, and no other property of the real ones.
+//
+// Beside WASI there is the host interface, deimos_v1 (host.go): progress, checkpoints,
+// reads of inputs by name, SHA-256 and messages.
+//
+// Unless the job is live, both
 // clocks are one fake that starts at a fixed time, steps 1 µs with each reading
 // and jumps over every sleep; random bytes come from a fixed seed, and input
 // arrives in reads as long as the module asks for: the same module, arguments
@@ -34,7 +42,18 @@
 //	1  output              as the module writes it
 //	2  errors              the module's, and the Go runtime's last words
 //	3  module              opened by the parent; the worker needs no path
-//	4  events              JSON lines from the worker: engine, then how it ended
+//	4  events              JSON lines from the worker: engine, progress and messages, how it ended
+//	5  control             a page of memory that the parent writes: 1 asks for a checkpoint
+//	6  checkpoints         each with its length in front, as the task
+//	7  answers             a byte for each checkpoint
+//	8… files               the checkpoint to go on from, the inputs, a pipe for each output
+//
+// # Standing still
+//
+// A job is suspended by stopping its process ([Control]); its wall time does not pass
+// meanwhile. The owner's share of CPU is kept by stopping it a part of each second.
+// A module is asked for a checkpoint first, which is durable when its call returns; a
+// later run gets it. What that one wrote is not kept: outputs begin anew.
 //
 // # Bounds
 //
@@ -46,11 +65,15 @@
 //	CPU      the parent reads the child's process clock and kills; RLIMIT_CPU,
 //	         set by the child, stands behind it; compiling counts
 //	wall     the parent kills; starting and compiling count
-//	output   the parent stops reading and kills; standard error: 1 MiB alike
-//	module   32 MiB; input 4 MiB
+//	output   of standard output and all named ones together: the parent stops reading and
+//	         kills; standard error: 1 MiB alike
+//	module   32 MiB; standard input 4 MiB; 32 named inputs of any size, 16 outputs
+//	words    1 KiB a message and 64 KiB of them, 1,000 steps of progress; the rest is left out
+//	checkpoint 64 MiB, and 128 MiB of them at once; beyond that 256 KiB a second: who writes
+//	         more waits, as each wears the disk out
 //
 // The worker also has an empty environment, "/" as its directory, no inherited
-// descriptor beyond the five, no core dumps, no_new_privs, is not dumpable (its
+// descriptor beyond these, no core dumps, no_new_privs, is not dumpable (its
 // neighbours cannot trace it), offers itself first to the OOM killer, and leads
 // a process group that is killed as a whole. It dies with its parent
 // (PR_SET_PDEATHSIG). Before the module's first instruction it gives up opening

@@ -15,6 +15,7 @@ var (
 	wordcountModule string
 	sha256Module    string
 	probeModule     string
+	hostedModule    string // imports the host interface
 )
 
 func TestMain(m *testing.M) {
@@ -41,6 +42,7 @@ func testMain(m *testing.M) int {
 		{&wordcountModule, filepath.Join(wasmtest.Guests(), "wordcount")},
 		{&sha256Module, filepath.Join(wasmtest.Guests(), "sha256sum")},
 		{&probeModule, filepath.Join("testdata", "probe")},
+		{&hostedModule, filepath.Join("testdata", "hosted")},
 	} {
 		*g.path = filepath.Join(dir, filepath.Base(g.src)+".wasm")
 		if err := wasmtest.Build(g.src, *g.path); err != nil {

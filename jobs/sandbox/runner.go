@@ -7,10 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -20,15 +24,18 @@ import (
 
 // Bounds that no limit lifts.
 const (
-	MaxModule = 32 << 20 // bytes of a module
-	MaxInput  = 4 << 20  // bytes of standard input
-	MaxMemory = 1 << 30  // bytes of linear memory; fits a 32-bit address space too
+	MaxModule  = 32 << 20 // bytes of a module
+	MaxInput   = 4 << 20  // bytes of standard input
+	MaxMemory  = 1 << 30  // bytes of linear memory; fits a 32-bit address space too
+	MaxInputs  = 32       // named ones
+	MaxOutputs = 16       // named ones
 
 	maxStderr  = 1 << 20        // bytes of standard error, then the worker is killed
 	stderrTail = 4 << 10        // bytes of it that are reported
 	stderrKept = 64 << 10       // bytes of it that are kept meanwhile: a crash of the engine has a long stack
 	maxWall    = 24 * time.Hour // of one job
 	pageBytes  = 64 << 10       // of WebAssembly
+	maxEvents  = 1 << 20        // bytes of what the worker says: a worker of ours says less
 )
 
 // Defaults for limits that a [Spec] leaves at zero.
@@ -36,24 +43,58 @@ var defaultLimits = wire.JobLimits{MemoryBytes: 64 << 20, CPUSeconds: 60, WallSe
 
 // Spec is one job.
 type Spec struct {
-	Module   string         // path of the WebAssembly file
-	Digest   string         // SHA-256 it must have, lower-case hex; checked over the very bytes that run; empty: not checked
-	Args     []string       // after the program's name, which is always "job"
+	Module   string   // path of the WebAssembly file
+	Digest   string   // SHA-256 it must have, lower-case hex; checked over the very bytes that run; empty: not checked
+	Args     []string // after the program's name, which is always "job"
+	Env      map[string]string
 	Input    []byte         // standard input, at most [MaxInput]
+	Inputs   []Input        // at most [MaxInputs]
+	Outputs  []Output       // at most [MaxOutputs]
+	Live     bool           // the real time and real random numbers
 	Limits   wire.JobLimits // zero means a default: 64 MiB, 60 s of CPU, 120 s, 4 MiB of output
 	CacheDir string         // for compiled code; empty: compile each time
+
+	// Checkpoint is what the module last kept in a run that was cut off, of
+	// CheckpointBytes; nil: it begins. What it had written before is gone, and is
+	// written anew.
+	Checkpoint      *os.File
+	CheckpointBytes int64
+	Control         *Control // nil: nobody has a hand on it
+
+	// What the module says while it runs; each may be nil. They are not called after
+	// Run has returned, and the job waits while they are at work.
+	OnProgress func(share float64)          // 0 to 1, each time more
+	OnLog      func(level int, text string) // 0 to 3: debug, information, warning, error
+	// OnCheckpoint makes size bytes of r durable in place of the checkpoint before, as
+	// a whole or not at all: r may end early, as the job may.
+	OnCheckpoint func(size int64, r io.Reader) error
+}
+
+// Input is a file that the module reads as /in/Name.
+type Input struct {
+	Name string
+	Size int64    // bytes
+	File *os.File // must not change while the job runs; left open
+}
+
+// Output is where /out/Name goes. An error of To ends the job, as its reason.
+type Output struct {
+	Name string
+	To   io.Writer
 }
 
 // Result is what a job gave and took. After an [*Error] it still holds what
 // was metered, and the tail of standard error.
 type Result struct {
-	Output   []byte
+	Output   []byte // standard output
 	Stderr   string // last 4 KiB, valid UTF-8
 	ExitCode int    // the module's
 	CPU      time.Duration
-	Wall     time.Duration // from before the worker starts until it is gone
-	MaxRSS   int64         // bytes, of the worker; 0 if it died without saying
-	Engine   string        // as in "wazero/1.12.0 compiler amd64"; empty if it was not reached
+	Wall     time.Duration // from before the worker starts until it is gone, without Suspended
+	// Suspended is for how long it stood still by [Control.Suspend].
+	Suspended time.Duration
+	MaxRSS    int64  // bytes, of the worker; 0 if it died without saying
+	Engine    string // as in "wazero/1.12.0 compiler amd64"; empty if it was not reached
 }
 
 // Runner runs jobs. The zero value is ready; one Runner may run any number of
@@ -116,14 +157,14 @@ func spend(f func() error) error {
 
 // do is Run on the thread that is spent with it.
 func (r *Runner) do(ctx context.Context, s Spec, module *os.File, code codeCache) (Result, error) {
-	began := time.Now()
 	c, err := r.start(s, module, code.dir)
 	if err != nil {
 		return Result{}, err
 	}
 	why := c.supervise(ctx, s.Limits)
 	res, err := c.reap(why, s.Limits)
-	res.Wall = time.Since(began)
+	c.pace.suspend(false, time.Now())
+	res.Wall, res.Suspended = c.pace.ran(time.Now()), c.pace.paused
 	code.done(c.end.CacheBroken)
 	return res, err
 }
@@ -142,6 +183,17 @@ func (s *Spec) normalize() error {
 	if len(s.Input) > MaxInput {
 		return failure(BadSpec, "the input has %s, at most %s are possible", bytesText(int64(len(s.Input))), bytesText(MaxInput))
 	}
+	if s.Control == nil {
+		s.Control = NewControl()
+	}
+	if err := s.checkWords(); err != nil {
+		return err
+	}
+	return s.checkNames()
+}
+
+// checkWords looks at what the module is told.
+func (s *Spec) checkWords() error {
 	total := 0
 	for _, a := range s.Args {
 		if strings.ContainsRune(a, 0) {
@@ -149,8 +201,43 @@ func (s *Spec) normalize() error {
 		}
 		total += len(a)
 	}
+	for name, value := range s.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
+			return failure(BadSpec, "the job's environment cannot have the variable %.70q: a name has at least one letter and no \"=\", and neither it nor its value a NUL byte", name)
+		}
+		total += len(name) + len(value)
+	}
 	if total > wire.MaxMessage {
-		return failure(BadSpec, "the job's arguments have %d bytes, at most %d are possible", total, wire.MaxMessage)
+		return failure(BadSpec, "the job's arguments and environment have %d bytes, at most %d are possible", total, wire.MaxMessage)
+	}
+	return nil
+}
+
+// checkNames looks at inputs and outputs.
+func (s *Spec) checkNames() error {
+	if len(s.Inputs) > MaxInputs || len(s.Outputs) > MaxOutputs {
+		return failure(BadSpec, "the job has %d inputs and %d outputs, at most %d and %d are possible", len(s.Inputs), len(s.Outputs), MaxInputs, MaxOutputs)
+	}
+	check := func(what, name string, seen map[string]bool) error {
+		switch {
+		case !ValidName(name):
+			return failure(BadSpec, "the job cannot have %s of the name %.70q: it is 1 to 64 letters, digits, dots, dashes and underscores, not only dots", what, name)
+		case seen[name]:
+			return failure(BadSpec, "the job has %s of the name %q twice", what, name)
+		}
+		seen[name] = true
+		return nil
+	}
+	ins, outs := map[string]bool{}, map[string]bool{}
+	for _, in := range s.Inputs {
+		if err := check("an input", in.Name, ins); err != nil {
+			return err
+		}
+	}
+	for _, out := range s.Outputs {
+		if err := check("an output", out.Name, outs); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -186,33 +273,108 @@ func openModule(path string) (*os.File, error) {
 
 // child is a worker as its parent sees it.
 type child struct {
-	cmd    *exec.Cmd
-	exited chan struct{} // closed when it is dead but not yet reaped, so that its pid is still its own
-	stdout *collector
-	stderr *collector
-	events chan []event // receives once, when the worker's end of descriptor 4 is closed
-	end    ending
-	rss    int64 // bytes, as last seen
+	cmd     *exec.Cmd
+	control *Control
+	page    *os.File // see host.control
+	pace    pace
+	exited  chan struct{} // closed when it is dead but not yet reaped, so that its pid is still its own
+	written *budget       // of standard output and all outputs
+	stdout  *collector
+	stderr  *collector
+	spools  sync.WaitGroup // of the outputs
+	spoiled chan error     // capacity 1: an output cannot be kept
+	kept    chan struct{}  // closed when no checkpoint comes any more
+	events  chan []event   // receives once, when the worker's end of descriptor 4 is closed
+	end     ending
+	rss     int64 // bytes, as last seen
+}
+
+// task is what the worker is told.
+func (s *Spec) task(cacheDir string) task {
+	t := task{
+		Args: s.Args, Digest: s.Digest, InputBytes: len(s.Input), Live: s.Live,
+		Memory: s.Limits.MemoryBytes, CPU: s.Limits.CPUSeconds, CacheDir: cacheDir,
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Env)) {
+		t.Env = append(t.Env, name, s.Env[name])
+	}
+	if s.Checkpoint != nil {
+		t.Restore = &grant{Size: s.CheckpointBytes}
+	}
+	for _, in := range s.Inputs {
+		t.Inputs = append(t.Inputs, grant{in.Name, in.Size})
+	}
+	for _, out := range s.Outputs {
+		t.Outputs = append(t.Outputs, out.Name)
+	}
+	return t
+}
+
+// plumbing is the pipes between parent and worker.
+type plumbing struct {
+	ours, theirs []*os.File
+	err          error
+}
+
+// from makes a pipe that the worker writes.
+func (p *plumbing) from() *os.File { return p.pipe(false) }
+
+// to makes a pipe that the worker reads.
+func (p *plumbing) to() *os.File { return p.pipe(true) }
+
+func (p *plumbing) pipe(read bool) *os.File {
+	r, w, err := os.Pipe()
+	if err != nil {
+		p.err = errors.Join(p.err, err)
+		return nil
+	}
+	if read {
+		r, w = w, r
+	}
+	p.ours, p.theirs = append(p.ours, r), append(p.theirs, w)
+	return r
+}
+
+// closeAll closes these files, of which some may be missing.
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
 }
 
 func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error) {
-	head, err := task{
-		Args: s.Args, Digest: s.Digest, InputBytes: len(s.Input),
-		Memory: s.Limits.MemoryBytes, CPU: s.Limits.CPUSeconds, CacheDir: cacheDir,
-	}.encode()
+	head, err := s.task(cacheDir).encode()
 	if err != nil {
 		return nil, failure(WorkerFailed, "%v", err)
 	}
-	er, ew, err := os.Pipe()
+	page, theirs, err := newControlPage()
 	if err != nil {
-		return nil, failure(WorkerFailed, "no pipe to the worker: %v", err)
+		return nil, failure(WorkerFailed, "no memory to speak to the worker: %v", err)
 	}
-	defer ew.Close()
+	defer theirs.Close()
+	var p plumbing
+	events, checkpoints, answers := p.from(), p.from(), p.to()
+	var outputs []*os.File
+	for range s.Outputs {
+		outputs = append(outputs, p.from())
+	}
+	defer func() { closeAll(p.theirs) }()
+	if p.err != nil {
+		closeAll(append(p.ours, page))
+		return nil, failure(WorkerFailed, "no pipe to the worker: %v", p.err)
+	}
+	written := newBudget(s.Limits.OutputBytes)
 	c := &child{
-		exited: make(chan struct{}),
-		stdout: newCollector(s.Limits.OutputBytes, 0),
-		stderr: newCollector(maxStderr, stderrKept),
-		events: make(chan []event, 1),
+		control: s.Control,
+		page:    page,
+		pace:    pace{began: time.Now()},
+		exited:  make(chan struct{}),
+		written: written,
+		stdout:  &collector{budget: written},
+		stderr:  &collector{budget: newBudget(maxStderr), tail: stderrKept},
+		spoiled: make(chan error, 1),
+		kept:    make(chan struct{}),
+		events:  make(chan []event, 1),
 	}
 	exe := r.Executable
 	if exe == "" {
@@ -223,30 +385,63 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 	c.cmd.Env = []string{}
 	c.cmd.Stdin = io.MultiReader(bytes.NewReader(head), bytes.NewReader(s.Input))
 	c.cmd.Stdout, c.cmd.Stderr = c.stdout, c.stderr
-	c.cmd.ExtraFiles = []*os.File{module, ew} // descriptors 3 and 4
+	// In the order of the descriptors, see task.go.
+	c.cmd.ExtraFiles = []*os.File{module, p.theirs[0], theirs, p.theirs[1], p.theirs[2]}
+	if s.Checkpoint != nil {
+		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, s.Checkpoint)
+	}
+	for _, in := range s.Inputs {
+		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, in.File)
+	}
+	c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, p.theirs[3:]...)
 	// A cgroup, once there is one, is given here with UseCgroupFD.
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	c.cmd.WaitDelay = 5 * time.Second // for the pipes, should something outside the group hold them
 	if err := c.cmd.Start(); err != nil {
-		er.Close()
+		closeAll(append(p.ours, page))
 		return nil, failure(WorkerFailed, "the worker %s could not be started: %v", exe, err)
 	}
-	go c.listen(er)
+	go c.listen(events, s)
 	go c.awaitExit()
+	go c.keepCheckpoints(checkpoints, answers, s.OnCheckpoint)
+	for i, out := range s.Outputs {
+		c.spools.Go(func() { c.spool(outputs[i], out) })
+	}
 	return c, nil
 }
 
+// spool passes an output on until the worker is gone, or wrote too much.
+func (c *child) spool(r *os.File, out Output) {
+	defer r.Close()
+	_, err := io.Copy(metered{c.written, out.To}, r)
+	if err == nil || errors.Is(err, errTooMuch) {
+		return
+	}
+	select {
+	case c.spoiled <- fmt.Errorf("the job's output %q cannot be kept: %w", out.Name, err):
+	default: // another one is told
+	}
+}
+
 // listen reads the worker's events until it is gone.
-func (c *child) listen(r *os.File) {
+func (c *child) listen(r *os.File, s Spec) {
 	defer r.Close()
 	var all []event
-	for d := json.NewDecoder(io.LimitReader(r, 64<<10)); ; {
+	for d := json.NewDecoder(io.LimitReader(r, maxEvents)); ; {
 		var e event
 		if d.Decode(&e) != nil {
 			c.events <- all
 			return
 		}
-		all = append(all, e)
+		if e.Progress > 0 && s.OnProgress != nil {
+			s.OnProgress(min(float64(e.Progress)/1000, 1))
+		}
+		if e.Log != nil && s.OnLog != nil {
+			s.OnLog(e.Log.Level, e.Log.Text)
+		}
+		if e.Engine != "" || e.End != nil {
+			all = append(all, e)
+		}
 	}
 }
 
@@ -265,8 +460,6 @@ func (c *child) awaitExit() {
 // supervise watches the child until it is dead, and kills it when it takes too
 // much. It returns why it did: nil for a child that ended by itself.
 func (c *child) supervise(ctx context.Context, l wire.JobLimits) error {
-	wall := time.NewTimer(seconds(l.WallSeconds))
-	defer wall.Stop()
 	look := time.NewTimer(0)
 	defer look.Stop()
 	for {
@@ -275,21 +468,75 @@ func (c *child) supervise(ctx context.Context, l wire.JobLimits) error {
 			return nil
 		case <-ctx.Done():
 			return c.kill(fmt.Errorf("the job was stopped: %w", context.Cause(ctx)))
-		case <-wall.C:
-			return c.kill(failure(LimitWall, "the job ran longer than its limit of %gs; raise wall_seconds or use a smaller input", l.WallSeconds))
-		case <-c.stdout.over:
+		case <-c.written.over:
 			return c.kill(outputError(l))
 		case <-c.stderr.over:
 			return c.kill(stderrError())
+		case err := <-c.spoiled:
+			return c.kill(err)
+		case <-c.control.changed:
 		case <-look.C:
-			left := seconds(l.CPUSeconds) - c.cpuTime()
-			if left <= 0 {
-				return c.kill(cpuError(l))
-			}
-			// It cannot use up what is left sooner than on all its threads.
-			look.Reset(max(left/compileThreads, 5*time.Millisecond))
 		}
+		next, why := c.look(l)
+		if why != nil {
+			return c.kill(why)
+		}
+		look.Reset(next)
 	}
+}
+
+// look meters the child, and lets it run or stand still. It says when to look
+// again, or why the child must die.
+func (c *child) look(l wire.JobLimits) (next time.Duration, why error) {
+	now, cpu := time.Now(), c.cpuTime()
+	c.control.cpu.Store(int64(cpu))
+	c.ask()
+	if c.pace.suspend(c.control.suspended.Load(), now) {
+		c.stop(true)
+		return time.Hour, nil
+	}
+	wall := seconds(l.WallSeconds) - c.pace.ran(now)
+	if wall <= 0 {
+		return 0, failure(LimitWall, "the job ran longer than its limit of %gs; raise wall_seconds or use a smaller input", l.WallSeconds)
+	}
+	left := seconds(l.CPUSeconds) - cpu
+	if left <= 0 {
+		return 0, cpuError(l)
+	}
+	share := math.Float64frombits(c.control.share.Load())
+	still := c.pace.throttle(share, cpu, now)
+	c.stop(still > 0)
+	if still > 0 {
+		return min(still, wall), nil
+	}
+	// It cannot use up what is left sooner than on all its threads.
+	next = min(max(left/compileThreads, 5*time.Millisecond), wall, lookEvery)
+	if share > 0 {
+		next = min(next, shareLook)
+	}
+	return next, nil
+}
+
+// ask passes on that a checkpoint is wanted, or no longer.
+func (c *child) ask() {
+	b := []byte{0}
+	if c.control.asked.Load() {
+		b[0] = 1
+	}
+	_, _ = c.page.WriteAt(b, 0) // memory
+}
+
+// stop lets the child stand still, or go on.
+func (c *child) stop(still bool) {
+	if still == c.pace.stopped {
+		return
+	}
+	c.pace.stopped = still
+	signal := unix.SIGCONT
+	if still {
+		signal = unix.SIGSTOP
+	}
+	_ = unix.Kill(-c.cmd.Process.Pid, signal) // fails only if it is dead already
 }
 
 func cpuError(l wire.JobLimits) *Error {
@@ -297,7 +544,7 @@ func cpuError(l wire.JobLimits) *Error {
 }
 
 func outputError(l wire.JobLimits) *Error {
-	return failure(LimitOutput, "the job wrote more than its limit of %s to standard output; raise output_bytes", bytesText(l.OutputBytes))
+	return failure(LimitOutput, "the job wrote more than its limit of %s; raise output_bytes", bytesText(l.OutputBytes))
 }
 
 func stderrError() *Error {
@@ -337,11 +584,14 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	case <-c.exited:
 	case <-time.After(10 * time.Second):
 		// Only a kernel that waits for a broken disk or the like holds a killed process.
-		go func() { <-c.exited; _ = c.cmd.Wait() }()
+		go func() { <-c.exited; _ = c.cmd.Wait(); c.page.Close() }()
 		return Result{}, failure(WorkerFailed, "the worker %d was killed but does not go; look for disk errors in the kernel's log", c.cmd.Process.Pid)
 	}
 	_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL) // whatever else is in the group
 	_ = c.cmd.Wait()                                // how it ended is read from the state below
+	c.page.Close()
+	c.spools.Wait()
+	<-c.kept
 	stderr := c.stderr.bytes()
 	res := Result{MaxRSS: c.rss, Stderr: lastText(stderr, stderrTail)}
 	state := c.cmd.ProcessState
@@ -360,10 +610,12 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	switch {
 	case why != nil:
 		return res, why
-	case c.stdout.isOver():
+	case c.written.isOver():
 		return res, outputError(l)
 	case c.stderr.isOver():
 		return res, stderrError()
+	case len(c.spoiled) > 0:
+		return res, <-c.spoiled
 	case !told:
 		return res, c.crash(res, lastCrash(stderr), l)
 	case c.end.Cause != "":

@@ -10,18 +10,58 @@ import (
 // task is what the parent tells the worker, ahead of the input on descriptor 0.
 type task struct {
 	Args       []string `json:"args,omitempty"`
+	Env        []string `json:"env,omitempty"`    // NAME, value, NAME, value, ...
 	Digest     string   `json:"digest,omitempty"` // SHA-256 the module must have, hex; empty: unchecked
-	InputBytes int      `json:"input_bytes"`
-	Memory     int64    `json:"memory"`              // bytes of linear memory
-	CPU        float64  `json:"cpu"`                 // seconds
+	InputBytes int      `json:"input_bytes"`      // of standard input
+	Memory     int64    `json:"memory"`           // bytes of linear memory
+	CPU        float64  `json:"cpu"`              // seconds
+	Live       bool     `json:"live,omitempty"`
 	CacheDir   string   `json:"cache_dir,omitempty"` // for this module's compiled code
+
+	// Of each there is a descriptor, from firstFileFD on in this order.
+	Restore *grant   `json:"restore,omitempty"` // the checkpoint to go on from
+	Inputs  []grant  `json:"inputs,omitempty"`
+	Outputs []string `json:"outputs,omitempty"` // names
+}
+
+// grant is a file that the worker may read.
+type grant struct {
+	Name string `json:"name,omitempty"`
+	Size int64  `json:"size"` // bytes
+}
+
+// Descriptors that a worker is born with, beside the standard three.
+const (
+	moduleFD = 3 + iota
+	eventFD
+	controlFD    // shared memory, see host.control
+	checkpointFD // checkpoints, each with its length in front, as the task has
+	answerFD     // a byte for each checkpoint: what the module gets
+	firstFileFD
+)
+
+// lastFD is the highest of the descriptors that the worker is born with.
+func (t task) lastFD() int {
+	n := firstFileFD + len(t.Inputs) + len(t.Outputs)
+	if t.Restore != nil {
+		n++
+	}
+	return n - 1
 }
 
 // event is one line that the worker says on descriptor 4: first Engine, once
-// the module is compiled, then End.
+// the module is compiled, then what the module has to say, then End.
 type event struct {
-	Engine string  `json:"engine,omitempty"`
-	End    *ending `json:"end,omitempty"`
+	Engine   string   `json:"engine,omitempty"`
+	Progress int32    `json:"progress,omitempty"` // permille
+	Log      *logLine `json:"log,omitempty"`
+	End      *ending  `json:"end,omitempty"`
+}
+
+// logLine is a message of the module.
+type logLine struct {
+	Level int    `json:"level"` // 0 to 3: debug, information, warning, error
+	Text  string `json:"text"`
 }
 
 // ending is how a job ended that did not have to be killed. An empty Cause is success.

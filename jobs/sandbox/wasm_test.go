@@ -38,6 +38,7 @@ const (
 // import one function of four i32 and one result.
 type wasm struct {
 	imported string // name in wasi_snapshot_preview1; its index is 0, and _start's is 1
+	host     string // instead, a function of two i32 and one result, in deimos_v1
 	memory   uint32 // initial pages, 0: no memory
 	table    bool   // one table of one funcref, without a maximum
 	data     []byte // at address 0
@@ -50,12 +51,17 @@ func (w wasm) encode() []byte {
 	section := func(id byte, body ...byte) {
 		out = append(append(append(out, id), leb(uint32(len(body)))...), body...)
 	}
-	section(1, cat(leb(2),
+	section(1, cat(leb(3),
 		[]byte{0x60, 0, 0},
-		[]byte{0x60, 4, i32, i32, i32, i32, 1, i32})...)
+		[]byte{0x60, 4, i32, i32, i32, i32, 1, i32},
+		[]byte{0x60, 2, i32, i32, 1, i32})...)
 	self := uint32(0)
 	if w.imported != "" {
 		section(2, cat(leb(1), name("wasi_snapshot_preview1"), name(w.imported), []byte{0, 1})...)
+		self = 1
+	}
+	if w.host != "" {
+		section(2, cat(leb(1), name(hostModule), name(w.host), []byte{0, 2})...)
 		self = 1
 	}
 	section(3, 1, 0)

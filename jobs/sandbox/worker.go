@@ -4,18 +4,21 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"runtime"
 	"strings"
 
 	"github.com/tetratelabs/wazero"
 	"github.com/tetratelabs/wazero/experimental"
+	"github.com/tetratelabs/wazero/experimental/sysfs"
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 	"github.com/tetratelabs/wazero/sys"
 	"golang.org/x/sys/cpu"
@@ -33,12 +36,6 @@ const WorkerArg = "job-worker"
 // EngineVersion is that of the engine; a test holds it to go.mod. It stands
 // here because a test binary does not know its modules' versions.
 const EngineVersion = "1.12.0"
-
-// Descriptors that a worker is born with, beside the standard three.
-const (
-	moduleFD = 3
-	eventFD  = 4
-)
 
 // WorkerMain does one job as the task on standard input says, and returns the
 // exit code of the process: 0 if how the job ended could be told on descriptor
@@ -89,12 +86,67 @@ func (w *worker) work() ending {
 	if err := w.say.Encode(event{Engine: engineName()}); err != nil {
 		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
 	}
+	g, err := w.granted(t)
+	if err != nil {
+		return failed(failure(WorkerFailed, "the worker cannot use what it was given: %v", err))
+	}
 	if err := w.conf.tighten(t); err != nil {
 		return failed(failure(WorkerFailed, "the worker could not give up its rights: %v", err))
 	}
-	end := execute(rt, code, t, input)
+	end := execute(rt, code, t, input, g)
 	end.CacheBroken = w.cacheBroken
 	return end
+}
+
+// granted is what a module finds beside standard input and output.
+type granted struct {
+	in, out *folder
+	host    *host
+}
+
+// granted takes over the descriptors that the worker was born with.
+func (w *worker) granted(t task) (granted, error) {
+	fd := uintptr(firstFileFD)
+	next := func(name string) *os.File {
+		fd++
+		return os.NewFile(fd-1, name)
+	}
+	h := &host{say: w.say, checkpoints: os.NewFile(checkpointFD, "checkpoints"), answers: os.NewFile(answerFD, "answers")}
+	g := granted{in: &folder{}, out: &folder{}, host: h}
+	if t.Restore != nil {
+		h.restored = &input{size: t.Restore.Size, file: next("checkpoint")}
+	}
+	for _, in := range t.Inputs {
+		g.in.inputs = append(g.in.inputs, &input{name: in.Name, size: in.Size, file: next(in.Name)})
+	}
+	for _, name := range t.Outputs {
+		g.out.outputs = append(g.out.outputs, newOutput(name, next(name)))
+	}
+	h.inputs = g.in
+	var err error
+	h.control, err = mapControl()
+	return g, err
+}
+
+// mounts shows a module the folders in which there is something for it.
+func (g granted) mounts() wazero.FSConfig {
+	config := wazero.NewFSConfig()
+	if len(g.in.inputs) > 0 {
+		config = config.(sysfs.FSConfig).WithSysFSMount(g.in, inDir)
+	}
+	if len(g.out.outputs) > 0 {
+		config = config.(sysfs.FSConfig).WithSysFSMount(g.out, outDir)
+	}
+	return config
+}
+
+// flush passes on what the module has written.
+func (g granted) flush() error {
+	var all error
+	for _, out := range g.out.outputs {
+		all = errors.Join(all, out.pipe.Flush())
+	}
+	return all
 }
 
 func readModule(digest string) ([]byte, error) {
@@ -150,7 +202,7 @@ func compileWith(module []byte, config wazero.RuntimeConfig) (wazero.Runtime, wa
 }
 
 // execute instantiates the module and calls its _start.
-func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte) (end ending) {
+func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte, g granted) (end ending) {
 	memory := &boundedMemory{limit: t.Memory}
 	ctx := experimental.WithMemoryAllocator(context.Background(), memory)
 	out := bufio.NewWriterSize(os.Stdout, 64<<10)
@@ -164,12 +216,17 @@ func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte
 			end = failed(failure(LimitMemory, "the job asked for %s of memory, the limit is %s; raise memory_bytes or use a smaller input",
 				bytesText(int64(memory.refused)), bytesText(t.Memory)))
 		}
-		if err := out.Flush(); err != nil && end.Cause == "" {
+		if err := errors.Join(out.Flush(), g.flush()); err != nil && end.Cause == "" {
 			end = failed(failure(WorkerFailed, "the output could not be passed on: %v", err))
 		}
 	}()
 	if _, err := wasi_snapshot_preview1.Instantiate(ctx, rt); err != nil {
 		return failed(failure(WorkerFailed, "WASI could not be set up: %v", err))
+	}
+	if wantsHost(code) {
+		if err := g.host.offer(ctx, rt); err != nil {
+			return failed(failure(WorkerFailed, "the host interface could not be set up: %v", err))
+		}
 	}
 	// Reader and writers are wrapped: of a plain *os.File wazero would show the
 	// module the real file's times and kind.
@@ -183,13 +240,28 @@ func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte
 		WithStdin(bytes.NewReader(input)).
 		WithStdout(out).
 		WithStderr(struct{ io.Writer }{os.Stderr}).
+		WithFSConfig(g.mounts()).
 		WithStartFunctions()
+	for name, value := range pairs(t.Env) {
+		config = config.WithEnv(name, value)
+	}
+	if t.Live {
+		config = config.WithSysWalltime().WithSysNanotime().WithSysNanosleep().WithRandSource(rand.Reader)
+	}
 	module, err := rt.InstantiateModule(ctx, code, config)
 	if err != nil {
 		return ended(err, BadModule, "the module cannot be instantiated")
 	}
 	_, err = module.ExportedFunction("_start").Call(ctx)
 	return ended(err, GuestFailed, "the module was stopped by a trap")
+}
+
+// pairs goes through a list of names, each with its value behind it.
+func pairs(list []string) iter.Seq2[string, string] {
+	return func(yield func(string, string) bool) {
+		for i := 0; i+1 < len(list) && yield(list[i], list[i+1]); i += 2 {
+		}
+	}
 }
 
 // ended reads what wazero returned from running a module; otherwise says what

@@ -41,6 +41,8 @@ func main() {
 		fmt.Println(time.Now().UnixNano(), rand.Uint64())
 		st, err := os.Stdin.Stat()
 		fmt.Println(st.Mode(), st.ModTime().UnixNano(), err)
+	case "random":
+		fmt.Println(rand.Uint64())
 	case "reads": // how the input arrives
 		buf := make([]byte, 1<<20)
 		for {
