@@ -356,7 +356,7 @@ func TestAllOutputsTogetherAreBounded(t *testing.T) {
 
 // TestOutputWithoutAnEndIsCut has a guest that does not look at what comes of it.
 func TestOutputWithoutAnEndIsCut(t *testing.T) {
-	s := hosted("pour", strconv.Itoa(1<<40))
+	s := hosted("pour", "1000000000000")
 	s.Outputs = []Output{{"a", io.Discard}}
 	s.Limits.OutputBytes = 1 << 20
 	_, err := run(t, s)
