@@ -373,7 +373,7 @@ var errFull = errors.New("the disk is full")
 func (full) Write([]byte) (int, error) { return 0, errFull }
 
 func TestOutputThatCannotBeKeptIsTheReason(t *testing.T) {
-	for _, size := range []string{"10", strconv.Itoa(1 << 40)} {
+	for _, size := range []string{"10", "1000000000000"} {
 		s := hosted("pour", size)
 		s.Outputs = []Output{{"a", full{}}}
 		s.Limits.OutputBytes = 1 << 40
