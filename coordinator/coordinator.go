@@ -93,6 +93,9 @@ type Config struct {
 	now     func() time.Time // for tests; nil is time.Now
 	ackHold time.Duration    // for tests; 0 is ackHold
 	serve   time.Duration    // for tests; 0 is serveWait
+	// readLimit is how long a request may take to come, but for an operator's upload
+	// (see uploadLimit); for tests; 0 is 5 minutes.
+	readLimit time.Duration
 }
 
 // Coordinator is a running coordinator.
@@ -602,7 +605,7 @@ func (c *Coordinator) serve(ln net.Listener) {
 	c.server = &http.Server{
 		Handler:           c.routes(),
 		ReadHeaderTimeout: 45 * time.Second, // of the TLS handshake too, over a link that is mostly away
-		ReadTimeout:       5 * time.Minute,  // an upload over a slow link
+		ReadTimeout:       cmp.Or(c.cfg.readLimit, 5*time.Minute),
 		BaseContext:       func(net.Listener) context.Context { return c.life },
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(c.log.Handler(), slog.LevelDebug), // other people's broken handshakes

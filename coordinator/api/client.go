@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/deimos-edge/deimos/wire"
@@ -49,8 +50,12 @@ func LoadContext(path string) (Context, error) {
 	return c, nil
 }
 
-// ErrUnreachable is in the error of a call that found no coordinator.
-var ErrUnreachable = errors.New("cannot be reached")
+// ErrUnreachable is in the error of a call that found no coordinator, ErrStalled in
+// that of one whose request or answer stopped on the way.
+var (
+	ErrUnreachable = errors.New("cannot be reached")
+	ErrStalled     = errors.New("for too long nothing more of it went through")
+)
 
 // Client talks to one coordinator. Its methods can be called concurrently.
 type Client struct {
@@ -58,9 +63,12 @@ type Client struct {
 	ca    string
 	token string
 	http  *http.Client
-	stall time.Duration // how long no byte of an answer that has begun may come
+	stall time.Duration // how long no byte of a request, or of an answer that has begun, may go through
 	whole time.Duration // how long an answer may take from its first byte to its last
 }
+
+// answerLimit is until an answer begins: the longest call waits for a device.
+const answerLimit = 5 * time.Minute
 
 // maxAnswer bounds what is read of an answer, in bytes.
 const maxAnswer = 64 << 20
@@ -79,7 +87,8 @@ func NewClient(c Context) (*Client, error) {
 		Transport: &http.Transport{
 			TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13},
 			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-			ResponseHeaderTimeout: 5 * time.Minute, // the longest call waits for a device
+			TLSHandshakeTimeout:   45 * time.Second, // over a link that is mostly away
+			ResponseHeaderTimeout: answerLimit,
 			MaxIdleConnsPerHost:   16,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -110,39 +119,41 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 
 // callFor is call for an answer of at most so many bytes.
 func (c *Client) callFor(ctx context.Context, method, path string, query url.Values, body any, most int64) ([]byte, error) {
-	var r io.Reader
+	content, upload := body.([]byte)
 	kind := "application/octet-stream"
-	switch b := body.(type) {
-	case nil:
-	case []byte:
-		r = bytes.NewReader(b)
-	default:
-		raw, err := json.Marshal(b)
-		if err != nil {
+	if body != nil && !upload {
+		var err error
+		if content, err = json.Marshal(body); err != nil {
 			return nil, err
 		}
-		r, kind = bytes.NewReader(raw), "application/json"
+		kind = "application/json"
 	}
 	u := c.base.JoinPath("/api/v1", path)
 	u.RawQuery = query.Encode()
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), r)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(content))
 	if err != nil {
 		return nil, err
 	}
+	sent := c.sending(req, func() { cut(ErrStalled) })
+	defer sent()
 	req.Header.Set("Authorization", "Bearer "+c.token)
 	req.Header.Set("Content-Type", kind)
 	resp, err := c.http.Do(req)
+	if err != nil && context.Cause(ctx) == ErrStalled {
+		return nil, fmt.Errorf("the request to the coordinator at %s was cut off: %w", c.base.Host, ErrStalled)
+	}
 	if err != nil {
 		return nil, c.explain(err)
 	}
+	sent()
 	defer resp.Body.Close()
 	var buf bytes.Buffer
 	if resp.ContentLength > 0 && resp.ContentLength <= most {
 		buf.Grow(int(resp.ContentLength) + bytes.MinRead)
 	}
-	answer := &watched{resp.Body, time.AfterFunc(c.stall, func() { cut(errStalled) }), c.stall}
+	answer := &watched{resp.Body, time.AfterFunc(c.stall, func() { cut(ErrStalled) }), c.stall}
 	defer answer.timer.Stop()
 	defer time.AfterFunc(c.whole, func() { cut(errSlow) }).Stop()
 	if _, err := buf.ReadFrom(io.LimitReader(answer, most+1)); err != nil {
@@ -165,10 +176,56 @@ func (c *Client) callFor(ctx context.Context, method, path string, query url.Val
 	return raw, nil
 }
 
-var (
-	errStalled = errors.New("for too long nothing more of it came")
-	errSlow    = errors.New("it came too slowly to ever end")
-)
+var errSlow = errors.New("it came too slowly to ever end")
+
+// sending has stalled called when no byte of a request's body was taken for too long,
+// until done is. The transport reads on beside its caller, and after it.
+func (c *Client) sending(req *http.Request, stalled func()) (done func()) {
+	open := req.GetBody
+	if req.ContentLength == 0 {
+		return func() {}
+	}
+	var mu sync.Mutex
+	over := false
+	// Before the first byte there is a connection to be made.
+	timer := time.AfterFunc(c.stall+answerLimit, stalled)
+	went := func(limit time.Duration) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !over {
+			timer.Reset(limit)
+		}
+	}
+	req.GetBody = func() (io.ReadCloser, error) {
+		body, err := open()
+		return sentBody{body, func(err error) {
+			if err == nil {
+				went(c.stall)
+			} else { // what is still in buffers, and the answer
+				went(c.stall + answerLimit)
+			}
+		}}, err
+	}
+	req.Body, _ = req.GetBody() // of bytes in memory: it cannot fail
+	return func() {
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+		timer.Stop()
+	}
+}
+
+// sentBody tells of each read of a body.
+type sentBody struct {
+	io.ReadCloser
+	read func(error)
+}
+
+func (b sentBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.read(err)
+	return n, err
+}
 
 // watched notes that bytes come.
 type watched struct {

@@ -3,6 +3,7 @@ package api
 import (
 	"encoding/pem"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -55,7 +56,7 @@ func TestAnAnswerWithoutEndIsGivenUp(t *testing.T) {
 		stall, whole time.Duration
 		want         error
 	}{
-		"silent":        {0, 50 * time.Millisecond, time.Hour, errStalled},
+		"silent":        {0, 50 * time.Millisecond, time.Hour, ErrStalled},
 		"slow for ever": {time.Millisecond, time.Hour, 100 * time.Millisecond, errSlow},
 	} {
 		over := make(chan struct{})
@@ -88,6 +89,42 @@ func TestAnAnswerWithoutEndIsGivenUp(t *testing.T) {
 		case <-limit:
 			t.Fatalf("%s: the server still sends", name)
 		}
+	}
+}
+
+// An upload that a coordinator takes nothing of, or nothing more, is given up; one that
+// is slow is not.
+func TestAnUploadThatStallsIsGivenUp(t *testing.T) {
+	const size, limit = 32 << 20, 30 * time.Second // more than the kernel buffers
+	for name, takes := range map[string]int{"nothing is taken": 0, "half is taken": size / 2} {
+		release := make(chan struct{})
+		client := clientOf(t, func(_ http.ResponseWriter, r *http.Request) {
+			_, _ = io.CopyN(io.Discard, r.Body, int64(takes))
+			<-release
+		})
+		client.stall = 100 * time.Millisecond
+		done := make(chan error, 1)
+		go func() { done <- client.PutRepoFile(t.Context(), "f", make([]byte, size)) }()
+		select {
+		case err := <-done:
+			if !errors.Is(err, ErrStalled) || !strings.Contains(err.Error(), "request") {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(limit):
+			t.Errorf("%s: it is waited for", name)
+		}
+		close(release)
+	}
+	client := clientOf(t, func(w http.ResponseWriter, r *http.Request) {
+		for n, err := int64(1), error(nil); n > 0 && err == nil; time.Sleep(40 * time.Millisecond) {
+			n, err = io.CopyN(io.Discard, r.Body, 1<<19)
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+	client.stall = 2 * time.Second
+	began := time.Now()
+	if err := client.PutRepoFile(t.Context(), "f", make([]byte, size)); err != nil || time.Since(began) < client.stall {
+		t.Errorf("a slow one, after %s: %v", time.Since(began), err)
 	}
 }
 

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -18,6 +20,8 @@ import (
 type line struct {
 	mu   sync.Mutex
 	down time.Time // since when; zero: it is not
+
+	placed atomic.Bool // something was, by this put
 }
 
 var (
@@ -62,13 +66,17 @@ func interrupted(err error) bool {
 	if errors.As(err, &e) {
 		return e.Status == http.StatusTooManyRequests
 	}
-	for _, of := range []error{api.ErrUnreachable, io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
+	for _, of := range []error{api.ErrUnreachable, api.ErrStalled, net.ErrClosed, io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
 		if errors.Is(err, of) {
 			return true
 		}
 	}
 	return false
 }
+
+// passes tells whether an error of a put may pass: once there were devices enough, one
+// that is missing may only be starting anew.
+func (l *line) passes(err error) bool { return interrupted(err) || l.placed.Load() && tooFew(err) }
 
 // tooFew tells whether devices are missing.
 func tooFew(err error) bool {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
 )
 
 // outage has everything fail after n requests, by how, for so many.
@@ -60,6 +61,36 @@ func TestATransferOutlivesAnOutage(t *testing.T) {
 			s.mu.Unlock()
 			var out bytes.Buffer
 			if _, err := Get(testContext(t), c, "f", &out, keyOf(id)); err != nil || !bytes.Equal(out.Bytes(), data) {
+				t.Errorf("%d bytes, %v", out.Len(), err)
+			}
+		})
+	}
+}
+
+func TestAPlainTransferOutlivesAnOutage(t *testing.T) {
+	shortOutages(t, time.Minute)
+	few := func(w http.ResponseWriter) { refuse(w, http.StatusServiceUnavailable, "too_few_devices") }
+	for name, how := range outages {
+		t.Run(name, func(t *testing.T) {
+			s, c := newShelf(t)
+			data := randomBytes(t, (atOnce+3)*chunk.DefaultSize)
+			for _, o := range []struct {
+				from   int
+				how    func(http.ResponseWriter)
+				object string
+			}{{1, how, "f"}, {atOnce, few, "g"}} { // one has ended when as many have begun
+				s.mu.Lock()
+				s.odd = outage(o.from, 7, o.how)
+				s.mu.Unlock()
+				if _, _, err := PutPlain(testContext(t), c, o.object, bytes.NewReader(data), 2, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.mu.Lock()
+			s.odd = outage(1, 7, how)
+			s.mu.Unlock()
+			var out bytes.Buffer
+			if _, err := Get(testContext(t), c, "f", &out, nil); err != nil || !bytes.Equal(out.Bytes(), data) {
 				t.Errorf("%d bytes, %v", out.Len(), err)
 			}
 		})

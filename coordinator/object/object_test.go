@@ -237,13 +237,13 @@ func TestPutStopsAtTheFirstRefusal(t *testing.T) {
 			return false
 		}
 		_, _ = io.Copy(io.Discard, r.Body)
-		refuse(w, http.StatusServiceUnavailable, "too_few_devices")
+		refuse(w, http.StatusInsufficientStorage, wire.CodeNoSpace)
 		return true
 	}
 	// An endless file: Put must stop by itself.
 	_, _, err := PutPlain(testContext(t), c, "f", endless{}, 2, nil)
 	var e *api.Error
-	if !errors.As(err, &e) || e.Code != "too_few_devices" {
+	if !errors.As(err, &e) || e.Code != wire.CodeNoSpace {
 		t.Errorf("%v", err)
 	}
 }

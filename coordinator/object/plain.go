@@ -30,6 +30,7 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 	}
 	keeper := keep(ctx, c)
 	defer keeper.end()
+	var way line
 	var placed []*api.Placement
 	h := newWhole()
 	split := chunk.NewSplitter(io.TeeReader(r, h))
@@ -59,9 +60,11 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 		p := new(api.Placement)
 		placed = append(placed, p)
 		g.Go(func() (err error) {
-			if *p, err = c.PutChunk(gctx, id.String(), data, replicas); err != nil {
+			*p, err = over(gctx, &way, way.passes, func() (api.Placement, error) { return c.PutChunk(gctx, id.String(), data, replicas) })
+			if err != nil {
 				return err
 			}
+			way.placed.Store(true)
 			keeper.add(api.StripeRequest{Token: rand.Text(), Code: api.Code{Data: 1}, Size: int64(len(data)), Chunks: []string{id.String()}, Replicas: replicas})
 			if progress != nil {
 				progress(int64(len(data)))
@@ -76,7 +79,7 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 		return o, nil, err
 	}
 	o.SHA256 = hex.EncodeToString(h.hash.Sum(nil))
-	o, err = c.PutObject(ctx, o)
+	o, err = over(ctx, &way, interrupted, func() (api.Object, error) { return c.PutObject(ctx, o) })
 	placements := make([]api.Placement, len(placed))
 	for i, p := range placed {
 		placements[i] = *p

@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"net/http"
 	"slices"
-	"sync/atomic"
 
 	"filippo.io/age"
 	"golang.org/x/sync/errgroup"
@@ -217,7 +216,6 @@ type putter struct {
 	o        PutOptions
 	requests *semaphore.Weighted
 	line     line
-	placed   atomic.Bool // something was, by this put
 	stripes  [][]api.Placement
 	keeper   *keeper // nil: an object has the chunks already
 	// same is what the shards must be, of a file that was stored before.
@@ -230,10 +228,6 @@ var errOther = errors.New("it is another file")
 func newPutter(c *api.Client, s *Session, k keys, o PutOptions) *putter {
 	return &putter{client: c, session: s, keys: k, o: o, requests: semaphore.NewWeighted(atOnce)}
 }
-
-// passes tells whether an error may pass: once there were devices enough, one that
-// is missing may only be starting anew.
-func (p *putter) passes(err error) bool { return interrupted(err) || p.placed.Load() && tooFew(err) }
 
 // window is how many stripes of so many bytes are in memory.
 func window(stripe, most int) int { return min(max(underWay/stripe, 1), most) }
@@ -351,7 +345,7 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 	}
 	token := fmt.Sprintf("%s-%d", p.session.Token, s)
 	q := api.StripeRequest{Token: token, Code: code, Size: int64(len(shards[0])), Chunks: ids}
-	there, err := over(ctx, &p.line, p.passes, func() (api.Stripe, error) { return p.client.Stripe(ctx, q) })
+	there, err := over(ctx, &p.line, p.line.passes, func() (api.Stripe, error) { return p.client.Stripe(ctx, q) })
 	if err != nil {
 		return err
 	}
@@ -372,11 +366,11 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 				return err
 			}
 			defer p.requests.Release(1)
-			pl, err := over(ctx, &p.line, p.passes, func() (api.Placement, error) { return p.client.PutShard(ctx, ids[i], shards[i], token) })
+			pl, err := over(ctx, &p.line, p.line.passes, func() (api.Placement, error) { return p.client.PutShard(ctx, ids[i], shards[i], token) })
 			if err != nil {
 				return err
 			}
-			p.placed.Store(true)
+			p.line.placed.Store(true)
 			if pl.Chunk != placed[i].Chunk {
 				return damaged("the coordinator placed chunk %s for %s", pl.ID, ids[i])
 			}
