@@ -110,30 +110,34 @@ func someChunk(t *testing.T, size int) (chunk.ID, []byte) {
 	return chunk.Sum(data), data
 }
 
-func damage(t *testing.T, dir string, data []byte) {
+func damage(t *testing.T, dir string, data []byte) (undo func()) {
 	t.Helper()
 	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.vlog"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range logs {
-		f, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		raw, err := io.ReadAll(io.LimitReader(f, 4<<20))
+		raw, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if i := bytes.Index(raw, data); i >= 0 {
-			if _, err := f.WriteAt([]byte{raw[i+5] ^ 1}, int64(i+5)); err != nil {
-				t.Fatal(err)
+			write := func(b byte) {
+				f, err := os.OpenFile(path, os.O_RDWR, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				if _, err := f.WriteAt([]byte{b}, int64(i+5)); err != nil {
+					t.Fatal(err)
+				}
 			}
-			return
+			write(raw[i+5] ^ 1)
+			return func() { write(raw[i+5]) }
 		}
 	}
 	t.Fatal("the chunk is in no value log")
+	return nil
 }
 
 func TestStoreGivesAReceiptAndARepeatTheSameWithoutFetching(t *testing.T) {
@@ -374,13 +378,14 @@ func TestLossesAreToldUntilTheyAreDroppedAndOnlyThen(t *testing.T) {
 		t.Errorf("of none: %+v, %v", body, list)
 	}
 	var ids []chunk.ID
+	var undo func()
 	for i := range 3 {
 		id, data := someChunk(t, 50_000+i)
 		if err := d.volume.Put(t.Context(), id, data); err != nil {
 			t.Fatal(err)
 		}
 		if i < 2 {
-			damage(t, d.dir, data)
+			undo = damage(t, d.dir, data)
 			if _, err := d.volume.Get(t.Context(), id); err == nil {
 				t.Fatal("it was read")
 			}
@@ -406,6 +411,14 @@ func TestLossesAreToldUntilTheyAreDroppedAndOnlyThen(t *testing.T) {
 	}
 	if body, _ = losses(t, d); body.Digest != wire.LossDigest([]string{ids[1].String()}) {
 		t.Errorf("then %+v", body)
+	}
+	// Nor is one that was not readable for a while, and is.
+	undo()
+	if _, err := run(t, d, wire.KindChunkDrop, wire.ChunkDrop{OnlyLost: true, IDs: []string{ids[1].String()}}); err != nil {
+		t.Fatal(err)
+	}
+	if body, _ = losses(t, d); !d.volume.Has(ids[1]) || body.Digest != "" {
+		t.Errorf("a chunk that can be read again was dropped, or is told as lost: %+v", body)
 	}
 }
 

@@ -233,18 +233,22 @@ func mustBeEmpty(dir string) error {
 const needed = ballastBytes / 2
 
 // makeRoom sees to it that Badger has what is needed to open, to drop chunks or
-// to close, and gives the ballast up for it. Without, the kernel would kill the
-// process at a write to a file that has no block on disk.
+// to close, and gives the ballast up for it, if that is enough. Without, the kernel
+// would kill the process at a write to a file that has no block on disk.
 func makeRoom(dir string, h hooks) error {
-	have, err := freeAt(dir, h)
+	have, err := lastAt(dir, h)
 	if err != nil || have >= needed {
 		return err
 	}
-	if err := os.Remove(filepath.Join(dir, ballastFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return wire.FailedBecause(wire.CodeNoSpace, "the disk of %s is full, and the ballast cannot be removed: %v", dir, err)
-	}
-	if have, err = freeAt(dir, h); err != nil {
-		return err
+	ballast := filepath.Join(dir, ballastFile)
+	var st unix.Stat_t
+	if unix.Stat(ballast, &st) == nil && have+st.Blocks*512 >= needed {
+		if err := os.Remove(ballast); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return wire.FailedBecause(wire.CodeNoSpace, "the disk of %s is full, and the ballast cannot be removed: %v", dir, err)
+		}
+		if have, err = lastAt(dir, h); err != nil {
+			return err
+		}
 	}
 	if have < needed {
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk of %s is full: %d KiB are free, its chunks need %d MiB; delete something else there", dir, have>>10, needed>>20)
@@ -252,12 +256,12 @@ func makeRoom(dir string, h hooks) error {
 	return nil
 }
 
-func freeAt(dir string, h hooks) (int64, error) {
+func lastAt(dir string, h hooks) (int64, error) {
 	var st unix.Statfs_t
 	if err := h.statfs(dir, &st); err != nil {
 		return 0, wire.FailedBecause(wire.CodeReadOnly, "the free space of %s cannot be read: %v", dir, err)
 	}
-	return free(&st), nil
+	return last(&st), nil
 }
 
 // keepBallast puts the ballast back when there is room. It may take the upper

@@ -57,7 +57,8 @@ type hooks struct {
 	// pace waits before so many bytes are moved; nil means the volume's own way.
 	pace     func(ctx context.Context, bytes int64) error
 	patience time.Duration // 0: the default
-	reading  func()        // a chunk's place is known, its bytes are not read yet
+	pread    func(fd int, into []byte, at int64) (int, error)
+	reading  func() // a chunk's place is known, its bytes are not read yet
 	// rebuilding is told each step of making the tree anew when it is done.
 	rebuilding func(step string)
 }
@@ -71,6 +72,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.statfs == nil {
 		h.statfs = unix.Statfs
+	}
+	if h.pread == nil {
+		h.pread = unix.Pread
 	}
 	if h.patience == 0 {
 		h.patience = patience

@@ -178,7 +178,7 @@ func (s *sweep) read(n int) []bool {
 		s.buf = make([]byte, sweepBytes)
 	}
 	raw := s.buf[:span]
-	if !s.v.onLog(first.log, func(fd int) error { return readFull(fd, raw, int64(first.at)) }) {
+	if !s.v.onLog(first.log, func(fd int) error { return s.v.readFull(fd, raw, int64(first.at)) }) {
 		return whole
 	}
 	for i, r := range s.rest[:n] {
@@ -233,9 +233,9 @@ func (v *Volume) onLog(number uint32, fn func(fd int) error) bool {
 var errCut = errors.New("its value log ends before it")
 
 // readFull fills raw from a place in a file.
-func readFull(fd int, raw []byte, at int64) error {
+func (v *Volume) readFull(fd int, raw []byte, at int64) error {
 	for read := 0; read < len(raw); {
-		n, err := unix.Pread(fd, raw[read:], at+int64(read))
+		n, err := v.opt.hooks.pread(fd, raw[read:], at+int64(read))
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:

@@ -215,14 +215,21 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 		case errors.Is(fault, badger.ErrKeyNotFound):
 			return nil, notFound(id)
 		}
+		if err := v.unread(id, fault); err != nil {
+			return nil, err
+		}
 		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
-			if t := v.readOlder(id); t != nil {
+			t, older := v.readOlder(id)
+			if t != nil {
 				v.mu.Lock()
 				delete(v.lost, id)
 				v.rescued[id] = true
 				v.mu.Unlock()
 				v.wantRoom()
 				return t, nil
+			}
+			if err := v.unread(id, older); err != nil {
+				return nil, err
 			}
 			return nil, v.lose(id, size, version, fault.Error())
 		}
@@ -231,8 +238,9 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 
 // readOlder reads a chunk where it lay before it was moved; nil if it is not whole
 // there, or nowhere. The tree can know of a move that a crash has taken the bytes of.
-func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
-	_ = v.view(func(txn *badger.Txn) error { // an error is nil, too
+// fault is what kept some such place from being read.
+func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree, fault error) {
+	err := v.view(func(txn *badger.Txn) error {
 		it := txn.NewKeyIterator(keyOf(chunkPrefix, id), badger.IteratorOptions{})
 		defer it.Close()
 		newest := true
@@ -248,6 +256,7 @@ func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
 			} else {
 				data, err = it.Item().ValueCopy(nil)
 			}
+			fault = errors.Join(fault, err)
 			if err != nil || len(data) == 0 {
 				continue
 			}
@@ -258,7 +267,7 @@ func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree) {
 		}
 		return nil
 	})
-	return t
+	return t, errors.Join(fault, err)
 }
 
 // readOnce reads a chunk as it is at one moment. The fault is ErrKeyNotFound, or
@@ -320,16 +329,19 @@ func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, 
 func (v *Volume) readRecord(at place) ([]byte, error) {
 	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(at.log)), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("its value log cannot be opened: %v", err)
+		if errors.Is(err, unix.ENOENT) {
+			return nil, errors.New("its value log is gone")
+		}
+		return nil, &readFault{"its value log cannot be opened", err}
 	}
 	defer unix.Close(fd)
 	raw := make([]byte, at.length)
-	switch err := readFull(fd, raw, int64(at.at)); {
+	switch err := v.readFull(fd, raw, int64(at.at)); {
 	case errors.Is(err, errCut):
 		v.noteCut(at)
 		return nil, err
 	case err != nil:
-		return nil, fmt.Errorf("the disk cannot be read there: %v", err)
+		return nil, &readFault{"the disk cannot be read there", err}
 	}
 	return valueOf(raw), nil
 }
@@ -354,7 +366,7 @@ func (v *Volume) view(fn func(*badger.Txn) error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("the disk cannot be read there: %v", p)
+			err = &readFault{"the disk cannot be read there", fmt.Errorf("%v", p)}
 			v.latch(fmt.Sprintf("a read failed (%v): check the disk and restart", p))
 			v.stumbled.Store(true)
 		}
@@ -665,6 +677,15 @@ func DefaultFloor(dir string) int64 {
 
 // free is what an ordinary user may still write, in bytes.
 func free(st *unix.Statfs_t) int64 { return int64(st.Bavail) * int64(st.Bsize) }
+
+// last is what this process can write to a disk when it must, in bytes: root also what a
+// file system keeps back for it.
+func last(st *unix.Statfs_t) int64 {
+	if unix.Geteuid() == 0 {
+		return int64(st.Bfree) * int64(st.Bsize)
+	}
+	return free(st)
+}
 
 // latch makes the volume read-only for good. The first reason stays.
 func (v *Volume) latch(reason string) {

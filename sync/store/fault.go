@@ -1,0 +1,94 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// What keeps a read from its bytes is one of three things: the bytes, which are wrong
+// or gone; the sector that they lie on; or something that has nothing to do with them:
+// no descriptor or memory is left, or the disk has left the bus. Only the first two are
+// a loss. The third is confessed by nobody and dropped by nobody.
+
+// damaged are the errors by which the kernel tells of a place on a disk that cannot be
+// read (block/blk-core.c, blk_errors) or that a file system finds to be wrong.
+var damaged = []unix.Errno{unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EBADMSG, unix.EUCLEAN, unix.EREMOTEIO}
+
+// readFault is a system call that failed on the way to a record, or a fault of the
+// memory that a file is mapped to.
+type readFault struct {
+	call string
+	err  error
+}
+
+func (f *readFault) Error() string { return fmt.Sprintf("%s: %v", f.call, f.err) }
+
+// unread tells whether a fault says nothing of the chunk, and why, as an error of
+// [wire.CodeUnreachable]; nil for a loss.
+func (v *Volume) unread(id chunk.ID, fault error) error {
+	var f *readFault
+	if !errors.As(fault, &f) {
+		return nil
+	}
+	var no unix.Errno
+	if errors.As(f.err, &no) && !slices.Contains(damaged, no) {
+		return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read now (%v), which says nothing of its bytes; ask again", id, f)
+	}
+	if v.answers() {
+		return nil
+	}
+	v.latch(fmt.Sprintf("its disk cannot be read anywhere (%v): check the disk, its cable and its power, and restart", f))
+	return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read (%v), nor anything else on the disk of volume %s (%s): check it, its cable and its power", id, f, v.id, v.dir)
+}
+
+// answers tells whether the disk can be read at all, where it has to be asked and not
+// the kernel's memory: the file that names the volume, or the beginning of a log.
+func (v *Volume) answers() bool {
+	v.mu.Lock()
+	names := []string{idFile}
+	for n := range v.space.logs {
+		if names = append(names, filepath.Join(chunksDir, logName(n))); len(names) > 3 {
+			break
+		}
+	}
+	v.mu.Unlock()
+	return slices.ContainsFunc(names, v.reads)
+}
+
+// probeBytes is what is read of a file: a page, which suits direct reads of any disk.
+const probeBytes = 4096
+
+// reads tells whether the beginning of a file can be read from the disk.
+func (v *Volume) reads(name string) bool {
+	open := func(flags int) (int, error) {
+		return unix.Openat(int(v.lock.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
+	}
+	fd, err := open(unix.O_DIRECT)
+	if errors.Is(err, unix.EINVAL) { // not on this file system
+		if fd, err = open(0); err == nil {
+			_ = unix.Fadvise(fd, 0, probeBytes, unix.FADV_DONTNEED)
+		}
+	}
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	page, err := unix.Mmap(-1, 0, probeBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // aligned, as a direct read wants it
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Munmap(page) }()
+	for {
+		n, err := v.opt.hooks.pread(fd, page, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return err == nil && n > 0
+		}
+	}
+}
