@@ -34,6 +34,20 @@ var (
 // goGuests are those that ship and are written in Go.
 var goGuests = []string{"wordcount", "sha256sum", "textstats"}
 
+// cGuests are those in C; noClang is why there are none of them here.
+var (
+	cGuests = []string{"kmeans"}
+	noClang error
+)
+
+// needsClang ends a test of a guest in C where none can be made.
+func needsClang(t testing.TB) {
+	t.Helper()
+	if noClang != nil {
+		testenv.Cannot(t, "%v", noClang)
+	}
+}
+
 func TestMain(m *testing.M) {
 	os.Exit(testMain(m))
 }
@@ -47,6 +61,15 @@ func testMain(m *testing.M) int {
 	defer os.RemoveAll(built)
 	for _, g := range goGuests {
 		if err := wasmtest.Build(filepath.Join(wasmtest.Guests(), g), filepath.Join(built, g+".wasm")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	for _, g := range cGuests {
+		switch err := wasmtest.BuildC(filepath.Join(wasmtest.Guests(), g, "main.c"), filepath.Join(built, g+".wasm")); {
+		case errors.Is(err, wasmtest.ErrNoClang):
+			noClang = err
+		case err != nil:
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}

@@ -4,6 +4,7 @@
 package wasmtest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -26,6 +27,25 @@ func Worker(arch, out string) error {
 
 // Build compiles the Go command in the folder src to out.
 func Build(src, out string) error { return build(src, out, "wasip1", "wasm") }
+
+// ErrNoClang is of a machine that has no C compiler for WebAssembly.
+var ErrNoClang = errors.New("no C compiler for WebAssembly (Debian: apt-get install clang lld wasi-libc libclang-rt-dev-wasm32)")
+
+// BuildC compiles the file of C src to out, with further flags of the compiler. The
+// error may be [ErrNoClang].
+func BuildC(src, out string, flags ...string) error {
+	script := filepath.Join(Guests(), "..", "..", "scripts", "guest-c")
+	text, err := exec.Command(script, append([]string{out, src}, flags...)...).CombinedOutput()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &exit) && exit.ExitCode() == 3:
+		return ErrNoClang
+	default:
+		return fmt.Errorf("compile %s: %w\n%s", src, err, text)
+	}
+}
 
 func build(src, out, goos, arch string) error {
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w -buildid=", "-o", out, ".")
