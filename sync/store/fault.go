@@ -30,9 +30,9 @@ type readFault struct {
 
 func (f *readFault) Error() string { return fmt.Sprintf("%s: %v", f.call, f.err) }
 
-// unread tells whether a fault says nothing of the chunk, and why, as an error of
+// unreadable tells whether a fault says nothing of the chunk, and why, as an error of
 // [wire.CodeUnreachable]; nil for a loss.
-func (v *Volume) unread(id chunk.ID, fault error) error {
+func (v *Volume) unreadable(id chunk.ID, fault error) error {
 	var f *readFault
 	if !errors.As(fault, &f) {
 		return nil

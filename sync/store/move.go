@@ -108,9 +108,12 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 	if v.writable() != nil {
 		return false
 	}
-	if err := v.rewrite(ctx); err != nil {
+	v.mu.Lock()
+	unread := v.unread
+	v.mu.Unlock()
+	if err := errors.Join(v.readAgain(ctx, unread), v.rewrite(ctx)); err != nil {
 		if ctx.Err() == nil {
-			v.opt.Log.Warn("chunks whose move was cut short could not be written again", "volume", v.id, "err", err)
+			v.opt.Log.Warn("chunks that a crash can have hurt could not be read, or not written again", "volume", v.id, "err", err)
 		}
 		return false // what they lie in must stay
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -540,6 +541,64 @@ func TestAMoveWhoseBytesAPowerCutTookLosesNothing(t *testing.T) {
 		t.Fatalf("it still lies at %+v", now)
 	}
 	if s := v.Stats(); s.Lost != 0 || s.Chunks != 61 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// A disk that does not answer once, while a volume opens after a power cut, keeps the
+// check of what the cut can have hurt from its end. No log is emptied before that is
+// made up for: the old one has the only whole copy.
+func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallLogs())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	from := whereIs(t, v, id)
+	mustClose(t, v)
+	old, err := os.ReadFile(v.logPath(from.log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v = open1(t, dir, smallLogs())
+	for range 20 {
+		other, bytes := someChunk(rng, 20_000)
+		mustPut(t, v, other, bytes)
+	}
+	if err := v.hand(t.Context(), &request{moves: []move{{id: id, data: data, from: from}}}); err != nil {
+		t.Fatal(err)
+	}
+	to := whereIs(t, v, id)
+	if to.log == from.log {
+		t.Fatal("it was not moved to another log")
+	}
+	mustClose(t, v)
+	// The cut: the old log is still there, and the bytes of the move are not.
+	if err := os.WriteFile(v.logPath(from.log), old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(v.logPath(to.log), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, to.length), int64(to.at)); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	opt := smallLogs()
+	opt.hooks.patience = 10 * time.Millisecond
+	answers, first := make(chan struct{}), sync.Once{}
+	opt.hooks.reading = func() { first.Do(func() { <-answers }) }
+	v = open1(t, dir, opt)
+	if v.reclaim(t.Context()) {
+		t.Error("logs were emptied")
+	}
+	close(answers)
+	eventually(t, "the disk answering", func() bool { return v.hangs.Load() == 0 })
+	v.reclaim(t.Context())
+	mustHold(t, v, id, data)
+	if s := v.Stats(); s.Lost != 0 || s.Chunks != 21 {
 		t.Fatalf("%+v", s)
 	}
 }

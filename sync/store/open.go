@@ -128,7 +128,9 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 	if err != nil {
 		return nil, err
 	}
-	v.readAgain(append(newest, hurt...))
+	if err := v.readAgain(context.Background(), append(newest, hurt...)); err != nil {
+		opt.Log.Warn("not all chunks that a crash can have hurt could be read; no log is emptied until they were", "volume", v.id, "err", err)
+	}
 	v.keepBallast()
 	v.rest = compactors.Keep(v.db)
 	go v.commitLoop()
@@ -503,13 +505,17 @@ func (v *Volume) hurt(m *mended) (hurt []resident, err error) {
 	return hurt, err
 }
 
-// readAgain reads chunks and remembers which are lost.
-func (v *Volume) readAgain(some []resident) {
+// readAgain reads chunks that a crash can have hurt, and remembers which are lost, and
+// which are whole only where they lay before. Until it has read all, no log may go: it
+// may be the one with the only whole copy.
+func (v *Volume) readAgain(ctx context.Context, some []resident) error {
 	asTheyLie(some)
 	s := sweep{v: v, rest: some}
-	if err := v.check(context.Background(), s.next, &Checked{}); err != nil {
-		v.opt.Log.Warn("not all chunks that a crash can have hurt were read", "volume", v.id, "err", err)
-	}
+	err := v.check(ctx, s.next, &Checked{})
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.unread = s.rest
+	return err
 }
 
 // agreeOnID compares the id of the directory with the one among the chunks, and

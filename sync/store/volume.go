@@ -69,6 +69,7 @@ type Volume struct {
 	chunks   int
 	lost     map[chunk.ID]Loss
 	rescued  map[chunk.ID]bool // whole only where they lay before a move
+	unread   []resident        // that a crash can have hurt, and that could not be looked at yet
 	readOnly string            // why; empty: writable
 	// suspect chunks were written but their sync failed; allSuspect says that
 	// of everything, after a restart that left the kernel running.
@@ -215,7 +216,7 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 		case errors.Is(fault, badger.ErrKeyNotFound):
 			return nil, notFound(id)
 		}
-		if err := v.unread(id, fault); err != nil {
+		if err := v.unreadable(id, fault); err != nil {
 			return nil, err
 		}
 		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
@@ -228,7 +229,7 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 				v.wantRoom()
 				return t, nil
 			}
-			if err := v.unread(id, older); err != nil {
+			if err := v.unreadable(id, older); err != nil {
 				return nil, err
 			}
 			return nil, v.lose(id, size, version, fault.Error())
