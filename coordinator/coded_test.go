@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -362,22 +363,73 @@ func TestAStripeSpreadsByOwnerAndNetwork(t *testing.T) {
 }
 
 func TestNetworksAreToldApartByTheirPrefix(t *testing.T) {
-	var n networks
+	n := networks{now: time.Now}
+	of := func(d wire.DeviceID) netip.Prefix { return n.of(api.DeviceRecord{ID: d}) }
 	for d, a := range map[wire.DeviceID]string{"a": "192.0.2.1", "b": "192.0.2.200", "c": "192.0.3.1", "d": "2001:db8:1:2::3", "e": "2001:db8:1:ffff::", "f": "2001:db8:2::", "g": "::ffff:192.0.2.9", "h": "nonsense"} {
 		n.came(d, a)
 	}
 	for _, same := range [][2]wire.DeviceID{{"a", "b"}, {"d", "e"}, {"a", "g"}} {
-		if n.of(same[0]) != n.of(same[1]) {
-			t.Errorf("%v are in %s and %s", same, n.of(same[0]), n.of(same[1]))
+		if of(same[0]) != of(same[1]) {
+			t.Errorf("%v are in %s and %s", same, of(same[0]), of(same[1]))
 		}
 	}
 	for _, other := range [][2]wire.DeviceID{{"a", "c"}, {"d", "f"}, {"a", "d"}} {
-		if n.of(other[0]) == n.of(other[1]) {
-			t.Errorf("%v are both in %s", other, n.of(other[0]))
+		if of(other[0]) == of(other[1]) {
+			t.Errorf("%v are both in %s", other, of(other[0]))
 		}
 	}
-	if n.of("h").IsValid() {
+	if of("h").IsValid() {
 		t.Error("nonsense is a network")
+	}
+}
+
+// A coordinator that starts anew spreads over the networks that it knew, before any
+// device has called.
+func TestNetworksAreKnownAfterARestart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	w := open(t, dir)
+	devices := w.devices(t, 4)
+	for i, d := range devices {
+		from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, byte(i/3), 1)}} // the last one is elsewhere
+		d.http.Transport.(*http.Transport).DialContext = from.DialContext
+		if status, _ := d.transfer(http.MethodGet, "/data/v1/repo/none", nil); status != http.StatusNotFound {
+			t.Fatalf("the call was answered with %d", status)
+		}
+	}
+	w.Close()
+	w = open(t, dir)
+	defer w.Close()
+	for _, d := range devices {
+		d.connect(w)
+	}
+	for range 30 { // by chance both would be near to one another every other time
+		if got := w.storage.candidates("", 1, nil, 2); len(got) != 2 || !slices.Contains(got, devices[3].id) {
+			t.Fatalf("two copies would go to %v, not one to %s", got, devices[3].id)
+		}
+	}
+	// One that moves is on record again, but not each time.
+	writes := 0
+	for i, want := range []bool{true, false, false} {
+		w.advance(time.Duration(min(i, 1)) * networkKeep / 4)
+		rec, err := w.reg.device(devices[0].id)
+		must(t, err)
+		w.storage.calledFrom(testContext(t), rec.ID, fmt.Sprintf("198.51.%d.1", i))
+		now, err := w.reg.device(rec.ID)
+		must(t, err)
+		if wrote := now.Network != rec.Network; wrote != want {
+			t.Errorf("call %d from another network: on record %v, want %v", i, wrote, want)
+		} else if wrote {
+			writes++
+		}
+		if got := w.storage.networks.of(now).String(); got != fmt.Sprintf("198.51.%d.0/24", i) {
+			t.Errorf("it counts as in %s", got)
+		}
+	}
+	w.advance(networkKeep)
+	w.storage.calledFrom(testContext(t), devices[0].id, "198.51.100.1")
+	if rec, err := w.reg.device(devices[0].id); err != nil || rec.Network != "198.51.100.0/24" || writes != 1 {
+		t.Errorf("an hour later it is on record as in %s (%v)", rec.Network, err)
 	}
 }
 

@@ -335,7 +335,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.config = newConfigs(c.reg, c.outbox, c.now, c.log)
 	c.reg.beatOf, c.reg.note = c.config.beat, c.note
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
-	c.storage = &storage{life: c.life, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
+	c.storage = &storage{life: c.life, networks: networks{now: c.now}, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
 	c.storage.trust, c.storage.durable = c.audits.trust, c.eng.Durable

@@ -115,6 +115,9 @@ func (c *Coordinator) reply(w http.ResponseWriter, r *http.Request, q wire.Enrol
 	}
 	d.CertUntil = until
 	d.Agent, d.OS, d.Arch, d.Board = label(q.Agent), label(q.OS), label(q.Arch), label(q.Board)
+	if p := networkOf(host(r)); p.IsValid() {
+		d.Network = p.String()
+	}
 	if d, err = c.reg.enrolled(r.Context(), d, isNew); err != nil {
 		return err
 	}

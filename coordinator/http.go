@@ -187,7 +187,7 @@ func (c *Coordinator) forDevice(h handler) handler {
 		if err != nil {
 			return err
 		}
-		c.storage.networks.came(d, host(r))
+		c.storage.calledFrom(r.Context(), d, host(r))
 		return h(w, r.WithContext(context.WithValue(r.Context(), deviceKey{}, d)))
 	}
 }

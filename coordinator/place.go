@@ -87,7 +87,7 @@ func (s *storage) offers(may func(wire.DeviceID) bool, token string, size int64,
 	have = around{map[string]int{}, map[netip.Prefix]int{}}
 	for _, d := range taken {
 		if rec, ok := s.reg.rows.get(string(d)); ok {
-			have.add(ownerOf(rec), s.networks.of(d))
+			have.add(ownerOf(rec), s.networks.of(rec))
 		}
 	}
 	for _, d := range s.reg.list() {
@@ -95,7 +95,7 @@ func (s *storage) offers(may func(wire.DeviceID) bool, token string, size int64,
 			continue
 		}
 		if w := s.weight(d, size); w > 0 {
-			fit = append(fit, offer{d.ID, w, ownerOf(d.DeviceRecord), s.networks.of(d.ID)})
+			fit = append(fit, offer{d.ID, w, ownerOf(d.DeviceRecord), s.networks.of(d.DeviceRecord)})
 		}
 	}
 	return fit, have
@@ -165,18 +165,28 @@ func drawDevices(fit []offer, have around, n int, exp func() float64) (out []wir
 	return out
 }
 
-// networks remembers from where devices have called last. It is in memory only:
-// each device calls when it fetches a chunk.
+// networks remembers from where devices have called last. What has changed goes on
+// record too, so that a coordinator that starts anew spreads as before.
 type networks struct {
+	now  func() time.Time
 	mu   sync.Mutex
-	from map[wire.DeviceID]netip.Prefix
+	rows map[wire.DeviceID]calledFrom
 }
 
-// came notes the address of a device.
-func (n *networks) came(d wire.DeviceID, address string) {
+type calledFrom struct {
+	net     netip.Prefix
+	written time.Time // when its record was last compared with it
+}
+
+// networkKeep is how often the network of one device is put on record at most: one
+// that calls now by IPv4, now by IPv6 has another each time.
+const networkKeep = time.Hour
+
+// networkOf is what an address is in, not valid if it is none.
+func networkOf(address string) netip.Prefix {
 	a, err := netip.ParseAddr(address)
 	if err != nil {
-		return
+		return netip.Prefix{}
 	}
 	a = a.Unmap()
 	bits := 48
@@ -184,19 +194,59 @@ func (n *networks) came(d wire.DeviceID, address string) {
 		bits = 24
 	}
 	p, _ := a.WithZone("").Prefix(bits) // it has as many
+	return p
+}
+
+// came notes the address of a device, and tells whether it is time to look that its
+// record says so.
+func (n *networks) came(d wire.DeviceID, address string) (look bool) {
+	p := networkOf(address)
+	if !p.IsValid() {
+		return false
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.from == nil {
-		n.from = make(map[wire.DeviceID]netip.Prefix)
+	if n.rows == nil {
+		n.rows = make(map[wire.DeviceID]calledFrom)
 	}
-	n.from[d] = p
+	c := n.rows[d]
+	now := n.now()
+	if look = c.net != p && now.Sub(c.written) >= networkKeep; look {
+		c.written = now
+	}
+	c.net = p
+	n.rows[d] = c
+	return look
 }
 
 // of is a device's network, not valid if it is not known.
-func (n *networks) of(d wire.DeviceID) netip.Prefix {
+func (n *networks) of(d api.DeviceRecord) netip.Prefix {
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.from[d]
+	c, ok := n.rows[d.ID]
+	n.mu.Unlock()
+	if ok {
+		return c.net
+	}
+	p, _ := netip.ParsePrefix(d.Network) // empty: it has not called yet
+	return p
+}
+
+// calledFrom takes in from where a device calls.
+func (s *storage) calledFrom(ctx context.Context, d wire.DeviceID, address string) {
+	if !s.networks.came(d, address) {
+		return
+	}
+	_, err := s.reg.rows.change(ctx, string(d), func(rec *api.DeviceRecord, exists bool) error {
+		now := networkOf(address).String()
+		if !exists || rec.Network == now {
+			return errUnchanged
+		}
+		rec.Network = now
+		return nil
+	})
+	if err != nil { // the next start finds an older one
+		s.log.Warn("the network of a device could not be put on record", "device", d, "error", err)
+	}
 }
 
 // stripes are those that are being placed.

@@ -25,6 +25,7 @@ type DeviceRecord struct {
 	// chunks counted as lost.
 	Settled   bool      `json:"settled,omitempty"`
 	CertUntil time.Time `json:"certificate_until,omitzero"` // zero: claimed, and has not come for its certificate yet
+	Network   string    `json:"network,omitempty"`          // from where it called, 192.0.2.0/24 or 2001:db8::/48; at most an hour behind
 	Agent     string    `json:"agent"`                      // version
 	OS        string    `json:"os"`
 	Arch      string    `json:"arch"`
