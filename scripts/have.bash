@@ -62,6 +62,14 @@ have_deb_tools() {
 	done
 }
 
+# Can it hold what the guests make to what others make of the same?
+have_guest_tools() {
+	local p
+	for p in gawk sqlite3 jq exiftool convert; do
+		command -v $p >/dev/null || return 1
+	done
+}
+
 # Prints a clang that makes WebAssembly with WASI's libc; the name differs between
 # releases. That there is a clang does not tell: linker, libc and run-time are others'
 # packages.

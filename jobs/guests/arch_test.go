@@ -79,6 +79,10 @@ func archOrders(t *testing.T) map[string][]sandbox.Spec {
 		"sha256sum": {job("sha256sum", text)},
 		"wordcount": {job("wordcount", text)},
 		"textstats": {job("textstats", text), job("textstats", text, "-letters", "-top", "1000")},
+		"tabulate": {
+			job("tabulate", sales(t, 3000), "-where", `city != "Bonn" && n > 3`, "-by", "city", "-agg", "count,sum(price),mean(price),max(n)"),
+			job("tabulate", []byte(`{"a":{"b":1e3,"c":"ä"}}`+"\n"), "-format", "json", "-where", "a.b < 1000.5", "-select", "a.c,a.b"),
+		},
 	}
 	if noClang == nil {
 		orders["kmeans"] = []sandbox.Spec{job("kmeans", asCSV(points, "\n"), "-k", "9"), job("kmeans", asFloats(points), "-k", "5", "-f32", "7")}

@@ -32,7 +32,7 @@ var (
 )
 
 // goGuests are those that ship and are written in Go.
-var goGuests = []string{"wordcount", "sha256sum", "textstats"}
+var goGuests = []string{"wordcount", "sha256sum", "textstats", "tabulate"}
 
 // cGuests are those in C; noClang is why there are none of them here.
 var (

@@ -128,7 +128,7 @@ func TestGuestsImportWhatTheyCallAndNoMore(t *testing.T) {
 }
 
 func TestNamedInputsAndOutputsGiveWhatTheStandardOnesDo(t *testing.T) {
-	for guest, args := range map[string][]string{"textstats": nil, "kmeans": {"-k", "2"}} {
+	for guest, args := range map[string][]string{"textstats": nil, "kmeans": {"-k", "2"}, "tabulate": {"-where", "`2` > 3"}} {
 		if guest == "kmeans" && noClang != nil {
 			continue
 		}
