@@ -33,6 +33,7 @@ const (
 type request struct {
 	id    chunk.ID
 	data  []byte       // put
+	read  bool         // put: the chunk was read just before, if it is held
 	drops []chunk.ID   // drop
 	moves []move       // write again elsewhere
 	flush bool         // make durable what Badger wrote by itself
@@ -55,12 +56,19 @@ func (v *Volume) Put(ctx context.Context, id chunk.ID, data []byte) error {
 	if got := chunk.Sum(data); got != id {
 		return wire.FailedBecause(wire.CodeMismatch, "the bytes are those of chunk %s, not of %s", got, id)
 	}
+	err := v.submit(ctx, &request{id: id, data: data})
+	if !errors.Is(err, errHeld) {
+		return err
+	}
 	// Reading finds a loss, which the committer then mends.
 	if _, err := v.Get(ctx, id); err != nil && ctx.Err() != nil {
 		return err
 	}
-	return v.submit(ctx, &request{id: id, data: data})
+	return v.submit(ctx, &request{id: id, data: data, read: true})
 }
+
+// errHeld is the answer to a put of a chunk that is held, as far as the index knows.
+var errHeld = errors.New("the chunk is held")
 
 // Confirm reads a chunk, verifies it and returns its size if it is durable: a
 // nil error is worth as much as Put's. Errors as for [Volume.Get], and
@@ -209,11 +217,11 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 	err := s.err
 	if err == nil && s.unsynced() {
 		began := time.Now()
+		settled := make(chan error, 1)
+		go func() { settled <- s.settle() }()
 		err = v.syncer.sync()
 		c.took = time.Since(began)
-	}
-	if err == nil {
-		err = s.settle()
+		err = errors.Join(err, <-settled)
 	}
 	v.follow()
 	if err != nil {
@@ -474,6 +482,9 @@ func (v *Volume) writable() error {
 func (s *stage) addPut(r *request) error {
 	h := s.state[r.id]
 	if h.ok && !h.lost {
+		if !r.read && !h.mine {
+			return errHeld
+		}
 		return s.v.doubt(r.id)
 	}
 	if err := s.v.writable(); err != nil {

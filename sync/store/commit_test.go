@@ -72,3 +72,26 @@ func TestWaitingInVainIsNotRepeated(t *testing.T) {
 		t.Fatalf("%d batches are not held up now, want 1", c.skip)
 	}
 }
+
+// Nobody knows of the damage before the chunk comes again. A chunk that is new costs no read.
+func TestAPutOfWhatIsHeldReadsItFirst(t *testing.T) {
+	dir, opt, reads := t.TempDir(), noFloor, 0
+	opt.hooks.reading = func() { reads++ }
+	v := open1(t, dir, opt)
+	id, data := someChunk(random(t), 30_000)
+	mustPut(t, v, id, data)
+	if reads != 0 {
+		t.Errorf("a new chunk was read %d times", reads)
+	}
+	before := v.Stats()
+	mustPut(t, v, id, data)
+	if now := v.Stats(); reads != 1 || now.Dead != before.Dead || now.Used != before.Used {
+		t.Errorf("a chunk that was held and whole was read %d times; %+v before, %+v after", reads, before, now)
+	}
+	flip(t, dir, data, 20_000)
+	mustPut(t, v, id, data)
+	mustHold(t, v, id, data)
+	if now := v.Stats(); now.Lost != 0 || now.Chunks != 1 || now.Dead < 30_000 {
+		t.Errorf("%+v", now)
+	}
+}

@@ -26,7 +26,8 @@
 // a limit of bytes), writes it, makes it durable once, then answers everybody:
 // puts that arrive together share one sync. Those who were answered together the
 // last time are waited for a little, and the disk begins with what is written
-// meanwhile. An error on the way latches the volume read-only until it is opened
+// meanwhile. A chunk that is held already is read before a put of it is answered; a new
+// one is not looked for twice. An error on the way latches the volume read-only until it is opened
 // again, because after a failed fsync nobody knows what is on disk: the kernel
 // forgets such pages and says success the next time. For the same reason a failed
 // sync is noted in SYNC_FAILED, and the volume stays read-only until the machine

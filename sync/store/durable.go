@@ -57,8 +57,17 @@ func (s *syncer) sync() error {
 	if err := s.follow(); err != nil {
 		return err
 	}
+	// A file system with a journal finds blocks for what is written when it writes it. With
+	// all of that begun before the first sync, that sync's entry in the journal has it,
+	// and the others need none of their own.
+	logs := slices.Concat(s.values.logs, s.trees.logs)
+	for _, f := range logs {
+		if err := beginWriting(f); err != nil {
+			return err
+		}
+	}
 	var syncs []func() error
-	for _, f := range slices.Concat(s.values.logs, s.trees.logs) {
+	for _, f := range logs {
 		syncs = append(syncs, func() error { return s.hooks.fdatasync(f) })
 	}
 	if !s.named {
@@ -77,7 +86,11 @@ func (s *syncer) begin() error {
 	if err := s.follow(); err != nil {
 		return err
 	}
-	f := s.values.logs[len(s.values.logs)-1]
+	return beginWriting(s.values.logs[len(s.values.logs)-1])
+}
+
+// beginWriting has the disk write what is in a file, and does not wait for it.
+func beginWriting(f *os.File) error {
 	err := unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE)
 	if err == nil || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
 		return nil
