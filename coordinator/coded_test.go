@@ -3,6 +3,7 @@ package coordinator
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -503,6 +504,21 @@ func TestOneHolderCanBeAsked(t *testing.T) {
 		if err != nil || !bytes.Equal(got, data) {
 			t.Errorf("%v", err)
 		}
+	}
+	// What says nothing of the chunk is not said of it.
+	for code, want := range map[string]string{wire.CodeUnreachable: wire.CodeUnreachable, wire.CodeTransfer: codeNoAnswer, wire.CodeLimit: codeNoAnswer, wire.CodeMismatch: "unreadable"} {
+		devices[0].on(wire.KindChunkServe, func(wire.Order) *reply { return failed(code) })
+		_, err = w.op.GetChunkFrom(testContext(t), id, devices[0].id)
+		wantRefusal(t, err, http.StatusServiceUnavailable, want)
+	}
+	devices[0].on(wire.KindChunkServe, silent)
+	w.storage.wait = 100 * time.Millisecond
+	_, err = w.op.GetChunkFrom(testContext(t), id, devices[0].id)
+	w.storage.wait = w.cfg.serve
+	wantRefusal(t, err, http.StatusServiceUnavailable, codeNoAnswer)
+	// The coordinator's own fault is no device's.
+	if err := w.storage.unserved(devices[0].id, errors.New("the disk is full")); wire.ProblemOf(err).Code != wire.CodeInternal {
+		t.Errorf("%v", err)
 	}
 	devices[0].on(wire.KindChunkServe, func(wire.Order) *reply { return failed(wire.CodeLost) })
 	for range 2 { // it is lost from then on

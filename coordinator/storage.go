@@ -638,13 +638,32 @@ func (s *storage) readHolder(ctx context.Context, id string, d wire.DeviceID) ([
 	defer cancel()
 	data, err := s.readFrom(ctx, d, c)
 	if err != nil {
-		code := wire.ProblemOf(err).Code
-		if code != wire.CodeLost && code != wire.CodeNotFound {
-			code = "unreadable"
-		}
-		return nil, refuse(http.StatusServiceUnavailable, code, "%v", err)
+		return nil, s.unserved(d, err)
 	}
 	return data, nil
+}
+
+// errSilent is the error of a device that said nothing in the time that it had.
+var errSilent = errors.New("has not answered")
+
+// unserved is the refusal for who asked one device: "unreadable" only for what the
+// device itself has said of its chunk. That it is slow, or cannot for now, is another
+// thing, and what is the coordinator's own fault is none of the device's.
+func (s *storage) unserved(d wire.DeviceID, err error) error {
+	var said *wire.Problem
+	switch {
+	case errors.Is(err, errSilent):
+		return refuse(http.StatusServiceUnavailable, codeNoAnswer, "%v; it or its line may be slow, try again later", err)
+	case !errors.As(err, &said):
+		return err
+	}
+	switch said.Code {
+	case wire.CodeLost, wire.CodeNotFound, wire.CodeUnreachable, wire.CodeMetered, wire.CodeQuietHours, wire.CodeBusy:
+		return refuse(http.StatusServiceUnavailable, said.Code, "device %s: %v", d, said)
+	case codeNoAnswer, wire.CodeLimit, wire.CodeTransfer, wire.CodeCanceled, wire.CodeInterrupted, wire.CodeExpired:
+		return refuse(http.StatusServiceUnavailable, codeNoAnswer, "device %s did not serve the chunk in time: %v; try again later", d, said)
+	}
+	return refuse(http.StatusServiceUnavailable, "unreadable", "device %s: %v", d, said)
 }
 
 // readFrom fetches the chunk from one device, and notes if it says that it is
@@ -676,7 +695,7 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 	defer done()
 	v, err := s.outbox.await(wait, o, nil)
 	if err != nil {
-		return nil, fmt.Errorf("device %s has not answered: %w", d, cmp.Or(context.Cause(wait), err))
+		return nil, fmt.Errorf("device %s %w: %w", d, errSilent, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
 		return nil, err

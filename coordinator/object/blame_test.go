@@ -59,10 +59,10 @@ func TestVerifyTellsWhatIsAwayFromWhatIsLost(t *testing.T) {
 	s, c := newShelf(t)
 	o := putCoded(t, c, "f", randomBytes(t, 9000), api.Code{Data: 2, Parity: 1}, 1000, newIdentity(t))
 	codes := map[string]string{}
-	for i, code := range []string{"offline", wire.CodeMetered, wire.CodeQuietHours, wire.CodeBusy, wire.CodeLost, wire.CodeNotFound, "unreadable"} {
+	for i, code := range []string{"offline", "no_answer", wire.CodeUnreachable, wire.CodeMetered, wire.CodeQuietHours, wire.CodeBusy, wire.CodeLost, wire.CodeNotFound, "unreadable"} {
 		codes[o.Chunks[i].ID] = code
 	}
-	soon := o.Chunks[8].ID
+	soon := o.Chunks[10].ID
 	var mu sync.Mutex
 	left := 5
 	s.odd = chunkGets(func(w http.ResponseWriter, id string) bool {
@@ -81,7 +81,7 @@ func TestVerifyTellsWhatIsAwayFromWhatIsLost(t *testing.T) {
 	})
 	r, err := Verify(testContext(t), c, o.Object, nil)
 	must(t, err)
-	if len(r.Away) != 4 || len(r.Faults) != 3 || r.Read != len(o.Chunks)-7 || left > 0 {
+	if len(r.Away) != 6 || len(r.Faults) != 3 || r.Read != len(o.Chunks)-9 || left > 0 {
 		t.Fatalf("%+v", r)
 	}
 	for i, f := range append(r.Away, r.Faults...) {

@@ -357,7 +357,7 @@ func (h *hunt) take(s shard) {
 	h.underWay--
 	h.asked[s.i].over = true
 	if s.err != nil {
-		h.problems = append(h.problems, fmt.Sprintf("shard %d: %v", s.i, s.err))
+		h.problems = append(h.problems, fmt.Sprintf("shard %d: %s", s.i, brief(s.err)))
 		if h.unreadable == nil || errors.Is(s.err, ErrDamaged) {
 			h.unreadable = s.err
 		}
@@ -372,10 +372,27 @@ func (h *hunt) complete() bool {
 	return h.have >= h.code.Data || !slices.ContainsFunc(h.shards[h.first:h.last+1], func(s []byte) bool { return s == nil })
 }
 
+// brief is an error in one line that leaves room for others.
+func brief(err error) string {
+	const most = 160 // runes
+	text := []rune(strings.Join(strings.Fields(err.Error()), " "))
+	if len(text) > most {
+		text = append(text[:most-1], '…')
+	}
+	return string(text)
+}
+
+// maxProblems is how many shards an error names.
+const maxProblems = 3
+
 func (h *hunt) failed() error {
 	slices.Sort(h.problems)
-	return fmt.Errorf("%d of %d shards can be read, it takes %d (%s): %w", h.have, len(h.chunks), h.code.Data,
-		strings.Join(h.problems, "; "), unreadable{h.unreadable})
+	named := h.problems[:min(len(h.problems), maxProblems)]
+	told := strings.Join(named, "; ")
+	if more := len(h.problems) - len(named); more > 0 {
+		told += fmt.Sprintf("; and %d more", more)
+	}
+	return fmt.Errorf("%d of %d shards can be read, it takes %d (%s): %w", h.have, len(h.chunks), h.code.Data, told, unreadable{h.unreadable})
 }
 
 // unreadable is an error that was told already.

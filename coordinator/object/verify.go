@@ -29,8 +29,8 @@ type Fault struct {
 type Report struct {
 	Read   int     `json:"read"` // shards and copies that are right
 	Faults []Fault `json:"faults"`
-	// Away are those that could not be looked at, because their devices are offline
-	// or move no chunks now.
+	// Away are those that could not be looked at, because their devices are offline,
+	// silent, without one of their volumes, or move no chunks now.
 	Away []Fault `json:"away"`
 	// Needed is how many shards of a stripe, or copies of a chunk, it takes to read
 	// it; Least how many are right where the least are.
@@ -153,7 +153,7 @@ func (v *verifier) look(ctx context.Context, ch api.Chunk, d wire.DeviceID) (fou
 		switch {
 		case slices.Contains([]string{wire.CodeLost, wire.CodeNotFound, "unreadable"}, e.Code):
 			return found{fault: e.Reason}, nil
-		case slices.Contains([]string{"offline", wire.CodeMetered, wire.CodeQuietHours}, e.Code), e.Code == wire.CodeBusy && try == busyTries:
+		case slices.Contains([]string{"offline", "no_answer", wire.CodeUnreachable, wire.CodeMetered, wire.CodeQuietHours}, e.Code), e.Code == wire.CodeBusy && try == busyTries:
 			return found{away: e.Reason}, nil
 		case e.Code != wire.CodeBusy && !crowded, try == busyTries:
 			return found{}, err
