@@ -64,6 +64,7 @@ func (c codeCache) done(broken bool) {
 	if broken {
 		_ = os.RemoveAll(c.dir)
 	}
+	c.sweep()
 	type entry struct {
 		path string
 		size int64
@@ -89,6 +90,20 @@ func (c codeCache) done(broken bool) {
 		// A worker that is about to load it compiles instead.
 		if os.RemoveAll(e.path) == nil {
 			total -= e.size
+		}
+	}
+}
+
+// unfinished is from when on a file of compiled code that has not got its name yet
+// is one of a worker that was killed while it wrote it.
+const unfinished = time.Hour
+
+// sweep removes what killed workers have left of this module.
+func (c codeCache) sweep() {
+	left, _ := filepath.Glob(filepath.Join(c.dir, "*", "*.tmp")) // wazero's names; the pattern is good
+	for _, path := range left {
+		if info, err := os.Lstat(path); err == nil && time.Since(info.ModTime()) > unfinished {
+			_ = os.Remove(path) // else the bound of all code counts it
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 )
@@ -116,4 +117,28 @@ func TestJobRunsWithoutAPlaceForItsCode(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRun(t, Spec{Module: wasm{}.file(t), CacheDir: filepath.Join(file, "cache")})
+}
+
+func TestWhatAKilledWorkerLeftOfItsCodeIsRemoved(t *testing.T) {
+	s := Spec{Module: wasm{memory: 3}.file(t), CacheDir: t.TempDir()}
+	mustRun(t, s)
+	code, err := filepath.Glob(filepath.Join(s.CacheDir, "*", "*", "*"))
+	if err != nil || len(code) != 1 {
+		t.Fatalf("%q %v", code, err)
+	}
+	old, young := code[0]+".1.tmp", code[0]+".2.tmp"
+	for _, path := range []string{old, young} {
+		if err := os.WriteFile(path, []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	then := time.Now().Add(-2 * unfinished)
+	if err := os.Chtimes(old, then, then); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, s)
+	left, err := filepath.Glob(filepath.Join(s.CacheDir, "*", "*", "*"))
+	if err != nil || !slices.Equal(left, []string{code[0], young}) {
+		t.Errorf("%q are left, want the code and what may be being written, %v", left, err)
+	}
 }

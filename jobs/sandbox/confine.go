@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -33,11 +34,10 @@ const (
 // confinement is what a worker needs of itself once it can open nothing more.
 type confinement struct {
 	status *os.File // /proc/self/status
+	walls  []string // as [Walls] names them
 }
 
-// confine takes from this process what compiling does not need. A cgroup comes
-// before it, in the parent; Landlock (the module's cache directory only) and
-// the first seccomp filter belong at its end.
+// confine takes from this process what compiling does not need.
 func confine(t task) (confinement, error) {
 	var c confinement
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -59,27 +59,43 @@ func confine(t task) (confinement, error) {
 	// it begins to matter, not before.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(compileHeap)
-	return c, errors.Join(
+	err = errors.Join(
 		limit(unix.RLIMIT_CORE, 0, "core size"),
 		limit(unix.RLIMIT_CPU, cpu, "CPU"),
 		limit(unix.RLIMIT_FSIZE, maxCodeFile, "file size"),
 		limit(unix.RLIMIT_NOFILE, 64+uint64(t.lastFD()), "open files"),
 		limit(unix.RLIMIT_DATA, uint64(c.field("VmData")+compileAllowance), "data"),
 	)
+	if err != nil {
+		return c, err
+	}
+	c.walls = Walls()
+	if slices.Contains(c.walls, WallLandlock) {
+		if err := wallIn(t.CacheDir); err != nil {
+			return c, err
+		}
+	}
+	if slices.Contains(c.walls, WallSeccomp) {
+		return c, compiling().load()
+	}
+	return c, nil
 }
 
-// tighten takes what running does not need. The second seccomp filter (write,
-// mmap, futex, exit and little else) belongs at its end.
+// tighten takes what running does not need.
 func (c confinement) tighten(t task) error {
 	debug.SetGCPercent(100)
 	// With one processor nothing wants to stop the module's thread, which in
 	// compiled code cannot be preempted.
 	runtime.GOMAXPROCS(1)
-	return errors.Join(
+	err := errors.Join(
 		limit(unix.RLIMIT_DATA, uint64(c.field("VmData")+t.Memory+engineAllowance), "data"),
 		limit(unix.RLIMIT_FSIZE, 0, "file size"),
 		limit(unix.RLIMIT_NOFILE, 0, "open files"),
 	)
+	if err != nil || !slices.Contains(c.walls, WallSeccomp) {
+		return err
+	}
+	return running().load()
 }
 
 // maxRSS is the most physical memory this process has held, in bytes. The

@@ -42,7 +42,7 @@
 //	1  output              as the module writes it
 //	2  errors              the module's, and the Go runtime's last words
 //	3  module              opened by the parent; the worker needs no path
-//	4  events              JSON lines from the worker: engine, progress and messages, how it ended
+//	4  events              JSON lines from the worker: walls, engine, progress and messages, how it ended
 //	5  control             a page of memory that the parent writes: 1 asks for a checkpoint
 //	6  checkpoints         each with its length in front, as the task
 //	7  answers             a byte for each checkpoint
@@ -79,20 +79,39 @@
 // (PR_SET_PDEATHSIG). Before the module's first instruction it gives up opening
 // descriptors (RLIMIT_NOFILE 0) and writing files (RLIMIT_FSIZE 0).
 //
+// # Walls
+//
+// Should a module break the engine, it is still in a process that the kernel holds.
+// What follows stands before the worker reads a byte of the module, as parsing and
+// compiling it are attacked as well, and denies more once that is done:
+//
+//	privileges  none: the parent's thread gives up its capabilities before it
+//	            starts the worker, which no_new_privs keeps from having any. A
+//	            worker of root cannot raise a limit again either
+//	landlock    no file can be opened but in the module's own folder of compiled
+//	            code; no TCP, no abstract socket and no signal to anybody
+//	            else, as far as this kernel's Landlock goes
+//	seccomp     an allow-list of system calls, which first has what the Go runtime,
+//	            the compiler and its cache need. Before the module's first
+//	            instruction a second one takes away opening files, limits and making
+//	            more machine code. Any other call ends the job as [Breakout]
+//
+// [Result.Walls] says which stood around a job, [Walls] which this kernel has. A
+// kernel that has none still runs jobs, and the device says so, for who places
+// work to judge.
+//
 // # Compiled code
 //
 // Compiling a Go module takes about a second, so machine code is kept below
 // [Spec.CacheDir] in one directory a module, named by the module's SHA-256, so
 // that Landlock can give a worker its own module's and no other. The worker
 // writes it before the module runs, and can write nothing after. The least
-// recently used are deleted beyond [Runner.CacheBytes]. An entry that does not
-// load is deleted and compiled anew.
+// recently used are deleted beyond [Runner.CacheBytes], and what a killed worker left half
+// written after an hour. An entry that does not load is deleted and compiled anew.
 //
 // # Not done yet
 //
-// seccomp, Landlock and a cgroup are to go where confine.go and [Runner] say.
-// Until then a module that breaks the engine itself is a process of the
-// agent's user without new privileges, files or children's lifetime, but with
-// the kernel's system calls in reach; and if the agent runs as root, it can
-// lift its own rlimits.
+// There is no cgroup: [Runner] is the place for one, with UseCgroupFD. Until then
+// the kernel's memory on a worker's account (pipes, page tables) and the number
+// of its threads are bounded by what its system calls and its memory allow alone.
 package sandbox

@@ -19,6 +19,7 @@ const (
 	BadModule      Cause = "module"   // malformed, or wants imports that do not exist
 	ModuleMismatch Cause = "mismatch" // the file is not the module of Spec.Digest
 	GuestFailed    Cause = "guest"    // exit code other than 0, or a trap
+	Breakout       Cause = "sandbox"  // it made a system call that a wall denies
 	WorkerFailed   Cause = "worker"   // the worker could not start, or crashed
 )
 
@@ -26,6 +27,7 @@ const (
 const (
 	CodeBadModule   = "bad_module"
 	CodeGuestFailed = "guest_failed"
+	CodeSandbox     = "sandbox" // it tried to get out, and was killed
 )
 
 // Error says why a job did not succeed. errors.As also finds a [*wire.Problem]
@@ -53,6 +55,8 @@ func (e *Error) Unwrap() error {
 		return wire.FailedBecause(wire.CodeMismatch, "%s", e.Reason)
 	case GuestFailed:
 		return wire.FailedBecause(CodeGuestFailed, "%s", e.Reason)
+	case Breakout:
+		return wire.FailedBecause(CodeSandbox, "%s", e.Reason)
 	default:
 		return wire.FailedBecause(wire.CodeInternal, "%s", e.Reason)
 	}

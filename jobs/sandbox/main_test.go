@@ -22,8 +22,15 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == WorkerArg {
 		os.Exit(WorkerMain())
 	}
-	if len(os.Args) > 1 && os.Args[1] == orphanArg {
-		orphanParent()
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case orphanArg:
+			orphanParent()
+		case attackArg:
+			os.Exit(attackingWorker())
+		case aloneArg:
+			os.Exit(behindLandlock())
+		}
 	}
 	os.Exit(testMain(m))
 }

@@ -93,8 +93,9 @@ type Result struct {
 	Wall     time.Duration // from before the worker starts until it is gone, without Suspended
 	// Suspended is for how long it stood still by [Control.Suspend].
 	Suspended time.Duration
-	MaxRSS    int64  // bytes, of the worker; 0 if it died without saying
-	Engine    string // as in "wazero/1.12.0 compiler amd64"; empty if it was not reached
+	MaxRSS    int64    // bytes, of the worker; 0 if it died without saying
+	Engine    string   // as [Engine] says; empty if it was not reached
+	Walls     []string // that stood around it, as [Walls] says; none if it did not come that far
 }
 
 // Runner runs jobs. The zero value is ready; one Runner may run any number of
@@ -128,10 +129,10 @@ func (r *Runner) Run(ctx context.Context, s Spec) (Result, error) {
 	return res, err
 }
 
-// spend runs f on a thread that ends with it. The thread gives up gaining
-// privileges, which a child inherits, and a child's parent-death signal is tied
-// to the thread that started it, so that f must outlive its children. What
-// else a child can inherit from its thread (Landlock) is to be added here.
+// spend runs f on a thread that ends with it. The thread gives up its
+// privileges and gaining any, which a child inherits, and a child's parent-death
+// signal is tied to the thread that started it, so that f must outlive its
+// children.
 func spend(f func() error) error {
 	var err error
 	done := make(chan struct{})
@@ -147,6 +148,10 @@ func spend(f func() error) error {
 		}
 		if err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			err = failure(WorkerFailed, "the worker cannot be denied new privileges: %v", err)
+			return
+		}
+		if err = surrender(); err != nil {
+			err = failure(WorkerFailed, "the worker cannot be denied the agent's privileges: %v", err)
 			return
 		}
 		err = f()
@@ -439,7 +444,7 @@ func (c *child) listen(r *os.File, s Spec) {
 		if e.Log != nil && s.OnLog != nil {
 			s.OnLog(e.Log.Level, e.Log.Text)
 		}
-		if e.Engine != "" || e.End != nil {
+		if e.Walls != nil || e.Engine != "" || e.End != nil {
 			all = append(all, e)
 		}
 	}
@@ -601,6 +606,9 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		if e.Engine != "" {
 			res.Engine = e.Engine
 		}
+		if res.Walls == nil { // the first word, before any of the module's
+			res.Walls = e.Walls
+		}
 		if e.End != nil {
 			c.end, told = *e.End, true
 			res.MaxRSS = max(c.rss, c.end.MaxRSS)
@@ -635,6 +643,8 @@ func (c *child) crash(res Result, said string, l wire.JobLimits) error {
 	case strings.Contains(said, "out of memory") || strings.Contains(said, "cannot allocate memory"):
 		return failure(LimitMemory, "the job needed more than %s for its call stack and tables, beyond its memory limit of %s",
 			bytesText(engineAllowance), bytesText(l.MemoryBytes))
+	case status.Signaled() && status.Signal() == syscall.SIGSYS:
+		return failure(Breakout, "the job tried to leave its sandbox and was killed: its module broke the engine and made a system call that no job may make; do not run it again, and report it")
 	case status.Signaled() && status.Signal() == syscall.SIGKILL:
 		return failure(WorkerFailed, "the worker was killed from outside, most likely because the machine ran out of memory")
 	default:

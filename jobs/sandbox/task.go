@@ -49,9 +49,10 @@ func (t task) lastFD() int {
 	return n - 1
 }
 
-// event is one line that the worker says on descriptor 4: first Engine, once
-// the module is compiled, then what the module has to say, then End.
+// event is one line that the worker says on descriptor 4: first Walls, once
+// they stand, then Engine, once the module is compiled, then what the module has to say, then End.
 type event struct {
+	Walls    []string `json:"walls,omitempty"`
 	Engine   string   `json:"engine,omitempty"`
 	Progress int32    `json:"progress,omitempty"` // permille
 	Log      *logLine `json:"log,omitempty"`

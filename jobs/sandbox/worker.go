@@ -60,6 +60,10 @@ type worker struct {
 	cacheBroken bool
 }
 
+// misbehave is for tests: what code of a module would do that has broken the engine
+// while it was compiling or running.
+var misbehave = func(stage string) {}
+
 // work goes through the life of a worker, and says how it ended.
 func (w *worker) work() ending {
 	t, err := readTask(os.Stdin)
@@ -69,6 +73,10 @@ func (w *worker) work() ending {
 	if w.conf, err = confine(t); err != nil {
 		return failed(failure(WorkerFailed, "the worker could not confine itself: %v", err))
 	}
+	if err := w.say.Encode(event{Walls: w.conf.walls}); err != nil {
+		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
+	}
+	misbehave("compiling")
 	module, err := readModule(t.Digest)
 	if err != nil {
 		return failed(err)
@@ -79,20 +87,21 @@ func (w *worker) work() ending {
 	if _, err := io.ReadFull(os.Stdin, input); err != nil {
 		return failed(failure(WorkerFailed, "the input did not arrive whole: %v", err))
 	}
-	rt, code, err := w.compile(module, t.CacheDir)
-	if err != nil {
-		return failed(err)
-	}
-	if err := w.say.Encode(event{Engine: engineName()}); err != nil {
-		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
-	}
 	g, err := w.granted(t)
 	if err != nil {
 		return failed(failure(WorkerFailed, "the worker cannot use what it was given: %v", err))
 	}
+	rt, code, err := w.compile(module, t.CacheDir, g.host)
+	if err != nil {
+		return failed(err)
+	}
+	if err := w.say.Encode(event{Engine: Engine()}); err != nil {
+		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
+	}
 	if err := w.conf.tighten(t); err != nil {
 		return failed(failure(WorkerFailed, "the worker could not give up its rights: %v", err))
 	}
+	misbehave("running")
 	end := execute(rt, code, t, input, g)
 	end.CacheBroken = w.cacheBroken
 	return end
@@ -166,13 +175,23 @@ func readModule(digest string) ([]byte, error) {
 }
 
 // compile makes the module ready to run.
-func (w *worker) compile(module []byte, cacheDir string) (wazero.Runtime, wazero.CompiledModule, error) {
+func (w *worker) compile(module []byte, cacheDir string, h *host) (wazero.Runtime, wazero.CompiledModule, error) {
 	rt, code, err := w.load(module, cacheDir)
 	if err != nil {
 		return nil, nil, failure(BadModule, "the module is not valid WebAssembly: %s", firstLine(err.Error()))
 	}
 	if code.ExportedFunctions()["_start"] == nil {
 		return nil, nil, failure(BadModule, "the module exports no function _start; build it as a WASI command")
+	}
+	// What it imports is code too, and none can be made later.
+	ctx := context.Background()
+	if _, err := wasi_snapshot_preview1.Instantiate(ctx, rt); err != nil {
+		return nil, nil, failure(WorkerFailed, "WASI could not be set up: %v", err)
+	}
+	if wantsHost(code) {
+		if err := h.offer(ctx, rt); err != nil {
+			return nil, nil, failure(WorkerFailed, "the host interface could not be set up: %v", err)
+		}
 	}
 	return rt, code, nil
 }
@@ -220,14 +239,6 @@ func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte
 			end = failed(failure(WorkerFailed, "the output could not be passed on: %v", err))
 		}
 	}()
-	if _, err := wasi_snapshot_preview1.Instantiate(ctx, rt); err != nil {
-		return failed(failure(WorkerFailed, "WASI could not be set up: %v", err))
-	}
-	if wantsHost(code) {
-		if err := g.host.offer(ctx, rt); err != nil {
-			return failed(failure(WorkerFailed, "the host interface could not be set up: %v", err))
-		}
-	}
 	// Reader and writers are wrapped: of a plain *os.File wazero would show the
 	// module the real file's times and kind.
 	clock := &fakeClock{now: clockStart}
@@ -293,8 +304,9 @@ func failed(err error) ending {
 	return ending{Cause: e.Cause, ExitCode: e.ExitCode, Reason: e.Reason}
 }
 
-// engineName says what ran the module, as in "wazero/1.12.0 compiler amd64".
-func engineName() string {
+// Engine says what runs modules here, as in "wazero/1.12.0 compiler amd64". Where
+// that is an interpreter, as on 32-bit ARM, they take some 60 times as long.
+func Engine() string {
 	mode := "interpreter"
 	// The conditions of wazero's own choice (its internal/platform).
 	if runtime.GOARCH == "arm64" || runtime.GOARCH == "amd64" && cpu.X86.HasSSE41 {
