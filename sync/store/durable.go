@@ -57,9 +57,9 @@ func (s *syncer) sync() error {
 	if err := s.follow(); err != nil {
 		return err
 	}
-	// A file system with a journal finds blocks for what is written when it writes it. With
-	// all of that begun before the first sync, that sync's entry in the journal has it,
-	// and the others need none of their own.
+	// A file system with a journal finds blocks for what is written when it writes it. If
+	// all of that is begun before the first sync, one entry in the journal can have it
+	// all. It is faster, on ext4 (docs/developer.md).
 	logs := slices.Concat(s.values.logs, s.trees.logs)
 	for _, f := range logs {
 		if err := beginWriting(f); err != nil {
