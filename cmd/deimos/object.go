@@ -748,7 +748,7 @@ func newProgress(what string, total int64) *progress {
 		for {
 			select {
 			case <-t.C:
-				fmt.Fprint(os.Stderr, "\r\x1b[K", p.line())
+				fmt.Fprint(os.Stderr, "\r\x1b[K", p.line(cli.Columns(os.Stderr)))
 			case <-p.stop:
 				fmt.Fprint(os.Stderr, "\r\x1b[K")
 				return
@@ -765,15 +765,35 @@ func (p *progress) end() {
 	<-p.ended
 }
 
-func (p *progress) line() string {
+// line is what there is to say in less than width columns: a terminal breaks what is
+// longer, and the beginning stays there. The name is shortened first.
+func (p *progress) line(width int) string {
 	done := p.done.Load()
 	speed := float64(done) / time.Since(p.began).Seconds()
+	var parts []string // what matters most first
 	if p.total <= 0 {
-		return fmt.Sprintf("%s: %s, %s/s", p.what, cli.Bytes(done), cli.Bytes(int64(speed)))
+		parts = []string{cli.Bytes(done), cli.Bytes(int64(speed)) + "/s"}
+	} else {
+		left := "?"
+		if speed > 0 {
+			left = time.Duration(float64(p.total-done) / speed * float64(time.Second)).Round(time.Second).String()
+		}
+		parts = []string{fmt.Sprintf("%3d%% of %s", 100*done/p.total, cli.Bytes(p.total)), cli.Bytes(int64(speed)) + "/s", left + " left"}
 	}
-	left := "?"
-	if speed > 0 {
-		left = time.Duration(float64(p.total-done) / speed * float64(time.Second)).Round(time.Second).String()
+	rest := strings.Join(parts, ", ")
+	for len(parts) > 1 && len(rest) >= width {
+		parts = parts[:len(parts)-1]
+		rest = strings.Join(parts, ", ")
 	}
-	return fmt.Sprintf("%s: %3d%% of %s, %s/s, %s left", p.what, 100*done/p.total, cli.Bytes(p.total), cli.Bytes(int64(speed)), left)
+	what := []rune(p.what)
+	if room := width - 1 - len(rest) - len(": "); len(what) > room {
+		if room < leastName {
+			return rest[:min(len(rest), max(width-1, 0))]
+		}
+		what = append(what[:room-1], '…')
+	}
+	return string(what) + ": " + rest
 }
+
+// leastName is how many columns of a name are worth showing.
+const leastName = 6

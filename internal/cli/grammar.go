@@ -73,7 +73,7 @@ func Run(ctx context.Context, name, about string, grammar any, args []string) er
 	n, help, err := top.parse(args)
 	switch {
 	case help:
-		return writeHelp(os.Stdout, name, n, columns(os.Stdout))
+		return writeHelp(os.Stdout, name, n, Columns(os.Stdout))
 	case err != nil:
 		return Usage(name, err)
 	}

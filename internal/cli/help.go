@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// columns is how wide a terminal is: what $COLUMNS says (POSIX, Base Definitions
+// Columns is how wide a terminal is: what $COLUMNS says (POSIX, Base Definitions
 // 8.3), else what f says, else 80.
-func columns(f *os.File) int {
+func Columns(f *os.File) int {
 	if n, err := strconv.Atoi(os.Getenv("COLUMNS")); err == nil {
 		return n
 	}
