@@ -444,7 +444,10 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	r.Body = c.storage.coming.body(r.Body, ref.id, caller(r))
+	if err := c.awaited(t); err != nil {
+		return err
+	}
+	r.Body = c.storage.coming.body(r.Body, t.order)
 	data, err := readBody(w, r, min(t.size, chunk.MaxSize))
 	if err != nil {
 		return err
@@ -452,10 +455,21 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if err := verifyBlob(ref, data); err != nil {
 		return refuse(http.StatusUnprocessableEntity, wire.CodeMismatch, "%v", err)
 	}
-	if err := c.staging.put(r.Context(), ref.String(), data); err != nil {
+	if err := c.awaited(t); err != nil { // any more
+		return err
+	}
+	if err := c.staging.put(r.Context(), servedName(t.order), data); err != nil {
 		return err // ours, not the device's: it must not think that its chunk is damaged
 	}
 	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// awaited refuses what nobody waits for: nobody would take it away.
+func (c *Coordinator) awaited(t ticket) error {
+	if v, ok := c.outbox.rows.get(orderKeyOf(t.device, t.order)); !ok || v.State.Terminal() || v.Cancel != nil {
+		return refuse(http.StatusGone, "not_awaited", "nobody waits for this any more: order %s of device %s is not under way", t.order, t.device)
+	}
 	return nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
+	"github.com/oklog/ulid/v2"
 )
 
 // allRoutes are those for operators and those for devices, with something in
@@ -254,7 +255,7 @@ func TestWrongBytesAreNotTakenIn(t *testing.T) {
 	d := w.enrolled(t)
 	data := someBytes(5000)
 	id, size := chunk.Sum(data).String(), int64(len(data))
-	put := w.ticket(http.MethodPut, d, servedBlob, id, size, time.Minute)
+	order, put := w.asked(t, d, id, size)
 	bent := append([]byte(nil), data...)
 	bent[4999] ^= 1
 	for name, c := range map[string]struct {
@@ -270,12 +271,54 @@ func TestWrongBytesAreNotTakenIn(t *testing.T) {
 		if status, body := d.transfer(http.MethodPut, put, c.body); status != c.want {
 			t.Errorf("%s: %d %s, want %d", name, status, body, c.want)
 		}
-		if _, err := w.staging.get(testContext(t), "served/"+id); err == nil {
+		if _, err := w.staging.get(testContext(t), servedName(order)); err == nil {
 			t.Fatalf("%s: it was staged", name)
 		}
 	}
 	if status, body := d.transfer(http.MethodPut, put, data); status != http.StatusNoContent {
 		t.Errorf("the right bytes: %d %s", status, body)
+	}
+}
+
+// asked makes an order to serve a chunk and returns its id and where the bytes go.
+func (w *world) asked(t *testing.T, d *device, id string, size int64) (order, url string) {
+	t.Helper()
+	order = ulid.Make().String()
+	url = w.auth.issue(ticket{method: http.MethodPut, device: d.id, blob: blobRef{servedBlob, id}, size: size, expires: time.Now().Add(time.Minute), order: order})
+	_, err := w.outbox.submitAs(testContext(t), order, d.id, wire.KindChunkServe, wire.ChunkServe{ID: id, URL: url}, time.Minute)
+	must(t, err)
+	return order, url
+}
+
+// What nobody waits for is not taken in: a device could fill the staging area with it,
+// or pass with it as the keeper of a chunk that it has thrown away.
+func TestNothingIsServedThatNobodyWaitsFor(t *testing.T) {
+	t.Parallel()
+	w := aWorld(t)
+	ctx := testContext(t)
+	d := w.enrolled(t)
+	data := someBytes(5000)
+	id, size := chunk.Sum(data).String(), int64(len(data))
+	refused := func(what, url string, want int) {
+		t.Helper()
+		if status, body := d.transfer(http.MethodPut, url, data); status != want {
+			t.Errorf("%s: %d %s, want %d", what, status, body, want)
+		}
+	}
+	ended, put := w.asked(t, d, id, size)
+	must(t, w.outbox.end(ctx, d.id, ended, wire.Failed, wire.CodeInternal, "it has ended"))
+	refused("of an order that has ended", put, http.StatusGone)
+	canceled, put := w.asked(t, d, id, size)
+	_, err := w.outbox.cancel(ctx, d.id, canceled, "", "")
+	must(t, err)
+	refused("of one that was taken back", put, http.StatusGone)
+	refused("of none", w.ticket(http.MethodPut, d, servedBlob, id, size, time.Minute), http.StatusGone)
+	order, put := w.asked(t, d, id, size)
+	refused("of another", strings.Replace(put, order, ended, 1), http.StatusForbidden)
+	for _, o := range []string{ended, canceled, ""} {
+		if _, err := w.staging.get(ctx, servedName(o)); err == nil {
+			t.Errorf("bytes for %q were staged", o)
+		}
 	}
 }
 

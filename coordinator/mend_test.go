@@ -175,9 +175,9 @@ func TestRepairChecksBytesWhenTheyComeAndWhenTheyGo(t *testing.T) {
 	data := someBytes(3000)
 	id := w.putFile(t, "one", data, 1).Chunks[0].ID
 	d := byID(devices)[w.claimedBy(id)]
-	d.on(wire.KindChunkServe, func(wire.Order) *reply {
+	d.on(wire.KindChunkServe, func(o wire.Order) *reply {
 		// As if the data plane had not looked.
-		if err := w.staging.put(context.Background(), blobRef{servedBlob, id}.String(), someBytes(3000)); err != nil {
+		if err := w.staging.put(context.Background(), servedName(o.ID), someBytes(3000)); err != nil {
 			t.Error(err)
 		}
 		return &reply{state: wire.Succeeded}
@@ -547,4 +547,80 @@ func TestWhoLeavesServesAndWhoIsAwayKeeps(t *testing.T) {
 		}
 		d.connect(w)
 	}
+}
+
+// Bytes that a device has sent for another order are no proof that it still has them:
+// one that threw its chunk away must not be taken for the keeper of the last copy.
+func TestWhatWasServedBeforeIsNoProof(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	devices := w.devices(t, 2)
+	id := w.putFile(t, "two", someBytes(3000), 2).Chunks[0].ID
+	keeps, liar := devices[0], devices[1]
+	liar.mu.Lock()
+	data := liar.chunks[id]
+	liar.mu.Unlock()
+	urls := make(chan string, 1)
+	liar.on(wire.KindChunkServe, func(o wire.Order) *reply {
+		b, err := wire.DecodeBody[wire.ChunkServe](o)
+		if err != nil {
+			t.Error(err)
+		}
+		urls <- b.URL
+		return liar.honest(o)
+	})
+	if _, err := w.storage.readHolder(ctx, id, liar.id); err != nil {
+		t.Fatal(err)
+	}
+	if status, body := liar.transfer(http.MethodPut, <-urls, data); status != http.StatusGone {
+		t.Errorf("bytes were taken after the order had ended: %d %s", status, body)
+	}
+	liar.on(wire.KindChunkServe, func(wire.Order) *reply { return &reply{state: wire.Succeeded} })
+	w.want(t, id, 1)
+	const key = "s.test"
+	must(t, w.repairs.lease(ctx, key))
+	if n, err := w.repairs.giveUp(ctx, key, keeps.id, []string{id}, nil); n != 0 {
+		t.Errorf("%d copies were given up for one that was not read: %v", n, err)
+	}
+	if !keeps.holds(id) {
+		t.Error("the last good copy was dropped")
+	}
+}
+
+// Who was too slow is told to stop, and what came in the meantime does not stay.
+func TestWhatComesTooLateDoesNotStay(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.devices(t, 1)[0]
+	c := w.chunkRecord(t, w.putFile(t, "one", someBytes(3000), 1).Chunks[0].ID)
+	orders, stopped := make(chan wire.Order, 1), make(chan struct{})
+	d.on(wire.KindChunkServe, func(o wire.Order) *reply { orders <- o; return nil })
+	d.on(wire.KindOrderCancel, func(wire.Order) *reply {
+		close(stopped)
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Succeeded}}
+	})
+	reading, leave := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() { _, err := w.storage.readFrom(reading, d.id, c); done <- err }()
+	o := <-orders
+	b, err := wire.DecodeBody[wire.ChunkServe](o)
+	must(t, err)
+	d.mu.Lock()
+	data := d.chunks[c.ID]
+	d.mu.Unlock()
+	if status, body := d.transfer(http.MethodPut, b.URL, data); status != http.StatusNoContent {
+		t.Fatalf("%d %s", status, body)
+	}
+	leave()
+	if err := <-done; err == nil {
+		t.Error("it was read")
+	}
+	<-stopped
+	d.say(wire.ChannelReport, wire.TypeReport, d.report(o, &reply{state: wire.Succeeded}))
+	eventually(t, "what came is gone", func() bool {
+		_, err := w.staging.get(ctx, servedName(o.ID))
+		return errors.Is(err, errNotStaged)
+	})
 }

@@ -77,6 +77,10 @@ func verifyBlob(ref blobRef, data []byte) error {
 
 func attachmentName(order string) string { return "attachment/" + order }
 
+// servedName is of the chunk that a device serves for an order: what came for another,
+// or from another device, is no proof that this one has it.
+func servedName(order string) string { return string(servedBlob) + "/" + order }
+
 // put keeps data, which belongs to the staging area from now on.
 func (s *staging) put(ctx context.Context, name string, data []byte) error {
 	done, err := s.admit(ctx, int64(len(data)))

@@ -25,6 +25,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
+	"github.com/oklog/ulid/v2"
 )
 
 // chunkRecord is where a chunk is and which objects need it. The coordinator
@@ -66,7 +67,6 @@ type storage struct {
 
 	placing keyed // one placement or removal of a chunk at a time
 	naming  keyed // one change of an object's name at a time
-	serving keyed // one fetch of a chunk at a time: what is served has one name
 	// choosing is one device at a time for the shards of a stripe.
 	choosing keyed
 	reading  singleflight.Group
@@ -680,34 +680,46 @@ func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) 
 
 // served has one device put the chunk on the data plane.
 func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
-	defer s.serving.lock(c.ID)()
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	ref := blobRef{servedBlob, c.ID}
-	life := serveLifeOf(c.Size)
-	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: ref, size: c.Size, expires: s.outbox.now().Add(life)})
-	o, err := s.outbox.submit(ctx, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, life)
+	id, life := ulid.Make().String(), serveLifeOf(c.Size)
+	u := s.auth.issue(ticket{method: http.MethodPut, device: d, blob: blobRef{servedBlob, c.ID}, size: c.Size, expires: s.outbox.now().Add(life), order: id})
+	o, err := s.outbox.submitAs(ctx, id, d, wire.KindChunkServe, wire.ChunkServe{ID: c.ID, URL: u}, life)
 	if err != nil {
 		return nil, err
 	}
-	wait, done := s.coming.wait(ctx, c.ID, d, s.wait)
+	wait, done := s.coming.wait(ctx, id, s.wait)
 	defer done()
-	v, err := s.outbox.await(wait, o, nil)
+	v, err := s.outbox.await(wait, o.Order, nil)
 	if err != nil {
+		go s.unserve(o.Order)
 		return nil, fmt.Errorf("device %s %w: %w", d, errSilent, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
 		return nil, err
 	}
-	data, err := s.staging.get(ctx, ref.String())
+	data, err := s.staging.get(ctx, servedName(id))
 	if err != nil {
 		return nil, fmt.Errorf("device %s says that it served chunk %s, but it is not here: %w", d, c.ID, err)
 	}
-	if err := s.staging.drop(ctx, ref.String()); err != nil {
+	if err := s.staging.drop(ctx, servedName(id)); err != nil {
 		return nil, err
 	}
 	return data, nil
+}
+
+// unserve takes back an order to serve a chunk that nobody waits for any more, and what
+// came for it. It ends with the order, or the coordinator.
+func (s *storage) unserve(o wire.Order) {
+	ctx, cancel := context.WithDeadline(s.life, o.Expires.Add(time.Minute))
+	defer cancel()
+	if _, err := s.outbox.cancel(ctx, o.Device, o.ID, "it took too long, or another device was quicker", ""); err == nil {
+		_, _ = s.outbox.await(ctx, o, nil)
+	}
+	if err := s.staging.drop(ctx, servedName(o.ID)); err != nil && s.life.Err() == nil {
+		s.log.Warn("a chunk that nobody waits for any more stays for a day", "order", o.ID, "error", err)
+	}
 }
 
 // serveLifeOf is how long a device may take to serve a chunk of some size, if bytes
@@ -716,45 +728,39 @@ func serveLifeOf(size int64) time.Duration {
 	return serveLife + time.Duration(size)*time.Second/slowestLine
 }
 
-// arrivals lets those who wait for a chunk see that it is coming. At most one waits for
-// a chunk.
+// arrivals lets those who wait for what a device serves see that it is coming.
 type arrivals struct {
 	mu   sync.Mutex
-	rows map[string]arrival // by chunk
-}
-
-type arrival struct {
-	from  wire.DeviceID
-	bytes func()
+	rows map[string]func() // by order: bytes have come
 }
 
 // wait gives a context that ends, with context.DeadlineExceeded as its cause, when
-// nothing of the chunk has come from the device for some time.
-func (a *arrivals) wait(ctx context.Context, id string, from wire.DeviceID, quiet time.Duration) (_ context.Context, done func()) {
+// nothing has come for an order for some time.
+func (a *arrivals) wait(ctx context.Context, order string, quiet time.Duration) (_ context.Context, done func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	timer := time.AfterFunc(quiet, func() { cancel(context.DeadlineExceeded) })
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.rows == nil {
-		a.rows = make(map[string]arrival)
+		a.rows = make(map[string]func())
 	}
-	a.rows[id] = arrival{from, func() { timer.Reset(quiet) }}
+	a.rows[order] = func() { timer.Reset(quiet) }
 	return ctx, func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		delete(a.rows, id)
+		delete(a.rows, order)
 		timer.Stop()
 		cancel(nil)
 	}
 }
 
 // body is an upload whose bytes are seen by whoever waits for them.
-func (a *arrivals) body(r io.ReadCloser, id string, from wire.DeviceID) io.ReadCloser {
+func (a *arrivals) body(r io.ReadCloser, order string) io.ReadCloser {
 	return arrivingBody{r, func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		if row, ok := a.rows[id]; ok && row.from == from {
-			row.bytes()
+		if seen, ok := a.rows[order]; ok {
+			seen()
 		}
 	}}
 }

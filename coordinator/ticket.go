@@ -15,7 +15,7 @@ import (
 )
 
 // ticket is permission for one device to move one blob once or more, one way,
-// up to a size and a time. It travels in the URL of an order and needs no
+// up to a size and a time, and if it names an order, while that is under way. It travels in the URL of an order and needs no
 // memory: HMAC-SHA-256 over all of its fields under the authority's ticket key.
 type ticket struct {
 	method  string // http.MethodGet or http.MethodPut
@@ -23,6 +23,7 @@ type ticket struct {
 	blob    blobRef
 	size    int64 // bytes; exactly this many
 	expires time.Time
+	order   string // may be empty
 }
 
 const blobPath = "/data/v1/blob/"
@@ -33,6 +34,9 @@ func (a *authority) issue(t ticket) string {
 		"size": {strconv.FormatInt(t.size, 10)},
 		"exp":  {strconv.FormatInt(t.expires.Unix(), 10)},
 		"sig":  {base64.RawURLEncoding.EncodeToString(a.signTicket(t))},
+	}
+	if t.order != "" {
+		q.Set("order", t.order)
 	}
 	return blobPath + t.blob.String() + "?" + q.Encode()
 }
@@ -47,7 +51,7 @@ func (a *authority) redeem(r *http.Request, device wire.DeviceID, blob blobRef) 
 	if method == http.MethodHead {
 		method = http.MethodGet
 	}
-	t := ticket{method: method, device: device, blob: blob, size: size, expires: time.Unix(exp, 0)}
+	t := ticket{method: method, device: device, blob: blob, size: size, expires: time.Unix(exp, 0), order: q.Get("order")}
 	if err1 != nil || err2 != nil || err3 != nil || !hmac.Equal(sig, a.signTicket(t)) {
 		return t, refuse(http.StatusForbidden, "bad_ticket", "this address is not meant for this device")
 	}
@@ -65,6 +69,7 @@ func (a *authority) signTicket(t ticket) []byte {
 		m.Write([]byte(f))
 	}
 	_ = binary.Write(m, binary.BigEndian, []int64{t.size, t.expires.Unix()})
+	m.Write([]byte(t.order))
 	return m.Sum(nil)
 }
 
