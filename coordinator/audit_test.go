@@ -454,7 +454,7 @@ func TestADeviceCannotTellAChallengeFromAJob(t *testing.T) {
 	w.putFile(t, "input", data, 2)
 	jobs := make(chan wire.Order, 2)
 	d.on(wire.KindJobRun, func(o wire.Order) *reply { jobs <- o; return d.compute(o, nil) })
-	if _, err := w.op.RunJob(testContext(t), api.JobRequest{Module: module, Args: []string{"-x"}, Object: "input", Device: d.id}); err != nil {
+	if _, err := w.op.RunJob(testContext(t), api.JobSpec{Module: module, Args: []string{"-x"}, Input: &api.JobChunk{Object: "input"}, Needs: api.JobNeeds{Device: d.id}}); err != nil {
 		t.Fatal(err)
 	}
 	job := next(t, jobs, "the customer's job")
@@ -630,55 +630,6 @@ func TestALieWhoseEvidenceIsNotKeptCostsNothing(t *testing.T) {
 	}
 }
 
-// A job that takes longer than a call has lost nothing by that.
-func TestALongJobIsFollowed(t *testing.T) {
-	t.Parallel()
-	w := ownWorld(t)
-	ctx := testContext(t)
-	d := w.device(t)
-	module, err := w.op.PutModule(ctx, []byte("module"))
-	must(t, err)
-	data := someBytes(1000)
-	w.putFile(t, "long", data, 1)
-	begun, release := make(chan wire.Order, 2), make(chan struct{})
-	d.on(wire.KindJobRun, func(o wire.Order) *reply {
-		begun <- o
-		<-release
-		return d.compute(o, nil)
-	})
-	w.compute.wait = time.Nanosecond
-	ask := api.JobRequest{Module: module, Object: "long"}
-	_, err = w.compute.run(ctx, ask)
-	o := next(t, begun, "the job")
-	if err == nil || !strings.Contains(err.Error(), "deimos order show "+string(d.id)+" "+o.ID+" --wait 10m") {
-		t.Errorf("it says %v", err)
-	}
-	_, err = w.op.Job(ctx, d.id, o.ID)
-	wantRefusal(t, err, http.StatusConflict, "not_ended")
-	jobs := make(chan api.Job, 1)
-	go func() {
-		j, err := w.op.RunJob(ctx, ask)
-		if err != nil {
-			t.Error(err)
-		}
-		jobs <- j
-	}()
-	second := next(t, begun, "the second job")
-	close(release)
-	want, _ := toyCompute(ctx, []byte("module"), nil, data)
-	if j := next(t, jobs, "its result"); j.Order != second.ID || string(j.Output) != string(want) {
-		t.Errorf("%+v", j)
-	}
-	w.ended(t, o)
-	for range 2 { // what came in the report can be fetched as often as one likes
-		if j, err := w.op.Job(ctx, d.id, o.ID); err != nil || string(j.Output) != string(want) {
-			t.Errorf("the first job: %+v %v", j, err)
-		}
-	}
-	_, err = w.op.Job(ctx, d.id, "none")
-	wantRefusal(t, err, http.StatusNotFound, wire.CodeNotFound)
-}
-
 func TestOutputsOfJobsStayAndJudgedLeavesGo(t *testing.T) {
 	t.Parallel()
 	w := aWorld(t)
@@ -694,12 +645,12 @@ func TestOutputsOfJobsStayAndJudgedLeavesGo(t *testing.T) {
 		_, err := w.staging.get(ctx, attachmentName(order))
 		return err == nil
 	}
-	j, err := w.op.RunJob(ctx, api.JobRequest{Module: module, Object: "bulk", Device: d.id})
+	j, err := w.op.RunJob(ctx, api.JobSpec{Module: module, Input: &api.JobChunk{Object: "bulk"}, Needs: api.JobNeeds{Device: d.id}})
 	if err != nil || len(j.Output) == 0 {
 		t.Fatalf("%+v %v", j, err)
 	}
 	for range 2 { // whoever lost the answer can ask again
-		again, err := w.op.Job(ctx, d.id, j.Order)
+		again, err := w.op.JobOutcome(ctx, j.Job)
 		if err != nil || string(again.Output) != string(j.Output) {
 			t.Errorf("%+v %v", again, err)
 		}
@@ -719,71 +670,4 @@ func TestOutputsOfJobsStayAndJudgedLeavesGo(t *testing.T) {
 		t.Errorf("%s %v, staged %v, evidence %v", a.Outcome, err, staged(a.Order), a.Evidence)
 	}
 	must(t, w.op.RemoveObject(ctx, "bulk"))
-}
-
-func TestJobsRunAndTheirResultsBelongTogether(t *testing.T) {
-	t.Parallel()
-	w := aWorld(t)
-	ctx := testContext(t)
-	d, _ := w.device(t), w.device(t)
-	module, err := w.op.PutModule(ctx, []byte("module"))
-	must(t, err)
-	data := someBytes(1000)
-	w.putFile(t, "job", data, 2)
-	ask := api.JobRequest{Module: module, Args: []string{"a b"}, Object: "job", Device: d.id}
-	want, _ := toyCompute(ctx, []byte("module"), ask.Args, data)
-	j, err := w.op.RunJob(ctx, ask)
-	if err != nil || string(j.Output) != string(want) || j.Device != d.id {
-		t.Errorf("%+v %v", j, err)
-	}
-	large := someBytes(wire.MaxInline + 1)
-	for name, c := range map[string]struct {
-		f    func(o wire.Order) *reply
-		code string
-	}{
-		"it fails":       {func(wire.Order) *reply { return failed(wire.CodeLimit) }, wire.CodeLimit},
-		"no result":      {func(wire.Order) *reply { return &reply{state: wire.Succeeded} }, wire.CodeMismatch},
-		"another output": {func(o wire.Order) *reply { return d.compute(o, func(*wire.JobResult, []byte) []byte { return large }) }, wire.CodeMismatch},
-	} {
-		d.on(wire.KindJobRun, c.f)
-		_, err := w.op.RunJob(ctx, ask)
-		t.Log(name)
-		wantRefusal(t, err, http.StatusBadGateway, c.code)
-	}
-	// A result that is too large for a message comes by the data plane.
-	d.on(wire.KindJobRun, func(o wire.Order) *reply {
-		return d.compute(o, func(r *wire.JobResult, _ []byte) []byte {
-			s := sha256.Sum256(large)
-			r.Output = hex.EncodeToString(s[:])
-			return large
-		})
-	})
-	if j, err = w.op.RunJob(ctx, ask); err != nil || string(j.Output) != string(large) {
-		t.Errorf("%d bytes, %v", len(j.Output), err)
-	}
-	// It is taken in for orders that are under way, from their own device.
-	if status, _ := d.transfer(http.MethodPut, "/data/v1/attachment/"+j.Order, []byte("late")); status != http.StatusNotFound {
-		t.Errorf("an attachment for a finished order: %d", status)
-	}
-	d.on(wire.KindUpdateInstall, silent)
-	o := w.offer(t, d)
-	if status, _ := w.device(t).transfer(http.MethodPut, "/data/v1/attachment/"+o.ID, []byte("other")); status != http.StatusNotFound {
-		t.Errorf("an attachment for another's order: %d", status)
-	}
-	for _, bad := range []struct {
-		q      api.JobRequest
-		status int
-		code   string
-	}{
-		{api.JobRequest{Module: module, Object: "none"}, http.StatusNotFound, wire.CodeNotFound},
-		{api.JobRequest{Module: module, Object: "job", Chunk: 1}, http.StatusBadRequest, "no_such_chunk"},
-		{api.JobRequest{Module: module, Object: "job", Chunk: -1}, http.StatusBadRequest, "no_such_chunk"},
-		{api.JobRequest{Module: "x", Object: "job"}, http.StatusBadRequest, "bad_module"},
-		{api.JobRequest{Module: strings.Repeat("0", 64), Object: "job"}, http.StatusNotFound, "no_module"},
-		{api.JobRequest{Module: module, Object: "job", Device: "x"}, http.StatusConflict, "not_a_holder"},
-	} {
-		_, err := w.op.RunJob(ctx, bad.q)
-		wantRefusal(t, err, bad.status, bad.code)
-	}
-	must(t, w.op.RemoveObject(ctx, "job"))
 }

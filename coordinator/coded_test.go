@@ -283,7 +283,7 @@ func TestCodedObjectsThatCannotBeAreRefused(t *testing.T) {
 	other.Chunks[2] = api.Chunk{ID: ids[4], Size: 100}
 	_, err = w.op.PutObject(testContext(t), other)
 	wantRefusal(t, err, http.StatusConflict, "exists")
-	_, err = w.op.RunJob(testContext(t), api.JobRequest{Module: strings.Repeat("0", 64), Object: "bad/coded"})
+	_, err = w.op.RunJob(testContext(t), api.JobSpec{Module: w.module(t), Input: &api.JobChunk{Object: "bad/coded"}})
 	wantRefusal(t, err, http.StatusConflict, "encrypted")
 	must(t, w.op.RemoveObject(testContext(t), "bad/coded"))
 }

@@ -7,23 +7,25 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	"maps"
 	"net/http"
+	"slices"
 	"time"
 
+	"github.com/oklog/ulid/v2"
+
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// compute has devices run jobs over chunks that they hold.
+// compute makes job orders and takes what comes back apart. Customers' jobs and
+// challenges both come through here: on the wire they are the same.
 type compute struct {
-	storage *storage
 	staging *staging
 	outbox  *outbox
 	reg     *registry
 	auth    *authority
-	// wait is how long a call waits for its job; 0 is as long as the call has.
-	wait time.Duration
 }
 
 // jobLife is how long a job takes at most from order to report beside its own
@@ -37,111 +39,27 @@ func lifeOfJob(l wire.JobLimits) time.Duration {
 	return min(jobLife+wall, maxLife)
 }
 
-// run carries out an operator's job and waits for it.
-func (c *compute) run(ctx context.Context, r api.JobRequest) (api.Job, error) {
-	o, err := c.storage.object(r.Object)
-	if err != nil {
-		return api.Job{}, err
-	}
-	if o.Code != nil {
-		return api.Job{}, refuse(http.StatusConflict, "encrypted", "%q is encrypted: no device can read it, and so no job can run over it; store a copy with \"deimos object put --plain\"", r.Object)
-	}
-	if r.Chunk < 0 || r.Chunk >= len(o.Chunks) {
-		return api.Job{}, refuse(http.StatusBadRequest, "no_such_chunk", "%q has chunks 0 to %d, not %d", r.Object, len(o.Chunks)-1, r.Chunk)
-	}
-	input := o.Chunks[r.Chunk].ID
-	device, err := c.holder(input, r.Device)
-	if err != nil {
-		return api.Job{}, err
-	}
-	return c.runOn(ctx, device, r.Module, r.Args, input, r.Limits)
-}
-
-// holder picks a device that is there and holds the chunk, or checks the one asked for.
-func (c *compute) holder(id string, want wire.DeviceID) (wire.DeviceID, error) {
-	rec, ok := c.storage.chunks.get(id)
-	if !ok {
-		return "", refuse(http.StatusNotFound, wire.CodeNotFound, "no device is known to hold chunk %s", id)
-	}
-	var there []wire.DeviceID
-	for _, h := range rec.Holders {
-		if !h.Lost && c.reg.mayWork(h.Device) && (want == "" || want == h.Device) {
-			there = append(there, h.Device)
-		}
-	}
-	switch {
-	case len(there) > 0:
-		return there[rand.IntN(len(there))], nil
-	case want != "":
-		return "", refuse(http.StatusConflict, "not_a_holder", "device %s is offline, does not hold the input chunk %s, or has a warning that keeps jobs from it (\"deimos device show %s\")", want, id, want)
-	}
-	return "", refuse(http.StatusServiceUnavailable, "no_holder_online", "no device that holds the input chunk %s is online", id)
-}
-
-// runOn sends the job order and collects its result. Customers' jobs and
-// challenges both come through here: on the wire they are the same.
-func (c *compute) runOn(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (api.Job, error) {
-	order, err := c.send(ctx, d, module, args, input, limits)
-	if err != nil {
-		return api.Job{}, err
-	}
-	about(ctx, string(d), order.ID)
-	wait := ctx
-	if c.wait > 0 {
-		var cancel context.CancelFunc
-		wait, cancel = context.WithTimeout(ctx, c.wait)
-		defer cancel()
-	}
-	v, err := c.outbox.await(wait, order, nil)
-	if errors.Is(err, context.DeadlineExceeded) {
-		return api.Job{}, &unfinished{order}
-	}
-	if err != nil {
-		return api.Job{}, err
-	}
-	return c.collect(ctx, v)
-}
-
-// unfinished is the error of a call whose job goes on after it.
-type unfinished struct{ order wire.Order }
-
-func (u *unfinished) Error() string {
-	return fmt.Sprintf("the job goes on: order %s of device %s has not ended in the time that a call has; \"deimos order show %s %s --wait 10m\" waits for its end",
-		u.order.ID, u.order.Device, u.order.Device, u.order.ID)
-}
-
-// result collects a job that was begun by a call before.
-func (c *compute) result(ctx context.Context, d wire.DeviceID, order string) (api.Job, error) {
-	v, err := c.outbox.get(ctx, d, order)
-	switch {
-	case err != nil && !errors.Is(err, errNotFound):
-		return api.Job{}, err
-	case err != nil || v.Kind != wire.KindJobRun:
-		return api.Job{}, refuse(http.StatusNotFound, wire.CodeNotFound, "device %s has no job %s", d, order)
-	case !v.State.Terminal():
-		return api.Job{}, refuse(http.StatusConflict, "not_ended", "job %s has not ended; \"deimos order show %s %s --wait 10m\" waits for its end", order, d, order)
-	}
-	return c.collect(ctx, v)
-}
-
 // isStaged is true for a report whose attachment came over HTTPS.
 func isStaged(r wire.Report) bool {
 	return r.Attachment != nil && r.Attachment.Inline == nil && r.Attachment.Size > 0
 }
 
+// send has a device run a module over a chunk that it holds.
 func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
+	v, err := c.sendAs(ctx, ulid.Make().String(), d, module, wire.JobRun{Args: args, Input: input, Limits: limits}, lifeOfJob(limits))
+	return v.Order, err
+}
+
+// sendAs sends a job order with the id given, in which only the module is missing.
+func (c *compute) sendAs(ctx context.Context, id string, d wire.DeviceID, module string, body wire.JobRun, life time.Duration) (OrderRecord, error) {
 	code, err := c.module(ctx, module)
 	if err != nil {
-		return wire.Order{}, err
+		return OrderRecord{}, err
 	}
-	ref := blobRef{moduleBlob, module}
 	size := int64(len(code))
-	life := lifeOfJob(limits)
-	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: ref, size: size, expires: c.outbox.now().Add(life)})
-	return c.outbox.submit(ctx, d, wire.KindJobRun, wire.JobRun{
-		Module: wire.Blob{SHA256: module, Size: size, URL: u},
-		Args:   args, Input: input, Limits: limits,
-	}, life)
+	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: blobRef{moduleBlob, module}, size: size, expires: c.outbox.now().Add(life)})
+	body.Module = wire.Blob{SHA256: module, Size: size, URL: u}
+	return c.outbox.submitAs(ctx, id, d, wire.KindJobRun, body, life)
 }
 
 // module gets a module that was uploaded before.
@@ -157,34 +75,147 @@ func (c *compute) module(ctx context.Context, id string) ([]byte, error) {
 	return code, err
 }
 
+// jobOutcome is what a job order has come to.
+type jobOutcome struct {
+	asked  wire.JobRun
+	result wire.JobResult
+	output []byte // standard output
+}
+
+// digest is the same of the same outputs, whoever made them.
+func (o jobOutcome) digest() string {
+	h := sha256.New()
+	fmt.Fprintln(h, o.result.Output, o.result.OutputBytes)
+	for _, f := range o.result.Outputs {
+		fmt.Fprintln(h, f.Name, f.SHA256, f.Size)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // collect takes the result of a finished job order apart and checks that its
 // parts belong together. What is the device's fault is a refusal.
-func (c *compute) collect(ctx context.Context, v OrderRecord) (api.Job, error) {
-	j := api.Job{Order: v.Order.ID, Device: v.Order.Device, Report: v.Report}
+func (c *compute) collect(ctx context.Context, v OrderRecord) (j jobOutcome, err error) {
+	order, device := v.Order.ID, v.Order.Device
 	if err := succeeded(v); err != nil {
 		return j, err
 	}
-	if err := json.Unmarshal(v.Result.Body, &j.Result); err != nil {
-		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s reports a result that cannot be read: %v", j.Device, err)
+	bad := func(format string, args ...any) (jobOutcome, error) {
+		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s %s", device, fmt.Sprintf(format, args...))
 	}
-	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
-	if err != nil {
+	if err := json.Unmarshal(v.Result.Body, &j.result); err != nil {
+		return bad("reports a result that cannot be read: %v", err)
+	}
+	if j.asked, err = wire.DecodeBody[wire.JobRun](v.Order); err != nil {
 		return j, err
 	}
-	if j.Result.Module != asked.Module.SHA256 || j.Result.Input != asked.Input {
-		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed the result of another job", j.Device)
+	if j.result.Module != j.asked.Module.SHA256 || j.result.Input != j.asked.Input {
+		return bad("signed the result of another job")
+	}
+	if err := checkOutputs(j.asked, j.result); err != nil {
+		return bad("signed for outputs that were not asked for: %v", err)
+	}
+	if len(j.result.Statement) > 0 {
+		rec, err := c.reg.device(device)
+		if err != nil {
+			return j, err
+		}
+		if err := checkStatement(rec, v.Order, j.asked, j.result); err != nil {
+			return bad("made a statement about another job than it was asked for: %v", err)
+		}
 	}
 	// Nothing of it can have been staged before the order was made.
-	if isStaged(v.Result) && c.outbox.now().After(v.Order.Issued.Add(stagingLife)) && !c.staging.has(ctx, attachmentName(v.Order.ID)) {
-		return j, refuse(http.StatusGone, "expired", "the output of job %s was kept for a day and is gone; \"deimos order show %s %s\" has its signed digest", j.Order, j.Device, j.Order)
+	if isStaged(v.Result) && c.outbox.now().After(v.Order.Issued.Add(stagingLife)) && !c.staging.has(ctx, attachmentName(order)) {
+		return j, refuse(http.StatusGone, "expired", "the output of order %s was kept for a day and is gone; \"deimos order show %s %s\" has its signed digest", order, device, order)
 	}
-	if j.Output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
+	if j.output, err = attachmentOf(ctx, c.staging, v.Result); err != nil {
 		return j, err
 	}
-	if sum := sha256.Sum256(j.Output); hex.EncodeToString(sum[:]) != j.Result.Output {
-		return j, refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed for another output than it sent", j.Device)
+	if sum := sha256.Sum256(j.output); hex.EncodeToString(sum[:]) != j.result.Output {
+		return bad("signed for another output than it sent")
 	}
 	return j, nil
+}
+
+// checkOutputs tells whether the named outputs are those that were asked for, each
+// in one piece.
+func checkOutputs(asked wire.JobRun, r wire.JobResult) error {
+	if len(r.Outputs) != len(asked.Outputs) {
+		return fmt.Errorf("%d outputs instead of %d", len(r.Outputs), len(asked.Outputs))
+	}
+	for i, o := range r.Outputs {
+		if o.Name != asked.Outputs[i] {
+			return fmt.Errorf("the output %q instead of %q", label(o.Name), asked.Outputs[i])
+		}
+		var size int64
+		for _, p := range o.Parts {
+			if !isDigest(p.Chunk) || p.Size < 1 || p.Size > chunk.MaxSize {
+				return fmt.Errorf("the output %s has a part that is no chunk", o.Name)
+			}
+			size += p.Size
+		}
+		if !isDigest(o.SHA256) || size != o.Size || o.Name == wire.Stdout && o.SHA256 != r.Output {
+			return fmt.Errorf("the parts of the output %s are not it", o.Name)
+		}
+	}
+	return nil
+}
+
+// stdin is what a statement calls standard input.
+const stdin = "stdin"
+
+// checkStatement tells whether a statement says of what was asked for what the result
+// says. What an input of several chunks has as its digest cannot be known here; its
+// name can.
+func checkStatement(d api.DeviceRecord, o wire.Order, asked wire.JobRun, r wire.JobResult) error {
+	st, err := wire.OpenAs[wire.Statement](r.Statement, d.PublicKey, wire.TypeStatement)
+	if err != nil {
+		return err
+	}
+	p := st.Predicate
+	switch {
+	case st.Type != wire.StatementType || st.PredicateType != wire.JobPredicateType:
+		return fmt.Errorf("it is of another type")
+	case p.Order != o.ID || p.Device != o.Device:
+		return fmt.Errorf("it is about another order")
+	case p.Module.Digest["sha256"] != asked.Module.SHA256:
+		return fmt.Errorf("it is about another module")
+	case !slices.Equal(p.Args, asked.Args) || !maps.Equal(p.Env, asked.Env) || p.Live != asked.Live:
+		return fmt.Errorf("it is about other arguments, or another environment")
+	}
+	want := map[string]string{wire.Stdout: r.Output}
+	for _, f := range r.Outputs {
+		want[f.Name] = f.SHA256
+	}
+	for _, s := range st.Subject {
+		if want[s.Name] == "" || s.Digest["sha256"] != want[s.Name] {
+			return fmt.Errorf("it is about another output %q", label(s.Name))
+		}
+		delete(want, s.Name)
+	}
+	if len(want) > 0 {
+		return fmt.Errorf("it leaves out the output %s", slices.Sorted(maps.Keys(want))[0])
+	}
+	inputs := make(map[string]string) // name → id, where it is one chunk
+	if asked.Input != "" {
+		inputs[stdin] = asked.Input
+	}
+	for _, in := range asked.Inputs {
+		inputs[in.Name] = ""
+		if len(in.Parts) == 1 {
+			inputs[in.Name] = in.Parts[0].Chunk
+		}
+	}
+	for _, in := range p.Inputs {
+		id, ok := inputs[in.Name]
+		if !ok || id != "" && in.Digest["deimosChunk"] != id {
+			return fmt.Errorf("it is about another input %q", label(in.Name))
+		}
+		delete(inputs, in.Name)
+	}
+	if len(inputs) > 0 {
+		return fmt.Errorf("it leaves out the input %s", slices.Sorted(maps.Keys(inputs))[0])
+	}
+	return nil
 }
 
 // attachmentOf gets a report's attachment, from inside it or from the data

@@ -93,6 +93,7 @@ type Config struct {
 	now     func() time.Time // for tests; nil is time.Now
 	ackHold time.Duration    // for tests; 0 is ackHold
 	serve   time.Duration    // for tests; 0 is serveWait
+	jobPace jobPace          // for tests; the zero value is ordinaryPace
 	// readLimit is how long a request may take to come, but for an operator's upload
 	// (see uploadLimit); for tests; 0 is 5 minutes.
 	readLimit time.Duration
@@ -116,6 +117,7 @@ type Coordinator struct {
 	config   *configs
 	storage  *storage
 	compute  *compute
+	jobs     *jobs
 	audits   *audits
 	repairs  *repairs
 	releases *releases
@@ -342,6 +344,11 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
 	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
 	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended
+	c.compute = &compute{outbox: c.outbox, reg: c.reg, auth: c.auth}
+	c.audits.compute = c.compute
+	c.jobs = newJobs(c.compute, c.storage, c.log)
+	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
+	c.jobs.alone, c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.alone, c.repairs.self, c.repairs.drains.leaving, c.audits.trust
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -371,6 +378,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return bucket(ctx, c, "objects", &c.storage.objects, nil) },
 		func() error { return c.audits.open(ctx, c) },
 		func() error { return c.repairs.open(ctx, c) },
+		func() error { return c.jobs.openRows(ctx, c) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -392,8 +400,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
 	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
-	c.compute = &compute{storage: c.storage, staging: c.staging, outbox: c.outbox, reg: c.reg, auth: c.auth}
-	c.audits.compute = c.compute
+	c.compute.staging, c.jobs.leases = c.staging, c.repairs.leases
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
 	c.releases = &releases{files: repo, cache: cache}
@@ -492,6 +499,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.repairs.run(ctx) })
+	wg.Go(func() { c.jobs.run(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
 	wg.Go(func() { c.cutOffRetired(ctx) })
 	wg.Go(func() {
@@ -547,6 +555,7 @@ func (c *Coordinator) hear(ctx context.Context, m *nats.Msg) {
 				c.storage.resting.said(b)
 				c.inventories.announced(id)
 				c.losses.announced(id)
+				c.jobs.poke()
 				c.outbox.pump(id) // a coordinator that was restarted hears no hello
 			}
 		}
@@ -595,6 +604,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	}
 	c.outbox.hello(id)
 	c.repairs.arrived()
+	c.jobs.poke()
 	c.config.hello(p)
 	c.inventories.announced(id)
 	c.losses.announced(id)

@@ -475,14 +475,14 @@ func (c *evidenceCheck) receipts(v *EvidenceVerdict) error {
 		if err != nil {
 			return fmt.Errorf("the receipt for chunk %s: %w", id, err)
 		}
-		var body wire.Receipt
-		if json.Unmarshal(r.Body, &body) != nil || r.State != wire.Succeeded || r.Device != c.Device || body.ID != id || body.Volume == "" || chunk.CheckSize(body.Size) != nil {
+		size := receiptFor(r, id)
+		if r.State != wire.Succeeded || r.Device != c.Device || chunk.CheckSize(size) != nil {
 			return fmt.Errorf("what is given as the receipt for chunk %s is none", id)
 		}
-		if n, ok := c.Sizes[id]; ok && n != body.Size {
-			return fmt.Errorf("chunk %s is said to have %d bytes, the device has signed for %d", id, n, body.Size)
+		if n, ok := c.Sizes[id]; ok && n != size {
+			return fmt.Errorf("chunk %s is said to have %d bytes, the device has signed for %d", id, n, size)
 		}
-		c.sizes[id] = body.Size
+		c.sizes[id] = size
 	}
 	for _, id := range slices.Concat(c.Wrong, c.Lost) {
 		if c.sizes[id] == 0 {
@@ -494,6 +494,26 @@ func (c *evidenceCheck) receipts(v *EvidenceVerdict) error {
 		v.Trusting = append(v.Trusting, "that no order to drop these chunks was out")
 	}
 	return nil
+}
+
+// receiptFor is the size with which a report says that a chunk is durable: it is a
+// receipt, or the result of a job that made the chunk. 0: it does not say so.
+func receiptFor(r wire.Report, id string) int64 {
+	var stored wire.Receipt
+	if json.Unmarshal(r.Body, &stored) == nil && stored.ID == id && stored.Volume != "" {
+		return stored.Size
+	}
+	var made wire.JobResult
+	if json.Unmarshal(r.Body, &made) == nil {
+		for _, o := range made.Outputs {
+			for _, p := range o.Parts {
+				if p.Chunk == id {
+					return p.Size
+				}
+			}
+		}
+	}
+	return 0
 }
 
 func (c *evidenceCheck) judge(v *EvidenceVerdict) error {

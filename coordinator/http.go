@@ -76,7 +76,7 @@ func (c *Coordinator) table() []route {
 		c.orderRoutes(),
 		c.configRoutes(),
 		c.storageRoutes(),
-		c.computeRoutes(),
+		c.jobRoutes(),
 		c.auditRoutes(),
 		c.repairRoutes(),
 		c.releaseRoutes(),
@@ -246,15 +246,6 @@ func (c *Coordinator) storageRoutes() []route {
 	}
 }
 
-func (c *Coordinator) computeRoutes() []route {
-	return []route{
-		{method: "GET", path: v1 + "/modules/{id}", needs: toRead, summary: "A module that was uploaded", out: bytes.Buffer{}, handle: c.getModule},
-		{method: "PUT", path: v1 + "/modules/{id}", needs: toOperate, summary: "Upload a WebAssembly module", unlogged: true, in: bytes.Buffer{}, handle: c.putModule},
-		{method: "POST", path: v1 + "/jobs", needs: toOperate, summary: "Run a module over a stored chunk", in: api.JobRequest{}, out: api.Job{}, handle: c.runJob},
-		{method: "GET", path: v1 + "/jobs/{device}/{order}", needs: toRead, summary: "The result of a job", out: api.Job{}, handle: c.getJob},
-	}
-}
-
 func (c *Coordinator) releaseRoutes() []route {
 	return []route{
 		{method: "GET", path: v1 + "/repo", needs: toRelease, summary: "List the files of the update repository", out: []api.RepoFile{}, handle: func(w http.ResponseWriter, r *http.Request) error {
@@ -387,7 +378,12 @@ func (c *Coordinator) getBlob(w http.ResponseWriter, r *http.Request) error {
 	if _, err := c.auth.redeem(r, caller(r), ref); err != nil {
 		return err
 	}
-	data, err := c.staging.get(r.Context(), ref.String())
+	var data []byte
+	if ref.kind == inputBlob { // from who holds it, when it is wanted
+		data, err = c.storage.relay(r.Context(), ref)
+	} else {
+		data, err = c.staging.get(r.Context(), ref.String())
+	}
 	if errors.Is(err, errNotStaged) {
 		return refuse(http.StatusNotFound, wire.CodeNotFound, "%s is not here any more", ref)
 	}
@@ -617,34 +613,5 @@ func (c *Coordinator) putModule(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
-	return nil
-}
-
-func (c *Coordinator) runJob(w http.ResponseWriter, r *http.Request) error {
-	var q api.JobRequest
-	if err := decode(w, r, maxRequest, &q); err != nil {
-		return err
-	}
-	j, err := c.compute.run(r.Context(), q)
-	var u *unfinished
-	if errors.As(err, &u) {
-		w.Header().Set(api.HeaderDevice, string(u.order.Device))
-		w.Header().Set(api.HeaderOrder, u.order.ID)
-		return refuse(http.StatusGatewayTimeout, codeNoAnswer, "%v", u)
-	}
-	if err != nil {
-		return err
-	}
-	writeJSON(w, http.StatusOK, j)
-	return nil
-}
-
-// getJob is for who had not the patience, or the time, to wait for a job's end.
-func (c *Coordinator) getJob(w http.ResponseWriter, r *http.Request) error {
-	j, err := c.compute.result(r.Context(), wire.DeviceID(r.PathValue("device")), r.PathValue("order"))
-	if err != nil {
-		return err
-	}
-	writeJSON(w, http.StatusOK, j)
 	return nil
 }

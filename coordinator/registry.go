@@ -86,6 +86,7 @@ type live struct {
 	inventory string // digest of what it has; empty if it does not say
 	losses    string // digest of what it has lost; empty if nothing
 	scrubs    []wire.Scrub
+	jobs      *wire.JobsState // how it stands with jobs; nil if it does not say
 	health    []wire.Warning
 	healthAt  time.Time // of the heartbeat that said so
 	starts    starts
@@ -329,7 +330,7 @@ func (r *registry) beat(b wire.Beat) {
 	if l := r.liveOf(b.Device); l != nil {
 		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
 		l.health, l.healthAt = cleanWarnings(b.Warnings, r.now().UTC()), r.now().UTC()
-		l.losses, l.scrubs = b.Losses, cleanScrubs(b.Scrubs)
+		l.losses, l.scrubs, l.jobs = b.Losses, cleanScrubs(b.Scrubs), cleanJobs(b.Jobs)
 		if isDigest(b.InventoryDigest) {
 			l.inventory = b.InventoryDigest
 		}
@@ -368,6 +369,35 @@ func cleanScrubs(list []wire.Scrub) []wire.Scrub {
 	}
 	return list
 }
+
+// maxJobsNames bounds the datasets and walls that a device tells of.
+const maxJobsNames = 64
+
+// cleanJobs makes fit to be shown what a device says of its jobs.
+func cleanJobs(j *wire.JobsState) *wire.JobsState {
+	if j == nil {
+		return nil
+	}
+	v := *j
+	v.Engine = label(v.Engine)
+	v.Slots, v.Running, v.Waiting = min(max(v.Slots, 0), maxJobSlots), max(v.Running, 0), max(v.Waiting, 0)
+	v.MemoryBytes = space(v.MemoryBytes)
+	names := func(list []string) []string {
+		list = slices.Clone(list[:min(len(list), maxJobsNames)])
+		for i := range list {
+			list[i] = label(list[i])
+		}
+		return list
+	}
+	v.Walls, v.Datasets = names(v.Walls), names(v.Datasets)
+	if v.Pause != nil {
+		v.Pause = &wire.Pause{Code: label(v.Pause.Code), Seconds: max(v.Pause.Seconds, 0)}
+	}
+	return &v
+}
+
+// maxJobSlots is the most jobs at a time that a device is believed to run.
+const maxJobSlots = 256
 
 // seen is told of every verified report, which is a sign of life as a beat is:
 // on a slow link beats may be lost while reports come. One that was still on its
@@ -433,7 +463,7 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 	}
 	if l, ok := r.live[d.ID]; ok {
 		v.Online, v.LastSeen, v.Telemetry, v.Dropped = l.online, l.lastSeen, l.telemetry, l.dropped
-		v.Health, v.HealthAt, v.Scrubs = l.health, l.healthAt, l.scrubs
+		v.Health, v.HealthAt, v.Scrubs, v.Jobs = l.health, l.healthAt, l.scrubs, l.jobs
 		if l.capacity > 0 {
 			v.Capacity, v.Used = l.capacity, l.used
 		}

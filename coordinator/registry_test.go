@@ -364,8 +364,7 @@ func TestADuplicateKeyKeepsWorkAwayUntilADayHasPassed(t *testing.T) {
 	}
 	_, err = w.tryPutFile(testContext(t), "after", someBytes(100), 1)
 	wantRefusal(t, err, http.StatusServiceUnavailable, "too_few_devices")
-	_, err = w.op.RunJob(testContext(t), api.JobRequest{Module: strings.Repeat("0", 64), Object: "before"})
-	wantRefusal(t, err, http.StatusServiceUnavailable, "no_holder_online")
+	w.waitsFor(t, api.JobSpec{Module: w.module(t), Input: &api.JobChunk{Object: "before"}}, api.WarningDuplicateKey)
 	rev := func() uint64 {
 		e, err := w.reg.rows.kv.Get(testContext(t), string(d.id))
 		must(t, err)

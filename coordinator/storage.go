@@ -38,6 +38,9 @@ type chunkRecord struct {
 	// Want is how many copies there should be; 0, in a record of before it was kept,
 	// is as many as were ever made. See [chunkRecord.wanted].
 	Want int `json:"want,omitempty"`
+	// Until is how long it is kept at least though no object has it: it is an output
+	// of a job.
+	Until time.Time `json:"until,omitzero"`
 	// Used is when it was last placed or claimed; see [storage.dropOrphans].
 	Used time.Time `json:"used,omitzero"`
 }
@@ -620,6 +623,19 @@ func atRest(who string, r *api.Rest) error {
 	return refuse(http.StatusServiceUnavailable, r.Code, "%s moves no chunks now (%s); try again %s", who, r.Code, when)
 }
 
+// relay reads a chunk for a device that does not hold it. What was read is
+// remembered for a while: it may come again for the rest, and others for the same.
+func (s *storage) relay(ctx context.Context, ref blobRef) ([]byte, error) {
+	if data, ok := s.staging.recall(ref.String()); ok {
+		return data, nil
+	}
+	data, err := s.read(ctx, ref.id)
+	if err == nil {
+		s.staging.remember(ref.String(), data)
+	}
+	return data, err
+}
+
 // readHolder fetches a chunk from one device that should hold it.
 func (s *storage) readHolder(ctx context.Context, id string, d wire.DeviceID) ([]byte, error) {
 	c, ok := s.chunks.get(id)
@@ -1111,7 +1127,8 @@ func (s *storage) release(ctx context.Context, key string, chunks []api.Chunk) e
 			return err
 		}
 	}
-	return s.drop(ctx, ids, func(c chunkRecord) bool { return len(c.Refs) == 0 })
+	now := s.outbox.now()
+	return s.drop(ctx, ids, func(c chunkRecord) bool { return len(c.Refs) == 0 && c.Until.Before(now) })
 }
 
 // lockAll takes the placing locks of chunks and returns their ids without repeats.
@@ -1211,9 +1228,12 @@ func (s *storage) dropOrphans(ctx context.Context) error {
 		}
 		return true
 	})
-	old := s.outbox.now().Add(-orphanLife)
+	now := s.outbox.now()
+	old := now.Add(-orphanLife)
 	// An object that is made after the look above has set Used before.
-	orphan := func(c chunkRecord) bool { return !c.Used.IsZero() && c.Used.Before(old) && !needed[c.ID] }
+	orphan := func(c chunkRecord) bool {
+		return !c.Used.IsZero() && c.Used.Before(old) && c.Until.Before(now) && !needed[c.ID]
+	}
 	var ids []string
 	s.chunks.each(func(id string, c chunkRecord) bool {
 		if orphan(c) {

@@ -84,6 +84,7 @@ type blobKind string
 const (
 	chunkBlob  blobKind = "chunk"  // id is the Merkle root
 	servedBlob blobKind = "served" // the same, on its way from a device to a reader
+	inputBlob  blobKind = "input"  // a chunk that a job reads and its device does not hold
 	moduleBlob blobKind = "module" // id is SHA-256
 )
 
@@ -91,7 +92,7 @@ func (b blobRef) String() string { return string(b.kind) + "/" + b.id }
 
 func parseBlobRef(kind, id string) (blobRef, error) {
 	b := blobRef{blobKind(kind), id}
-	if b.kind != chunkBlob && b.kind != servedBlob && b.kind != moduleBlob {
+	if b.kind != chunkBlob && b.kind != servedBlob && b.kind != inputBlob && b.kind != moduleBlob {
 		return b, fmt.Errorf("%q is no kind of blob", kind)
 	}
 	if len(id) != 64 {

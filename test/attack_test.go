@@ -361,7 +361,7 @@ func TestReplayHasNoSecondEffect(t *testing.T) {
 	check(drop, raw)
 
 	// A job, whose second run would cost the owner's CPU, also after a restart.
-	var j api.Job
+	var j api.JobResult
 	f.OK(&j, "job", "run", testbed.Guest("wordcount"), "--input", "prey")
 	_, raw = a.terminal(d, j.Order, 0)
 	check(j.Order, raw)

@@ -537,7 +537,7 @@ func (f *fleet) tries(what string, once func() (done bool, said string)) {
 
 func (f *fleet) jobInTheEnd(module, object string, index int) {
 	f.tries("a job over "+object, func() (bool, string) {
-		var j api.Job
+		var j api.JobResult
 		code, said := f.Try(&j, "job", "run", module, "--input", object, "--chunk", fmt.Sprint(index))
 		if code != 0 && !unanswered(said) {
 			f.T.Errorf("a job over %s: %s", object, said)

@@ -30,6 +30,16 @@ func (*orderCmd) Help() string {
   deimos order send device.ping --group attic                      ask a group whether it is there`
 }
 
+func (*jobCmd) Help() string {
+	return `For example:
+
+  deimos job run wordcount.wasm --input text --chunk 0             run over a chunk of a stored file
+  deimos job map thumbnail.wasm --over photos/ --out thumbs        run over each of many files
+  deimos job list --pending                                        what has not ended yet
+  deimos job wait 01JD9W3B5XJ8Z6Q0M2T4R7V9YA                       wait for the end of one
+  deimos job cancel 01JD9W3B5XJ8Z6Q0M2T4R7V9YA                     stop it`
+}
+
 func (*configCmd) Help() string {
 	return `For example:
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -13,6 +14,12 @@ import (
 // help as it is shown, on a narrow terminal.
 func TestExamplesCanBeTyped(t *testing.T) {
 	t.Setenv("COLUMNS", "80")
+	t.Chdir(t.TempDir())
+	for _, name := range []string{"wordcount.wasm", "thumbnail.wasm"} { // that the examples name
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var c commands
 	v := reflect.ValueOf(&c).Elem()
 	seen := 0

@@ -99,16 +99,7 @@ func NewClient(c Context) (*Client, error) {
 type Error struct {
 	Status int
 	wire.APIError
-	// Device and Order name the order that goes on though the call has ended.
-	Device wire.DeviceID
-	Order  string
 }
-
-// Headers of such an answer.
-const (
-	HeaderDevice = "Deimos-Device"
-	HeaderOrder  = "Deimos-Order"
-)
 
 func (e *Error) Error() string { return e.Reason }
 
@@ -167,7 +158,7 @@ func (c *Client) callFor(ctx context.Context, method, path string, query url.Val
 		return nil, fmt.Errorf("the coordinator's answer is larger than %d bytes", most)
 	}
 	if resp.StatusCode >= 300 {
-		e := &Error{Status: resp.StatusCode, Device: wire.DeviceID(resp.Header.Get(HeaderDevice)), Order: resp.Header.Get(HeaderOrder)}
+		e := &Error{Status: resp.StatusCode}
 		if json.Unmarshal(raw, &e.APIError) != nil || e.Reason == "" {
 			e.Reason = fmt.Sprintf("the coordinator answered %s to %s %s", resp.Status, method, path)
 		}
@@ -295,24 +286,6 @@ func (c *Client) PutModule(ctx context.Context, module []byte) (string, error) {
 		_, err = c.call(ctx, http.MethodPut, "modules/"+id, nil, module)
 	}
 	return id, err
-}
-
-// RunJob runs a job and waits for its result, also beyond what one call may take.
-func (c *Client) RunJob(ctx context.Context, r JobRequest) (Job, error) {
-	j, err := ask[Job](ctx, c, http.MethodPost, "jobs", nil, r)
-	var e *Error
-	if !errors.As(err, &e) || e.Order == "" {
-		return j, err
-	}
-	if _, err := c.AwaitOrder(ctx, e.Device, e.Order, nil); err != nil {
-		return j, fmt.Errorf("%w (the job is order %s of device %s)", err, e.Order, e.Device)
-	}
-	return c.Job(ctx, e.Device, e.Order)
-}
-
-// Job fetches the result of a job that has ended. A large output is kept for a day.
-func (c *Client) Job(ctx context.Context, device wire.DeviceID, order string) (Job, error) {
-	return ask[Job](ctx, c, http.MethodGet, "jobs/"+segment(string(device))+"/"+segment(order), nil, nil)
 }
 
 // PutRepoFile uploads one file of the update repository, e.g.

@@ -79,6 +79,8 @@ type Device struct {
 	// Scrubs is how far each volume is with verifying all that it holds, by the
 	// same heartbeat. It is not in a list.
 	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
+	// Jobs is how it stands with jobs, by its last heartbeat; nil if it does not say.
+	Jobs *wire.JobsState `json:"jobs,omitempty"`
 	// Rest says that it refuses to move chunks for a while, by what it said last.
 	Rest *Rest `json:"rest,omitempty"`
 	// Score is what its challenges say of it; lists leave it out.

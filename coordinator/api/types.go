@@ -10,29 +10,6 @@
 // base64 (encoding/json's).
 package api
 
-import (
-	"github.com/deimos-edge/deimos/wire"
-)
-
-// JobRequest asks for a run of a module over one chunk.
-type JobRequest struct {
-	Module string         `json:"module"` // SHA-256, uploaded before
-	Args   []string       `json:"args,omitempty"`
-	Object string         `json:"object"`
-	Chunk  int            `json:"chunk"`            // index in the object
-	Device wire.DeviceID  `json:"device,omitempty"` // empty: any that holds the chunk
-	Limits wire.JobLimits `json:"limits,omitzero"`
-}
-
-// Job is a finished job.
-type Job struct {
-	Order  string         `json:"order"`
-	Device wire.DeviceID  `json:"device"`
-	Result wire.JobResult `json:"result"`
-	Output []byte         `json:"output"`
-	Report []byte         `json:"report"` // the device's signed report, a DSSE envelope
-}
-
 // RepoFile is a file of the update repository as the coordinator has it.
 type RepoFile struct {
 	Path   string `json:"path"`   // e.g. "metadata/timestamp.json"

@@ -115,6 +115,15 @@ func (o Output) Print(v any, table func(w io.Writer) error) error {
 	return table(Plain(os.Stdout))
 }
 
+// Line writes v as one line of JSON, as the next of a stream of them.
+func Line(w io.Writer, v any) error {
+	raw, err := json.Marshal(v)
+	if err == nil {
+		_, err = w.Write(append(escape(raw), '\n'))
+	}
+	return err
+}
+
 // escape writes the characters of a JSON document that are not printable, which
 // can stand in its strings only, as JSON's \u: the same document, and nothing
 // that steers a terminal. encoding/json does so for those below a space.

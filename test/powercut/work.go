@@ -331,7 +331,7 @@ func (k *worker) job(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	j, err := k.client.RunJob(ctx, api.JobRequest{Module: sum, Object: k.any()})
+	j, err := k.client.RunJob(ctx, api.JobSpec{Module: sum, Input: &api.JobChunk{Object: k.any()}})
 	if err == nil {
 		k.rec.Mark(mark{Order: j.Order})
 	}

@@ -76,7 +76,7 @@ func (f *Fleet) CheckWordcount(o PutResult, chunk []byte, flags ...string) {
 // RunJob runs a guest over the first chunk and checks who signed for the output.
 func (f *Fleet) RunJob(object, name string, flags ...string) []byte {
 	f.T.Helper()
-	var j api.Job
+	var j api.JobResult
 	f.OK(&j, append([]string{"job", "run", Guest(name), "--input", object}, flags...)...)
 	d, err := f.Client.Device(f.Ctx, string(j.Device))
 	if err != nil {

@@ -1,0 +1,316 @@
+package coordinator
+
+import (
+	"cmp"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// asked is what one task wants of a device.
+type asked struct {
+	name   string      // of the task
+	run    wire.JobRun // without module and addresses
+	plain  bool        // a device that says nothing about jobs can do it
+	chunks []api.Chunk // of its inputs, that can be fetched
+	needs  api.JobNeeds
+}
+
+// resolve finds what a task wants by what is stored now.
+func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
+	q := row.Spec
+	a.needs = q.Needs
+	a.run = wire.JobRun{Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
+	object := func(name, as string) error {
+		o, err := s.plain(name)
+		if err != nil {
+			return err
+		}
+		in := wire.JobInput{Name: as, Parts: make([]wire.JobPart, len(o.Chunks))}
+		for k, ch := range o.Chunks {
+			in.Parts[k] = wire.JobPart{Chunk: ch.ID, Size: ch.Size}
+		}
+		a.chunks = append(a.chunks, o.Chunks...)
+		a.run.Inputs = append(a.run.Inputs, in)
+		return nil
+	}
+	standard := func(name string, n int) error {
+		o, err := s.plain(name)
+		switch {
+		case err != nil:
+			return err
+		case n < 0 && len(o.Chunks) == 0:
+			return nil // an empty file is no input
+		case n < 0 && len(o.Chunks) > 1:
+			return tooLong(o)
+		}
+		if n = max(n, 0); n >= len(o.Chunks) {
+			return refuse(http.StatusBadRequest, "no_such_chunk", "%q has %d chunks, from 0 on: there is no chunk %d", name, len(o.Chunks), n)
+		}
+		a.run.Input = o.Chunks[n].ID
+		return nil
+	}
+	if q.Input != nil {
+		if q.Input.Chunk < 0 {
+			return a, refuse(http.StatusBadRequest, "no_such_chunk", "chunks are counted from 0 on: there is no chunk %d", q.Input.Chunk)
+		}
+		if err := standard(q.Input.Object, q.Input.Chunk); err != nil {
+			return a, err
+		}
+	}
+	for _, in := range q.Inputs {
+		if in.Object == "" {
+			a.run.Inputs = append(a.run.Inputs, wire.JobInput{Name: in.Name, Dataset: in.Dataset, Sensors: in.Sensors})
+			continue
+		}
+		if err := object(in.Object, in.Name); err != nil {
+			return a, err
+		}
+	}
+	if q.Over != nil {
+		file, n := files.of(i)
+		a.name = file
+		if n >= 0 {
+			a.name = fmt.Sprintf("%s#%d", file, n)
+		}
+		if q.Over.As != "" {
+			err = object(file, q.Over.As)
+		} else {
+			err = standard(file, n)
+		}
+		if err != nil {
+			return a, err
+		}
+	}
+	a.plain = len(a.run.Env) == 0 && len(a.run.Inputs) == 0 && len(a.run.Outputs) == 0 && !a.run.Live
+	return a, nil
+}
+
+// body is a task's order to a device: what it does not hold it is told where to
+// get. A device that says nothing about jobs is sent what every device understands.
+func (s *jobs) body(a asked, d jobDevice, deadline time.Time, life time.Duration) wire.JobRun {
+	b := a.run
+	if d.jobs == nil {
+		return wire.JobRun{Args: b.Args, Input: b.Input, Limits: b.Limits}
+	}
+	// A deadline that the order's own end comes before need not be said.
+	if now := s.now(); deadline.Before(now.Add(life)) {
+		b.Deadline = deadline
+	}
+	b.Inputs = slices.Clone(b.Inputs)
+	for i := range b.Inputs {
+		b.Inputs[i].Parts = slices.Clone(b.Inputs[i].Parts)
+		for k, p := range b.Inputs[i].Parts {
+			if !s.storage.holdsNow(d.id, p.Chunk) {
+				b.Inputs[i].Parts[k].URL = s.compute.auth.issue(ticket{method: http.MethodGet, device: d.id, blob: blobRef{inputBlob, p.Chunk}, size: p.Size, expires: s.now().Add(life)})
+			}
+		}
+	}
+	return b
+}
+
+// jobDevice is a device that is there, as the scheduler sees it.
+type jobDevice struct {
+	id    wire.DeviceID
+	arch  string
+	owner string
+	jobs  *wire.JobsState // nil: it does not say
+	slots int
+	trust float64
+	why   *api.JobWait // it gets no jobs at all, and why
+	rests *api.JobWait // it gets none for a moment
+}
+
+// Codes of why tasks wait.
+const (
+	waitsNoDevice  = "no_device_online"
+	waitsHolder    = "no_holder_online"
+	waitsSlots     = "slots"
+	waitsMismatch  = "no_device_fits"
+	waitsBackoff   = "tried"
+	plainSlots     = 1 // of a device that does not say how many it has
+	interpreterTag = "interpreter"
+)
+
+// devices are those that are online.
+func (s *jobs) devices() []jobDevice {
+	var out []jobDevice
+	now := s.now()
+	for _, v := range s.reg.list() {
+		if !v.Online {
+			continue
+		}
+		d := jobDevice{id: v.ID, arch: v.Arch, owner: ownerOf(v.DeviceRecord), jobs: v.Jobs, slots: plainSlots, trust: s.trust(v.ID)}
+		switch {
+		case !s.reg.mayWork(v.ID):
+			d.why = &api.JobWait{Code: api.WarningDuplicateKey, Reason: "has a warning that keeps jobs from it"}
+		case s.leaving(v.ID):
+			d.why = &api.JobWait{Code: "drained", Reason: "is being drained"}
+		case d.trust == 0:
+			d.why = &api.JobWait{Code: "distrusted", Reason: "is not trusted, by its challenges"}
+		}
+		if d.jobs != nil {
+			d.slots = max(d.jobs.Slots, 0)
+			if p := d.jobs.Pause; p != nil {
+				d.rests = &api.JobWait{Code: p.Code, Reason: "lets jobs stand still, as its owner wants (" + p.Code + ")"}
+			}
+		}
+		if r := s.plan.resting[d.id]; now.Before(r.until) {
+			d.rests = &api.JobWait{Code: r.code, Reason: "failed lately (" + r.code + "), and is left alone for a while"}
+		}
+		out = append(out, d)
+	}
+	return out
+}
+
+// misfit is why a device cannot do a task, however much time it has; nil if it can.
+// rank says how far it is from it: the higher, the nearer.
+func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
+	n, l, j := a.needs, a.run.Limits, d.jobs
+	no := func(rank int, code, format string, args ...any) (*api.JobWait, int) {
+		return &api.JobWait{Code: code, Reason: fmt.Sprintf(format, args...)}, rank
+	}
+	if n.Device != "" && n.Device != d.id {
+		return no(0, "device", "is another device")
+	}
+	if d.why != nil {
+		return d.why, 1
+	}
+	if n.Arch != "" && n.Arch != d.arch {
+		return no(1, "arch", "is %s", d.arch)
+	}
+	if a.run.Input != "" && !s.storage.holdsNow(d.id, a.run.Input) {
+		return no(2, waitsHolder, "does not hold the input")
+	}
+	if j == nil {
+		if a.plain && !n.Compiled {
+			return nil, 0
+		}
+		return no(3, "too_old", "has an agent that is too old for this, or runs no jobs")
+	}
+	switch {
+	case n.Compiled && strings.Contains(j.Engine, interpreterTag):
+		return no(4, "engine", "only interprets modules")
+	case l.MemoryBytes > j.MemoryBytes:
+		return no(4, "memory", "gives a job %d bytes of memory", j.MemoryBytes)
+	case l.WallSeconds > j.WallSeconds:
+		return no(4, "wall_time", "gives a job %g s", j.WallSeconds)
+	case a.run.Live && !j.Live:
+		return no(4, "live", "gives jobs neither the time nor random numbers")
+	case d.slots == 0:
+		return no(4, "policy", "runs no jobs now")
+	}
+	for _, in := range a.run.Inputs {
+		name, _, _ := strings.Cut(in.Dataset, "/")
+		if in.Dataset != "" && !slices.Contains(j.Datasets, name) {
+			return no(3, "dataset", "has not opened the dataset %s", name)
+		}
+		if in.Sensors != nil && !j.Sensors {
+			return no(3, "sensors", "does not open its sensors to jobs")
+		}
+	}
+	return nil, 0
+}
+
+// choice is a device for a task.
+type choice struct {
+	device jobDevice
+	moves  int64 // bytes
+	load   float64
+	same   bool // an owner has a copy of the task already
+	tried  bool // it has failed at the task before
+}
+
+// choose picks the device for one more attempt at a task, or says why there is none.
+// room is how many more tasks each device may have now; not are devices that must not
+// have it.
+func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.DeviceID]int) (best *choice, wait *api.JobWait) {
+	var fit []choice
+	var near *api.JobWait
+	nearest, able, away := -1, 0, 0
+	owners := make(map[string]bool)
+	for _, at := range t.Attempts {
+		for _, d := range devices {
+			if d.id == at.Device && (at.State == wire.Succeeded || at.Ended.IsZero()) {
+				owners[d.owner] = true
+			}
+		}
+	}
+	for _, d := range devices {
+		why, rank := s.misfit(d, a)
+		if why == nil && slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool {
+			return at.Device == d.id && (at.Ended.IsZero() || at.State == wire.Succeeded)
+		}) {
+			why, rank = &api.JobWait{Code: waitsBackoff, Reason: "has or had this task already"}, 5
+		}
+		if why != nil {
+			if rank > nearest {
+				near, nearest, away = why, rank, 1
+			} else if rank == nearest && why.Code == near.Code {
+				away++
+			}
+			continue
+		}
+		able++
+		if d.rests != nil {
+			wait = d.rests
+			continue
+		}
+		if room[d.id] <= 0 {
+			continue
+		}
+		c := choice{device: d, load: float64(room[d.id]), same: owners[d.owner]}
+		c.tried = slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool { return at.Device == d.id })
+		fit = append(fit, c)
+	}
+	if len(fit) == 0 {
+		return nil, s.waitOf(a, able, len(devices), away, near, wait)
+	}
+	for i := range fit {
+		for _, ch := range a.chunks {
+			if !s.storage.holdsNow(fit[i].device.id, ch.ID) {
+				fit[i].moves += ch.Size
+			}
+		}
+	}
+	rand.Shuffle(len(fit), func(i, j int) { fit[i], fit[j] = fit[j], fit[i] })
+	c := slices.MinFunc(fit, func(x, y choice) int {
+		return cmp.Or(truth(x.same)-truth(y.same), truth(x.tried)-truth(y.tried), cmp.Compare(x.moves, y.moves), cmp.Compare(y.load, x.load), cmp.Compare(y.device.trust, x.device.trust))
+	})
+	return &c, nil
+}
+
+func truth(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// waitOf puts into words why no device takes a task.
+func (s *jobs) waitOf(a asked, able, online, away int, near, rests *api.JobWait) *api.JobWait {
+	d := a.needs.Device
+	switch {
+	case able > 0 && rests != nil:
+		return &api.JobWait{Code: rests.Code, Reason: fmt.Sprintf("of %d that could do it, each is at work or %s", able, rests.Reason)}
+	case able > 0:
+		return &api.JobWait{Code: waitsSlots, Reason: fmt.Sprintf("waits for its turn: those that could do it (%d) are at work", able)}
+	case d != "" && !s.reg.online(d):
+		return &api.JobWait{Code: waitsNoDevice, Reason: fmt.Sprintf("device %s is not online", d)}
+	case online == 0:
+		return &api.JobWait{Code: waitsNoDevice, Reason: "no device is online"}
+	case near == nil:
+		return &api.JobWait{Code: waitsMismatch, Reason: "no device fits"}
+	case near.Code == waitsHolder:
+		return &api.JobWait{Code: waitsHolder, Reason: fmt.Sprintf("no device that is online and may run jobs holds the input chunk %s", a.run.Input)}
+	case online == 1 || d != "":
+		return &api.JobWait{Code: near.Code, Reason: "the one device that could be asked " + near.Reason}
+	}
+	return &api.JobWait{Code: near.Code, Reason: fmt.Sprintf("none of the %d devices that are online can do it; of the nearest (%d), each %s", online, away, near.Reason)}
+}

@@ -1,0 +1,1027 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// planner is what the coordinator that places tasks has in mind. All of it follows from
+// the records: another one makes its own.
+type planner struct {
+	mu        sync.Mutex
+	until     time.Time // the lease
+	renew     time.Time
+	works     map[string]*work // jobs that have not ended
+	busy      map[wire.DeviceID]int
+	resting   map[wire.DeviceID]jobRest
+	following map[string]bool // orders whose end is awaited
+	there     []jobDevice
+	looked    time.Time // at devices
+	kept      time.Time // house
+}
+
+func newPlanner() planner {
+	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool)}
+}
+
+// jobRest is how long a device that has failed is left alone: else one that fails at
+// once would be given every task.
+type jobRest struct {
+	until time.Time
+	times int
+	code  string
+}
+
+// work is a job whose tasks are placed.
+type work struct {
+	row     jobRow
+	files   jobFiles
+	pending []int32 // tasks that want a device, or one more
+	queued  map[int32]bool
+	open    map[int32]*openTask // those that were begun
+	times   []float64           // seconds that tasks took, from order to result
+	waits   *api.JobWait
+	shelved time.Time // when its module was put on the shelf anew
+}
+
+// openTask is a task that was begun and has not ended.
+type openTask struct {
+	row      taskRow
+	starting int                  // attempts that are about to be made
+	extra    int                  // devices that may have it beside those that are wanted
+	still    map[string]time.Time // since when an attempt stands still, by order
+}
+
+const (
+	devicesFresh   = 100 * time.Millisecond // how long a look at devices counts
+	houseEvery     = time.Second
+	scanAtOnce     = 256 // tasks of a job that are looked at in vain in one round
+	quickTask      = time.Second
+	quickAhead     = 3 // of tasks that are quick, a device gets so many times its slots: it need not wait for the next
+	maxAttempts    = 32
+	longestRetry   = time.Minute
+	longestJobRest = 5 * time.Minute
+	lateShare      = 0.8 // of a job's tasks have ended before one is late
+	lateTimes      = 2   // the median
+	lateTasks      = 5   // a job has at least, for one to be late
+)
+
+// waits is why a job's tasks wait; nil if none does, or if another coordinator knows.
+func (p *planner) waits(id string) *api.JobWait {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if w := p.works[id]; w != nil && len(w.pending) > 0 {
+		return w.waits
+	}
+	return nil
+}
+
+// run places tasks until ctx ends.
+func (s *jobs) run(ctx context.Context) {
+	var under sync.WaitGroup
+	defer under.Wait()
+	t := time.NewTimer(0)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			s.unlead(ctx)
+			return
+		case <-s.wake:
+		case <-t.C:
+		}
+		t.Reset(s.step(ctx, &under))
+	}
+}
+
+// lead takes or keeps the lease of who places.
+func (s *jobs) lead(ctx context.Context) bool {
+	p, now := &s.plan, s.now()
+	p.mu.Lock()
+	fine, had := now.Before(p.renew), now.Before(p.until)
+	p.mu.Unlock()
+	if fine {
+		return true
+	}
+	_, err := s.leases.change(ctx, leadKey, func(l *lease, exists bool) error {
+		if exists && l.By != s.self && l.Until.After(now) && !s.alone {
+			return errTaken
+		}
+		*l = lease{By: s.self, Until: now.Add(s.pace.lease).UTC()}
+		return nil
+	})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil {
+		p.until, p.renew = now.Add(s.pace.lease), now.Add(s.pace.lease/3)
+		return true
+	}
+	if had && !errors.Is(err, errTaken) { // the store is away for a moment
+		return true
+	}
+	clear(p.works)
+	return false
+}
+
+const leadKey = "jobs"
+
+func (s *jobs) unlead(ctx context.Context) {
+	err := s.leases.remove(context.WithoutCancel(ctx), leadKey, func(l lease) bool { return l.By == s.self })
+	if err != nil && !errors.Is(err, errNotFound) {
+		s.log.Warn("jobs wait until the lease of this coordinator ends", "error", err)
+	}
+}
+
+// step does what there is to do, and says when to look again.
+func (s *jobs) step(ctx context.Context, under *sync.WaitGroup) time.Duration {
+	if !s.lead(ctx) {
+		return houseEvery
+	}
+	if err := s.adopt(ctx, under); err != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("jobs wait for the state store", "error", err)
+		}
+		return houseEvery
+	}
+	s.finish(ctx)
+	s.keepHouse(ctx)
+	starts, fails, next := s.place()
+	for _, f := range fails {
+		under.Go(func() { s.fail(ctx, f.id, f.task, f.err) })
+	}
+	for _, st := range starts {
+		under.Go(func() { s.start(ctx, st) })
+	}
+	return next
+}
+
+// adopt takes up jobs that were made since, and after a start all that there are.
+func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
+	p := &s.plan
+	var fresh []jobRow
+	p.mu.Lock()
+	known := make(map[string]bool, len(p.works))
+	for id := range p.works {
+		known[id] = true
+	}
+	p.mu.Unlock()
+	s.rows.each(func(id string, v jobRow) bool {
+		if !known[id] {
+			fresh = append(fresh, v)
+		}
+		return true
+	})
+	first := p.looked.IsZero()
+	if len(fresh) == 0 && !first {
+		return nil
+	}
+	begun := make(map[string]map[int32]taskRow)
+	s.tasks.each(func(key string, t taskRow) bool {
+		id, i := parseTaskKey(key)
+		if begun[id] == nil {
+			begun[id] = make(map[int32]taskRow)
+		}
+		begun[id][int32(i)] = t
+		return true
+	})
+	for _, row := range fresh {
+		w := &work{row: row, queued: make(map[int32]bool), open: make(map[int32]*openTask), shelved: s.now()}
+		if row.Spec.Over != nil {
+			var err error
+			if w.files, err = s.files.find(ctx, row.ID); err != nil {
+				return err
+			}
+		}
+		s.mu.Lock()
+		over := make(map[int32]bool)
+		for i := range s.progressOf(row.ID).is {
+			over[i] = true
+		}
+		s.mu.Unlock()
+		for i := range int32(row.Tasks) {
+			if over[i] {
+				continue
+			}
+			if t, ok := begun[row.ID][i]; ok && !t.State.Terminal() {
+				w.open[i] = &openTask{row: t, still: make(map[string]time.Time)}
+			}
+			w.queue(i)
+		}
+		p.mu.Lock()
+		p.works[row.ID] = w
+		p.mu.Unlock()
+	}
+	// Whatever is under way is awaited, of tasks that have ended too: what their other
+	// devices have made is on record then.
+	for id, tasks := range begun {
+		if known[id] {
+			continue
+		}
+		for i, t := range tasks {
+			for _, a := range t.Attempts {
+				if a.Ended.IsZero() && s.claim(a.Order) {
+					p.mu.Lock()
+					p.busy[a.Device]++
+					p.mu.Unlock()
+					under.Go(func() { s.follow(ctx, id, int(i), a) })
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// claim is true for who follows an order.
+func (s *jobs) claim(order string) bool {
+	s.plan.mu.Lock()
+	defer s.plan.mu.Unlock()
+	was := s.plan.following[order]
+	s.plan.following[order] = true
+	return !was
+}
+
+// queue has a task looked at. The planner's lock is held, unless the work is new.
+func (w *work) queue(i int32) {
+	if !w.queued[i] {
+		w.queued[i] = true
+		w.pending = append(w.pending, i)
+	}
+}
+
+// wants is how many further devices a task is to be given to.
+func (s *jobs) wants(row jobRow, o *openTask) int {
+	if o == nil {
+		return max(row.Spec.Copies, 1)
+	}
+	v := s.judge.judge(judgedTask(row, o.row))
+	return v.more + o.extra - o.row.running() - o.starting
+}
+
+// begun is a task that is about to be given to a device.
+type begun struct {
+	id       string
+	task     int
+	asked    asked
+	device   jobDevice
+	module   string
+	deadline time.Time
+}
+
+// refused is a task that no device can do.
+type refused struct {
+	id   string
+	task int
+	err  error
+}
+
+// place gives devices to tasks: by rank, then by age.
+func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
+	p, now := &s.plan, s.now()
+	next = houseEvery
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	works := make([]*work, 0, len(p.works))
+	for _, w := range p.works {
+		if len(w.pending) > 0 {
+			works = append(works, w)
+		}
+	}
+	if len(works) == 0 {
+		return nil, nil, next
+	}
+	slices.SortFunc(works, func(a, b *work) int {
+		return cmp.Or(cmp.Compare(b.row.Spec.Rank, a.row.Spec.Rank), cmp.Compare(a.row.ID, b.row.ID))
+	})
+	if now.Sub(p.looked) > devicesFresh || now.Before(p.looked) {
+		p.there, p.looked = s.devices(), now
+	}
+	room, ahead := make(map[wire.DeviceID]int), make(map[wire.DeviceID]int)
+	for _, d := range p.there {
+		room[d.id], ahead[d.id] = d.slots-p.busy[d.id], quickAhead*d.slots-p.busy[d.id]
+	}
+	for _, w := range works {
+		have := room
+		if w.quick() {
+			have = ahead
+		}
+		left := 0
+		for _, d := range p.there {
+			if d.why == nil && d.rests == nil {
+				left += max(have[d.id], 0)
+			}
+		}
+		var keep []int32
+		vain := 0
+		for n := len(w.pending); n > 0 && vain < scanAtOnce && (left > 0 || vain == 0); n-- {
+			i := w.pending[0]
+			w.pending = w.pending[1:]
+			o := w.open[i]
+			if o != nil && o.starting > 0 { // where it goes, its row will say in a moment
+				keep, vain = append(keep, i), vain+1
+				continue
+			}
+			if s.wants(w.row, o) <= 0 {
+				delete(w.queued, i)
+				continue
+			}
+			if o != nil && now.Before(o.row.Next) {
+				keep, next = append(keep, i), min(next, o.row.Next.Sub(now))
+				continue
+			}
+			a, err := s.resolve(w.row, w.files, int(i))
+			if err != nil {
+				delete(w.queued, i)
+				fails = append(fails, refused{w.row.ID, int(i), err})
+				continue
+			}
+			var t taskRow
+			if o != nil {
+				t = o.row
+			}
+			c, wait := s.choose(a, t, p.there, have)
+			if c == nil {
+				keep, vain, w.waits = append(keep, i), vain+1, wait
+				continue
+			}
+			d := c.device
+			if o == nil {
+				o = &openTask{still: make(map[string]time.Time)}
+				w.open[i] = o
+			}
+			o.starting++
+			p.busy[d.id]++
+			room[d.id]--
+			ahead[d.id]--
+			left--
+			starts = append(starts, begun{w.row.ID, int(i), a, d, w.row.Spec.Module, w.row.Spec.Deadline})
+			if s.wants(w.row, o) > 0 {
+				keep = append(keep, i)
+			} else {
+				delete(w.queued, i)
+			}
+		}
+		w.pending = append(w.pending, keep...)
+	}
+	return starts, fails, next
+}
+
+// quick tells whether a job's tasks take a moment only.
+func (w *work) quick() bool {
+	n := len(w.times)
+	return n > 0 && w.times[n-1] < quickTask.Seconds()
+}
+
+// start names an order in the task's row, makes it, and follows it to its end.
+func (s *jobs) start(ctx context.Context, b begun) {
+	a := api.JobAttempt{Order: ulid.Make().String(), Device: b.device.id, Began: s.now().UTC(), State: wire.Queued}
+	s.claim(a.Order)
+	p, key, made := &s.plan, taskKey(b.id, b.task), false
+	_, err := s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+		made = false
+		if t.State.Terminal() || slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Device == a.Device && x.Ended.IsZero() }) {
+			return errUnchanged
+		}
+		t.Name, t.State, t.Next, made = b.asked.name, wire.Running, time.Time{}, true
+		t.Attempts = append(t.Attempts, a)
+		return nil
+	})
+	p.mu.Lock()
+	if w := p.works[b.id]; w != nil {
+		if o := w.open[int32(b.task)]; o != nil {
+			o.starting--
+			o.row, _ = s.tasks.get(key) // as it is by now
+			w.queue(int32(b.task))
+		}
+	}
+	if !made {
+		p.release(a)
+	}
+	p.mu.Unlock()
+	s.poke()
+	switch {
+	case err != nil && ctx.Err() == nil:
+		s.log.Warn("a task could not be given to a device; it will be tried again", "job", b.id, "task", b.task, "error", err)
+		return
+	case err != nil || !made:
+		return
+	}
+	life := min(lifeOfJob(b.asked.run.Limits), max(b.deadline.Sub(s.now()), time.Second))
+	_, err = s.compute.sendAs(ctx, a.Order, a.Device, b.module, s.body(b.asked, b.device, b.deadline, life), life)
+	if err != nil {
+		if ctx.Err() == nil {
+			s.settle(ctx, b.id, b.task, a, OrderRecord{}, err)
+		}
+		return
+	}
+	s.follow(ctx, b.id, b.task, a)
+}
+
+// release forgets an attempt that is over. p.mu is held.
+func (p *planner) release(a api.JobAttempt) {
+	delete(p.following, a.Order)
+	if p.busy[a.Device]--; p.busy[a.Device] <= 0 {
+		delete(p.busy, a.Device)
+	}
+}
+
+// errNeverMade is the end of an attempt that a crash came before.
+var errNeverMade = &wire.Problem{State: wire.Canceled, Code: wire.CodeInterrupted, Reason: "the coordinator was stopped before it had made the order"}
+
+// follow waits for the end of an attempt.
+func (s *jobs) follow(ctx context.Context, id string, task int, a api.JobAttempt) {
+	v, err := s.outbox.await(ctx, wire.Order{ID: a.Order, Device: a.Device}, func(v OrderRecord) {
+		s.plan.mu.Lock()
+		defer s.plan.mu.Unlock()
+		if w := s.plan.works[id]; w != nil {
+			if o := w.open[int32(task)]; o != nil {
+				o.stand(a.Order, v.Code != "", s.now())
+			}
+		}
+	})
+	for ctx.Err() == nil {
+		switch {
+		case errors.Is(err, errNotFound):
+			s.settle(ctx, id, task, a, v, errNeverMade)
+			return
+		case err == nil:
+			s.settle(ctx, id, task, a, v, nil)
+			return
+		}
+		s.log.Warn("what became of a task cannot be read; it will be tried again", "job", id, "task", task, "error", err)
+		if rest(ctx, houseEvery) != nil {
+			return
+		}
+		v, err = s.outbox.await(ctx, wire.Order{ID: a.Order, Device: a.Device}, nil)
+	}
+}
+
+// rest waits, unless ctx ends before.
+func rest(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// stand notes whether an attempt stands still.
+func (o *openTask) stand(order string, still bool, now time.Time) {
+	if _, was := o.still[order]; !still {
+		delete(o.still, order)
+	} else if !was {
+		o.still[order] = now
+	}
+}
+
+// settle takes in how an attempt has ended, and what follows for its task.
+func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt, v OrderRecord, err error) {
+	defer s.settling.lock(taskKey(id, task))()
+	var out jobOutcome
+	if err == nil {
+		out, err = s.compute.collect(ctx, v)
+	}
+	if err == nil {
+		err = s.keep(ctx, v, out)
+	}
+	if ctx.Err() != nil {
+		return // it is found again
+	}
+	job, _ := s.rows.get(id)
+	a.Ended, a.State = s.now().UTC(), wire.Succeeded
+	if err != nil {
+		a.State, a.Code, a.Reason, a.Retry = ending(err, v)
+	} else {
+		a.Result, a.CPU, a.Wall = out.digest(), out.result.CPUSeconds, out.result.WallSeconds
+	}
+	fill := func(t *taskRow) bool {
+		k := slices.IndexFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order })
+		if k < 0 || !t.Attempts[k].Ended.IsZero() {
+			return false
+		}
+		t.Attempts[k] = a
+		switch {
+		case t.State.Terminal():
+		case job.ID != "":
+			s.decide(job, t)
+		default: // it was begun in the moment in which its job ended
+			t.State, t.Ended = wire.Canceled, a.Ended
+		}
+		return true
+	}
+	var notSaved error
+	if t, ok := s.tasks.get(taskKey(id, task)); ok && len(job.Spec.Save) > 0 && err == nil && !t.State.Terminal() {
+		// Before it counts as done.
+		t.Attempts = slices.Clone(t.Attempts)
+		if fill(&t) && t.State == wire.Succeeded {
+			notSaved = s.saveOf(ctx, job, t)
+		}
+	}
+	row, err2 := s.tasks.change(ctx, taskKey(id, task), func(t *taskRow, exists bool) error {
+		if !exists || !fill(t) {
+			return errUnchanged
+		}
+		if notSaved != nil && t.State == wire.Succeeded {
+			_, t.Code, t.Reason, _ = ending(notSaved, OrderRecord{})
+			t.State, t.Reason = wire.Failed, "the result is there, and could not be saved: "+t.Reason
+		}
+		return nil
+	})
+	if err2 != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("the end of a task could not be kept; it will be found again", "job", id, "task", task, "error", err2)
+		}
+		row = taskRow{State: wire.Running} // as it was
+	}
+	if row.State.Terminal() {
+		s.stop(ctx, row, "another device was first, or the job has ended")
+	}
+	s.settled(id, task, a, row, err2 == nil)
+	if a.State != wire.Succeeded && (a.Code == wire.CodeLost || a.Code == wire.CodeNotFound) {
+		s.noteLoss(ctx, v)
+	}
+}
+
+// ending is how an attempt has failed, in few words.
+func ending(err error, v OrderRecord) (state wire.State, code, reason string, retry int64) {
+	var r *refusal
+	var p *wire.Problem
+	switch {
+	case errors.As(err, &p):
+		return p.State, p.Code, cutText(p.Reason, maxLoggedText), v.Result.RetrySeconds
+	case errors.As(err, &r):
+		return wire.Failed, r.Code, cutText(r.Reason, maxLoggedText), 0
+	}
+	return wire.Failed, wire.CodeInternal, cutText(err.Error(), maxLoggedText), 0
+}
+
+// settled is what the planner makes of the end of an attempt.
+func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept bool) {
+	p, now := &s.plan, s.now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer s.poke()
+	p.release(a)
+	switch {
+	case a.State == wire.Succeeded:
+		delete(p.resting, a.Device)
+	case deviceFailed(a):
+		r := p.resting[a.Device]
+		wait := min(s.pace.rest<<min(r.times, 10), longestJobRest)
+		if a.Retry > 0 {
+			wait = max(wait, time.Duration(min(a.Retry, int64(maxLife/time.Second)))*time.Second)
+		}
+		p.resting[a.Device] = jobRest{now.Add(wait), r.times + 1, a.Code}
+	}
+	for i, d := range p.there { // the look is a moment old
+		if r := p.resting[d.id]; d.id == a.Device && now.Before(r.until) {
+			p.there[i].rests = &api.JobWait{Code: r.code, Reason: "failed lately (" + r.code + ")"}
+		}
+	}
+	w := p.works[id]
+	if w == nil {
+		return
+	}
+	if a.State == wire.Succeeded {
+		w.times = append(w.times, a.Ended.Sub(a.Began).Seconds())
+	}
+	o := w.open[int32(task)]
+	if o == nil || !kept {
+		return
+	}
+	if o.row, kept = s.tasks.get(taskKey(id, task)); !kept { // it has ended, and nothing of it goes on
+		o.row = row
+	}
+	delete(o.still, a.Order)
+	if row.State.Terminal() {
+		delete(w.open, int32(task))
+		return
+	}
+	w.queue(int32(task))
+}
+
+// deviceFailed tells whether it is the device that could not do a task, and not the
+// task that could not be done.
+func deviceFailed(a api.JobAttempt) bool {
+	switch a.Code {
+	case codeGuestFailed, codeBadModule, wire.CodeBadBody, wire.CodeLimit, wire.CodeLost, wire.CodeNotFound, wire.CodeInterrupted, "too_large", "no_module":
+		return false
+	}
+	return a.State != wire.Canceled
+}
+
+// Codes of jobs/... that a device ends a job with.
+const (
+	codeGuestFailed = "guest_failed"
+	codeBadModule   = "bad_module"
+	codeDisagree    = "disagreement"
+)
+
+// decide sets a task's state by its attempts.
+func (s *jobs) decide(job jobRow, t *taskRow) {
+	now := s.now().UTC()
+	end := func(state wire.State, code, format string, args ...any) {
+		t.State, t.Code, t.Reason, t.Ended, t.Next = state, code, cutText(fmt.Sprintf(format, args...), maxLoggedText), now, time.Time{}
+	}
+	fails, guest := 0, 0
+	var last api.JobAttempt // that counts
+	for _, a := range t.Attempts {
+		switch {
+		case a.Ended.IsZero() || a.State == wire.Succeeded || a.Retry > 0 || a.State == wire.Canceled && (a.Code == wire.CodeRetired || a.Code == wire.CodeInterrupted):
+			continue
+		case a.State == wire.Canceled:
+			end(wire.Canceled, a.Code, "order %s of device %s was canceled", a.Order, a.Device)
+			return
+		}
+		if last, fails = a, fails+1; a.Code == codeGuestFailed || a.Code == codeBadModule {
+			guest++
+		}
+	}
+	v := s.judge.judge(judgedTask(job, *t))
+	retries := max(job.Spec.Retries, 0)
+	switch {
+	case v.stands >= 0:
+		end(wire.Succeeded, "", "%s", v.reason)
+		t.Stands = v.stands
+	case v.code != "":
+		end(wire.Failed, v.code, "%s", v.reason)
+	case last.Code == wire.CodeBadBody || last.Code == "too_large" || last.Code == "no_module":
+		end(last.State, last.Code, "%s", last.Reason)
+	case guest > 0 && (guest > 1 || retries == 0) && !job.Spec.Live:
+		end(last.State, last.Code, "%s", last.Reason)
+	case (fails > retries || len(t.Attempts) >= maxAttempts) && t.running() == 0:
+		reason := last.Reason
+		if fails > 1 {
+			reason = fmt.Sprintf("%d devices or tries failed; the last said: %s", fails, last.Reason)
+		}
+		end(cmp.Or(last.State, wire.Failed), cmp.Or(last.Code, wire.CodeInternal), "%s", reason)
+	default:
+		t.State = wire.Queued
+		if t.running() > 0 {
+			t.State = wire.Running
+		}
+		if n := len(t.Attempts); fails > 0 && n > 0 {
+			t.Next = now.Add(min(s.pace.retry<<min(fails-1, 10), longestRetry))
+		}
+	}
+}
+
+// fail ends a task that no device can do, for what it is about.
+func (s *jobs) fail(ctx context.Context, id string, task int, why error) {
+	row, err := s.tasks.change(ctx, taskKey(id, task), func(t *taskRow, exists bool) error {
+		if t.State.Terminal() {
+			return errUnchanged
+		}
+		t.State, t.Code, t.Reason, _ = ending(why, OrderRecord{})
+		t.Ended = s.now().UTC()
+		return nil
+	})
+	p := &s.plan
+	p.mu.Lock()
+	if w := p.works[id]; w != nil {
+		if err != nil {
+			w.queue(int32(task))
+		} else {
+			delete(w.open, int32(task))
+		}
+	}
+	p.mu.Unlock()
+	if err == nil {
+		s.stop(ctx, row, "the task has ended")
+	} else if ctx.Err() == nil {
+		s.log.Warn("a task that cannot be done waits", "job", id, "task", task, "error", err)
+	}
+	s.poke()
+}
+
+// stop cancels what is still under way of a task that has ended.
+func (s *jobs) stop(ctx context.Context, t taskRow, why string) {
+	for _, a := range t.Attempts {
+		if !a.Ended.IsZero() {
+			continue
+		}
+		if _, err := s.outbox.cancel(ctx, a.Device, a.Order, why, "coordinator"); err != nil && ctx.Err() == nil {
+			var r *refusal
+			if !errors.As(err, &r) { // it has ended meanwhile, or was never made
+				s.log.Warn("a superfluous run of a task goes on", "order", a.Order, "error", err)
+			}
+		}
+	}
+}
+
+// finish ends jobs: those whose tasks have all ended, that were canceled or have no
+// time left.
+func (s *jobs) finish(ctx context.Context) {
+	now := s.now().UTC()
+	var list []jobRow
+	s.rows.each(func(_ string, v jobRow) bool {
+		list = append(list, v)
+		return true
+	})
+	for _, v := range list {
+		s.mu.Lock()
+		good, failed := 0, 0
+		if p := s.open[v.ID]; p != nil {
+			good, failed = p.good, p.failed
+		}
+		s.mu.Unlock()
+		state, code, reason := wire.Succeeded, "", ""
+		switch {
+		case v.Cancel != nil:
+			state, code, reason = wire.Canceled, wire.CodeCanceled, "it was canceled by "+v.Cancel.By
+			if v.Cancel.Reason != "" {
+				reason += ": " + v.Cancel.Reason
+			}
+		case good+failed == v.Tasks && failed > 0:
+			state, code, reason = s.failure(v, failed)
+		case good+failed == v.Tasks:
+		case now.After(v.Spec.Deadline):
+			state, code, reason = wire.TimedOut, wire.CodeLimit, fmt.Sprintf("the deadline has come, and %d of %d tasks have not ended", v.Tasks-good-failed, v.Tasks)
+		default:
+			continue
+		}
+		if err := s.end(ctx, v, state, code, reason); err != nil && ctx.Err() == nil {
+			s.log.Warn("a job that is over is not marked so yet", "job", v.ID, "error", err)
+		}
+	}
+}
+
+// failure is how a job ends of which tasks have failed.
+func (s *jobs) failure(v jobRow, failed int) (state wire.State, code, reason string) {
+	if v.Tasks > 1 {
+		return wire.Failed, "tasks_failed", fmt.Sprintf("%d of %d tasks failed", failed, v.Tasks)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	t, err := s.tasks.find(ctx, taskKey(v.ID, 0))
+	if err != nil || !t.State.Terminal() {
+		return wire.Failed, "tasks_failed", "its task failed"
+	}
+	return t.State, t.Code, t.Reason
+}
+
+// end marks a job as over. Tasks that run are told to stop.
+func (s *jobs) end(ctx context.Context, v jobRow, state wire.State, code, reason string) error {
+	p := &s.plan
+	p.mu.Lock()
+	var open []int32
+	if w := p.works[v.ID]; w != nil {
+		w.pending = nil
+		for i := range w.open {
+			open = append(open, i)
+		}
+	}
+	p.mu.Unlock()
+	for _, i := range open {
+		row, err := s.tasks.change(ctx, taskKey(v.ID, int(i)), func(t *taskRow, exists bool) error {
+			if !exists || t.State.Terminal() {
+				return errUnchanged
+			}
+			t.State, t.Code, t.Reason, t.Ended = state, code, reason, s.now().UTC()
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		s.stop(ctx, row, reason)
+	}
+	good := 0
+	s.mu.Lock()
+	if p := s.open[v.ID]; p != nil {
+		good = p.good
+	}
+	s.mu.Unlock()
+	_, err := s.rows.change(ctx, v.ID, func(r *jobRow, exists bool) error {
+		if !exists || r.State.Terminal() {
+			return errUnchanged
+		}
+		r.State, r.Code, r.Reason, r.Ended = state, code, reason, s.now().UTC()
+		r.Succeeded, r.Failed = good, r.Tasks-good
+		return nil
+	})
+	if err == nil {
+		p.mu.Lock()
+		delete(p.works, v.ID)
+		p.mu.Unlock()
+	}
+	return err
+}
+
+// keepHouse sees to what takes too long, and to modules, which the shelf forgets
+// after a day.
+func (s *jobs) keepHouse(ctx context.Context) {
+	p, now := &s.plan, s.now()
+	if d := now.Sub(p.kept); d >= 0 && d < houseEvery {
+		return
+	}
+	p.kept = now
+	var shelve []string
+	p.mu.Lock()
+	for _, w := range p.works {
+		if now.Sub(w.shelved) > s.pace.module {
+			w.shelved, shelve = now, append(shelve, w.row.Spec.Module)
+		}
+		late := s.late(w)
+		for i, o := range w.open {
+			if o.extra > 0 {
+				continue
+			}
+			for _, a := range o.row.Attempts {
+				since, still := o.still[a.Order]
+				if a.Ended.IsZero() && (late > 0 && now.Sub(a.Began) > late || still && now.Sub(since) > s.pace.away || s.awayFor(a.Device) > s.pace.away) {
+					o.extra = 1
+					w.queue(i)
+					break
+				}
+			}
+		}
+	}
+	p.mu.Unlock()
+	for _, m := range shelve {
+		code, err := s.compute.module(ctx, m)
+		if err == nil {
+			err = s.compute.staging.put(ctx, blobRef{moduleBlob, m}.String(), code)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.log.Warn("the module of a job may be forgotten before the job is done", "module", m, "error", err)
+		}
+	}
+}
+
+// late is from when on a task of a job takes too long beside the others; 0: that
+// cannot be said yet. p.mu is held.
+func (s *jobs) late(w *work) time.Duration {
+	n := len(w.times)
+	if w.row.Tasks < lateTasks || len(w.pending) > 0 || float64(n) < lateShare*float64(w.row.Tasks) {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(w.times))
+	return max(time.Duration(lateTimes*sorted[n/2]*float64(time.Second)), s.pace.late)
+}
+
+// awayFor is how long a device has been away; 0: it is there.
+func (s *jobs) awayFor(d wire.DeviceID) time.Duration {
+	if s.reg.online(d) {
+		return 0
+	}
+	if since := s.reg.lastSeen(d); !since.IsZero() {
+		return s.now().Sub(since)
+	}
+	return s.now().Sub(s.started)
+}
+
+// keep notes where the outputs of a result are: what a device has signed for is as
+// good as a receipt.
+func (s *jobs) keep(ctx context.Context, v OrderRecord, out jobOutcome) error {
+	now := s.now().UTC()
+	for _, o := range out.result.Outputs {
+		for _, part := range o.Parts {
+			_, err := s.storage.chunks.change(ctx, part.Chunk, func(c *chunkRecord, exists bool) error {
+				if !exists {
+					*c = chunkRecord{ID: part.Chunk, Size: part.Size}
+				}
+				if c.Size != part.Size {
+					return refuse(http.StatusBadGateway, wire.CodeMismatch, "device %s signed for chunk %s with %d bytes, it has %d", v.Order.Device, part.Chunk, part.Size, c.Size)
+				}
+				c.Used, c.Until = now, latest(c.Until, now.Add(s.pace.kept))
+				if slices.ContainsFunc(c.Holders, func(h api.Holder) bool { return h.Device == v.Order.Device && !h.Lost }) {
+					return nil
+				}
+				c.Holders = slices.DeleteFunc(c.Holders, func(h api.Holder) bool { return h.Device == v.Order.Device })
+				c.Holders = append(c.Holders, api.Holder{Device: v.Order.Device, Order: v.Order.ID, Since: now})
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// saveOf makes stored files of the outputs of a task whose result stands.
+func (s *jobs) saveOf(ctx context.Context, job jobRow, t taskRow) error {
+	a := t.Attempts[t.Stands]
+	v, err := s.outbox.get(ctx, a.Device, a.Order)
+	if err != nil {
+		return err
+	}
+	out, err := s.compute.collect(ctx, v)
+	if err != nil {
+		return err
+	}
+	for _, o := range out.result.Outputs {
+		file, ok := job.Spec.Save[o.Name]
+		if !ok {
+			continue
+		}
+		obj := api.Object{Name: strings.ReplaceAll(file, "{}", t.Name), Size: o.Size, SHA256: o.SHA256, Chunks: make([]api.Chunk, len(o.Parts))}
+		for k, part := range o.Parts {
+			obj.Chunks[k] = api.Chunk{ID: part.Chunk, Size: part.Size}
+			if _, err := s.storage.chunks.change(ctx, part.Chunk, func(c *chunkRecord, exists bool) error {
+				if exists {
+					c.ask(defaultReplicas) // repair makes the others
+					c.Until = time.Time{}  // the file says how long it is kept
+				}
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+		if _, err := s.storage.putObject(ctx, obj); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// noteLoss takes a device at its word that it does not have its task's input any more.
+func (s *jobs) noteLoss(ctx context.Context, v OrderRecord) {
+	b, err := wire.DecodeBody[wire.JobRun](v.Order)
+	if err != nil || b.Input == "" || len(b.Inputs) > 0 {
+		return
+	}
+	if err := s.storage.lost(ctx, v.Order.Device, []string{b.Input}); err != nil && ctx.Err() == nil {
+		s.log.Warn("a loss could not be noted", "chunk", b.Input, "error", err)
+	}
+}
+
+// judge is between the results of devices and that of their task: of how many
+// devices results are wanted, and which one stands.
+type judge interface {
+	judge(t judged) ruling
+}
+
+// judged is a task and the results that there are of it.
+type judged struct {
+	job     string
+	spec    api.JobSpec
+	task    int
+	results []judgedResult // in the order in which their devices were asked
+}
+
+// judgedResult is what one device has signed for.
+type judgedResult struct {
+	attempt int // in the task's row
+	device  wire.DeviceID
+	order   string
+	digest  string
+	cpu     float64 // seconds
+}
+
+// ruling is what follows from some results.
+type ruling struct {
+	stands int    // the attempt whose result is the task's; -1: none yet
+	more   int    // results that are still wanted
+	code   string // without more: why none will stand
+	reason string // a sentence, for that, or of what is to be said of one that stands
+}
+
+func judgedTask(job jobRow, t taskRow) judged {
+	j := judged{job: job.ID, spec: job.Spec}
+	for k, a := range t.Attempts {
+		if !a.Ended.IsZero() && a.State == wire.Succeeded {
+			j.results = append(j.results, judgedResult{k, a.Device, a.Order, a.Result, a.CPU})
+		}
+	}
+	return j
+}
+
+// agreement wants as many results as were asked for, and takes what more than half of
+// them say. Where the module has the time and random numbers each says something
+// else, and the first counts.
+type agreement struct{}
+
+func (agreement) judge(t judged) ruling {
+	want := max(t.spec.Copies, 1)
+	if n := want - len(t.results); n > 0 {
+		return ruling{stands: -1, more: n}
+	}
+	count := make(map[string]int)
+	for _, r := range t.results {
+		count[r.digest]++
+	}
+	for _, r := range t.results {
+		switch n := count[r.digest]; {
+		case n == len(t.results) || t.spec.Live:
+			return ruling{stands: r.attempt}
+		case 2*n > len(t.results):
+			return ruling{stands: r.attempt, reason: fmt.Sprintf("%d of %d devices agree, the others have another result", n, len(t.results))}
+		}
+	}
+	return ruling{stands: -1, code: codeDisagree, reason: fmt.Sprintf("%d devices have %d different results, and no more than half of them agree; run it again with more copies, or as --live if it is meant to differ", len(t.results), len(count))}
+}
