@@ -506,26 +506,39 @@ func (d *device) report(o wire.Order, r *reply) wire.Report {
 	return rep
 }
 
-// transfer calls the data plane and gives status and body.
+// transfer calls the data plane and gives status and body; 0 when the coordinator is
+// closed meanwhile.
 func (d *device) transfer(method, path string, body []byte) (int, string) {
-	return call(d.t, d.http, method, d.w.URL()+path, bytes.NewReader(body))
+	d.t.Helper()
+	w := d.w
+	status, answer, err := tryCall(d.http, method, w.URL()+path, bytes.NewReader(body))
+	if err != nil && w.storage.life.Err() == nil {
+		d.t.Error(err)
+	}
+	return status, answer
 }
 
 func call(t testing.TB, c *http.Client, method, url string, body io.Reader) (int, string) {
 	t.Helper()
+	status, answer, err := tryCall(c, method, url, body)
+	if err != nil {
+		t.Error(err)
+	}
+	return status, answer
+}
+
+func tryCall(c *http.Client, method, url string, body io.Reader) (int, string, error) {
 	req, err := http.NewRequest(method, url, body)
 	if err != nil {
-		t.Errorf("%s %s: %v", method, url, err)
-		return 0, ""
+		return 0, "", err
 	}
 	resp, err := c.Do(req)
 	if err != nil {
-		t.Errorf("%s %s: %v", method, url, err)
-		return 0, ""
+		return 0, "", err
 	}
 	defer resp.Body.Close()
 	raw, _ := io.ReadAll(resp.Body)
-	return resp.StatusCode, string(raw)
+	return resp.StatusCode, string(raw), nil
 }
 
 func failed(code string) *reply { return &reply{state: wire.Failed, code: code} }
