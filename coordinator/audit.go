@@ -61,6 +61,8 @@ type audits struct {
 	// answer runs a module here. It is nil where no engine is linked in.
 	answer Compute
 	limit  time.Duration // for one challenge, its answer included
+
+	missing keyed // by device: one loss that a read has found at a time
 }
 
 func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {

@@ -340,7 +340,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.storage = &storage{life: c.life, networks: networks{now: c.now}, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
-	c.storage.trust, c.storage.durable = c.audits.trust, c.eng.Durable
+	c.storage.trust, c.storage.missed, c.storage.durable = c.audits.trust, c.audits.missed, c.eng.Durable
 	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
 	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
 	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended

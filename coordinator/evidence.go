@@ -166,7 +166,7 @@ func judgeCompute(asked wire.JobRun, expected string, a response, released bool)
 	if r := a.report; r.State != wire.Succeeded {
 		v = judgeUndone(r)
 		// The input is the one chunk that the device may confess to have lost.
-		if r.Code == wire.CodeLost || r.Code == wire.CodeNotFound {
+		if saysLost(r.Code) {
 			v.Outcome, v.Lost = api.AuditLost, []string{asked.Input}
 			if released {
 				v = verdict{Outcome: api.AuditVoid, Reason: releasedReason}
@@ -434,8 +434,9 @@ func (c *evidenceCheck) order(v *EvidenceVerdict) (err error) {
 		return fmt.Errorf("the order: %w", err)
 	}
 	v.Order = c.asked.ID
-	kinds := map[api.AuditKind]wire.Kind{api.StorageAudit: wire.KindAudit, api.ComputeAudit: wire.KindJobRun, api.Confession: wire.KindChunkLosses, api.DrainReceipt: wire.KindChunkHoldings}
-	if want, ok := kinds[c.Kind]; !ok || c.asked.Kind != want {
+	kinds := map[api.AuditKind][]wire.Kind{api.StorageAudit: {wire.KindAudit}, api.ComputeAudit: {wire.KindJobRun},
+		api.Confession: {wire.KindChunkLosses, wire.KindChunkServe}, api.DrainReceipt: {wire.KindChunkHoldings}}
+	if !slices.Contains(kinds[c.Kind], c.asked.Kind) {
 		return fmt.Errorf("an order of the kind %q is none of a %q challenge", c.asked.Kind, c.Kind)
 	}
 	if c.asked.Device != c.Device {
@@ -619,8 +620,16 @@ func (c *evidenceCheck) judgeCompute(a response, v *EvidenceVerdict) (verdict, e
 	return got, nil
 }
 
-// judgeConfession finds the chunks in what the device has signed.
+// judgeConfession finds the chunks in what the device has signed: a list of losses, or
+// that it does not have the one that it was told to serve.
 func (c *evidenceCheck) judgeConfession(a response) (verdict, error) {
+	if c.asked.Kind == wire.KindChunkServe {
+		asked, err := wire.DecodeBody[wire.ChunkServe](c.asked)
+		if err == nil && (c.answered.State != wire.Failed && c.answered.State != wire.Rejected || !saysLost(c.answered.Code)) {
+			err = errors.New("the device does not say that it has lost the chunk that it was told to serve")
+		}
+		return verdict{Outcome: api.AuditLost, Reason: "the device does not have a chunk that it was told to serve", Lost: []string{asked.ID}}, err
+	}
 	if c.answered.State != wire.Succeeded || a.missing {
 		return verdict{}, errors.New("the device's list is not in it")
 	}

@@ -292,3 +292,93 @@ func TestScrubsAreShownAndBounded(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// What a device does not have when it is read costs it, once for a loss of many
+// chunks, whether it tells of it afterwards or not; and it can be shown to others.
+func TestALossThatAReadFindsCosts(t *testing.T) {
+	t.Parallel()
+	for _, code := range []string{wire.CodeLost, wire.CodeNotFound} {
+		w := ownWorld(t)
+		ctx := testContext(t)
+		d := w.device(t)
+		ids := w.placed(t, 4)
+		read := func(id string) {
+			t.Helper()
+			if _, err := w.storage.read(ctx, id); err == nil {
+				t.Fatal("what the device does not have was read")
+			}
+		}
+		d.on(wire.KindChunkServe, func(wire.Order) *reply { return failed(wire.CodeMetered) })
+		if read(ids[0]); w.audits.scoreOf(d.id).integrity() != 1 || w.isLost(t, d, ids[0]) {
+			t.Error("a device that does not serve for another reason has lost something")
+		}
+		d.on(wire.KindChunkServe, func(wire.Order) *reply { return failed(code) })
+		w.advance(time.Hour)
+		if read(ids[0]); !w.isLost(t, d, ids[0]) {
+			t.Error("the holder is not noted as lost")
+		}
+		is := w.audits.scoreOf(d.id).integrity()
+		told := w.confessions(t, d)
+		if is == 1 || len(told) != 1 || told[0].Penalty == nil || !slices.Equal(told[0].Lost, ids[:1]) {
+			t.Fatalf("%s: integrity %v, the score heard %+v", code, is, told)
+		}
+		raw, err := w.op.Evidence(ctx, told[0].ID)
+		must(t, err)
+		if v, err := CheckEvidence(raw, EvidenceChecks{}); err != nil || !slices.Equal(v.Lost, ids[:1]) {
+			t.Errorf("the evidence shows %+v %v", v, err)
+		}
+		// Another chunk of the same disk, and then all of them by itself.
+		if read(ids[1]); !w.isLost(t, d, ids[1]) {
+			t.Error("the second holder is not noted as lost")
+		}
+		d.on(wire.KindChunkLosses, func(wire.Order) *reply { return lossReply(ids[:2]...) })
+		w.losing(t, d, wire.LossDigest(ids[:2]))
+		w.endsLosses(t, d)
+		if got := w.audits.scoreOf(d.id).integrity(); got < is || len(w.confessions(t, d)) != 1 {
+			t.Errorf("it was counted again: %v, then %v", is, got)
+		}
+		w.advance(missedApart)
+		if read(ids[2]); w.audits.scoreOf(d.id).integrity() >= is {
+			t.Error("another loss, later, costs nothing")
+		}
+	}
+}
+
+// A chunk that a device is told to drop is none that it owes.
+func TestWhatADeviceMayDropIsNotMissed(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	id := w.placed(t, 1)[0]
+	d.on(wire.KindChunkDrop, silent)
+	_, err := w.outbox.submit(ctx, d.id, wire.KindChunkDrop, wire.ChunkDrop{IDs: []string{id}}, time.Minute)
+	must(t, err)
+	d.on(wire.KindChunkServe, func(wire.Order) *reply { return failed(wire.CodeNotFound) })
+	if _, err := w.storage.read(ctx, id); err == nil {
+		t.Fatal("what the device does not have was read")
+	}
+	if got := w.audits.scoreOf(d.id).integrity(); got != 1 {
+		t.Errorf("integrity %v", got)
+	}
+}
+
+// A coordinator that ends between the record of a confession and its score counts it
+// when it comes to it again.
+func TestAConfessionThatWasCutOffIsCounted(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	id := w.placed(t, 1)[0]
+	order := ulid.Make().String()
+	rec := api.Audit{ID: order, Kind: api.Confession, Device: d.id, Order: order, At: w.time().UTC(), Routine: true, Outcome: api.AuditLost, Lost: []string{id}}
+	_, err := w.audits.put(ctx, w.audits.rows, auditKey(rec), rec) // the coordinator ends here
+	must(t, err)
+	for range 2 {
+		must(t, w.audits.confessed(ctx, d.id, []string{id}, order))
+	}
+	if s := w.audits.scoreOf(d.id); len(s.Penalties) != 1 || !w.isLost(t, d, id) {
+		t.Errorf("%+v", s)
+	}
+}

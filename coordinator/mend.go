@@ -336,7 +336,7 @@ func (r *repairs) fetch(ctx context.Context, ch api.Chunk, liars *[]liar) ([]byt
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if code := wire.ProblemOf(err).Code; !errors.Is(err, context.DeadlineExceeded) && code != wire.CodeLost && code != wire.CodeNotFound {
+		if code := wire.ProblemOf(err).Code; !errors.Is(err, context.DeadlineExceeded) && !saysLost(code) {
 			*liars = append(*liars, liar{h.Device, ch})
 		}
 		r.log.Warn("a device did not serve a chunk for a repair", "chunk", ch.ID, "device", h.Device, "error", err)

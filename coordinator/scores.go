@@ -213,6 +213,9 @@ func (a *audits) distrusted(d wire.DeviceID) bool { return a.scoreOf(d).distrust
 // has them all.
 const maxConfessed = 1000
 
+// missedApart is how long after a confession what a read finds missing is another loss.
+const missedApart = time.Hour
+
 // confessed notes that a device has told of chunks that it lost before it was
 // asked for them. The order is the one whose signed report says so; called again
 // for the same one, it counts once.
@@ -220,10 +223,32 @@ func (a *audits) confessed(ctx context.Context, d wire.DeviceID, ids []string, o
 	if len(ids) == 0 {
 		return nil
 	}
-	rec := api.Audit{ID: order, Kind: api.Confession, Device: d, Order: order, At: a.outbox.now().UTC(), Routine: true, Outcome: api.AuditLost,
-		Lost: ids[:min(len(ids), maxConfessed)], Reason: "the device says by itself that it has lost " + chunksOf(len(ids))}
-	if _, err := a.rows.find(ctx, auditKey(rec)); err == nil {
+	return a.confess(ctx, d, ids, order, "the device says by itself that it has lost "+chunksOf(len(ids)))
+}
+
+// missed notes that a device was told to serve a chunk that it should hold, and has
+// answered, by that order, that it does not have it. Which chunks of a failing disk
+// are read first is chance, and so is how many: what comes within missedApart of
+// another confession is of the same loss, and costs nothing more.
+func (a *audits) missed(ctx context.Context, d wire.DeviceID, id, order string) error {
+	defer a.missing.lock(string(d))()
+	now := a.outbox.now()
+	if slices.ContainsFunc(a.scoreOf(d).Penalties, func(p api.Penalty) bool {
+		return p.Cause == string(api.Confession) && p.Audit != order && now.Sub(p.At) < missedApart
+	}) {
 		return nil
+	}
+	return a.confess(ctx, d, []string{id}, order, "the device does not have a chunk that it was told to serve")
+}
+
+func (a *audits) confess(ctx context.Context, d wire.DeviceID, ids []string, order, reason string) error {
+	rec := api.Audit{ID: order, Kind: api.Confession, Device: d, Order: order, At: a.outbox.now().UTC(), Routine: true, Outcome: api.AuditLost,
+		Lost: ids[:min(len(ids), maxConfessed)], Reason: reason}
+	if old, err := a.rows.find(ctx, auditKey(rec)); err == nil {
+		if old.Penalty == nil { // a coordinator ended before it was counted
+			_, err = a.finish(ctx, old)
+		}
+		return err
 	} else if !errors.Is(err, errNotFound) {
 		return err
 	}

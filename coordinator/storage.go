@@ -78,9 +78,11 @@ type storage struct {
 	stripes  stripes
 	networks networks
 	resting  resting
-	trust    func(wire.DeviceID) float64   // 0: gets nothing new
-	durable  func(buckets ...string) error // see [engine.Engine.Durable]
-	leaving  func(wire.DeviceID) bool      // gets nothing new either
+	trust    func(wire.DeviceID) float64 // 0: gets nothing new
+	// missed has the score hear of a chunk that a device did not have when it was read.
+	missed  func(ctx context.Context, d wire.DeviceID, id, order string) error
+	durable func(buckets ...string) error // see [engine.Engine.Durable]
+	leaving func(wire.DeviceID) bool      // gets nothing new either
 	// intended are devices that are about to be ordered to drop a chunk.
 	intended func(id string) []wire.DeviceID
 	// touched is told of every change of a chunk's record.
@@ -685,14 +687,36 @@ func (s *storage) unserved(d wire.DeviceID, err error) error {
 // readFrom fetches the chunk from one device, and notes if it says that it is
 // lost.
 func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
+	before := s.claims(d, []string{c.ID})
 	data, err := s.served(ctx, d, c)
-	if p := wire.ProblemOf(err); err != nil && (p.Code == wire.CodeLost || p.Code == wire.CodeNotFound) {
+	var n *notServed
+	if errors.As(err, &n) && saysLost(n.problem.Code) {
+		ctx := context.WithoutCancel(ctx)
+		// Before the holder is: one that is lost owes nothing any more.
+		if !s.released(d, before)[c.ID] {
+			if err := s.missed(ctx, d, c.ID, n.order); err != nil {
+				s.log.Warn("a loss that a read found does not count for now: it could not be noted", "device", d, "chunk", c.ID, "error", err)
+				return data, n
+			}
+		}
 		if err := s.lost(ctx, d, []string{c.ID}); err != nil {
 			s.log.Warn("a loss could not be noted", "chunk", c.ID, "error", err)
 		}
 	}
 	return data, err
 }
+
+// saysLost tells by the code of a device's answer whether it does not have a chunk.
+func saysLost(code string) bool { return code == wire.CodeLost || code == wire.CodeNotFound }
+
+// notServed is what a device says that does not serve a chunk.
+type notServed struct {
+	order   string // whose signed report says so
+	problem *wire.Problem
+}
+
+func (n *notServed) Error() string { return n.problem.Error() }
+func (n *notServed) Unwrap() error { return n.problem }
 
 // served has one device put the chunk on the data plane.
 func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
@@ -713,7 +737,7 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 		return nil, fmt.Errorf("device %s %w: %w", d, errSilent, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
-		return nil, err
+		return nil, &notServed{o.ID, wire.ProblemOf(err)}
 	}
 	data, err := s.staging.get(ctx, servedName(id))
 	if err != nil {

@@ -19,7 +19,8 @@ const (
 	StorageAudit AuditKind = "storage"
 	ComputeAudit AuditKind = "compute"
 	// Confession is no challenge: a device has told of chunks that it lost before
-	// it was asked for them. Its outcome is always [AuditLost].
+	// it was asked for them, or when it was told to serve one. Its outcome is always
+	// [AuditLost].
 	Confession AuditKind = "confession"
 )
 
