@@ -737,7 +737,7 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 		return nil, fmt.Errorf("device %s %w: %w", d, errSilent, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
-		return nil, &notServed{o.ID, wire.ProblemOf(err)}
+		return nil, &notServed{id, wire.ProblemOf(err)}
 	}
 	data, err := s.staging.get(ctx, servedName(id))
 	if err != nil {
