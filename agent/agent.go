@@ -32,7 +32,8 @@
 //	traffic.json            what was moved this month, see traffic.go
 //	volumes.seen            the volumes that were ever open, see away.go
 //	volumes/main/           chunks, unless the configuration names other places
-//	jobs/                   cached modules
+//	jobs/                   cached modules, and work under way; owner.json: what the owner
+//	                        said of jobs; now.json: how they are, for deimos-agent jobs
 //	slots/, ota/            see ota
 package agent
 
@@ -102,6 +103,7 @@ type Agent struct {
 	scrubs  *scrubs
 	traffic *traffic
 	data    *orders.Service
+	jobs    *jobs.Service
 
 	restart chan struct{} // closed when a handler asked for a restart
 	once    sync.Once
@@ -114,7 +116,7 @@ const (
 	storeLimit   = 9 * time.Minute
 	serveLimit   = 2 * time.Minute
 	auditLimit   = time.Minute
-	jobLimit     = 25 * time.Hour // the job's own limits and the owner's bind first
+	jobLimit     = 30 * 24 * time.Hour // its own limits and the owner's bind first; it may stand still for long
 	configLimit  = time.Minute
 	updateLimit  = 24 * time.Hour // a slow link is no fault
 	keepAfter    = 30 * time.Second
@@ -272,11 +274,11 @@ func (a *Agent) furnish() error {
 	bulk := *a.move
 	bulk.Pace = a.traffic.pace
 	data := orders.New(a.chunks, &bulk, orders.Options{Away: a.awayNow, Limits: a.traffic, Memory: bulkMemory(), Now: a.clock.Now, Log: a.log})
-	work, err := jobs.New(jobs.Options{Dir: a.cfg.path("jobs"), Policy: a.cfg.Jobs, Fetcher: &bulk, Chunks: data, Log: a.log})
+	work, err := a.newJobs(&bulk, data)
 	if err != nil {
 		return err
 	}
-	a.data = data
+	a.data, a.jobs = data, work
 	a.scrubs = a.newScrubs(a.cfg.Scrub.pace())
 	a.hw.scrubs.Store(a.scrubs)
 	base := inForce{beatSeconds: max(1, a.member.Load().BeatSeconds), jobs: a.cfg.Jobs, scrub: a.cfg.Scrub, transfer: a.cfg.Transfer, level: a.level.Level()}
@@ -302,7 +304,7 @@ func (a *Agent) furnish() error {
 		wire.KindChunkLosses:   {Handle: handle[wire.KindChunkLosses], AtOnce: 1, Limit: auditLimit},
 		wire.KindChunkHoldings: {Handle: handle[wire.KindChunkHoldings], AtOnce: 1, Limit: auditLimit},
 		wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
-		wire.KindJobRun:        {Handle: work.Run, AtOnce: a.desired.mostSlots(), Queues: true, Long: true, Limit: jobLimit},
+		wire.KindJobRun:        {Handle: work.Run, AtOnce: maxInFlight, Queues: true, Keeps: true, Long: true, Limit: jobLimit},
 		wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
 		wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
 		wire.KindPing:          {Handle: ping(a.cfg.Version, a.hw.began), Limit: pingLimit},
@@ -348,7 +350,11 @@ func (a *Agent) live(ctx context.Context) error {
 	a.hw.connected(false)
 	a.hw.check(a.feelVolumes)
 	a.hw.at(atWork)
+	if err := a.orders.takeUp(ctx); err != nil {
+		a.log.Error("not all that a former life began can be gone on with; the coordinator will send it again", "error", err)
+	}
 	var wg sync.WaitGroup
+	wg.Go(func() { a.watchJobs(ctx) })
 	wg.Go(func() { a.session.run(ctx) })
 	wg.Go(func() { a.stayMember(ctx) })
 	wg.Go(func() { a.orders.resend(ctx, a.hw.dog.Pulse("reports", loopLate)) })
@@ -465,6 +471,7 @@ func (a *Agent) beat(ctx context.Context) {
 		b.Capacity, b.Used = a.room()
 		b.Losses, b.Scrubs = a.scrubs.losses(), a.scrubs.told()
 		b.Pause = a.data.Pause()
+		b.Jobs = a.jobs.State()
 		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)
 		if err != nil {
 			a.log.Error("a heartbeat cannot be signed", "error", err)

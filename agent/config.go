@@ -157,6 +157,9 @@ func LoadConfig(path string) (Config, error) {
 	if err := c.Transfer.check(); err != nil {
 		return c, fmt.Errorf("the configuration file %s: %w", path, err)
 	}
+	if err := c.Jobs.Check(); err != nil {
+		return c, fmt.Errorf("the configuration file %s: %w", path, err)
+	}
 	c.owned = owners(meta.IsDefined, c)
 	return c, nil
 }

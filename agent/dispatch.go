@@ -37,6 +37,10 @@ type Route struct {
 	// Queues is for a handler with a queue of its own: the order is QUEUED until
 	// the handler first says that it is under way, when its turn has come.
 	Queues bool
+	// Keeps is for work without any effect but its report, that goes on after a restart
+	// whether or not there is a coordinator: its orders are in the journal from when
+	// they begin until their reports are.
+	Keeps bool
 	// Long is for work that may take hours: it does not count as I/O.
 	Long bool
 	// Limit is how long one may take once it runs.
@@ -178,7 +182,7 @@ func (d *dispatcher) receive(ctx context.Context, raw []byte) error {
 		if err := json.Unmarshal(payload, &o); err != nil {
 			return fmt.Errorf("a signed order cannot be read: %w", err)
 		}
-		return d.accept(ctx, o)
+		return d.accept(ctx, o, raw)
 	case wire.TypeAck:
 		var a wire.Ack
 		if err := json.Unmarshal(payload, &a); err != nil {
@@ -189,8 +193,18 @@ func (d *dispatcher) receive(ctx context.Context, raw []byte) error {
 	return fmt.Errorf("a message of the unknown type %q was ignored", typ)
 }
 
-// accept starts an order, or answers it from memory.
-func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
+// takeUp goes on with the orders of a former life that were kept for that, as if
+// they had arrived again.
+func (d *dispatcher) takeUp(ctx context.Context) error {
+	all, err := d.journal.held()
+	for _, raw := range all {
+		err = errors.Join(err, d.receive(ctx, raw))
+	}
+	return err
+}
+
+// accept starts an order, which came as raw, or answers it from memory.
+func (d *dispatcher) accept(ctx context.Context, o wire.Order, raw []byte) error {
 	if o.Device != d.id.ID {
 		return fmt.Errorf("order %s is for device %s and was ignored", o.ID, o.Device)
 	}
@@ -245,7 +259,7 @@ func (d *dispatcher) accept(ctx context.Context, o wire.Order) error {
 	if ok, err := d.admit(o); !ok {
 		return err
 	}
-	d.enqueue(ctx, o, now, again, taken)
+	d.enqueue(ctx, &task{order: o, raw: raw, class: classOf(o.Kind), again: again}, now, taken)
 	return nil
 }
 
@@ -292,8 +306,8 @@ func (d *dispatcher) tidy(need int64, most class) {
 
 // enqueue puts an order under way, or one that was taken back, to its report.
 // d.mu is held.
-func (d *dispatcher) enqueue(ctx context.Context, o wire.Order, now time.Time, again bool, taken error) {
-	t := &task{order: o, class: classOf(o.Kind), again: again}
+func (d *dispatcher) enqueue(ctx context.Context, t *task, now time.Time, taken error) {
+	o, again := t.order, t.again
 	d.track(ctx, t)
 	d.step(t, wire.Report{Order: o.ID, State: wire.Queued})
 	if _, known := d.routes[o.Kind]; !known {
@@ -407,8 +421,10 @@ func (d *dispatcher) end(t *task, out wire.Outcome, err error) {
 // asFarAsKnown is why an order is not done. Of one that was begun before nobody
 // knows, unless somebody else concludes it and its handler has been asked.
 func (d *dispatcher) asFarAsKnown(t *task, why error) error {
-	asked := d.routes[t.order.Kind].Later != nil
+	route := d.routes[t.order.Kind]
+	asked := route.Later != nil
 	switch {
+	case route.Keeps: // nothing of it is left
 	case t.again && errors.Is(why, errWaitedTooLong):
 		return wire.FailedBecause(wire.CodeInterrupted, "the agent ended before it could report, and the order expired before it was sent again: it may have been done")
 	case t.again && isCancel(why) && !asked:
@@ -443,6 +459,11 @@ func (d *dispatcher) effect(t *task) (wire.Outcome, error) {
 		return wire.Outcome{}, errWaitedTooLong
 	}
 	if !t.again {
+		if route.Keeps {
+			if err := d.journal.hold(o.ID, t.raw); err != nil { // it will come again
+				d.log.Warn("an order cannot be kept for the agent's next life", "order", o.ID, "error", err)
+			}
+		}
 		if err := d.journal.begin(o.ID, o.Expires, route.Later != nil); err != nil {
 			d.log.Error("an order cannot be begun; it comes again", "order", o.ID, "error", err)
 			return wire.Outcome{}, errNotBegun

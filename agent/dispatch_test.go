@@ -1006,12 +1006,12 @@ func TestTooManyOrdersAreLeftUnanswered(t *testing.T) {
 		return wire.Outcome{}, nil
 	})
 	for i := range maxInFlight {
-		if err := r.accept(r.ctx, r.order(fmt.Sprint(i))); err != nil {
+		if err := r.accept(r.ctx, r.order(fmt.Sprint(i)), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	one := r.order("one too many")
-	if err := r.accept(r.ctx, one); err == nil {
+	if err := r.accept(r.ctx, one, nil); err == nil {
 		t.Error("accepted")
 	}
 	if n := len(r.sent(one.ID)); n != 0 {

@@ -44,6 +44,10 @@ type journal interface {
 	// costs no sync.
 	begin(order string, expires time.Time, durable bool) error
 	begun(order string) (bool, error)
+	// hold keeps the envelope of an order that was begun, so that a life without a
+	// coordinator can go on with it; held gives back all of them. It goes with the report.
+	hold(order string, envelope []byte) error
+	held() (envelopes [][]byte, err error)
 	// revoke notes, durably, that an order which was begun is taken back by another
 	// one; revokedBy tells which, "" if it is not. The note goes with the report.
 	revoke(order, by string, expires time.Time) error
@@ -223,7 +227,7 @@ func record(before []wire.Dropped, e entry) []wire.Dropped {
 // badgerJournal is the journal of a device, in a small Badger store of its own.
 //
 // Keys: "order/<id>" → JSON of [entry]; "begun/<id>" → the expiry of an order
-// whose handler was called and that has no report yet; "revoked/<id>" → JSON of
+// whose handler was called and that has no report yet; "held/<id>" → its envelope; "revoked/<id>" → JSON of
 // [revocation]; "forgotten" → JSON of [mark]; "dropped" → JSON of []wire.Dropped;
 // "floor" → the newest trusted time; "epoch" → how often the agent was started.
 //
@@ -286,6 +290,7 @@ const maxBatch = 320 << 10
 const (
 	orderPrefix   = "order/"
 	begunPrefix   = "begun/"
+	heldPrefix    = "held/"
 	revokedPrefix = "revoked/"
 )
 
@@ -412,6 +417,7 @@ func valueOf(tx *badger.Txn, key []byte, f func([]byte) error) error {
 
 func orderKey(order string) []byte   { return []byte(orderPrefix + order) }
 func begunKey(order string) []byte   { return []byte(begunPrefix + order) }
+func heldKey(order string) []byte    { return []byte(heldPrefix + order) }
 func revokedKey(order string) []byte { return []byte(revokedPrefix + order) }
 
 func (j *badgerJournal) put(e entry) error {
@@ -421,7 +427,7 @@ func (j *badgerJournal) put(e entry) error {
 		if err != nil {
 			return nil, err
 		}
-		for _, key := range [][]byte{begunKey(e.Order), revokedKey(e.Order)} {
+		for _, key := range [][]byte{begunKey(e.Order), heldKey(e.Order), revokedKey(e.Order)} {
 			err = errors.Join(err, valueOf(tx, key, func([]byte) error {
 				pairs = append(pairs, pair{key: key})
 				return nil
@@ -528,6 +534,24 @@ func (j *badgerJournal) begun(order string) (ok bool, err error) {
 		err = fmt.Errorf("the journal cannot be read: %w", err)
 	}
 	return ok, err
+}
+
+func (j *badgerJournal) hold(order string, envelope []byte) error {
+	return j.set(false, heldKey(order), envelope)
+}
+
+func (j *badgerJournal) held() (envelopes [][]byte, err error) {
+	err = j.db.View(func(tx *badger.Txn) error {
+		return eachItem(tx, heldPrefix, func(item *badger.Item) error {
+			v, err := item.ValueCopy(nil)
+			envelopes = append(envelopes, v)
+			return err
+		})
+	})
+	if err != nil {
+		err = fmt.Errorf("the journal cannot be read: %w", err)
+	}
+	return envelopes, err
 }
 
 func (j *badgerJournal) set(durable bool, key, value []byte) error {
@@ -740,7 +764,7 @@ func (j *badgerJournal) forget(now time.Time) error {
 	var never []pair
 	drop := func(expires time.Time, item *badger.Item, prefix string) {
 		if expires.Add(keepConcluded).Before(now) {
-			never = append(never, pair{key: item.KeyCopy(nil)})
+			never = append(never, pair{key: item.KeyCopy(nil)}, pair{key: heldKey(string(item.Key()[len(prefix):]))})
 			old = append(old, string(item.Key()[len(prefix):]))
 		}
 	}
@@ -895,6 +919,10 @@ func (j *memoryJournal) each(f func(entry)) error {
 
 func (j *memoryJournal) writable() error           { return nil }
 func (j *memoryJournal) saveFloor(time.Time) error { return nil } // no life comes after this one
+
+// Nor is anything held for it.
+func (j *memoryJournal) hold(string, []byte) error { return nil }
+func (j *memoryJournal) held() ([][]byte, error)   { return nil, nil }
 
 func (j *memoryJournal) begin(order string, expires time.Time, _ bool) error {
 	j.mu.Lock()

@@ -480,7 +480,7 @@ func TestFullOutboxLeavesNewOrdersUnanswered(t *testing.T) {
 		if i == 3 {
 			t.Fatal("there is room and it is left unanswered")
 		}
-		_ = r.accept(r.ctx, later)
+		_ = r.accept(r.ctx, later, nil)
 		r.wait()
 	}
 	for _, id := range done {
@@ -494,7 +494,7 @@ func TestFullOutboxIsSaidOnce(t *testing.T) {
 	r := newRig(t, nil, small(1, inMemory))
 	said := 0
 	for i := range 10 {
-		if err := r.accept(r.ctx, r.orderOf(wire.KindAudit, fmt.Sprint(i))); err != nil {
+		if err := r.accept(r.ctx, r.orderOf(wire.KindAudit, fmt.Sprint(i)), nil); err != nil {
 			said++
 		}
 	}

@@ -112,6 +112,7 @@ func (s *scheduler) ended(k wire.Kind) {
 // The dispatcher's mutex guards what changes.
 type task struct {
 	order wire.Order
+	raw   []byte // its envelope
 	// ctx ends with the agent, or with the order's cancellation as its cause.
 	ctx    context.Context
 	cancel context.CancelCauseFunc

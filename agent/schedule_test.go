@@ -203,7 +203,7 @@ func TestUrgentOrderGetsInWhenTheRestIsFull(t *testing.T) {
 	for i := range maxInFlight {
 		r.give(r.orderOf(wire.KindJobRun, fmt.Sprintf("%04d", i)))
 	}
-	if err := r.accept(r.ctx, r.orderOf(wire.KindJobRun, "one too many")); err == nil {
+	if err := r.accept(r.ctx, r.orderOf(wire.KindJobRun, "one too many"), nil); err == nil {
 		t.Error("accepted")
 	}
 	for _, k := range []wire.Kind{wire.KindChunkStore, wire.KindAudit, wire.KindPing} {

@@ -249,15 +249,6 @@ func (s *settings) beat() (time.Duration, <-chan struct{}) {
 	return time.Duration(s.now.beatSeconds) * time.Second, s.changed
 }
 
-// mostSlots is how many jobs may ever run at the same time, whatever the fleet wants.
-func (s *settings) mostSlots() int {
-	if s.owned[wire.SettingJobSlots] {
-		return s.base.jobs.Slots
-	}
-	known, _ := wire.SettingOf(wire.SettingJobSlots)
-	return max(int(known.Max), s.base.jobs.Slots)
-}
-
 // owners is which settings the owner's file states. A number that is not above
 // zero states nothing (see jobs/policy).
 func owners(defined func(key ...string) bool, c Config) map[string]bool {

@@ -9,11 +9,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/jobs/policy"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/orders"
 	"github.com/deimos-edge/deimos/sync/transfer"
@@ -25,10 +25,10 @@ import (
 // alone. Rates and hours are of bulk: chunks that come in and go out, and by rate
 // the modules of jobs. Orders, reports, proofs and updates are small or cannot wait.
 type TransferConfig struct {
-	Down    int64 `toml:"max_down_bytes_per_second" json:"max_down_bytes_per_second"` // 0: no limit
-	Up      int64 `toml:"max_up_bytes_per_second" json:"max_up_bytes_per_second"`     // 0: no limit
-	Monthly int64 `toml:"monthly_bytes" json:"monthly_bytes"`                         // in and out, of everything; 0: no limit
-	Hours   Hours `toml:"hours" json:"hours"`                                         // of bulk
+	Down    int64        `toml:"max_down_bytes_per_second" json:"max_down_bytes_per_second"` // 0: no limit
+	Up      int64        `toml:"max_up_bytes_per_second" json:"max_up_bytes_per_second"`     // 0: no limit
+	Monthly int64        `toml:"monthly_bytes" json:"monthly_bytes"`                         // in and out, of everything; 0: no limit
+	Hours   policy.Hours `toml:"hours" json:"hours"`                                         // of bulk
 }
 
 // leastMonthly is what a month's volume must be at least: a few chunks.
@@ -50,51 +50,6 @@ func (c TransferConfig) check() error {
 		}
 	}
 	return nil
-}
-
-// Hours are a part of each day, such as "22:00-06:00", by the machine's local
-// time. The zero value is the whole day.
-type Hours struct{ from, to int } // minutes after midnight
-
-// UnmarshalText reads "22:00-06:00"; "" is the whole day.
-func (h *Hours) UnmarshalText(text []byte) error {
-	*h = Hours{}
-	if len(text) == 0 {
-		return nil
-	}
-	begin, end, _ := strings.Cut(string(text), "-")
-	from, err := time.Parse("15:04", begin)
-	to, err2 := time.Parse("15:04", end)
-	*h = Hours{from.Hour()*60 + from.Minute(), to.Hour()*60 + to.Minute()}
-	if err != nil || err2 != nil || h.String() != string(text) || h.from == h.to {
-		*h = Hours{}
-		return fmt.Errorf("hours in [transfer] cannot be %.40q: they are like \"22:00-06:00\", two different times of the day from 00:00 to 23:59, or \"\" for the whole day", text)
-	}
-	return nil
-}
-
-// MarshalText is what UnmarshalText reads.
-func (h Hours) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
-
-func (h Hours) String() string {
-	if h == (Hours{}) {
-		return ""
-	}
-	return fmt.Sprintf("%02d:%02d-%02d:%02d", h.from/60, h.from%60, h.to/60, h.to%60)
-}
-
-// closed is how long it takes from now, a local time, until the hours begin; 0
-// within them.
-func (h Hours) closed(now time.Time) time.Duration {
-	at := now.Hour()*60 + now.Minute()
-	if h.from < h.to && at >= h.from && at < h.to || h.from > h.to && (at >= h.from || at < h.to) || h.from == h.to {
-		return 0
-	}
-	y, m, d := now.Date()
-	if at >= h.from {
-		d++
-	}
-	return max(time.Minute, time.Date(y, m, d, h.from/60, h.from%60, 0, 0, now.Location()).Sub(now))
 }
 
 // traffic counts what goes over the line to the fleet, and is the owner's word on
@@ -320,6 +275,18 @@ func (t *traffic) Reserve(size int64) (done func(), err error) {
 	}), nil
 }
 
+// usedUp is for how long the month's volume is; 0 if it is not.
+func (t *traffic) usedUp() time.Duration {
+	now, sure := t.clock.Read()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.turn(now, sure)
+	if p := t.inVolume(now, sure); p != nil {
+		return p.After
+	}
+	return 0
+}
+
 // check is the refusal that lasts longest, if there is one. mu is held.
 func (t *traffic) check(now time.Time, sure wire.Confidence) error {
 	t.turn(now, sure)
@@ -335,13 +302,13 @@ func (t *traffic) check(now time.Time, sure wire.Confidence) error {
 
 func (t *traffic) inHours(now time.Time, sure wire.Confidence) *wire.Problem {
 	h := t.limits.Hours
-	if h == (Hours{}) {
+	if h == (policy.Hours{}) {
 		return nil
 	}
 	if sure != wire.ClockTrusted {
 		return wire.RejectedUntil(askAgain, wire.CodeQuietHours, "the owner of this device lets chunks be moved from %s, and the time is not known yet; ask again in a minute", h)
 	}
-	after := h.closed(now.In(t.zone))
+	after := h.Closed(now.In(t.zone))
 	if after == 0 {
 		return nil
 	}

@@ -29,7 +29,10 @@ var endless = []byte("\x00asm\x01\x00\x00\x00\x01\x04\x01\x60\x00\x00\x03\x02\x0
 // idle is (module (func (export "_start"))).
 var idle = []byte("\x00asm\x01\x00\x00\x00\x01\x04\x01\x60\x00\x00\x03\x02\x01\x00\x07\x0a\x01\x06_start\x00\x00\x0a\x04\x01\x02\x00\x0b")
 
-var sha256sum []byte // the guest of that name
+var (
+	sha256sum []byte // the guest of that name
+	hosted    []byte // of jobs/sandbox: uses the host interface
+)
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
@@ -40,14 +43,19 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	out := filepath.Join(dir, "sha256sum.wasm")
-	if err := wasmtest.Build(filepath.Join(wasmtest.Guests(), "sha256sum"), out); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	if sha256sum, err = os.ReadFile(out); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+	for src, to := range map[string]*[]byte{
+		filepath.Join(wasmtest.Guests(), "sha256sum"):  &sha256sum,
+		filepath.Join("sandbox", "testdata", "hosted"): &hosted,
+	} {
+		out := filepath.Join(dir, "guest.wasm")
+		if err := wasmtest.Build(src, out); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		if *to, err = os.ReadFile(out); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	compiled = filepath.Join(dir, "compiled")
 	worker = &sandbox.Runner{Executable: filepath.Join(dir, "worker")}
@@ -70,6 +78,9 @@ type origin struct {
 	fetched map[string]int
 	chunks  map[string][]byte
 	reading func(ctx context.Context) // called while a chunk is read
+
+	refused func(asked bool) error // of a chunk that is to be had now; may be nil
+	full    error                  // of Keep
 
 	flood   string // a file without an end
 	flooded int64  // bytes of it that were taken
@@ -112,6 +123,31 @@ func (o *origin) Read(ctx context.Context, id string) ([]byte, error) {
 	return nil, wire.FailedBecause(wire.CodeLost, "chunk %s is lost", id)
 }
 
+func (o *origin) Get(ctx context.Context, id string, size int64, url string, asked bool) ([]byte, error) {
+	if o.refused != nil {
+		if err := o.refused(asked); err != nil {
+			return nil, err
+		}
+	}
+	if url == "" {
+		return o.Read(ctx, id)
+	}
+	var b bytes.Buffer
+	err := o.Fetch(ctx, url, size, &b)
+	return b.Bytes(), err
+}
+
+func (o *origin) Keep(_ context.Context, data []byte) (string, error) {
+	if o.full != nil {
+		return "", o.full
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	id := digest(data)
+	o.chunks[id] = bytes.Clone(data)
+	return id, nil
+}
+
 func (o *origin) fetches(url string) int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -122,7 +158,7 @@ func (o *origin) fetches(url string) int {
 func device(t *testing.T, p policy.Policy) (*Service, *origin, string) {
 	t.Helper()
 	o := &origin{
-		files:   map[string][]byte{"/sha256sum": sha256sum, "/endless": endless, "/idle": idle},
+		files:   map[string][]byte{"/hosted": hosted, "/sha256sum": sha256sum, "/endless": endless, "/idle": idle},
 		fetched: map[string]int{},
 		chunks:  map[string][]byte{"in": []byte("hello\n")},
 	}
@@ -153,7 +189,7 @@ func order(t *testing.T, body any) wire.Order {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return wire.Order{ID: "order", Kind: wire.KindJobRun, Body: raw}
+	return wire.Order{ID: "order", Kind: wire.KindJobRun, Body: raw, Expires: time.Now().Add(time.Hour)}
 }
 
 func do(t *testing.T, s *Service, job wire.JobRun) (wire.Outcome, error) {

@@ -90,7 +90,7 @@ func (c *moduleCache) get(ctx context.Context, b wire.Blob, fetch func(context.C
 func (c *moduleCache) store(ctx context.Context, b wire.Blob, fetch func(context.Context, wire.Blob, io.Writer) error) error {
 	f, err := os.CreateTemp(c.dir, ".fetch-*")
 	if err != nil {
-		return diskProblem(err)
+		return diskProblem("the job's module", err)
 	}
 	defer os.Remove(f.Name()) // gone already if all went well
 	defer f.Close()
@@ -107,10 +107,10 @@ func (c *moduleCache) store(ctx context.Context, b wire.Blob, fetch func(context
 			b.Size-n.left, sum, b.Size, b.SHA256)
 	}
 	if err := f.Sync(); err != nil {
-		return diskProblem(err)
+		return diskProblem("the job's module", err)
 	}
 	if err := os.Rename(f.Name(), c.path(b.SHA256)); err != nil {
-		return diskProblem(err)
+		return diskProblem("the job's module", err)
 	}
 	return nil
 }
@@ -130,17 +130,17 @@ func (c *counter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.left -= int64(n)
 	if err != nil {
-		c.err = diskProblem(err)
+		c.err = diskProblem("the job's module", err)
 		return n, c.err
 	}
 	return n, nil
 }
 
-func diskProblem(err error) *wire.Problem {
+func diskProblem(what string, err error) *wire.Problem {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return wire.FailedBecause(wire.CodeNoSpace, "there is no space left on the device for the job's module: %v", err)
+		return wire.FailedBecause(wire.CodeNoSpace, "there is no space left on the device for %s: %v", what, err)
 	}
-	return wire.FailedBecause(wire.CodeInternal, "the job's module cannot be kept: %v", err)
+	return wire.FailedBecause(wire.CodeInternal, "%s cannot be kept: %v", what, err)
 }
 
 func (c *moduleCache) path(digest string) string { return filepath.Join(c.dir, digest) }

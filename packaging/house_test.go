@@ -45,7 +45,7 @@ var mayImport = map[string][]string{
 	"sync/scrub":         {"sync/chunk", "sync/store", "wire", "internal/durable"},
 	"sync/transfer":      {"wire"},
 	"sync/orders":        {"sync/chunk", "sync/store", "sync/transfer", "wire"},
-	"jobs":               {"wire"},
+	"jobs":               {"wire", "internal/durable"},
 	"ota":                {"wire", "internal/durable"},
 	"agent":              {"board", "hw", "sync", "jobs", "ota", "wire", "internal/compactors", "internal/durable"},
 	"coordinator":        {"wire", "sync/chunk", "ota/bundle", "ota/repo", "internal/durable"},

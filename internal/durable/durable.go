@@ -20,7 +20,7 @@ import (
 
 // WriteFile replaces the file at path. The mode holds whatever the umask is.
 func WriteFile(path string, data []byte, mode fs.FileMode) error {
-	return replace(path, mode, func(w io.Writer) error {
+	return Replace(path, mode, func(w io.Writer) error {
 		_, err := w.Write(data)
 		return err
 	})
@@ -33,13 +33,14 @@ func CopyFile(path, from string, mode fs.FileMode) error {
 		return err
 	}
 	defer src.Close()
-	return replace(path, mode, func(w io.Writer) error {
+	return Replace(path, mode, func(w io.Writer) error {
 		_, err := io.Copy(w, src)
 		return err
 	})
 }
 
-func replace(path string, mode fs.FileMode, fill func(io.Writer) error) error {
+// Replace is [WriteFile] with what fill writes; after an error of it the old file stands.
+func Replace(path string, mode fs.FileMode, fill func(io.Writer) error) error {
 	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithPermissions(mode), renameio.IgnoreUmask())
 	if err != nil {
 		return err

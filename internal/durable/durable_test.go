@@ -40,7 +40,7 @@ func TestNothingIsWrittenOutsideTheFolder(t *testing.T) {
 	dir, common := t.TempDir(), t.TempDir()
 	t.Setenv("TMPDIR", common)
 	path := filepath.Join(dir, "secret")
-	err := replace(path, 0o600, func(w io.Writer) error {
+	err := Replace(path, 0o600, func(w io.Writer) error {
 		if left, _ := os.ReadDir(common); len(left) > 0 {
 			t.Errorf("%s stands in the common temporary folder", left[0].Name())
 		}
@@ -62,7 +62,7 @@ func TestAFailureLeavesTheOldFileAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	full := errors.New("disk full")
-	err := replace(path, 0o600, func(w io.Writer) error {
+	err := Replace(path, 0o600, func(w io.Writer) error {
 		_, _ = w.Write([]byte("ne"))
 		return full
 	})

@@ -3,6 +3,7 @@ package policy
 import (
 	"math"
 	"math/rand/v2"
+	"reflect"
 	"testing"
 
 	"github.com/BurntSushi/toml"
@@ -69,7 +70,7 @@ func TestConfigurationFileOverridesDefaults(t *testing.T) {
 	}
 	want := Default()
 	want.Enabled, want.Slots, want.MaxMemory, want.MaxCPU = false, 3, 1<<20, 1.5
-	if p != want {
+	if !reflect.DeepEqual(p, want) {
 		t.Errorf("got %+v, want %+v", p, want)
 	}
 }

@@ -17,6 +17,7 @@ import (
 type Control struct {
 	suspended atomic.Bool
 	asked     atomic.Bool
+	saves     atomic.Bool
 	share     atomic.Uint64 // bits of a float64
 	cpu       atomic.Int64  // nanoseconds
 	changed   chan struct{} // capacity 1
@@ -46,6 +47,9 @@ func (c *Control) SetShare(processors float64) {
 
 // CPU is what the job has taken so far, as of half a second ago.
 func (c *Control) CPU() time.Duration { return time.Duration(c.cpu.Load()) }
+
+// Saves tells whether the module can make checkpoints, which is known when it begins.
+func (c *Control) Saves() bool { return c.saves.Load() }
 
 func (c *Control) nudge() {
 	select {

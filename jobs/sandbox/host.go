@@ -66,11 +66,12 @@ type host struct {
 	logged   int   // bytes of messages
 }
 
-// wants tells whether a module imports the host interface.
-func wantsHost(code wazero.CompiledModule) bool {
+// imports tells whether a module imports this function of the host interface, or
+// any, if it is "".
+func imports(code wazero.CompiledModule, function string) bool {
 	return slices.ContainsFunc(code.ImportedFunctions(), func(f api.FunctionDefinition) bool {
-		module, _, _ := f.Import()
-		return module == hostModule
+		module, name, _ := f.Import()
+		return module == hostModule && (function == "" || name == function)
 	})
 }
 

@@ -438,6 +438,9 @@ func (c *child) listen(r *os.File, s Spec) {
 			c.events <- all
 			return
 		}
+		if e.Saves {
+			s.Control.saves.Store(true)
+		}
 		if e.Progress > 0 && s.OnProgress != nil {
 			s.OnProgress(min(float64(e.Progress)/1000, 1))
 		}

@@ -54,6 +54,7 @@ func (t task) lastFD() int {
 type event struct {
 	Walls    []string `json:"walls,omitempty"`
 	Engine   string   `json:"engine,omitempty"`
+	Saves    bool     `json:"saves,omitempty"`    // with Engine: the module can make checkpoints
 	Progress int32    `json:"progress,omitempty"` // permille
 	Log      *logLine `json:"log,omitempty"`
 	End      *ending  `json:"end,omitempty"`

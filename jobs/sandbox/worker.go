@@ -95,7 +95,7 @@ func (w *worker) work() ending {
 	if err != nil {
 		return failed(err)
 	}
-	if err := w.say.Encode(event{Engine: Engine()}); err != nil {
+	if err := w.say.Encode(event{Engine: Engine(), Saves: imports(code, "checkpoint")}); err != nil {
 		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
 	}
 	if err := w.conf.tighten(t); err != nil {
@@ -188,7 +188,7 @@ func (w *worker) compile(module []byte, cacheDir string, h *host) (wazero.Runtim
 	if _, err := wasi_snapshot_preview1.Instantiate(ctx, rt); err != nil {
 		return nil, nil, failure(WorkerFailed, "WASI could not be set up: %v", err)
 	}
-	if wantsHost(code) {
+	if imports(code, "") {
 		if err := h.offer(ctx, rt); err != nil {
 			return nil, nil, failure(WorkerFailed, "the host interface could not be set up: %v", err)
 		}

@@ -192,6 +192,64 @@ func (s *Service) Read(ctx context.Context, id string) ([]byte, error) {
 	return data, s.perhapsAway(err)
 }
 
+// Get returns the bytes of a chunk, verified: those that are held here, else what url
+// has. With asked the owner's word on bulk is asked before something is fetched, and
+// may be a refusal for a while. Nothing is kept.
+func (s *Service) Get(ctx context.Context, id string, size int64, url string, asked bool) ([]byte, error) {
+	parsed, err := parseID(id)
+	if err != nil {
+		return nil, err
+	}
+	if err := chunk.CheckSize(size); err != nil {
+		return nil, wire.RejectedBecause(wire.CodeBadBody, "chunk %s: %v", id, err)
+	}
+	data, err := s.set.Get(ctx, parsed)
+	if err != nil {
+		if url == "" {
+			return nil, s.perhapsAway(err)
+		}
+		if data, err = s.borrow(ctx, parsed, wire.ChunkStore{ID: id, Size: size, URL: url}, asked); err != nil {
+			return nil, err
+		}
+	}
+	if int64(len(data)) != size {
+		return nil, wire.FailedBecause(wire.CodeMismatch, "chunk %s has %d bytes, the order says %d", id, len(data), size)
+	}
+	return data, nil
+}
+
+// borrow downloads and verifies a chunk that is not to be kept.
+func (s *Service) borrow(ctx context.Context, id chunk.ID, body wire.ChunkStore, asked bool) ([]byte, error) {
+	if asked {
+		done, err := s.limits.Reserve(body.Size)
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+	}
+	data, err := s.download(ctx, id, body)
+	if err == nil && chunk.Sum(data) != id {
+		err = wire.FailedBecause(wire.CodeMismatch, "what was fetched as chunk %s is another; ask for it again", id)
+	}
+	return data, err
+}
+
+// Keep makes bytes a chunk of this device, durable when it returns the chunk's id.
+func (s *Service) Keep(ctx context.Context, data []byte) (id string, err error) {
+	if err := chunk.CheckSize(int64(len(data))); err != nil {
+		return "", err
+	}
+	if err := s.canTake(int64(len(data))); err != nil {
+		return "", err
+	}
+	if err := s.memory.acquire(ctx, int64(len(data)), storePriority); err != nil {
+		return "", err
+	}
+	sum := chunk.Sum(data)
+	_, err = s.put(ctx, sum, data) // gives the memory back
+	return sum.String(), err
+}
+
 // perhapsAway makes of "not held" what it means while a volume is away.
 func (s *Service) perhapsAway(err error) error {
 	if err == nil || wire.ProblemOf(err).Code != wire.CodeNotFound {

@@ -154,6 +154,21 @@ func main() {
 			}
 		}
 		fmt.Println(n)
+	case "steps": // as count, but with a checkpoint only when it is asked
+		n := int64(0)
+		if b := restored(); b != nil {
+			n, _ = strconv.ParseInt(string(b), 10, 64)
+			fmt.Fprintln(os.Stderr, "went on at", n)
+		}
+		for ; n < arg(2); n++ {
+			progress(1)
+			if shouldCheckpoint() != 0 {
+				keep([]byte(strconv.FormatInt(n, 10)))
+				for shouldCheckpoint() != 0 {
+				}
+			}
+		}
+		fmt.Println(n)
 	case "bombs": // checkpoints as large as they may be, and larger
 		b := make([]byte, arg(2))
 		fmt.Println(keep(b))
