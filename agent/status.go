@@ -25,6 +25,7 @@ type Status struct {
 	Until       *time.Time    `json:"certificate_until,omitempty"`
 	Machine     *Feeling      `json:"machine,omitempty"` // absent before the first start
 	Line        *Line         `json:"line,omitempty"`    // absent before it was a member
+	Jobs        *Jobs         `json:"jobs,omitempty"`    // absent before there were any, and nothing was said of them
 }
 
 // Feeling is how a device feels, as its agent last noted. It is noted whenever
@@ -153,6 +154,9 @@ func ReadStatus(stateDir string) (Status, error) {
 		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
 	}
 	if s.Line, err = readLine(stateDir); err != nil {
+		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
+	}
+	if s.Jobs, err = ReadJobs(stateDir); err != nil {
 		return Status{}, fmt.Errorf("%w be read: %w", ErrState, err)
 	}
 	if f := s.Machine; f != nil && !s.Running {

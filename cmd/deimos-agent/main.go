@@ -41,6 +41,7 @@ type commands struct {
 	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
 	Disks   disksCmd   `cmd:"" help:"Show which disks would hold chunks and why, or test one."`
+	Jobs    jobsCmd    `cmd:"" help:"Show the jobs on this device, or let them stand still."`
 	Board   boardCmd   `cmd:"" help:"Show which board this is, list profiles of boards, or check one."`
 	History historyCmd `cmd:"" help:"Show what this device has measured; works while the agent runs."`
 	Sensors sensorsCmd `cmd:"" help:"Read the declared sensors once, or list which chips can be read."`
@@ -201,6 +202,9 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		line("moved", movedLine(*s.Line))
 		line("line", limitsLine(s.Line.Limits))
 	}
+	if s.Jobs != nil {
+		line("jobs", jobsLine(*s.Jobs))
+	}
 	if err := t.Flush(); err != nil || m == nil {
 		return err
 	}
@@ -223,6 +227,25 @@ func writeStatus(w io.Writer, s agent.Status) error {
 		}
 	}
 	return nil
+}
+
+// jobsLine says how many jobs there are, and why they stand still.
+func jobsLine(j agent.Jobs) string {
+	count := map[string]int{}
+	for _, l := range j.Jobs {
+		count[l.State]++
+	}
+	s := "none"
+	if len(j.Jobs) > 0 {
+		s = fmt.Sprintf("%d running, %d suspended, %d waiting", count["running"], count["suspended"], count["waiting"])
+	}
+	if said := wordLine(j.Word, time.Now()); said != "" {
+		return s + "; " + said
+	}
+	if j.Reason != "" {
+		s += "; " + j.Reason + untilText(j.Until)
+	}
+	return s
 }
 
 // movedLine says what of the month's volume is used and left.
