@@ -75,10 +75,16 @@ func TestEveryModuleGivesTheSameBytesOnArm64(t *testing.T) {
 func archOrders(t *testing.T) map[string][]sandbox.Spec {
 	text := textInputs(t)["alphabets"]
 	points := clouds(rand.New(rand.NewPCG(testenv.Seed(t), 3)), 3000, 7)
+	all, _ := pictures(t)
 	orders := map[string][]sandbox.Spec{
 		"sha256sum": {job("sha256sum", text)},
 		"wordcount": {job("wordcount", text)},
 		"textstats": {job("textstats", text), job("textstats", text, "-letters", "-top", "1000")},
+		"thumbnail": {
+			job("thumbnail", all["progressive 4:4:4"], "-size", "100"),
+			job("thumbnail", all["clear PNG"], "-size", "50"),
+			job("thumbnail", all["baseline 4:2:0"], "-strip"),
+		},
 		"tabulate": {
 			job("tabulate", sales(t, 3000), "-where", `city != "Bonn" && n > 3`, "-by", "city", "-agg", "count,sum(price),mean(price),max(n)"),
 			job("tabulate", []byte(`{"a":{"b":1e3,"c":"ä"}}`+"\n"), "-format", "json", "-where", "a.b < 1000.5", "-select", "a.c,a.b"),

@@ -32,7 +32,7 @@ var (
 )
 
 // goGuests are those that ship and are written in Go.
-var goGuests = []string{"wordcount", "sha256sum", "textstats", "tabulate"}
+var goGuests = []string{"wordcount", "sha256sum", "textstats", "tabulate", "thumbnail"}
 
 // cGuests are those in C; noClang is why there are none of them here.
 var (
