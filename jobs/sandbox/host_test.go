@@ -128,6 +128,49 @@ func TestModuleWithoutMemoryTraps(t *testing.T) {
 	wantCause(t, err, BadModule, wire.Failed, CodeBadModule)
 }
 
+// TestThreadsCannotBeMade has the two ways in which guests make threads: the
+// wasi-threads proposal, and memory that is shared.
+func TestThreadsCannotBeMade(t *testing.T) {
+	spawn := wasm{from: "wasi", host: "thread-spawn", memory: 1, start: cat(constant(0), constant(0), []byte{opCall, 0, opDrop})}
+	_, err := run(t, Spec{Module: spawn.file(t)})
+	if e := wantCause(t, err, BadModule, wire.Failed, CodeBadModule); !strings.Contains(e.Reason, "module[wasi]") {
+		t.Errorf("the reason is %q", e.Reason)
+	}
+	shared := bytes.Replace(wasm{memory: 1}.encode(), []byte{5, 3, 1, 0, 1}, []byte{5, 4, 1, 3, 1, 1}, 1) // shared, 1 to 1 pages
+	_, err = run(t, Spec{Module: write(t, shared)})
+	if e := wantCause(t, err, BadModule, wire.Failed, CodeBadModule); !strings.Contains(e.Reason, "shared memory") {
+		t.Errorf("the reason is %q", e.Reason)
+	}
+}
+
+// TestAJobSeesNothingOfItsNeighbours has the files of others open in the parent and in
+// a worker at the same time.
+func TestAJobSeesNothingOfItsNeighbours(t *testing.T) {
+	other := hosted("asked")
+	other.Inputs = []Input{granting(t, "secret", []byte("of another job"))}
+	var out bytes.Buffer
+	other.Outputs = []Output{{"o", &out}}
+	other.Control, other.OnCheckpoint = NewControl(), newShelf(t).keep
+	runs := make(chan struct{}, 1)
+	other.OnProgress = func(float64) { runs <- struct{}{} }
+	done := make(chan error, 1)
+	go func() { _, err := runner.Run(t.Context(), other); done <- err }()
+	<-runs
+	for _, s := range []Spec{hosted("neighbours"), hosted("neighbours")} {
+		s.Inputs, s.Outputs = []Input{granting(t, "a", nil)}, []Output{{"o", io.Discard}}
+		if got := mustRun(t, s).Output; len(got) > 0 {
+			t.Errorf("%s", got)
+		}
+	}
+	other.Control.AskCheckpoint()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if out.Len() > 0 {
+		t.Errorf("others wrote %q to its output", &out)
+	}
+}
+
 func TestHashIsThatOfTheStandard(t *testing.T) {
 	want := fmt.Sprintf("%x\n", sha256.Sum256(bytes.Repeat([]byte("deimos"), 100_000)))
 	if got := string(mustRun(t, hosted("sha256")).Output); got != want {

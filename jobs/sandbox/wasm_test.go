@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"os"
 	"path/filepath"
 	"testing"
@@ -39,6 +40,7 @@ const (
 type wasm struct {
 	imported string // name in wasi_snapshot_preview1; its index is 0, and _start's is 1
 	host     string // instead, a function of two i32 and one result, in deimos_v1
+	from     string // module of that function, if it is another
 	memory   uint32 // initial pages, 0: no memory
 	table    bool   // one table of one funcref, without a maximum
 	data     []byte // at address 0
@@ -61,7 +63,7 @@ func (w wasm) encode() []byte {
 		self = 1
 	}
 	if w.host != "" {
-		section(2, cat(leb(1), name(hostModule), name(w.host), []byte{0, 2})...)
+		section(2, cat(leb(1), name(cmp.Or(w.from, hostModule)), name(w.host), []byte{0, 2})...)
 		self = 1
 	}
 	section(3, 1, 0)

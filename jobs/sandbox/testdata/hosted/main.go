@@ -169,6 +169,26 @@ func main() {
 			}
 		}
 		fmt.Println(n)
+	case "long": // so many steps of some milliseconds, with a checkpoint now and then
+		n, x := int64(0), uint64(1)
+		if b := restored(); b != nil {
+			if _, err := fmt.Sscan(string(b), &n, &x); err != nil {
+				check(err)
+			}
+			fmt.Fprintln(os.Stderr, "went on at", n)
+		}
+		for ; n < arg(2); n++ {
+			for range 1_000_000 {
+				x = x*6364136223846793005 + 1442695040888963407 // Knuth's, as in MMIX
+			}
+			if n%25 == 0 || shouldCheckpoint() != 0 {
+				if errno := keep(fmt.Appendln(nil, n+1, x)); errno != 0 {
+					os.Exit(int(errno))
+				}
+			}
+			progress(int32(n * 1000 / arg(2)))
+		}
+		fmt.Println(n, x)
 	case "bombs": // checkpoints as large as they may be, and larger
 		b := make([]byte, arg(2))
 		fmt.Println(keep(b))
@@ -200,6 +220,32 @@ func main() {
 		for left := arg(2); left > 0; left -= int64(len(b)) {
 			_, err := out.Write(b[:min(left, int64(len(b)))])
 			check(err)
+		}
+	case "neighbours": // what a job must not find that runs beside others
+		if size("secret") >= 0 || read("secret", 0, make([]byte, 10)) >= 0 {
+			fmt.Println("could: read another job's input by name")
+		}
+		for _, dir := range []string{"/in", "/out", "/", "/proc/self/fd", "/tmp"} {
+			entries, _ := os.ReadDir(dir)
+			for _, e := range entries {
+				if dir != "/in" || e.Name() != "a" {
+					fmt.Println("could: list", dir, e.Name())
+				}
+			}
+		}
+		for fd := 5; fd < 64; fd++ { // 3 and 4 are the folders
+			p := make([]byte, 10)
+			if f := os.NewFile(uintptr(fd), "fd"); f != nil {
+				if n, err := f.Read(p); n > 0 || err == nil {
+					fmt.Println("could: read descriptor", fd, p[:n])
+				}
+				if n, err := f.Write(p); n > 0 || err == nil {
+					fmt.Println("could: write descriptor", fd)
+				}
+			}
+		}
+		if restored() != nil {
+			fmt.Println("could: have another job's checkpoint")
 		}
 	case "escape":
 		escape()
