@@ -628,9 +628,24 @@ func (c *Coordinator) serve(ln net.Listener) {
 	}
 	go func() {
 		if err := c.server.ServeTLS(ln, "", ""); !errors.Is(err, http.ErrServerClosed) {
-			c.failed <- fmt.Errorf("the HTTPS server ended: %w", err)
+			c.fail(fmt.Errorf("the HTTPS server ended: %w", err))
 		}
 	}()
+	go func() {
+		select {
+		case err := <-c.eng.Failed():
+			c.fail(err)
+		case <-c.life.Done():
+		}
+	}()
+}
+
+// fail ends the coordinator; the first reason is enough.
+func (c *Coordinator) fail(err error) {
+	select {
+	case c.failed <- err:
+	default:
+	}
 }
 
 // outlive is for work that must come to its end though who asked for it has

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 
+	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -46,6 +47,8 @@ func explain(err error, stopping bool) *refusal {
 		return r
 	case errors.As(err, &p):
 		return refuse(http.StatusBadGateway, p.Code, "%s", p.Reason)
+	case errors.Is(err, engine.ErrNoSpace):
+		return refuse(http.StatusInsufficientStorage, wire.CodeNoSpace, "%v", err)
 	case errors.Is(err, context.Canceled) && stopping:
 		return refuse(http.StatusServiceUnavailable, "stopping", "the coordinator is being stopped; what was begun goes on after its next start, ask again then")
 	case errors.Is(err, context.Canceled):

@@ -1,16 +1,20 @@
 package coordinator
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/internal/testenv"
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -89,4 +93,114 @@ func TestJetStreamsRefusalsAreSentences(t *testing.T) {
 	if other := errors.New("x"); engine.StoreError(other) != other {
 		t.Error("another error is not left alone")
 	}
+}
+
+// fillUp leaves so many bytes of a disk, until empty is called.
+func fillUp(t *testing.T, dir string, left int64) (empty func()) {
+	t.Helper()
+	var fs syscall.Statfs_t
+	must(t, syscall.Statfs(dir, &fs))
+	path := filepath.Join(dir, "others")
+	f, err := os.Create(path)
+	must(t, err)
+	defer f.Close()
+	if n := int64(fs.Bavail)*fs.Bsize - left; n > 0 {
+		must(t, syscall.Fallocate(int(f.Fd()), 0, 0, n))
+	}
+	return func() { must(t, os.Remove(path)) }
+}
+
+// Others fill the disk: nothing is written before JetStream comes to harm, that is said,
+// and when there is room again, everything goes on.
+func TestAFullDiskStopsWritesAndNothingElse(t *testing.T) {
+	t.Parallel()
+	dir := smallDisk(t, "128m")
+	ctx := testContext(t)
+	w := open(t, filepath.Join(dir, "state"))
+	t.Cleanup(func() { w.Close() })
+	attention := func() string {
+		for _, a := range w.statusNow(t).Attention {
+			if a.Code == api.AttentionSpace {
+				return a.Text
+			}
+		}
+		return ""
+	}
+	if !strings.Contains(attention(), "MiB left") {
+		t.Errorf("that little is left is not shown: %q", attention())
+	}
+	empty := fillUp(t, dir, engine.Reserve/2)
+	if _, err := w.op.CreateToken(ctx, api.TokenRequest{}); err == nil || !strings.Contains(err.Error(), "free space there") {
+		t.Errorf("a change on a full disk: %v", err)
+	}
+	for what, err := range map[string]error{
+		"a record": w.storage.chunks.create(ctx, newNonce(), chunkRecord{}),
+		"a blob":   w.staging.put(ctx, "attachment/"+newNonce(), someBytes(1000)),
+	} {
+		if err == nil || explain(err, false).Code != wire.CodeNoSpace {
+			t.Errorf("%s on a full disk: %v", what, err)
+		}
+	}
+	if _, err := w.eng.JetStream().Publish(ctx, engine.LogSubject(trailName), nil); !errors.Is(err, engine.ErrNoSpace) {
+		t.Errorf("an entry of the log on a full disk: %v", err)
+	}
+	if !strings.Contains(attention(), "free space there") {
+		t.Errorf("that it is full is not shown: %q", attention())
+	}
+	empty()
+	w.enrolled(t)
+	select {
+	case err := <-w.Failed():
+		t.Error(err)
+	default:
+	}
+}
+
+// A write that has failed stops JetStream for good: the coordinator ends, with a
+// sentence, so that it is started again; not before there is room.
+func TestACoordinatorThatCannotWriteAnyMoreEnds(t *testing.T) {
+	t.Parallel()
+	dir := smallDisk(t, "128m")
+	state := filepath.Join(dir, "state")
+	ctx := testContext(t)
+	w := open(t, state)
+	t.Cleanup(func() { w.Close() })
+	data := someBytes(chunk.MaxSize)
+	name := "chunk/" + chunk.Sum(data).String()
+	must(t, w.staging.put(ctx, name, data))
+	empty := fillUp(t, dir, 1<<20)
+	past, err := jetstream.New(w.eng.Conn()) // who fills a disk in an instant comes past the guard
+	must(t, err)
+	kv, err := past.KeyValue(ctx, "devices")
+	must(t, err)
+	for n := range 64 {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		_, err = kv.Put(ctx, fmt.Sprint("x", n), someBytes(512<<10))
+		if cancel(); err != nil {
+			break
+		}
+	}
+	select {
+	case err := <-w.Failed():
+		if !strings.Contains(err.Error(), "started again") {
+			t.Error(err)
+		}
+	case <-ctx.Done():
+		t.Fatalf("it goes on as if nothing had happened; the write: %v", err)
+	}
+	w.Close()
+	cfg := testConfig(state)
+	if c, err := Start(ctx, cfg); !errors.Is(err, engine.ErrNoSpace) {
+		if err == nil {
+			c.Close()
+		}
+		t.Errorf("it starts on a full disk: %v", err)
+	}
+	empty()
+	w = open(t, state)
+	t.Cleanup(func() { w.Close() })
+	if got, err := w.staging.get(ctx, name); err != nil || len(got) != len(data) {
+		t.Errorf("what was staged is gone: %d bytes, %v", len(got), err)
+	}
+	w.enrolled(t)
 }

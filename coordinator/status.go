@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/engine"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -19,6 +20,8 @@ const (
 	// tokenSoon is how long before its end a token is pointed out, if it was made
 	// for longer than twice that.
 	tokenSoon = 7 * 24 * time.Hour
+	// spaceSoon is how much of the disk of the state is left when it is pointed out, in bytes.
+	spaceSoon = 256 << 20
 )
 
 func (c *Coordinator) statusRoutes() []route {
@@ -35,7 +38,7 @@ func (c *Coordinator) status() api.Status {
 	now := c.now().UTC()
 	s := api.Status{Version: c.cfg.Version, Started: c.started.UTC(), Since: now.Add(-lately), Challenges: make(map[api.AuditOutcome]int)}
 	s.Orders.Open, s.Orders.Ended, s.Orders.AtLeast = c.outbox.counts(s.Since)
-	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now), c.repairs.attention())
+	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now), c.repairs.attention(), c.spaceLeft())
 	s.Repair = c.repairs.summary()
 	slices.SortFunc(see, func(a, b api.Attention) int {
 		return cmp.Or(cmp.Compare(a.Code, b.Code), cmp.Compare(a.About, b.About))
@@ -74,6 +77,19 @@ func (c *Coordinator) statusOfDevices(s *api.Status, now time.Time) (see []api.A
 	see = append(see, health.see...)
 	s.Devices.Pending = len(c.waiting.list(c.reg.known))
 	return see
+}
+
+// spaceLeft is whether the disk of the state is full, or nearly.
+func (c *Coordinator) spaceLeft() []api.Attention {
+	free, ok := c.eng.Free()
+	if !ok || free >= spaceSoon {
+		return nil
+	}
+	text := fmt.Sprintf("the disk of its state has %d MiB left; below %d MiB it writes nothing: free space there", free>>20, engine.Reserve>>20)
+	if err := c.eng.Room(); err != nil {
+		text = err.Error()
+	}
+	return []api.Attention{{Code: api.AttentionSpace, About: "coordinator", Text: text}}
 }
 
 func aboutDevice(d wire.DeviceID, code, text string) api.Attention {

@@ -271,8 +271,18 @@ func (e *Engine) connect(ctx context.Context, c Config, role string, key nkeys.K
 // arrive on [wire.Subject]s, and orders published there reach them at QoS 0.
 func (e *Engine) Conn() *nats.Conn { return e.nc }
 
-// JetStream is the coordinator's JetStream.
-func (e *Engine) JetStream() jetstream.JetStream { return e.js }
+// JetStream is the coordinator's JetStream. Below [Reserve] it publishes nothing.
+func (e *Engine) JetStream() jetstream.JetStream { return guarded{e.js, e} }
+
+// Failed gives the error that the embedded server cannot go on with: a write of the
+// state has failed, and the server writes no more to that part of it until it is
+// started again. Who gets it closes the engine.
+func (e *Engine) Failed() <-chan error {
+	if e.local == nil {
+		return nil
+	}
+	return e.local.log.broken
+}
 
 // KV opens a key-value bucket, and makes it if it does not exist. A bucket is
 // in files and keeps one value a key, unless edit says otherwise; a bucket that
@@ -286,7 +296,7 @@ func (e *Engine) KV(ctx context.Context, bucket string, edit ...func(*jetstream.
 	if err != nil {
 		return nil, fmt.Errorf("open bucket %q: %w", bucket, StoreError(err))
 	}
-	return kv, nil
+	return guardedKV{kv, e}, nil
 }
 
 // Objects opens a bucket of objects like [Engine.KV].
@@ -299,7 +309,7 @@ func (e *Engine) Objects(ctx context.Context, bucket string, edit ...func(*jetst
 	if err != nil {
 		return nil, fmt.Errorf("open bucket of objects %q: %w", bucket, StoreError(err))
 	}
-	return os, nil
+	return guardedObjects{os, e}, nil
 }
 
 // Log opens a stream that can only be appended to, and makes it if it does not

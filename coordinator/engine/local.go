@@ -45,6 +45,9 @@ func startLocal(ctx context.Context, c Config, keys *keyring) (_ *localServer, e
 	if l.lock, err = lockDir(c.Dir); err != nil {
 		return nil, err
 	}
+	if err := (&Engine{local: l}).Room(); err != nil {
+		return nil, err // before anything of the state is touched
+	}
 	if l.srv, err = server.NewServer(opts); err != nil {
 		return nil, fmt.Errorf("set up the message server: %w", err)
 	}

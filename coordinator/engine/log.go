@@ -20,17 +20,38 @@ type serverLog struct {
 	mu      sync.Mutex
 	dropped int
 	fatal   error
+
+	broken chan error // one, when a write has failed for good
 }
 
 func newServerLog(log *slog.Logger) *serverLog {
-	return &serverLog{log: log, limit: rate.NewLimiter(5, 20)}
+	return &serverLog{log: log, limit: rate.NewLimiter(5, 20), broken: make(chan error, 1)}
 }
 
 func (l *serverLog) Noticef(format string, v ...any) { l.say(slog.LevelDebug, format, v) }
 func (l *serverLog) Debugf(format string, v ...any)  { l.say(slog.LevelDebug, format, v) }
 func (l *serverLog) Tracef(format string, v ...any)  { l.say(slog.LevelDebug, format, v) }
 func (l *serverLog) Warnf(format string, v ...any)   { l.say(slog.LevelWarn, format, v) }
-func (l *serverLog) Errorf(format string, v ...any)  { l.say(slog.LevelError, format, v) }
+
+func (l *serverLog) Errorf(format string, v ...any) {
+	l.watch(format, v)
+	l.say(slog.LevelError, format, v)
+}
+
+// watch finds out that nats-server has stopped a stream for good, which it tells
+// nobody but its log.
+func (l *serverLog) watch(format string, v []any) {
+	text := fmt.Sprintf(format, v...)
+	// No other line begins so: what a stranger can have logged does not.
+	ours := strings.HasPrefix(text, "Filestore [") || strings.HasPrefix(text, "JetStream")
+	if !ours || !strings.Contains(text, "ritical write error") && !strings.Contains(text, "will be DISABLED") {
+		return
+	}
+	select {
+	case l.broken <- fmt.Errorf("the coordinator's state cannot be written until the coordinator is started again, as after a full disk; see that its disk has room and is sound: %s", text):
+	default: // the first is enough
+	}
+}
 
 // Fatalf keeps what the server died of, for Start to return. It must not end
 // the process.
