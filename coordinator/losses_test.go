@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -380,5 +381,24 @@ func TestAConfessionThatWasCutOffIsCounted(t *testing.T) {
 	}
 	if s := w.audits.scoreOf(d.id); len(s.Penalties) != 1 || !w.isLost(t, d, id) {
 		t.Errorf("%+v", s)
+	}
+}
+
+// What is on no device any more is not said to come back when one is online.
+func TestAChunkThatIsGoneIsSaidToBe(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.device(t)
+	id := w.placed(t, 1)[0]
+	c := w.chunkRecord(t, id)
+	must(t, w.storage.lost(ctx, d.id, []string{id}))
+	_, err := w.op.GetChunk(ctx, id)
+	wantRefusal(t, err, http.StatusGone, wire.CodeLost)
+	must(t, w.storage.chunks.remove(ctx, id, func(chunkRecord) bool { return true }))
+	d.leave()
+	_, err = w.storage.readAny(ctx, c, nil) // who has read its record before
+	if r := explain(err, false); r.status != http.StatusNotFound || r.Code != wire.CodeNotFound {
+		t.Error(err)
 	}
 }

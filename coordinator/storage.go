@@ -599,8 +599,16 @@ func (s *storage) readAny(ctx context.Context, c chunkRecord, not []wire.DeviceI
 		return nil, atRest("every device that is online and holds chunk "+c.ID, rests)
 	}
 	if tried == 0 {
-		return nil, refuse(http.StatusServiceUnavailable, "no_holder_online",
-			"none of the %d devices that hold chunk %s is online; try again when one is (\"deimos device list\")", len(holders), c.ID)
+		now, ok := s.chunks.get(c.ID) // it may have been removed meanwhile
+		switch n := now.alive(); {
+		case !ok:
+			return nil, refuse(http.StatusNotFound, wire.CodeNotFound, "chunk %s was removed while it was read", c.ID)
+		case n == 0:
+			return nil, refuse(http.StatusGone, wire.CodeLost, "every device that held chunk %s has lost it, or was retired", c.ID)
+		default:
+			return nil, refuse(http.StatusServiceUnavailable, "no_holder_online",
+				"none of the %d devices that hold chunk %s is online; try again when one is (\"deimos device list\")", n, c.ID)
+		}
 	}
 	return nil, refuse(http.StatusServiceUnavailable, "unreadable", "chunk %s cannot be read now; the last device said: %v", c.ID, last)
 }
