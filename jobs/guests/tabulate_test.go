@@ -138,6 +138,7 @@ func TestTabulateFiltersJSONAsJqDoes(t *testing.T) {
 		`ok == true && n > 10`:                      `select(.ok and .n > 10)`,
 		`at.city == "Köln" || ok != true && n == 3`: `select(.at.city == "Köln" or (.ok | not) and .n == 3)`,
 		`at.city == null && n >= -20`:               `select(.at.city == null and .n >= -20)`,
+		`at.city != "Köln" && missing != 5`:         `select(.at.city != "Köln")`,
 		`at.city ~ "n" && missing == null`:          `select(.at.city // "" | contains("n"))`,
 	} {
 		want := jq(t, lines.Bytes(), filter+`| {id, at, "at.city": .at.city, missing}`)
@@ -191,7 +192,7 @@ func TestTabulateRefusesWhatItCannotDo(t *testing.T) {
 	no("the input is empty", "")
 	no("field 2 has no name", "a,,c\n")
 	no("field 2 has no name, or that of another", "a,a\n")
-	no("line 3 is no CSV, or has more or fewer fields", "a,b\n1,2\n3\n")
+	no("line 3 has more or fewer fields than the first", "a,b\n1,2\n3\n")
 	no("line 3 is no CSV", "a,b\n\"1,2\n3,4\n")
 	no("line 2 is no CSV", "a,b\n1\"x,2\n")
 	no(`there is no field "c"; there are: a, b`, "a,b\n1,2\n", "-select", "a,c")

@@ -48,6 +48,8 @@ var (
 	image     = flag.String("image", "", "disk image of a device, for the rows on it; the one below -bin if not given")
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 
+	computeOnly = flag.Bool("compute-only", false, "the rows on what jobs compute against native programs alone")
+
 	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
 )
 
@@ -89,6 +91,9 @@ func run(ctx context.Context, t *table) error {
 	if *storageOnly != "" {
 		return storageRows(ctx, t, *storageOnly)
 	}
+	if *computeOnly {
+		return computeRows(ctx, t)
+	}
 	sealing(t)
 	known, err := knowing(ctx)
 	if err != nil {
@@ -108,6 +113,9 @@ func run(ctx context.Context, t *table) error {
 		return err
 	}
 	if err := storageRows(ctx, t, "all"); err != nil {
+		return err
+	}
+	if err := computeRows(ctx, t); err != nil {
 		return err
 	}
 	bare, err := measure(ctx, newBareSide)

@@ -83,9 +83,8 @@ func (c comparison) holds(r row) (bool, error) {
 		return false, err
 	}
 	if a.kind == null || b.kind == null {
-		literal := c.a.field == "" && a.kind == null || c.b.field == "" && b.kind == null
 		same := a.kind == b.kind
-		return literal && (c.op == "==" && same || c.op == "!=" && !same), nil
+		return c.op == "==" && same || c.op == "!=" && !same, nil
 	}
 	if c.op == "~" {
 		if !a.isText() || !b.isText() {

@@ -18,8 +18,8 @@
 // field b of the object a. A constant is a number, a text in double quotes, true, false or
 // null. With a number, numbers are compared, with a text, texts, byte by byte; a field that
 // is something else ends the job with its line, as a guess would be a wrong answer. A field
-// that is empty (in CSV) or null or missing (in JSON) is null: it equals null, and any other
-// comparison with it is false. Two fields are compared as numbers if both are, otherwise as
+// that is empty (in CSV) or null or missing (in JSON) is null: it equals null and nothing else,
+// and is neither less nor greater than anything. Two fields are compared as numbers if both are, otherwise as
 // texts.
 //
 // AGGREGATES are count, count(FIELD), sum(FIELD), min(FIELD), max(FIELD) and mean(FIELD),

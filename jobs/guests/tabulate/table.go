@@ -64,10 +64,14 @@ func newCSV(in io.Reader, out io.Writer) (*csvTable, error) {
 // malformed puts the line first.
 func malformed(err error) error {
 	var e *csv.ParseError
-	if errors.As(err, &e) {
-		return fmt.Errorf("line %d is no CSV, or has more or fewer fields than the first: %w", e.Line, e.Err)
+	switch {
+	case !errors.As(err, &e):
+		return fmt.Errorf("cannot read the input: %w", err)
+	case e.Err == csv.ErrFieldCount:
+		return fmt.Errorf("line %d has more or fewer fields than the first", e.StartLine)
+	default:
+		return fmt.Errorf("line %d is no CSV: %w", e.Line, e.Err)
 	}
-	return fmt.Errorf("cannot read the input: %w", err)
 }
 
 func (t *csvTable) has(fields []string) error {
