@@ -73,6 +73,7 @@ type Store interface {
 	Get(ctx context.Context, id chunk.ID) ([]byte, error)
 	Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error)
 	Drop(ctx context.Context, ids []chunk.ID) error
+	DropLost(ctx context.Context, ids []chunk.ID) error
 	Has(id chunk.ID) bool
 	List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error
 	Volumes() []*store.Volume
@@ -412,33 +413,9 @@ func (s *Service) drop(ctx context.Context, o wire.Order, _ func(wire.Progress))
 		}
 	}
 	if body.OnlyLost {
-		if ids, err = s.stillLost(ctx, ids); err != nil {
-			return wire.Outcome{}, err
-		}
+		return wire.Outcome{}, s.set.DropLost(ctx, ids)
 	}
 	return wire.Outcome{}, s.set.Drop(ctx, ids)
-}
-
-// stillLost is which of the chunks are lost for sure: each that is known to be is read
-// once more, as what is dropped cannot be taken back, and what kept it from being read
-// may have passed.
-func (s *Service) stillLost(ctx context.Context, ids []chunk.ID) (lost []chunk.ID, err error) {
-	known := make(map[string]bool)
-	for _, l := range s.Losses() {
-		known[l.ID] = true
-	}
-	for _, id := range ids {
-		if !known[id.String()] {
-			continue
-		}
-		switch _, err := s.set.Get(ctx, id); {
-		case ctx.Err() != nil:
-			return nil, context.Cause(ctx)
-		case err != nil && wire.ProblemOf(err).Code == wire.CodeLost:
-			lost = append(lost, id)
-		}
-	}
-	return lost, nil
 }
 
 // Losses is every chunk known to be lost, sorted by id. One that is whole on

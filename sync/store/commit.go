@@ -35,6 +35,7 @@ type request struct {
 	data  []byte       // put
 	read  bool         // put: the chunk was read just before, if it is held
 	drops []chunk.ID   // drop
+	lost  bool         // drop: only those that are lost, for all that is known when it is done
 	moves []move       // write again elsewhere
 	flush bool         // make durable what Badger wrote by itself
 	first func() error // before a flush: what Badger does while nothing is being written
@@ -48,7 +49,8 @@ type request struct {
 // chunk that is already held and verifies is not written again; one that was
 // lost is.
 //
-// Problems: [wire.CodeMismatch], [wire.CodeNoSpace], [wire.CodeReadOnly].
+// Problems: [wire.CodeMismatch], [wire.CodeNoSpace], [wire.CodeReadOnly], and
+// [wire.CodeUnreachable] if the disk does not answer.
 func (v *Volume) Put(ctx context.Context, id chunk.ID, data []byte) error {
 	if err := chunk.CheckSize(int64(len(data))); err != nil {
 		return wire.RejectedBecause(wire.CodeMismatch, "chunk %s cannot be stored: %v", id, err)
@@ -60,9 +62,12 @@ func (v *Volume) Put(ctx context.Context, id chunk.ID, data []byte) error {
 	if !errors.Is(err, errHeld) {
 		return err
 	}
-	// Reading finds a loss, which the committer then mends.
-	if _, err := v.Get(ctx, id); err != nil && ctx.Err() != nil {
-		return err
+	// Reading finds a loss, which the committer then mends. What cannot be read for now
+	// may be anything.
+	if _, err := v.Get(ctx, id); err != nil {
+		if code := wire.ProblemOf(err).Code; ctx.Err() != nil || code != wire.CodeLost && code != wire.CodeNotFound {
+			return err
+		}
 	}
 	return v.submit(ctx, &request{id: id, data: data, read: true})
 }
@@ -84,14 +89,39 @@ func (v *Volume) Confirm(ctx context.Context, id chunk.ID) (size int64, err erro
 // Drop forgets chunks, durably. Ids that are not held are no error. It works on
 // a disk below its floor, but not on a volume that is read-only.
 func (v *Volume) Drop(ctx context.Context, ids []chunk.ID) error {
+	return v.drop(ctx, ids, false)
+}
+
+func (v *Volume) drop(ctx context.Context, ids []chunk.ID, lost bool) error {
 	for len(ids) > 0 {
 		n := min(len(ids), maxDropsAtOnce)
-		if err := v.submit(ctx, &request{drops: ids[:n:n]}); err != nil {
+		if err := v.submit(ctx, &request{drops: ids[:n:n], lost: lost}); err != nil {
 			return err
 		}
 		ids = ids[n:]
 	}
 	return nil
+}
+
+// DropLost is Drop of those of the chunks that are lost for sure: each that is known to
+// be is read once more, as what kept it from being read may have passed. One that is put
+// again meanwhile stays.
+func (v *Volume) DropLost(ctx context.Context, ids []chunk.ID) error {
+	v.mu.Lock()
+	known := slices.DeleteFunc(slices.Clone(ids), func(id chunk.ID) bool { _, lost := v.lost[id]; return !lost })
+	v.mu.Unlock()
+	var lost []chunk.ID
+	for _, id := range known {
+		_, err := v.get(ctx, id)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil && wire.ProblemOf(err).Code == wire.CodeLost {
+			lost = append(lost, id)
+		}
+	}
+	v.opt.hooks.dropping()
+	return v.drop(ctx, lost, true)
 }
 
 // dropHeld is Drop that leaves a volume alone that holds none of the ids, so
@@ -550,7 +580,7 @@ func (s *stage) addDrops(r *request) error {
 	if err := s.v.writable(); err != nil {
 		return err
 	}
-	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool { return !s.state[id].ok })
+	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool { return !s.state[id].ok || r.lost && !s.state[id].lost })
 	slices.SortFunc(there, func(a, b chunk.ID) int { return slices.Compare(a[:], b[:]) })
 	there = slices.Compact(there)
 	if len(there) == 0 {
@@ -717,8 +747,12 @@ func (v *Volume) fits(size, room, staged int64) error {
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s has reached its free-space floor: free space there, or lower the floor", v.id)
 	}
 	v.mu.Lock()
-	occupied := v.occupied() + staged
+	occupied, hurt := v.occupied()+staged, len(v.unread)+len(v.rescued)
 	v.mu.Unlock()
+	if hurt > 0 { // the next opening only looks at the newest chunks again
+		v.wantRoom()
+		return wire.FailedBecause(wire.CodeUnreachable, "volume %s takes no chunks before those that a crash can have hurt were read, and written again if need be; try again soon, and if that goes on, check its disk (%s)", v.id, v.dir)
+	}
 	if v.opt.Capacity > 0 && occupied+size+recordHead > v.opt.Capacity-v.reserve() {
 		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "volume %s has reached its capacity of %d MiB", v.id, v.opt.Capacity>>20)

@@ -545,13 +545,12 @@ func TestAMoveWhoseBytesAPowerCutTookLosesNothing(t *testing.T) {
 	}
 }
 
-// A disk that does not answer once, while a volume opens after a power cut, keeps the
-// check of what the cut can have hurt from its end. No log is emptied before that is
-// made up for: the old one has the only whole copy.
-func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
+// cutMove leaves a volume of 21 chunks as a power cut leaves it in the middle of a move
+// to another log: the tree knows of the move, its bytes are not there, the old log is.
+func cutMove(t *testing.T, rng *rand.Rand, dir string) (id chunk.ID, data []byte) {
+	t.Helper()
 	v := open1(t, dir, smallLogs())
-	id, data := someChunk(rng, 50_000)
+	id, data = someChunk(rng, 50_000)
 	mustPut(t, v, id, data)
 	from := whereIs(t, v, id)
 	mustClose(t, v)
@@ -586,11 +585,20 @@ func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
+	return id, data
+}
+
+// A disk that does not answer once, while a volume opens after a power cut, keeps the
+// check of what the cut can have hurt from its end. No log is emptied before that is
+// made up for: the old one has the only whole copy.
+func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	id, data := cutMove(t, rng, dir)
 	opt := smallLogs()
 	opt.hooks.patience = 10 * time.Millisecond
 	answers, first := make(chan struct{}), sync.Once{}
 	opt.hooks.reading = func() { first.Do(func() { <-answers }) }
-	v = open1(t, dir, opt)
+	v := open1(t, dir, opt)
 	if v.reclaim(t.Context()) {
 		t.Error("logs were emptied")
 	}
@@ -600,5 +608,44 @@ func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
 	mustHold(t, v, id, data)
 	if s := v.Stats(); s.Lost != 0 || s.Chunks != 21 {
 		t.Fatalf("%+v", s)
+	}
+}
+
+// Nor is one emptied after a restart in between: only the newest chunks are looked at
+// then, so none may have come after those that still have to be.
+func TestALogStaysOverRestartsUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
+	for name, read := range map[string]bool{"not read": false, "read, and not written again": true} {
+		t.Run(name, func(t *testing.T) { staysOverRestarts(t, read) })
+	}
+}
+
+func staysOverRestarts(t *testing.T, read bool) {
+	rng, dir := random(t), t.TempDir()
+	id, data := cutMove(t, rng, dir)
+	opt := smallLogs()
+	opt.hooks.patience = 50 * time.Millisecond
+	answers, first := make(chan struct{}), sync.Once{}
+	opt.hooks.reading = func() { first.Do(func() { <-answers }) }
+	v := open1(t, dir, opt)
+	v.mover.end()
+	close(answers)
+	<-v.mover.ended
+	eventually(t, "the disk answering", func() bool { return v.hangs.Load() == 0 })
+	if read {
+		if err := v.readAgain(t.Context(), v.unread); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 30 {
+		other, otherData := someChunk(rng, chunk.DefaultSize)
+		_ = v.Put(t.Context(), other, otherData) // refused, if all is well
+	}
+	mustClose(t, v)
+	for range 2 {
+		v = open1(t, dir, smallLogs())
+		for v.reclaim(t.Context()) {
+		}
+		mustHold(t, v, id, data)
+		mustClose(t, v)
 	}
 }

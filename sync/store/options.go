@@ -59,6 +59,7 @@ type hooks struct {
 	patience time.Duration // 0: the default
 	pread    func(fd int, into []byte, at int64) (int, error)
 	reading  func() // a chunk's place is known, its bytes are not read yet
+	dropping func() // it is known which chunks are lost, they are not dropped yet
 	// rebuilding is told each step of making the tree anew when it is done.
 	rebuilding func(step string)
 }
@@ -81,6 +82,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.reading == nil {
 		h.reading = func() {}
+	}
+	if h.dropping == nil {
+		h.dropping = func() {}
 	}
 	if h.rebuilding == nil {
 		h.rebuilding = func(string) {}

@@ -142,7 +142,8 @@ func (s *Set) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, pat
 // first tries the volumes, one after the other, those that hang last, until one
 // succeeds. One that does not answer is waited for with patience before the next
 // is tried beside it. If none succeeds, the answer of one that knows the chunk
-// outweighs "not found", and so does one that does not answer.
+// outweighs "not found", and one that cannot read it now outweighs both: it may have
+// the whole copy.
 func first[T any](ctx context.Context, s *Set, id chunk.ID, try func(context.Context, *Volume) (T, error)) (T, error) {
 	var none T
 	ctx, cancel := context.WithCancel(ctx)
@@ -154,7 +155,8 @@ func first[T any](ctx context.Context, s *Set, id chunk.ID, try func(context.Con
 		err error
 	}
 	answers := make(chan answer, len(volumes))
-	failed, next := notFound(id), 0
+	var failed error = notFound(id)
+	next := 0
 	start := func() {
 		if next < len(volumes) {
 			v := volumes[next]
@@ -175,7 +177,7 @@ func first[T any](ctx context.Context, s *Set, id chunk.ID, try func(context.Con
 			if a.err == nil {
 				return a.t, nil
 			}
-			if wire.ProblemOf(a.err).Code != wire.CodeNotFound {
+			if code := wire.ProblemOf(a.err).Code; code != wire.CodeNotFound && wire.ProblemOf(failed).Code != wire.CodeUnreachable {
 				failed = a.err
 			}
 			got++
@@ -200,6 +202,16 @@ func (s *Set) Drop(ctx context.Context, ids []chunk.ID) error {
 		if err := v.dropHeld(ctx, ids); err != nil && failed == nil {
 			failed = err
 		}
+	}
+	return failed
+}
+
+// DropLost has each volume drop what is lost on it: what is whole on another stays there.
+// It goes on after an error.
+func (s *Set) DropLost(ctx context.Context, ids []chunk.ID) error {
+	var failed error
+	for _, v := range *s.volumes.Load() {
+		failed = cmp.Or(failed, v.DropLost(ctx, ids))
 	}
 	return failed
 }

@@ -115,3 +115,94 @@ func TestRootDropsWhereItAloneHasRoom(t *testing.T) {
 	}
 	st.Store(&unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21, Bavail: 1 << 20, Bfree: 1 << 20})
 }
+
+// TestWhatCannotBeReadGetsNoReceipt: that a chunk is in the index is no proof that it is whole.
+func TestWhatCannotBeReadGetsNoReceipt(t *testing.T) {
+	var failing atomic.Bool
+	opt := Options{}
+	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
+		if failing.Load() {
+			return -1, unix.ENOMEM
+		}
+		return unix.Pread(fd, into, at)
+	}
+	v := open1(t, t.TempDir(), opt)
+	id, data := someChunk(random(t), 100_000)
+	mustPut(t, v, id, data)
+	failing.Store(true)
+	mustFail(t, v.Put(t.Context(), id, data), wire.CodeUnreachable)
+	_, err := v.Confirm(t.Context(), id)
+	mustFail(t, err, wire.CodeUnreachable)
+	// Another disk takes it.
+	other := open1(t, t.TempDir(), Options{})
+	if where, err := NewSet(v, other).Put(t.Context(), id, data); err != nil || where != other.ID() {
+		t.Errorf("put on %q: %v", where, err)
+	}
+	failing.Store(false)
+	mustPut(t, v, id, data)
+}
+
+// TestACopyThatCannotBeReadIsNoLoss, whatever the order of the disks is: one has lost the
+// chunk, and the other may have it whole.
+func TestACopyThatCannotBeReadIsNoLoss(t *testing.T) {
+	rng := random(t)
+	var failing atomic.Bool
+	opt := Options{}
+	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
+		if failing.Load() {
+			return -1, unix.ENOMEM
+		}
+		return unix.Pread(fd, into, at)
+	}
+	dir := t.TempDir()
+	lost, passing := open1(t, dir, Options{}), open1(t, t.TempDir(), opt)
+	id, data := someChunk(rng, 100_000)
+	mustPut(t, lost, id, data)
+	mustPut(t, passing, id, data)
+	flip(t, dir, data, 7)
+	for _, s := range []*Set{NewSet(lost, passing), NewSet(passing, lost)} {
+		failing.Store(true)
+		_, err := s.Get(t.Context(), id)
+		mustFail(t, err, wire.CodeUnreachable)
+		failing.Store(false)
+		if _, err := s.Get(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := NewSet(lost, passing).DropLost(t.Context(), []chunk.ID{id}); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, passing, id, data)
+	if _, err := lost.Get(t.Context(), id); wire.ProblemOf(err).Code != wire.CodeNotFound {
+		t.Errorf("what is lost on one disk and whole on the other was not dropped: %v", err)
+	}
+}
+
+// TestALossThatIsPutAgainWhileItIsDroppedStays: it has a receipt.
+func TestALossThatIsPutAgainWhileItIsDroppedStays(t *testing.T) {
+	dir, opt := t.TempDir(), Options{}
+	var v *Volume
+	id, data := someChunk(random(t), 100_000)
+	again := true
+	opt.hooks.dropping = func() {
+		if again {
+			mustPut(t, v, id, data)
+		}
+	}
+	v = open1(t, dir, opt)
+	mustPut(t, v, id, data)
+	lose := func() {
+		t.Helper()
+		flip(t, dir, data, 7)
+		_, err := v.Get(t.Context(), id)
+		mustFail(t, err, wire.CodeLost)
+	}
+	lose()
+	if err := v.DropLost(t.Context(), []chunk.ID{id}); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, v, id, data)
+	if again = false; v.Stats().Chunks != 1 {
+		t.Errorf("%+v", v.Stats())
+	}
+}
