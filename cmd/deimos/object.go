@@ -38,7 +38,7 @@ type objectCmd struct {
 
 type objectPutCmd struct {
 	File           string   `arg:"" type:"path" help:"File to store; - for standard input."`
-	Name           string   `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
+	Name           *string  `help:"Name on the fleet. Default: the file's name." placeholder:"NAME"`
 	Code           string   `placeholder:"K+M" help:"Spread over K+M devices, of which any K are enough to read it. Default: 4+2."`
 	Recipient      []string `sep:"none" placeholder:"KEY" help:"Who can read it beside your own key: age1..., or a line of an SSH public key; may be repeated."`
 	OnlyRecipients bool     `help:"Only they: your own key, if there is one, does not open it."`
@@ -59,6 +59,8 @@ type putResult struct {
 
 func (p *objectPutCmd) check() error {
 	switch {
+	case p.Name != nil && *p.Name == "":
+		return errors.New("--name is empty: give a name, or leave it out for the file's own")
 	case p.Replicas != 0 && !p.Plain:
 		return errors.New("--replicas is for files that are stored with --plain; others are spread by --code, as in --code 2+1")
 	case p.Plain && (p.Code != "" || len(p.Recipient) > 0 || p.OnlyRecipients || p.Identity != ""):
@@ -82,8 +84,10 @@ func (p *objectPutCmd) Run(ctx context.Context, all *commands) error {
 		return err
 	}
 	defer in.Close()
-	name := p.Name
-	if name == "" {
+	var name string
+	if p.Name != nil {
+		name = *p.Name
+	} else {
 		if in == os.Stdin {
 			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("what comes from standard input needs a --name")}
 		}

@@ -126,6 +126,9 @@ func (s *putState) keep() error {
 
 // interrupted adds to the error of a put that had stored some bytes how it goes on.
 func (s *putState) interrupted(err error, stored int64) error {
+	if refused := new(api.Error); errors.As(err, &refused) && refused.Code == "exists" {
+		return errors.Join(err, s.forget()) // the same command would be refused again
+	}
 	if s.path == "" || stored == 0 {
 		return err
 	}
@@ -137,13 +140,13 @@ func (s *putState) interrupted(err error, stored int64) error {
 	return fmt.Errorf("%w; %s", err, how)
 }
 
-// forget is for when the file is stored.
+// forget is for when the file is stored, or never will be under this name.
 func (s *putState) forget() error {
 	if s.path == "" {
 		return nil
 	}
 	if err := os.Remove(s.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("the file is stored, but its key cannot be removed from %s: %w", s.path, err)
+		return fmt.Errorf("the key of the file that was put cannot be removed from %s: %w", s.path, err)
 	}
 	return nil
 }
