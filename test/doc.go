@@ -13,6 +13,8 @@
 //     of which every effect stands once; CHAOS=30m makes it longer;
 //   - kill_test.go: agents killed in the middle of each kind of work with chunks, and
 //     what they signed for afterwards; KILLS=200 makes it longer;
+//   - job_resume_test.go: an agent killed in the middle of a job, without a coordinator,
+//     and while its owner has paused it;
 //   - storage_fleet_test.go: devices destroyed, a disk that lies, a slow one, and all
 //     files back; FLEET=2048 makes it as large in MiB;
 //   - members_test.go: who gets in, who is sent away, who may give orders, and
