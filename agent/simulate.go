@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	mrand "math/rand/v2"
+	"net/http"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -29,8 +31,19 @@ type Simulation struct {
 	Agents      int
 	Version     string
 	Log         *slog.Logger
+	// Does gives a device more kinds of orders to carry out, and its heartbeats more to
+	// say. nil, or nil of either: nothing more.
+	Does func(SimDevice) (routes map[wire.Kind]Route, say func(*wire.Beat))
 	// Progress is called every second, and at the end; nil for none.
 	Progress func(SimState)
+}
+
+// SimDevice is one of a simulated fleet.
+type SimDevice struct {
+	N         int // from 0
+	ID        wire.DeviceID
+	HTTP      *http.Client // shows who it is
+	DataPlane []string     // https://host:port
 }
 
 // SimState is how a simulated fleet is.
@@ -55,9 +68,9 @@ func (s Simulation) Run(ctx context.Context) error {
 	var f simFleet
 	var wg sync.WaitGroup
 	gate := make(chan struct{}, enrolAtOnce)
-	for range s.Agents {
+	for n := range s.Agents {
 		wg.Go(func() {
-			d := &simulated{Simulation: s, fleet: &f}
+			d := &simulated{Simulation: s, fleet: &f, n: n}
 			gate <- struct{}{}
 			err := d.enrol(ctx, tok)
 			<-gate
@@ -112,6 +125,8 @@ func (f *simFleet) state() SimState {
 type simulated struct {
 	Simulation
 	fleet  *simFleet
+	n      int
+	say    func(*wire.Beat) // may be nil
 	id     Identity
 	member *Membership
 	clock  *Clock
@@ -157,15 +172,23 @@ func (d *simulated) live(ctx context.Context) error {
 	trusted := func() ed25519.PublicKey { return ed25519.PublicKey(d.member.OrderKey) }
 	pong := ping(d.Version, d.began)
 	var s *session
+	routes := map[wire.Kind]Route{
+		wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(wire.Progress)) (wire.Outcome, error) {
+			d.fleet.orders.Add(1)
+			return pong(ctx, o, p)
+		}},
+		wire.KindConfigApply: {AtOnce: 1, Limit: configLimit, Handle: d.configure},
+	}
+	if d.Does != nil {
+		web := &http.Client{Transport: &http.Transport{DialTLSContext: within(connectTimeout, fleet.dial), MaxIdleConnsPerHost: 2}}
+		defer web.CloseIdleConnections()
+		more, say := d.Does(SimDevice{N: d.n, ID: d.id.ID, HTTP: web, DataPlane: d.member.DataPlane})
+		maps.Copy(routes, more)
+		d.say = say
+	}
 	orders, err := newDispatcher(duties{
 		id: d.id, trusted: trusted, clock: d.clock, journal: newMemoryJournal(),
-		routes: map[wire.Kind]Route{
-			wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(wire.Progress)) (wire.Outcome, error) {
-				d.fleet.orders.Add(1)
-				return pong(ctx, o, p)
-			}},
-			wire.KindConfigApply: {AtOnce: 1, Limit: configLimit, Handle: d.configure},
-		},
+		routes:  routes,
 		publish: func(raw []byte) { s.publish(wire.ChannelReport, raw) },
 		log:     d.Log,
 	})
@@ -199,6 +222,9 @@ func (d *simulated) beat(ctx context.Context, s *session) {
 	for rest(ctx, every*3/4+mrand.N(every/2)) == nil {
 		b := wire.Beat{Device: d.id.ID, Uptime: time.Since(d.began).Seconds(), Telemetry: json.RawMessage(`{}`)}
 		b.At, b.TimeConfidence = d.clock.Read()
+		if d.say != nil {
+			d.say(&b)
+		}
 		raw, err := wire.Seal(d.id.key, wire.TypeBeat, b)
 		if err != nil {
 			d.Log.Error("a heartbeat cannot be signed", "error", err)

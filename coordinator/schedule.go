@@ -76,6 +76,7 @@ const (
 	lateShare      = 0.8 // of a job's tasks have ended before one is late
 	lateTimes      = 2   // the median
 	lateTasks      = 5   // a job has at least, for one to be late
+	lateSample     = 64  // of tasks that had ended before a start, for the median
 )
 
 // waits is why a job's tasks wait; nil if none does, or if another coordinator knows.
@@ -205,11 +206,14 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 			}
 		}
 		s.mu.Lock()
-		over := make(map[int32]bool)
-		for i := range s.progressOf(row.ID).is {
-			over[i] = true
+		over, sample := make(map[int32]bool), []int32(nil)
+		for i := range s.progressOf(row.ID).is { // in no order
+			if over[i] = true; len(sample) < lateSample {
+				sample = append(sample, i)
+			}
 		}
 		s.mu.Unlock()
+		w.times = s.took(ctx, row.ID, sample)
 		for i := range int32(row.Tasks) {
 			if over[i] {
 				continue
@@ -241,6 +245,18 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 		}
 	}
 	return nil
+}
+
+// took is how long some tasks took that have ended, in seconds.
+func (s *jobs) took(ctx context.Context, id string, tasks []int32) (out []float64) {
+	for _, i := range tasks {
+		t, err := s.tasks.find(ctx, taskKey(id, int(i)))
+		if err == nil && t.State == wire.Succeeded {
+			a := t.Attempts[t.Stands]
+			out = append(out, a.Ended.Sub(a.Began).Seconds())
+		}
+	}
+	return out
 }
 
 // claim is true for who follows an order.
@@ -865,8 +881,13 @@ func (s *jobs) keepHouse(ctx context.Context) {
 // late is from when on a task of a job takes too long beside the others; 0: that
 // cannot be said yet. p.mu is held.
 func (s *jobs) late(w *work) time.Duration {
-	n := len(w.times)
-	if w.row.Tasks < lateTasks || len(w.pending) > 0 || float64(n) < lateShare*float64(w.row.Tasks) {
+	n, ended := len(w.times), 0
+	s.mu.Lock()
+	if p := s.open[w.row.ID]; p != nil {
+		ended = len(p.ended)
+	}
+	s.mu.Unlock()
+	if n == 0 || w.row.Tasks < lateTasks || float64(ended) < lateShare*float64(w.row.Tasks) {
 		return 0
 	}
 	sorted := slices.Sorted(slices.Values(w.times))
