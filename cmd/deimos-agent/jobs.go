@@ -55,6 +55,9 @@ func (c *jobsListCmd) Run(ctx context.Context) error {
 	return c.Print(j, func(w io.Writer) error { return writeJobs(w, j) })
 }
 
+// stale is longer than an agent with jobs lets pass without a note of them.
+const stale = 2 * time.Minute
+
 func writeJobs(w io.Writer, j *agent.Jobs) error {
 	if j.At.IsZero() {
 		fmt.Fprintln(w, "no agent has run jobs here yet")
@@ -68,6 +71,9 @@ func writeJobs(w io.Writer, j *agent.Jobs) error {
 		if err := cli.Table(w, "ORDER\tMODULE\tSTATE\tDONE\tCPU\tWHY", rows); err != nil {
 			return err
 		}
+	}
+	if len(j.Jobs) > 0 && time.Since(j.At) > stale {
+		fmt.Fprintf(w, "\nas of %s; the agent does not run now, or hangs\n", j.At.Local().Format(time.DateTime))
 	}
 	if line := wordLine(j.Word, time.Now()); line != "" {
 		fmt.Fprintln(w, "\n"+line)

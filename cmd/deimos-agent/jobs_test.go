@@ -71,7 +71,7 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	raw := `{"at":"2026-11-22T12:00:00Z","code":"hot","reason":"the device is too hot","run":false,"begin":false,"jobs":[
+	raw := `{"at":"` + time.Now().UTC().Format(time.RFC3339) + `","code":"hot","reason":"the device is too hot","run":false,"begin":false,"jobs":[
 		{"order":"01A","module":"0123456789abcdef","state":"suspended","progress":0.25,"cpu_seconds":1.25,"code":"hot"},
 		{"order":"01B","module":"0123456789abcdef","state":"waiting","code":"hot"}]}`
 	if err := os.WriteFile(filepath.Join(dir, "now.json"), []byte(raw), 0o600); err != nil {
@@ -90,6 +90,17 @@ the device is too hot
 `
 	if got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
+	}
+	old := strings.Replace(raw, raw[7:11], "2020", 1)
+	if err := os.WriteFile(filepath.Join(dir, "now.json"), []byte(old), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := printed(t, func() {
+		if err := (&jobsListCmd{jobsState: jobsState{State: state}, Output: cli.Output{Format: "table"}}).Run(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}); !strings.Contains(got, "\nas of 2020-") {
+		t.Errorf("old news are shown as\n%s", got)
 	}
 	var j agent.Jobs
 	if err := json.Unmarshal([]byte(raw), &j); err != nil {

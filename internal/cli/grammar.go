@@ -197,12 +197,16 @@ func (x *value) set(text string) error {
 // names, and whether only help is wanted, which is so even if the rest is wrong.
 func (n *node) parse(args []string) (_ *node, help bool, err error) {
 	named, positional := n, []string(nil)
+	early := ""                         // a flag of the command that is meant where none is named
 	for only := false; len(args) > 0; { // only positional arguments, after "--"
 		arg := args[0]
 		args = args[1:]
 		switch {
 		case only || arg == "-" || !strings.HasPrefix(arg, "-"):
 			if child := n.child(arg); child != nil {
+				if early != "" && err == nil && child != n.preset { // it would be lost, and the command meant for another folder
+					err = fmt.Errorf("%s must stand behind %s", early, arg)
+				}
 				named, n = child, child
 			} else if err == nil {
 				if n.preset != nil {
@@ -218,6 +222,9 @@ func (n *node) parse(args []string) (_ *node, help bool, err error) {
 		case arg == "--help", arg == "-h":
 			return named, true, nil
 		case err == nil:
+			if n.preset != nil {
+				early, _, _ = strings.Cut(arg, "=")
+			}
 			args, err = n.flag(arg, args)
 		}
 	}

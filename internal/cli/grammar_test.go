@@ -53,7 +53,7 @@ var understood = []string{
 	"top --lines 3", "top --lines=-3", "top --points=0", "top --use a --use b,c", "top --use=a", "top --since 90m", "top --since=0", "top --where=",
 	"top --where -", "top -", "top -- --yes", "top -o json", "top -ojson", "top --output=json a", "top --log-level debug --log-format=text",
 	"top --where there --where=here", "top a=b", "top --where=a=b",
-	"group", "group a", "group --yes", "group show a --lines 3", "group -o json", "group a --use x", "group move a b", "group move -- -a -b",
+	"group", "group a", "group --yes", "group show a --lines 3", "group --yes show a", "group -o json", "group a --use x", "group move a b", "group move -- -a -b",
 	"plain leaf", "plain leaf x --yes", "-- top", "top -- -h",
 }
 
@@ -121,13 +121,17 @@ func TestALineThatCannotBeUnderstoodIsRefused(t *testing.T) {
 
 func TestAMistakeIsExplained(t *testing.T) {
 	for line, want := range map[string]string{
-		"tpo":            `unexpected argument tpo, did you mean "top"?; see "program --help"`,
-		"top --linex 3":  `unknown flag --linex, did you mean "--lines"?`,
-		"top --log- x":   `did you mean one of "--log-format","--log-level"?`,
-		"top --where":    `--where wants a value: --where="/here"`,
-		"plain":          `expected one of "plain leaf"`,
-		"group move a":   `expected "<to>"`,
-		"top -o xml":     `--output must be one of "table","json" but got "xml"`,
+		"tpo":           `unexpected argument tpo, did you mean "top"?; see "program --help"`,
+		"top --linex 3": `unknown flag --linex, did you mean "--lines"?`,
+		"top --log- x":  `did you mean one of "--log-format","--log-level"?`,
+		"top --where":   `--where wants a value: --where="/here"`,
+		"plain":         `expected one of "plain leaf"`,
+		"group move a":  `expected "<to>"`,
+		"top -o xml":    `--output must be one of "table","json" but got "xml"`,
+		// Of another command, it would be lost in silence.
+		"group --where there move a b": `--where must stand behind move`,
+		"group --yes=no move a b":      `--yes must stand behind move`,
+
 		"top --since 10": `--since wants a time such as 90m or 24h, not "10"`,
 	} {
 		if err := Run(t.Context(), "program", "", &sample{}, strings.Fields(line)); err == nil || !strings.Contains(err.Error(), want) {
