@@ -440,7 +440,7 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := c.awaited(t); err != nil {
+	if err := c.awaited(r.Context(), t); err != nil {
 		return err
 	}
 	r.Body = c.storage.coming.body(r.Body, t.order)
@@ -451,19 +451,25 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if err := verifyBlob(ref, data); err != nil {
 		return refuse(http.StatusUnprocessableEntity, wire.CodeMismatch, "%v", err)
 	}
-	if err := c.awaited(t); err != nil { // any more
-		return err
-	}
 	if err := c.staging.put(r.Context(), servedName(t.order), data); err != nil {
 		return err // ours, not the device's: it must not think that its chunk is damaged
+	}
+	// Who waited takes away what is there when the order has ended, not what comes after.
+	if err := c.awaited(r.Context(), t); err != nil {
+		return errors.Join(err, c.staging.drop(context.WithoutCancel(r.Context()), servedName(t.order)))
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
 // awaited refuses what nobody waits for: nobody would take it away.
-func (c *Coordinator) awaited(t ticket) error {
-	if v, ok := c.outbox.rows.get(orderKeyOf(t.device, t.order)); !ok || v.State.Terminal() || v.Cancel != nil {
+func (c *Coordinator) awaited(ctx context.Context, t ticket) error {
+	// Another coordinator may have made the order, and this one not have heard of it yet.
+	v, err := c.outbox.rows.find(ctx, orderKeyOf(t.device, t.order))
+	switch {
+	case err != nil && !errors.Is(err, errNotFound):
+		return err
+	case err != nil || v.State.Terminal() || v.Cancel != nil:
 		return refuse(http.StatusGone, "not_awaited", "nobody waits for this any more: order %s of device %s is not under way", t.order, t.device)
 	}
 	return nil

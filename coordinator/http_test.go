@@ -1,12 +1,14 @@
 package coordinator
 
 import (
+	"context"
 	"crypto/ed25519"
 	crand "crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -18,6 +20,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/oklog/ulid/v2"
 )
 
@@ -319,6 +322,39 @@ func TestNothingIsServedThatNobodyWaitsFor(t *testing.T) {
 		if _, err := w.staging.get(ctx, servedName(o)); err == nil {
 			t.Errorf("bytes for %q were staged", o)
 		}
+	}
+}
+
+// endingBucket ends an order in the moment in which its chunk has been staged.
+type endingBucket struct {
+	jetstream.ObjectStore
+	end func()
+}
+
+func (b endingBucket) PutBytes(ctx context.Context, name string, data []byte) (*jetstream.ObjectInfo, error) {
+	info, err := b.ObjectStore.PutBytes(ctx, name, data)
+	b.end()
+	return info, err
+}
+
+// Nor does it stay when the order ends while it comes.
+func TestNothingStaysThatIsServedWhileItsOrderEnds(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.enrolled(t)
+	data := someBytes(5000)
+	order, put := w.asked(t, d, chunk.Sum(data).String(), int64(len(data)))
+	w.staging.bucket = endingBucket{w.staging.bucket, func() {
+		if err := w.outbox.end(ctx, d.id, order, wire.Succeeded, "", ""); err != nil {
+			t.Error(err)
+		}
+	}}
+	if status, body := d.transfer(http.MethodPut, put, data); status != http.StatusGone {
+		t.Errorf("%d %s", status, body)
+	}
+	if _, err := w.staging.get(ctx, servedName(order)); !errors.Is(err, errNotStaged) {
+		t.Errorf("it is staged: %v", err)
 	}
 }
 

@@ -624,3 +624,58 @@ func TestWhatComesTooLateDoesNotStay(t *testing.T) {
 		return errors.Is(err, errNotStaged)
 	})
 }
+
+// A device that says that it does not have a chunk when nobody waits for it any more says
+// so all the same: else it only had to be slow about it.
+func TestALossThatIsToldTooLateCounts(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	d := w.devices(t, 1)[0]
+	c := w.chunkRecord(t, w.putFile(t, "one", someBytes(3000), 1).Chunks[0].ID)
+	orders := make(chan wire.Order, 1)
+	d.on(wire.KindChunkServe, func(o wire.Order) *reply { orders <- o; return nil })
+	d.on(wire.KindOrderCancel, func(wire.Order) *reply {
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Failed}}
+	})
+	reading, leave := context.WithCancel(testContext(t))
+	done := make(chan error, 1)
+	go func() { _, err := w.storage.readFrom(reading, d.id, c); done <- err }()
+	o := <-orders
+	leave()
+	if err := <-done; err == nil {
+		t.Error("it was read")
+	}
+	if w.isLost(t, d, c.ID) {
+		t.Error("it is lost though the device has said nothing yet")
+	}
+	d.say(wire.ChannelReport, wire.TypeReport, d.report(o, failed(wire.CodeLost)))
+	eventually(t, "the loss is noted", func() bool { return w.isLost(t, d, c.ID) })
+	if told := w.confessions(t, d); len(told) != 1 || w.audits.scoreOf(d.id).integrity() == 1 {
+		t.Errorf("integrity %v, the score heard %+v", w.audits.scoreOf(d.id).integrity(), told)
+	}
+}
+
+// What a device has given a receipt for while it was being read is there.
+func TestALossIsNotOfWhatWasStoredSince(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	d := w.devices(t, 1)[0]
+	id := w.putFile(t, "one", someBytes(3000), 1).Chunks[0].ID
+	d.on(wire.KindChunkServe, func(wire.Order) *reply {
+		_, err := w.storage.chunks.change(context.Background(), id, func(c *chunkRecord, _ bool) error {
+			c.Holders[0].Order = newNonce()
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return failed(wire.CodeLost)
+	})
+	if _, err := w.storage.readHolder(ctx, id, d.id); err == nil {
+		t.Error("it was read")
+	}
+	if w.isLost(t, d, id) || w.audits.scoreOf(d.id).integrity() != 1 {
+		t.Error("a chunk is lost that was stored since")
+	}
+}

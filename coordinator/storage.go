@@ -695,23 +695,30 @@ func (s *storage) unserved(d wire.DeviceID, err error) error {
 // readFrom fetches the chunk from one device, and notes if it says that it is
 // lost.
 func (s *storage) readFrom(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
-	before := s.claims(d, []string{c.ID})
-	data, err := s.served(ctx, d, c)
+	asked := s.claims(d, []string{c.ID})
+	data, err := s.served(ctx, d, c, asked)
+	s.noteMissing(context.WithoutCancel(ctx), d, c.ID, asked, err)
+	return data, err
+}
+
+// noteMissing notes that a device, by its own word, does not have a chunk that it was
+// told to serve when its claims were those that are given. What it has given a receipt
+// for since is there.
+func (s *storage) noteMissing(ctx context.Context, d wire.DeviceID, id string, asked claims, served error) {
 	var n *notServed
-	if errors.As(err, &n) && saysLost(n.problem.Code) {
-		ctx := context.WithoutCancel(ctx)
-		// Before the holder is: one that is lost owes nothing any more.
-		if !s.released(d, before)[c.ID] {
-			if err := s.missed(ctx, d, c.ID, n.order); err != nil {
-				s.log.Warn("a loss that a read found does not count for now: it could not be noted", "device", d, "chunk", c.ID, "error", err)
-				return data, n
-			}
-		}
-		if err := s.lost(ctx, d, []string{c.ID}); err != nil {
-			s.log.Warn("a loss could not be noted", "chunk", c.ID, "error", err)
+	if !errors.As(served, &n) || !saysLost(n.problem.Code) {
+		return
+	}
+	// Before the holder is: one that is lost owes nothing any more.
+	if !s.released(d, asked)[id] {
+		if err := s.missed(ctx, d, id, n.order); err != nil {
+			s.log.Warn("a loss that a read found does not count for now: it could not be noted", "device", d, "chunk", id, "error", err)
+			return
 		}
 	}
-	return data, err
+	if err := s.lostThat(ctx, d, []string{id}, func(h api.Holder) bool { return h.Order == asked[id] }); err != nil {
+		s.log.Warn("a loss could not be noted", "chunk", id, "error", err)
+	}
 }
 
 // saysLost tells by the code of a device's answer whether it does not have a chunk.
@@ -727,7 +734,7 @@ func (n *notServed) Error() string { return n.problem.Error() }
 func (n *notServed) Unwrap() error { return n.problem }
 
 // served has one device put the chunk on the data plane.
-func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([]byte, error) {
+func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord, asked claims) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -741,7 +748,7 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 	defer done()
 	v, err := s.outbox.await(wait, o.Order, nil)
 	if err != nil {
-		go s.unserve(o.Order)
+		go s.unserve(o.Order, c.ID, asked)
 		return nil, fmt.Errorf("device %s %w: %w", d, errSilent, cmp.Or(context.Cause(wait), err))
 	}
 	if err := succeeded(v); err != nil {
@@ -758,12 +765,16 @@ func (s *storage) served(ctx context.Context, d wire.DeviceID, c chunkRecord) ([
 }
 
 // unserve takes back an order to serve a chunk that nobody waits for any more, and what
-// came for it. It ends with the order, or the coordinator.
-func (s *storage) unserve(o wire.Order) {
+// came for it. That the device does not have the chunk counts, however late it says so.
+// It ends with the order, or the coordinator.
+func (s *storage) unserve(o wire.Order, id string, asked claims) {
 	ctx, cancel := context.WithDeadline(s.life, o.Expires.Add(time.Minute))
 	defer cancel()
-	if _, err := s.outbox.cancel(ctx, o.Device, o.ID, "it took too long, or another device was quicker", ""); err == nil {
-		_, _ = s.outbox.await(ctx, o, nil)
+	_, _ = s.outbox.cancel(ctx, o.Device, o.ID, "it took too long, or another device was quicker", "") // or it has ended
+	if v, err := s.outbox.await(ctx, o, nil); err == nil {
+		if err := succeeded(v); err != nil {
+			s.noteMissing(ctx, o.Device, id, asked, &notServed{o.ID, wire.ProblemOf(err)})
+		}
 	}
 	if err := s.staging.drop(ctx, servedName(o.ID)); err != nil && s.life.Err() == nil {
 		s.log.Warn("a chunk that nobody waits for any more stays for a day", "order", o.ID, "error", err)
