@@ -58,15 +58,18 @@ type audits struct {
 	outbox  *outbox
 	staging *staging
 	rounds  *rounds
+	honesty *honesty
 	// answer runs a module here. It is nil where no engine is linked in.
-	answer Compute
-	limit  time.Duration // for one challenge, its answer included
+	answer    Compute
+	answering chan struct{} // of capacity 1: who runs one
+	limit     time.Duration // for one challenge, its answer included
 
 	missing keyed // by device: one loss that a read has found at a time
 }
 
 func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {
-	a := &audits{storage: s, outbox: o, answer: answer, limit: callLimit, newest: newNewestAudits(maxNewestAudits)}
+	a := &audits{storage: s, outbox: o, answer: answer, answering: make(chan struct{}, 1), limit: callLimit, newest: newNewestAudits(maxNewestAudits)}
+	a.honesty = newHonesty(a, plan.Jobs, log)
 	a.rounds = newRounds(a, plan, log)
 	return a
 }
@@ -98,6 +101,9 @@ func (a *audits) open(ctx context.Context, c *Coordinator) (err error) {
 	if err := bucket(ctx, c, "rounds", &a.rounds.turns, nil); err != nil {
 		return err
 	}
+	if err := bucket(ctx, c, "owed", &a.honesty.rows, nil, kept(owedKept)); err != nil {
+		return err
+	}
 	kv, err := c.openKV(ctx, "receipts")
 	if err != nil {
 		return err
@@ -112,9 +118,46 @@ func (a *audits) open(ctx context.Context, c *Coordinator) (err error) {
 	return err
 }
 
-// Compute runs a module over an input and returns its standard output; the
-// coordinator uses it to know the answer of a compute challenge beforehand.
-type Compute func(ctx context.Context, module []byte, args []string, input []byte) ([]byte, error)
+// Compute runs a job here; the coordinator uses it to know the answer of a compute
+// challenge beforehand, and to settle what devices differ about.
+type Compute func(ctx context.Context, j ComputeJob) (ComputeResult, error)
+
+// ComputeJob is a job with all that it reads.
+type ComputeJob struct {
+	Module  []byte
+	Args    []string
+	Env     map[string]string
+	Input   []byte            // standard input
+	Inputs  map[string][]byte // by name
+	Outputs []string          // names; those beside [wire.Stdout] may be written
+	Limits  wire.JobLimits
+}
+
+// ComputeResult is what a job gave.
+type ComputeResult struct {
+	Output     []byte            // standard output
+	Outputs    map[string][]byte // by name
+	CPUSeconds float64
+	Engine     string // as in [wire.JobResult]; empty: nothing that could differ from a device's
+}
+
+// result is what a device would have signed.
+func (r ComputeResult) result(outputs []string) wire.JobResult {
+	res := wire.JobResult{Output: sha256Of(r.Output), OutputBytes: int64(len(r.Output)), CPUSeconds: r.CPUSeconds, Engine: r.Engine}
+	for _, name := range outputs {
+		data := r.Outputs[name]
+		if name == wire.Stdout {
+			data = r.Output
+		}
+		res.Outputs = append(res.Outputs, wire.JobOutput{Name: name, SHA256: sha256Of(data), Size: int64(len(data))})
+	}
+	return res
+}
+
+func sha256Of(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
+}
 
 const (
 	auditLife = time.Minute
@@ -300,34 +343,54 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if a.answer == nil {
 		return rec, refuse(http.StatusNotImplemented, wire.CodeNotSupported, "this coordinator has no engine to know answers with")
 	}
-	input, data, err := a.knownInput(ctx, r.Device)
+	input, data, err := a.knownInput(ctx, r.Device, func(api.Chunk) bool { return true })
 	if err != nil {
 		return rec, err
 	}
-	module, err := a.compute.module(ctx, r.Module)
-	if err != nil {
+	job := wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: r.Limits}
+	return a.computeChallenge(ctx, rec, job, reading{input: data}, func(time.Duration) {})
+}
+
+// reading is what a job reads, by chunk and by the name of an input.
+type reading struct {
+	input  []byte
+	inputs map[string][]byte
+}
+
+// computeChallenge runs a job here, and then has a device run it. ran is told how long the
+// former took, before the device knows of it.
+func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, job wire.JobRun, data reading, ran func(time.Duration)) (api.Audit, error) {
+	if _, err := a.compute.module(ctx, job.Module.SHA256); err != nil {
 		return rec, err
 	}
-	out, err := a.answer(ctx, module, r.Args, data)
+	known, took, err := a.known(ctx, job, data)
+	ran(took)
 	if err != nil {
 		return rec, refuse(http.StatusUnprocessableEntity, "no_answer_known", "the job fails here too, so it is no challenge: %v", err)
 	}
-	expected := sha256.Sum256(out)
+	own := ownOf(known, job.Outputs)
+	expected, err := hex.DecodeString(own.Output)
+	if err != nil {
+		return rec, err
+	}
 	salt := make([]byte, 16)
 	rand.Read(salt)
-	rec.Chunks = []string{input}
-	rec.Commitment = commitment(salt, expected[:])
+	rec.CPUSeconds, rec.Commitment = own.CPUSeconds, commitment(salt, expected)
+	if job.Input != "" {
+		rec.Chunks = []string{job.Input}
+	}
 	// The commitment is on record before the device can know of the job.
 	if rec, err = a.begin(ctx, rec); err != nil {
 		return rec, err
 	}
-	claim := a.storage.claims(r.Device, rec.Chunks)
-	order, err := a.compute.send(ctx, r.Device, r.Module, r.Args, input, r.Limits)
+	claim := a.storage.claims(rec.Device, rec.Chunks)
+	order, err := a.honesty.send(ctx, rec.Device, job)
 	if err != nil {
 		return a.unjudged(ctx, rec, err)
 	}
+	defer a.honesty.forget(order.ID)
 	rec.Order = order.ID
-	rec.Salt, rec.Expected = hex.EncodeToString(salt), hex.EncodeToString(expected[:])
+	rec.Salt, rec.Expected = hex.EncodeToString(salt), own.Output
 	v, err := a.outbox.await(ctx, order, nil)
 	if err != nil {
 		return a.unanswered(ctx, rec, err)
@@ -337,7 +400,15 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 		return a.unjudged(ctx, rec, err)
 	}
 	return a.judged(ctx, rec, v, a.sizesOf(rec), func(ans response) verdict {
-		return judgeCompute(asked, rec.Expected, ans, len(a.storage.released(rec.Device, claim)) > 0)
+		got := judgeCompute(asked, rec.Expected, ans, len(a.storage.released(rec.Device, claim)) > 0)
+		res, err := decodeResult(ans.report)
+		if !got.OtherResult || err != nil {
+			return got
+		}
+		if lie, why := a.honesty.vouched(ctx, asked, own, res, rec.Device); !lie {
+			got.Outcome, got.Reason = api.AuditVoid, why
+		}
+		return got
 	})
 }
 
@@ -357,10 +428,10 @@ func commitment(salt, outputSum []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// knownInput picks a chunk that d holds and somebody else can give us.
-func (a *audits) knownInput(ctx context.Context, d wire.DeviceID) (string, []byte, error) {
+// knownInput picks a chunk that d holds, that fits, and that somebody else can give us.
+func (a *audits) knownInput(ctx context.Context, d wire.DeviceID, fits func(api.Chunk) bool) (string, []byte, error) {
 	var last error
-	held := a.storage.held(d)
+	held := slices.DeleteFunc(a.storage.held(d), func(c api.Chunk) bool { return !fits(c) })
 	mrand.Shuffle(len(held), func(i, j int) { held[i], held[j] = held[j], held[i] })
 	for _, c := range held {
 		data, err := a.storage.read(ctx, c.ID, d)
@@ -372,7 +443,7 @@ func (a *audits) knownInput(ctx context.Context, d wire.DeviceID) (string, []byt
 		}
 	}
 	if last == nil {
-		last = errors.New("it holds none")
+		last = errors.New("it holds none that fits")
 	}
 	return "", nil, refuse(http.StatusConflict, "no_known_input",
 		"a compute challenge needs a chunk that device %s holds and another online device too: %v", d, last)

@@ -97,6 +97,7 @@ type Config struct {
 	// readLimit is how long a request may take to come, but for an operator's upload
 	// (see uploadLimit); for tests; 0 is 5 minutes.
 	readLimit time.Duration
+	even      func() float64 // for tests; nil cannot be foretold
 }
 
 // Coordinator is a running coordinator.
@@ -340,6 +341,10 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.storage = &storage{life: c.life, networks: networks{now: c.now}, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
 	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
+	c.outbox.jobEnded = c.audits.honesty.ended
+	if c.cfg.even != nil {
+		c.audits.honesty.even = c.cfg.even
+	}
 	c.storage.trust, c.storage.missed, c.storage.durable = c.audits.trust, c.audits.missed, c.eng.Durable
 	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
 	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
@@ -348,7 +353,8 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.audits.compute = c.compute
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
-	c.jobs.alone, c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.alone, c.repairs.self, c.repairs.drains.leaving, c.audits.trust
+	c.jobs.compared = c.audits.honesty.compared
+	c.jobs.alone, c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.alone, c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -497,6 +503,9 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.losses.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.audits.rounds.run(ctx) })
+	wg.Go(func() { c.audits.honesty.keep(ctx) })
+	wg.Go(func() { c.audits.honesty.challenge(ctx) })
+	wg.Go(func() { c.audits.honesty.compare(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.jobs.run(ctx) })

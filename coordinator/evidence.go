@@ -47,6 +47,8 @@ type verdict struct {
 	Right       int
 	Lost, Wrong []string
 	Got         string // of a job: the digest that the device signed for
+	// OtherResult says that a job is wrong by nothing but its result.
+	OtherResult bool
 }
 
 func wrong(format string, args ...any) verdict {
@@ -178,7 +180,8 @@ func judgeCompute(asked wire.JobRun, expected string, a response, released bool)
 	if err := json.Unmarshal(a.report.Body, &res); err != nil {
 		return wrong("the result cannot be read")
 	}
-	defer func() { v.Got = res.Output }()
+	got := expectedOf(asked.Outputs, res)
+	defer func() { v.Got = got }()
 	if res.Module != asked.Module.SHA256 || res.Input != asked.Input {
 		return wrong("the device signed the result of another job")
 	}
@@ -189,8 +192,10 @@ func judgeCompute(asked wire.JobRun, expected string, a response, released bool)
 	switch {
 	case hex.EncodeToString(sum[:]) != res.Output:
 		return wrong("the device signed for another output than it sent")
-	case res.Output != expected:
-		return wrong("the device signed another result than the job has")
+	case got != expected:
+		v = wrong("the device signed another result than the job has")
+		v.OtherResult = true
+		return v
 	}
 	return verdict{Outcome: api.AuditRight}
 }
@@ -434,7 +439,7 @@ func (c *evidenceCheck) order(v *EvidenceVerdict) (err error) {
 		return fmt.Errorf("the order: %w", err)
 	}
 	v.Order = c.asked.ID
-	kinds := map[api.AuditKind][]wire.Kind{api.StorageAudit: {wire.KindAudit}, api.ComputeAudit: {wire.KindJobRun},
+	kinds := map[api.AuditKind][]wire.Kind{api.StorageAudit: {wire.KindAudit}, api.ComputeAudit: {wire.KindJobRun}, api.DisputeAudit: {wire.KindJobRun},
 		api.Confession: {wire.KindChunkLosses, wire.KindChunkServe}, api.DrainReceipt: {wire.KindChunkHoldings}}
 	if !slices.Contains(kinds[c.Kind], c.asked.Kind) {
 		return fmt.Errorf("an order of the kind %q is none of a %q challenge", c.asked.Kind, c.Kind)
@@ -541,7 +546,7 @@ func (c *evidenceCheck) judge(v *EvidenceVerdict) error {
 	switch c.Kind {
 	case api.StorageAudit:
 		got, err = c.judgeStorage(a)
-	case api.ComputeAudit:
+	case api.ComputeAudit, api.DisputeAudit:
 		got, err = c.judgeCompute(a, v)
 	case api.Confession:
 		got, err = c.judgeConfession(a)
@@ -604,12 +609,17 @@ func (c *evidenceCheck) judgeCompute(a response, v *EvidenceVerdict) (verdict, e
 	if a.missing {
 		return got, errors.New("the output is missing: that the device signed for it and never sent it rests on the coordinator's word alone")
 	}
-	salt, err1 := hex.DecodeString(c.Salt)
-	expected, err2 := hex.DecodeString(c.Expected)
-	if err1 != nil || err2 != nil || commitment(salt, expected) != c.Commitment {
-		return got, errors.New("the commitment does not open to the expected result")
+	if c.Kind == api.ComputeAudit { // of a dispute the result was not known before
+		salt, err1 := hex.DecodeString(c.Salt)
+		expected, err2 := hex.DecodeString(c.Expected)
+		if err1 != nil || err2 != nil || commitment(salt, expected) != c.Commitment {
+			return got, errors.New("the commitment does not open to the expected result")
+		}
+		v.Checked = append(v.Checked, "the commitment opens to the expected result")
 	}
-	v.Checked = append(v.Checked, "the commitment opens to the expected result")
+	if len(asked.Inputs) > 0 || len(asked.Env) > 0 || len(asked.Outputs) > 0 {
+		return got, errors.New("the expected result is the coordinator's word: this job has inputs or outputs with names, or an environment, and cannot be run again by this command")
+	}
 	if c.with.Output == nil {
 		return got, errors.New("the expected result is the coordinator's word so far: give the module with --module and the input chunk with --input to have the job run here")
 	}
@@ -654,12 +664,12 @@ func (c *evidenceCheck) judgeConfession(a response) (verdict, error) {
 	return got, nil
 }
 
-// JobOf is the job that evidence of a compute challenge is about, for who runs it
+// JobOf is the job that evidence of a compute challenge or a dispute is about, for who runs it
 // again: module's SHA-256, arguments and input chunk. Nothing of it is verified.
 func JobOf(raw []byte) (wire.JobRun, error) {
 	var e api.Evidence
-	if err := json.Unmarshal(raw, &e); err != nil || e.Kind != api.ComputeAudit {
-		return wire.JobRun{}, errors.New("this is no evidence of a compute challenge")
+	if err := json.Unmarshal(raw, &e); err != nil || e.Kind != api.ComputeAudit && e.Kind != api.DisputeAudit {
+		return wire.JobRun{}, errors.New("this is no evidence of a compute challenge or a dispute")
 	}
 	o, err := wire.Reread[wire.Order](e.Order)
 	if err != nil {

@@ -78,6 +78,7 @@ func (c *Coordinator) table() []route {
 		c.storageRoutes(),
 		c.jobRoutes(),
 		c.auditRoutes(),
+		c.honestyRoutes(),
 		c.repairRoutes(),
 		c.releaseRoutes(),
 		c.operatorRoutes(),

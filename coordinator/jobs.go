@@ -63,12 +63,14 @@ type jobs struct {
 	leaving func(wire.DeviceID) bool
 	trust   func(wire.DeviceID) float64 // 0: gets nothing
 	judge   judge
-	now     func() time.Time
-	log     *slog.Logger
-	self    string // of this coordinator's lease and cursors
-	alone   bool   // nobody else can have the lease
-	pace    jobPace
-	started time.Time
+	// compared is told of all results of a task, once nothing of it goes on.
+	compared func(judged)
+	now      func() time.Time
+	log      *slog.Logger
+	self     string // of this coordinator's lease and cursors
+	alone    bool   // nobody else can have the lease
+	pace     jobPace
+	started  time.Time
 
 	rows  *table[jobRow]
 	tasks *table[taskRow]

@@ -95,6 +95,7 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 			"GET /api/v1/devices/{id}",
 			"GET /api/v1/devices/{id}/drain",
 			"GET /api/v1/devices/{id}/drain/receipt",
+			"GET /api/v1/devices/{id}/honesty",
 			"GET /api/v1/jobs",
 			"GET /api/v1/jobs/{id}",
 			"GET /api/v1/jobs/{id}/results",

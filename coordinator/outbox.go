@@ -44,6 +44,8 @@ type outbox struct {
 	kinds map[wire.Kind]map[*pending]wire.DeviceID
 	ended recent
 
+	// jobEnded is told of the first final report on each job.
+	jobEnded func(wire.Report)
 	// member tells whether a device still belongs to the fleet.
 	member func(wire.DeviceID) bool
 	// unknown counts reports on orders that are not known.
@@ -57,7 +59,7 @@ type outbox struct {
 }
 
 func newOutbox(key ed25519.PrivateKey, publish func(wire.DeviceID, []byte) error, online func(wire.DeviceID) bool, now func() time.Time, log *slog.Logger) *outbox {
-	return &outbox{hold: ackHold, member: func(wire.DeviceID) bool { return true }, key: key, publish: publish, online: online, now: now, log: log,
+	return &outbox{hold: ackHold, jobEnded: func(wire.Report) {}, member: func(wire.DeviceID) bool { return true }, key: key, publish: publish, online: online, now: now, log: log,
 		lines: make(map[wire.DeviceID]*line), kinds: make(map[wire.Kind]map[*pending]wire.DeviceID), ended: newRecent(recentOrders),
 		due: places[*line]{at: func(l *line) *int { return &l.place }, less: func(a, b *line) bool { return a.due.Before(b.due) }}}
 }
@@ -337,7 +339,9 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 	if !r.State.Terminal() && r.State != wire.Queued && r.State != wire.Running {
 		return fmt.Errorf("device %s reports the state %q on order %s, which is none", r.Device, r.State, r.Order)
 	}
+	ended := false
 	_, err := o.rows.change(ctx, orderKeyOf(r.Device, r.Order), func(v *orderRow, exists bool) error {
+		ended = false
 		switch {
 		case !exists:
 			if n := o.unknown.add(r.Device, o.now()); n > 0 {
@@ -354,10 +358,14 @@ func (o *outbox) report(ctx context.Context, r wire.Report, envelope []byte) err
 			return errUnchanged
 		}
 		v.State, v.Seq, v.Progress, v.Code, v.Report, v.Updated = r.State, r.Seq, r.Progress, label(r.Code), envelope, o.now().UTC()
+		ended = v.Kind == wire.KindJobRun && r.State.Terminal()
 		return nil
 	})
 	if err != nil {
 		return err
+	}
+	if ended {
+		o.jobEnded(r)
 	}
 	if r.State.Terminal() {
 		o.ack(r)

@@ -20,6 +20,7 @@ import (
 type AuditPlan struct {
 	Leaves   int           // a day and device, of 4 KiB each; 0: no challenges but an operator's
 	Interval time.Duration // mean time between two challenges of a device
+	Jobs     bool          // challenges among the jobs of customers; see package trust for how many
 }
 
 func (p AuditPlan) check() error {

@@ -565,6 +565,9 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 	}
 	if row.State.Terminal() {
 		s.stop(ctx, row, "another device was first, or the job has ended")
+		if row.running() == 0 {
+			s.compared(judgedTask(job, row))
+		}
 	}
 	s.settled(id, task, a, row, err2 == nil)
 	if a.State != wire.Succeeded && (a.Code == wire.CodeLost || a.Code == wire.CodeNotFound) {

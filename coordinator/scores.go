@@ -10,22 +10,24 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 // score is what is thought of one device: evidence, each kind for itself, that
-// fades with time. Two figures come of it, and nothing that lowers one is kept
-// from who asks why.
+// fades with time. Three figures come of it, and nothing that lowers one is kept
+// from who asks why. The one about results of jobs is package trust's.
 //
 // # The figures
 //
-// Both are the expectation of a beta distribution (Jøsang and Ismail, "The Beta
+// All are the expectation of a beta distribution (Jøsang and Ismail, "The Beta
 // Reputation System", 2002) with the prior weight W and the base rate 1 of
 // Jøsang's "Subjective Logic" (2016), section 3.3: nothing speaks against who is
 // not known.
 //
 //	integrity    = (r + W) / (r + W + 40·wrong + 2·lost + ½·confessed)   r = min(right, cap)
 //	reachability = (a + W) / (a + W + unreachable + ½·refused)           a = min(answered, cap)
+//	compute      = see [trust.Standing.Figure]
 //
 // Evidence halves in 30 days for integrity, in 7 for reachability, which is a
 // matter of links more than of character. It is counted by challenge, not by leaf,
@@ -38,6 +40,9 @@ import (
 //     confession before anybody asked a quarter of that.
 //   - refused and unreachable say nothing about what the device holds, and leave
 //     integrity alone; any answer, a wrong one too, says that it was reached.
+//   - A wrong result of a job is about compute alone: what a device holds, it proves by
+//     other means. A job that it refused, or that failed, counts for nothing, as
+//     it is its owner who says what jobs it does.
 //   - void counts for nothing.
 //
 // # What follows
@@ -48,14 +53,15 @@ import (
 // of a device with the best past makes an integrity of 30/70 = 0.43, which is at
 // ½ again after 12 days without another, and at 0.9 after 107.
 type score struct {
-	At          time.Time `json:"at"` // when what follows was as much as it says
-	Right       float64   `json:"right,omitempty"`
-	Wrong       float64   `json:"wrong,omitempty"`
-	Lost        float64   `json:"lost,omitempty"`
-	Confessed   float64   `json:"confessed,omitempty"`
-	Answered    float64   `json:"answered,omitempty"`
-	Refused     float64   `json:"refused,omitempty"`
-	Unreachable float64   `json:"unreachable,omitempty"`
+	At          time.Time      `json:"at"` // when what follows was as much as it says
+	Right       float64        `json:"right,omitempty"`
+	Wrong       float64        `json:"wrong,omitempty"`
+	Lost        float64        `json:"lost,omitempty"`
+	Confessed   float64        `json:"confessed,omitempty"`
+	Answered    float64        `json:"answered,omitempty"`
+	Refused     float64        `json:"refused,omitempty"`
+	Unreachable float64        `json:"unreachable,omitempty"`
+	Compute     trust.Standing `json:"compute,omitzero"`
 	// Counted are the challenges that were counted last, so that none is twice.
 	Counted   []string      `json:"counted,omitempty"`
 	Penalties []api.Penalty `json:"penalties,omitempty"` // the oldest first
@@ -91,7 +97,7 @@ func (s score) aged(now time.Time) score {
 	for _, v := range []*float64{&s.Answered, &s.Refused, &s.Unreachable} {
 		*v = halved(*v, age, reachabilityHalf)
 	}
-	s.At = now
+	s.At, s.Compute = now, s.Compute.Aged(now)
 	return s
 }
 
@@ -125,13 +131,23 @@ func (s *score) count(rec api.Audit, now time.Time) *api.Penalty {
 	*s = s.aged(now)
 	before := *s
 	figure, cause := api.Integrity, string(rec.Outcome)
+	job := rec.Kind == api.ComputeAudit || rec.Kind == api.DisputeAudit
 	switch rec.Outcome {
 	case api.AuditRight:
-		s.Right++
 		s.Answered++
+		if job {
+			s.Compute.Confirm(rec.CPUSeconds, now)
+		} else {
+			s.Right++
+		}
 	case api.AuditWrong:
-		s.Wrong++
 		s.Answered++
+		if job {
+			figure = api.Compute
+			s.Compute.Lied(rec.CPUSeconds, now)
+		} else {
+			s.Wrong++
+		}
 	case api.AuditLost:
 		if rec.Kind == api.Confession {
 			s.Confessed++
@@ -141,6 +157,9 @@ func (s *score) count(rec api.Audit, now time.Time) *api.Penalty {
 		s.Lost++
 		s.Answered++
 	case api.AuditRefused:
+		if job {
+			break
+		}
 		s.Refused++
 		figure = api.Reachability
 	case api.AuditUnreachable:
@@ -151,15 +170,25 @@ func (s *score) count(rec api.Audit, now time.Time) *api.Penalty {
 	}
 	s.At = now
 	s.Counted = newestOf(append(s.Counted, rec.ID), maxCounted)
-	was, is := before.integrity(), s.integrity()
-	if figure == api.Reachability {
-		was, is = before.reachability(), s.reachability()
+	if rec.Kind == api.ComputeAudit {
+		s.Compute.Challenged(now)
 	}
+	was, is := before.figure(figure), s.figure(figure)
 	if is >= was {
 		return nil
 	}
 	s.Penalties = newestOf(append(s.Penalties, api.Penalty{At: now.UTC(), Figure: figure, Cause: cause, Amount: was - is, Before: was, After: is, Audit: rec.ID}), api.MaxPenalties)
 	return s.penaltyOf(rec.ID)
+}
+
+func (s score) figure(f api.Figure) float64 {
+	switch f {
+	case api.Reachability:
+		return s.reachability()
+	case api.Compute:
+		return s.Compute.Figure()
+	}
+	return s.integrity()
 }
 
 func newestOf[T any](list []T, n int) []T { return slices.Clone(list[max(0, len(list)-n):]) }
@@ -175,7 +204,7 @@ func (s score) penaltyOf(audit string) *api.Penalty {
 
 // view is the score as operators see it.
 func (s score) view() api.Score {
-	v := api.Score{Integrity: s.integrity(), Reachability: s.reachability(), Trust: s.trust(), Distrusted: s.distrusted(),
+	v := api.Score{Integrity: s.integrity(), Reachability: s.reachability(), Compute: s.Compute.Figure(), Trust: s.trust(), Distrusted: s.distrusted(),
 		Evidence: make(map[string]float64), Penalties: slices.Clone(s.Penalties)}
 	slices.Reverse(v.Penalties)
 	for name, n := range map[string]float64{"right": s.Right, "wrong": s.Wrong, "lost": s.Lost, "confessed": s.Confessed,

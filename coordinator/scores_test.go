@@ -27,24 +27,30 @@ func TestEachOutcomeMovesItsFigureAndNoOther(t *testing.T) {
 		kind                    api.AuditKind
 		outcome                 api.AuditOutcome
 		integrity, reachability float64 // after one, of a device with a full past
+		compute                 float64 // of one that has done no job before
 		figure                  api.Figure
 	}{
-		{api.StorageAudit, api.AuditRight, 1, 1, ""},
-		{api.StorageAudit, api.AuditVoid, 1, 1, ""},
-		{api.StorageAudit, api.AuditPending, 1, 1, ""},
-		{api.StorageAudit, api.AuditWrong, 30. / 70, 1, api.Integrity},
-		{api.ComputeAudit, api.AuditWrong, 30. / 70, 1, api.Integrity},
-		{api.StorageAudit, api.AuditLost, 30. / 32, 1, api.Integrity},
-		{api.Confession, api.AuditLost, 30. / 30.5, 1, api.Integrity},
-		{api.StorageAudit, api.AuditRefused, 1, 30. / 30.5, api.Reachability},
-		{api.StorageAudit, api.AuditUnreachable, 1, 30. / 31, api.Reachability},
+		{api.StorageAudit, api.AuditRight, 1, 1, 1, ""},
+		{api.StorageAudit, api.AuditVoid, 1, 1, 1, ""},
+		{api.StorageAudit, api.AuditPending, 1, 1, 1, ""},
+		{api.StorageAudit, api.AuditWrong, 30. / 70, 1, 1, api.Integrity},
+		{api.ComputeAudit, api.AuditWrong, 1, 1, 10. / 60, api.Compute},
+		{api.DisputeAudit, api.AuditWrong, 1, 1, 10. / 60, api.Compute},
+		{api.ComputeAudit, api.AuditRight, 1, 1, 1, ""},
+		{api.ComputeAudit, api.AuditRefused, 1, 1, 1, ""}, // its owner says what jobs it does
+		{api.ComputeAudit, api.AuditLost, 30. / 32, 1, 1, api.Integrity},
+		{api.ComputeAudit, api.AuditUnreachable, 1, 30. / 31, 1, api.Reachability},
+		{api.StorageAudit, api.AuditLost, 30. / 32, 1, 1, api.Integrity},
+		{api.Confession, api.AuditLost, 30. / 30.5, 1, 1, api.Integrity},
+		{api.StorageAudit, api.AuditRefused, 1, 30. / 30.5, 1, api.Reachability},
+		{api.StorageAudit, api.AuditUnreachable, 1, 30. / 31, 1, api.Reachability},
 	} {
 		t.Run(string(c.kind)+" "+string(c.outcome), func(t *testing.T) {
 			var s score
 			s.counted(50, api.StorageAudit, api.AuditRight, epoch)
 			p := s.counted(1, c.kind, c.outcome, epoch)
-			if !near(s.integrity(), c.integrity) || !near(s.reachability(), c.reachability) {
-				t.Errorf("integrity %v, reachability %v; want %v, %v", s.integrity(), s.reachability(), c.integrity, c.reachability)
+			if v := s.view(); !near(v.Integrity, c.integrity) || !near(v.Reachability, c.reachability) || !near(v.Compute, c.compute) {
+				t.Errorf("integrity %v, reachability %v, compute %v; want %v, %v, %v", v.Integrity, v.Reachability, v.Compute, c.integrity, c.reachability, c.compute)
 			}
 			if c.figure == "" {
 				if p != nil || len(s.Penalties) > 0 {
@@ -52,7 +58,7 @@ func TestEachOutcomeMovesItsFigureAndNoOther(t *testing.T) {
 				}
 				return
 			}
-			if p == nil || p.Figure != c.figure || p.Before != 1 || !near(p.Amount, p.Before-p.After) || !near(p.After, min(c.integrity, c.reachability)) || !p.At.Equal(epoch) || p.Audit == "" || p.Cause == "" {
+			if p == nil || p.Figure != c.figure || p.Before != 1 || !near(p.Amount, p.Before-p.After) || !near(p.After, min(c.integrity, c.reachability, c.compute)) || !p.At.Equal(epoch) || p.Audit == "" || p.Cause == "" {
 				t.Errorf("%+v", p)
 			}
 		})

@@ -93,8 +93,14 @@ func toyCompute(_ context.Context, module []byte, args []string, input []byte) (
 	return fmt.Appendf(nil, "%x\n", h.Sum(nil)), nil
 }
 
+// toyEngine runs a job from standard input to standard output.
+func toyEngine(ctx context.Context, j ComputeJob) (ComputeResult, error) {
+	out, err := toyCompute(ctx, j.Module, j.Args, j.Input)
+	return ComputeResult{Output: out}, err
+}
+
 func testConfig(dir string) Config {
-	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyCompute, ackHold: time.Millisecond, serve: patience / 4}
+	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyEngine, ackHold: time.Millisecond, serve: patience / 4}
 }
 
 // open starts a coordinator in dir; the caller closes it.

@@ -104,6 +104,10 @@ func writeAudit(w io.Writer, a api.Audit) error {
 		row("committed", "%s before the job was sent", a.Commitment)
 		row("expected", "%s", a.Expected)
 		row("got", "%s", a.Got)
+	case api.DisputeAudit:
+		row("settled", "the coordinator has run this customer's job itself, in %.2f s of CPU", a.CPUSeconds)
+		row("expected", "%s", a.Expected)
+		row("got", "%s", a.Got)
 	}
 	for _, id := range a.Wrong {
 		row("wrong", "%s", id)
@@ -260,14 +264,14 @@ func (a *auditCheckCmd) again(ctx context.Context, raw []byte) ([]byte, error) {
 	if sum := sha256.Sum256(module); hex.EncodeToString(sum[:]) != job.Module.SHA256 {
 		return nil, fmt.Errorf("the job ran module %s, the file %s is another", job.Module.SHA256, a.Module)
 	}
-	out, err := compute(ctx, module, job.Args, input)
+	out, err := compute(ctx, coordinator.ComputeJob{Module: module, Args: job.Args, Input: input, Limits: job.Limits})
 	if err != nil {
 		return nil, fmt.Errorf("the job cannot be run here: %w", err)
 	}
-	if out == nil {
-		out = []byte{}
+	if out.Output == nil {
+		out.Output = []byte{}
 	}
-	return out, nil
+	return out.Output, nil
 }
 
 // readLimited reads a file of at most limit bytes.
@@ -312,6 +316,7 @@ func writeScore(row func(name, format string, args ...any), s *api.Score) {
 	}
 	row("integrity", "%.2f", s.Integrity)
 	row("reachability", "%.2f", s.Reachability)
+	row("compute", "%.2f", s.Compute)
 	if s.Distrusted {
 		row("trust", "none: it gets no new chunks, and what it holds counts as endangered")
 	}

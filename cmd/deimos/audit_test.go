@@ -16,6 +16,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/testenv"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -342,7 +344,7 @@ func TestAChallengeIsShownListedAndJudgedAgainWithoutTheCoordinator(t *testing.T
 			}
 			out := []byte("made up")
 			sum := sha256.Sum256(out)
-			return reportOf(t, wire.JobResult{Module: body.Module.SHA256, Input: body.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: "none"}, out)
+			return reportOf(t, wire.JobResult{Module: body.Module.SHA256, Input: body.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: "wazero/" + sandbox.EngineVersion + " compiler " + runtime.GOARCH}, out)
 		},
 	})
 	wrong := decode[api.Audit](t, f.fails(1, "wrong", "audit", "storage", device, "--leaves", "3", "-o", "json"))

@@ -28,6 +28,7 @@ type deviceCmd struct {
 	Identify  deviceIdentifyCmd  `cmd:"" help:"Have a device blink, to find it among others."`
 	History   deviceHistoryCmd   `cmd:"" help:"What a device has measured: temperatures, load, disks."`
 	Inventory deviceInventoryCmd `cmd:"" help:"What a device has found in itself."`
+	Honesty   deviceHonestyCmd   `cmd:"" help:"How far the results of a device's jobs are believed, and why."`
 }
 
 type deviceListCmd struct {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/packaging/tour"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 type serveCmd struct {
@@ -36,6 +38,8 @@ type serveCmd struct {
 
 	AuditLeaves   int      `default:"90" env:"DEIMOS_AUDIT_LEAVES" placeholder:"N" help:"How many 4 KiB pieces of what it should hold each device has to prove a day (${default}); 90 find a loss of 5% in 99 of 100 cases. 0: none."`
 	AuditInterval duration `default:"8h" env:"DEIMOS_AUDIT_INTERVAL" help:"Mean time between two challenges of a device (${default}); when the next comes cannot be foretold."`
+
+	AuditJobs bool `default:"true" negatable:"" env:"DEIMOS_AUDIT_JOBS" help:"Give devices jobs whose result is known among those of customers: a fifth of a new device's jobs, a twentieth of a trusted one's. They are worked out here beforehand, with a quarter of a processor at most."`
 
 	RepairAtOnce int      `default:"4" env:"DEIMOS_REPAIR_AT_ONCE" placeholder:"N" help:"How many stripes are repaired at a time (${default}). 0: none, and no device can be drained."`
 	RepairRate   int64    `default:"32" env:"DEIMOS_REPAIR_RATE" placeholder:"MIB" help:"How many MiB a second repair reads from devices and sends to them (${default})."`
@@ -71,7 +75,7 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, CertNames: s.CertNames, Announce: s.Announce, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
 		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
-		Audits:  coordinator.AuditPlan{Leaves: s.AuditLeaves, Interval: time.Duration(s.AuditInterval)},
+		Audits:  coordinator.AuditPlan{Leaves: s.AuditLeaves, Interval: time.Duration(s.AuditInterval), Jobs: s.AuditJobs},
 		Repair:  coordinator.RepairPlan{AtOnce: s.RepairAtOnce, Rate: s.RepairRate << 20, Grace: time.Duration(s.RepairGrace)},
 		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
@@ -136,23 +140,47 @@ func profiles(addr string) (end func(), err error) {
 	return func() { server.Close() }, nil
 }
 
-// compute runs a module here, in the same sandbox that devices use.
-func compute(ctx context.Context, module []byte, args []string, input []byte) ([]byte, error) {
-	f, err := os.CreateTemp("", "deimos-module-*.wasm")
+// compute runs a job here, in the same sandbox that devices use.
+func compute(ctx context.Context, j coordinator.ComputeJob) (coordinator.ComputeResult, error) {
+	var none coordinator.ComputeResult
+	dir, err := os.MkdirTemp("", "deimos-job-*")
 	if err != nil {
-		return nil, err
+		return none, err
 	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(module)
-	if cerr := f.Close(); err == nil {
-		err = cerr
+	defer os.RemoveAll(dir)
+	spec := sandbox.Spec{Module: filepath.Join(dir, "module.wasm"), Args: j.Args, Env: j.Env, Input: j.Input, Limits: j.Limits}
+	if err := os.WriteFile(spec.Module, j.Module, 0o600); err != nil {
+		return none, err
 	}
-	if err != nil {
-		return nil, err
+	for name, data := range j.Inputs {
+		f, err := os.Create(filepath.Join(dir, "in-"+name))
+		if err != nil {
+			return none, err
+		}
+		defer f.Close()
+		if _, err := f.Write(data); err != nil {
+			return none, err
+		}
+		spec.Inputs = append(spec.Inputs, sandbox.Input{Name: name, Size: int64(len(data)), File: f})
+	}
+	written := make(map[string]*bytes.Buffer)
+	for _, name := range j.Outputs {
+		if name == wire.Stdout {
+			continue
+		}
+		written[name] = new(bytes.Buffer)
+		spec.Outputs = append(spec.Outputs, sandbox.Output{Name: name, To: written[name]})
 	}
 	var r sandbox.Runner
-	out, err := r.Run(ctx, sandbox.Spec{Module: f.Name(), Args: args, Input: input})
-	return out.Output, err
+	out, err := r.Run(ctx, spec)
+	if err != nil {
+		return none, err
+	}
+	res := coordinator.ComputeResult{Output: out.Output, Outputs: make(map[string][]byte), CPUSeconds: out.CPU.Seconds(), Engine: out.Engine}
+	for name, b := range written {
+		res.Outputs[name] = b.Bytes()
+	}
+	return res, nil
 }
 
 type devCmd struct {

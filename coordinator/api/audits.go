@@ -18,6 +18,9 @@ type AuditKind string
 const (
 	StorageAudit AuditKind = "storage"
 	ComputeAudit AuditKind = "compute"
+	// DisputeAudit is a customer's job that devices had different results of, and that the
+	// coordinator has run itself since.
+	DisputeAudit AuditKind = "dispute"
 	// Confession is no challenge: a device has told of chunks that it lost before
 	// it was asked for them, or when it was told to serve one. Its outcome is always
 	// [AuditLost].
@@ -64,12 +67,14 @@ type Audit struct {
 	Routine bool          `json:"routine,omitempty"` // nobody asked for it
 	Outcome AuditOutcome  `json:"outcome"`
 	Reason  string        `json:"reason,omitempty"`
-	Leaves  int           `json:"leaves,omitempty"` // asked
-	Right   int           `json:"right,omitempty"`  // leaves that verified
-	Chunks  []string      `json:"chunks,omitempty"` // those asked about
-	Lost    []string      `json:"lost,omitempty"`   // chunks confessed
-	Wrong   []string      `json:"wrong,omitempty"`  // chunks with a leaf that did not verify
-	Bytes   int64         `json:"bytes,omitempty"`  // that order, report and leaves had on the line
+	// CPUSeconds is what a job has cost the coordinator.
+	CPUSeconds float64  `json:"cpu_seconds,omitempty"`
+	Leaves     int      `json:"leaves,omitempty"` // asked
+	Right      int      `json:"right,omitempty"`  // leaves that verified
+	Chunks     []string `json:"chunks,omitempty"` // those asked about
+	Lost       []string `json:"lost,omitempty"`   // chunks confessed
+	Wrong      []string `json:"wrong,omitempty"`  // chunks with a leaf that did not verify
+	Bytes      int64    `json:"bytes,omitempty"`  // that order, report and leaves had on the line
 	// Commitment is SHA-256(salt ‖ SHA-256 of the expected output), fixed
 	// before the order was sent; Salt opens it.
 	Commitment string `json:"commitment,omitempty"`
@@ -120,10 +125,11 @@ type AuditList struct {
 	Next   string         `json:"next,omitempty"` // [AuditQuery.Before] of the next part; empty if there is none
 }
 
-// Score is what is thought of a device, and why. Both figures are from 0 to 1,
+// Score is what is thought of a device, and why. All figures are from 0 to 1,
 // and 1 where nothing is known against it.
 type Score struct {
-	Integrity    float64 `json:"integrity"`    // whether what it answers is true
+	Integrity    float64 `json:"integrity"`    // whether what it answers about chunks is true
+	Compute      float64 `json:"compute"`      // whether what it answers as the result of a job is; see [Honesty]
 	Reachability float64 `json:"reachability"` // whether it answers
 	Trust        float64 `json:"trust"`        // of both, for new chunks; 0: it gets none
 	Distrusted   bool    `json:"distrusted"`   // what it holds counts as endangered
@@ -136,14 +142,54 @@ type Score struct {
 // MaxPenalties is how many of a device are kept.
 const MaxPenalties = 100
 
-// Figure is one of the two of a [Score].
+// Figure is one of those of a [Score].
 type Figure string
 
 // The figures of a score.
 const (
 	Integrity    Figure = "integrity"
 	Reachability Figure = "reachability"
+	Compute      Figure = "compute"
 )
+
+// Honesty is how far the results of a device's jobs are believed, and why. Counts fade by
+// half in 60 days.
+type Honesty struct {
+	Device     wire.DeviceID `json:"device"`
+	Compute    float64       `json:"compute"`    // as in its [Score]
+	Distrusted bool          `json:"distrusted"` // it lied, and gets no jobs
+	Aside      bool          `json:"aside"`      // it gets no jobs: distrusted, or doubted over several modules
+	Trusted    bool          `json:"trusted"`    // its results are believed without another device's, but for now and then
+	// Share of all its jobs, from 0 to 1, are challenges.
+	Share      float64 `json:"share"`
+	Jobs       float64 `json:"jobs"`       // jobs of customers that it has ended
+	Challenges float64 `json:"challenges"` // challenges that it has ended
+	Confirmed  float64 `json:"confirmed"`  // results that others or the coordinator have too, each by its cost, 0.25 to 1; 88 at most
+	Needed     float64 `json:"needed"`     // of Confirmed, to be trusted
+	Wrong      float64 `json:"wrong"`      // results that are proved wrong, each 1 and its cost
+	// Doubts are results that differ from the coordinator's, and that no other device
+	// could vouch for or against. The oldest first.
+	Doubts []Doubt `json:"doubts"`
+	Engine string  `json:"engine,omitempty"` // that it runs jobs with
+	Agent  string  `json:"agent,omitempty"`  // version, when it last ended a job
+	// Since is when it was first seen with these, and Reset why it began anew then; empty
+	// if it did not.
+	Since     time.Time `json:"since,omitzero"`
+	Reset     string    `json:"reset,omitempty"`
+	Why       []string  `json:"why"`       // sentences: what follows, and from what
+	Penalties []Penalty `json:"penalties"` // of the figure compute, the newest first; "deimos audit show" and "evidence" tell of each
+}
+
+// Honesty tells how far the results of a device's jobs are believed, and why.
+func (c *Client) Honesty(ctx context.Context, device wire.DeviceID) (Honesty, error) {
+	return ask[Honesty](ctx, c, http.MethodGet, "devices/"+segment(string(device))+"/honesty", nil, nil)
+}
+
+// Doubt is one of [Honesty].
+type Doubt struct {
+	At     time.Time `json:"at"`
+	Module string    `json:"module"` // SHA-256
+}
 
 // Penalty is one change that has lowered a score.
 type Penalty struct {

@@ -56,6 +56,7 @@ const Failed = "failed"
 // Own is the coordinator's own result.
 type Own struct {
 	Digest     string  `json:"digest"`
+	Output     string  `json:"output,omitempty"` // what evidence compares; nothing follows from it here
 	Engine     string  `json:"engine,omitempty"` // empty: counts as every device's
 	CPUSeconds float64 `json:"cpu_seconds,omitempty"`
 }

@@ -133,7 +133,7 @@ func (f *fleet) run(p *past) {
 			c.Unable = "an input is on one device only"
 		case s.Run && (s.Ask == 0 || f.rng.IntN(2) == 0): // sometimes before the third has answered
 			f.own++
-			c.Own = &Own{f.truth(job, module, ownEngine), ownEngine, cost}
+			c.Own = &Own{Digest: f.truth(job, module, ownEngine), Engine: ownEngine, CPUSeconds: cost}
 		case s.Ask > 0:
 			f.ask(c, s, job, module, cost)
 		}
@@ -224,7 +224,7 @@ func (f *fleet) job() {
 // challenge gives a device a job that is known already, and that nobody else has.
 func (f *fleet) challenge(d *worker) {
 	job, module, cost := -f.rng.IntN(1<<40), f.rng.IntN(f.modules), f.cost()
-	c := Case{Module: fmt.Sprintf("module %d", module), Own: &Own{f.truth(job, module, ownEngine), ownEngine, cost}}
+	c := Case{Module: fmt.Sprintf("module %d", module), Own: &Own{Digest: f.truth(job, module, ownEngine), Engine: ownEngine, CPUSeconds: cost}}
 	d.Challenged(f.now)
 	f.send(&c, []Copy{d.Copy}, job, module, cost)
 	f.run(&past{Case: c, job: job, module: module, cost: cost})
@@ -244,7 +244,7 @@ func (f *fleet) again() {
 			if slices.ContainsFunc(p.Answers, func(a Answer) bool { return a.Device == id }) && !p.Backed(p.accepted, caught) && p.accepted != "" && p.Unable == "" {
 				f.own++
 				f.repaired += btoi(!f.right(p))
-				p.Own, p.again = &Own{f.truth(p.job, p.module, ownEngine), ownEngine, p.cost}, true
+				p.Own, p.again = &Own{Digest: f.truth(p.job, p.module, ownEngine), Engine: ownEngine, CPUSeconds: p.cost}, true
 				f.run(p)
 			}
 		}

@@ -247,3 +247,30 @@ func (s *Standing) Doubt(module string, now time.Time) {
 	s.Doubts = append(others, Doubt{now.UTC(), module})
 	s.Doubts = s.Doubts[max(0, len(s.Doubts)-asideFrom):]
 }
+
+// Needed is how much of Right makes a device trusted.
+const Needed = trustedFrom
+
+// Explain says in sentences what follows from the standing, and from what.
+func (s Standing) Explain() (why []string) {
+	say := func(format string, args ...any) { why = append(why, fmt.Sprintf(format, args...)) }
+	switch {
+	case s.Distrusted():
+		say("it gets no jobs: a result of its was proved wrong, and half of what that counts is forgotten every %.0f days", HalfLife.Hours()/24)
+	case s.Aside():
+		say("it gets no jobs for %.0f days: over %d modules its results differ from the coordinator's, and no other device with its engine could vouch for either", doubtLife.Hours()/24, len(s.Doubts))
+	case s.Trusted():
+		say("its results are believed: %.1f were confirmed", s.Right)
+	case s.Figure() < trustedAbove:
+		say("its results are not believed without another owner's device: one was proved wrong")
+	case len(s.Doubts) > 0:
+		say("its results are not believed without another owner's device: over a module they differ from the coordinator's, and no other device with its engine could vouch for either; it gets no jobs of that module for %.0f days", doubtLife.Hours()/24)
+	default:
+		say("its results are not believed without another owner's device: %.1f were confirmed, and %.0f make it trusted", s.Right, Needed)
+	}
+	if s.ResetBy != "" {
+		say("it began anew: %s", s.ResetBy)
+	}
+	say("%.0f%% of its jobs are challenges, and it was given %.0f of them beside %.0f jobs", 100*s.Share(), s.Challenges, s.Jobs)
+	return why
+}

@@ -257,7 +257,7 @@ func say(d, digest, engine string) Answer {
 // trusted, and s is another device of a's owner.
 func TestWhatFollowsFromAnswers(t *testing.T) {
 	const e, o = ownEngine, otherEngine
-	own := func(digest string) *Own { return &Own{digest, e, 2} }
+	own := func(digest string) *Own { return &Own{Digest: digest, Engine: e, CPUSeconds: 2} }
 	type found map[wire.DeviceID]Finding
 	for name, c := range map[string]struct {
 		Case

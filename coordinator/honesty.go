@@ -1,0 +1,825 @@
+package coordinator
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// honesty applies the rules of package trust: it keeps what is known of each device's
+// results (in its score), and sends the challenges that are due.
+//
+// # Credit
+//
+// Jobs are many, and what they earn is little each. It is held in memory and written
+// every second, so a crash costs a second of it. What costs a device something is on
+// record at once, with evidence, and counts once, however often it is said.
+//
+// # Challenges among jobs
+//
+// After each job of a customer it is drawn whether the device owes a challenge
+// ([trust.Standing.Challenge]). A draw has no memory, so there is nothing to keep but the
+// challenges that are owed; those are records. One at a time they are made: the
+// coordinator takes the job of a customer, looks for another input that the device has not had
+// with this module, and runs it itself ([audits.known]), which takes at most a
+// quarter of a processor. Only then it is sent, with its commitment on record. To the device it
+// is one more job after those of its customers: the same module, arguments and limits over
+// another chunk that it holds. One that was cut off by a restart is void.
+type honesty struct {
+	audits *audits
+	active bool // whether challenges are made that nobody asked for
+	log    *slog.Logger
+	now    func() time.Time
+	even   func() float64 // evenly from [0, 1), and not to be foretold
+	rows   *table[owed]
+	wake   chan struct{} // capacity 1: something is owed
+	slots  chan struct{} // challenges under way
+	turn   chan struct{} // of capacity 1: who makes one
+	tasks  chan judged   // to be compared
+
+	flushing sync.Mutex // one at a time
+
+	mu      sync.Mutex
+	earned  map[wire.DeviceID]*earned
+	writing map[wire.DeviceID]*earned // what of it is being put on record
+	draws   []owed                    // not on record yet
+	ours    map[string]bool           // orders that are challenges, until their report
+	had     map[wire.DeviceID][]hadJob
+	models  []wire.JobRun // of the newest jobs of customers that the coordinator can run
+}
+
+// owed is a challenge that is to be made.
+type owed struct {
+	Device wire.DeviceID `json:"device"`
+	Order  string        `json:"order"` // the customer's job after which it was drawn
+	At     time.Time     `json:"at"`
+	Tries  int           `json:"tries,omitempty"`
+	Next   time.Time     `json:"next,omitzero"` // it is not tried before
+}
+
+// earned is what is not in a device's score yet.
+type earned struct {
+	runtime   trust.Runtime
+	jobs      int
+	confirmed []float64 // CPU seconds of each
+}
+
+// hadJob is a job that a device has seen.
+type hadJob struct{ module, input string }
+
+const (
+	flushEvery   = time.Second
+	owedKept     = 24 * time.Hour
+	maxOwed      = 1000
+	maxOwedOf    = 8 // of a device
+	owedTries    = 5
+	owedPause    = time.Second // doubled with each try
+	hadKept      = 128         // of a device
+	modelsKept   = 64
+	honestySlots = 8
+	maxCompared  = 1000 // tasks that wait for it
+	// paceOwn is how many times as long as its own run of a challenge took the coordinator
+	// then waits, and paceMost the longest of it.
+	paceOwn, paceMost = 3, time.Minute
+	// answerLimit bounds the coordinator's own run of a job.
+	answerLimit = 2 * time.Minute
+)
+
+func newHonesty(a *audits, active bool, log *slog.Logger) *honesty {
+	return &honesty{audits: a, active: active, log: log, now: a.outbox.now, even: rand.Float64,
+		wake: make(chan struct{}, 1), slots: make(chan struct{}, honestySlots), turn: make(chan struct{}, 1), tasks: make(chan judged, maxCompared),
+		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]bool), had: make(map[wire.DeviceID][]hadJob)}
+}
+
+// standing is what is known of a device's results now.
+func (h *honesty) standing(d wire.DeviceID) trust.Standing {
+	h.mu.Lock()
+	s := h.audits.scoreOf(d).Compute
+	for _, e := range []*earned{h.writing[d], h.earned[d]} {
+		if e != nil {
+			e.into(&s, h.now())
+		}
+	}
+	h.mu.Unlock()
+	if rec, ok := h.audits.storage.reg.rows.get(string(d)); ok {
+		s.Under(trust.Runtime{Agent: rec.Agent}, h.now())
+	}
+	return s
+}
+
+// into adds what was earned to a standing.
+func (e *earned) into(s *trust.Standing, now time.Time) {
+	s.Under(e.runtime, now)
+	for range e.jobs {
+		s.Did(now)
+	}
+	for _, cpu := range e.confirmed {
+		s.Confirm(cpu, now)
+	}
+}
+
+// mayCompute is how far jobs may be entrusted to a device; 0: it gets none.
+func (a *audits) mayCompute(d wire.DeviceID) float64 {
+	s := a.honesty.standing(d)
+	if s.Aside() {
+		return 0
+	}
+	return a.trust(d) * s.Figure()
+}
+
+// may tells whether a device may be given a job of a module.
+func (h *honesty) may(d wire.DeviceID, module string) bool { return h.standing(d).May(module) }
+
+func (h *honesty) trusted(d wire.DeviceID) bool { return h.standing(d).Trusted() }
+
+// copyOf is a device as the rules see it. Its owner is known only if somebody has said so by
+// a label.
+func (h *honesty) copyOf(d wire.DeviceID) trust.Copy {
+	c := trust.Copy{Device: d, Owner: string(d), Engine: h.standing(d).Runtime.Engine}
+	rec, ok := h.audits.storage.reg.rows.get(string(d))
+	switch {
+	case !ok:
+	case rec.Labels[ownerLabel] != "":
+		c.Owner = ownerOf(rec)
+	case rec.Token != "" || rec.Group != "":
+		c.Near = ownerOf(rec)
+	}
+	return c
+}
+
+// begin is a task that is given to a device first; its copies are to be added to it.
+func (h *honesty) begin(module string, first wire.DeviceID) trust.Case {
+	return trust.NewCase(module, h.standing(first), h.even(), h.even())
+}
+
+// next is what follows from a task's answers.
+func (h *honesty) next(c trust.Case) trust.Step { return c.Next(h.trusted) }
+
+// pick draws devices for further copies of a task from those that could do it.
+func (h *honesty) pick(c trust.Case, from []wire.DeviceID, like string, n int) []trust.Copy {
+	var may []trust.Copy
+	for _, d := range from {
+		if h.may(d, c.Module) {
+			may = append(may, h.copyOf(d))
+		}
+	}
+	return trust.Pick(may, c.Sent, like, n, rand.IntN)
+}
+
+// settle takes in what a task says of those who did it. Called again for the same, it
+// costs nobody anything twice.
+func (h *honesty) settle(ctx context.Context, c trust.Case, verdicts []trust.Verdict) error {
+	for _, v := range verdicts {
+		var err error
+		switch v.Finding {
+		case trust.Confirmed:
+			h.earn(v.Device, func(e *earned) { e.confirmed = append(e.confirmed, v.CPUSeconds) })
+		case trust.Doubtful:
+			err = h.doubt(ctx, v.Device, c.Module)
+		case trust.Wrong:
+			err = h.lied(ctx, v, *c.Own)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *honesty) earn(d wire.DeviceID, add func(*earned)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	e := h.earned[d]
+	if e == nil {
+		e = &earned{}
+		h.earned[d] = e
+	}
+	add(e)
+}
+
+func (h *honesty) doubt(ctx context.Context, d wire.DeviceID, module string) error {
+	h.log.Warn("a device's result differs from the coordinator's, and nobody can vouch for either; it gets no jobs of this module for two weeks", "device", d, "module", module)
+	_, err := h.audits.scores.change(ctx, string(d), func(s *score, _ bool) error {
+		s.Compute.Doubt(module, h.now())
+		return nil
+	})
+	return err
+}
+
+// lied keeps that a result was proved wrong, and what proves it.
+func (h *honesty) lied(ctx context.Context, v trust.Verdict, own trust.Own) error {
+	a := h.audits
+	rec := api.Audit{ID: v.Order, Kind: api.DisputeAudit, Device: v.Device, Order: v.Order, At: h.now().UTC(), Routine: true, CPUSeconds: own.CPUSeconds, Expected: own.Output}
+	old, err := a.rows.find(ctx, auditKey(rec))
+	if err == nil {
+		_, err = a.finish(ctx, old)
+		return err
+	}
+	if !errors.Is(err, errNotFound) {
+		return err
+	}
+	o, err := a.outbox.get(ctx, v.Device, v.Order)
+	if err != nil {
+		return err
+	}
+	asked, err := wire.DecodeBody[wire.JobRun](o.Order)
+	if err != nil {
+		return err
+	}
+	_, err = a.judged(ctx, rec, o, a.sizesOf(rec), func(ans response) verdict { return judgeCompute(asked, own.Output, ans, false) })
+	return err
+}
+
+// run has the coordinator itself do a customer's job. The error says why it cannot.
+func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error) {
+	if err := answerable(asked); err != nil {
+		return trust.Own{}, err
+	}
+	data := reading{inputs: make(map[string][]byte)}
+	var err error
+	if asked.Input != "" {
+		if data.input, err = h.audits.storage.read(ctx, asked.Input); err != nil {
+			return trust.Own{}, err
+		}
+	}
+	for _, in := range asked.Inputs {
+		for _, p := range in.Parts {
+			part, err := h.audits.storage.read(ctx, p.Chunk)
+			if err != nil {
+				return trust.Own{}, err
+			}
+			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
+		}
+	}
+	known, _, err := h.audits.known(ctx, asked, data)
+	if err != nil {
+		return trust.Own{}, err
+	}
+	return ownOf(known, asked.Outputs), nil
+}
+
+// ownOf is the coordinator's result as the rules see it.
+func ownOf(r ComputeResult, outputs []string) trust.Own {
+	res := r.result(outputs)
+	return trust.Own{Digest: resultDigest(res), Output: expectedOf(outputs, res), Engine: r.Engine, CPUSeconds: r.CPUSeconds}
+}
+
+// resultDigest is the same of the same outputs, whoever made them.
+func resultDigest(r wire.JobResult) string {
+	h := sha256.New()
+	fmt.Fprintln(h, r.Output, r.OutputBytes)
+	for _, f := range r.Outputs {
+		fmt.Fprintln(h, f.Name, f.SHA256, f.Size)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// expectedOf is what a challenge commits to: the digest of standard output, or where a job
+// has outputs with names, that of all.
+func expectedOf(outputs []string, r wire.JobResult) string {
+	if len(outputs) == 0 {
+		return r.Output
+	}
+	return resultDigest(r)
+}
+
+// maxOwnInput is how much a job may read that the coordinator runs itself, in bytes.
+const maxOwnInput = 128 << 20
+
+// answerable tells why the coordinator cannot run a job itself.
+func answerable(j wire.JobRun) error {
+	size, read := int64(0), j.Input != ""
+	for _, in := range j.Inputs {
+		if in.Dataset != "" || in.Sensors != nil {
+			return fmt.Errorf("its input %s is on the device alone", in.Name)
+		}
+		for _, p := range in.Parts {
+			size, read = size+p.Size, true
+		}
+	}
+	switch {
+	case j.Live:
+		return errors.New("it depends on time and chance")
+	case size > maxOwnInput:
+		return fmt.Errorf("it reads %d MiB, and the coordinator runs jobs over up to %d MiB itself", size>>20, maxOwnInput>>20)
+	case !read:
+		return errors.New("it reads nothing, so it is the same job each time")
+	}
+	return nil
+}
+
+// known is the result of a job, worked out here, and how long that took; one at a time.
+func (a *audits) known(ctx context.Context, job wire.JobRun, data reading) (ComputeResult, time.Duration, error) {
+	if a.answer == nil {
+		return ComputeResult{}, 0, errors.New("this coordinator has no engine")
+	}
+	module, err := a.compute.module(ctx, job.Module.SHA256)
+	if err != nil {
+		return ComputeResult{}, 0, err
+	}
+	select {
+	case a.answering <- struct{}{}:
+	case <-ctx.Done():
+		return ComputeResult{}, 0, ctx.Err()
+	}
+	defer func() { <-a.answering }()
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	began := time.Now()
+	r, err := a.answer(ctx, ComputeJob{Module: module, Args: job.Args, Env: job.Env, Input: data.input, Inputs: data.inputs, Outputs: job.Outputs, Limits: job.Limits})
+	return r, time.Since(began), err
+}
+
+func decodeResult(r wire.Report) (res wire.JobResult, err error) {
+	if err = json.Unmarshal(r.Body, &res); err != nil {
+		err = fmt.Errorf("the result of order %s cannot be read: %w", r.Order, err)
+	}
+	return res, err
+}
+
+// ended is told of the first final report on each job order.
+func (h *honesty) ended(r wire.Report) {
+	res, err := decodeResult(r)
+	if r.State != wire.Succeeded || err != nil {
+		h.forget(r.Order)
+		return
+	}
+	run := trust.Runtime{Engine: label(res.Engine)}
+	if rec, ok := h.audits.storage.reg.rows.get(string(r.Device)); ok {
+		run.Agent = rec.Agent
+	}
+	h.mu.Lock()
+	ours := h.ours[r.Order]
+	delete(h.ours, r.Order)
+	h.had[r.Device] = newestOf(append(h.had[r.Device], hadJob{res.Module, res.Input}), hadKept)
+	h.mu.Unlock()
+	h.earn(r.Device, func(e *earned) {
+		e.runtime = run
+		if !ours {
+			e.jobs++
+		}
+	})
+	if ours || !h.active || h.audits.answer == nil || !h.standing(r.Device).Challenge(h.even()) {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	of := 0
+	for _, o := range h.draws {
+		if o.Device == r.Device {
+			of++
+		}
+	}
+	if of < maxOwedOf {
+		h.draws = append(h.draws, owed{Device: r.Device, Order: r.Order, At: h.now().UTC()})
+	}
+}
+
+// keep writes what was earned and what is owed, every second until ctx ends.
+func (h *honesty) keep(ctx context.Context) {
+	t := time.NewTicker(flushEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			if err := h.flush(ctx); err != nil && ctx.Err() == nil {
+				h.log.Warn("what devices have earned by their jobs is not on record yet; it will be tried again", "error", err)
+			}
+		case <-ctx.Done():
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushEvery)
+			defer cancel()
+			_ = h.flush(ctx) // what is lost is a second's credit
+			return
+		}
+	}
+}
+
+func (h *honesty) flush(ctx context.Context) error {
+	h.flushing.Lock()
+	defer h.flushing.Unlock()
+	h.mu.Lock()
+	all, draws := h.earned, h.draws
+	h.earned, h.writing, h.draws = make(map[wire.DeviceID]*earned), all, nil
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		h.writing = nil
+		h.mu.Unlock()
+	}()
+	var failed error
+	for d, e := range all {
+		_, err := h.audits.scores.change(ctx, string(d), func(s *score, _ bool) error {
+			e.into(&s.Compute, h.now())
+			return nil
+		})
+		if err != nil {
+			failed = err
+			h.earn(d, func(now *earned) {
+				now.jobs, now.confirmed = now.jobs+e.jobs, append(now.confirmed, e.confirmed...)
+				if now.runtime == (trust.Runtime{}) {
+					now.runtime = e.runtime
+				}
+			})
+		}
+	}
+	have := make(map[wire.DeviceID]int)
+	n := 0
+	h.rows.each(func(_ string, o owed) bool { have[o.Device]++; n++; return true })
+	for _, o := range draws {
+		if have[o.Device] >= maxOwedOf || n >= maxOwed {
+			continue // the coordinator is behind; "deimos device honesty" shows how many were given
+		}
+		if err := h.rows.create(ctx, ulid.Make().String(), o); err != nil {
+			return err
+		}
+		have[o.Device]++
+		n++
+	}
+	if n > 0 {
+		select {
+		case h.wake <- struct{}{}:
+		default:
+		}
+	}
+	return failed
+}
+
+// challenge makes the challenges that are owed, until ctx ends.
+func (h *honesty) challenge(ctx context.Context) {
+	var going sync.WaitGroup
+	defer going.Wait()
+	for {
+		select {
+		case <-h.wake: // flush sees to it, at a start too
+		case <-ctx.Done():
+			return
+		}
+		for h.one(ctx, &going) {
+		}
+	}
+}
+
+// one begins the oldest challenge that is owed, when it is its turn. It is taken off the
+// record only then.
+func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
+	for _, place := range []chan struct{}{h.slots, h.turn} {
+		select {
+		case place <- struct{}{}:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	back := func() { <-h.turn; <-h.slots }
+	key, o, ok := h.oldest()
+	if !ok {
+		back()
+		return false
+	}
+	err := h.rows.remove(ctx, key, func(owed) bool { return true })
+	if err != nil {
+		back()
+		if !errors.Is(err, errNotFound) && ctx.Err() == nil { // else another coordinator has it
+			h.log.Warn("challenges among jobs wait: the record of one cannot be taken", "error", err)
+			return false
+		}
+		return ctx.Err() == nil
+	}
+	going.Go(func() {
+		defer func() { <-h.slots }()
+		made, err := h.make(ctx, o)
+		if err != nil && !made && ctx.Err() == nil {
+			err = errors.Join(err, h.later(ctx, o))
+		}
+		if err != nil && ctx.Err() == nil {
+			h.log.Info("a challenge among jobs was not made", "device", o.Device, "tries", o.Tries+1, "error", err)
+		}
+	})
+	return true
+}
+
+// later puts a challenge that could not be made back: a holder of its input was away, say.
+func (h *honesty) later(ctx context.Context, o owed) error {
+	if o.Tries++; o.Tries >= owedTries {
+		return nil
+	}
+	o.Next = h.now().Add(owedPause << o.Tries).UTC()
+	return h.rows.create(ctx, ulid.Make().String(), o)
+}
+
+// oldest is the challenge that is owed for longest by a device that is there.
+func (h *honesty) oldest() (key string, first owed, ok bool) {
+	h.rows.each(func(k string, o owed) bool {
+		if (!ok || k < key) && !o.Next.After(h.now()) && h.audits.storage.reg.mayWork(o.Device) {
+			key, first, ok = k, o, true
+		}
+		return true
+	})
+	return key, first, ok
+}
+
+// make makes one challenge; made is true once the coordinator has run the job. The turn is given back when the coordinator has worked out the
+// answer, and has rested.
+func (h *honesty) make(ctx context.Context, o owed) (made bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, h.audits.limit)
+	defer cancel()
+	defer func() {
+		if !made {
+			<-h.turn
+		}
+	}()
+	m, err := h.model(ctx, o)
+	if err != nil {
+		return made, err
+	}
+	job, data, err := h.like(ctx, o.Device, m)
+	if err != nil {
+		return made, err
+	}
+	rec := api.Audit{Kind: api.ComputeAudit, Device: o.Device, Routine: true}
+	_, err = h.audits.computeChallenge(ctx, rec, job, data, func(took time.Duration) {
+		made = true
+		time.AfterFunc(min(paceOwn*took, paceMost), func() { <-h.turn })
+	})
+	return made, err
+}
+
+// model is the job that a challenge is made like: the one after which it was drawn, or
+// another new one if that is of a kind that the coordinator cannot run.
+func (h *honesty) model(ctx context.Context, o owed) (wire.JobRun, error) {
+	v, err := h.audits.outbox.get(ctx, o.Device, o.Order)
+	if err != nil {
+		return wire.JobRun{}, err
+	}
+	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
+	if err != nil {
+		return asked, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if cannot := answerable(asked); cannot != nil {
+		if len(h.models) == 0 {
+			return asked, fmt.Errorf("there is no job of a customer that a challenge could be made like: %w", cannot)
+		}
+		return h.models[rand.IntN(len(h.models))], nil
+	}
+	h.models = newestOf(append(h.models, asked), modelsKept)
+	return asked, nil
+}
+
+// like is a customer's job over other chunks: such that the device holds and has not had
+// with this module, of sizes like the customer's.
+func (h *honesty) like(ctx context.Context, d wire.DeviceID, m wire.JobRun) (job wire.JobRun, data reading, err error) {
+	h.mu.Lock()
+	had := slices.Clone(h.had[d])
+	h.mu.Unlock()
+	seen := func(id string) { had = append(had, hadJob{m.Module.SHA256, id}) }
+	seen(m.Input)
+	for _, in := range m.Inputs {
+		for _, p := range in.Parts {
+			seen(p.Chunk)
+		}
+	}
+	other := func(size int64) (id string, data []byte, err error) {
+		id, data, err = h.audits.knownInput(ctx, d, func(c api.Chunk) bool {
+			return !slices.Contains(had, hadJob{m.Module.SHA256, c.ID}) && (size == 0 || c.Size >= size/2 && c.Size <= 2*size)
+		})
+		seen(id)
+		return id, data, err
+	}
+	job, data.inputs = m, make(map[string][]byte)
+	if m.Input != "" {
+		size := h.audits.sizesOf(api.Audit{Chunks: []string{m.Input}})[m.Input]
+		if job.Input, data.input, err = other(size); err != nil {
+			return job, data, err
+		}
+	}
+	job.Inputs = slices.Clone(m.Inputs)
+	for i, in := range m.Inputs {
+		job.Inputs[i].Parts = nil
+		for _, p := range in.Parts {
+			id, part, err := other(p.Size)
+			if err != nil {
+				return job, data, err
+			}
+			job.Inputs[i].Parts = append(job.Inputs[i].Parts, wire.JobPart{Chunk: id, Size: int64(len(part))})
+			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
+		}
+	}
+	return job, data, nil
+}
+
+// vouched is what a wrong result of a challenge is, if the device has another engine than the
+// coordinator: a lie only if others with that engine say what the coordinator says.
+func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own, res wire.JobResult, d wire.DeviceID) (lie bool, why string) {
+	if own.Engine == "" || res.Engine == own.Engine {
+		return true, ""
+	}
+	me := h.copyOf(d)
+	me.Engine = res.Engine
+	c := trust.Case{Module: asked.Module.SHA256, Own: &own, Sent: []trust.Copy{me}}
+	c.Answered(trust.Answer{Copy: me, Digest: resultDigest(res)})
+	for _, v := range h.conclude(ctx, &c, asked) {
+		if v.Device != d {
+			continue
+		}
+		if v.Finding == trust.Wrong {
+			return true, ""
+		}
+		if err := h.doubt(ctx, d, c.Module); err != nil {
+			h.log.Warn("a doubt about a device's results is not on record", "device", d, "error", err)
+		}
+		return false, fmt.Sprintf("the result is not the coordinator's, but the device has the engine %s, and no other device with that could be asked", res.Engine)
+	}
+	return false, fmt.Sprintf("the module has another result on the engine %s, as several devices say: nobody has lied", res.Engine)
+}
+
+// compared is told of the results of a customer's task that several devices did.
+func (h *honesty) compared(t judged) {
+	if t.spec.Live || len(t.results) < 2 {
+		return
+	}
+	select {
+	case h.tasks <- t:
+	default:
+		h.log.Warn("results that several devices gave are not compared: too many wait for it", "job", t.job, "task", t.task)
+	}
+}
+
+// compare takes in what tasks say of those who did them, until ctx ends.
+func (h *honesty) compare(ctx context.Context) {
+	for {
+		select {
+		case t := <-h.tasks:
+			if err := h.compareOne(ctx, t); err != nil && ctx.Err() == nil {
+				h.log.Warn("what a task says of those who did it could not be taken in", "job", t.job, "task", t.task, "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (h *honesty) compareOne(ctx context.Context, t judged) error {
+	ctx, cancel := context.WithTimeout(ctx, h.audits.limit)
+	defer cancel()
+	c := trust.Case{Module: t.spec.Module, Copies: 1, NoMore: true}
+	owners, kinds := make(map[string]bool), make(map[string]bool)
+	for _, r := range t.results {
+		to := h.copyOf(r.device)
+		owners[to.Owner], kinds[r.digest] = true, true
+		c.Sent = append(c.Sent, to)
+		c.Answered(trust.Answer{Copy: to, Digest: r.digest, CPUSeconds: r.cpu, Order: r.order})
+	}
+	if len(owners) < 2 && len(kinds) < 2 {
+		return nil // one owner's word, twice
+	}
+	v, err := h.audits.outbox.get(ctx, t.results[0].device, t.results[0].order)
+	if err != nil {
+		return err
+	}
+	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
+	if err != nil {
+		return err
+	}
+	verdicts := h.conclude(ctx, &c, asked)
+	return h.settle(ctx, c, verdicts)
+}
+
+// conclude has a case that customers wait for no more come to its end: the coordinator runs
+// the job where answers differ, and asks witnesses.
+func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun) []trust.Verdict {
+	for ctx.Err() == nil {
+		s := h.next(*c)
+		if s.Done {
+			return s.Verdicts
+		}
+		if s.Run {
+			own, err := h.run(ctx, asked)
+			if err != nil {
+				c.Unable = err.Error()
+			} else {
+				c.Own = &own
+			}
+			continue
+		}
+		var from []wire.DeviceID
+		for _, o := range h.audits.storage.reg.list() {
+			if h.audits.storage.reg.mayWork(o.ID) && h.holdsAll(o.ID, asked) {
+				from = append(from, o.ID)
+			}
+		}
+		more := h.pick(*c, from, s.Like, 1)
+		if len(more) == 0 {
+			c.NoMoreLike = append(c.NoMoreLike, s.Like)
+			continue
+		}
+		c.Sent = append(c.Sent, more...)
+		c.Answered(h.ask(ctx, more[0], asked))
+	}
+	return nil
+}
+
+// ask has a device run a job, as a witness.
+func (h *honesty) ask(ctx context.Context, to trust.Copy, asked wire.JobRun) trust.Answer {
+	a := trust.Answer{Copy: to}
+	asked.Inputs = slices.Clone(asked.Inputs)
+	for i, in := range asked.Inputs { // it holds them all; what stands there is another's ticket
+		asked.Inputs[i].Parts = slices.Clone(in.Parts)
+		for k := range in.Parts {
+			asked.Inputs[i].Parts[k].URL = ""
+		}
+	}
+	order, err := h.send(ctx, to.Device, asked)
+	if err != nil {
+		return a
+	}
+	defer h.forget(order.ID)
+	v, err := h.audits.outbox.await(ctx, order, nil)
+	if err != nil || v.State != wire.Succeeded {
+		return a
+	}
+	if res, err := decodeResult(v.Result); err == nil && res.Module == asked.Module.SHA256 && res.Input == asked.Input {
+		a.Digest, a.Engine, a.Order, a.CPUSeconds = resultDigest(res), label(res.Engine), order.ID, res.CPUSeconds
+	}
+	return a
+}
+
+// holdsAll tells whether a device should hold all that a job reads.
+func (h *honesty) holdsAll(d wire.DeviceID, j wire.JobRun) bool {
+	s := h.audits.storage
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	holds := func(id string) bool { _, ok := s.holds[d][id]; return ok }
+	for _, in := range j.Inputs {
+		if slices.ContainsFunc(in.Parts, func(p wire.JobPart) bool { return !holds(p.Chunk) }) {
+			return false
+		}
+	}
+	return j.Input == "" || holds(j.Input)
+}
+
+// send sends a job that is no customer's.
+func (h *honesty) send(ctx context.Context, d wire.DeviceID, job wire.JobRun) (wire.Order, error) {
+	id := ulid.Make().String()
+	h.mu.Lock()
+	h.ours[id] = true
+	h.mu.Unlock()
+	v, err := h.audits.compute.sendAs(ctx, id, d, job.Module.SHA256, job, lifeOfJob(job.Limits))
+	if err != nil {
+		h.forget(id)
+	}
+	return v.Order, err
+}
+
+// forget ends that a report is awaited of a job that is no customer's.
+func (h *honesty) forget(order string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.ours, order)
+}
+
+// view is how far a device's results are believed, and why.
+func (h *honesty) view(d wire.DeviceID) (api.Honesty, error) {
+	if _, err := h.audits.storage.reg.device(d); err != nil {
+		return api.Honesty{}, err
+	}
+	s := h.standing(d)
+	v := api.Honesty{Device: d, Compute: s.Figure(), Distrusted: s.Distrusted(), Aside: s.Aside(), Trusted: s.Trusted(), Share: s.Share(),
+		Jobs: two(s.Jobs), Challenges: two(s.Challenges), Confirmed: two(s.Right), Needed: trust.Needed, Wrong: two(s.Wrong), Doubts: []api.Doubt{},
+		Engine: s.Runtime.Engine, Agent: s.Runtime.Agent, Since: s.Since, Reset: s.ResetBy, Why: s.Explain(), Penalties: []api.Penalty{}}
+	for _, x := range s.Doubts {
+		v.Doubts = append(v.Doubts, api.Doubt{At: x.At, Module: x.Module})
+	}
+	for _, p := range slices.Backward(h.audits.scoreOf(d).Penalties) {
+		if p.Figure == api.Compute {
+			v.Penalties = append(v.Penalties, p)
+		}
+	}
+	return v, nil
+}
+
+func (c *Coordinator) honestyRoutes() []route {
+	return []route{{method: "GET", path: v1 + "/devices/{id}/honesty", needs: toRead, summary: "How far the results of a device's jobs are believed, and why", out: api.Honesty{},
+		handle: func(w http.ResponseWriter, r *http.Request) error {
+			v, err := c.audits.honesty.view(wire.DeviceID(r.PathValue("id")))
+			if err == nil {
+				writeJSON(w, http.StatusOK, v)
+			}
+			return err
+		}}}
+}
