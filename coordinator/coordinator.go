@@ -128,6 +128,7 @@ type Coordinator struct {
 	losses      *losses
 
 	enrolling keyed // one enrolment of a device at a time
+	uploads   uploads
 	cert      *serverCert
 	operators *operators
 	trail     *trail

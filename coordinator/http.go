@@ -445,7 +445,13 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	r.Body = c.storage.coming.body(r.Body, t.order)
-	data, err := readBody(w, r, min(t.size, chunk.MaxSize))
+	most := min(t.size, chunk.MaxSize)
+	leave, err := c.enterUpload(r, most)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	data, err := readBody(w, r, most)
 	if err != nil {
 		return err
 	}
@@ -488,6 +494,11 @@ func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request) erro
 	if v.Kind == wire.KindInventory {
 		most = maxInventory
 	}
+	leave, err := c.enterUpload(r, most)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	data, err := readBody(w, r, most)
 	if err != nil {
 		return err
