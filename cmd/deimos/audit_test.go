@@ -486,6 +486,11 @@ func TestAChallengeIsShownListedAndJudgedAgainWithoutTheCoordinator(t *testing.T
 		if a.Outcome != api.AuditWrong || a.Expected == a.Got {
 			t.Fatalf("%+v", a)
 		}
+		honesty := f.says("device", "honesty", device)
+		wantWords(t, honesty, "device       "+device, "compute      0.", "it gets no jobs", "20% of its jobs are challenges", "penalties", "deimos audit show "+a.ID)
+		if h := decode[api.Honesty](t, f.says("device", "honesty", device, "-o", "json")); !h.Distrusted || len(h.Penalties) != 1 || h.Penalties[0].Audit != a.ID {
+			t.Errorf("%+v", h)
+		}
 		raw := evidence(a.ID)
 		job, err := coordinator.JobOf(raw)
 		must(t, err)

@@ -45,7 +45,6 @@ func writeHonesty(w io.Writer, v api.Honesty) error {
 		row(list("because", i), "%s", s)
 	}
 	row("confirmed", "%.1f of the %.0f that make it trusted", v.Confirmed, v.Needed)
-	row("jobs", "%.0f of customers, %.0f challenges; %.0f%% are to be challenges", v.Jobs, v.Challenges, 100*v.Share)
 	if v.Engine != "" {
 		row("runtime", "%s, agent %s, since %s", v.Engine, v.Agent, v.Since.Format(time.RFC3339))
 	}
