@@ -43,6 +43,7 @@ func textstats(t testing.TB, in []byte, args ...string) (s textStats) {
 // than any buffer, and text in many alphabets whose runes every read cuts.
 func textInputs(t *testing.T) map[string][]byte {
 	all := inputs(t)
+	all["equally long lines"] = []byte("a\nbb\ncc\n\ndd")
 	all["one huge line"] = bytes.Repeat([]byte("x"), 3<<20)
 	r := rand.New(rand.NewPCG(testenv.Seed(t), 1))
 	alphabet := []rune("aäßжλ中🙂\u0301 \n\tZ9")
@@ -54,6 +55,8 @@ func textInputs(t *testing.T) map[string][]byte {
 		text = append(text, string(alphabet[r.IntN(len(alphabet))])...)
 	}
 	all["alphabets"] = text
+	// Whatever even length the reads have, they cut these in the middle of a rune.
+	all["cut"] = append([]byte("x"), bytes.Repeat([]byte("🙂"), 200_000)...)
 	return all
 }
 
