@@ -210,7 +210,6 @@ type shelf struct {
 	mu   sync.Mutex
 	path string
 	n    int
-	each chan int // receives the number of each that was kept; may be nil
 }
 
 func newShelf(t *testing.T) *shelf { return &shelf{path: filepath.Join(t.TempDir(), "checkpoint")} }
