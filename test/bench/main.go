@@ -49,6 +49,7 @@ var (
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 
 	computeOnly = flag.Bool("compute-only", false, "the rows on what jobs compute against native programs alone")
+	jobsOnly    = flag.Bool("jobs", false, "the rows on jobs alone")
 
 	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
 )
@@ -94,6 +95,9 @@ func run(ctx context.Context, t *table) error {
 	if *computeOnly {
 		return computeRows(ctx, t)
 	}
+	if *jobsOnly {
+		return jobRows(ctx, t)
+	}
 	sealing(t)
 	known, err := knowing(ctx)
 	if err != nil {
@@ -116,6 +120,9 @@ func run(ctx context.Context, t *table) error {
 		return err
 	}
 	if err := computeRows(ctx, t); err != nil {
+		return err
+	}
+	if err := jobRows(ctx, t); err != nil {
 		return err
 	}
 	bare, err := measure(ctx, newBareSide)
@@ -419,8 +426,9 @@ func (c *child) kill() error {
 type ourSide struct {
 	dir         string
 	https, mqtt string
-	advertise   string        // to devices; "" for where they found it
-	beat        time.Duration // of devices; 0: the default
+	does        func(agent.SimDevice) (map[wire.Kind]agent.Route, func(*wire.Beat)) // simulated devices can; nil: nothing more
+	advertise   string                                                              // to devices; "" for where they found it
+	beat        time.Duration                                                       // of devices; 0: the default
 	serve       *child
 	client      *api.Client
 	state       atomic.Pointer[agent.SimState]
@@ -504,7 +512,7 @@ func (s *ourSide) connect(ctx context.Context, n int) error {
 	failed := make(chan error, 1)
 	wg.Go(func() {
 		failed <- agent.Simulation{
-			Coordinator: "https://" + s.https, Token: tok.Token, Agents: n, Version: "0.0.0-bench", Log: slog.New(slog.DiscardHandler),
+			Coordinator: "https://" + s.https, Token: tok.Token, Agents: n, Version: "0.0.0-bench", Log: slog.New(slog.DiscardHandler), Does: s.does,
 			Progress: func(st agent.SimState) { s.state.Store(&st) },
 		}.Run(ctx)
 	})
