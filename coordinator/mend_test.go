@@ -679,3 +679,31 @@ func TestALossIsNotOfWhatWasStoredSince(t *testing.T) {
 		t.Error("a chunk is lost that was stored since")
 	}
 }
+
+// How many copies a put wants of what is there already is kept, and bounded.
+func TestAStripeThatIsThereIsWantedAsOftenAsItsPutSays(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	w.devices(t, 2)
+	data := someBytes(3000)
+	id := chunk.Sum(data).String()
+	q := api.StripeRequest{Token: newNonce(), Code: api.Code{Data: 1}, Size: int64(len(data)), Chunks: []string{id}}
+	_, err := w.storage.place(ctx, id, data, 1, q.Token)
+	must(t, err)
+	for _, n := range []int{0, 2} {
+		q.Replicas = n
+		there, err := w.storage.stripe(ctx, q)
+		must(t, err)
+		if got := w.chunkRecord(t, id).Want; len(there.Placed) != 1 || got != max(n, 1) {
+			t.Errorf("with %d: %d are placed, %d are wanted", n, len(there.Placed), got)
+		}
+	}
+	for _, n := range []int{-1, maxReplica + 1} {
+		q.Replicas = n
+		var no *refusal
+		if _, err := w.storage.stripe(ctx, q); !errors.As(err, &no) || no.status != http.StatusBadRequest {
+			t.Errorf("%d replicas: %v", n, err)
+		}
+	}
+}
