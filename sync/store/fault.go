@@ -41,54 +41,68 @@ func (v *Volume) unreadable(id chunk.ID, fault error) error {
 	if errors.As(f.err, &no) && !slices.Contains(damaged, no) {
 		return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read now (%v), which says nothing of its bytes; ask again", id, f)
 	}
-	if v.answers() {
+	switch err := v.answers(); {
+	case err == nil:
 		return nil
+	case !errors.As(err, &no) || !slices.Contains(damaged, no):
+		return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read (%v), and whether its disk answers cannot be found out (%v); ask again", id, f, err)
 	}
 	v.latch(fmt.Sprintf("its disk cannot be read anywhere (%v): check the disk, its cable and its power, and restart", f))
 	return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read (%v), nor anything else on the disk of volume %s (%s): check it, its cable and its power", id, f, v.id, v.dir)
 }
 
-// answers tells whether the disk can be read at all, where it has to be asked and not
-// the kernel's memory: the file that names the volume, or the beginning of a log.
-func (v *Volume) answers() bool {
+// probeBytes is what is read of a log: a page, which suits direct reads of any disk.
+const probeBytes = 4096
+
+// answers tells, as an error, why nothing can be read from the disk: the beginning and
+// the middle of some logs. Small files are not asked for, as a file system may keep them
+// with what it has in memory.
+func (v *Volume) answers() error {
+	type probe struct {
+		log uint32
+		at  int64
+	}
+	var probes []probe
 	v.mu.Lock()
-	names := []string{idFile}
-	for n := range v.space.logs {
-		if names = append(names, filepath.Join(chunksDir, logName(n))); len(names) > 3 {
+	for n, s := range v.space.logs {
+		probes = append(probes, probe{n, 0}, probe{n, s.length / 2 / probeBytes * probeBytes})
+		if len(probes) > 6 {
 			break
 		}
 	}
 	v.mu.Unlock()
-	return slices.ContainsFunc(names, v.reads)
+	err := error(unix.ENOENT)
+	for _, p := range probes {
+		if err = v.reads(p.log, p.at); err == nil {
+			return nil
+		}
+	}
+	return err
 }
 
-// probeBytes is what is read of a file: a page, which suits direct reads of any disk.
-const probeBytes = 4096
-
-// reads tells whether the beginning of a file can be read from the disk.
-func (v *Volume) reads(name string) bool {
+// reads reads a page of a log from the disk, not from the kernel's memory.
+func (v *Volume) reads(log uint32, at int64) error {
 	open := func(flags int) (int, error) {
-		return unix.Openat(int(v.lock.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
+		return unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(log)), unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
 	}
 	fd, err := open(unix.O_DIRECT)
 	if errors.Is(err, unix.EINVAL) { // not on this file system
 		if fd, err = open(0); err == nil {
-			_ = unix.Fadvise(fd, 0, probeBytes, unix.FADV_DONTNEED)
+			_ = unix.Fadvise(fd, at, probeBytes, unix.FADV_DONTNEED)
 		}
 	}
 	if err != nil {
-		return false
+		return err
 	}
 	defer unix.Close(fd)
 	page, err := unix.Mmap(-1, 0, probeBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // aligned, as a direct read wants it
 	if err != nil {
-		return false
+		return err
 	}
 	defer func() { _ = unix.Munmap(page) }()
 	for {
-		n, err := v.opt.hooks.pread(fd, page, 0)
-		if !errors.Is(err, unix.EINTR) {
-			return err == nil && n > 0
+		if _, err := v.opt.hooks.pread(fd, page, at); !errors.Is(err, unix.EINTR) {
+			return err
 		}
 	}
 }
