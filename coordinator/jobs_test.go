@@ -176,12 +176,6 @@ func (k *ordersTaken) add(o wire.Order) {
 	k.orders = append(k.orders, o)
 }
 
-func (k *ordersTaken) count() int {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return len(k.orders)
-}
-
 // What one device cannot do, another does; what the module fails at is tried once
 // more elsewhere, to be sure.
 func TestWhatADeviceCannotDoIsTriedOnAnother(t *testing.T) {

@@ -22,7 +22,7 @@
 //
 //	<dir>/modules/<sha256>   modules, each complete or absent; the least recently used go first
 //	<dir>/compiled/<sha256>  their machine code, see jobs/sandbox
-//	<dir>/work/<order>/      of one job, until its report: see work
+//	<dir>/work               a folder for each job, named by its order, until its report: see work
 //
 // # How a job that fails is reported
 //
