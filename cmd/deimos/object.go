@@ -318,8 +318,8 @@ func (g *objectGetCmd) Run(ctx context.Context, all *commands) error {
 	bar.end()
 	if err != nil {
 		// Without the digest of the whole, a range cannot go on; and what does not
-		// have it need not.
-		if kept := f.abandon(g.Range == "" && !errors.Is(err, object.ErrWhole)); kept > 0 {
+		// have it, or was removed, need not.
+		if kept := f.abandon(g.Range == "" && !errors.Is(err, object.ErrWhole) && !errors.Is(err, object.ErrRemoved)); kept > 0 {
 			err = fmt.Errorf("%w; %s that came are kept, and the same command goes on from there", err, cli.Bytes(kept))
 		}
 		return err

@@ -124,6 +124,7 @@ func TestWhatIsEncryptedComesBackBitForBit(t *testing.T) {
 }
 
 func TestOneShardMoreThanParityGoneIsSaidSo(t *testing.T) {
+	shortOutages(t, 10*time.Millisecond)
 	s, c := newShelf(t)
 	id := newIdentity(t)
 	data := randomBytes(t, 5000)

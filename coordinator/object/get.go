@@ -85,6 +85,7 @@ func (o *Object) WriteRange(ctx context.Context, c *api.Client, w io.Writer, fro
 	}
 	r := &reader{client: c, object: o}
 	units, ahead := r.units(from, to)
+	defer r.running.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type piece struct {
@@ -95,7 +96,7 @@ func (o *Object) WriteRange(ctx context.Context, c *api.Client, w io.Writer, fro
 	// still has its place.
 	places := make(chan struct{}, ahead)
 	queue := make(chan chan piece, ahead)
-	go func() {
+	r.running.Go(func() {
 		defer close(queue)
 		for fetch := range units {
 			select {
@@ -105,16 +106,16 @@ func (o *Object) WriteRange(ctx context.Context, c *api.Client, w io.Writer, fro
 			}
 			p := make(chan piece, 1)
 			queue <- p
-			go func() {
+			r.running.Go(func() {
 				data, err := fetch(ctx)
 				p <- piece{data, err}
-			}()
+			})
 		}
-	}()
+	})
 	for p := range queue {
 		got := <-p
 		if got.err != nil {
-			return got.err
+			return r.removed(ctx, got.err)
 		}
 		for _, data := range got.data {
 			if _, err := w.Write(data); err != nil {
@@ -135,6 +136,39 @@ type reader struct {
 	object *Object
 	pace   pace
 	line   line
+	// whole is for what is fetched as a whole, a chunk or a stripe: that some shards of
+	// a stripe come ends the outage of the line, but not that of the stripe.
+	whole line
+
+	running sync.WaitGroup // all that it has begun
+}
+
+// removed is err, or that the object is not there any more, which explains it.
+func (r *reader) removed(ctx context.Context, err error) error {
+	var e *api.Error
+	if ctx.Err() != nil || !errors.As(err, &e) {
+		return err
+	}
+	now, there, lookErr := lookUp(ctx, r.client, r.object.Name)
+	switch {
+	case lookErr != nil:
+		return err
+	case !there:
+		return fmt.Errorf("%q %w", r.object.Name, ErrRemoved)
+	case !slices.Equal(now.Chunks, r.object.Chunks):
+		return fmt.Errorf("%q %w, and something else has its name now", r.object.Name, ErrRemoved)
+	}
+	return err
+}
+
+// outlast fetches what passes says may be there again soon. Whoever has got nothing yet
+// is told at once that it is not there.
+func outlast[T any](ctx context.Context, r *reader, passes func(error) bool, f func() (T, error)) (T, error) {
+	got, err := over(ctx, &r.whole, func(err error) bool { return r.whole.begun.Load() && passes(err) }, f)
+	if err == nil {
+		r.whole.begun.Store(true)
+	}
+	return got, err
 }
 
 // unit fetches the next bytes.
@@ -155,7 +189,7 @@ func (r *reader) units(from, to int64) (units func(yield func(unit) bool), ahead
 				a, b := max(from, at)-at, min(to, at+ch.Size)-at
 				at += ch.Size
 				if a < b && !yield(func(ctx context.Context) ([][]byte, error) {
-					data, err := r.fetch(ctx, ch)
+					data, err := outlast(ctx, r, away, func() ([]byte, error) { return r.fetch(ctx, ch) })
 					if err != nil {
 						return nil, err
 					}
@@ -205,7 +239,10 @@ func (r *reader) stripe(ctx context.Context, s, from, to int64) ([][]byte, error
 	a, b := max(from, at)-at, min(to, at+p*int64(m.Code.Data), m.Size)-at
 	first, last := int(a/p), int((b-1)/p)
 	width := m.Code.Shards()
-	shards, err := r.gather(ctx, r.object.Chunks[int(s)*width:][:width], first, last)
+	shards := make([][]byte, width)
+	_, err := outlast(ctx, r, tooFewNow, func() (struct{}, error) {
+		return struct{}{}, r.gather(ctx, r.object.Chunks[int(s)*width:][:width], shards, first, last)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("%q, stripe %d: %w", r.object.Name, s, err)
 	}
@@ -221,22 +258,27 @@ func (r *reader) stripe(ctx context.Context, s, from, to int64) ([][]byte, error
 	return out, nil
 }
 
-// gather gets the shards first to last of a stripe. As soon as one of them fails
-// or is late, others are asked for, of which as many as there are shards of data
-// do as well.
-func (r *reader) gather(ctx context.Context, chunks []api.Chunk, first, last int) ([][]byte, error) {
+// gather gets the shards first to last of a stripe, those that are not there yet. As
+// soon as one of them fails or is late, others are asked for, of which as many as there
+// are shards of data do as well. What has come stays in shards if there is an error.
+func (r *reader) gather(ctx context.Context, chunks []api.Chunk, shards [][]byte, first, last int) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // whoever is late need not go on
 	h := &hunt{reader: r, chunks: chunks, first: first, last: last, code: r.object.m.Code,
-		shards: make([][]byte, len(chunks)), asked: make([]asked, len(chunks)), got: make(chan shard, len(chunks)), patience: 1}
-	for i := first; i <= last; i++ {
-		h.ask(ctx, i)
+		shards: shards, asked: make([]asked, len(chunks)), got: make(chan shard, len(chunks)), patience: 1}
+	for i, data := range shards {
+		if data != nil {
+			h.have++
+			h.asked[i] = asked{at: time.Now(), over: true}
+		} else if first <= i && i <= last {
+			h.ask(ctx, i)
+		}
 	}
 	late := time.NewTimer(h.untilLate())
 	defer late.Stop()
 	for !h.complete() {
 		if h.underWay == 0 && !h.askMore(ctx, h.code.Data-h.have) {
-			return nil, h.failed()
+			return h.failed()
 		}
 		late.Reset(h.untilLate())
 		select {
@@ -249,18 +291,13 @@ func (r *reader) gather(ctx context.Context, chunks []api.Chunk, first, last int
 			h.noteLate()
 			h.askMore(ctx, h.code.Data-h.have-h.coming())
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return ctx.Err()
 		}
 	}
-	for i := first; i <= last; i++ {
-		if h.shards[i] == nil {
-			if err := reconstructData(h.code, h.shards); err != nil {
-				return nil, err
-			}
-			break
-		}
+	if slices.ContainsFunc(shards[first:last+1], func(s []byte) bool { return s == nil }) {
+		return reconstructData(h.code, shards)
 	}
-	return h.shards, nil
+	return nil
 }
 
 // hunt is the search for the shards of one stripe.
@@ -278,6 +315,7 @@ type hunt struct {
 	patience int
 	// How many have come, and are under way.
 	have, underWay int
+	away           int // how many cannot be read only for now
 	problems       []string
 	unreadable     error // the first that was not a fault of the stripe alone
 }
@@ -299,14 +337,14 @@ type shard struct {
 func (h *hunt) ask(ctx context.Context, i int) {
 	h.asked[i] = asked{at: time.Now(), patience: h.patience}
 	h.underWay++
-	go func() {
+	h.reader.running.Go(func() {
 		began := time.Now()
 		data, err := h.reader.fetch(ctx, h.chunks[i])
 		if err == nil {
 			h.reader.pace.took(time.Since(began))
 		}
 		h.got <- shard{i, data, err}
-	}()
+	})
 }
 
 // askMore asks for n shards more, and returns false if none is left.
@@ -357,6 +395,9 @@ func (h *hunt) take(s shard) {
 	h.underWay--
 	h.asked[s.i].over = true
 	if s.err != nil {
+		if away(s.err) {
+			h.away++
+		}
 		h.problems = append(h.problems, fmt.Sprintf("shard %d: %s", s.i, brief(s.err)))
 		if h.unreadable == nil || errors.Is(s.err, ErrDamaged) {
 			h.unreadable = s.err
@@ -392,11 +433,20 @@ func (h *hunt) failed() error {
 	if more := len(h.problems) - len(named); more > 0 {
 		told += fmt.Sprintf("; and %d more", more)
 	}
-	return fmt.Errorf("%d of %d shards can be read, it takes %d (%s): %w", h.have, len(h.chunks), h.code.Data, told, unreadable{h.unreadable})
+	return fmt.Errorf("%d of %d shards can be read, it takes %d (%s): %w", h.have, len(h.chunks), h.code.Data, told, unreadable{h.unreadable, h.have+h.away >= h.code.Data})
 }
 
 // unreadable is an error that was told already.
-type unreadable struct{ error }
+type unreadable struct {
+	error
+	passes bool // with those shards that are away only for now, there are enough
+}
+
+// tooFewNow tells whether a stripe misses only shards that may be there again soon.
+func tooFewNow(err error) bool {
+	var u unreadable
+	return errors.As(err, &u) && u.passes
+}
 
 func (unreadable) Error() string   { return "the file cannot be read whole now" }
 func (u unreadable) Unwrap() error { return u.error }

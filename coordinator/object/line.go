@@ -6,12 +6,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // line is the way to the coordinator while a transfer is under way. A transfer of
@@ -21,7 +23,7 @@ type line struct {
 	mu   sync.Mutex
 	down time.Time // since when; zero: it is not
 
-	placed atomic.Bool // something was, by this put
+	begun atomic.Bool // something has been placed, or has come
 }
 
 var (
@@ -76,12 +78,20 @@ func interrupted(err error) bool {
 
 // passes tells whether an error of a put may pass: once there were devices enough, one
 // that is missing may only be starting anew.
-func (l *line) passes(err error) bool { return interrupted(err) || l.placed.Load() && tooFew(err) }
+func (l *line) passes(err error) bool { return interrupted(err) || l.begun.Load() && tooFew(err) }
 
 // tooFew tells whether devices are missing.
 func tooFew(err error) bool {
 	var e *api.Error
 	return errors.As(err, &e) && e.Code == "too_few_devices"
+}
+
+// away tells whether a chunk cannot be read only for now: a coordinator that has just
+// started knows no device to be online yet. Of a device that rests for its owner nothing
+// is expected within minutes.
+func away(err error) bool {
+	var e *api.Error
+	return errors.As(err, &e) && slices.Contains([]string{"no_holder_online", "offline", "stopping", wire.CodeBusy}, e.Code)
 }
 
 // over is f as [line.do] takes it, and its result.

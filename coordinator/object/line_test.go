@@ -3,7 +3,9 @@ package object
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net/http"
+	"path"
 	"strings"
 	"sync"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // outage has everything fail after n requests, by how, for so many.
@@ -129,5 +132,143 @@ func TestAnOutageThatDoesNotEndEndsTheTransfer(t *testing.T) {
 	}
 	if _, _, err := Put(testContext(t), c, "g", bytes.NewReader(data), newSession(t, DefaultCode, len(data), id), PutOptions{}); err == nil {
 		t.Error("it is said to be stored")
+	}
+}
+
+// A coordinator that has just started knows no device to be online. A get that is under
+// way waits for them, and asks for nothing twice that has come; one that begins is told at once.
+func TestAGetWaitsForDevicesThatServedItBefore(t *testing.T) {
+	nobody := func(w http.ResponseWriter) { refuse(w, http.StatusServiceUnavailable, "no_holder_online") }
+	for name, coded := range map[string]bool{"coded": true, "plain": false} {
+		t.Run(name, func(t *testing.T) {
+			shortOutages(t, time.Minute)
+			s, c := newShelf(t)
+			data, o := putSome(t, c, coded)
+			var mu sync.Mutex
+			came := map[string]int{}
+			out, down := &bytes.Buffer{}, 0
+			begun := false
+			odd := func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.Contains(r.URL.Path, "/chunks/") {
+					return false
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if begun && down > 0 {
+					down--
+					nobody(w)
+					return true
+				}
+				came[r.URL.Path]++
+				return false
+			}
+			s.mu.Lock()
+			s.odd, down = odd, 7
+			s.mu.Unlock()
+			if _, err := Get(testContext(t), c, "f", onWrite{out, func() { mu.Lock(); begun = true; mu.Unlock() }}, o); err != nil || !bytes.Equal(out.Bytes(), data) {
+				t.Errorf("%d bytes, %v", out.Len(), err)
+			}
+			mu.Lock()
+			if down != 0 {
+				t.Errorf("the devices were back before they were missed %d times more", down)
+			}
+			for path, n := range came {
+				if n != 1 {
+					t.Errorf("%s came %d times", path, n)
+				}
+			}
+			down = 1 << 30
+			mu.Unlock()
+			outageLife = time.Hour
+			if _, err := Get(testContext(t), c, "f", &bytes.Buffer{}, o); !refused(err, "no_holder_online") {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// putSome stores more as "f" than a get has under way at once.
+func putSome(t *testing.T, c *api.Client, coded bool) (data []byte, o *GetOptions) {
+	t.Helper()
+	if !coded {
+		data = randomBytes(t, (atOnce+3)*chunk.DefaultSize)
+		_, _, err := PutPlain(testContext(t), c, "f", bytes.NewReader(data), 1, nil)
+		must(t, err)
+		return data, nil
+	}
+	id := newIdentity(t)
+	data = randomBytes(t, 30_000)
+	putCoded(t, c, "f", data, api.Code{Data: 3, Parity: 2}, 1000, id)
+	return data, keyOf(id)
+}
+
+// onWrite calls f before each write.
+type onWrite struct {
+	w io.Writer
+	f func()
+}
+
+func (o onWrite) Write(p []byte) (int, error) {
+	o.f()
+	return o.w.Write(p)
+}
+
+// A stripe of which too much is gone for good is not waited for, and one that some
+// shards come of again and again is not waited for without end.
+func TestAGetDoesNotWaitForWhatDoesNotComeBack(t *testing.T) {
+	for name, code := range map[string]string{"gone": wire.CodeLost, "away": "no_holder_online"} {
+		t.Run(name, func(t *testing.T) {
+			shortOutages(t, time.Hour)
+			if name == "away" {
+				outageLife = 100 * time.Millisecond
+			}
+			s, c := newShelf(t)
+			id := newIdentity(t)
+			o := putCoded(t, c, "f", randomBytes(t, 30_000), api.Code{Data: 3, Parity: 2}, 1000, id)
+			bad := map[string]bool{}
+			for _, ch := range o.Chunks[30:33] {
+				bad[ch.ID] = true
+			}
+			s.odd = func(w http.ResponseWriter, r *http.Request) bool {
+				if bad[path.Base(r.URL.Path)] {
+					refuse(w, http.StatusServiceUnavailable, code)
+					return true
+				}
+				return false
+			}
+			if _, err := Get(testContext(t), c, "f", &bytes.Buffer{}, keyOf(id)); err == nil || !strings.Contains(err.Error(), "2 of 5 shards can be read") {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// That an object is not there any more is said, and not what becomes of its chunks.
+func TestAGetOfWhatIsRemovedMeanwhileSaysSo(t *testing.T) {
+	for name, coded := range map[string]bool{"coded": true, "plain": false} {
+		for _, replaced := range []bool{false, true} {
+			s, c := newShelf(t)
+			_, o := putSome(t, c, coded)
+			s.odd = chunkGets(func(w http.ResponseWriter, _ string) bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if _, there := s.objects["f"]; !there || len(s.objects["f"].Chunks) == 0 {
+					refuse(w, http.StatusNotFound, wire.CodeNotFound)
+					return true
+				}
+				return false
+			})
+			_, err := Get(testContext(t), c, "f", onWrite{io.Discard, func() {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				delete(s.objects, "f")
+				if replaced {
+					s.objects["f"] = api.Object{Name: "f"}
+				}
+			}}, o)
+			if !errors.Is(err, ErrRemoved) || strings.Contains(err.Error(), "something else") != replaced || strings.Contains(err.Error(), "shard") {
+				t.Errorf("%s, replaced %v: %v", name, replaced, err)
+			}
+		}
 	}
 }

@@ -98,6 +98,9 @@ var ErrDamaged = errors.New("what came back is not what was stored")
 // plain object.
 var ErrWhole = fmt.Errorf("%w as a whole", ErrDamaged)
 
+// ErrRemoved is in the error when an object was removed while it was fetched.
+var ErrRemoved = errors.New("was removed while it was fetched")
+
 // ErrPlain is in the error when what was to be opened with a key is not encrypted.
 var ErrPlain = errors.New("it is not encrypted, and nothing shows that it is what was stored")
 

@@ -64,7 +64,7 @@ func PutPlain(ctx context.Context, c *api.Client, name string, r io.Reader, repl
 			if err != nil {
 				return err
 			}
-			way.placed.Store(true)
+			way.begun.Store(true)
 			keeper.add(api.StripeRequest{Token: rand.Text(), Code: api.Code{Data: 1}, Size: int64(len(data)), Chunks: []string{id.String()}, Replicas: replicas})
 			if progress != nil {
 				progress(int64(len(data)))

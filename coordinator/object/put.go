@@ -370,7 +370,7 @@ func (p *putter) place(ctx context.Context, s, n int, shards [][]byte, placed []
 			if err != nil {
 				return err
 			}
-			p.line.placed.Store(true)
+			p.line.begun.Store(true)
 			if pl.Chunk != placed[i].Chunk {
 				return damaged("the coordinator placed chunk %s for %s", pl.ID, ids[i])
 			}
