@@ -388,6 +388,10 @@ type output struct {
 // openOutput opens what a whole file is written to, or a range, as it was asked
 // for; version is of the file.
 func openOutput(ctx context.Context, path, span, version string) (*output, error) {
+	// What a symbolic link leads to keeps its content, too, until all of the new is there.
+	if to, err := filepath.EvalSymlinks(path); err == nil {
+		path = to
+	}
 	s, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

@@ -158,6 +158,12 @@ func TestWhatIsNoFileIsWrittenToAndNotReplaced(t *testing.T) {
 		must(t, err)
 		must(t, f.finish())
 	}
+	f, err := openOutput(t.Context(), link, "", aVersion)
+	must(t, err)
+	_, err = io.WriteString(f, "half")
+	must(t, err)
+	f.abandon(false)
+	wantFile(t, target, "longer than before", 0o600)
 	write(link)
 	wantFile(t, target, "content", 0o600)
 	write(os.DevNull)
