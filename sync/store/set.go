@@ -126,19 +126,6 @@ func (s *Set) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
 	return first(ctx, s, id, func(ctx context.Context, v *Volume) (*chunk.Tree, error) { return v.Tree(ctx, id) })
 }
 
-// Leaf reads and verifies a chunk and proves one leaf.
-func (s *Set) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, path [][]byte, err error) {
-	type proof struct {
-		data []byte
-		path [][]byte
-	}
-	p, err := first(ctx, s, id, func(ctx context.Context, v *Volume) (proof, error) {
-		data, path, err := v.Leaf(ctx, id, leaf)
-		return proof{data, path}, err
-	})
-	return p.data, p.path, err
-}
-
 // first tries the volumes, one after the other, those that hang last, until one
 // succeeds. One that does not answer is waited for with patience before the next
 // is tried beside it. If none succeeds, the answer of one that knows the chunk

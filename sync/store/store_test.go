@@ -326,7 +326,7 @@ func TestFlippedByteIsLostAndNeverServed(t *testing.T) {
 				if slices.Contains(wantLost, id) {
 					_, err := v.Get(t.Context(), id)
 					mustFail(t, err, wire.CodeLost)
-					_, _, err = v.Leaf(t.Context(), id, 0)
+					_, err = v.Tree(t.Context(), id)
 					mustFail(t, err, wire.CodeLost)
 					_, err = v.Confirm(t.Context(), id)
 					mustFail(t, err, wire.CodeLost)

@@ -132,19 +132,6 @@ func (v *Volume) Get(ctx context.Context, id chunk.ID) ([]byte, error) {
 	return t.Data(), nil
 }
 
-// Leaf reads a chunk from disk, verifies it, and proves one leaf; a leaf beyond
-// the chunk is [wire.CodeBadBody]. For several leaves use [Volume.Tree].
-func (v *Volume) Leaf(ctx context.Context, id chunk.ID, leaf int) (data []byte, path [][]byte, err error) {
-	t, err := v.Tree(ctx, id)
-	if err != nil {
-		return nil, nil, err
-	}
-	if data, path, err = t.Prove(leaf); err != nil {
-		return nil, nil, wire.RejectedBecause(wire.CodeBadBody, "chunk %s: %v", id, err)
-	}
-	return data, path, nil
-}
-
 // Tree reads a chunk from disk, verifies it, and returns it ready to prove its
 // leaves. Nothing of it is kept. Errors as for [Volume.Get].
 func (v *Volume) Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error) {
