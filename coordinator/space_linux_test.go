@@ -104,7 +104,7 @@ func fillUp(t *testing.T, dir string, left int64) (empty func()) {
 	f, err := os.Create(path)
 	must(t, err)
 	defer f.Close()
-	if n := int64(fs.Bavail)*fs.Bsize - left; n > 0 {
+	if n := int64(fs.Bavail)*int64(fs.Bsize) - left; n > 0 {
 		must(t, syscall.Fallocate(int(f.Fd()), 0, 0, n))
 	}
 	return func() { must(t, os.Remove(path)) }

@@ -223,7 +223,7 @@ func (f *fleet) job() {
 
 // challenge gives a device a job that is known already, and that nobody else has.
 func (f *fleet) challenge(d *worker) {
-	job, module, cost := -f.rng.IntN(1<<40), f.rng.IntN(f.modules), f.cost()
+	job, module, cost := -f.rng.IntN(1<<30), f.rng.IntN(f.modules), f.cost()
 	c := Case{Module: fmt.Sprintf("module %d", module), Own: &Own{Digest: f.truth(job, module, ownEngine), Engine: ownEngine, CPUSeconds: cost}}
 	d.Challenged(f.now)
 	f.send(&c, []Copy{d.Copy}, job, module, cost)
