@@ -76,8 +76,11 @@ func (w *work) save() error {
 	if err != nil {
 		return err
 	}
-	// Not synced, as it would cost each job as much as it takes: after a power cut it
-	// tells of fewer lives than there were.
+	if w.meta.Begun > 1 || w.meta.Fruitless == 0 {
+		return durable.WriteFile(w.path("meta.json"), raw, 0o600)
+	}
+	// Of a first life, before a checkpoint, it is not synced, which would cost each job as
+	// much as it takes: a power cut can leave it empty, and the job begins anew.
 	return os.WriteFile(w.path("meta.json"), raw, 0o600)
 }
 

@@ -171,7 +171,7 @@ func checkFiles(dir string) error {
 		if e.IsDir() && (e.Name() == "volumes" || e.Name() == "journal") {
 			return fs.SkipDir
 		}
-		if filepath.Ext(path) != ".json" {
+		if filepath.Ext(path) != ".json" || firstLife(path) {
 			return nil
 		}
 		raw, err := os.ReadFile(path)
@@ -183,6 +183,16 @@ func checkFiles(dir string) error {
 		}
 		return nil
 	})
+}
+
+// firstLife is true for what is known of a job that has kept nothing yet: it is not
+// synced, and the job begins anew without it.
+func firstLife(path string) bool {
+	if work := filepath.Dir(filepath.Dir(path)); filepath.Base(path) != "meta.json" || !strings.HasSuffix(work, filepath.Join("jobs", "work")) {
+		return false
+	}
+	_, err := os.Stat(filepath.Join(filepath.Dir(path), "checkpoint"))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func checkChunks(dir string, want promises) (err error) {
