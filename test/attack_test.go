@@ -25,6 +25,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/engine"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/packaging/tour"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/test/testbed"
@@ -646,7 +647,7 @@ func TestLiar(t *testing.T) {
 
 func jobResult(job wire.JobRun, output []byte) wire.Report {
 	sum := sha256.Sum256(output)
-	return succeeded(wire.JobResult{Module: job.Module.SHA256, Input: job.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(output)), Engine: "none"}, output)
+	return succeeded(wire.JobResult{Module: job.Module.SHA256, Input: job.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(output)), Engine: sandbox.Engine()}, output)
 }
 
 // checkCaught runs a challenge that must fail for the reason named by outcome.

@@ -283,7 +283,6 @@ func TestCoordinatorKilled(t *testing.T) {
 		close(began)
 		time.Sleep(time.Duration(50+rng.IntN(400)) * time.Millisecond) // any moment will do
 		f.Serve.Kill()
-		busy.Wait()
 		pending := f.pendingOrders()
 		if len(pending) == 0 {
 			t.Error("nothing was pending when the coordinator died, not even the drop order of a device that is away")
@@ -294,6 +293,7 @@ func TestCoordinatorKilled(t *testing.T) {
 				d.awaitOnline()
 			}
 		}
+		busy.Wait() // both outlive a coordinator that is away for a while
 		var answerable []wire.Order
 		for _, o := range pending {
 			if o.Device != away.id {

@@ -97,6 +97,11 @@ func TestDestroyedDevicesAreRepairedAndOneIsDrained(t *testing.T) {
 	})
 	f.Serve.Kill()
 	f.StartServe()
+	for _, d := range f.devices {
+		if !slices.Contains(stripes[0][:2], d.id) {
+			d.awaitOnline()
+		}
+	}
 	whole := func() bool {
 		v, err := f.Client.Repair(f.Ctx)
 		if err != nil || v.Endangered > 0 {
