@@ -92,13 +92,13 @@ var attacks = map[string]attack{
 	"reading a file": {func(path string) error {
 		_, err := os.ReadFile(path)
 		return err
-	}, refused, killed},
-	"writing a file": {func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) }, refused, killed},
-	"making a file":  {func(path string) error { return os.WriteFile(path+".new", nil, 0o600) }, refused, killed},
+	}, refused, refused},
+	"writing a file": {func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) }, refused, refused},
+	"making a file":  {func(path string) error { return os.WriteFile(path+".new", nil, 0o600) }, refused, refused},
 	"listing a folder": {func(path string) error {
 		_, err := os.ReadDir(filepath.Dir(path))
 		return err
-	}, refused, killed},
+	}, refused, refused},
 	"removing a file": {func(path string) error { return unix.Unlinkat(unix.AT_FDCWD, path, 0) }, refused, killed},
 	"executing a file": {func(string) error {
 		return syscall.Exec("/bin/true", []string{"true"}, nil)
