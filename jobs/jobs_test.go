@@ -230,9 +230,11 @@ func TestJobGivesItsSignedFacts(t *testing.T) {
 func TestModuleIsFetchedOnceAndKept(t *testing.T) {
 	s, o, dir := device(t, policy.Policy{Enabled: true, Slots: 4})
 	var wg sync.WaitGroup
-	for range 8 {
+	for i := range 8 {
+		o := order(t, wire.JobRun{Module: blob(idle, "/idle")})
+		o.ID = fmt.Sprint("order-", i) // each has a folder of its own
 		wg.Go(func() {
-			if _, err := do(t, s, wire.JobRun{Module: blob(idle, "/idle")}); err != nil {
+			if _, err := s.Run(t.Context(), o, func(wire.Progress) {}); err != nil {
 				t.Error(err)
 			}
 		})
