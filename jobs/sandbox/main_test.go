@@ -30,6 +30,10 @@ func TestMain(m *testing.M) {
 			os.Exit(attackingWorker())
 		case aloneArg:
 			os.Exit(behindLandlock())
+		case servedArg:
+			// Capabilities are a thread's; main's is where the test begins.
+			runtime.LockOSThread()
+			os.Exit(served())
 		}
 	}
 	os.Exit(testMain(m))

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"unsafe"
 
+	seccomp "github.com/elastic/go-seccomp-bpf"
 	"github.com/elastic/go-seccomp-bpf/arch"
 	access "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
@@ -301,8 +302,11 @@ func TestAWorkerHasNoPrivileges(t *testing.T) {
 	c := started(t, Spec{Module: endless.file(t), Limits: wire.JobLimits{CPUSeconds: 30}})
 	pid := c.cmd.Process.Pid
 	eventually(t, "the job running", func() bool {
-		return strings.Contains(procFile(pid, "limits"), "Max open files            0 ")
+		return strings.Contains(procFile(pid, "limits"), "Max open files            0 ") // the last but one that it gives up
 	})
+	if slices.Contains(Walls(), WallSeccomp) {
+		eventually(t, "the second filter", func() bool { return strings.Contains(procFile(pid, "status"), "Seccomp_filters:\t2") })
+	}
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	if err != nil || len(threads) == 0 {
 		t.Fatal("no threads", err)
@@ -319,6 +323,39 @@ func TestAWorkerHasNoPrivileges(t *testing.T) {
 		}
 		if slices.Contains(Walls(), WallSeccomp) && (!strings.Contains(string(raw), "Seccomp:\t2") || !strings.Contains(string(raw), "Seccomp_filters:\t2")) {
 			t.Errorf("%s is without the filters of system calls:\n%s", path, raw)
+		}
+	}
+}
+
+// servedArg makes the test binary a service whose unit denies capset, as @privileged
+// does; the next argument says whether it has capabilities.
+const servedArg = "served"
+
+func served() int {
+	if os.Args[2] == "none" {
+		if err := surrender(); err != nil {
+			fmt.Println(err)
+			return 1
+		}
+	}
+	err := seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Policy: seccomp.Policy{DefaultAction: seccomp.ActionAllow,
+		Syscalls: []seccomp.SyscallGroup{{Names: []string{"capset"}, Action: seccomp.ActionErrno&^0xffff | seccomp.Action(unix.EPERM)}}}})
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	if surrender() != nil {
+		return exitRefused
+	}
+	return 0
+}
+
+func TestAServiceWithoutPrivilegesNeedNotBeAllowedToGiveThemUp(t *testing.T) {
+	testenv.Root(t, "only root has capabilities to give up")
+	for has, want := range map[string]int{"none": 0, "all": exitRefused} {
+		cmd := exec.CommandContext(t.Context(), "/proc/self/exe", servedArg, has)
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != want {
+			t.Errorf("with capabilities: %s: exit code %d, want %d\n%s", has, cmd.ProcessState.ExitCode(), want, out)
 		}
 	}
 }

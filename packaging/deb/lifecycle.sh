@@ -128,13 +128,14 @@ systemctl restart deimos-agent
 rm -r /run/systemd/system/deimos-agent.service.d
 systemctl daemon-reload
 
-claim "with disk-health.conf it runs as root with two capabilities, and without it again as its user"
+claim "with disk-health.conf it runs as root with two capabilities, computes, and without it again as its user"
 install -D -m 644 /usr/share/doc/deimos-agent/examples/disk-health.conf /etc/systemd/system/deimos-agent.service.d/disk-health.conf
 systemctl daemon-reload
 systemctl restart deimos-agent
 until_ 60 online "$older"
 is "$(awk '/^CapEff/{print $2}' "/proc/$(pgrep -u root -x deimos-agent | head -n1)/status")" \
 	"$(printf %016x $((0x$(awk '/^CapBnd/{print $2}' /proc/1/status) & 0x220000)))" # as far as this machine has them
+deimos job run --input file /debs/sha256sum.wasm | grep -q "$(head -c 1048576 /tmp/file | sha256sum | cut -c1-64)"
 rm -r /etc/systemd/system/deimos-agent.service.d
 systemctl daemon-reload
 systemctl restart deimos-agent
