@@ -279,6 +279,9 @@ func (s *Service) install(ctx context.Context, order string, want wire.UpdateIns
 	if err != nil {
 		return err
 	}
+	if point := bundle.RolloutPoint(m.Version, string(s.o.Device)); want.Percentage > 0 && point >= want.Percentage {
+		return fmt.Errorf("%w: %s goes to %v%% of devices so far, and this one stands at %.2f%%", bundle.ErrRollout, m.Version, want.Percentage, point)
+	}
 	progress(0.05)
 	here, err := s.how.room(m.Version, part.Size)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -343,6 +344,23 @@ func TestWhatDoesNotFitIsRefusedByName(t *testing.T) {
 		lie.Body = []byte(`[]`)
 		refused(t, s, lie, wire.Rejected, wire.CodeBadBody, "cannot be read")
 	})
+}
+
+// A campaign asks a share of the devices: whether it is among them, the device
+// computes itself.
+func TestADeviceTakesACampaignOnlyWhenItsTurnHasCome(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
+	s, _ := f.device()
+	point := bundle.RolloutPoint("1.1.0", string(s.o.Device))
+	of := func(id string, percentage float64) wire.Order {
+		o := order(id, "1.1.0")
+		o.Body, _ = json.Marshal(wire.UpdateInstall{Version: "1.1.0", Target: repo.TargetName("1.1.0"), Percentage: percentage})
+		return o
+	}
+	refused(t, s, of("o1", point/2), wire.Rejected, CodeNotInRollout, "of devices so far")
+	refused(t, s, of("o2", point), wire.Rejected, CodeNotInRollout, "of devices so far")
+	f.installs(s, of("o3", math.Nextafter(point, 100)))
 }
 
 func TestWhatIsMissingOnTheDeviceIsSaid(t *testing.T) {

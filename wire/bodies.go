@@ -78,6 +78,10 @@ type Blob struct {
 type UpdateInstall struct {
 	Version string `json:"version"`
 	Target  string `json:"target"` // name in the TUF targets metadata
+	// Percentage is the share of devices that a campaign has come to, above 0 and up
+	// to 100; missing: whoever is asked is meant. The device finds out by itself
+	// whether it is among them, and refuses with "not_in_rollout" if it is not.
+	Percentage float64 `json:"percentage,omitempty"`
 }
 
 // UpdateResult is the body of a report on an update.

@@ -68,6 +68,7 @@ func goldens() map[string]any {
 		"beat_jobs":      Beat{Device: goldenDevice, At: goldenAt, TimeConfidence: ClockTrusted, Jobs: &JobsState{Host: 1, Engine: "wazero", Walls: []string{"seccomp"}, Slots: 2, Running: 1, Waiting: 3, MemoryBytes: 4, WallSeconds: 5, Live: true, Sensors: true, Datasets: []string{"photos"}, Pause: &Pause{Code: "hours", Seconds: 60}}},
 		"report_waits":   Report{Order: "01J0000000000000000000000A", Device: goldenDevice, Seq: 2, State: Running, Progress: 0.25, Code: "hours", Reason: "the owner lets jobs run from 22:00", RetrySeconds: 60, At: goldenAt, TimeConfidence: ClockTrusted},
 		"update_install": UpdateInstall{Version: "1.2.3", Target: "t"},
+		"update_share":   UpdateInstall{Version: "1.2.3", Target: "t", Percentage: 12.5},
 		"update_result":  UpdateResult{From: "1", To: "2", Running: "2", Slot: "b", Confirmed: true},
 		"order_cancel":   OrderCancel{Order: "01J0000000000000000000000A", Expires: hour},
 		"cancel_result":  CancelResult{State: Canceled},
