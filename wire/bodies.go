@@ -91,6 +91,51 @@ type UpdateResult struct {
 	Running   string `json:"running"` // version that reports
 	Slot      string `json:"slot"`    // "a" or "b"; "" where whole firmwares are updated
 	Confirmed bool   `json:"confirmed"`
+
+	// What follows is left out where it is not known, by older agents too.
+
+	Form         string  `json:"form,omitempty"`          // encoding of the form that was fetched, of ota/bundle
+	FetchedBytes int64   `json:"fetched_bytes,omitempty"` // of parts, over the line or from a stick, what was given up included
+	TookSeconds  float64 `json:"took_seconds,omitempty"`  // from the first byte that was asked for until it was installed
+	Local        bool    `json:"local,omitempty"`         // from a stick or a file of the owner's
+	// Checkpoint is the newest one of the release log that the device has checked, a
+	// signed note (golang.org/x/mod/sumdb/note).
+	Checkpoint string      `json:"checkpoint,omitempty"`
+	Gate       *UpdateGate `json:"gate,omitempty"`
+}
+
+// UpdateGate is what decides whether a new version is kept: it must not do worse than
+// the one before it did.
+type UpdateGate struct {
+	Before UpdateFigures `json:"before"`
+	After  UpdateFigures `json:"after"`
+	Worse  []string      `json:"worse,omitempty"` // sentences; empty for a version that is kept
+}
+
+// UpdateFigures are how an agent does.
+type UpdateFigures struct {
+	Online  bool `json:"online"`  // broker and coordinator answer
+	Volumes int  `json:"volumes"` // that are open
+	Sensors int  `json:"sensors"` // that answer
+	Crashes int  `json:"crashes"` // of a version on trial: tries that ended badly
+}
+
+// Phases of an update, in order; see ota/slot.
+const (
+	UpdateWaiting   = "waiting"   // for what UpdateState.Code says
+	UpdateFetching  = "fetching"  // bytes come
+	UpdateVerified  = "verified"  // they are the signed ones, and are being installed
+	UpdateInstalled = "installed" // and wait for a start
+	UpdateTesting   = "testing"   // what runs is on trial
+)
+
+// UpdateState is how far a device is with an update, told in each heartbeat while there is one.
+type UpdateState struct {
+	Phase   string `json:"phase"`
+	Version string `json:"version"`
+	Local   bool   `json:"local,omitempty"`   // by the owner's wish
+	Code    string `json:"code,omitempty"`    // why it waits
+	Seconds int64  `json:"seconds,omitempty"` // until it goes on, from the time of the message; 0: nobody knows
 }
 
 // OrderCancel asks a device to stop an order, or never to begin it. The order

@@ -200,6 +200,9 @@ const (
 	CodeCanceled      = "canceled"       // an operator took the order back
 	CodeRetired       = "retired"        // the device was sent away while the order was open
 	CodeSuperseded    = "superseded"     // a newer one of its kind is already in force
+	CodeWindow        = "window"         // updates are for other hours, says the owner
+	CodeConsent       = "consent"        // the owner has not said yes yet
+	CodeDeferred      = "deferred"       // the owner has put it off
 )
 
 // FailedBecause makes a FAILED problem; args as for fmt.Sprintf.

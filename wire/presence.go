@@ -68,6 +68,8 @@ type Beat struct {
 	// Jobs is how the device stands with jobs; without it, its agent is too old to
 	// say, or runs none.
 	Jobs *JobsState `json:"jobs,omitempty"`
+	// Update is the update that is under way; without one there is none.
+	Update *UpdateState `json:"update,omitempty"`
 }
 
 // Pause is why a device refuses to move chunks, or lets jobs stand still, and for how long: what a report
