@@ -355,7 +355,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
 	c.jobs.compared = c.audits.honesty.compared
-	c.jobs.alone, c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.alone, c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
+	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -407,7 +407,8 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
 	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
-	c.compute.staging, c.jobs.leases = c.staging, c.repairs.leases
+	c.compute.staging = c.staging
+	c.jobs.leader = c.leads("jobs", c.jobs.pace.lease)
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
 	c.releases = &releases{files: repo, cache: cache}
@@ -416,6 +417,11 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one
 	}
 	return nil
+}
+
+// leads is what one coordinator at a time does.
+func (c *Coordinator) leads(name string, life time.Duration) *leader {
+	return &leader{leases: c.repairs.leases, name: name, self: c.repairs.self, alone: c.repairs.alone, life: life, now: c.now, log: c.log}
 }
 
 func (c *Coordinator) openKV(ctx context.Context, name string, edit ...func(*jetstream.KeyValueConfig)) (jetstream.KeyValue, error) {

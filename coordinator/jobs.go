@@ -59,7 +59,7 @@ type jobs struct {
 	storage *storage
 	outbox  *outbox
 	reg     *registry
-	leases  *table[lease]
+	leader  *leader // who places
 	leaving func(wire.DeviceID) bool
 	trust   func(wire.DeviceID) float64 // 0: gets nothing
 	judge   judge
@@ -67,8 +67,7 @@ type jobs struct {
 	compared func(judged)
 	now      func() time.Time
 	log      *slog.Logger
-	self     string // of this coordinator's lease and cursors
-	alone    bool   // nobody else can have the lease
+	self     string // of this coordinator's cursors
 	pace     jobPace
 	started  time.Time
 

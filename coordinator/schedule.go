@@ -21,8 +21,6 @@ import (
 // the records: another one makes its own.
 type planner struct {
 	mu        sync.Mutex
-	until     time.Time // the lease
-	renew     time.Time
 	works     map[string]*work // jobs that have not ended
 	busy      map[wire.DeviceID]int
 	resting   map[wire.DeviceID]jobRest
@@ -98,7 +96,7 @@ func (s *jobs) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			s.unlead(ctx)
+			s.leader.resign(ctx)
 			return
 		case <-s.wake:
 		case <-t.C:
@@ -107,42 +105,15 @@ func (s *jobs) run(ctx context.Context) {
 	}
 }
 
-// lead takes or keeps the lease of who places.
+// lead tells whether this is the coordinator that places.
 func (s *jobs) lead(ctx context.Context) bool {
-	p, now := &s.plan, s.now()
-	p.mu.Lock()
-	fine, had := now.Before(p.renew), now.Before(p.until)
-	p.mu.Unlock()
-	if fine {
+	if s.leader.lead(ctx) {
 		return true
 	}
-	_, err := s.leases.change(ctx, leadKey, func(l *lease, exists bool) error {
-		if exists && l.By != s.self && l.Until.After(now) && !s.alone {
-			return errTaken
-		}
-		*l = lease{By: s.self, Until: now.Add(s.pace.lease).UTC()}
-		return nil
-	})
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err == nil {
-		p.until, p.renew = now.Add(s.pace.lease), now.Add(s.pace.lease/3)
-		return true
-	}
-	if had && !errors.Is(err, errTaken) { // the store is away for a moment
-		return true
-	}
-	clear(p.works)
+	s.plan.mu.Lock()
+	defer s.plan.mu.Unlock()
+	clear(s.plan.works)
 	return false
-}
-
-const leadKey = "jobs"
-
-func (s *jobs) unlead(ctx context.Context) {
-	err := s.leases.remove(context.WithoutCancel(ctx), leadKey, func(l lease) bool { return l.By == s.self })
-	if err != nil && !errors.Is(err, errNotFound) {
-		s.log.Warn("jobs wait until the lease of this coordinator ends", "error", err)
-	}
 }
 
 // step does what there is to do, and says when to look again.
