@@ -474,8 +474,8 @@ func (m *machine) mendESP(p partition) {
 	case len(r.Left) > 0:
 		m.log.Error("the EFI system partition has faults that are left alone; if updates fail, copy its files away, format it as FAT32, and copy them back", "partition", p.path, "faults", r.Left)
 	}
-	if len(r.Cut)+len(r.Dropped)+r.Freed > 0 || r.Copies {
-		m.log.Warn("the EFI system partition was repaired", "partition", p.path, "cut", r.Cut, "second_names", r.Dropped, "freed_clusters", r.Freed, "tables_differed", r.Copies)
+	if len(r.Cut)+len(r.Dropped)+r.Freed+r.Holes > 0 || r.Copies {
+		m.log.Warn("the EFI system partition was repaired", "partition", p.path, "cut", r.Cut, "second_names", r.Dropped, "freed_clusters", r.Freed, "holes", r.Holes, "tables_differed", r.Copies)
 	}
 }
 

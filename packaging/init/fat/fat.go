@@ -18,6 +18,9 @@
 //	a file longer than its clusters                ends with them
 //	a chain that runs into a free cluster          ends there, as above
 //	more clusters than the length needs            freed
+//	a directory that goes on in what is none       ends before it: it was about to grow, and the new
+//	                                               cluster still has what somebody else left there
+//	an empty entry before others                   marked as deleted: Linux reads on behind it, UEFI does not
 //	two names of one file                          the name that the rename was to stays
 //	anything else                                  said, and left alone; nothing of it is freed
 //
@@ -62,14 +65,15 @@ type Report struct {
 	InUse   bool     // it was not unmounted
 	Copies  bool     // the copies of the table differed
 	Freed   int      // clusters
-	Cut     []string // files that lost an end which was never on the disk
+	Holes   int      // entries of directories that were empty, with others behind them
+	Cut     []string // files and directories that lost an end which was never on the disk
 	Dropped []string // second names of files
 	Left    []string // what was left alone, each with the reason
 }
 
 // Clean tells whether there was nothing to mend.
 func (r Report) Clean() bool {
-	return !r.InUse && !r.Copies && r.Freed == 0 && len(r.Cut)+len(r.Dropped)+len(r.Left) == 0
+	return !r.InUse && !r.Copies && r.Freed+r.Holes == 0 && len(r.Cut)+len(r.Dropped)+len(r.Left) == 0
 }
 
 const (
@@ -109,7 +113,11 @@ type file struct {
 	size       uint32
 	chain      []uint32
 	whole      bool // the chain ends as it should
-	gone       bool
+	// Of a directory: from which cluster of its chain on it is none (0 if it is one to its
+	// end), and what makes empty entries that have others behind them deleted ones.
+	strayed int
+	holes   []change
+	gone    bool
 }
 
 // Repair checks the file system on a disk and mends it.
@@ -118,7 +126,7 @@ func Repair(d Disk) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
-	v.read(v.root, "", 0)
+	v.readAll()
 	v.resolve()
 	v.count()
 	var entries []change
@@ -194,35 +202,49 @@ func (v *volume) follow(first uint32) (chain []uint32, whole bool) {
 	return chain, false
 }
 
+// readAll lists all files and directories.
+func (v *volume) readAll() {
+	root := &file{path: "/", dir: true, first: v.root}
+	v.files = append(v.files, root)
+	v.read(root, "", 0)
+}
+
 // read lists the files of a directory and of those below it.
-func (v *volume) read(first uint32, path string, depth int) {
-	chain, _ := v.follow(first)
-	if depth == 0 {
-		v.files = append(v.files, &file{path: "/", dir: true, first: first})
-	}
+func (v *volume) read(dir *file, path string, depth int) {
+	chain, _ := v.follow(dir.first)
 	if depth > deepest {
 		v.doubt(path, "too deep")
 		return
 	}
-	if v.entered[first] { // by another name, which is found out later
+	if v.entered[dir.first] { // by another name, which is found out later
 		return
 	}
-	v.entered[first] = true
+	v.entered[dir.first] = true
 	raw := make([]byte, v.cluster)
 	var d directory
+	var empty []change
 	for i, c := range chain {
 		if _, err := v.disk.ReadAt(raw, v.at(c)); err != nil {
 			v.doubt(path, err.Error())
 			return
 		}
-		if i == 0 && depth > 0 && !startsWith(raw, first) {
-			v.doubt(path, "it is no directory")
+		if i == 0 && (depth > 0 && !startsWith(raw, dir.first) || !onlyEntries(raw)) {
+			v.doubt(dir.path, "it is no directory")
+			return
+		}
+		if !onlyEntries(raw) {
+			dir.strayed = i
 			return
 		}
 		for at := int64(0); at < v.cluster; at += slot {
-			f, more := d.entry(raw[at:at+slot], v.at(c)+at)
-			if !more {
-				return
+			f := d.entry(raw[at:at+slot], v.at(c)+at)
+			switch raw[at] {
+			case 0:
+				empty = append(empty, change{v.at(c) + at, []byte{deleted}})
+			case deleted:
+			default:
+				dir.holes = append(dir.holes, empty...)
+				empty = nil
 			}
 			if f == nil {
 				continue
@@ -230,7 +252,7 @@ func (v *volume) read(first uint32, path string, depth int) {
 			f.path = path + "/" + f.name
 			v.files = append(v.files, f)
 			if f.dir {
-				v.read(f.first, f.path, depth+1)
+				v.read(f, f.path, depth+1)
 			}
 		}
 	}
@@ -331,7 +353,8 @@ func (v *volume) fit(f *file) (c []change, changed bool) {
 	}
 	if f.dir {
 		v.fitDir(f)
-		return nil, false
+		v.report.Holes += len(f.holes)
+		return f.holes, len(f.holes) > 0
 	}
 	need := v.needs(f)
 	if need == len(f.chain) && (f.whole || need == 0 && f.first == 0) {
@@ -355,9 +378,15 @@ func (v *volume) fit(f *file) (c []change, changed bool) {
 	return v.entry(f), true
 }
 
-// fitDir ends a directory where its chain does.
+// fitDir ends a directory where its chain does, or where that leads to what is none.
 func (v *volume) fitDir(f *file) {
 	switch {
+	case f.strayed > 0:
+		for _, c := range f.chain[f.strayed:] {
+			v.owners[c] = 0
+		}
+		v.set(f.chain[f.strayed-1], mask)
+		v.report.Cut = append(v.report.Cut, f.path)
 	case f.whole:
 	case len(f.chain) == 0:
 		v.doubt(f.path, "it has no clusters")

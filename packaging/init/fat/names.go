@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -22,6 +23,9 @@ const (
 	attrLabel = 0x08
 	attrDir   = 0x10
 	attrNone  = 0xc0 // no attribute has these bits
+
+	dot    = ".          "
+	dotDot = "..         "
 )
 
 // directory puts long names together.
@@ -32,25 +36,23 @@ type directory struct {
 	due   byte // number of the next part; 0 if none is due
 }
 
-// entry takes the next one. It is nil if no file has ended with it; more is false
-// behind the last.
-func (d *directory) entry(e []byte, at int64) (f *file, more bool) {
+// entry takes the next one. It is nil if no file has ended with it. As Linux does,
+// it takes an empty entry for a deleted one: there may be others behind it.
+func (d *directory) entry(e []byte, at int64) *file {
 	switch {
-	case e[0] == 0:
-		return nil, false
-	case e[0] == deleted, e[attrAt]&attrNone != 0:
+	case e[0] == 0, e[0] == deleted:
 		*d = directory{}
-		return nil, true
-	case e[attrAt]&0x3f == attrLong:
+		return nil
+	case e[attrAt] == attrLong:
 		d.part(e, at)
-		return nil, true
+		return nil
 	}
 	long := *d
 	*d = directory{}
 	if e[attrAt]&attrLabel != 0 || e[0] == '.' {
-		return nil, true
+		return nil
 	}
-	f = &file{
+	f := &file{
 		name: shortName(e), slots: []int64{at}, dir: e[attrAt]&attrDir != 0,
 		first: uint32(binary.LittleEndian.Uint16(e[highAt:]))<<16 | uint32(binary.LittleEndian.Uint16(e[lowAt:])),
 		size:  binary.LittleEndian.Uint32(e[sizeAt:]),
@@ -59,7 +61,7 @@ func (d *directory) entry(e []byte, at int64) (f *file, more bool) {
 		f.name, _, _ = strings.Cut(string(utf16.Decode(long.long)), "\x00")
 		f.slots = append(long.slots, at)
 	}
-	return f, true
+	return f
 }
 
 // part takes an entry of a long name; the last part comes first.
@@ -103,7 +105,36 @@ func shortName(e []byte) string {
 func startsWith(raw []byte, self uint32) bool {
 	e := raw[:slot]
 	own := uint32(binary.LittleEndian.Uint16(e[highAt:]))<<16 | uint32(binary.LittleEndian.Uint16(e[lowAt:]))
-	return string(e[:11]) == ".          " && own == self && string(raw[slot:slot+11]) == "..         "
+	return string(e[:11]) == dot && own == self && string(raw[slot:slot+11]) == dotDot
+}
+
+// onlyEntries tells whether a cluster holds nothing but what may stand in a
+// directory. What a file left there does not pass, but for one of zeros.
+func onlyEntries(raw []byte) bool {
+	for e := range slices.Chunk(raw, slot) {
+		switch {
+		case e[0] == 0, e[0] == deleted, string(e[:11]) == dot, string(e[:11]) == dotDot:
+		case e[attrAt] == attrLong:
+			if e[12] != 0 || e[lowAt] != 0 || e[lowAt+1] != 0 || e[0]&0x1f == 0 {
+				return false
+			}
+		case e[attrAt]&attrNone != 0, !isShort(e[:11]):
+			return false
+		}
+	}
+	return true
+}
+
+// isShort tells whether a name can be a short one: no lower-case letter of ASCII
+// and none of the signs that the format forbids.
+func isShort(name []byte) bool {
+	for i, b := range name {
+		escaped := i == 0 && b == 0x05 // stands for 0xe5, which would be a deleted one
+		if b < ' ' && !escaped || b == 0x7f || b >= 'a' && b <= 'z' || strings.IndexByte(`"*+,./:;<=>?[\]|`, b) >= 0 {
+			return false
+		}
+	}
+	return name[0] != ' '
 }
 
 // counted is a name with systemd-boot's counter, as package ota/slot/firmware writes them.
