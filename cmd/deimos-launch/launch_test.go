@@ -341,14 +341,14 @@ func TestPowerBlipDoesNotRollBack(t *testing.T) {
 	r := newRig(t, "0.1.0", "good")
 	r.settle()
 	r.putOnTrial("run") // comes up, but is not confirmed yet
-	for range slot.Tries - 1 {
+	for range slot.Interruptions {
 		l := r.start()
 		l.must("running 0.2.0")
 		l.kill()
 	}
 	l := r.start()
 	l.must("running 0.2.0")
-	if st := r.state(); st.Trial == nil || st.Trial.Interrupted != slot.Tries-1 {
+	if st := r.state(); st.Trial == nil || st.Trial.Interrupted != slot.Interruptions || st.Trial.Tries != slot.Tries-1 {
 		t.Fatalf("state %+v", st)
 	}
 	if err := r.slots().Confirm(slot.B); err != nil {
@@ -362,7 +362,7 @@ func TestTooManyPowerCutsRollBack(t *testing.T) {
 	r := newRig(t, "0.1.0", "good")
 	r.settle()
 	r.putOnTrial("run")
-	for range slot.Tries {
+	for range slot.Interruptions + 1 {
 		l := r.start()
 		l.must("running 0.2.0")
 		l.kill()

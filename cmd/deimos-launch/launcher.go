@@ -119,7 +119,7 @@ func (l *launcher) chooseTrial(st slot.State) (choice, bool) {
 		l.rollBack(fmt.Sprintf("version %s cannot be tried: %v", t.Version, err))
 		return choice{}, false
 	}
-	if t.Tries <= 0 {
+	if t.Spent() {
 		l.rollBack(givenUp(t))
 		return choice{}, false
 	}
@@ -131,21 +131,25 @@ func (l *launcher) chooseTrial(st slot.State) (choice, bool) {
 	return choice{slot: t.Slot, version: t.Version, trial: true}, true
 }
 
-// givenUp says why a trial ended, for the report to the fleet manager.
+// givenUp says why a trial ended, for the report to the fleet manager. It does not
+// count on what a launcher before this one has counted.
 func givenUp(t slot.Trial) string {
 	interrupted := t.Interrupted
 	if t.Running {
 		interrupted++
 	}
-	seen := slot.Tries - interrupted
+	seen := slot.Tries - t.Tries
+	if t.Running {
+		seen--
+	}
 	switch {
 	case interrupted == 0:
-		return fmt.Sprintf("version %s was started %d times and never confirmed itself; the last time it %s", t.Version, slot.Tries, t.Failure)
+		return fmt.Sprintf("version %s was started %d times and never confirmed itself; the last time it %s", t.Version, seen, t.Failure)
 	case seen <= 0:
-		return fmt.Sprintf("version %s was started %d times, and each time the machine or the launcher went down with it", t.Version, slot.Tries)
+		return fmt.Sprintf("version %s was started %d times, and each time the machine or the launcher went down with it", t.Version, interrupted)
 	}
 	return fmt.Sprintf("version %s was started %d times and never confirmed itself; %d of them ended with the machine or the launcher going down, and the last other time it %s",
-		t.Version, slot.Tries, interrupted, t.Failure)
+		t.Version, seen+interrupted, interrupted, t.Failure)
 }
 
 func (l *launcher) rollBack(reason string) {

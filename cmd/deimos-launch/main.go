@@ -8,9 +8,10 @@
 //
 // What it promises:
 //
-//   - An agent on trial is started at most three times. A try fails when the
-//     process ends, cannot be started, or has not confirmed itself within
-//     --confirm-within; after the last one the previous version starts.
+//   - An agent on trial may fail three times. A try fails when the process ends,
+//     cannot be started, or has not confirmed itself within --confirm-within; after
+//     the last one the previous version starts. Five tries that end with
+//     the machine or the launcher, as in a power cut, cost nothing.
 //   - A confirmed agent that crashes is started again, after 1 s at first and up
 //     to 1 min. Exit code 75 means "start me again at once"; 0 means that the
 //     work is done; 64 to 78 are mistakes of usage or configuration, which

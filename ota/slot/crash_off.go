@@ -2,5 +2,5 @@
 
 package slot
 
-// crashPoint marks a moment at which the power may go. See crash_on.go.
-func crashPoint(string) {}
+// CrashPoint marks a moment at which the power may go. See crash_on.go.
+func CrashPoint(string) {}

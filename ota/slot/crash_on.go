@@ -24,7 +24,8 @@ var crashCount, crashAt = new(atomic.Int64), func() int64 {
 	return n
 }()
 
-func crashPoint(name string) {
+// CrashPoint is one of these points.
+func CrashPoint(name string) {
 	if n := crashCount.Add(1); n == crashAt {
 		fmt.Fprintf(os.Stderr, "crash point %d: %s\n", n, name)
 		_ = unix.Kill(os.Getpid(), unix.SIGKILL)

@@ -103,15 +103,24 @@ func encodeState(st State) ([]byte, error) {
 	return append(out, '\n'), err
 }
 
-// update is the only way the state changes: read, change and replace under the lock.
-func (s *Store) update(change func(*State) error) error {
+// update is the only way the state changes: read, change and replace under the lock, if
+// [Table] has it. An error of change comes first, as it says more.
+func (s *Store) update(e Event, change func(*State) error) error {
 	unlock, err := s.lock()
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	st := s.load()
+	before := st.Phase()
 	if err := change(&st); err != nil {
+		return err
+	}
+	to, err := Next(before, e)
+	if err == nil && to != st.Phase() {
+		err = fmt.Errorf("%w: %s from %s leads to %s, not %s", ErrTransition, e, before, to, st.Phase())
+	}
+	if err != nil {
 		return err
 	}
 	st.Generation++
@@ -130,17 +139,17 @@ func (s *Store) replace(st State) error {
 	if err := writeSynced(tmp, raw); err != nil {
 		return fmt.Errorf("write the slot state: %w", err)
 	}
-	crashPoint("state written")
+	CrashPoint("state written")
 	if _, err := readState(newest); err == nil {
 		if err := os.Rename(newest, prev); err != nil {
 			return fmt.Errorf("keep the slot state: %w", err)
 		}
-		crashPoint("state kept")
+		CrashPoint("state kept")
 	}
 	if err := moveIntoPlace(tmp, newest); err != nil {
 		return fmt.Errorf("replace the slot state: %w", err)
 	}
-	crashPoint("state replaced")
+	CrashPoint("state replaced")
 	return nil
 }
 
@@ -203,7 +212,7 @@ func copyDurably(from, to string) (string, error) {
 	if err := errors.Join(err, dst.Chmod(0o755), dst.Sync(), dst.Close()); err != nil {
 		return "", err
 	}
-	crashPoint("factory copied")
+	CrashPoint("factory copied")
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
@@ -212,7 +221,7 @@ func moveIntoPlace(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	crashPoint("renamed")
+	CrashPoint("renamed")
 	d, err := os.Open(filepath.Dir(to))
 	if err != nil {
 		return err

@@ -29,9 +29,10 @@
 //
 //   - The current slot is never written to. It changes only when a trial is
 //     confirmed, or when the file in it is found damaged ([Store.FallBack]).
-//   - A try is paid for, durably, before the process starts. So a version that
-//     takes the whole machine down with it runs out of tries as well, and one
-//     power cut costs one of three tries. An orderly stop costs none.
+//   - A try is paid for, durably, before the process starts. One that ends unseen, by a
+//     power cut, say, costs none of the three that a version may fail; but only five
+//     may, so that a version that takes the whole machine down with it runs out, too. An orderly stop costs nothing.
+//   - What may follow on what stands in [Table]; everything else is refused.
 //   - A state is on disk, file and directory synced, before a method returns.
 //   - Once an install has begun, neither generation of the state names its
 //     slot as the one to start: beginning is a generation of its own, and the
@@ -97,9 +98,12 @@ const (
 	// it before that leaves the machine's watchdog armed, and the machine is reset.
 	StopWithin = 40 * time.Second
 
-	// Tries is how often a new version is started before it is given up: one
-	// power cut, and even two, are not the version's fault.
+	// Tries is how often a new version may fail before it is given up.
 	Tries = 3
+
+	// Interruptions is how many tries may end unseen, as by a power cut, and be made
+	// again: a version may be what takes the machine down.
+	Interruptions = 5
 
 	agentFile  = "deimos-agent"
 	stagedFile = "deimos-agent.new"
@@ -151,6 +155,7 @@ type Trial struct {
 	From        string `json:"from"`
 	Version     string `json:"version"`
 	Tries       int    `json:"tries"`                  // left
+	Failed      int    `json:"failed,omitempty"`       // tries that were seen to end badly
 	Running     bool   `json:"running"`                // a try was paid for and is not known to have ended
 	Interrupted int    `json:"interrupted,omitempty"`  // tries that ended unseen: power, or the launcher was killed
 	Failure     string `json:"last_failure,omitempty"` // how the last seen try ended
@@ -214,7 +219,7 @@ func (s *Store) StagedPath(n Name) string { return filepath.Join(s.dir, string(n
 // version that runs, for the record.
 func (s *Store) BeginInstall(order, from string) (Name, error) {
 	var target Name
-	err := s.update(func(st *State) error {
+	err := s.update(Begun, func(st *State) error {
 		if st.Trial != nil {
 			return ErrBusy
 		}
@@ -250,7 +255,7 @@ func (s *Store) clear(n Name) error {
 // next start on, the launcher tries it. The staged file must be whole, checked
 // and synced. image describes it; a digest that is given must match.
 func (s *Store) MarkTrial(order string, image Image) error {
-	return s.update(func(st *State) error {
+	return s.update(Marked, func(st *State) error {
 		in := st.Installing
 		switch {
 		case st.Trial != nil:
@@ -277,17 +282,19 @@ func (s *Store) MarkTrial(order string, image Image) error {
 	})
 }
 
-// StartTry pays for one try, before the process is started.
+// StartTry pays for one try, before the process is started. If the try before ended
+// unseen, it is that which is paid again, of another purse.
 func (s *Store) StartTry() (Trial, error) {
 	var t Trial
-	err := s.update(func(st *State) error {
-		if st.Trial == nil || st.Trial.Tries <= 0 {
+	err := s.update(Started, func(st *State) error {
+		if st.Trial == nil || st.Trial.Spent() {
 			return ErrNoTrial
 		}
 		if st.Trial.Running {
 			st.Trial.Interrupted++
+		} else {
+			st.Trial.Tries--
 		}
-		st.Trial.Tries--
 		st.Trial.Running = true
 		t = *st.Trial
 		return nil
@@ -295,20 +302,28 @@ func (s *Store) StartTry() (Trial, error) {
 	return t, err
 }
 
+// Spent tells whether a trial may not be tried once more.
+func (t Trial) Spent() bool {
+	if t.Running { // it ended unseen
+		return t.Interrupted >= Interruptions
+	}
+	return t.Tries <= 0
+}
+
 // FailTry ends a try: from here on it can no longer be confirmed. It returns
 // false, and changes nothing, if the slot is not being tried: it was confirmed.
 func (s *Store) FailTry(n Name, reason string) (bool, error) {
-	return s.endTry(n, func(t *Trial) { t.Failure = reason })
+	return s.endTry(Failed, n, func(t *Trial) { t.Failure = reason; t.Failed++ })
 }
 
 // StopTry ends a try that somebody stopped in good order, and returns its price.
 // It returns false, and changes nothing, if the slot is not being tried.
 func (s *Store) StopTry(n Name) (bool, error) {
-	return s.endTry(n, func(t *Trial) { t.Tries++ })
+	return s.endTry(Stopped, n, func(t *Trial) { t.Tries++ })
 }
 
-func (s *Store) endTry(n Name, change func(*Trial)) (bool, error) {
-	err := s.update(func(st *State) error {
+func (s *Store) endTry(e Event, n Name, change func(*Trial)) (bool, error) {
+	err := s.update(e, func(st *State) error {
 		if st.Trial == nil || st.Trial.Slot != n || !st.Trial.Running {
 			return ErrNoTrial
 		}
@@ -333,7 +348,7 @@ func (s *Store) Confirm(n Name) error {
 	if st.Current == n {
 		return nil
 	}
-	return s.update(func(st *State) error {
+	return s.update(Kept, func(st *State) error {
 		t := st.Trial
 		if t == nil || t.Slot != n || !t.Running {
 			return ErrNoTrial
@@ -350,7 +365,7 @@ func (s *Store) Reported(order string) error {
 	if err != nil || st.Last == nil || st.Last.Order != order || st.Last.Reported {
 		return err
 	}
-	return s.update(func(st *State) error {
+	return s.update(Remembered, func(st *State) error {
 		if st.Last != nil && st.Last.Order == order {
 			last := *st.Last
 			last.Reported = true
@@ -368,7 +383,7 @@ func (s *Store) Forget() error {
 		if err != nil || st.Generation == 0 { // a new device, or one that remembers nothing
 			return err
 		}
-		err = s.update(func(st *State) error {
+		err = s.update(Forgotten, func(st *State) error {
 			st.Installing, st.Last = nil, nil
 			if st.Trial != nil {
 				t := *st.Trial
@@ -388,7 +403,7 @@ func (s *Store) Forget() error {
 // so there is nothing to restore.
 func (s *Store) RollBack(reason string) (Outcome, error) {
 	var out Outcome
-	err := s.update(func(st *State) error {
+	err := s.update(GoneBack, func(st *State) error {
 		if st.Trial == nil {
 			return ErrNoTrial
 		}
@@ -401,7 +416,7 @@ func (s *Store) RollBack(reason string) (Outcome, error) {
 // FallBack makes the other slot the current one because the file in the
 // current one is damaged.
 func (s *Store) FallBack(reason string) error {
-	return s.update(func(st *State) error {
+	return s.update(Repaired, func(st *State) error {
 		if st.Trial != nil {
 			return ErrBusy
 		}
@@ -415,7 +430,7 @@ func (s *Store) FallBack(reason string) error {
 // and makes it the current one: at the first start, with an empty reason, and
 // when nothing else is left.
 func (s *Store) InstallFactory(n Name, path, version, reason string) error {
-	return s.update(func(st *State) error {
+	return s.update(Repaired, func(st *State) error {
 		if st.Trial != nil {
 			return ErrBusy
 		}

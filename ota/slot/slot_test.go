@@ -113,12 +113,131 @@ func TestTryIsPaidBeforeItStarts(t *testing.T) {
 		if st := load(t, s); st.Trial.Tries != left {
 			t.Fatalf("%d tries left on disk, want %d", st.Trial.Tries, left)
 		}
+		_, err = s.FailTry(B, "it crashed")
+		must(t, err)
 	}
 	if _, err := s.StartTry(); !errors.Is(err, ErrNoTrial) {
 		t.Errorf("a fourth try: %v", err)
 	}
-	if st := load(t, s); st.Trial.Interrupted != Tries-1 {
-		t.Errorf("%d tries counted as interrupted, want %d", st.Trial.Interrupted, Tries-1)
+	if st := load(t, s); st.Trial.Interrupted != 0 || st.Trial.Failed != Tries {
+		t.Errorf("%+v", st.Trial)
+	}
+}
+
+// TestPowerCutsAndCrashesHavePursesOfTheirOwn, and both have a bottom.
+func TestPowerCutsAndCrashesHavePursesOfTheirOwn(t *testing.T) {
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
+	for range 50 {
+		s := device(t)
+		trial(t, s, "o1", "2.0.0")
+		cuts, crashes, starts := 0, 0, 0
+		for {
+			if _, err := s.StartTry(); errors.Is(err, ErrNoTrial) {
+				break
+			} else {
+				must(t, err)
+			}
+			if starts++; starts > Tries+Interruptions {
+				t.Fatal("it is tried for ever")
+			}
+			if rng.IntN(2) == 0 {
+				cuts++ // nobody sees its end
+				continue
+			}
+			crashes++
+			_, err := s.FailTry(B, "it crashed")
+			must(t, err)
+		}
+		if crashes != Tries && cuts != Interruptions+1 {
+			t.Errorf("given up after %d crashes and %d cuts", crashes, cuts)
+		}
+		st := load(t, s)
+		if !st.Trial.Spent() || st.Trial.Failed != crashes {
+			t.Errorf("%+v after %d crashes and %d cuts", st.Trial, crashes, cuts)
+		}
+	}
+}
+
+// TestNothingHappensThatIsNotInTheTable brings a store to each phase and lets each
+// event happen there.
+func TestNothingHappensThatIsNotInTheTable(t *testing.T) {
+	bring := map[Phase]func(t *testing.T, s *Store){
+		Idle:      func(*testing.T, *Store) {},
+		Verified:  func(t *testing.T, s *Store) { stage(t, s, "o1", "2.0.0") },
+		Installed: func(t *testing.T, s *Store) { trial(t, s, "o1", "2.0.0") },
+		Testing: func(t *testing.T, s *Store) {
+			trial(t, s, "o1", "2.0.0")
+			_, err := s.StartTry()
+			must(t, err)
+		},
+	}
+	factory := filepath.Join(t.TempDir(), "factory")
+	must(t, os.WriteFile(factory, []byte("agent 1.0.0"), 0o755))
+	events := map[Event]func(s *Store) error{
+		Begun:     func(s *Store) error { _, err := s.BeginInstall("o1", "1.0.0"); return err },
+		Marked:    func(s *Store) error { return s.MarkTrial("o1", Image{Version: "2.0.0"}) },
+		Started:   func(s *Store) error { _, err := s.StartTry(); return err },
+		Failed:    func(s *Store) error { return did(s.FailTry(B, "r")) },
+		Stopped:   func(s *Store) error { return did(s.StopTry(B)) },
+		Kept:      func(s *Store) error { return s.Confirm(B) },
+		GoneBack:  func(s *Store) error { _, err := s.RollBack("r"); return err },
+		Repaired:  func(s *Store) error { return s.InstallFactory(A, factory, "1.0.0", "r") },
+		Forgotten: func(s *Store) error { return s.Forget() },
+	}
+	for event := range Table {
+		switch do, known := events[event]; {
+		case known:
+			for phase, come := range bring {
+				t.Run(string(event)+" when "+string(phase), func(t *testing.T) {
+					s := device(t)
+					come(t, s)
+					if got := load(t, s).Phase(); got != phase {
+						t.Fatalf("it is %s", got)
+					}
+					if phase == Verified { // whole, so that only the table can refuse
+						must(t, os.WriteFile(s.StagedPath(B), []byte("agent 2.0.0"), 0o755))
+					}
+					before := load(t, s)
+					err := do(s)
+					after := load(t, s)
+					to, allowed := Table[event][phase]
+					switch {
+					case allowed && (err != nil || after.Phase() != to):
+						t.Errorf("it is %s, %v; want %s", after.Phase(), err, to)
+					case !allowed && err == nil:
+						t.Errorf("nothing refuses it; it is %s", after.Phase())
+					case !allowed && !reflect.DeepEqual(before, after):
+						t.Errorf("it was refused, and changed %+v to %+v", before, after)
+					}
+				})
+			}
+		case event == Remembered, Table[event][Idle] == Waiting, event == Allowed, event == Held, event == Fetched, event == Refetched, event == GivenUp: // not of slots
+		default:
+			t.Errorf("nobody lets %q happen", event)
+		}
+	}
+}
+
+func did(yes bool, err error) error {
+	if err == nil && !yes {
+		err = ErrNoTrial
+	}
+	return err
+}
+
+// TestAChangeThatIsNotInTheTableIsNotWritten, whatever the method believes.
+func TestAChangeThatIsNotInTheTableIsNotWritten(t *testing.T) {
+	s := device(t)
+	trial(t, s, "o1", "2.0.0")
+	before := load(t, s)
+	if err := s.update(Kept, func(st *State) error { st.Trial = nil; return nil }); !errors.Is(err, ErrTransition) {
+		t.Errorf("confirmed without a try: %v", err)
+	}
+	if err := s.update(Started, func(*State) error { return nil }); !errors.Is(err, ErrTransition) {
+		t.Errorf("started, and leads nowhere: %v", err)
+	}
+	if after := load(t, s); !reflect.DeepEqual(before, after) {
+		t.Errorf("%+v became %+v", before, after)
 	}
 }
 
@@ -216,7 +335,7 @@ func TestDamagedFileIsFound(t *testing.T) {
 func TestEveryDamagedStateFallsBackToTheOneBefore(t *testing.T) {
 	s := device(t)
 	before := load(t, s)
-	must(t, s.update(func(st *State) error { st.Last = &Outcome{Order: "newer"}; return nil }))
+	must(t, s.update(Remembered, func(st *State) error { st.Last = &Outcome{Order: "newer"}; return nil }))
 	path := filepath.Join(s.dir, stateFile)
 	whole, err := os.ReadFile(path)
 	must(t, err)
@@ -240,7 +359,7 @@ func TestEveryDamagedStateFallsBackToTheOneBefore(t *testing.T) {
 		check("cut", i, whole[:i])
 	}
 	must(t, os.WriteFile(path, []byte("damaged"), 0o644))
-	must(t, s.update(func(*State) error { return nil }))
+	must(t, s.update(Remembered, func(*State) error { return nil }))
 	if st, err := readState(filepath.Join(s.dir, prevFile)); err != nil || st.Generation != before.Generation {
 		t.Errorf("a damaged state replaced the one before: %+v, %v", st, err)
 	}
@@ -278,7 +397,7 @@ func TestNoGenerationNamesTheInstallTarget(t *testing.T) {
 func TestRandomHistories(t *testing.T) {
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	s := device(t)
-	must(t, s.update(func(*State) error { return nil })) // two generations
+	must(t, s.update(Remembered, func(*State) error { return nil })) // two generations
 	for i := range 300 {
 		before := load(t, s)
 		content, err := os.ReadFile(s.Path(before.Current))
