@@ -56,11 +56,13 @@ type releaseBuildCmd struct {
 	Board      []string `help:"Board that it fits; may be repeated. Default: all."`
 	From       string   `help:"Oldest version that can be updated to it." placeholder:"VERSION"`
 	Percentage float64  `default:"100" help:"Share of the fleet that takes it (${default})."`
+	Floor      string   `placeholder:"VERSION" help:"Oldest version that may still be installed by who has seen this release. Default: as it was."`
+	DownFrom   []string `name:"allow-downgrade-from" placeholder:"VERSION" help:"A newer version that may go back to this one; may be repeated. Without it, none may."`
 	cli.Output
 }
 
 func (r *releaseBuildCmd) Run(ctx context.Context) error {
-	o := bundle.BuildOptions{Version: r.Version, Notes: r.Notes, Boards: r.Board, From: r.From, Percentage: &r.Percentage, Firmwares: r.Firmware}
+	o := bundle.BuildOptions{Version: r.Version, Notes: r.Notes, Boards: r.Board, From: r.From, Percentage: &r.Percentage, Floor: r.Floor, DownFrom: r.DownFrom, Firmwares: r.Firmware}
 	if len(r.Agent)+len(r.Firmware) == 0 {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("a release has --agent files, --firmware files or both")}
 	}

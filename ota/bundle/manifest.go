@@ -33,6 +33,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,7 +73,12 @@ type Manifest struct {
 	Boards     []string  `json:"boards,omitempty"`     // board profiles it is for; empty: all
 	From       string    `json:"from,omitempty"`       // the oldest version that may update to this one; empty: any
 	Percentage *float64  `json:"percentage,omitempty"` // share of devices, 0 to 100; missing: 100
-	Parts      []Part    `json:"parts"`
+	// Floor is the oldest version that may still be installed once a device has seen
+	// this; empty: it stays as it is. AllowDowngradeFrom are the versions that may go
+	// back to this one, though it is older, or below the floor.
+	Floor              string   `json:"floor,omitempty"`
+	AllowDowngradeFrom []string `json:"allow_downgrade_from,omitempty"`
+	Parts              []Part   `json:"parts"`
 }
 
 // Part is one file of a release, for one platform.
@@ -181,6 +187,19 @@ func (m Manifest) check() error {
 			return fmt.Errorf("from: %w", err)
 		}
 	}
+	if m.Floor != "" {
+		if err := CheckVersion(m.Floor); err != nil {
+			return fmt.Errorf("floor: %w", err)
+		}
+		if Compare(m.Floor, m.Version) > 0 {
+			return fmt.Errorf("the floor is %s, above the release itself, %s", m.Floor, m.Version)
+		}
+	}
+	for _, v := range m.AllowDowngradeFrom {
+		if err := CheckVersion(v); err != nil {
+			return fmt.Errorf("allow_downgrade_from: %w", err)
+		}
+	}
 	if m.Percentage != nil && !(*m.Percentage >= 0 && *m.Percentage <= 100) {
 		return fmt.Errorf("the percentage is %v, must be 0 to 100", *m.Percentage)
 	}
@@ -225,6 +244,7 @@ type Device struct {
 	ID       string
 	Board    string
 	Version  string // that runs now
+	Floor    string // the oldest version that may be installed; "" for none
 	Part     string // by which it is updated; "" for [PartAgent]
 	Platform Platform
 }
@@ -236,6 +256,7 @@ var (
 	ErrFrom      = errors.New("this version is too old to update in one step")
 	ErrSame      = errors.New("that version already runs")
 	ErrDowngrade = errors.New("the release is older than what runs")
+	ErrFloor     = errors.New("the release is older than what this device may go back to")
 	ErrRollout   = errors.New("this device is not in the rollout yet")
 )
 
@@ -248,8 +269,11 @@ func (m Manifest) For(d Device) (Part, Form, error) {
 	switch c := Compare(m.Version, d.Version); {
 	case c == 0:
 		return none(ErrSame, "%s", m.Version)
+	case m.GoesBackFrom(d.Version):
 	case c < 0:
 		return none(ErrDowngrade, "%s is older than %s", m.Version, d.Version)
+	case d.Floor != "" && Compare(m.Version, d.Floor) < 0:
+		return none(ErrFloor, "%s is older than %s", m.Version, d.Floor)
 	}
 	if !m.fitsBoard(d.Board) {
 		return none(ErrBoard, "%s is for %s, this is %s", m.Version, strings.Join(m.Boards, ", "), d.Board)
@@ -266,6 +290,11 @@ func (m Manifest) For(d Device) (Part, Form, error) {
 		return none(ErrPlatform, "%s has no %s for %s", m.Version, name, d.Platform)
 	}
 	return part, form, nil
+}
+
+// GoesBackFrom tells whether a signed exception lets that version go back to this one.
+func (m Manifest) GoesBackFrom(version string) bool {
+	return slices.Contains(m.AllowDowngradeFrom, version)
 }
 
 func (m Manifest) fitsBoard(board string) bool {

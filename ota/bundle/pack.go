@@ -38,6 +38,8 @@ type BuildOptions struct {
 	Boards     []string
 	From       string
 	Percentage *float64
+	Floor      string   // see [Manifest]
+	DownFrom   []string // versions that may go back to this one
 	Agents     []Agent
 	Firmwares  []string // unified kernel images, files; each says itself for which machine it is
 	Fast       bool     // quarter the time to build, 10% more bytes: for trying things out
@@ -61,7 +63,7 @@ type Agent struct {
 func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	m := Manifest{
 		Format: Format, Version: o.Version, Created: o.Created.UTC(), Notes: o.Notes,
-		Boards: o.Boards, From: o.From, Percentage: o.Percentage,
+		Boards: o.Boards, From: o.From, Percentage: o.Percentage, Floor: o.Floor, AllowDowngradeFrom: o.DownFrom,
 	}
 	if err := CheckVersion(o.Version); err != nil {
 		return m, err
