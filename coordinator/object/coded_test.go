@@ -539,7 +539,7 @@ func TestMemoryDoesNotGrowWithTheFile(t *testing.T) {
 	s, c := newShelf(t)
 	s.odd = disk{t.TempDir(), s}.chunk
 	id := newIdentity(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 12*time.Minute)
 	defer cancel()
 	session, err := NewSession(DefaultCode, size, []age.Recipient{id.Recipient()})
 	must(t, err)
