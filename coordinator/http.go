@@ -256,6 +256,7 @@ func (c *Coordinator) releaseRoutes() []route {
 			}
 			return err
 		}},
+		{method: "GET", path: v1 + "/repo/{path...}", needs: toRead, summary: "A file of the update repository", out: bytes.Buffer{}, handle: c.getRepoFile},
 		{method: "PUT", path: v1 + "/repo/{path...}", needs: toRelease, summary: "Upload a file of the update repository", in: bytes.Buffer{}, handle: c.putRepoFile},
 		{method: "POST", path: v1 + "/offers", needs: toRelease, summary: "Offer a release to devices", in: api.OfferRequest{}, out: []api.Order{},
 			handle: answer(func(r *http.Request, q api.OfferRequest) ([]api.Order, error) {

@@ -108,6 +108,7 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 			"GET /api/v1/orders/{device}/{id}",
 			"GET /api/v1/orders/{device}/{id}/attachment",
 			"GET /api/v1/repair",
+			"GET /api/v1/repo/{path...}",
 			"POST /api/v1/devices/{id}/history",
 			"GET /api/v1/status",
 			"GET /api/v1/tokens",

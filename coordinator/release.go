@@ -36,9 +36,6 @@ const (
 	offerLife   = 7 * 24 * time.Hour
 	maxRepoFile = bundle.MaxPacked
 	maxRepoPath = 256
-	// mutableRepoFile is the only file of the repository whose content changes
-	// (see ota/repo).
-	mutableRepoFile = "metadata/timestamp.json"
 )
 
 func checkRepoPath(p string) error {
@@ -52,8 +49,8 @@ func checkRepoPath(p string) error {
 	return nil
 }
 
-// put takes a file of the repository. A published file never changes its
-// content, the timestamp excepted: devices may have half of a release already.
+// put takes a file of the repository. A published file never changes its content,
+// but for the timestamp and the log's checkpoint: devices may have half of a release already.
 func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := checkRepoPath(name); err != nil {
 		return err
@@ -64,7 +61,7 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := r.checkNamed(ctx, name, data); err != nil {
 		return err
 	}
-	if name == mutableRepoFile {
+	if repo.Mutable(name) {
 		return r.cache.put(ctx, name, data)
 	}
 	r.writing.Lock() // look and write as one; two coordinators at once are not kept apart
@@ -189,7 +186,7 @@ func (r *releases) get(ctx context.Context, name string) ([]byte, error) {
 		return nil, err
 	}
 	from := r.cache
-	if name == mutableRepoFile {
+	if repo.Mutable(name) {
 		from = newStaging(r.files) // another coordinator may have put a newer one
 	}
 	data, err := from.get(ctx, name)

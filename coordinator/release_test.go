@@ -85,7 +85,7 @@ func TestAPublishedFileNeverChanges(t *testing.T) {
 	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
-	for name, first := range map[string]string{"metadata/1.targets.json": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
+	for name, first := range map[string]string{"metadata/1.targets.json": "a", "log/tile/8/0/000.p/1": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		other := "b"
@@ -97,8 +97,13 @@ func TestAPublishedFileNeverChanges(t *testing.T) {
 			t.Errorf("%s is %q now (%v)", name, raw, err)
 		}
 	}
-	for _, v := range []string{"1", "2", "1"} {
-		must(t, w.op.PutRepoFile(ctx, mutableRepoFile, []byte(v)))
+	for _, name := range []string{"metadata/timestamp.json", "log/checkpoint"} {
+		for _, v := range []string{"1", "2", "1"} {
+			must(t, w.op.PutRepoFile(ctx, name, []byte(v)))
+			if raw, err := w.op.RepoFile(ctx, name); err != nil || string(raw) != v {
+				t.Errorf("%s is %q (%v), want %s", name, raw, err, v)
+			}
+		}
 	}
 }
 

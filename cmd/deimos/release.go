@@ -186,8 +186,11 @@ func upload(ctx context.Context, c *api.Client, dir string) (*uploaded, error) {
 // repoFiles are the files that belong to a repository, in the order of an upload.
 // What begins with a dot is a lock, or left of a write that was cut.
 func repoFiles(dir string) (files []string, err error) {
-	for _, room := range []string{"parts", "targets", "metadata"} {
+	for _, room := range []string{"parts", "targets", "log", "metadata"} {
 		err := filepath.WalkDir(filepath.Join(dir, room), func(path string, d fs.DirEntry, err error) error {
+			if room == "log" && errors.Is(err, fs.ErrNotExist) {
+				return nil // of a fleet whose root names none
+			}
 			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") {
 				return err
 			}
@@ -199,15 +202,7 @@ func repoFiles(dir string) (files []string, err error) {
 			return nil, err
 		}
 	}
-	rank := func(path string) int {
-		for i, end := range []string{".root.json", ".targets.json", ".snapshot.json", "timestamp.json"} {
-			if strings.HasPrefix(path, "metadata/") && strings.HasSuffix(path, end) {
-				return i + 1
-			}
-		}
-		return 0
-	}
-	slices.SortStableFunc(files, func(a, b string) int { return rank(a) - rank(b) })
+	slices.SortStableFunc(files, func(a, b string) int { return repo.Rank(a) - repo.Rank(b) })
 	return files, nil
 }
 

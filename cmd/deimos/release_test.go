@@ -21,8 +21,8 @@ import (
 // TestOnlyWhatBelongsToARepositoryIsUploaded, what is named before what names it.
 func TestOnlyWhatBelongsToARepositoryIsUploaded(t *testing.T) {
 	want := []string{
-		"parts/aa", "targets/bundles/bb.1.0.0.json", "metadata/1.root.json", "metadata/1.targets.json",
-		"metadata/1.snapshot.json", "metadata/timestamp.json",
+		"parts/aa", "targets/bundles/bb.1.0.0.json", "log/tile/8/0/000.p/1", "log/checkpoint", "log/lookup/bb",
+		"metadata/1.targets.json", "metadata/1.snapshot.json", "metadata/timestamp.json", "metadata/1.root.json",
 	}
 	dir := t.TempDir()
 	for _, name := range append([]string{".lock", "notes.txt", "parts/.aa123", "metadata/.timestamp.json7"}, want...) {

@@ -291,12 +291,21 @@ func (c *Client) PutModule(ctx context.Context, module []byte) (string, error) {
 // PutRepoFile uploads one file of the update repository, e.g.
 // "metadata/timestamp.json".
 func (c *Client) PutRepoFile(ctx context.Context, path string, data []byte) error {
+	_, err := c.call(ctx, http.MethodPut, repoPath(path), nil, data)
+	return err
+}
+
+// RepoFile fetches one file of the update repository.
+func (c *Client) RepoFile(ctx context.Context, path string) ([]byte, error) {
+	return c.call(ctx, http.MethodGet, repoPath(path), nil, nil)
+}
+
+func repoPath(path string) string {
 	var parts []string
 	for p := range strings.SplitSeq(path, "/") {
 		parts = append(parts, segment(p))
 	}
-	_, err := c.call(ctx, http.MethodPut, "repo/"+strings.Join(parts, "/"), nil, data)
-	return err
+	return "repo/" + strings.Join(parts, "/")
 }
 
 // RepoFiles lists what the update repository there has, by path.

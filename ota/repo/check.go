@@ -4,6 +4,8 @@ import (
 	"path"
 	"strings"
 
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
 	"github.com/deimos-edge/deimos/ota/bundle"
 )
 
@@ -33,4 +35,35 @@ func NamedSum(file string) (sum string, ok bool) {
 		return "", false
 	}
 	return sum, file == bundle.PartPath(sum) || strings.HasPrefix(file, "targets/bundles/")
+}
+
+// Mutable tells whether a file of a repository changes its content. All others are
+// what they were, for ever.
+func Mutable(file string) bool {
+	return file == metadataPath(metadata.TIMESTAMP, 0) || file == checkpointFile
+}
+
+// Rank orders the files of a repository for who copies it: what is named before
+// what names it, so that a reader finds it whole at any moment. Roots come last, as
+// until then all is read by the root before (see [Publish]).
+func Rank(file string) int {
+	switch {
+	case strings.HasPrefix(file, "parts/"):
+		return 0
+	case strings.HasPrefix(file, "targets/"):
+		return 1
+	case strings.HasPrefix(file, logDir+"tile/"):
+		return 2
+	case file == checkpointFile:
+		return 3
+	case strings.HasPrefix(file, logDir):
+		return 4
+	case strings.HasSuffix(file, ".targets.json"):
+		return 5
+	case strings.HasSuffix(file, ".snapshot.json"):
+		return 6
+	case strings.HasSuffix(file, ".root.json"):
+		return 8
+	}
+	return 7 // the timestamp
 }

@@ -3,16 +3,19 @@ package repo
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
+	"golang.org/x/mod/sumdb/note"
 
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/ota/bundle"
@@ -35,6 +38,8 @@ type Client struct {
 	o       ClientOptions
 	trusted *trustedmetadata.TrustedMetadata // nil before Refresh
 	now     time.Time
+	logKeys []note.Verifier // of the logs that the roots on the way here have named
+	proof   LogProof        // of the last manifest
 }
 
 // NewClient pins the root at the first use of Dir; a different one is refused
@@ -87,6 +92,12 @@ func Leave(dir string, root []byte) error {
 
 func (c *Client) pin() error {
 	pinned, err := os.ReadFile(c.local(enrolledFile))
+	if err == nil && !bytes.Equal(pinned, c.o.Root) {
+		if _, damaged := c.startFrom(pinned); damaged != nil {
+			c.o.Log.Warn("the root that was kept at the enrolment is damaged; it is taken anew from the membership", "reason", damaged)
+			err = os.ErrNotExist
+		}
+	}
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		if _, err := c.startFrom(c.o.Root); err != nil {
@@ -118,7 +129,8 @@ func (c *Client) startFrom(raw []byte) (*trustedmetadata.TrustedMetadata, error)
 	return t, nil
 }
 
-// checkRoot asks more than TUF: two keys for a new root, and consistent snapshots.
+// checkRoot asks more than TUF: two keys for a new root, consistent snapshots, and
+// of a log that it names a key that can be read.
 func checkRoot(root *metadata.Metadata[metadata.RootType]) error {
 	if r := root.Signed.Roles[metadata.ROOT]; r == nil || r.Threshold < 2 {
 		return errors.New("one key alone may replace it, at least two must be needed")
@@ -126,7 +138,8 @@ func checkRoot(root *metadata.Metadata[metadata.RootType]) error {
 	if !root.Signed.ConsistentSnapshot {
 		return errors.New("it does not use consistent snapshots")
 	}
-	return nil
+	_, err := logKey(root)
+	return err
 }
 
 // guarded calls into go-tuf, which dereferences what a hostile, well-signed file
@@ -146,11 +159,12 @@ func (c *Client) local(name string) string { return filepath.Join(c.o.Dir, name)
 // knows it; what expired before that is refused. Errors are of type [*Error]
 // unless ctx ended or the disk failed.
 func (c *Client) Refresh(ctx context.Context, now time.Time) error {
-	c.trusted, c.now = nil, now
+	c.trusted, c.now, c.proof, c.logKeys = nil, now, LogProof{}, nil
 	t, err := c.loadRoot()
 	if err != nil {
 		return err
 	}
+	c.noteLog(t.Root)
 	t.RefTime = now
 	if err := c.followRoots(ctx, t); err != nil {
 		return err
@@ -207,8 +221,16 @@ func (c *Client) followRoots(ctx context.Context, t *trustedmetadata.TrustedMeta
 		if err := c.keep(rootFile, raw); err != nil {
 			return err
 		}
+		c.noteLog(t.Root)
 	}
 	return &Error{Condition: Malformed, File: rootFile, Reason: fmt.Sprintf("more than %d new roots at once", maxRotations)}
+}
+
+// noteLog remembers the key of the log that a trusted root names.
+func (c *Client) noteLog(root *metadata.Metadata[metadata.RootType]) {
+	if v, err := logKey(root); err == nil && v != nil {
+		c.logKeys = append(c.logKeys, v)
+	}
 }
 
 func (c *Client) refreshTimestamp(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
@@ -309,10 +331,12 @@ func (c *Client) Targets() []string {
 	for name := range c.trusted.Targets[metadata.TARGETS].Signed.Targets {
 		names = append(names, name)
 	}
+	slices.Sort(names)
 	return names
 }
 
-// Manifest fetches and checks the manifest of a release, after [Client.Refresh].
+// Manifest fetches and checks the manifest of a release, after [Client.Refresh],
+// and that the transparency log has it, if the root names one; [Client.Log] tells.
 func (c *Client) Manifest(ctx context.Context, name string) (bundle.Manifest, error) {
 	if c.trusted == nil {
 		return bundle.Manifest{}, errors.New("the update metadata has not been refreshed")
@@ -321,7 +345,11 @@ func (c *Client) Manifest(ctx context.Context, name string) (bundle.Manifest, er
 	if target == nil {
 		return bundle.Manifest{}, &Error{Condition: Missing, File: name, Reason: "the signed metadata names no such release"}
 	}
-	file := targetPath(name, target.Hashes["sha256"].String())
+	sum, err := targetSum(name, target)
+	if err != nil {
+		return bundle.Manifest{}, err
+	}
+	file := targetPath(name, sum)
 	if target.Length <= 0 || target.Length > bundle.MaxManifest {
 		return bundle.Manifest{}, &Error{Condition: Size, File: file, Reason: fmt.Sprintf("a manifest of %d bytes is not allowed", target.Length)}
 	}
@@ -339,5 +367,15 @@ func (c *Client) Manifest(ctx context.Context, name string) (bundle.Manifest, er
 	if TargetName(m.Version) != name {
 		return m, &Error{Condition: Malformed, File: name, Reason: "it says that it is version " + strings.TrimSpace(m.Version)}
 	}
-	return m, nil
+	return m, c.checkLog(ctx, name, sum)
+}
+
+// targetSum is the signed SHA-256 of a target. A target that is signed by another
+// digest alone would not be bound to what the log has.
+func targetSum(name string, t *metadata.TargetFiles) (string, error) {
+	sum := t.Hashes["sha256"].String()
+	if len(sum) != 2*sha256.Size {
+		return "", &Error{Condition: Malformed, File: name, Reason: "it is signed without a SHA-256"}
+	}
+	return sum, nil
 }

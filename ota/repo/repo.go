@@ -89,6 +89,8 @@ const (
 	Digest      Condition = "digest"      // other bytes than signed
 	Malformed   Condition = "malformed"   // not what the specification allows
 	OtherRoot   Condition = "other_root"  // the root offered is not the one this device trusts
+	LogFork     Condition = "log_fork"    // the log of releases is not the one that this device has seen
+	Unlogged    Condition = "not_logged"  // signed, but not in the log of releases
 	Missing     Condition = "missing"     // signed, but not there; or not signed at all
 	Slow        Condition = "slow"        // no usable speed
 	Unreachable Condition = "unreachable" // not to be had right now

@@ -160,13 +160,13 @@ func open(t *testing.T, path string) *os.File {
 func TestKeysAreSafelyMade(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "keys")
 	must(t, Init(dir, InitOptions{}))
-	for _, f := range []string{"root-1.pem", "root-2.pem", "root-3.pem", "targets.pem", "snapshot.pem", "timestamp.pem"} {
+	for _, f := range []string{"root-1.pem", "root-2.pem", "root-3.pem", "targets.pem", "snapshot.pem", "timestamp.pem", "log.pem"} {
 		fi, err := os.Stat(filepath.Join(dir, f))
 		must(t, err)
 		if fi.Mode().Perm() != 0o600 {
 			t.Errorf("%s has mode %v", f, fi.Mode())
 		}
-		if _, err := loadKey(filepath.Join(dir, f)); err != nil {
+		if _, err := LoadKey(filepath.Join(dir, f), nil); err != nil {
 			t.Error(err)
 		}
 	}
@@ -216,7 +216,7 @@ func edit[T metadata.Roles](t *testing.T, path string, change func(*metadata.Met
 	}
 	m.ClearSignatures()
 	for _, k := range keys {
-		priv, err := loadKey(k)
+		priv, err := LoadKey(k, nil)
 		must(t, err)
 		must(t, sign(m, priv))
 	}
