@@ -72,11 +72,11 @@ func TestLogWithTwoFacesIsFoundOut(t *testing.T) {
 	other := f.twin()
 	f.release("1.2.0", "for all")
 	other.release("1.2.0", "for one")
-	other.publish("", now) // what devices of the other face have is older
-	for name, further := range map[string]bool{"of the same size": false, "that has grown": true} {
+	other.publish("", now.Add(200*day)) // all anew: what devices of the other face have is older
+	for i, name := range []string{"of the same size", "that has grown"} {
 		dir := t.TempDir()
 		must(t, take(t, f.client(dir), "1.2.0"))
-		if further {
+		if i > 0 {
 			other.release("1.3.0", "more")
 		}
 		err := take(t, f.from(dir, other.repo), "1.2.0")
