@@ -35,6 +35,7 @@ type mechanism interface {
 type trial struct {
 	order, version string
 	running        bool // it is what runs
+	failed         int  // tries that were seen to end badly
 }
 
 // release is what is to be installed.
@@ -83,7 +84,7 @@ func (a agents) standing() (*trial, *slot.Outcome, error) {
 	if err != nil || st.Trial == nil {
 		return nil, st.Last, err
 	}
-	return &trial{st.Trial.Order, st.Trial.Version, a.isTrial(st.Trial)}, st.Last, nil
+	return &trial{st.Trial.Order, st.Trial.Version, a.isTrial(st.Trial), st.Trial.Failed}, st.Last, nil
 }
 
 func (a agents) isTrial(t *slot.Trial) bool {
@@ -136,7 +137,7 @@ func (f firmwares) standing() (*trial, *slot.Outcome, error) {
 	if t == nil || err != nil {
 		return nil, last, err
 	}
-	return &trial{t.Order, t.Version, t.Running}, last, nil
+	return &trial{order: t.Order, version: t.Version, running: t.Running}, last, nil
 }
 
 func (f firmwares) reported(order string) error { return f.images.Reported(order) }

@@ -14,19 +14,27 @@
 //
 // # One update
 //
-//	order ─▶ refresh metadata ─▶ is it for this device? ─▶ space ─▶ fetch (resumes)
+//	order ─▶ refresh metadata ─▶ is it for this device? ─▶ may it go on? ─▶ space
+//	      ─▶ fetch (resumes) ─▶ may it go on? ─▶ note how this version does
 //	      ─▶ unpack aside, both digests checked ─▶ ask it for its version
 //	      ─▶ on trial, durably ─▶ ErrRestart: the agent exits with slot.ExitRestart
 //	                               or, with a firmware installed, slot.ExitReboot
-//	new agent ─▶ healthy ─▶ Confirm ─▶ Settled: SUCCEEDED
+//	new agent ─▶ healthy, and no worse than the one before ─▶ Confirm ─▶ Settled: SUCCEEDED
 //	      └─▶ not confirmed in three tries ─▶ old agent ─▶ Settled: FAILED rolled_back
 //
-// Up to "on trial" nothing has changed for the running version: a crash, a cut
+// Its phases, and how long it may stay in each, are those of [slot.Table] and
+// [slot.Limits]; each step is on disk before it is taken ([Record]). Up to "on trial"
+// nothing has changed for the running version: a crash, a cut
 // or a refusal leaves files that the next install clears away. A repeat of the
 // order at any moment installs nothing twice.
 //
-// Not here yet: deltas, maintenance windows, data budgets, a
-// health gate that compares with the figures from before.
+// An update that may not go on ([Options.Hold]: the owner is to be asked, or has set
+// hours or a volume) waits without keeping others off: a newer order takes its place,
+// and what the owner installs from a stick goes first. When it goes on it begins at the
+// metadata: what was withdrawn meanwhile is not installed.
+//
+// A stick or a file of the owner's ([Service.Install]) takes the same path and the
+// same checks. Its owner has said what is to be done, and is not asked again.
 package ota
 
 import (
@@ -37,6 +45,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -61,6 +70,9 @@ const (
 	CodeNewerFormat   = "newer_format"   // made for newer agents
 	CodeSlowTransfer  = "slow_transfer"  // the source is too slow to ever finish
 	CodeStaleMetadata = "stale_metadata" // signed too long ago, or the device's clock is wrong
+	CodeNoWayBack     = "no_way_back"    // older, by a signed exception, but the boot loader always takes the newest
+	CodeLogFork       = "log_fork"       // the log of releases contradicts what this device has seen of it
+	CodeNotLogged     = "not_logged"     // signed, but not in the log of releases
 )
 
 // ErrRestart is returned for an order whose release is installed and waits for
@@ -93,16 +105,37 @@ type Options struct {
 	Source func() (repo.Source, error)
 	// Now is the time as the device best knows it.
 	Now func() time.Time
+	// Hold is what keeps an update from its next step, nil if nothing does; of a problem
+	// its code, reason and After are told. While it holds, it is asked each second. A nil
+	// Hold never holds.
+	Hold func(Step) *wire.Problem
+	// Moved is told of bytes that came over the line; may be nil.
+	Moved func(n int64)
+	// Figures are how this agent does now; nil: it is online, and that is all.
+	Figures func() wire.UpdateFigures
 
 	Limits repo.Limits
 	Log    *slog.Logger
+}
+
+// Step is what an update would do next.
+type Step struct {
+	Order   string
+	Version string
+	Fetch   int64 // bytes over the line; 0: it is installed, and the agent or the machine starts again
 }
 
 // Service carries out the updates of one device.
 type Service struct {
 	o    Options
 	how  mechanism  // nil: the device cannot be updated
-	busy sync.Mutex // one update at a time
+	busy sync.Mutex // held while an update does something, not while it waits
+	mem  *memory
+
+	mu      sync.Mutex
+	waiting map[string]context.CancelCauseFunc // orders that wait, by id
+	active  *wire.UpdateState                  // nil: none in this life
+	until   time.Time                          // of active, if it waits; zero: nobody knows
 }
 
 // New makes the slot directories if they are missing.
@@ -116,11 +149,33 @@ func New(o Options) (*Service, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Hold == nil {
+		o.Hold = func(Step) *wire.Problem { return nil }
+	}
+	if o.Moved == nil {
+		o.Moved = func(int64) {}
+	}
 	if err := os.MkdirAll(filepath.Join(o.StateDir, "ota"), 0o755); err != nil {
 		return nil, fmt.Errorf("cannot make the folder for updates (check the state directory): %w", err)
 	}
 	how, err := o.mechanism()
-	return &Service{o: o, how: how}, err
+	s := &Service{o: o, how: how, mem: remember(o.StateDir, o.Log), waiting: map[string]context.CancelCauseFunc{}}
+	return s, err
+}
+
+// align makes the phase that is remembered that of the trial, which decides.
+func (s *Service) align(t *trial) {
+	s.mem.mu.Lock()
+	defer s.mem.mu.Unlock()
+	rec := &s.mem.rec
+	switch {
+	case t != nil && t.order == rec.Order && t.running:
+		rec.Phase = slot.Testing
+	case t != nil && t.order == rec.Order:
+		rec.Phase = slot.Installed
+	case rec.Phase == slot.Installed || rec.Phase == slot.Testing:
+		rec.Phase = slot.Idle
+	}
 }
 
 // Reboots tells whether what is installed is tried at the next start of the
@@ -135,8 +190,9 @@ func (s *Service) OnTrial() (bool, error) {
 	return s.how.onTrial()
 }
 
-// Confirm makes the running version the one to keep. Call it when the agent is
-// healthy, or has nothing to go back to; it does nothing for a version that is
+// Confirm makes the running version the one to keep, and the floor of what may be
+// installed. Call it when the agent is
+// [Service.Healthy], or has nothing to go back to; it does nothing for a version that is
 // confirmed, and on a device that cannot be updated. On a new device that runs our
 // image it writes that a second time, which takes seconds.
 func (s *Service) Confirm(ctx context.Context) error {
@@ -146,7 +202,18 @@ func (s *Service) Confirm(ctx context.Context) error {
 	if err := s.how.confirm(ctx); err != nil {
 		return fmt.Errorf("version %s cannot be confirmed: %w", s.o.Version, err)
 	}
-	return nil
+	return s.keepFloor()
+}
+
+// keepFloor makes the version that runs and is confirmed the floor.
+func (s *Service) keepFloor() error {
+	rec := s.mem.get()
+	_, last, err := s.how.standing()
+	if err != nil {
+		return err
+	}
+	down := rec.Down && rec.Version == s.o.Version && last != nil && last.Order == rec.Order && last.Result == slot.Confirmed
+	return s.raise(s.o.Version, down)
 }
 
 // Settled is how the last update ended.
@@ -162,11 +229,18 @@ func (s *Service) Settled() (*Settled, error) {
 	if s.how == nil {
 		return nil, nil
 	}
-	_, last, err := s.how.standing()
+	t, last, err := s.how.standing()
 	if err != nil || last == nil || last.Order == "" || last.Reported {
 		return nil, err
 	}
-	return s.settled(*last), nil
+	s.align(t)
+	out := s.settled(*last)
+	if rec := s.mem.get(); rec.Order == last.Order && (rec.Ended == nil || rec.Ended.Order != last.Order) {
+		if err := s.mem.leave(func(r *Record) { r.Ended = s.end(*r, out.Problem) }); err != nil {
+			s.o.Log.Warn("how the update ended cannot be noted", "error", err)
+		}
+	}
+	return out, nil
 }
 
 // Reported notes that what was settled of an order is kept to be reported, once
@@ -182,50 +256,245 @@ func (s *Service) Reported(order string) error {
 }
 
 func (s *Service) settled(last slot.Outcome) *Settled {
-	out := &Settled{Order: last.Order, Outcome: wire.Outcome{Body: wire.UpdateResult{
-		From: last.From, To: last.To, Running: s.o.Version, Slot: s.o.Slot, Confirmed: last.Result == slot.Confirmed,
-	}}}
+	result := wire.UpdateResult{From: last.From, To: last.To, Running: s.o.Version, Slot: s.o.Slot, Confirmed: last.Result == slot.Confirmed}
+	reason := last.Reason
+	if rec := s.mem.get(); rec.Order == last.Order {
+		result.Form, result.FetchedBytes, result.TookSeconds, result.Checkpoint = rec.Form, rec.Fetched, rec.Took, rec.Checkpoint
+		result.Local = rec.Local != ""
+		if rec.Before != nil && rec.After != nil {
+			result.Gate = &wire.UpdateGate{Before: *rec.Before, After: *rec.After, Worse: rec.Worse}
+		}
+		if len(rec.Worse) > 0 {
+			reason += "; " + strings.Join(rec.Worse, "; ")
+		}
+	}
+	out := &Settled{Order: last.Order, Outcome: wire.Outcome{Body: result}}
 	if last.Result != slot.Confirmed {
-		out.Problem = wire.FailedBecause(wire.CodeRolledBack, "rolled back to version %s: %s", last.From, last.Reason)
+		out.Problem = wire.FailedBecause(wire.CodeRolledBack, "rolled back to version %s: %s", last.From, reason)
 	}
 	return out
+}
+
+// job is one update to carry out.
+type job struct {
+	order   string
+	version string // "" for the newest that fits
+	target  string
+	share   float64 // of devices that are meant, in percent; 0: this one is
+	local   string  // what the owner named; "" for an order of the fleet
+	source  repo.Source
+	tell    func(wire.Progress)
+}
+
+func (j job) progress(done float64) {
+	if j.tell != nil {
+		j.tell(wire.Progress{Done: done})
+	}
 }
 
 // Handle is the [wire.Handler] of [wire.KindUpdateInstall]. Beside what a
 // handler may return it can return [ErrRestart] and [ErrPending], after which
 // the order stays open, and ctx's error as it is, after which a repeat resumes.
 func (s *Service) Handle(ctx context.Context, o wire.Order, tell func(wire.Progress)) (wire.Outcome, error) {
-	if !s.busy.TryLock() {
-		return wire.Outcome{}, wire.RejectedBecause(CodeUpdatePending, "another update is being installed; offer this one again when it has ended")
-	}
-	defer s.busy.Unlock()
 	want, err := wire.DecodeBody[wire.UpdateInstall](o)
 	if err != nil {
 		return wire.Outcome{}, err
 	}
+	return s.carryOut(ctx, job{order: o.ID, version: want.Version, target: want.Target, share: want.Percentage, tell: tell})
+}
+
+// Refuse is told of each order for an update as it arrives, and refuses none: one that
+// waits for its owner gives way to it.
+func (s *Service) Refuse(o wire.Order) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, cancel := range s.waiting {
+		if id != o.ID {
+			cancel(wire.RejectedBecause(wire.CodeSuperseded, "while this update waited, order %s came; that one is carried out", o.ID))
+		}
+	}
+	return nil
+}
+
+// carryOut goes on with an update, each time that it may, to its end.
+func (s *Service) carryOut(ctx context.Context, j job) (wire.Outcome, error) {
 	if s.how == nil {
 		return wire.Outcome{}, wire.RejectedBecause(wire.CodeNotSupported, "this agent cannot update itself: start it through deimos-launch, or run our image")
 	}
-	if done, out, err := s.seenBefore(o.ID); done {
+	defer s.show(nil)
+	for {
+		held, out, err := s.attempt(ctx, j)
+		if held != nil {
+			if err = s.wait(ctx, j, held); err == nil {
+				continue
+			}
+		}
+		s.ended(ctx, j, err)
 		return out, err
 	}
-	progress := func(done float64) {
-		if tell != nil {
-			tell(wire.Progress{Done: done})
+}
+
+// hold is why an update does not go on now.
+type hold struct {
+	version string
+	why     *wire.Problem
+	again   func() *wire.Problem // asks again
+}
+
+// recheck is how often what holds an update is asked whether it still does.
+const recheck = time.Second
+
+// wait returns nil when the update may go on.
+func (s *Service) wait(ctx context.Context, j job, h *hold) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.mu.Lock()
+	s.waiting[j.order] = cancel
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.waiting, j.order)
+		s.mu.Unlock()
+	}()
+	// Before the order is over, whoever gave it hears what it waited for.
+	over, late := ctx.Deadline()
+	tick := time.NewTicker(recheck)
+	defer tick.Stop()
+	for why, told := h.why, ""; why != nil; why = h.again() {
+		s.show(&wire.UpdateState{Phase: wire.UpdateWaiting, Version: h.version, Local: j.local != "", Code: why.Code}, why.After)
+		if j.tell != nil && told != why.Code {
+			told = why.Code
+			j.tell(wire.Progress{Waits: why})
+		}
+		if late && time.Until(over) < 2*recheck {
+			return &wire.Problem{State: wire.Rejected, Code: why.Code, Reason: why.Reason + "; the order is over before that", After: why.After}
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
 		}
 	}
-	if err := s.install(ctx, o.ID, want, progress); err != nil {
-		t, _, unknown := s.how.standing()
-		switch {
-		case unknown != nil:
-			return wire.Outcome{}, s.unknown(o.ID, errors.Join(err, unknown))
-		case t == nil || t.order != o.ID:
-			return wire.Outcome{}, problem(ctx, err)
-		}
-		// The trial stands, and will be tried at the next start whatever is said of it now.
-		s.o.Log.Warn("the new version is on trial though its install did not end in order", "error", err)
+	return nil
+}
+
+// show is what heartbeats tell of this life's update.
+func (s *Service) show(u *wire.UpdateState, after ...time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.active, s.until = u, time.Time{}
+	if len(after) > 0 && after[0] > 0 {
+		s.until = time.Now().Add(after[0])
 	}
-	return wire.Outcome{}, ErrRestart
+}
+
+// State is the update that is under way, nil if there is none.
+func (s *Service) State() *wire.UpdateState {
+	if s.how == nil {
+		return nil
+	}
+	s.mu.Lock()
+	u, until := s.active, s.until
+	s.mu.Unlock()
+	if u != nil {
+		u := *u
+		if !until.IsZero() {
+			u.Seconds = max(1, int64(time.Until(until).Seconds()))
+		}
+		return &u
+	}
+	t, _, err := s.how.standing()
+	if err != nil || t == nil {
+		return nil
+	}
+	phase := wire.UpdateInstalled
+	if t.running {
+		phase = wire.UpdateTesting
+	}
+	return &wire.UpdateState{Phase: phase, Version: t.version, Local: IsLocal(t.order)}
+}
+
+// ended notes how an update ended, unless that is decided by its trial or comes again.
+func (s *Service) ended(ctx context.Context, j job, err error) {
+	var p *wire.Problem
+	switch {
+	case errors.Is(err, ErrRestart), errors.Is(err, ErrPending):
+		return
+	case err != nil && !errors.As(err, &p):
+		if ctx.Err() != nil {
+			return
+		}
+		p = wire.ProblemOf(err)
+	}
+	if rec := s.mem.get(); rec.Order != j.order || rec.Ended != nil && rec.Ended.Order == j.order {
+		return // another one is under way since
+	}
+	note := func(r *Record) {
+		if to, err := slot.Next(r.Phase, slot.GivenUp); err == nil {
+			r.Phase = to
+		}
+		r.Why, r.Ended = nil, s.end(*r, p)
+	}
+	if err := s.mem.leave(note); err != nil {
+		s.o.Log.Warn("how the update ended cannot be noted", "error", err)
+	}
+}
+
+func (s *Service) end(r Record, p *wire.Problem) *Ended {
+	e := &Ended{Order: r.Order, Version: r.Version, State: wire.Succeeded, At: s.o.Now().UTC().Truncate(time.Second)}
+	if p != nil {
+		e.State, e.Code, e.Reason = p.State, p.Code, p.Reason
+	}
+	return e
+}
+
+// attempt goes as far as it may: to an end, or to what holds it.
+func (s *Service) attempt(ctx context.Context, j job) (*hold, wire.Outcome, error) {
+	if !s.busy.TryLock() {
+		return s.occupied(j), wire.Outcome{}, nil
+	}
+	defer s.busy.Unlock()
+	if done, out, err := s.seenBefore(j.order); done {
+		return nil, out, err
+	}
+	held, err := s.install(ctx, j)
+	switch {
+	case held != nil:
+		return held, wire.Outcome{}, nil
+	case err == nil:
+		return nil, wire.Outcome{}, ErrRestart
+	}
+	t, _, unknown := s.how.standing()
+	switch {
+	case unknown != nil:
+		return nil, wire.Outcome{}, s.unknown(j.order, errors.Join(err, unknown))
+	case t == nil || t.order != j.order:
+		return nil, s.evidence(j, err), problem(ctx, err)
+	}
+	// The trial stands, and will be tried at the next start whatever is said of it now.
+	s.o.Log.Warn("the new version is on trial though its install did not end in order", "error", err)
+	return nil, wire.Outcome{}, ErrRestart
+}
+
+// evidence is what the device was shown of a log with two faces, for who can compare
+// it with what others have seen.
+func (s *Service) evidence(j job, err error) (out wire.Outcome) {
+	if fork := (*repo.Fork)(nil); errors.As(err, &fork) {
+		out.Body = wire.UpdateResult{From: s.o.Version, To: j.version, Running: s.o.Version, Slot: s.o.Slot, Checkpoint: fork.Shown}
+	}
+	return out
+}
+
+// occupied waits for another update, which does something now.
+func (s *Service) occupied(j job) *hold {
+	why := wire.RejectedUntil(time.Minute, CodeUpdatePending, "another update is being installed; this one is looked at when that has ended")
+	return &hold{version: j.version, why: why, again: func() *wire.Problem {
+		if !s.busy.TryLock() {
+			return why
+		}
+		s.busy.Unlock()
+		return nil
+	}}
 }
 
 // unknown leaves an order open of which the disk does not tell whether it is on
@@ -239,6 +508,9 @@ func (s *Service) unknown(order string, why error) error {
 // seenBefore answers a repeat from what is on disk.
 func (s *Service) seenBefore(order string) (bool, wire.Outcome, error) {
 	t, last, err := s.how.standing()
+	if err == nil {
+		s.align(t)
+	}
 	switch {
 	case err != nil:
 		return true, wire.Outcome{}, s.unknown(order, err)
@@ -259,47 +531,197 @@ func (s *Service) seenBefore(order string) (bool, wire.Outcome, error) {
 	return false, wire.Outcome{}, nil
 }
 
-// install brings the release as far as its trial.
-func (s *Service) install(ctx context.Context, order string, want wire.UpdateInstall, progress func(float64)) error {
-	client, err := s.client()
+// offer is a release that this device may take.
+type offer struct {
+	client *repo.Client
+	m      bundle.Manifest
+	part   bundle.Part
+	forms  []bundle.Form // best first
+	more   int64         // bytes that an install takes on the disk of the state, beside what is fetched
+	down   bool          // it is older than what runs, by a signed exception
+}
+
+// install brings the release as far as its trial, or to what holds it.
+func (s *Service) install(ctx context.Context, j job) (*hold, error) {
+	from := s.mem.get()
+	err := s.mem.step(slot.Offered, func(r *Record) {
+		if from.Order == j.order {
+			return // what it has fetched, and since when, stands
+		}
+		*r = Record{Phase: r.Phase, Order: j.order, Version: j.version, From: s.o.Version, Local: j.local, Ended: from.Ended}
+	})
 	if err != nil {
-		return err
+		return nil, err
+	}
+	s.show(&wire.UpdateState{Phase: wire.UpdateFetching, Version: j.version, Local: j.local != ""})
+	f, err := s.look(ctx, j)
+	if err != nil {
+		return nil, err
+	}
+	j.progress(0.05)
+	for i, form := range f.forms {
+		packed, held, err := s.bring(ctx, j, f, form)
+		if held != nil || err != nil {
+			return held, err
+		}
+		err = s.prepare(ctx, packed, release{order: j.order, version: f.m.Version, part: f.part, form: form})
+		switch {
+		case err == nil:
+			s.noteInstalled()
+			j.progress(0.95)
+			if err := s.clearFetched(""); err != nil { // the next install clears it
+				s.o.Log.Warn("what was fetched of the release cannot be removed", "error", err)
+			}
+			return nil, nil
+		case !errors.Is(err, bundle.ErrContent) || i+1 == len(f.forms):
+			return nil, err
+		}
+		// The next form may be larger: whether its bytes may be fetched is asked again.
+		s.o.Log.Warn("a form of the release did not make what was signed; the next one is fetched", "encoding", form.Encoding, "error", err)
+		if err := s.mem.step(slot.Held, nil); err != nil {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("%w: version %s has no form that can be unpacked here", bundle.ErrPlatform, f.m.Version)
+}
+
+// look asks the signed metadata what is offered, and whether it is for this device.
+func (s *Service) look(ctx context.Context, j job) (offer, error) {
+	client, err := s.client(j)
+	if err != nil {
+		return offer{}, err
 	}
 	if err := client.Refresh(ctx, s.o.Now()); err != nil {
-		return err
+		return offer{}, err
 	}
-	m, err := client.Manifest(ctx, want.Target)
+	floor, err := s.floor()
 	if err != nil {
-		return err
+		return offer{}, err
 	}
-	if m.Version != want.Version {
-		return wire.RejectedBecause(wire.CodeVerification, "the order offers version %s, but its target %s is version %s", want.Version, want.Target, m.Version)
-	}
-	part, form, err := m.For(bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Part: s.how.part(), Platform: s.o.Platform})
+	me := bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Floor: floor, Part: s.how.part(), Platform: s.o.Platform}
+	m, err := s.manifest(ctx, client, j)
 	if err != nil {
-		return err
+		return offer{}, err
 	}
-	if point := bundle.RolloutPoint(m.Version, string(s.o.Device)); want.Percentage > 0 && point >= want.Percentage {
-		return fmt.Errorf("%w: %s goes to %v%% of devices so far, and this one stands at %.2f%%", bundle.ErrRollout, m.Version, want.Percentage, point)
-	}
-	progress(0.05)
-	here, err := s.how.room(m.Version, part.Size)
+	part, form, err := m.For(me)
 	if err != nil {
-		return err
+		return offer{}, err
 	}
-	packed, err := s.fetch(ctx, client, form, here, func(share float64) { progress(0.05 + 0.75*share) })
+	if point := bundle.RolloutPoint(m.Version, string(s.o.Device)); j.share > 0 && point >= j.share {
+		return offer{}, fmt.Errorf("%w: %s goes to %v%% of devices so far, and this one stands at %.2f%%", bundle.ErrRollout, m.Version, j.share, point)
+	}
+	f := offer{client: client, m: m, part: part, forms: []bundle.Form{form}, down: bundle.Compare(m.Version, s.o.Version) < 0}
+	if f.down && me.Part == bundle.PartFirmware {
+		return f, wire.RejectedBecause(CodeNoWayBack, "version %s is older than %s, which runs, and the boot loader of this device starts the newest firmware that there is: it cannot go back by an update; "+
+			"release the old one again under a newer version, or write its image to the disk", m.Version, s.o.Version)
+	}
+	if m.Floor != "" {
+		if err := s.raise(m.Floor, false); err != nil {
+			return f, err
+		}
+	}
+	f.more, err = s.how.room(m.Version, part.Size)
 	if err != nil {
-		return err
+		return f, err
 	}
-	progress(0.8)
-	if err := s.prepare(ctx, packed, release{order: order, version: m.Version, part: part, form: form}); err != nil {
-		return err
+	return f, s.mem.note(func(r *Record) { r.Version, r.Down, r.Checkpoint = m.Version, f.down, client.Log().Checkpoint })
+}
+
+// manifest is what the order names, or the newest that there is.
+func (s *Service) manifest(ctx context.Context, client *repo.Client, j job) (bundle.Manifest, error) {
+	if j.version == "" {
+		for _, name := range client.Targets() {
+			if v, ok := repo.TargetVersion(name); ok && (j.version == "" || bundle.Compare(v, j.version) > 0) {
+				j.version = v
+			}
+		}
+		if j.version == "" {
+			return bundle.Manifest{}, wire.RejectedBecause(wire.CodeNotFound, "there is no release in %s; publish one first", j.local)
+		}
 	}
-	progress(0.95)
-	if err := s.clearFetched(""); err != nil { // the next install clears it
-		s.o.Log.Warn("what was fetched of the release cannot be removed", "error", err)
+	if j.target == "" {
+		j.target = repo.TargetName(j.version)
 	}
-	return nil
+	m, err := client.Manifest(ctx, j.target)
+	if err == nil && m.Version != j.version {
+		err = wire.RejectedBecause(wire.CodeVerification, "the order offers version %s, but its target %s is version %s", j.version, j.target, m.Version)
+	}
+	return m, err
+}
+
+// bring has a form on disk, whole and the signed bytes, when it may go on to be installed.
+func (s *Service) bring(ctx context.Context, j job, f offer, form bundle.Form) (packed string, held *hold, err error) {
+	if held, err := s.held(j, f, s.missing(form)); held != nil || err != nil {
+		return "", held, err
+	}
+	if err := s.mem.step(slot.Allowed, func(r *Record) {
+		if r.Began == nil {
+			r.Began = s.o.moment()
+		}
+		r.Form = form.Encoding
+	}); err != nil {
+		return "", nil, err
+	}
+	s.show(&wire.UpdateState{Phase: wire.UpdateFetching, Version: f.m.Version, Local: j.local != ""})
+	began := time.Now()
+	limit := slot.Limits[slot.Fetching] - s.o.since(s.mem.get().Began)
+	limited, cancel := context.WithTimeoutCause(ctx, limit, wire.FailedBecause(wire.CodeLimit, "the release could not be fetched within %s; what was fetched is kept for the next attempt", slot.Limits[slot.Fetching]))
+	defer cancel()
+	packed, err = s.fetch(limited, j, f, form)
+	if err != nil {
+		if ctx.Err() == nil && limited.Err() != nil {
+			err = context.Cause(limited)
+		}
+		return "", nil, err
+	}
+	figures := s.figures()
+	if j.local == "" {
+		figures.Online = true // an order came, and this version is to be held to that
+	}
+	if err := s.mem.step(slot.Fetched, func(r *Record) {
+		r.Took += time.Since(began).Seconds()
+		r.Before = &figures
+	}); err != nil {
+		return "", nil, err
+	}
+	j.progress(0.8)
+	held, err = s.held(j, f, 0)
+	if held == nil && err == nil {
+		s.show(&wire.UpdateState{Phase: wire.UpdateVerified, Version: f.m.Version, Local: j.local != ""})
+	}
+	return packed, held, err
+}
+
+// held asks whether the update may take its next step. If not, it waits, durably.
+func (s *Service) held(j job, f offer, fetch int64) (*hold, error) {
+	if j.local != "" { // the owner is here
+		return nil, nil
+	}
+	ask := func() *wire.Problem { return s.o.Hold(Step{Order: j.order, Version: f.m.Version, Fetch: fetch}) }
+	if fetch == 0 && s.mem.get().Phase == slot.Waiting {
+		return nil, nil // all is here: what is asked before it is installed, is asked then
+	}
+	why := ask()
+	if why == nil {
+		return nil, nil
+	}
+	err := s.mem.step(slot.Held, func(r *Record) {
+		r.Why = &Why{Code: why.Code, Reason: why.Reason}
+		if why.After > 0 {
+			until := s.o.Now().Add(why.After).UTC().Truncate(time.Second)
+			r.Why.Until = &until
+		}
+	})
+	return &hold{version: f.m.Version, why: why, again: ask}, err
+}
+
+// noteInstalled adds to a trial that stands: it is no reason to say that it does not.
+func (s *Service) noteInstalled() {
+	if err := s.mem.step(slot.Marked, nil); err != nil {
+		s.o.Log.Warn("that the new version is installed cannot be noted", "error", err)
+	}
+	rec := s.mem.get()
+	s.show(&wire.UpdateState{Phase: wire.UpdateInstalled, Version: rec.Version, Local: rec.Local != ""})
 }
 
 func trustDir(stateDir string) string { return filepath.Join(stateDir, "ota", "tuf") }
@@ -309,39 +731,65 @@ func trustDir(stateDir string) string { return filepath.Join(stateDir, "ota", "t
 // two, the device is still a member of the old fleet, and reads its metadata again.
 func Enrolled(stateDir string, root []byte) error { return repo.Leave(trustDir(stateDir), root) }
 
-func (s *Service) client() (*repo.Client, error) {
+func (s *Service) client(j job) (_ *repo.Client, err error) {
 	root := s.o.Root()
 	if len(root) == 0 {
 		return nil, repo.ErrNoRoot
 	}
-	source, err := s.o.Source()
-	if err != nil {
-		return nil, err
+	source := j.source
+	if source == nil {
+		if source, err = s.o.Source(); err != nil {
+			return nil, err
+		}
 	}
 	return repo.NewClient(repo.ClientOptions{
 		Dir: trustDir(s.o.StateDir), Root: root, Source: source, Limits: s.o.Limits, Log: s.o.Log,
 	})
 }
 
-// fetch brings the packed part to disk, once there is room for it and for more
-// bytes beside it.
-func (s *Service) fetch(ctx context.Context, c *repo.Client, form bundle.Form, more int64, share func(float64)) (string, error) {
+// fetch brings the packed part to disk, once there is room for it and for what the
+// install takes beside it.
+func (s *Service) fetch(ctx context.Context, j job, f offer, form bundle.Form) (string, error) {
 	if err := s.clearFetched(form.SHA256); err != nil {
 		return "", err
 	}
 	path := filepath.Join(s.fetchDir(), form.SHA256)
-	if fi, err := os.Stat(path); err == nil && fi.Size() == form.Size {
-		return path, nil // fetched before a crash; unpacking checks it again
+	missing := s.missing(form)
+	if missing == 0 {
+		return path, nil // fetched before; unpacking checks it again
 	}
-	var have int64
-	if fi, err := os.Stat(path + ".partial"); err == nil {
-		have = fi.Size()
-	}
-	if err := checkSpace(s.fetchDir(), form.Size-have+more+spaceMargin); err != nil {
+	if err := checkSpace(s.fetchDir(), missing+f.more+spaceMargin); err != nil {
 		return "", err
 	}
+	have := form.Size - missing
 	s.o.Log.Info("fetching a release", "bytes", form.Size, "have", have)
-	return path, c.FetchPart(ctx, form, path, func(n int64) { share(float64(n) / float64(form.Size)) })
+	at, moved := have, int64(0)
+	err := f.client.FetchPart(ctx, form, path, func(n int64) {
+		if n > at {
+			moved += n - at
+			if j.local == "" {
+				s.o.Moved(n - at)
+			}
+		}
+		at = n // less, if it had to begin anew
+		j.progress(0.05 + 0.75*float64(n)/float64(form.Size))
+	})
+	if moved > 0 { // and what a life before has fetched that was cut off
+		err = errors.Join(err, s.mem.note(func(r *Record) { r.Fetched = max(r.Fetched, have) + moved }))
+	}
+	return path, err
+}
+
+// missing is how many bytes of a form are not here.
+func (s *Service) missing(form bundle.Form) int64 {
+	path := filepath.Join(s.fetchDir(), form.SHA256)
+	if fi, err := os.Stat(path); err == nil && fi.Size() == form.Size {
+		return 0
+	}
+	if fi, err := os.Stat(path + ".partial"); err == nil && fi.Size() < form.Size {
+		return form.Size - fi.Size()
+	}
+	return form.Size
 }
 
 func (s *Service) fetchDir() string { return filepath.Join(s.o.StateDir, "ota", "parts") }
@@ -393,7 +841,13 @@ func (s *Service) prepare(ctx context.Context, packed string, r release) (err er
 		return err
 	}
 	defer r.packed.Close()
-	if err := s.how.install(ctx, r); err != nil {
+	limit := slot.Limits[slot.Verified]
+	limited, cancel := context.WithTimeoutCause(ctx, limit, wire.FailedBecause(wire.CodeLimit, "the release could not be installed within %s; is the disk failing?", limit))
+	defer cancel()
+	if err := s.how.install(limited, r); err != nil {
+		if ctx.Err() == nil && limited.Err() != nil {
+			return context.Cause(limited)
+		}
 		if errors.Is(err, bundle.ErrContent) {
 			return errors.Join(err, os.Remove(packed))
 		}
@@ -431,6 +885,7 @@ func problem(ctx context.Context, err error) error {
 	}{
 		{bundle.ErrSame, wire.CodeAlreadyLatest},
 		{bundle.ErrDowngrade, CodeDowngrade},
+		{bundle.ErrFloor, CodeDowngrade},
 		{firmware.ErrVersion, CodePreflight},
 		{firmware.ErrUncounted, wire.CodeNotSupported},
 		{bundle.ErrBoard, CodeWrongHardware},
@@ -449,6 +904,10 @@ func repoProblem(e *repo.Error) error {
 	switch {
 	case errors.Is(e, bundle.ErrNewerFormat):
 		return wire.RejectedBecause(CodeNewerFormat, "%v", e)
+	case e.Condition == repo.LogFork:
+		return wire.RejectedBecause(CodeLogFork, "the release is refused: %v", e)
+	case e.Condition == repo.Unlogged:
+		return wire.RejectedBecause(CodeNotLogged, "the release is refused: %v", e)
 	case e.Condition == repo.Expired:
 		return wire.RejectedBecause(CodeStaleMetadata, "update metadata: %v", e)
 	case e.Condition == repo.Missing && !errors.Is(e, fs.ErrNotExist):

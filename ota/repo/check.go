@@ -67,3 +67,10 @@ func Rank(file string) int {
 	}
 	return 7 // the timestamp
 }
+
+// TargetVersion is the version of the release that a target of this name is; ok is
+// false for one that is no release.
+func TargetVersion(name string) (version string, ok bool) {
+	version = strings.TrimSuffix(strings.TrimPrefix(name, "bundles/"), ".json")
+	return version, TargetName(version) == name && bundle.CheckVersion(version) == nil
+}

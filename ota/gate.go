@@ -1,0 +1,76 @@
+package ota
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/deimos-edge/deimos/ota/slot"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// steady is how long a version must live that has failed a try before: half of what it
+// has for that.
+const steady = slot.ConfirmWithin / 2
+
+// errNotSteady keeps a version that has crashed from being kept at once.
+var errNotSteady = errors.New("it failed a try before, and has not lived for long enough since")
+
+// Healthy tells, as an error, why the version on trial is not to be confirmed yet: it
+// does worse than the one before it did, as noted when it was installed. lived is for
+// how long it has run. What is worse is noted, so that who goes back can tell.
+//
+// A device that was updated by an older agent has no such note: it was online.
+func (s *Service) Healthy(lived time.Duration) error {
+	if s.how == nil {
+		return nil
+	}
+	t, _, err := s.how.standing()
+	if err != nil || t == nil || !t.running {
+		return err
+	}
+	rec := s.mem.get()
+	before := wire.UpdateFigures{Online: true}
+	if rec.Order == t.order && rec.Before != nil {
+		before = *rec.Before
+	}
+	after := s.figures()
+	after.Crashes = t.failed
+	worse := compare(before, after)
+	if rec.Order == t.order && (rec.After == nil || *rec.After != after || !slices.Equal(rec.Worse, worse)) {
+		if err := s.mem.note(func(r *Record) { r.After, r.Worse = &after, worse }); err != nil {
+			s.o.Log.Warn("how the new version does cannot be noted", "error", err) // it may be confirmed all the same
+		}
+	}
+	switch {
+	case len(worse) > 0:
+		return fmt.Errorf("version %s does worse than the one before: %s", s.o.Version, strings.Join(worse, "; "))
+	case after.Crashes > 0 && lived < steady:
+		return errNotSteady
+	}
+	return nil
+}
+
+func (s *Service) figures() wire.UpdateFigures {
+	if s.o.Figures == nil {
+		return wire.UpdateFigures{Online: true}
+	}
+	return s.o.Figures()
+}
+
+// compare says what is worse after than it was before.
+func compare(before, after wire.UpdateFigures) (worse []string) {
+	fewer := func(what string, before, after int) {
+		if after < before {
+			worse = append(worse, fmt.Sprintf("%s: %d, before it was %d", what, after, before))
+		}
+	}
+	if before.Online && !after.Online {
+		worse = append(worse, "the coordinator is not reached, before it was")
+	}
+	fewer("volumes that are open", before.Volumes, after.Volumes)
+	fewer("sensors that answer", before.Sensors, after.Sensors)
+	return worse
+}

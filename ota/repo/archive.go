@@ -1,0 +1,74 @@
+package repo
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+)
+
+// Archive is a repository in one file, as tar makes it of the repository's folder. What
+// is in it is trusted no more than what a server sends.
+type Archive struct {
+	file  *os.File
+	files map[string]span
+}
+
+type span struct{ at, size int64 }
+
+// maxFiles is how many files an archive may have; a release has some ten, and those of
+// ten years a thousand.
+const maxFiles = 20_000
+
+// OpenArchive reads which files there are. A file that breaks off in the middle of the
+// archive is one that breaks off.
+func OpenArchive(name string) (*Archive, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	a := &Archive{file: f, files: map[string]span{}}
+	if err := a.index(); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s is no archive of a repository (tar -C REPOSITORY -cf FILE .): %w", name, err), f.Close())
+	}
+	return a, nil
+}
+
+func (a *Archive) index() error {
+	for t := tar.NewReader(a.file); ; {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && len(a.files) > 0 {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if h.Typeflag != tar.TypeReg {
+			continue
+		}
+		at, err := a.file.Seek(0, io.SeekCurrent)
+		if err != nil {
+			return err
+		}
+		if len(a.files) == maxFiles {
+			return fmt.Errorf("it has more than %d files", maxFiles)
+		}
+		a.files[path.Clean(h.Name)] = span{at, h.Size}
+	}
+}
+
+// Open implements [Source].
+func (a *Archive) Open(_ context.Context, name string, offset int64) (io.ReadCloser, error) {
+	s, ok := a.files[name]
+	if !ok {
+		return nil, fmt.Errorf("%s in the archive: %w", name, fs.ErrNotExist)
+	}
+	return io.NopCloser(io.NewSectionReader(a.file, s.at+offset, max(0, s.size-offset))), nil
+}
+
+// Close ends the use of the archive.
+func (a *Archive) Close() error { return a.file.Close() }
