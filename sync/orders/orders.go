@@ -74,7 +74,7 @@ type Store interface {
 	Tree(ctx context.Context, id chunk.ID) (*chunk.Tree, error)
 	Drop(ctx context.Context, ids []chunk.ID) error
 	DropLost(ctx context.Context, ids []chunk.ID) error
-	Has(id chunk.ID) bool
+	Lost() []store.Loss
 	List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error
 	Volumes() []*store.Volume
 }
@@ -422,12 +422,8 @@ func (s *Service) drop(ctx context.Context, o wire.Order, _ func(wire.Progress))
 // another volume is not.
 func (s *Service) Losses() []wire.ChunkLoss {
 	var all []wire.ChunkLoss
-	for _, v := range s.set.Volumes() {
-		for _, l := range v.Lost() {
-			if !s.set.Has(l.ID) {
-				all = append(all, wire.ChunkLoss{ID: l.ID.String(), Size: l.Size, Volume: v.ID(), Reason: l.Reason, Found: l.Found.UTC()})
-			}
-		}
+	for _, l := range s.set.Lost() {
+		all = append(all, wire.ChunkLoss{ID: l.ID.String(), Size: l.Size, Volume: l.Volume, Reason: l.Reason, Found: l.Found.UTC()})
 	}
 	slices.SortStableFunc(all, func(a, b wire.ChunkLoss) int { return cmp.Compare(a.ID, b.ID) })
 	return slices.CompactFunc(all, func(a, b wire.ChunkLoss) bool { return a.ID == b.ID }) // of two damaged copies one

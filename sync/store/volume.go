@@ -80,7 +80,8 @@ type Volume struct {
 // Loss is a chunk that should be here and cannot be read or does not verify.
 type Loss struct {
 	ID     chunk.ID
-	Size   int64 // bytes, from the index
+	Size   int64  // bytes, from the index
+	Volume string // id
 	Reason string
 	Found  time.Time
 }
@@ -370,7 +371,7 @@ func (v *Volume) lose(id chunk.ID, size int64, version uint64, reason string) er
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if _, known := v.lost[id]; !known && ok && now == version {
-		v.lost[id] = Loss{ID: id, Size: size, Reason: reason, Found: time.Now()}
+		v.lost[id] = Loss{ID: id, Size: size, Volume: v.id, Reason: reason, Found: time.Now()}
 	}
 	return wire.FailedBecause(wire.CodeLost, "chunk %s is lost: %s", id, reason)
 }
@@ -591,7 +592,7 @@ func (v *Volume) lossOf(id chunk.ID, err error) Loss {
 	if l, ok := v.lost[id]; ok {
 		return l
 	}
-	return Loss{ID: id, Reason: err.Error(), Found: time.Now()}
+	return Loss{ID: id, Volume: v.id, Reason: err.Error(), Found: time.Now()}
 }
 
 // Stats returns the volume's figures.
