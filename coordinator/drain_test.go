@@ -3,6 +3,7 @@ package coordinator
 import (
 	"encoding/json"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -190,6 +191,7 @@ func TestADrainThatCannotBeKeepsEverything(t *testing.T) {
 	w := repairing(t, t.TempDir())
 	devices := w.devices(t, 6)
 	f := w.putCoded(t, "coded", 60_000, api.Code{Data: 4, Parity: 2})
+	w.putOne(t, len(devices)) // of an upload that has no name yet
 	d := devices[0]
 	had := len(d.held())
 	_, err := w.op.DrainDevice(testContext(t), string(d.id))
@@ -203,6 +205,12 @@ func TestADrainThatCannotBeKeepsEverything(t *testing.T) {
 			}
 		}
 		return false
+	})
+	eventually(t, "the upload is told of as such", func() bool {
+		see := w.repairs.attention()
+		return slices.ContainsFunc(see, func(a api.Attention) bool {
+			return a.Code == api.AttentionRepair && a.About == "uploads" && strings.Contains(a.Text, "chunks that no object has yet")
+		}) && slices.ContainsFunc(see, func(a api.Attention) bool { return a.About == "object:coded" })
 	})
 	if len(d.held()) != had || w.orders(t, wire.KindChunkDrop) != 0 {
 		t.Error("something was dropped that is nowhere else")

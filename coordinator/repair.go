@@ -703,12 +703,15 @@ func (r *repairs) attention() (see []api.Attention) {
 		h.problem = cmp.Or(h.problem, t.problem)
 	}
 	for name, h := range by {
-		about := "object:" + name
+		about, what := "object:"+name, "of its stripes"
+		if name == "" {
+			about, what = "uploads", "chunks that no object has yet"
+		}
 		if h.lost > 0 {
-			see = append(see, api.Attention{Code: api.AttentionLost, About: about, Text: fmt.Sprintf("too little is left of %d of its stripes on any device: they are lost, unless a device brings them back; \"deimos repair\" shows them", h.lost)})
+			see = append(see, api.Attention{Code: api.AttentionLost, About: about, Text: fmt.Sprintf("too little is left of %d %s on any device: they are lost, unless a device brings them back; \"deimos repair\" shows them", h.lost, what)})
 		}
 		if h.waiting > 0 {
-			see = append(see, api.Attention{Code: api.AttentionRepair, About: about, Text: fmt.Sprintf("%d of its stripes wait to be repaired: %s", h.waiting, cutText(h.problem, 200))})
+			see = append(see, api.Attention{Code: api.AttentionRepair, About: about, Text: fmt.Sprintf("%d %s wait to be repaired: %s", h.waiting, what, cutText(h.problem, 200))})
 		}
 	}
 	for _, d := range r.drains.list() {

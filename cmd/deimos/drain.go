@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -175,7 +176,7 @@ func writeRepair(w io.Writer, v api.Repair) error {
 		case e.Problem != "":
 			state = "waits: " + e.Problem
 		}
-		rows = append(rows, fmt.Sprintf("%s\t%d\t%d\t%d\t%s\t%s", cell(e.Object), e.Stripe, e.Spare, e.Missing, cli.Ago(e.Since), cell(state)))
+		rows = append(rows, fmt.Sprintf("%s\t%d\t%d\t%d\t%s\t%s", cell(cmp.Or(e.Object, "(no object yet)")), e.Stripe, e.Spare, e.Missing, cli.Ago(e.Since), cell(state)))
 	}
 	if n := v.Endangered - len(v.Queue); n > 0 {
 		rows = append(rows, fmt.Sprintf("… and %d more", n))

@@ -56,7 +56,7 @@ const MaxAttention = 50
 // Attention is one thing that somebody should look at.
 type Attention struct {
 	Code  string `json:"code"`  // stable, for machines: that of a [Warning], or one of the constants below
-	About string `json:"about"` // "coordinator", "device:ID", "object:NAME", "operator:NAME" or "token:ID"
+	About string `json:"about"` // "coordinator", "device:ID", "object:NAME", "uploads", "operator:NAME" or "token:ID"
 	Text  string `json:"text"`  // what it is, a short sentence
 }
 
