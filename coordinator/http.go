@@ -446,28 +446,19 @@ func (c *Coordinator) putBlob(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	r.Body = c.storage.coming.body(r.Body, t.order)
-	most := min(t.size, chunk.MaxSize)
-	leave, err := c.enterUpload(r, most)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	data, err := readBody(w, r, most)
-	if err != nil {
-		return err
-	}
-	if err := verifyBlob(ref, data); err != nil {
-		return refuse(http.StatusUnprocessableEntity, wire.CodeMismatch, "%v", err)
-	}
-	if err := c.staging.put(r.Context(), servedName(t.order), data); err != nil {
-		return err // ours, not the device's: it must not think that its chunk is damaged
-	}
-	// Who waited takes away what is there when the order has ended, not what comes after.
-	if err := c.awaited(r.Context(), t); err != nil {
-		return errors.Join(err, c.staging.drop(context.WithoutCancel(r.Context()), servedName(t.order)))
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return c.takeUpload(w, r, min(t.size, chunk.MaxSize), func(data []byte) error {
+		if err := verifyBlob(ref, data); err != nil {
+			return refuse(http.StatusUnprocessableEntity, wire.CodeMismatch, "%v", err)
+		}
+		if err := c.staging.put(r.Context(), servedName(t.order), data); err != nil {
+			return err // ours, not the device's: it must not think that its chunk is damaged
+		}
+		// Who waited takes away what is there when the order has ended, not what comes after.
+		if err := c.awaited(r.Context(), t); err != nil {
+			return errors.Join(err, c.staging.drop(context.WithoutCancel(r.Context()), servedName(t.order)))
+		}
+		return nil
+	})
 }
 
 // awaited refuses what nobody waits for: nobody would take it away.
@@ -495,20 +486,9 @@ func (c *Coordinator) putAttachment(w http.ResponseWriter, r *http.Request) erro
 	if v.Kind == wire.KindInventory {
 		most = maxInventory
 	}
-	leave, err := c.enterUpload(r, most)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	data, err := readBody(w, r, most)
-	if err != nil {
-		return err
-	}
-	if err := c.staging.put(r.Context(), attachmentName(order), data); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return c.takeUpload(w, r, most, func(data []byte) error {
+		return c.staging.put(r.Context(), attachmentName(order), data)
+	})
 }
 
 func (c *Coordinator) getRepoFile(w http.ResponseWriter, r *http.Request) error {

@@ -68,11 +68,25 @@ func (u *uploads) enter(ctx context.Context, d wire.DeviceID, bytes int64) (leav
 	}, nil
 }
 
-// enterUpload takes what the upload of a request can need, of limit bytes at most.
-func (c *Coordinator) enterUpload(r *http.Request, limit int64) (leave func(), err error) {
+// takeUpload reads the upload of a request, of limit bytes at most, when there is room
+// for it, and does with it what keep does. The room is its own until then.
+func (c *Coordinator) takeUpload(w http.ResponseWriter, r *http.Request, limit int64, keep func(data []byte) error) error {
 	size := r.ContentLength
 	if size < 0 || size > limit {
 		size = 2 * limit // a buffer that grows to it
 	}
-	return c.uploads.enter(r.Context(), caller(r), size)
+	leave, err := c.uploads.enter(r.Context(), caller(r), size)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	data, err := readBody(w, r, limit)
+	if err != nil {
+		return err
+	}
+	if err := keep(data); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
 }
