@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/jobs/sandbox"
@@ -365,6 +369,33 @@ func TestTheKeyIsMadeOnceAndForItsOwnerOnly(t *testing.T) {
 		t.Errorf("without a key: %v, %s", err, out)
 	}
 	m.ok("object", "get", "file", "--identity", moved, "--out", filepath.Join(m.dir, "back"))
+}
+
+// On a file system without hard links, as FAT is, a key is made as well, and takes no
+// other one away.
+func TestAKeyIsNamedWithoutLinks(t *testing.T) {
+	for name, link := range map[string]func(string, string) error{
+		"links": os.Link,
+		"FAT":   func(from, to string) error { return &os.LinkError{Op: "link", Old: from, New: to, Err: unix.EPERM} },
+	} {
+		dir := t.TempDir()
+		one, other, key := filepath.Join(dir, "one"), filepath.Join(dir, "other"), filepath.Join(dir, "key")
+		must(t, os.WriteFile(one, []byte("one"), 0o600))
+		must(t, os.WriteFile(other, []byte("other"), 0o600))
+		if err := nameNew(one, key, link); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := nameNew(other, key, link); !errors.Is(err, fs.ErrExist) {
+			t.Errorf("%s: another key in its place: %v", name, err)
+		}
+		if raw, err := os.ReadFile(key); err != nil || string(raw) != "one" {
+			t.Errorf("%s: the key is %q, %v", name, raw, err)
+		}
+	}
+	full := func(from, to string) error { return unix.ENOSPC }
+	if err := nameNew("x", "y", full); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("another error: %v", err)
+	}
 }
 
 // What is given as plain to who has a key may be a forgery.

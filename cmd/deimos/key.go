@@ -15,6 +15,7 @@ import (
 	"filippo.io/age"
 	"filippo.io/age/agessh"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -51,7 +52,7 @@ func (k keyring) create() (*age.X25519Identity, error) {
 		return nil, err
 	}
 	text := fmt.Sprintf("# created: %s\n# public key: %s\n%s\n", time.Now().UTC().Format(time.RFC3339), id.Recipient(), id)
-	// Written whole beside it and linked: two commands at once do not take each
+	// Written whole beside it, and then named: two commands at once do not take each
 	// other's key away.
 	tmp, err := os.CreateTemp(k.dir, ".key-*")
 	if err != nil {
@@ -61,7 +62,7 @@ func (k keyring) create() (*age.X25519Identity, error) {
 	_, err = tmp.WriteString(text)
 	err = errors.Join(err, tmp.Sync(), tmp.Close())
 	if err == nil {
-		err = os.Link(tmp.Name(), k.path())
+		err = nameNew(tmp.Name(), k.path(), os.Link)
 	}
 	if err == nil {
 		err = durable.Sync(k.dir)
@@ -70,6 +71,20 @@ func (k keyring) create() (*age.X25519Identity, error) {
 		return nil, fmt.Errorf("the key cannot be written: %w", err)
 	}
 	return id, nil
+}
+
+// nameNew gives a file another name, which must not be taken ([fs.ErrExist]), by a hard
+// link where the file system has them. FAT has none (EPERM), but a rename that takes
+// nothing away.
+func nameNew(from, to string, link func(from, to string) error) error {
+	err := link(from, to)
+	if !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOSYS) {
+		return err
+	}
+	if renaming := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE); renaming != nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: renaming}
+	}
+	return nil
 }
 
 // identities reads those of a file; of the key beside the context, if path is
