@@ -512,29 +512,13 @@ func TestAMoveWhoseBytesAPowerCutTookLosesNothing(t *testing.T) {
 	v := open1(t, dir, smallLogs())
 	id, data := someChunk(rng, 50_000)
 	mustPut(t, v, id, data)
-	from := whereIs(t, v, id)
-	if err := v.hand(t.Context(), &request{moves: []move{{id: id, data: data, from: from}}}); err != nil {
-		t.Fatal(err)
-	}
-	to := whereIs(t, v, id)
-	if to == from {
-		t.Fatal("it was not moved")
-	}
+	from, to := moved(t, v, id, data)
 	for range 60 { // so that it is not among the newest keys alone
 		other, bytes := someChunk(rng, 20_000)
 		mustPut(t, v, other, bytes)
 	}
 	mustClose(t, v)
-	f, err := os.OpenFile(v.logPath(to.log), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt(make([]byte, to.length), int64(to.at)); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	neverWritten(t, v, to)
 	v = open1(t, dir, smallLogs())
 	mustHold(t, v, id, data)
 	if now := whereIs(t, v, id); now == to || now == from {
@@ -542,6 +526,35 @@ func TestAMoveWhoseBytesAPowerCutTookLosesNothing(t *testing.T) {
 	}
 	if s := v.Stats(); s.Lost != 0 || s.Chunks != 61 {
 		t.Fatalf("%+v", s)
+	}
+}
+
+// moved writes a chunk again elsewhere, and returns from where to where.
+func moved(t *testing.T, v *Volume, id chunk.ID, data []byte) (from, to place) {
+	t.Helper()
+	from = whereIs(t, v, id)
+	if err := v.hand(t.Context(), &request{moves: []move{{id: id, data: data, from: from}}}); err != nil {
+		t.Fatal(err)
+	}
+	if to = whereIs(t, v, id); to == from {
+		t.Fatal("it was not moved")
+	}
+	return from, to
+}
+
+// neverWritten takes the bytes of a record away, as a power cut does that comes before
+// them. The volume is closed.
+func neverWritten(t *testing.T, v *Volume, at place) {
+	t.Helper()
+	f, err := os.OpenFile(v.logPath(at.log), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, at.length), int64(at.at)); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -563,10 +576,7 @@ func cutMove(t *testing.T, rng *rand.Rand, dir string) (id chunk.ID, data []byte
 		other, bytes := someChunk(rng, 20_000)
 		mustPut(t, v, other, bytes)
 	}
-	if err := v.hand(t.Context(), &request{moves: []move{{id: id, data: data, from: from}}}); err != nil {
-		t.Fatal(err)
-	}
-	to := whereIs(t, v, id)
+	_, to := moved(t, v, id, data)
 	if to.log == from.log {
 		t.Fatal("it was not moved to another log")
 	}
@@ -575,16 +585,7 @@ func cutMove(t *testing.T, rng *rand.Rand, dir string) (id chunk.ID, data []byte
 	if err := os.WriteFile(v.logPath(from.log), old, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.OpenFile(v.logPath(to.log), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt(make([]byte, to.length), int64(to.at)); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	neverWritten(t, v, to)
 	return id, data
 }
 
