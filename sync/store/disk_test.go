@@ -335,3 +335,116 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	}
 	mustClose(t, bad)
 }
+
+// leftEnv is where the volume lies, for the process that this test starts, leftDevice and
+// leftFile are its loop device, and the file behind that.
+const (
+	leftEnv    = "DEIMOS_TEST_STORE_LEFT"
+	leftDevice = "DEIMOS_TEST_STORE_LEFT_DEVICE"
+	leftFile   = "DEIMOS_TEST_STORE_LEFT_FILE"
+)
+
+// A disk that leaves, and from then on has an error for each read and write, though it
+// is mounted still: the volume says so and takes nothing more, calls nothing lost, and
+// the process lives. When the disk is back, all is there.
+func TestADiskThatLeavesUnderAVolume(t *testing.T) {
+	seed := testenv.Seed(t)
+	some := func() map[chunk.ID][]byte {
+		rng, held := rand.New(rand.NewPCG(seed, 0)), map[chunk.ID][]byte{}
+		for range 60 {
+			id, data := someChunk(rng, 100_000+rng.IntN(100_000))
+			held[id] = data
+		}
+		return held
+	}
+	if dir := os.Getenv(leftEnv); dir != "" {
+		losesItsDisk(t, dir, some())
+		return
+	}
+	backing := image(t, 128)
+	d := newDisk(t, backing)
+	store := filepath.Join(d.mount, "store")
+	v := open1(t, store, smallLogs())
+	for id, data := range some() {
+		mustPut(t, v, id, data)
+	}
+	mustClose(t, v)
+	d.detach() // nothing of it is in memory
+	run(t, "cp", "--sparse=always", backing, backing+".whole")
+	d.attach(t)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), leftEnv+"="+store, leftDevice+"="+d.device, leftFile+"="+backing, fmt.Sprintf("DEIMOS_TEST_SEED=%d", seed))
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.detach()
+	run(t, "cp", backing+".whole", backing)
+	run(t, "losetup", "--set-capacity", d.device)
+	d.attach(t)
+	v = open1(t, store, smallLogs())
+	for id, data := range some() {
+		mustHold(t, v, id, data)
+	}
+	id, data := someChunk(rand.New(rand.NewPCG(seed, 1)), 50_000)
+	mustPut(t, v, id, data)
+	mustClose(t, v)
+}
+
+func losesItsDisk(t *testing.T, dir string, held map[chunk.ID][]byte) {
+	v := open1(t, dir, smallLogs())
+	good := open1(t, t.TempDir(), smallLogs())
+	s := NewSet(v, good)
+	logs, err := filepath.Glob(filepath.Join(dir, chunksDir, "*.vlog"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range logs { // what was read at opening has to come from the disk again
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	if err := os.Truncate(os.Getenv(leftFile), 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "losetup", "--set-capacity", os.Getenv(leftDevice))
+	unread := 0
+	for id, data := range held {
+		got, err := v.Get(t.Context(), id)
+		switch {
+		case err != nil:
+			mustFail(t, err, wire.CodeUnreachable)
+			unread++
+		case !bytes.Equal(got, data):
+			t.Error("other bytes are given for those of a chunk")
+		}
+	}
+	if unread == 0 {
+		t.Fatal("everything was read, from memory: this test tests nothing")
+	}
+	if st := v.Stats(); st.ReadOnly == "" || st.Lost != 0 || st.Chunks != len(held) {
+		t.Errorf("%+v", st)
+	}
+	rng := rand.New(rand.NewPCG(testenv.Seed(t), 2))
+	for range 40 {
+		id, data := someChunk(rng, 200_000) // enough for new logs
+		if err := v.Put(t.Context(), id, data); err == nil {
+			t.Error("a receipt for what is on no disk")
+		}
+		if where, err := s.Put(t.Context(), id, data); err != nil || where != good.ID() {
+			t.Fatalf("put on %s: %v", where, err)
+		}
+		mustHold(t, good, id, data)
+	}
+	if len(s.Lost()) != 0 {
+		t.Errorf("lost are %v", s.Lost())
+	}
+	t.Logf("%d of %d could not be read; closed: %v", unread, len(held), v.Close())
+	mustClose(t, good)
+}
