@@ -99,7 +99,9 @@ func TestLogWithTwoFacesIsFoundOut(t *testing.T) {
 				t.Errorf("%s: the evidence does not stand by itself: %v", name, err)
 			}
 		}
-		must(t, take(t, f.client(dir), "1.2.0")) // the honest one goes on
+		if still, ok := f.client(dir).seen(); !ok || still.signed != kept.Seen {
+			t.Errorf("%s: the device follows the other face from now on", name)
+		}
 	}
 	one := f.from(t.TempDir(), other.repo)
 	must(t, take(t, one, "1.2.0"))
