@@ -25,26 +25,9 @@ type releaseCmd struct {
 	Keys    releaseKeysCmd    `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
 	Build   releaseBuildCmd   `cmd:"" help:"Pack agent binaries and firmware images into a bundle."`
 	Publish releasePublishCmd `cmd:"" help:"Sign a bundle into the update repository and upload it."`
+	Sign    releaseSignCmd    `cmd:"" help:"Look at what is to be signed on another machine, and add your signature."`
+	Log     releaseLogCmd     `cmd:"" help:"The log that every release stands in."`
 	Offer   releaseOfferCmd   `cmd:"" help:"Offer a published release to devices."`
-}
-
-type releaseKeysCmd struct {
-	Init releaseKeysInitCmd `cmd:"" help:"Make the keys of a new fleet."`
-}
-
-type releaseKeysInitCmd struct {
-	Keys      string `required:"" type:"path" placeholder:"DIR" help:"New folder for the keys."`
-	RootKeys  int    `default:"3" help:"How many root keys (${default})."`
-	Threshold int    `default:"2" help:"How many of them must sign (${default})."`
-}
-
-func (r *releaseKeysInitCmd) Run() error {
-	if err := repo.Init(r.Keys, repo.InitOptions{RootKeys: r.RootKeys, Threshold: r.Threshold, Now: time.Now()}); err != nil {
-		return err
-	}
-	fmt.Printf("%d root keys, of which %d must sign, and one key each for targets, snapshot and timestamp are in %s.\n"+
-		"Next, before devices enrol: deimos release publish --keys %s --repo DIR\n", r.RootKeys, r.Threshold, r.Keys, r.Keys)
-	return nil
 }
 
 type releaseBuildCmd struct {
@@ -88,6 +71,11 @@ type releasePublishCmd struct {
 	Repo   string `required:"" type:"path" placeholder:"DIR" help:"Folder of the update repository; made if missing."`
 	Bundle string `type:"existingdir" placeholder:"DIR" help:"Bundle to add. Without one, the metadata is signed afresh."`
 	Local  bool   `help:"Do not upload."`
+
+	With     []string `type:"existingfile" placeholder:"FILE" help:"Further key that signs, from elsewhere; may be repeated."`
+	Unsigned string   `type:"path" placeholder:"DIR" help:"If keys are elsewhere: folder for what their holders sign with \"deimos release sign\". Nothing is published then."`
+	Signed   []string `type:"existingfile" placeholder:"FILE" help:"What was signed there; may be repeated. Name the bundle again."`
+	passphraseFlags
 	cli.Output
 }
 
@@ -99,17 +87,27 @@ func (r *releasePublishCmd) Run(ctx context.Context, all *commands) error {
 			return err
 		}
 	}
-	p, err := repo.Publish(repo.PublishOptions{Keys: r.Keys, Repo: r.Repo, Bundle: r.Bundle, Now: time.Now()})
+	signers, err := r.signers(r.With)
+	if err != nil {
+		return err
+	}
+	p, err := repo.Publish(repo.PublishOptions{Keys: r.Keys, Repo: r.Repo, Bundle: r.Bundle, Now: time.Now(),
+		Signers: signers, Passphrase: r.ask, Unsigned: r.Unsigned, Signed: r.Signed})
 	if err != nil {
 		return err
 	}
 	out := published{Published: p}
-	if !r.Local {
+	if !r.Local && p.Awaits == "" {
 		if out.Upload, err = upload(ctx, c, r.Repo); err != nil {
 			return err
 		}
 	}
 	return r.Print(out, func(w io.Writer) error {
+		if p.Awaits != "" {
+			_, err := fmt.Fprintf(w, "nothing is published yet: %s\nNext, on the machines of those who have these keys: deimos release sign %s --key FILE\n"+
+				"Then: this command again, with --signed %s\n", p.Missing, filepath.Base(p.Awaits), p.Awaits)
+			return err
+		}
 		if p.Target != "" {
 			fmt.Fprintf(w, "signed %s\n", p.Target)
 		}

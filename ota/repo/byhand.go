@@ -239,7 +239,7 @@ func rootChanges(old, m *metadata.RootType) (out []string, err error) {
 		if name == logField {
 			continue // above
 		}
-		out = append(out, fmt.Sprintf("a field %q that this command does not know says %v", name, value))
+		out = append(out, fmt.Sprintf("a field %q that this command does not know says %q", name, fmt.Sprint(value)))
 	}
 	return out, nil
 }
@@ -253,14 +253,14 @@ func targetsChanges(old, m *metadata.TargetsType) (out []string, err error) {
 		}
 		switch was := old.Targets[name]; {
 		case was == nil:
-			out = append(out, fmt.Sprintf("release %s is added: a manifest of %d bytes, SHA-256 %s", name, t.Length, sum))
+			out = append(out, fmt.Sprintf("release %q is added: a manifest of %d bytes, SHA-256 %s", name, t.Length, sum))
 		case !was.Equal(*t):
-			out = append(out, fmt.Sprintf("release %s has OTHER CONTENT than before: SHA-256 %s, before it was %s; a published version never changes", name, sum, was.Hashes["sha256"]))
+			out = append(out, fmt.Sprintf("release %q has OTHER CONTENT than before: SHA-256 %s, before it was %s; a published version never changes", name, sum, was.Hashes["sha256"]))
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(old.Targets)) {
 		if m.Targets[name] == nil {
-			out = append(out, fmt.Sprintf("release %s is removed", name))
+			out = append(out, fmt.Sprintf("release %q is removed", name))
 		}
 	}
 	if m.Delegations != nil {
@@ -272,7 +272,7 @@ func targetsChanges(old, m *metadata.TargetsType) (out []string, err error) {
 func metaChanges(meta map[string]*metadata.MetaFiles) (out []string) {
 	for _, name := range slices.Sorted(maps.Keys(meta)) {
 		if m := meta[name]; m != nil {
-			out = append(out, fmt.Sprintf("%s is version %d, %d bytes, SHA-256 %s", name, m.Version, m.Length, m.Hashes["sha256"]))
+			out = append(out, fmt.Sprintf("%q is version %d, %d bytes, SHA-256 %s", name, m.Version, m.Length, m.Hashes["sha256"]))
 		}
 	}
 	return out
@@ -317,27 +317,22 @@ func mergeHand[T metadata.Roles](files []string, role string) (*metadata.Metadat
 	return merged, nil
 }
 
-// TakeRoot takes in a root that was signed by hand, as the newest of the desk's
-// folder, once both the root before and it itself are content. Keys at hand add
-// what they can. It tells false if no file is a root.
-func TakeRoot(d Desk, files []string) (bool, error) {
+// TakeRoot takes in a root that was signed by hand, as the newest of a folder of
+// keys, once both the root before and it itself are content. It signs nothing: what
+// came from elsewhere, nobody here has looked at. It tells false if no file is a root.
+func TakeRoot(keysDir string, files []string) (bool, error) {
 	next, err := mergeHand[metadata.RootType](files, metadata.ROOT)
 	if next == nil || err != nil {
 		return false, err
 	}
-	old, err := readRoot(d.Keys)
+	old, err := readRoot(keysDir)
 	if err != nil {
 		return false, err
 	}
 	if same, err := sameSigned(old, next); same || err != nil {
 		return same, err // taken before, and cut off after that
 	}
-	if next.Signed.Version == old.Signed.Version+1 {
-		if _, err := d.signRoot(old, next); err != nil {
-			return false, err
-		}
-	}
-	return true, adopt(d.Keys, old, next)
+	return true, adopt(keysDir, old, next)
 }
 
 func sameSigned[T metadata.Roles](a, b *metadata.Metadata[T]) (bool, error) {

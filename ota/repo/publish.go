@@ -60,7 +60,7 @@ func Publish(o PublishOptions) (Published, error) {
 		o.Now = time.Now()
 	}
 	desk := Desk{Keys: o.Keys, Signers: o.Signers, Passphrase: o.Passphrase}
-	if _, err := TakeRoot(desk, o.Signed); err != nil {
+	if _, err := TakeRoot(o.Keys, o.Signed); err != nil {
 		return Published{}, err
 	}
 	p := &publisher{PublishOptions: o}
@@ -114,6 +114,7 @@ type publisher struct {
 	timestamp *metadata.Metadata[metadata.TimestampType]
 	was       struct{ targets, snapshot, timestamp int64 } // versions in the repository
 	log       *ledger                                      // nil: the root names none
+	signed    []byte                                       // its checkpoint as it is in the repository; nil: none
 	logged    int64                                        // records that the repository's checkpoint has
 	bundle    *bundle.Manifest                             // to be added; nil: none
 
@@ -261,6 +262,7 @@ func (p *publisher) loadLog() error {
 		if p.log, err = p.openLog(raw); err != nil {
 			return fmt.Errorf("the log of releases in %s: %w", p.Repo, err)
 		}
+		p.signed = raw
 	}
 	p.logged = p.log.size()
 	if err := p.checkLogged(); err != nil {
@@ -421,7 +423,12 @@ func (p *publisher) signTargets(e Expiry) ([]byte, error) {
 	mine := p.targets
 	mine.Signed.Version, mine.Signed.Expires = p.was.targets+1, p.until(e.Targets)
 	if p.targets, err = byHand(p, metadata.TARGETS, p.was.targets, mine, func(m *metadata.TargetsType) bool {
-		return p.bundle == nil || m.Targets[TargetName(p.bundle.Version)].Equal(*mine.Signed.Targets[TargetName(p.bundle.Version)])
+		if p.bundle == nil {
+			return true
+		}
+		name := TargetName(p.bundle.Version)
+		t := m.Targets[name]
+		return t != nil && t.Equal(*mine.Signed.Targets[name])
 	}); err != nil {
 		return nil, err
 	}
@@ -520,10 +527,13 @@ func byHand[T metadata.Roles](p *publisher, role string, was int64, mine *metada
 // the one that devices know now, if its keys are still here: until devices have the
 // newest, they read this by the other. Without enough it writes it for others to sign.
 func signRole[T metadata.Roles](p *publisher, role string, old, m *metadata.Metadata[T]) ([]byte, error) {
-	if !p.handed(role) {
+	ring := p.ring
+	if p.handed(role) {
+		ring = nil // nobody here has looked at it; keys that are here had signed before it was carried away
+	} else {
 		m.ClearSignatures()
 	}
-	if err := signUntil(m, role, p.root, p.ring); err != nil {
+	if err := signUntil(m, role, p.root, ring); err != nil {
 		return nil, err
 	}
 	if missing := lacking(m, role, p.root); missing != "" {
@@ -537,7 +547,7 @@ func signRole[T metadata.Roles](p *publisher, role string, old, m *metadata.Meta
 		return nil, &awaiting{file, role + ": " + missing}
 	}
 	if p.published != nil && p.published != p.root {
-		if err := signUntil(m, role, p.published, p.ring); err != nil {
+		if err := signUntil(m, role, p.published, ring); err != nil {
 			return nil, err
 		}
 	}
@@ -604,8 +614,8 @@ func (p *publisher) signCheckpoint() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.log.size() == p.logged && p.logged > 0 && p.published == p.root {
-		return os.ReadFile(p.path(checkpointFile)) // nothing new; nobody is asked for the key
+	if p.log.size() == p.logged && p.signed != nil && p.published == p.root {
+		return p.signed, nil // nothing new; nobody is asked for the key
 	}
 	var signers []note.Signer
 	var origin string
