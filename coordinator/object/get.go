@@ -139,6 +139,7 @@ type reader struct {
 	// whole is for what is fetched as a whole, a chunk or a stripe: that some shards of
 	// a stripe come ends the outage of the line, but not that of the stripe.
 	whole line
+	slow  latecomers
 
 	running sync.WaitGroup // all that it has begun
 }
@@ -260,8 +261,9 @@ func (r *reader) stripe(ctx context.Context, s, from, to int64) ([][]byte, error
 
 // gather gets the shards first to last of a stripe, those that are not there yet. As
 // soon as one of them fails or is late, others are asked for, of which as many as there
-// are shards of data do as well. What has come stays in shards if there is an error.
+// are shards of data do as well; at once for those on a device that was late just before. What has come stays in shards if there is an error.
 func (r *reader) gather(ctx context.Context, chunks []api.Chunk, shards [][]byte, first, last int) error {
+	whole := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // whoever is late need not go on
 	h := &hunt{reader: r, chunks: chunks, first: first, last: last, code: r.object.m.Code,
@@ -270,9 +272,20 @@ func (r *reader) gather(ctx context.Context, chunks []api.Chunk, shards [][]byte
 		if data != nil {
 			h.have++
 			h.asked[i] = asked{at: time.Now(), over: true}
-		} else if first <= i && i <= last {
+		}
+	}
+	skipped := false
+	for i := first; i <= last; i++ {
+		switch {
+		case !h.asked[i].at.IsZero():
+		case r.slow.rests(chunks[i].ID):
+			skipped = true
+		default:
 			h.ask(ctx, i)
 		}
+	}
+	if skipped {
+		h.askMore(ctx, h.code.Data-h.have-h.coming())
 	}
 	late := time.NewTimer(h.untilLate())
 	defer late.Stop()
@@ -288,7 +301,9 @@ func (r *reader) gather(ctx context.Context, chunks []api.Chunk, shards [][]byte
 				h.askMore(ctx, h.code.Data-h.have-h.coming())
 			}
 		case <-late.C:
-			h.noteLate()
+			for _, i := range h.noteLate() {
+				r.slow.late(whole, r, chunks[i].ID)
+			}
 			h.askMore(ctx, h.code.Data-h.have-h.coming())
 		case <-ctx.Done():
 			return ctx.Err()
@@ -328,6 +343,9 @@ type asked struct {
 	over     bool
 }
 
+// counted tells whether a request is under way and not late.
+func (a *asked) counted() bool { return !a.at.IsZero() && !a.over && !a.late }
+
 type shard struct {
 	i    int
 	data []byte
@@ -347,16 +365,19 @@ func (h *hunt) ask(ctx context.Context, i int) {
 	})
 }
 
-// askMore asks for n shards more, and returns false if none is left.
+// askMore asks for n shards more, last for those on devices that were late, and returns
+// false if none is left.
 func (h *hunt) askMore(ctx context.Context, n int) (any bool) {
-	for i := range h.chunks {
-		if n <= 0 {
-			break
-		}
-		if h.asked[i].at.IsZero() {
-			h.ask(ctx, i)
-			any = true
-			n--
+	for _, rests := range []bool{false, true} {
+		for i := range h.chunks {
+			if n <= 0 {
+				return any
+			}
+			if h.asked[i].at.IsZero() && (rests || !h.reader.slow.rests(h.chunks[i].ID)) {
+				h.ask(ctx, i)
+				any = true
+				n--
+			}
 		}
 	}
 	return any
@@ -365,7 +386,7 @@ func (h *hunt) askMore(ctx context.Context, n int) (any bool) {
 // expected calls f with the requests that are under way and not late.
 func (h *hunt) expected(f func(a *asked)) {
 	for i := range h.asked {
-		if a := &h.asked[i]; !a.at.IsZero() && !a.over && !a.late {
+		if a := &h.asked[i]; a.counted() {
 			f(a)
 		}
 	}
@@ -385,10 +406,17 @@ func (h *hunt) untilLate() time.Duration {
 	return next
 }
 
-func (h *hunt) noteLate() {
+// noteLate returns which requests are late since the last time.
+func (h *hunt) noteLate() (late []int) {
 	each := h.reader.pace.patience()
-	h.expected(func(a *asked) { a.late = time.Since(a.at) >= time.Duration(a.patience)*each })
+	for i := range h.asked {
+		if a := &h.asked[i]; a.counted() && time.Since(a.at) >= time.Duration(a.patience)*each {
+			a.late = true
+			late = append(late, i)
+		}
+	}
 	h.patience *= 2
+	return late
 }
 
 func (h *hunt) take(s shard) {
@@ -406,6 +434,9 @@ func (h *hunt) take(s shard) {
 	}
 	h.have++
 	h.shards[s.i] = s.data
+	if !h.asked[s.i].late {
+		h.reader.slow.onTime(h.chunks[s.i].ID)
+	}
 }
 
 // complete tells whether what was wanted is there, or enough to make it of.

@@ -2,12 +2,16 @@ package object
 
 import (
 	"bytes"
+	"encoding/json"
 	"net/http"
 	"path"
+	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // Those that are asked in place of silent devices may be silent, too: the good
@@ -57,5 +61,75 @@ func TestPatienceDoublesWithEachDelay(t *testing.T) {
 	h.noteLate()
 	if h.asked[2].late || h.coming() != 1 || h.untilLate() <= 0 {
 		t.Error("the second is late after the same time as the first")
+	}
+}
+
+// Who was late once is not asked in each stripe again, as long as there are enough
+// others; one that is quick again is.
+func TestWhoWasLateIsAskedLast(t *testing.T) {
+	s, c := newShelf(t)
+	code := api.Code{Data: 4, Parity: 2}
+	const stripes = 20
+	o := putCoded(t, c, "f", randomBytes(t, stripes*4*1000), code, 1000, newIdentity(t))
+	width := code.Shards()
+	if len(o.Chunks) != stripes*width {
+		t.Fatalf("it has %d chunks", len(o.Chunks))
+	}
+	// The devices take turns in what they hold of a stripe.
+	placed := make([]api.Placement, len(o.Chunks))
+	onSlow := map[string]bool{}
+	for i, ch := range o.Chunks {
+		d := (i%width + i/width) % width
+		placed[i] = api.Placement{Chunk: ch, Holders: []api.Holder{{Device: wire.DeviceID(strconv.Itoa(d))}, {Device: "gone", Lost: true}}}
+		onSlow[ch.ID] = d < 2
+	}
+	var silent, asked atomic.Int32
+	silent.Store(1)
+	s.odd = func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case path.Base(r.URL.Path) == "placements":
+			_ = json.NewEncoder(w).Encode(placed)
+			return true
+		case onSlow[path.Base(r.URL.Path)]:
+			asked.Add(1)
+			if silent.Load() == 1 {
+				<-r.Context().Done()
+				return true
+			}
+		}
+		return false
+	}
+	r := &reader{client: c, object: o}
+	defer r.running.Wait()
+	for range len(r.pace.latest) { // it knows how fast the others are
+		r.pace.took(100 * time.Millisecond)
+	}
+	get := func(stripe int) {
+		t.Helper()
+		_, err := r.stripe(testContext(t), int64(stripe), 0, o.Size)
+		must(t, err)
+	}
+	get(0)
+	r.running.Wait() // it knows where the chunks are
+	if asked.Load() == 0 {
+		t.Fatal("the slow devices were not asked at all")
+	}
+	asked.Store(0)
+	for i := 1; i < stripes-1; i++ {
+		get(i)
+	}
+	// In the first stripe one of the two was late at least, and the other may be once. On a
+	// busy machine others may be, too. If nothing was learned, it is once in each stripe.
+	if n := asked.Load(); n > stripes/3 {
+		t.Errorf("in %d stripes, devices that were late were asked %d times", stripes-2, n)
+	}
+	silent.Store(0)
+	r.slow.mu.Lock()
+	clear(r.slow.until) // their rest is over
+	r.slow.mu.Unlock()
+	asked.Store(0)
+	get(stripes - 1)
+	if asked.Load() == 0 {
+		t.Error("they are not tried again")
 	}
 }
