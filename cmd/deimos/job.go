@@ -593,11 +593,10 @@ func (j *jobWaitCmd) Run(ctx context.Context, all *commands) error {
 		defer cancel()
 	}
 	line := watchJob(wait, c, v)
-	end, err := c.AwaitJob(wait, j.ID, nil)
+	end, err := endOf(ctx, wait,
+		func(ctx context.Context) (api.Job, error) { return c.AwaitJob(ctx, j.ID, nil) },
+		func(ctx context.Context) (api.Job, error) { return c.Job(ctx, j.ID, 0) })
 	line.end()
-	if err != nil && wait.Err() != nil && ctx.Err() == nil {
-		end, err = c.Job(ctx, j.ID, 0)
-	}
 	if err != nil {
 		return err
 	}
@@ -606,7 +605,7 @@ func (j *jobWaitCmd) Run(ctx context.Context, all *commands) error {
 	}
 	switch {
 	case !end.State.Terminal():
-		return &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("after %s job %s has not ended: it is %s", j.Timeout, j.ID, end.State)}
+		return notEnded(j.Timeout, "job "+j.ID, end.State)
 	case end.State != wire.Succeeded:
 		return fmt.Errorf("job %s is %s: %s", j.ID, end.State, end.Reason)
 	}
@@ -624,18 +623,11 @@ func (j *jobCancelCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
-	done := []api.Job{}
-	var failed []error
-	for _, id := range j.IDs {
-		v, err := c.CancelJob(ctx, id, api.CancelRequest{Reason: j.Reason})
-		if ctx.Err() != nil {
-			return err
-		}
-		if err != nil {
-			failed = append(failed, err)
-			continue
-		}
-		done = append(done, v)
+	done, failed, err := cancelEach(ctx, j.IDs, func(id string) (api.Job, error) {
+		return c.CancelJob(ctx, id, api.CancelRequest{Reason: j.Reason})
+	})
+	if err != nil {
+		return err
 	}
 	err = j.Print(done, func(w io.Writer) error {
 		for _, v := range done {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -98,7 +99,7 @@ func (o *orderShowCmd) Run(ctx context.Context, all *commands) error {
 	}
 	err = o.Print(v, func(w io.Writer) error { return writeOrder(w, v) })
 	if err == nil && o.Wait > 0 && !v.State.Terminal() {
-		err = &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("after %s order %s has not ended: it is %s", o.Wait, id, v.State)}
+		err = notEnded(o.Wait, "order "+id, v.State)
 	}
 	return err
 }
@@ -121,14 +122,46 @@ func findOrder(ctx context.Context, c *api.Client, args []string) (wire.DeviceID
 	return "", "", &cli.Error{Code: cli.ExitUsage, Err: errors.New("an order is named by DEVICE ORDER, or by ORDER alone")}
 }
 
-// awaitOrder waits for an order's end until wait is over. Then it is asked for
-// once more, so that the answer is how it is now.
+// awaitOrder waits for an order's end until wait is over.
 func awaitOrder(ctx, wait context.Context, c *api.Client, v api.Order, watch func(api.Order)) (api.Order, error) {
-	end, err := c.AwaitOrder(wait, v.Order.Device, v.Order.ID, watch)
+	return endOf(ctx, wait,
+		func(ctx context.Context) (api.Order, error) {
+			return c.AwaitOrder(ctx, v.Order.Device, v.Order.ID, watch)
+		},
+		func(ctx context.Context) (api.Order, error) { return c.Order(ctx, v.Order.Device, v.Order.ID, 0) })
+}
+
+// endOf awaits the end of an order or a job until wait is over. Then it is asked for
+// once more, so that the answer is how it is now.
+func endOf[T any](ctx, wait context.Context, await, now func(context.Context) (T, error)) (T, error) {
+	end, err := await(wait)
 	if err != nil && wait.Err() != nil && ctx.Err() == nil {
-		return c.Order(ctx, v.Order.Device, v.Order.ID, 0)
+		return now(ctx)
 	}
 	return end, err
+}
+
+// notEnded is the error of a command that has waited in vain.
+func notEnded(after fmt.Stringer, what string, state wire.State) error {
+	return &cli.Error{Code: cli.ExitNotYet, Err: fmt.Errorf("after %s %s has not ended: it is %s", after, what, state)}
+}
+
+// cancelEach cancels one after the other. One that fails is no reason to leave the
+// rest, unless ctx is over, which alone is err.
+func cancelEach[K, V any](ctx context.Context, all []K, cancel func(K) (V, error)) (done []V, failed []error, err error) {
+	done = []V{}
+	for _, k := range all {
+		v, err := cancel(k)
+		switch {
+		case ctx.Err() != nil:
+			return nil, nil, context.Cause(ctx)
+		case err != nil:
+			failed = append(failed, err)
+		default:
+			done = append(done, v)
+		}
+	}
+	return done, failed, nil
 }
 
 // watchOrder is awaitOrder that shows a person on the terminal how far it is.
@@ -232,21 +265,16 @@ func (o *orderCancelCmd) Run(ctx context.Context, all *commands) error {
 			return &cli.Error{Code: cli.ExitUsage, Err: errors.New("nothing was done; say --yes to cancel them all")}
 		}
 	}
-	done := []api.Order{}
-	var failed []error
-	for _, s := range list {
-		v, err := c.CancelOrder(ctx, s.Device, s.ID, api.CancelRequest{Reason: o.Reason})
-		var refused *api.Error
-		switch {
-		case err == nil:
-			done = append(done, v)
-		case o.Pending && errors.As(err, &refused) && refused.Code == "ended": // meanwhile: as was wished
-		case ctx.Err() != nil:
-			return err
-		default:
-			failed = append(failed, err)
-		}
+	done, failed, err := cancelEach(ctx, list, func(s api.OrderSummary) (api.Order, error) {
+		return c.CancelOrder(ctx, s.Device, s.ID, api.CancelRequest{Reason: o.Reason})
+	})
+	if err != nil {
+		return err
 	}
+	failed = slices.DeleteFunc(failed, func(err error) bool { // what has ended meanwhile is as was wished
+		var refused *api.Error
+		return o.Pending && errors.As(err, &refused) && refused.Code == "ended"
+	})
 	err = o.Print(done, func(w io.Writer) error {
 		if len(list) == 0 {
 			fmt.Fprintln(w, "There is no open order to cancel.")
