@@ -92,25 +92,31 @@ func Leave(dir string, root []byte) error {
 
 func (c *Client) pin() error {
 	pinned, err := os.ReadFile(c.local(enrolledFile))
-	if err == nil && !bytes.Equal(pinned, c.o.Root) {
-		if _, damaged := c.startFrom(pinned); damaged != nil {
-			c.o.Log.Warn("the root that was kept at the enrolment is damaged; it is taken anew from the membership", "reason", damaged)
-			err = os.ErrNotExist
-		}
-	}
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		if _, err := c.startFrom(c.o.Root); err != nil {
-			return err
-		}
-		return durable.WriteFile(c.local(enrolledFile), c.o.Root, 0o644)
-	case err != nil:
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
-	case !bytes.Equal(pinned, c.o.Root):
-		return &Error{Condition: OtherRoot, File: rootFile,
-			Reason: fmt.Sprintf("the device enrolled with another update root; if it really changed fleets, remove %s", c.o.Dir)}
 	}
-	return nil
+	if err == nil && bytes.Equal(pinned, c.o.Root) {
+		return nil
+	}
+	mine, err2 := c.startFrom(c.o.Root)
+	if err2 != nil {
+		return err2
+	}
+	if err == nil {
+		kept, damaged := c.startFrom(pinned)
+		if damaged == nil {
+			same, err := sameSigned(kept.Root, mine.Root)
+			if err != nil {
+				return err
+			}
+			if !same {
+				return &Error{Condition: OtherRoot, File: rootFile,
+					Reason: fmt.Sprintf("the device enrolled with another update root; if it really changed fleets, remove %s", c.o.Dir)}
+			}
+		}
+		c.o.Log.Warn("the root that was kept at the enrolment is damaged; it is taken anew from the membership", "reason", damaged)
+	}
+	return durable.WriteFile(c.local(enrolledFile), c.o.Root, 0o644)
 }
 
 // startFrom begins with a root that needs no other to vouch for it.
