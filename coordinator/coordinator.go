@@ -90,10 +90,11 @@ type Config struct {
 	Log             *slog.Logger // nil drops everything
 	Version         string       // of this program, for who asks
 
-	now     func() time.Time // for tests; nil is time.Now
-	ackHold time.Duration    // for tests; 0 is ackHold
-	serve   time.Duration    // for tests; 0 is serveWait
-	jobPace jobPace          // for tests; the zero value is ordinaryPace
+	now          func() time.Time // for tests; nil is time.Now
+	ackHold      time.Duration    // for tests; 0 is ackHold
+	serve        time.Duration    // for tests; 0 is serveWait
+	jobPace      jobPace          // for tests; the zero value is ordinaryPace
+	campaignPace campaignPace     // for tests; the zero value is ordinaryCampaigns
 	// readLimit is how long a request may take to come, but for an operator's upload
 	// (see uploadLimit); for tests; 0 is 5 minutes.
 	readLimit time.Duration
@@ -110,19 +111,20 @@ type Coordinator struct {
 
 	started time.Time
 
-	reg      *registry
-	tokens   *tokens
-	waiting  *waiting
-	outbox   *outbox
-	sent     *table[sent]
-	config   *configs
-	storage  *storage
-	compute  *compute
-	jobs     *jobs
-	audits   *audits
-	repairs  *repairs
-	releases *releases
-	staging  *staging
+	reg       *registry
+	tokens    *tokens
+	waiting   *waiting
+	outbox    *outbox
+	sent      *table[sent]
+	config    *configs
+	storage   *storage
+	compute   *compute
+	jobs      *jobs
+	campaigns *campaigns
+	audits    *audits
+	repairs   *repairs
+	releases  *releases
+	staging   *staging
 
 	inventories *inventories
 	losses      *losses
@@ -356,6 +358,10 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
 	c.jobs.compared = c.audits.honesty.compared
 	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
+	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
+	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)
+	c.campaigns.note, c.campaigns.releases = c.note, func() *releases { return c.releases }
+	c.outbox.updates = c.campaigns.heard
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -386,6 +392,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return c.audits.open(ctx, c) },
 		func() error { return c.repairs.open(ctx, c) },
 		func() error { return c.jobs.openRows(ctx, c) },
+		func() error { return bucket(ctx, c, "campaigns", &c.campaigns.rows, nil) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -408,7 +415,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
 	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
 	c.compute.staging = c.staging
-	c.jobs.leader = c.leads("jobs", c.jobs.pace.lease)
+	c.jobs.leader, c.campaigns.leader = c.leads("jobs", c.jobs.pace.lease), c.leads("campaigns", c.campaigns.pace.lease)
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
 	c.releases = &releases{files: repo, cache: cache}
@@ -516,6 +523,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.jobs.run(ctx) })
+	wg.Go(func() { c.campaigns.run(ctx) })
 	wg.Go(func() { c.keepMembers(ctx) })
 	wg.Go(func() { c.cutOffRetired(ctx) })
 	wg.Go(func() {
@@ -621,6 +629,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	c.outbox.hello(id)
 	c.repairs.arrived()
 	c.jobs.poke()
+	c.campaigns.poke()
 	c.config.hello(p)
 	c.inventories.announced(id)
 	c.losses.announced(id)

@@ -63,7 +63,7 @@ const (
 	byDevice  permission = "device" // by client certificate
 	toRead    permission = "read"
 	toOperate permission = "operate" // devices, orders, data, configuration
-	toRelease permission = "release" // update repository and offers
+	toRelease permission = "release" // update repository, offers and campaigns
 	toAdmin   permission = "admin"   // operators and their tokens
 )
 
@@ -81,6 +81,7 @@ func (c *Coordinator) table() []route {
 		c.honestyRoutes(),
 		c.repairRoutes(),
 		c.releaseRoutes(),
+		c.campaignRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
 		c.statusRoutes(),

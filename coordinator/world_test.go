@@ -215,6 +215,7 @@ type device struct {
 	mqtt mqtt.Client
 
 	capacity int64
+	agent    string // the version that it runs; of who holds mu
 	session  string
 	welcomes chan wire.Welcome
 	acks     chan wire.Ack
@@ -283,7 +284,7 @@ func (w *world) postEnrol(t testing.TB, q wire.EnrolRequest) (int, wire.EnrolRep
 // enrolled is a device that belongs to the fleet and is not connected.
 func (w *world) enrolled(t testing.TB) *device {
 	t.Helper()
-	d := &device{t: t, w: w, key: newKey(t), capacity: 1 << 30,
+	d := &device{t: t, w: w, key: newKey(t), capacity: 1 << 30, agent: "1.0.0",
 		welcomes: make(chan wire.Welcome, 64), acks: make(chan wire.Ack, 1024), orders: make(chan wire.Order, 1024),
 		chunks: map[string][]byte{}, odd: map[wire.Kind]func(wire.Order) *reply{}, done: map[string][]byte{}, busy: map[string]bool{}}
 	status, m, refused := w.postEnrol(t, wire.EnrolRequest{
@@ -340,8 +341,11 @@ func (d *device) connect(w *world) {
 func (d *device) hello() {
 	d.t.Helper()
 	nonce := newNonce()
+	d.mu.Lock()
+	agent := d.agent
+	d.mu.Unlock()
 	d.say(wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Online: true, Session: d.session, Nonce: nonce,
-		Agent: "1.0.0", OS: "linux", Arch: "arm64", Board: "test", Capacity: d.capacity})
+		Agent: agent, OS: "linux", Arch: "arm64", Board: "test", Capacity: d.capacity})
 	for {
 		if got := next(d.t, d.welcomes, "the welcome"); got.Nonce == nonce && got.Device == d.id {
 			return

@@ -22,12 +22,14 @@ import (
 )
 
 type releaseCmd struct {
-	Keys    releaseKeysCmd    `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
-	Build   releaseBuildCmd   `cmd:"" help:"Pack agent binaries and firmware images into a bundle."`
-	Publish releasePublishCmd `cmd:"" help:"Sign a bundle into the update repository and upload it."`
-	Sign    releaseSignCmd    `cmd:"" help:"Look at what is to be signed on another machine, and add your signature."`
-	Log     releaseLogCmd     `cmd:"" help:"The log that every release stands in."`
-	Offer   releaseOfferCmd   `cmd:"" help:"Offer a published release to devices."`
+	Keys     releaseKeysCmd     `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
+	Build    releaseBuildCmd    `cmd:"" help:"Pack agent binaries and firmware images into a bundle."`
+	Publish  releasePublishCmd  `cmd:"" help:"Sign a bundle into the update repository and upload it."`
+	Sign     releaseSignCmd     `cmd:"" help:"Look at what is to be signed on another machine, and add your signature."`
+	Log      releaseLogCmd      `cmd:"" help:"The log that every release stands in."`
+	Offer    releaseOfferCmd    `cmd:"" help:"Offer a published release to devices, to all of them at once."`
+	Campaign releaseCampaignCmd `cmd:"" help:"Bring a published release to devices in phases, which stops by itself if they fail."`
+	Status   releaseStatusCmd   `cmd:"" help:"Which versions the fleet runs, and how campaigns go."`
 }
 
 type releaseBuildCmd struct {

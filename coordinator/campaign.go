@@ -1,0 +1,478 @@
+package coordinator
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"math"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/bundle"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// The rules of campaigns, without clock and records: where a device stands, when a
+// phase is over, when a campaign stops. campaigns.go keeps and carries them out.
+
+// campaignRow is a campaign. What became of its devices is not in it: that is in
+// their orders, so it is as small for a hundred thousand devices as for ten.
+type campaignRow struct {
+	ID      string            `json:"id"`
+	Version string            `json:"version"`
+	To      api.Selector      `json:"to"`
+	Stop    stopRule          `json:"stop"`
+	Rate    float64           `json:"rate"`
+	By      string            `json:"by,omitempty"`
+	Created time.Time         `json:"created"`
+	State   api.CampaignState `json:"state"` // that it waits for an approval is found out
+	Phase   int               `json:"phase"`
+	Phases  []phaseRow        `json:"phases"`
+	Code    string            `json:"code,omitempty"`
+	Reason  string            `json:"reason,omitempty"`
+	Ended   time.Time         `json:"ended,omitzero"`
+	// Evidence is what it was stopped for.
+	Evidence []api.CampaignDevice `json:"evidence,omitempty"`
+}
+
+// phaseRow is a phase of one.
+type phaseRow struct {
+	api.CampaignPhase
+	Share      float64   `json:"share,omitempty"` // see [api.PhaseState]
+	Planned    int       `json:"planned,omitempty"`
+	Began      time.Time `json:"began,omitzero"`
+	Settled    time.Time `json:"settled,omitzero"`
+	Approved   time.Time `json:"approved,omitzero"`
+	ApprovedBy string    `json:"approved_by,omitempty"`
+	Ended      time.Time `json:"ended,omitzero"`
+}
+
+// stopRule is [api.CampaignStop] with nothing left out.
+type stopRule struct {
+	Failed      int           `json:"failed"`       // -1: no limit
+	FailedShare float64       `json:"failed_share"` // percent; above 100: no limit
+	Silent      int           `json:"silent"`
+	SilentShare float64       `json:"silent_share"`
+	After       time.Duration `json:"after"` // until a device counts as silent
+}
+
+const (
+	maxPhases     = 20
+	maxSoak       = 90 * 24 * time.Hour
+	minSilent     = missedBeats * time.Second
+	maxSilentTime = 7 * 24 * time.Hour
+	maxRate       = 1000.0
+	minRate       = 0.001
+	noShare       = 101.0
+)
+
+func badCampaign(format string, args ...any) error {
+	return refuse(http.StatusBadRequest, "bad_campaign", format, args...)
+}
+
+// rowOf checks a request, and fills in what it leaves out.
+func rowOf(q api.CampaignRequest) (campaignRow, error) {
+	row := campaignRow{Version: q.Version, To: q.Selector, Rate: q.Rate, State: api.CampaignRunning}
+	if err := bundle.CheckVersion(q.Version); err != nil {
+		return row, badCampaign("%v", err)
+	}
+	if row.Rate == 0 {
+		row.Rate = api.CampaignRate
+	}
+	if !(row.Rate >= minRate && row.Rate <= maxRate) {
+		return row, badCampaign("%v devices a second cannot be asked: the rate is from %v to %v", q.Rate, minRate, maxRate)
+	}
+	if n := len(q.Phases); n == 0 || n > maxPhases {
+		return row, badCampaign("a campaign has 1 to %d phases, not %d", maxPhases, n)
+	}
+	last := 0.0
+	for i, p := range q.Phases {
+		ways := 0
+		for _, given := range []bool{p.Only != nil, p.Count != 0, p.Percentage != 0} {
+			if given {
+				ways++
+			}
+		}
+		switch {
+		case ways != 1:
+			return row, badCampaign("phase %d must say which devices it has: some that are selected, a number of them, or a percentage", i+1)
+		case p.Only != nil && p.Only.CheckChange() != nil:
+			return row, badCampaign("phase %d: %v", i+1, p.Only.CheckChange())
+		case p.Count < 0:
+			return row, badCampaign("phase %d cannot have %d devices", i+1, p.Count)
+		case p.Percentage != 0 && !(p.Percentage > last && p.Percentage <= 100):
+			return row, badCampaign("phase %d has %v%%: percentages grow from phase to phase, up to 100", i+1, p.Percentage)
+		case !(p.SoakSeconds >= 0 && p.SoakSeconds <= maxSoak.Seconds()):
+			return row, badCampaign("phase %d cannot soak for %v seconds: it is %d days at most", i+1, p.SoakSeconds, maxSoak/(24*time.Hour))
+		}
+		last = max(last, p.Percentage)
+		row.Phases = append(row.Phases, phaseRow{CampaignPhase: p})
+	}
+	if q.Phases[len(q.Phases)-1].Percentage != 100 {
+		return row, badCampaign("the last phase must have 100%%: who is not meant at all is left out by group or label")
+	}
+	var err error
+	row.Stop, err = stopOf(q.Stop)
+	return row, err
+}
+
+func stopOf(q api.CampaignStop) (stopRule, error) {
+	r := stopRule{Failed: -1, Silent: -1, FailedShare: noShare, SilentShare: noShare, After: time.Duration(q.SilentSeconds * float64(time.Second))}
+	for _, v := range []struct {
+		n        *int
+		share    *float64
+		intoN    *int
+		into     *float64
+		ordinary float64
+	}{{q.MaxFailed, q.MaxFailedShare, &r.Failed, &r.FailedShare, api.CampaignFailedShare}, {q.MaxSilent, q.MaxSilentShare, &r.Silent, &r.SilentShare, api.CampaignSilentShare}} {
+		switch {
+		case v.n == nil && v.share == nil:
+			*v.into = v.ordinary
+		case v.n != nil && *v.n < 0, v.share != nil && !(*v.share >= 0 && *v.share <= 100):
+			return r, badCampaign("how many devices may fail or be silent is a number from 0 on, or a share from 0%% to 100%%")
+		}
+		if v.n != nil {
+			*v.intoN = *v.n
+		}
+		if v.share != nil {
+			*v.into = *v.share
+		}
+	}
+	if q.SilentSeconds == 0 {
+		r.After = api.CampaignSilent
+	}
+	if math.IsNaN(q.SilentSeconds) || r.After < minSilent || r.After > maxSilentTime {
+		return r, badCampaign("a device counts as silent after %s at the earliest and %d days at the latest", minSilent, maxSilentTime/(24*time.Hour))
+	}
+	return r, nil
+}
+
+// view is the rule as operators give it.
+func (r stopRule) view() api.CampaignStop {
+	v := api.CampaignStop{SilentSeconds: r.After.Seconds()}
+	for _, x := range []struct {
+		n     int
+		share float64
+		intoN **int
+		into  **float64
+	}{{r.Failed, r.FailedShare, &v.MaxFailed, &v.MaxFailedShare}, {r.Silent, r.SilentShare, &v.MaxSilent, &v.MaxSilentShare}} {
+		if x.n >= 0 {
+			*x.intoN = &x.n
+		}
+		if x.share <= 100 {
+			*x.into = &x.share
+		}
+	}
+	return v
+}
+
+// overlaps tells whether a device is meant by both.
+func overlaps(a, b api.Selector, devices []api.DeviceRecord) bool {
+	return slices.ContainsFunc(devices, func(d api.DeviceRecord) bool { return a.Matches(d) && b.Matches(d) })
+}
+
+// An order of a campaign has an id that is made of the campaign's, the device's and
+// the number of the attempt: whoever makes it, and however often, it is the same
+// order, and whoever sees it knows whose it is. The time in it is the campaign's.
+//
+//	time (6 bytes) | mark (2) | SHA-256(campaign, device) (6) | attempt (2)
+var offerMark = [2]byte{0xca, 0x39}
+
+func offerID(campaign ulid.ULID, d wire.DeviceID, attempt uint16) string {
+	sum := sha256.Sum256(append(campaign[:], d...))
+	id := campaign
+	copy(id[6:], offerMark[:])
+	copy(id[8:], sum[:6])
+	binary.BigEndian.PutUint16(id[14:], attempt)
+	return id.String()
+}
+
+// parseOffer reads such an id; at is the campaign's time.
+func parseOffer(order string) (at uint64, attempt uint16, ok bool) {
+	id, err := ulid.ParseStrict(order)
+	if err != nil || [2]byte(id[6:8]) != offerMark {
+		return 0, 0, false
+	}
+	return id.Time(), binary.BigEndian.Uint16(id[14:]), true
+}
+
+// orderNow is the newest order of a campaign to one device.
+type orderNow struct {
+	attempt  uint16
+	state    wire.State
+	code     string
+	updated  time.Time
+	moved    time.Time // when it said something else than before
+	progress float64
+	canceled bool // it was asked to stop
+}
+
+// waits tells whether a device has said that it does not begin yet.
+func (o orderNow) waits() bool { return !o.state.Terminal() && o.code != "" }
+
+// begun tells whether a device may be in the middle of it.
+func (o orderNow) begun() bool { return o.state == wire.Running && o.code == "" }
+
+// meaning is what an ended order says of the release.
+type meaning struct {
+	standing api.Standing
+	again    bool // it may be asked once more, later
+}
+
+// faults are refusals that speak against the release or where it came from, though
+// the device has not begun.
+var faults = map[string]bool{wire.CodeVerification: true, "log_fork": true, "rollback": true, wire.CodeBadBody: true}
+
+// lasting are refusals that do not end by waiting.
+var lasting = map[string]bool{"wrong_hardware": true, wire.CodeNotSupported: true, wire.CodeUnknownKind: true, "downgrade": true, "no_update_root": true, "newer_format": true}
+
+// passing are failures that say nothing of the release.
+var passing = map[string]bool{wire.CodeTransfer: true, "slow_transfer": true, wire.CodeNoSpace: true, wire.CodeInterrupted: true}
+
+func judgeOffer(o orderNow) meaning {
+	switch o.state {
+	case wire.Succeeded:
+		return meaning{api.StandsUpdated, true} // should it run an older one again
+	case wire.Failed:
+		return meaning{api.StandsFailed, passing[o.code]}
+	case wire.Rejected:
+		switch {
+		case o.code == wire.CodeAlreadyLatest:
+			return meaning{api.StandsUpdated, true}
+		case faults[o.code]:
+			return meaning{api.StandsFailed, false}
+		}
+		return meaning{api.StandsDeclined, !lasting[o.code]}
+	case wire.TimedOut:
+		if o.code == codeNoAnswer {
+			return meaning{api.StandsUnanswered, true}
+		}
+		return meaning{api.StandsFailed, false} // the device's own limit
+	}
+	return meaning{api.StandsCanceled, false}
+}
+
+// campaignPace is how patient campaigns are; tests hurry.
+type campaignPace struct {
+	step  time.Duration // between two looks
+	retry time.Duration // before the first repeat; each further one waits twice as long
+	stuck time.Duration // an update that does not go on for so long is silence, though the device is there; at least four times the silence that counts
+	lease time.Duration
+}
+
+var ordinaryCampaigns = campaignPace{step: time.Second, retry: time.Hour, stuck: 2 * time.Hour, lease: 20 * time.Second}
+
+const (
+	longestOfferPause = 24 * time.Hour
+	maxOffers         = 64 // to one device
+	// settleAfter is how long a device may run another version than the one that it
+	// has said to have taken: its hello comes after.
+	settleAfter = 10 * time.Minute
+)
+
+// pause is until a device is asked again, after the attempt-th time.
+func (p campaignPace) pause(attempt uint16) time.Duration {
+	return min(p.retry<<min(attempt, 10), longestOfferPause)
+}
+
+// seen is what is known of a device beside its record.
+type seen struct {
+	online bool
+	last   time.Time
+	busy   bool // another update of it is under way
+}
+
+// at is where a device stands in a campaign.
+type at struct {
+	standing api.Standing
+	phase    int
+	asked    bool
+	ask      bool // now is the time to ask it
+	code     string
+}
+
+// runs tells whether a version is the campaign's, or newer.
+func (r campaignRow) runs(version string) bool { return bundle.Compare(version, r.Version) >= 0 }
+
+// phaseOf is the first phase that a device is in.
+func (r campaignRow) phaseOf(d api.DeviceRecord, point float64) int {
+	for i, p := range r.Phases {
+		switch {
+		case p.Only != nil && p.Only.Matches(d):
+			return i
+		case p.Only == nil && point < max(p.Share, p.Percentage):
+			return i
+		}
+	}
+	return len(r.Phases) - 1
+}
+
+// stand is where a device stands. since is when this coordinator began to hear.
+func (r campaignRow) stand(d api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
+	a := at{phase: r.phaseOf(d, bundle.RolloutPoint(r.Version, string(d.ID))), asked: o != nil}
+	mute := now.Sub(later(v.last, since))
+	if o != nil && !o.state.Terminal() {
+		word := now.Sub(later(o.updated, since))
+		switch a.code = o.code; {
+		case o.waits(): // it has not begun, so it may well be switched off
+			a.standing = api.StandsWaiting
+		case min(mute, word) > r.Stop.After:
+			a.standing, a.code = api.StandsSilent, "away"
+		case now.Sub(later(o.moved, since)) > max(pace.stuck, 4*r.Stop.After):
+			a.standing, a.code = api.StandsSilent, "no_progress"
+		case o.state == wire.Running:
+			a.standing = api.StandsInstalling
+		default:
+			a.standing = api.StandsAsked
+		}
+		return a
+	}
+	if r.runs(d.Agent) {
+		a.standing = api.StandsUpdated
+		if o != nil && o.state == wire.Succeeded && !r.State.Ended() && mute > r.Stop.After {
+			a.standing, a.code = api.StandsSilent, "away_since" // it took it, and fell silent while that soaks
+		}
+		return a
+	}
+	if o != nil {
+		j := judgeOffer(*o)
+		ago := now.Sub(o.updated)
+		a.standing, a.code = j.standing, o.code
+		switch {
+		case j.standing == api.StandsUpdated && ago < settleAfter:
+			return a
+		case j.standing == api.StandsUpdated:
+			// It runs an older one again: as if it was never asked.
+		default:
+			a.ask = j.again && v.online && !v.busy && o.attempt < maxOffers && ago > pace.pause(o.attempt) && r.reaches(a.phase)
+			return a
+		}
+	}
+	switch {
+	case !r.reaches(a.phase):
+		a.standing = api.StandsLater
+	case !v.online:
+		a.standing = api.StandsAway
+	case v.busy:
+		a.standing, a.code = api.StandsWaiting, "update_pending"
+	default:
+		a.standing, a.ask = api.StandsDue, true
+	}
+	return a
+}
+
+// reaches tells whether devices of a phase are asked.
+func (r campaignRow) reaches(phase int) bool {
+	switch r.State {
+	case api.CampaignRunning, api.CampaignPaused:
+		return phase < r.Phase || phase == r.Phase && !r.Phases[phase].Began.IsZero()
+	case api.CampaignDone:
+		return true
+	}
+	return false
+}
+
+// tally is how many devices stand where.
+type tally struct {
+	devices int
+	asked   int
+	counts  map[api.Standing]int
+	phases  []phaseTally
+	reasons map[api.StandingReason]int // with Devices 0
+}
+
+type phaseTally struct {
+	devices, asked int
+	counts         map[api.Standing]int
+}
+
+func newTally(phases int) *tally {
+	t := &tally{counts: make(map[api.Standing]int), reasons: make(map[api.StandingReason]int), phases: make([]phaseTally, phases)}
+	for i := range t.phases {
+		t.phases[i].counts = make(map[api.Standing]int)
+	}
+	return t
+}
+
+func (t *tally) add(a at) {
+	t.devices++
+	t.counts[a.standing]++
+	p := &t.phases[a.phase]
+	p.devices++
+	p.counts[a.standing]++
+	if a.asked {
+		t.asked++
+		p.asked++
+	}
+	if a.code != "" && a.standing != api.StandsUpdated && a.standing != api.StandsInstalling {
+		t.reasons[api.StandingReason{Standing: a.standing, Code: a.code}]++
+	}
+}
+
+// stops tells why a campaign must stop; code "" if it need not.
+func (r campaignRow) stops(t *tally) (code, reason string) {
+	of := t.asked
+	if r.Phase < len(r.Phases) {
+		of = max(of, r.Phases[r.Phase].Planned)
+	}
+	failed, silent := t.counts[api.StandsFailed], t.counts[api.StandsSilent]
+	over := func(n, most int, share float64) bool {
+		return most >= 0 && n > most || n > 0 && share <= 100 && float64(n) > share/100*float64(of)
+	}
+	limit := func(most int, share float64) string {
+		var said []string
+		if most >= 0 {
+			said = append(said, fmt.Sprintf("%d", most))
+		}
+		if share <= 100 {
+			said = append(said, fmt.Sprintf("%v%%", share))
+		}
+		return strings.Join(said, " or ")
+	}
+	switch {
+	case over(failed, r.Stop.Failed, r.Stop.FailedShare):
+		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices failed, and at most %s may", failed, of, limit(r.Stop.Failed, r.Stop.FailedShare))
+	case over(silent, r.Stop.Silent, r.Stop.SilentShare):
+		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices fell silent for more than %s, and at most %s may", silent, of, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
+	}
+	return "", ""
+}
+
+// holdup is why the phase that runs is not settled; empty: it is.
+func (r campaignRow) holdup(t *tally) string {
+	if n := t.counts[api.StandsDue] + t.counts[api.StandsAsked] + t.counts[api.StandsInstalling]; n > 0 {
+		return fmt.Sprintf("%d devices are to be asked, or under way", n)
+	}
+	p := t.phases[r.Phase]
+	updated := 0
+	for i := range r.Phase + 1 {
+		updated += t.phases[i].counts[api.StandsUpdated]
+	}
+	switch waiting := p.counts[api.StandsWaiting]; {
+	case !r.Phases[r.Phase].Approved.IsZero():
+		return ""
+	case 2*waiting > p.asked:
+		return fmt.Sprintf("%d of the %d devices that were asked wait for their owners or their hours; an approval goes on without them", waiting, p.asked)
+	case updated == 0 && r.Phase < len(r.Phases)-1:
+		return "no device has taken it so far; an approval goes on all the same"
+	}
+	return ""
+}
+
+// awaits tells whether only an approval is missing.
+func (r campaignRow) awaits(now time.Time) bool {
+	if r.State != api.CampaignRunning || r.Phase >= len(r.Phases) {
+		return false
+	}
+	p := r.Phases[r.Phase]
+	return p.Approve && p.Approved.IsZero() && p.soaked(now)
+}
+
+func (p phaseRow) soaked(now time.Time) bool {
+	return !p.Settled.IsZero() && now.Sub(p.Settled).Seconds() >= p.SoakSeconds
+}

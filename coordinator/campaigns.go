@@ -1,0 +1,847 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota/bundle"
+	"github.com/deimos-edge/deimos/ota/repo"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// campaigns bring releases to many devices, in phases, and stop by themselves when
+// too many fail or fall silent.
+//
+// # Records
+//
+// A campaign is a row, which has how far it is, and no device. What became of a
+// device is in its order, whose id is made of campaign, device and attempt
+// ([offerID]): the outbox makes such an order once, whoever asks and however often,
+// and every coordinator hears of each change of it. So a crash at any place is gone on
+// from, and two coordinators that both believe to lead ask nobody twice. Outcomes are
+// known as long as orders are kept; a device that failed is asked again after that.
+//
+// # Who does what
+//
+// Any coordinator takes calls and tells how it goes. One asks devices and takes
+// campaigns from phase to phase ([leader]); rows are changed by compare-and-set.
+//
+// # Whom it asks
+//
+// Devices that are online, whose phase has come and that have no other update under
+// way, so many a second. One that is away is asked when it is back. What fails says so
+// for ever; what a device could not fetch, or puts off, it is asked again, rarely. A
+// device that waits for its owner or its hours holds nobody up, as long as it is not
+// one of most.
+//
+// # How it ends
+//
+// Done: from then on the release is what late devices of that selector get, until a
+// newer campaign for them is done. Stopped or aborted: nobody is asked any more, orders
+// that have not begun are taken back, and who is in the middle finishes by itself, as
+// a device needs no coordinator to confirm or to roll back.
+type campaigns struct {
+	rows     *table[campaignRow]
+	reg      *registry
+	outbox   *outbox
+	releases func() *releases
+	leader   *leader
+	note     func(context.Context, api.LogEntry)
+	now      func() time.Time
+	log      *slog.Logger
+	started  time.Time
+	pace     campaignPace
+
+	mu     sync.Mutex
+	offers map[uint64]map[wire.DeviceID]orderNow // by the time of the campaign
+	wake   chan struct{}                         // capacity 1: there is something to look at
+
+	budgets map[string]*budget // of who leads; of run alone
+}
+
+// budget is how many devices a campaign may ask now.
+type budget struct {
+	left float64
+	at   time.Time
+}
+
+func newCampaigns(reg *registry, o *outbox, now func() time.Time, log *slog.Logger) *campaigns {
+	return &campaigns{reg: reg, outbox: o, now: now, log: log, started: now(), pace: ordinaryCampaigns,
+		offers: make(map[uint64]map[wire.DeviceID]orderNow), wake: make(chan struct{}, 1), budgets: make(map[string]*budget)}
+}
+
+// heard is told of each order to update a device, at the start and at each change.
+func (s *campaigns) heard(d wire.DeviceID, order string, v orderRow) {
+	created, attempt, ok := parseOffer(order)
+	if !ok {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	of := s.offers[created]
+	if of == nil {
+		of = make(map[wire.DeviceID]orderNow)
+		s.offers[created] = of
+	}
+	old, known := of[d]
+	if known && old.attempt > attempt {
+		return
+	}
+	o := orderNow{attempt: attempt, state: v.State, code: v.Code, updated: v.Updated, moved: v.Updated, progress: v.Progress, canceled: v.Cancel != nil}
+	if known && old.attempt == attempt && old.state == o.state && old.code == o.code && old.progress == o.progress {
+		o.moved = old.moved // it says the same again
+	}
+	of[d] = o
+	if v.State.Terminal() {
+		s.poke()
+	}
+}
+
+func (s *campaigns) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// offersOf is a copy of what is known of a campaign's orders.
+func (s *campaigns) offersOf(row campaignRow) map[wire.DeviceID]orderNow {
+	id, err := ulid.ParseStrict(row.ID)
+	if err != nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.offers[id.Time()])
+}
+
+// look goes through a campaign's devices.
+func (s *campaigns) look(row campaignRow, visit func(d api.DeviceRecord, o *orderNow, v seen, a at)) *tally {
+	now := s.now() // before all else: who is heard of meanwhile is not mute
+	offers, busy := s.offersOf(row), s.outbox.underway(wire.KindUpdateInstall)
+	t := newTally(len(row.Phases))
+	var devices []api.DeviceRecord
+	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		if row.To.Matches(d) {
+			devices = append(devices, d)
+		}
+		return true
+	})
+	for _, d := range devices {
+		v := s.reg.seenOf(d.ID)
+		v.busy = busy[d.ID]
+		var o *orderNow
+		if x, ok := offers[d.ID]; ok {
+			o = &x
+		}
+		a := row.stand(d, o, v, now, s.started, s.pace)
+		t.add(a)
+		if visit != nil {
+			visit(d, o, v, a)
+		}
+	}
+	return t
+}
+
+// begin keeps a campaign; from then on it goes on by itself.
+func (s *campaigns) begin(ctx context.Context, q api.CampaignRequest) (api.Campaign, error) {
+	row, err := rowOf(q)
+	if err != nil {
+		return api.Campaign{}, err
+	}
+	devices, err := s.reg.selected(row.To)
+	if err != nil {
+		return api.Campaign{}, err
+	}
+	if len(devices) == 0 {
+		return api.Campaign{}, refuse(http.StatusConflict, "nobody", "the fleet has no device yet that a release could be brought to")
+	}
+	for i, p := range row.Phases {
+		if p.Only != nil && !overlaps(row.To, *p.Only, devices) {
+			return api.Campaign{}, refuse(http.StatusNotFound, wire.CodeNotFound, "none of the campaign's devices is in phase %d", i+1)
+		}
+	}
+	if err := s.releases().published(ctx, repo.TargetName(row.Version)); err != nil {
+		return api.Campaign{}, err
+	}
+	var other *campaignRow
+	taken := make(map[uint64]bool)
+	s.rows.each(func(_ string, v campaignRow) bool {
+		if id, err := ulid.ParseStrict(v.ID); err == nil {
+			taken[id.Time()] = true
+		}
+		if !v.State.Ended() && overlaps(v.To, row.To, devices) {
+			other = &v
+		}
+		return other == nil
+	})
+	if other != nil {
+		return api.Campaign{}, refuse(http.StatusConflict, "overlaps", "campaign %s brings %s to some of these devices and has not ended; wait for it, or end it with \"deimos release campaign abort %s\"", other.ID, other.Version, other.ID)
+	}
+	id := ulid.Make()
+	for taken[id.Time()] {
+		if err := id.SetTime(id.Time() + 1); err != nil {
+			return api.Campaign{}, err
+		}
+	}
+	row.ID, row.By, row.Created = id.String(), by(ctx), s.now().UTC()
+	if err := s.rows.create(ctx, row.ID, row); err != nil {
+		return api.Campaign{}, err
+	}
+	about(ctx, row.ID)
+	s.poke()
+	return s.view(row), nil
+}
+
+func errNoCampaign(id string) error {
+	return refuse(http.StatusNotFound, wire.CodeNotFound, "there is no campaign %s; \"deimos release campaign list\" shows all", id)
+}
+
+// steer does what an operator wants of a campaign.
+func (s *campaigns) steer(ctx context.Context, id, what, reason string) (api.Campaign, error) {
+	about(ctx, id)
+	var approve string // what an approval would be for
+	if row, ok := s.rows.get(id); ok && what == api.CampaignApprove && row.Phase < len(row.Phases) && !row.State.Ended() {
+		if t := s.look(row, nil); !row.awaits(s.now()) && !row.Phases[row.Phase].Approve {
+			p := row.Phases[row.Phase]
+			if h := row.holdup(t); h == "" || !p.Settled.IsZero() || t.counts[api.StandsDue]+t.counts[api.StandsAsked]+t.counts[api.StandsInstalling] > 0 {
+				return api.Campaign{}, refuse(http.StatusConflict, "nothing_to_approve", "phase %d of campaign %s goes on by itself: nothing waits for an approval", row.Phase+1, id)
+			}
+		}
+		approve = fmt.Sprintf("%s.%d", id, row.Phase)
+	}
+	row, err := s.rows.change(ctx, id, func(v *campaignRow, exists bool) error {
+		now := s.now().UTC()
+		switch {
+		case !exists:
+			return errNoCampaign(id)
+		case v.State.Ended():
+			return refuse(http.StatusConflict, "ended", "campaign %s has ended (%s): begin a new one with \"deimos release campaign start\"", id, v.State)
+		}
+		switch what {
+		case api.CampaignPause:
+			if v.State == api.CampaignPaused {
+				return errUnchanged
+			}
+			v.State, v.Reason = api.CampaignPaused, sentence(reason)
+		case api.CampaignResume:
+			if v.State != api.CampaignPaused {
+				return refuse(http.StatusConflict, "not_paused", "campaign %s is not paused: it is %s", id, v.State)
+			}
+			v.State, v.Reason = api.CampaignRunning, ""
+		case api.CampaignApprove:
+			if approve != fmt.Sprintf("%s.%d", id, v.Phase) {
+				return refuse(http.StatusConflict, "changed", "campaign %s has gone on meanwhile; look at it before you approve", id)
+			}
+			p := &v.Phases[v.Phase]
+			if !p.Approved.IsZero() {
+				return errUnchanged
+			}
+			p.Approved, p.ApprovedBy = now, by(ctx)
+		case api.CampaignAbort:
+			v.State, v.Code, v.Ended = api.CampaignAborted, wire.CodeCanceled, now
+			v.Reason = "aborted by " + label(by(ctx))
+			if reason != "" {
+				v.Reason += ": " + sentence(reason)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return api.Campaign{}, err
+	}
+	s.poke()
+	return s.view(row), nil
+}
+
+// run takes campaigns forward until ctx ends.
+func (s *campaigns) run(ctx context.Context) {
+	t := time.NewTimer(0)
+	defer t.Stop()
+	least := time.NewTimer(0) // between two looks, whatever pokes
+	defer least.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			s.leader.resign(ctx)
+			return
+		case <-s.wake:
+			select {
+			case <-least.C:
+			case <-ctx.Done():
+				continue
+			}
+		case <-t.C:
+		}
+		began := time.Now()
+		if s.leader.lead(ctx) {
+			s.step(ctx)
+		} else {
+			clear(s.budgets)
+		}
+		took := time.Since(began)
+		least.Reset(max(s.pace.step/4, 20*took)) // of a large fleet no more than a twentieth of a core
+		t.Reset(max(s.pace.step, 20*took))
+	}
+}
+
+// step does what is due for each campaign.
+func (s *campaigns) step(ctx context.Context) {
+	rows := s.rows.all(func(a, b campaignRow) int { return cmp.Compare(a.ID, b.ID) })
+	for _, row := range rows {
+		var err error
+		switch row.State {
+		case api.CampaignRunning, api.CampaignPaused:
+			err = s.advance(ctx, row)
+		case api.CampaignStopped, api.CampaignAborted:
+			if s.now().Sub(row.Ended) < offerLife+time.Hour { // what has not ended by then is over
+				err = s.takeBack(ctx, row)
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			s.log.Warn("a campaign waits", "campaign", row.ID, "error", err)
+		}
+	}
+	if err := s.follow(ctx, rows); err != nil && ctx.Err() == nil {
+		s.log.Warn("late devices wait for the release that the others have", "error", err)
+	}
+}
+
+// ask is a device that is to be asked.
+type ask struct {
+	device  wire.DeviceID
+	attempt uint16
+	phase   int
+	point   float64
+}
+
+func askOf(row campaignRow, d api.DeviceRecord, o *orderNow, a at) ask {
+	q := ask{device: d.ID, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d.ID))}
+	if o != nil {
+		q.attempt = o.attempt + 1
+	}
+	return q
+}
+
+// advance does the next thing about a campaign that has not ended.
+func (s *campaigns) advance(ctx context.Context, row campaignRow) error {
+	p := row.Phases[row.Phase]
+	if p.Began.IsZero() {
+		if row.State == api.CampaignPaused {
+			return nil
+		}
+		var err error
+		if row, err = s.beginPhase(ctx, row); err != nil || row.Phases[row.Phase].Began.IsZero() {
+			return err
+		}
+		p = row.Phases[row.Phase]
+	}
+	var asks []ask
+	t := s.look(row, func(d api.DeviceRecord, o *orderNow, _ seen, a at) {
+		if a.ask {
+			asks = append(asks, askOf(row, d, o, a))
+		}
+	})
+	if code, reason := row.stops(t); code != "" {
+		return s.stop(ctx, row, code, reason)
+	}
+	if row.State == api.CampaignPaused {
+		return nil
+	}
+	if err := s.askAll(ctx, row, asks); err != nil {
+		return err
+	}
+	now := s.now().UTC()
+	change := func(f func(v *campaignRow, p *phaseRow)) error {
+		_, err := s.rows.change(ctx, row.ID, func(v *campaignRow, exists bool) error {
+			if !exists || v.State != row.State || v.Phase != row.Phase {
+				return errUnchanged // somebody was first; the next look sees it
+			}
+			f(v, &v.Phases[v.Phase])
+			return nil
+		})
+		s.poke()
+		return err
+	}
+	switch {
+	case p.Settled.IsZero() && row.holdup(t) == "":
+		return change(func(_ *campaignRow, p *phaseRow) { p.Settled = now })
+	case !p.soaked(now) || p.Approve && p.Approved.IsZero():
+		return nil
+	}
+	last := row.Phase == len(row.Phases)-1
+	err := change(func(v *campaignRow, p *phaseRow) {
+		if p.Ended = now; last {
+			v.State, v.Ended = api.CampaignDone, now
+		} else {
+			v.Phase++
+		}
+	})
+	if err == nil && last {
+		s.note(ctx, api.LogEntry{Actor: "coordinator", Action: "campaign.done", Targets: []string{row.ID}})
+	} else if err == nil {
+		s.note(ctx, api.LogEntry{Actor: "coordinator", Action: "campaign.phase", Targets: []string{row.ID}, Reason: fmt.Sprintf("phase %d of %d begins", row.Phase+2, len(row.Phases))})
+	}
+	return err
+}
+
+// beginPhase finds whom the phase has, and notes that it begins. One of so many
+// devices waits until they are online.
+func (s *campaigns) beginPhase(ctx context.Context, row campaignRow) (campaignRow, error) {
+	now := s.now().UTC()
+	would := row
+	would.Phases = slices.Clone(row.Phases)
+	p := &would.Phases[row.Phase]
+	p.Began = now
+	if p.Only == nil {
+		want := max(p.Count, 1)
+		var points []float64
+		s.look(would, func(d api.DeviceRecord, _ *orderNow, v seen, _ at) {
+			if v.online {
+				points = append(points, bundle.RolloutPoint(row.Version, string(d.ID)))
+			}
+		})
+		slices.Sort(points)
+		if want = min(want, len(points)); want > 0 {
+			p.Share = min(max(p.Percentage, math.Nextafter(points[want-1], 101)), 100)
+		}
+		if want < p.Count {
+			return row, nil
+		}
+	}
+	t := s.look(would, nil)
+	p.Planned = t.asked + t.counts[api.StandsDue]
+	return s.rows.change(ctx, row.ID, func(v *campaignRow, exists bool) error {
+		if !exists || v.State != row.State || v.Phase != row.Phase || !v.Phases[v.Phase].Began.IsZero() {
+			return errUnchanged
+		}
+		v.Phases[v.Phase] = *p
+		return nil
+	})
+}
+
+// stop ends a campaign by itself.
+func (s *campaigns) stop(ctx context.Context, row campaignRow, code, reason string) error {
+	evidence := s.bad(ctx, row)
+	_, err := s.rows.change(ctx, row.ID, func(v *campaignRow, exists bool) error {
+		if !exists || v.State.Ended() {
+			return errUnchanged
+		}
+		v.State, v.Code, v.Reason, v.Ended, v.Evidence = api.CampaignStopped, code, reason, s.now().UTC(), evidence
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	s.log.Warn("a campaign was stopped", "campaign", row.ID, "version", row.Version, "code", code, "reason", reason)
+	s.note(ctx, api.LogEntry{Actor: "coordinator", Action: "campaign.stop", Targets: []string{row.ID}, Reason: reason})
+	s.poke()
+	return nil
+}
+
+// takeBack cancels what has not begun of a campaign that ended early.
+func (s *campaigns) takeBack(ctx context.Context, row campaignRow) error {
+	id, err := ulid.ParseStrict(row.ID)
+	if err != nil {
+		return err
+	}
+	var g errgroup.Group
+	g.SetLimit(sendAtOnce)
+	for d, o := range s.offersOf(row) {
+		if o.state.Terminal() || o.canceled || o.begun() {
+			continue
+		}
+		g.Go(func() error {
+			_, err := s.outbox.cancel(ctx, d, offerID(id, d, o.attempt), "the campaign has ended: "+row.Reason, "coordinator")
+			var r *refusal
+			if errors.As(err, &r) { // it has ended meanwhile
+				return nil
+			}
+			return err
+		})
+	}
+	return g.Wait()
+}
+
+// askAll asks devices, as many as the campaign may now, the lowest points first.
+func (s *campaigns) askAll(ctx context.Context, row campaignRow, asks []ask) error {
+	n := s.spend(row, len(asks))
+	if n == 0 {
+		return nil
+	}
+	id, err := ulid.ParseStrict(row.ID)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(asks, func(a, b ask) int { return cmp.Or(cmp.Compare(a.phase, b.phase), cmp.Compare(a.point, b.point)) })
+	var g errgroup.Group
+	g.SetLimit(sendAtOnce)
+	for _, q := range asks[:n] {
+		if v, ok := s.rows.get(row.ID); !ok || v.State != row.State { // somebody said stop
+			break
+		}
+		g.Go(func() error {
+			body := wire.UpdateInstall{Version: row.Version, Target: repo.TargetName(row.Version)}
+			if p := row.Phases[q.phase]; p.Only == nil && max(p.Share, p.Percentage) < 100 && row.State != api.CampaignDone {
+				body.Percentage = max(p.Share, p.Percentage)
+			}
+			_, err := s.outbox.submitAs(ctx, offerID(id, q.device, q.attempt), q.device, wire.KindUpdateInstall, body, offerLife)
+			return err
+		})
+	}
+	return g.Wait()
+}
+
+// spend takes so many from a campaign's budget, or what is left of it.
+func (s *campaigns) spend(row campaignRow, n int) int {
+	b, now := s.budgets[row.ID], s.now()
+	if b == nil {
+		b = &budget{left: 1, at: now} // who has just begun to lead does not know what the one before has asked
+		s.budgets[row.ID] = b
+	}
+	b.left = min(b.left+row.Rate*max(now.Sub(b.at), 0).Seconds(), max(row.Rate, 1))
+	b.at = now
+	n = min(n, int(b.left))
+	b.left -= float64(n)
+	return n
+}
+
+// follow asks late devices: those that came or came back since the newest campaign
+// for them was done. One that a campaign under way has come to is that one's.
+func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
+	now := s.now()
+	var done, open []campaignRow
+	for _, r := range rows {
+		switch {
+		case r.State == api.CampaignDone:
+			done = append(done, r)
+		case !r.State.Ended():
+			open = append(open, r)
+		}
+	}
+	if len(done) == 0 {
+		return nil
+	}
+	slices.SortFunc(done, func(a, b campaignRow) int { return b.Ended.Compare(a.Ended) })
+	offers := make([]map[wire.DeviceID]orderNow, len(done))
+	for i, r := range done {
+		offers[i] = s.offersOf(r)
+	}
+	asks := make([][]ask, len(done))
+	busy := s.outbox.underway(wire.KindUpdateInstall)
+	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		i := slices.IndexFunc(done, func(r campaignRow) bool { return r.To.Matches(d) })
+		if i < 0 || done[i].runs(d.Agent) {
+			return true
+		}
+		for _, r := range open {
+			if r.To.Matches(d) && r.reaches(r.phaseOf(d, bundle.RolloutPoint(r.Version, string(d.ID)))) {
+				return true
+			}
+		}
+		v := s.reg.seenOf(d.ID)
+		v.busy = busy[d.ID]
+		var o *orderNow
+		if x, ok := offers[i][d.ID]; ok {
+			o = &x
+		}
+		if a := done[i].stand(d, o, v, now, s.started, s.pace); a.ask {
+			asks[i] = append(asks[i], askOf(done[i], d, o, a))
+		}
+		return true
+	})
+	var errs []error
+	for i, r := range done {
+		errs = append(errs, s.askAll(ctx, r, asks[i]))
+	}
+	return errors.Join(errs...)
+}
+
+// bad is the devices that failed or are silent, the newest first, [api.MaxEvidence]
+// at most.
+func (s *campaigns) bad(ctx context.Context, row campaignRow) []api.CampaignDevice {
+	out := []api.CampaignDevice{}
+	s.look(row, func(d api.DeviceRecord, o *orderNow, v seen, a at) {
+		if a.standing == api.StandsFailed || a.standing == api.StandsSilent {
+			out = append(out, deviceIn(row, d, o, v, a))
+		}
+	})
+	slices.SortFunc(out, func(a, b api.CampaignDevice) int {
+		return cmp.Or(b.Updated.Compare(a.Updated), cmp.Compare(a.Device, b.Device))
+	})
+	out = out[:min(len(out), api.MaxEvidence)]
+	s.explain(ctx, out)
+	return out
+}
+
+func deviceIn(row campaignRow, d api.DeviceRecord, o *orderNow, v seen, a at) api.CampaignDevice {
+	out := api.CampaignDevice{Device: d.ID, Standing: a.standing, Phase: a.phase, Agent: d.Agent, Code: a.code, LastSeen: v.last.UTC()}
+	if v.last.IsZero() {
+		out.LastSeen = time.Time{}
+	}
+	if id, err := ulid.ParseStrict(row.ID); o != nil && err == nil {
+		out.Order, out.Updated, out.Progress = offerID(id, d.ID, o.attempt), o.updated.UTC(), o.progress
+	}
+	return out
+}
+
+// explain adds the sentences that devices gave. What cannot be read has none.
+func (s *campaigns) explain(ctx context.Context, list []api.CampaignDevice) {
+	var g errgroup.Group
+	g.SetLimit(resultReaders)
+	for i := range list {
+		if d := &list[i]; d.Order != "" && d.Code != "" {
+			g.Go(func() error {
+				if v, err := s.outbox.get(ctx, d.Device, d.Order); err == nil {
+					d.Reason = v.Result.Reason
+				}
+				return nil
+			})
+		}
+	}
+	_ = g.Wait() // see above
+}
+
+// view is a campaign as operators see it, without the devices that failed.
+func (s *campaigns) view(row campaignRow) api.Campaign {
+	t := s.look(row, nil)
+	now := s.now()
+	v := api.Campaign{ID: row.ID, Version: row.Version, Selector: row.To, Stop: row.Stop.view(), Rate: row.Rate, By: row.By, Created: row.Created,
+		State: row.State, Phase: row.Phase, Code: row.Code, Reason: row.Reason, Ended: row.Ended, Evidence: row.Evidence,
+		Devices: t.devices, Counts: t.counts, Reasons: []api.StandingReason{}, Failed: []api.CampaignDevice{}, Current: s.current(row)}
+	for i, p := range row.Phases {
+		v.Phases = append(v.Phases, api.PhaseState{CampaignPhase: p.CampaignPhase, Share: p.Share, Began: p.Began, Settled: p.Settled,
+			Approved: p.Approved, ApprovedBy: p.ApprovedBy, Ended: p.Ended, Devices: t.phases[i].devices, Counts: t.phases[i].counts})
+	}
+	for r, n := range t.reasons {
+		r.Devices = n
+		v.Reasons = append(v.Reasons, r)
+	}
+	slices.SortFunc(v.Reasons, func(a, b api.StandingReason) int {
+		return cmp.Or(cmp.Compare(b.Devices, a.Devices), cmp.Compare(a.Standing, b.Standing), cmp.Compare(a.Code, b.Code))
+	})
+	v.Reasons = v.Reasons[:min(len(v.Reasons), api.MaxEvidence)]
+	if p := row.Phases[row.Phase]; row.State == api.CampaignRunning {
+		switch {
+		case row.awaits(now):
+			v.State, v.Holdup = api.CampaignAwaiting, fmt.Sprintf("phase %d waits for an approval", row.Phase+1)
+		case p.Began.IsZero() && p.Count > 0:
+			v.Holdup = fmt.Sprintf("phase %d begins when %d of its devices are online", row.Phase+1, p.Count)
+		case p.Settled.IsZero():
+			v.Holdup = row.holdup(t)
+		}
+	}
+	return v
+}
+
+// current tells whether a campaign is the newest that is done for one of its devices.
+func (s *campaigns) current(row campaignRow) bool {
+	if row.State != api.CampaignDone {
+		return false
+	}
+	var newer []campaignRow
+	s.rows.each(func(_ string, v campaignRow) bool {
+		if v.State == api.CampaignDone && v.Ended.After(row.Ended) {
+			newer = append(newer, v)
+		}
+		return true
+	})
+	found := false
+	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		found = row.To.Matches(d) && !slices.ContainsFunc(newer, func(v campaignRow) bool { return v.To.Matches(d) })
+		return !found
+	})
+	return found
+}
+
+// show is one campaign with the devices that failed.
+func (s *campaigns) show(ctx context.Context, id string) (api.Campaign, error) {
+	row, ok := s.rows.get(id)
+	if !ok {
+		return api.Campaign{}, errNoCampaign(id)
+	}
+	v := s.view(row)
+	v.Failed = s.bad(ctx, row)
+	return v, nil
+}
+
+// list is some of a campaign's devices.
+func (s *campaigns) list(ctx context.Context, id string, standing api.Standing, after string, limit int) (api.CampaignDevices, error) {
+	out := api.CampaignDevices{Devices: []api.CampaignDevice{}}
+	row, ok := s.rows.get(id)
+	if !ok {
+		return out, errNoCampaign(id)
+	}
+	s.look(row, func(d api.DeviceRecord, o *orderNow, v seen, a at) {
+		if string(d.ID) > after && (standing == "" || standing == a.standing) {
+			out.Devices = append(out.Devices, deviceIn(row, d, o, v, a))
+		}
+	})
+	slices.SortFunc(out.Devices, func(a, b api.CampaignDevice) int { return cmp.Compare(a.Device, b.Device) })
+	if len(out.Devices) > limit {
+		out.Devices = out.Devices[:limit]
+		out.Next = string(out.Devices[limit-1].Device)
+	}
+	s.explain(ctx, out.Devices)
+	return out, nil
+}
+
+// all is how the fleet stands with its releases.
+func (s *campaigns) all(ctx context.Context) api.Releases {
+	out := api.Releases{Versions: []api.VersionCount{}, Campaigns: []api.Campaign{}}
+	of := make(map[string]*api.VersionCount)
+	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		if d.Retired {
+			return true
+		}
+		v := of[d.Agent]
+		if v == nil {
+			v = &api.VersionCount{Version: d.Agent}
+			of[d.Agent] = v
+		}
+		if v.Devices++; s.reg.online(d.ID) {
+			v.Online++
+		}
+		return true
+	})
+	for _, v := range of {
+		out.Versions = append(out.Versions, *v)
+	}
+	slices.SortFunc(out.Versions, func(a, b api.VersionCount) int {
+		return cmp.Or(bundle.Compare(b.Version, a.Version), cmp.Compare(a.Version, b.Version))
+	})
+	rows := s.rows.all(func(a, b campaignRow) int { return cmp.Compare(b.ID, a.ID) })
+	slices.SortStableFunc(rows, func(a, b campaignRow) int {
+		switch {
+		case a.State.Ended() == b.State.Ended():
+			return 0
+		case b.State.Ended():
+			return -1
+		}
+		return 1
+	})
+	for _, row := range rows[:min(len(rows), api.MaxCampaigns)] {
+		v := s.view(row)
+		if v.Counts[api.StandsFailed]+v.Counts[api.StandsSilent] > 0 && row.Evidence == nil {
+			v.Failed = s.bad(ctx, row)
+		}
+		out.Campaigns = append(out.Campaigns, v)
+	}
+	return out
+}
+
+// attention is the campaigns that somebody should look at: that wait for an approval,
+// and that were stopped, until another one for some of the same devices was begun.
+func (s *campaigns) attention() (see []api.Attention) {
+	rows := s.rows.all(func(a, b campaignRow) int { return cmp.Compare(a.ID, b.ID) })
+	now, members := s.now(), s.members()
+	for i, r := range rows {
+		add := func(text string) {
+			see = append(see, api.Attention{Code: api.AttentionCampaign, About: "campaign:" + r.ID, Text: cutText(fmt.Sprintf("of %s %s", r.Version, text), maxLoggedText)})
+		}
+		switch {
+		case r.awaits(now):
+			add(fmt.Sprintf("waits for an approval after phase %d", r.Phase+1))
+		case r.State != api.CampaignStopped:
+		case !slices.ContainsFunc(rows[i+1:], func(v campaignRow) bool { return overlaps(r.To, v.To, members) }):
+			add("was stopped: " + r.Reason)
+		}
+	}
+	return see
+}
+
+func (s *campaigns) members() (out []api.DeviceRecord) {
+	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
+		if !d.Retired {
+			out = append(out, d)
+		}
+		return true
+	})
+	return out
+}
+
+// underway is the devices that have an open order of a kind.
+func (o *outbox) underway(k wire.Kind) map[wire.DeviceID]bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := make(map[wire.DeviceID]bool, len(o.kinds[k]))
+	for _, d := range o.kinds[k] {
+		out[d] = true
+	}
+	return out
+}
+
+// seenOf is whether a device is there, and when it was heard last.
+func (r *registry) seenOf(d wire.DeviceID) (v seen) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if l, ok := r.live[d]; ok {
+		v.online, v.last = l.online, l.lastSeen
+	}
+	return v
+}
+
+func (c *Coordinator) campaignRoutes() []route {
+	steer := func(what, summary string) route {
+		return route{method: "POST", path: v1 + "/campaigns/{id}/" + what, needs: toRelease, summary: summary, in: api.PauseRequest{}, out: api.Campaign{},
+			handle: answer(func(r *http.Request, q api.PauseRequest) (api.Campaign, error) {
+				return c.campaigns.steer(r.Context(), r.PathValue("id"), what, q.Reason)
+			})}
+	}
+	return []route{
+		{method: "GET", path: v1 + "/releases", needs: toRead, summary: "Which versions the fleet runs, and which campaigns there are", out: api.Releases{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			writeJSON(w, http.StatusOK, c.campaigns.all(r.Context()))
+			return nil
+		}},
+		{method: "POST", path: v1 + "/campaigns", needs: toRelease, summary: "Bring a release to devices, in phases", in: api.CampaignRequest{}, out: api.Campaign{},
+			handle: answer(func(r *http.Request, q api.CampaignRequest) (api.Campaign, error) {
+				return c.campaigns.begin(r.Context(), q)
+			})},
+		{method: "GET", path: v1 + "/campaigns/{id}", needs: toRead, summary: "A campaign and how far it is", out: api.Campaign{}, handle: func(w http.ResponseWriter, r *http.Request) error {
+			v, err := c.campaigns.show(r.Context(), r.PathValue("id"))
+			if err == nil {
+				writeJSON(w, http.StatusOK, v)
+			}
+			return err
+		}},
+		{method: "GET", path: v1 + "/campaigns/{id}/devices", needs: toRead, summary: "Where the devices of a campaign stand, and why", out: api.CampaignDevices{},
+			query: []param{{"standing", "only those that stand there", ""}, {"after", "from here on: what an answer gave as next", ""}, {"limit", "at most so many; default 100", 0}}, handle: c.getCampaignDevices},
+		steer(api.CampaignPause, "Ask no more devices for now"),
+		steer(api.CampaignResume, "Go on with a campaign that is paused"),
+		steer(api.CampaignApprove, "Let a campaign go on to its next phase"),
+		steer(api.CampaignAbort, "End a campaign; who is in the middle finishes by itself"),
+	}
+}
+
+func (c *Coordinator) getCampaignDevices(w http.ResponseWriter, r *http.Request) error {
+	q, limit := r.URL.Query(), api.DefaultOrders
+	standing := api.Standing(q.Get("standing"))
+	if standing != "" && !slices.Contains(api.Standings, standing) {
+		return refuse(http.StatusBadRequest, "bad_query", "%q is no standing of a device: %v", standing, api.Standings)
+	}
+	if s := q.Get("limit"); s != "" {
+		var err error
+		if limit, err = strconv.Atoi(s); err != nil || limit < 1 || limit > api.MaxCampaignDevices {
+			return refuse(http.StatusBadRequest, "bad_query", "limit is a number from 1 to %d, not %q", api.MaxCampaignDevices, s)
+		}
+	}
+	v, err := c.campaigns.list(r.Context(), r.PathValue("id"), standing, q.Get("after"), limit)
+	if err == nil {
+		writeJSON(w, http.StatusOK, v)
+	}
+	return err
+}
