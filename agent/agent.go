@@ -105,6 +105,7 @@ type Agent struct {
 	data    *orders.Service
 	jobs    *jobs.Service
 
+	proving chan struct{} // capacity 1: something that counts for a trial has changed
 	restart chan struct{} // closed when a handler asked for a restart
 	once    sync.Once
 }
@@ -118,7 +119,7 @@ const (
 	auditLimit   = time.Minute
 	jobLimit     = 30 * 24 * time.Hour // its own limits and the owner's bind first; it may stand still for long
 	configLimit  = time.Minute
-	updateLimit  = 24 * time.Hour // a slow link is no fault
+	updateLimit  = 30 * 24 * time.Hour // it waits for its owner; what it does has limits of its own
 	keepAfter    = 30 * time.Second
 	storesAtOnce = 4
 	// dataStall is how long the data plane may be silent: as long as the session's
@@ -143,7 +144,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	a := &Agent{cfg: cfg, start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), restart: make(chan struct{})}
+	a := &Agent{cfg: cfg, start: newNonce(), rest: rest, doubts: make(chan struct{}, 1), timed: make(chan struct{}, 1), proving: make(chan struct{}, 1), restart: make(chan struct{})}
 	a.log, a.level = withLevel(cfg.Log)
 	on := cfg.detectBoard(a.log)
 	if err := a.resetIfAsked(ctx, on); err != nil {
@@ -218,8 +219,11 @@ func (a *Agent) openUpdate() (*ota.Service, error) {
 			}
 			return repo.NewMirrors(all...), nil
 		},
-		Now: a.clock.Now,
-		Log: a.log,
+		Now:     a.clock.Now,
+		Hold:    a.holdUpdate,
+		Moved:   func(n int64) { a.traffic.updated(n) },
+		Figures: a.figures,
+		Log:     a.log,
 	})
 }
 
@@ -305,7 +309,7 @@ func (a *Agent) furnish() error {
 		wire.KindChunkHoldings: {Handle: handle[wire.KindChunkHoldings], AtOnce: 1, Limit: auditLimit},
 		wire.KindAudit:         {Handle: handle[wire.KindAudit], AtOnce: 1, Limit: auditLimit},
 		wire.KindJobRun:        {Handle: work.Run, AtOnce: maxInFlight, Queues: true, Keeps: true, Long: true, Limit: jobLimit},
-		wire.KindUpdateInstall: {Handle: a.update.Handle, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
+		wire.KindUpdateInstall: {Handle: a.update.Handle, Refuse: a.update.Refuse, AtOnce: 1, Long: true, Limit: updateLimit, Restart: ota.ErrRestart, Later: ota.ErrPending},
 		wire.KindConfigApply:   {Handle: a.desired.Handle, AtOnce: 1, Limit: configLimit},
 		wire.KindPing:          {Handle: ping(a.cfg.Version, a.hw.began), Limit: pingLimit},
 	})
@@ -349,12 +353,15 @@ func (a *Agent) live(ctx context.Context) error {
 	}
 	a.hw.connected(false)
 	a.hw.check(a.feelVolumes)
+	a.hw.check(a.feelUpdate)
 	a.hw.at(atWork)
 	if err := a.orders.takeUp(ctx); err != nil {
 		a.log.Error("not all that a former life began can be gone on with; the coordinator will send it again", "error", err)
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { a.watchJobs(ctx) })
+	wg.Go(func() { a.prove(ctx) })
+	wg.Go(func() { a.hearOwner(ctx) })
 	wg.Go(func() { a.session.run(ctx) })
 	wg.Go(func() { a.stayMember(ctx) })
 	wg.Go(func() { a.orders.resend(ctx, a.hw.dog.Pulse("reports", loopLate)) })
@@ -400,7 +407,7 @@ func (a *Agent) settle() error {
 	if err != nil {
 		return err
 	}
-	if !known {
+	if !known && !ota.IsLocal(s.Order) { // that one, nobody but the owner has asked for
 		var problem error
 		if s.Problem != nil {
 			problem = s.Problem
@@ -413,8 +420,7 @@ func (a *Agent) settle() error {
 	return a.update.Reported(s.Order) // the journal forgets it before the slots do
 }
 
-// welcomed is called when broker and coordinator have answered: with the
-// volumes open, this agent is healthy.
+// welcomed is called when broker and coordinator have answered.
 func (a *Agent) welcomed() {
 	a.dismissed.Store(false) // who is welcomed is a member
 	a.hw.connected(true)
@@ -427,15 +433,9 @@ func (a *Agent) welcomed() {
 	if err := errors.Join(a.journal.saveFloor(now), a.journal.timeIs(now)); err != nil {
 		a.log.Warn("the time cannot be saved", "error", err)
 	}
-	trial, err := a.update.OnTrial()
-	if err == nil && trial {
-		if err = a.update.Confirm(context.Background()); err == nil { // a file or a name
-			a.log.Info("this version is confirmed", "version", a.cfg.Version, "slot", a.cfg.Slot)
-			err = a.settle()
-		}
-	}
-	if err != nil {
-		a.log.Error("the update cannot be settled", "error", err)
+	select {
+	case a.proving <- struct{}{}:
+	default:
 	}
 	a.log.Info("online", "broker_time", now.Format(time.RFC3339))
 	a.orders.reconnected()
@@ -472,6 +472,7 @@ func (a *Agent) beat(ctx context.Context) {
 		b.Losses, b.Scrubs = a.scrubs.losses(), a.scrubs.told()
 		b.Pause = a.data.Pause()
 		b.Jobs = a.jobs.State()
+		b.Update = a.update.State()
 		env, err := wire.Seal(a.id.key, wire.TypeBeat, b)
 		if err != nil {
 			a.log.Error("a heartbeat cannot be signed", "error", err)

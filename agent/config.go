@@ -49,6 +49,12 @@ import (
 //	monthly_bytes = 0           # in and out; counted over restarts
 //	hours = "22:00-06:00"       # local time; "": the whole day
 //
+//	[updates]                   # see UpdatesConfig; the owner's alone
+//	window = "02:00-05:00"      # local time, of the restart; "": any time
+//	consent = "auto"            # or "ask": deimos-agent update approve
+//	on_metered = "fetch"        # or "wait", when the month's volume is used up
+//	monthly_bytes = 0           # that updates may fetch in a month; 0: no limit
+//
 //	[board]                     # see board
 //	name = ""                   # instead of what is detected
 //	profiles = "/etc/deimos/boards"
@@ -71,6 +77,7 @@ type Config struct {
 	Disks       DisksConfig    `toml:"disks"`
 	Scrub       ScrubConfig    `toml:"scrub"`
 	Transfer    TransferConfig `toml:"transfer"`
+	Updates     UpdatesConfig  `toml:"updates"`
 	Board       BoardConfig    `toml:"board"`
 	Sensors     []board.Sensor `toml:"sensor"`
 	Watchdog    string         `toml:"watchdog"`
@@ -158,6 +165,9 @@ func LoadConfig(path string) (Config, error) {
 		return c, fmt.Errorf("the configuration file %s: %w", path, err)
 	}
 	if err := c.Jobs.Check(); err != nil {
+		return c, fmt.Errorf("the configuration file %s: %w", path, err)
+	}
+	if err := c.Updates.check(); err != nil {
 		return c, fmt.Errorf("the configuration file %s: %w", path, err)
 	}
 	c.owned = owners(meta.IsDefined, c)

@@ -528,6 +528,9 @@ func (d *dispatcher) terminal(ctx context.Context, order string, out wire.Outcom
 	if err != nil {
 		p := wire.ProblemOf(err)
 		r = wire.Report{Order: order, State: p.State, Code: p.Code, Reason: p.Reason, RetrySeconds: p.Seconds()}
+		if out.Body != nil { // what is known of it all the same
+			r.Body, _ = json.Marshal(out.Body)
+		}
 		d.log.Warn("order not done", "order", order, "state", p.State, "code", p.Code, "reason", p.Reason)
 	}
 	return r

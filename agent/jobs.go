@@ -6,12 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"reflect"
 	"runtime"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/deimos-edge/deimos/hw"
@@ -182,30 +180,7 @@ func OwnersWord(stateDir string) (w policy.Word, err error) {
 
 // SayOfJobs is the owner's word from now on. The agent hears it within a second or
 // two, or when it starts.
-func SayOfJobs(stateDir string, w policy.Word) error {
-	info, err := os.Stat(stateDir)
-	if err != nil {
-		return fmt.Errorf("%w be read: %w; choose another with --state", ErrState, err)
-	}
-	raw, err := json.Marshal(w)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(stateDir, jobsDir), 0o700); err != nil {
-		return fmt.Errorf("%w be written: %w", ErrState, err)
-	}
-	path := filepath.Join(stateDir, jobsDir, wordFile)
-	if err := durable.WriteFile(path, raw, 0o600); err != nil {
-		return fmt.Errorf("%w be written: %w", ErrState, err)
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
-		// The agent may run as another user, whose folder it is.
-		if err := errors.Join(os.Lchown(filepath.Dir(path), int(st.Uid), int(st.Gid)), os.Lchown(path, int(st.Uid), int(st.Gid))); err != nil {
-			return fmt.Errorf("%w be written: %w", ErrState, err)
-		}
-	}
-	return nil
-}
+func SayOfJobs(stateDir string, w policy.Word) error { return sayAsOwner(stateDir, jobsDir, w) }
 
 // ReadJobs is how jobs are on this device; nil if nothing was noted yet and the owner
 // has said nothing.

@@ -51,6 +51,7 @@ type machine struct {
 	last   atomic.Pointer[hw.Telemetry]
 	probes sync.Mutex // one probe at a time
 
+	held    atomic.Bool            // an update waits
 	changed chan struct{}          // capacity 1: what the light shows may have
 	noted   *Feeling               // of show, and after it of run alone
 	clock   atomic.Pointer[Clock]  // nil until the journal is open
@@ -402,7 +403,7 @@ func (m *machine) look() panel.State {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {
-	case m.updates > 0:
+	case m.updates > 0 && !m.held.Load():
 		return panel.Updating
 	case m.stage == atStart:
 		return panel.Starting

@@ -23,7 +23,8 @@ import (
 // TransferConfig is what the owner lets the fleet have of the line. What the file
 // states is a limit for the fleet, which may set less; the hours are the owner's
 // alone. Rates and hours are of bulk: chunks that come in and go out, and by rate
-// the modules of jobs. Orders, reports, proofs and updates are small or cannot wait.
+// the modules of jobs. Orders, reports and proofs are small or cannot wait; of updates see
+// [UpdatesConfig].
 type TransferConfig struct {
 	Down    int64        `toml:"max_down_bytes_per_second" json:"max_down_bytes_per_second"` // 0: no limit
 	Up      int64        `toml:"max_up_bytes_per_second" json:"max_up_bytes_per_second"`     // 0: no limit
@@ -77,8 +78,10 @@ type traffic struct {
 	now      month
 	covered  int64 // bytes up to which the file speaks
 	reserved int64 // of chunks under way
-	failing  bool  // the file cannot be written, and the log says so
-	due      chan struct{}
+	// notedUpdates is up to where the bytes of updates are noted, or about to be.
+	notedUpdates int64
+	failing      bool // the file cannot be written, and the log says so
+	due          chan struct{}
 }
 
 // Line is what was moved this month, and what may be: traffic.json.
@@ -113,6 +116,8 @@ type month struct {
 	Month string `json:"month"` // such as 2026-11; empty before the time was known
 	Bytes int64  `json:"bytes"` // in and out
 	Ahead int64  `json:"ahead"` // so many more may have moved since; 0 if the agent ended in good order
+	// Updates are those of Bytes that were for updates.
+	Updates int64 `json:"updates,omitempty"`
 }
 
 const (
@@ -136,7 +141,7 @@ func openTraffic(path string, clock *Clock, log *slog.Logger) (*traffic, error) 
 		log.Error("the count of this month's traffic is damaged, and begins at nothing", "file", path)
 	}
 	t.now.Bytes, t.now.Ahead = t.now.Bytes+t.now.Ahead, 0
-	t.covered = t.now.Bytes
+	t.covered, t.notedUpdates = t.now.Bytes, t.now.Updates
 	var said Line
 	if json.Unmarshal(raw, &said) == nil {
 		t.noted = said.Limits
@@ -196,6 +201,7 @@ func (t *traffic) turn(now time.Time, sure wire.Confidence) {
 	}
 	if t.now.Month != "" && this > t.now.Month { // of an earlier one, what was counted by then counts on
 		t.now.Bytes, t.covered = 0, 0
+		t.now.Updates, t.notedUpdates = 0, 0
 	}
 	t.now.Month = this
 	t.nudge()
@@ -322,9 +328,8 @@ func (t *traffic) inVolume(now time.Time, sure wire.Confidence) *wire.Problem {
 	}
 	after := askAgain
 	// If it is only for what is under way, that may yet take less.
-	if sure == wire.ClockTrusted && t.now.Bytes+chunk.MaxSize > most {
-		y, m, _ := now.In(t.zone).Date()
-		after = time.Date(y, m+1, 1, 0, 0, 0, 0, t.zone).Sub(now)
+	if t.now.Bytes+chunk.MaxSize > most {
+		after = t.nextMonth(now, sure)
 	}
 	return wire.RejectedUntil(after, wire.CodeMetered, "%d of the %d bytes that the owner of this device allows in a month are used up; ask again in %s", t.now.Bytes, most, after.Round(time.Minute))
 }

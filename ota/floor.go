@@ -48,6 +48,17 @@ func (s *Service) floor() (string, error) {
 	return f.Version, nil
 }
 
+// ReadFloor is the oldest version that may be installed on the device with this state
+// folder, "" if that is not known.
+func ReadFloor(stateDir string) (string, error) {
+	var f floor
+	raw, err := durable.ReadFile(filepath.Join(stateDir, "ota", "floor.json"), maxFloor)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && json.Unmarshal(raw, &f) != nil {
+		return "", nil
+	}
+	return f.Version, err
+}
+
 func (s *Service) rootSum() string {
 	sum := sha256.Sum256(s.o.Root())
 	return hex.EncodeToString(sum[:])

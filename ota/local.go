@@ -50,7 +50,7 @@ func (s *Service) noteRefusal(j job, err error) {
 		return
 	}
 	note := func(r *Record) {
-		r.Ended = s.end(Record{Order: j.order, Version: j.version}, wire.ProblemOf(err))
+		r.end(s.o.Now(), j.order, j.version, wire.ProblemOf(err))
 	}
 	if err := s.mem.leave(note); err != nil {
 		s.o.Log.Warn("how the update ended cannot be noted", "error", err)
@@ -75,3 +75,19 @@ func openPlace(place string) (source repo.Source, end func(), err error) {
 	}
 	return repo.Dir(place), func() {}, nil
 }
+
+// Known tells whether what became of the owner's wish with this id is known: it ended,
+// or is on trial.
+func (s *Service) Known(id string) bool {
+	if s.mem.get().Heard == LocalOrder(id) {
+		return true
+	}
+	if s.how == nil {
+		return false
+	}
+	t, last, err := s.how.standing()
+	return err == nil && (t != nil && t.running && t.order == LocalOrder(id) || last != nil && last.Order == LocalOrder(id))
+}
+
+// Record is what is remembered of the newest update.
+func (s *Service) Record() Record { return s.mem.get() }

@@ -236,7 +236,7 @@ func (s *Service) Settled() (*Settled, error) {
 	s.align(t)
 	out := s.settled(*last)
 	if rec := s.mem.get(); rec.Order == last.Order && (rec.Ended == nil || rec.Ended.Order != last.Order) {
-		if err := s.mem.leave(func(r *Record) { r.Ended = s.end(*r, out.Problem) }); err != nil {
+		if err := s.mem.leave(func(r *Record) { r.end(s.o.Now(), r.Order, r.Version, out.Problem) }); err != nil {
 			s.o.Log.Warn("how the update ended cannot be noted", "error", err)
 		}
 	}
@@ -433,19 +433,12 @@ func (s *Service) ended(ctx context.Context, j job, err error) {
 		if to, err := slot.Next(r.Phase, slot.GivenUp); err == nil {
 			r.Phase = to
 		}
-		r.Why, r.Ended = nil, s.end(*r, p)
+		r.Why = nil
+		r.end(s.o.Now(), r.Order, r.Version, p)
 	}
 	if err := s.mem.leave(note); err != nil {
 		s.o.Log.Warn("how the update ended cannot be noted", "error", err)
 	}
-}
-
-func (s *Service) end(r Record, p *wire.Problem) *Ended {
-	e := &Ended{Order: r.Order, Version: r.Version, State: wire.Succeeded, At: s.o.Now().UTC().Truncate(time.Second)}
-	if p != nil {
-		e.State, e.Code, e.Reason = p.State, p.Code, p.Reason
-	}
-	return e
 }
 
 // attempt goes as far as it may: to an end, or to what holds it.
@@ -548,7 +541,7 @@ func (s *Service) install(ctx context.Context, j job) (*hold, error) {
 		if from.Order == j.order {
 			return // what it has fetched, and since when, stands
 		}
-		*r = Record{Phase: r.Phase, Order: j.order, Version: j.version, From: s.o.Version, Local: j.local, Ended: from.Ended}
+		*r = Record{Phase: r.Phase, Order: j.order, Version: j.version, From: s.o.Version, Local: j.local, Ended: from.Ended, Heard: from.Heard}
 	})
 	if err != nil {
 		return nil, err

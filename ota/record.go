@@ -39,6 +39,7 @@ type Record struct {
 
 	Began *moment `json:"began,omitempty"` // of the fetch
 	Ended *Ended  `json:"ended,omitempty"` // how it ended; until then, how the one before did
+	Heard string  `json:"heard,omitempty"` // the newest wish of the owner's that has ended
 }
 
 // Why is what an update waits for.
@@ -56,6 +57,17 @@ type Ended struct {
 	Code    string     `json:"code,omitempty"`
 	Reason  string     `json:"reason,omitempty"`
 	At      time.Time  `json:"at"` // by the device's clock
+}
+
+// end notes how an update ended; p is nil if it was installed and confirmed.
+func (r *Record) end(now time.Time, order, version string, p *wire.Problem) {
+	e := &Ended{Order: order, Version: version, State: wire.Succeeded, At: now.UTC().Truncate(time.Second)}
+	if p != nil {
+		e.State, e.Code, e.Reason = p.State, p.Code, p.Reason
+	}
+	if r.Ended = e; IsLocal(order) {
+		r.Heard = order
+	}
 }
 
 // moment is a time that no clock that is set can move: of one boot of the kernel.

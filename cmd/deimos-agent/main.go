@@ -41,6 +41,7 @@ type commands struct {
 	Reset   resetCmd   `cmd:"" help:"Reset this device to factory: forget its key, its fleet and all chunks."`
 	Probe   probeCmd   `cmd:"" help:"Show what this machine has; needs no coordinator."`
 	Disks   disksCmd   `cmd:"" help:"Show which disks would hold chunks and why, or test one."`
+	Update  updateCmd  `cmd:"" help:"Show how updates stand, say yes or not now, or install from a stick."`
 	Jobs    jobsCmd    `cmd:"" help:"Show the jobs on this device, or let them stand still."`
 	Board   boardCmd   `cmd:"" help:"Show which board this is, list profiles of boards, or check one."`
 	History historyCmd `cmd:"" help:"Show what this device has measured; works while the agent runs."`
