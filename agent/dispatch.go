@@ -522,14 +522,15 @@ func (d *dispatcher) handle(ctx context.Context, o wire.Order, tell func(wire.Pr
 // terminal makes the final report of an order.
 func (d *dispatcher) terminal(ctx context.Context, order string, out wire.Outcome, err error) wire.Report {
 	r := wire.Report{Order: order, State: wire.Succeeded}
+	body := out.Body // of one that did not succeed, it says how far it came
 	if err == nil {
-		err = d.fill(ctx, &r, out)
+		body, err = nil, d.fill(ctx, &r, out)
 	}
 	if err != nil {
 		p := wire.ProblemOf(err)
 		r = wire.Report{Order: order, State: p.State, Code: p.Code, Reason: p.Reason, RetrySeconds: p.Seconds()}
-		if out.Body != nil { // what is known of it all the same
-			r.Body, _ = json.Marshal(out.Body)
+		if body != nil {
+			r.Body, _ = json.Marshal(body)
 		}
 		d.log.Warn("order not done", "order", order, "state", p.State, "code", p.Code, "reason", p.Reason)
 	}
