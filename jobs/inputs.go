@@ -1,18 +1,18 @@
 package jobs
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -32,37 +32,19 @@ type inputs struct {
 	watched   []watched
 }
 
-// watched is a file of the owner's, which may change while the job reads it.
-type watched struct {
-	name   string
-	file   *os.File
-	before os.FileInfo
-}
-
 func (in *inputs) close() {
 	for _, f := range in.files {
+		closeInput(f)
+	}
+}
+
+func closeInput(in sandbox.Input) {
+	if in.File != nil {
+		in.File.Close()
+	}
+	for _, f := range in.Files {
 		f.File.Close()
 	}
-}
-
-// unchanged is an error if a file of the owner's is no longer what was hashed.
-func (in *inputs) unchanged() error {
-	for _, w := range in.watched {
-		now, err := w.file.Stat()
-		if err != nil {
-			return wire.FailedBecause(wire.CodeInternal, "the job's input %q cannot be read any more: %v", w.name, err)
-		}
-		if a, b := stamp(w.before), stamp(now); a != b {
-			return wire.FailedBecause(wire.CodeMismatch, "the job's input %q was changed on the device while the job read it; ask again", w.name)
-		}
-	}
-	return nil
-}
-
-// stamp is what of a file changes with its content.
-func stamp(info os.FileInfo) [3]int64 {
-	st, _ := info.Sys().(*syscall.Stat_t)
-	return [3]int64{info.Size(), info.ModTime().UnixNano(), st.Ctim.Nano()}
 }
 
 // gather gets everything that a job reads. An error with [wire.Problem.After] is
@@ -78,7 +60,7 @@ func (s *Service) gather(ctx context.Context, job wire.JobRun, w *work) (_ *inpu
 		if in.stdin, err = s.o.Chunks.Read(ctx, job.Input); err != nil {
 			return nil, fmt.Errorf("read the job's input: %w", err)
 		}
-		in.resources = append(in.resources, resource("stdin", sha256Of(in.stdin), job.Input))
+		in.resources = append(in.resources, resource(wire.Stdin, sha256Of(in.stdin), job.Input))
 	}
 	for _, want := range job.Inputs {
 		if err := s.gatherOne(ctx, want, w, in); err != nil {
@@ -94,19 +76,7 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, w *work, in
 	var err error
 	switch {
 	case want.Dataset != "":
-		if f, err = openDataset(s.policy.Load().Datasets, want); err != nil {
-			return err
-		}
-		info, err := f.Stat()
-		if err != nil {
-			f.Close()
-			return w.problem(err)
-		}
-		in.watched = append(in.watched, watched{want.Name, f, info})
-		if digest, err = hashFile(ctx, f); err != nil {
-			f.Close()
-			return err
-		}
+		return s.gatherDataset(ctx, want, in)
 	case want.Sensors != nil:
 		data, err := s.o.Sensors(*want.Sensors)
 		if err != nil {
@@ -117,6 +87,11 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, w *work, in
 			return err
 		}
 	default:
+		if want.List != nil {
+			if want.Parts, err = s.partsOf(ctx, want); err != nil {
+				return err
+			}
+		}
 		if len(want.Parts) == 1 {
 			only = want.Parts[0].Chunk
 		}
@@ -145,6 +120,21 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, w *work, in
 	in.files = append(in.files, sandbox.Input{Name: want.Name, Size: info.Size(), File: f})
 	in.resources = append(in.resources, resource(want.Name, digest, only))
 	return nil
+}
+
+// partsOf gets the list of an input's parts.
+func (s *Service) partsOf(ctx context.Context, want wire.JobInput) (parts []wire.JobPart, err error) {
+	var raw bytes.Buffer
+	if err := s.fetch(ctx, *want.List, &raw); err != nil {
+		return nil, err
+	}
+	if sha256Of(raw.Bytes()) != want.List.SHA256 {
+		return nil, wire.FailedBecause(wire.CodeMismatch, "what came is not the list of the parts of the job's input %q that was ordered", want.Name)
+	}
+	if err := json.Unmarshal(raw.Bytes(), &parts); err != nil {
+		return nil, wire.RejectedBecause(wire.CodeBadBody, "the list of the parts of the job's input %q cannot be read: %v", want.Name, err)
+	}
+	return parts, checkParts(want.Name, parts)
 }
 
 func sizeOf(parts []wire.JobPart) (n int64) {
@@ -204,58 +194,6 @@ func (d *diskWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// openDataset opens a file that the owner has opened to jobs. No link leads out of
-// the owner's folder.
-func openDataset(open map[string]string, want wire.JobInput) (*os.File, error) {
-	name, below, nested := strings.Cut(want.Dataset, "/")
-	dir, ok := open[name]
-	if !ok {
-		return nil, wire.RejectedBecause(wire.CodePolicy, "the owner of this device has opened no dataset %.70q to jobs", name)
-	}
-	if !nested {
-		dir, below = filepath.Split(filepath.Clean(dir))
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, wire.FailedBecause(wire.CodeNotFound, "the dataset %s cannot be read: %v", name, errors.Unwrap(err))
-	}
-	defer root.Close()
-	// Not to wait for the other end of a FIFO, nor to touch a device.
-	f, err := root.OpenFile(below, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, wire.FailedBecause(wire.CodeNotFound, "the dataset %.200s cannot be read: %v", want.Dataset, errors.Unwrap(err))
-	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = wire.RejectedBecause(wire.CodeBadBody, "the dataset %.200s is no file; name one below it", want.Dataset)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// hashFile reads a file as a whole, and leaves it at its beginning.
-func hashFile(ctx context.Context, f *os.File) (string, error) {
-	h := sha256.New()
-	buf := make([]byte, 1<<20)
-	for at := int64(0); ; {
-		if ctx.Err() != nil {
-			return "", fmt.Errorf("the job was stopped while its input was read: %w", context.Cause(ctx))
-		}
-		n, err := f.ReadAt(buf, at)
-		h.Write(buf[:n])
-		at += int64(n)
-		if errors.Is(err, io.EOF) {
-			return hex.EncodeToString(h.Sum(nil)), nil
-		}
-		if err != nil {
-			return "", wire.FailedBecause(wire.CodeInternal, "the job's input cannot be read: %v", err)
-		}
-	}
-}
-
 func sha256Of(b []byte) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
@@ -283,6 +221,9 @@ func (s *Service) checkSources(job wire.JobRun) error {
 	if err := errors.Join(checkNames("input", ins, sandbox.MaxInputs), checkNames("output", job.Outputs, sandbox.MaxOutputs)); err != nil {
 		return err
 	}
+	if job.Input != "" && slices.Contains(ins, wire.Stdin) {
+		return wire.RejectedBecause(wire.CodeBadBody, "the job has two inputs that are its standard input")
+	}
 	for _, in := range job.Inputs {
 		if err := s.checkSource(p, in); err != nil {
 			return err
@@ -305,13 +246,13 @@ func checkNames(what string, names []string, most int) error {
 
 func (s *Service) checkSource(p *policy.Policy, in wire.JobInput) error {
 	sources := 0
-	for _, has := range []bool{len(in.Parts) > 0, in.Dataset != "", in.Sensors != nil} {
+	for _, has := range []bool{len(in.Parts) > 0, in.List != nil, in.Dataset != "", in.Sensors != nil} {
 		if has {
 			sources++
 		}
 	}
 	if sources > 1 {
-		return wire.RejectedBecause(wire.CodeBadBody, "the job's input %q has %d sources; it is parts, a dataset or sensors, or nothing and empty", in.Name, sources)
+		return wire.RejectedBecause(wire.CodeBadBody, "the job's input %q has %d sources; it is parts, a list of them, a dataset or sensors, or nothing and empty", in.Name, sources)
 	}
 	if in.Sensors != nil && (!p.Sensors || s.o.Sensors == nil) {
 		return wire.RejectedBecause(wire.CodePolicy, "jobs may not read what this device has measured: its owner has not opened that; place it on another")
@@ -324,9 +265,16 @@ func (s *Service) checkSource(p *policy.Policy, in wire.JobInput) error {
 			return wire.RejectedBecause(wire.CodeBadBody, "the job's input %q has %.200q for a path, which does not lead below a dataset", in.Name, below)
 		}
 	}
-	for _, part := range in.Parts {
+	if l := in.List; l != nil && (l.Size <= 0 || l.Size > wire.MaxJobList) {
+		return wire.RejectedBecause(wire.CodeBadBody, "the list of the parts of the job's input %q has %d bytes, not 1 to %d", in.Name, l.Size, wire.MaxJobList)
+	}
+	return checkParts(in.Name, in.Parts)
+}
+
+func checkParts(name string, parts []wire.JobPart) error {
+	for _, part := range parts {
 		if part.Size <= 0 || part.Size > PartBytes {
-			return wire.RejectedBecause(wire.CodeBadBody, "the job's input %q has a part of %d bytes; a chunk has 1 to %d", in.Name, part.Size, PartBytes)
+			return wire.RejectedBecause(wire.CodeBadBody, "the job's input %q has a part of %d bytes; a chunk has 1 to %d", name, part.Size, PartBytes)
 		}
 	}
 	return nil

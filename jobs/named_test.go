@@ -4,9 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +22,8 @@ import (
 
 	"github.com/deimos-edge/deimos/jobs/policy"
 	"github.com/deimos-edge/deimos/wire"
+
+	"golang.org/x/mod/sumdb/dirhash"
 	"golang.org/x/sys/unix"
 )
 
@@ -137,7 +144,7 @@ func TestNoDatasetLeadsOutOfItsFolder(t *testing.T) {
 	s, _, _ := device(t, p)
 	for path, code := range map[string]string{
 		"open/link": wire.CodeNotFound, "open/absolute": wire.CodeNotFound, "open/up/secret": wire.CodeNotFound,
-		"open/nothing": wire.CodeNotFound, "open/below": wire.CodeBadBody, "open": wire.CodeBadBody, "open/fifo": wire.CodeBadBody,
+		"open/up": wire.CodeNotFound, "open/nothing": wire.CodeNotFound, "open/fifo": wire.CodeBadBody,
 		"open/../secret": wire.CodeBadBody, "open//secret": wire.CodeBadBody, "open/": wire.CodeBadBody, "closed/x": wire.CodePolicy, "/etc/passwd": wire.CodePolicy,
 	} {
 		job := named("copy")
@@ -147,6 +154,180 @@ func TestNoDatasetLeadsOutOfItsFolder(t *testing.T) {
 			t.Errorf("%s: %v, want %s", path, err, code)
 		}
 	}
+}
+
+// TestAFolderOfTheOwnerIsAnInput is all that can lie in a folder: only files are seen.
+func TestAFolderOfTheOwnerIsAnInput(t *testing.T) {
+	dir := t.TempDir()
+	open := filepath.Join(dir, "open")
+	mustDo(t, os.MkdirAll(filepath.Join(open, "2024", "none"), 0o700), os.MkdirAll(filepath.Join(open, "2024", "may"), 0o700),
+		os.WriteFile(filepath.Join(dir, "secret"), []byte("secret"), 0o600),
+		os.WriteFile(filepath.Join(open, "2024", "b.jpg"), []byte("two"), 0o600),
+		os.WriteFile(filepath.Join(open, "2024", "may", "a Ä.jpg"), []byte("one"), 0o600),
+		os.WriteFile(filepath.Join(open, "other"), []byte("other"), 0o600),
+		os.Symlink("../../secret", filepath.Join(open, "2024", "link")),
+		os.Symlink("/etc", filepath.Join(open, "2024", "etc")),
+		os.Symlink("..", filepath.Join(open, "2024", "up")),
+		os.Symlink("b.jpg", filepath.Join(open, "2024", "same")),
+		os.Symlink("2024", filepath.Join(open, "newest")),
+		unix.Mkfifo(filepath.Join(open, "2024", "fifo"), 0o600))
+	socket, err := net.Listen("unix", filepath.Join(open, "2024", "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	p := policy.Default()
+	p.Datasets = map[string]string{"photos": open, "year": filepath.Join(open, "2024")}
+	s, o, _ := device(t, p)
+	pub, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.o.Sign = func(typ wire.PayloadType, v any) ([]byte, error) { return wire.Seal(key, typ, v) }
+	o.chunks[digest([]byte("in"))] = []byte("in")
+	files := map[string]string{"b.jpg": "two", "may/a Ä.jpg": "one"}
+	before := descriptors(t)
+	for _, set := range []string{"photos/2024", "year", "photos/newest"} {
+		job := named("walk")
+		job.Inputs = []wire.JobInput{{Name: "d", Dataset: set}, {Name: wire.Stdin, Parts: []wire.JobPart{part("in", "")}}}
+		out, err := do(t, s, job)
+		if err != nil {
+			t.Fatalf("%s: %v", set, err)
+		}
+		want := "stdin 2 \"in\"\n./\nd/\nd/b.jpg \"two\"\nd/may/\nd/may/a Ä.jpg \"one\"\n"
+		if got := string(out.Attachment); got != want {
+			t.Errorf("%s: the module saw\n%s\nwant\n%s", set, got, want)
+		}
+		st, err := wire.OpenAs[wire.Statement](out.Body.(wire.JobResult).Statement, pub, wire.TypeStatement)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum, err := dirhash.Hash1(slices.Sorted(maps.Keys(files)), func(name string) (io.ReadCloser, error) {
+			return io.NopCloser(strings.NewReader(files[name])), nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(sum, "h1:"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, want := range []wire.Resource{
+			{Name: "d", Digest: map[string]string{"dirHash": hex.EncodeToString(raw)}},
+			{Name: "stdin", Digest: map[string]string{"sha256": digest([]byte("in")), "deimosChunk": digest([]byte("in"))}},
+		} {
+			if got := st.Predicate.Inputs[i]; got.Name != want.Name || !maps.Equal(got.Digest, want.Digest) {
+				t.Errorf("the statement says %v of an input, want %v", got, want)
+			}
+		}
+	}
+	job := named("walk")
+	job.Inputs = []wire.JobInput{{Name: wire.Stdin, Dataset: "photos"}}
+	_, err = do(t, s, job)
+	wantProblem(t, err, wire.Rejected, wire.CodeBadBody, "is a folder")
+	job.Input = digest([]byte("in"))
+	_, err = do(t, s, job)
+	wantProblem(t, err, wire.Rejected, wire.CodeBadBody, "two inputs")
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors are open, before it were %d", after, before)
+	}
+}
+
+// descriptors counts what this process has open.
+func descriptors(t *testing.T) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(all)
+}
+
+func TestAFolderThatIsTooMuchForAJobIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	deep := filepath.Join(dir, "deep", strings.Repeat("a/", maxDepth+1))
+	mustDo(t, os.MkdirAll(deep, 0o700), os.WriteFile(filepath.Join(deep, "x"), nil, 0o600),
+		os.Mkdir(filepath.Join(dir, "many"), 0o700), os.Mkdir(filepath.Join(dir, "odd"), 0o700),
+		os.WriteFile(filepath.Join(dir, "odd", "\xff"), nil, 0o600))
+	for i := range 101 {
+		mustDo(t, os.WriteFile(filepath.Join(dir, "many", fmt.Sprint(i)), nil, 0o600))
+	}
+	p := policy.Default()
+	p.Datasets = map[string]string{"set": dir}
+	s, _, _ := device(t, p)
+	var l unix.Rlimit
+	mustDo(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &l))
+	defer func() { mustDo(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &l)) }()
+	mustDo(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 100 * fileShare, Max: l.Max}))
+	before := descriptors(t)
+	for set, why := range map[string]string{"set/deep": "below more than", "set/many": "more than the 100 files", "set/odd": "no UTF-8"} {
+		job := named("walk")
+		job.Inputs = []wire.JobInput{{Name: "d", Dataset: set}}
+		_, err := do(t, s, job)
+		wantProblem(t, err, wire.Failed, wire.CodeLimit, why)
+	}
+	mustDo(t, os.Remove(filepath.Join(dir, "many", "0")))
+	job := named("walk")
+	job.Inputs = []wire.JobInput{{Name: "d", Dataset: "set/many"}}
+	if _, err := do(t, s, job); err != nil {
+		t.Error(err)
+	}
+	job.Inputs = append(job.Inputs, wire.JobInput{Name: "one more", Dataset: "set/many/1"})
+	job.Inputs[1].Name = "more"
+	job.Inputs[0], job.Inputs[1] = job.Inputs[1], job.Inputs[0]
+	_, err := do(t, s, job)
+	wantProblem(t, err, wire.Failed, wire.CodeLimit, "more than the 100 files")
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors are open, before it were %d", after, before)
+	}
+}
+
+// TestALongInputComesByAList is an input of more parts than fit an order.
+func TestALongInputComesByAList(t *testing.T) {
+	s, o, _ := device(t, policy.Default())
+	var parts []wire.JobPart
+	var whole strings.Builder
+	for i := range 2000 {
+		text := fmt.Sprintf("part %d\n", i)
+		url := ""
+		if i%2 == 0 {
+			o.chunks[digest([]byte(text))] = []byte(text)
+		} else {
+			url = fmt.Sprint("/part", i)
+			o.files[url] = []byte(text)
+		}
+		whole.WriteString(text)
+		parts = append(parts, part(text, url))
+	}
+	list, err := json.Marshal(parts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.files["/list"] = list
+	job := named("walk")
+	job.Inputs = []wire.JobInput{{Name: "d", List: new(blob(list, "/list"))}}
+	out, err := do(t, s, job)
+	if want := fmt.Sprintf("stdin 0 \"\"\n./\nd %q\n", whole.String()); err != nil || string(out.Attachment) != want {
+		t.Errorf("%v: the module saw %.300s", err, out.Attachment)
+	}
+	for what, l := range map[string]wire.Blob{
+		"another digest": {SHA256: digest([]byte("x")), Size: int64(len(list)), URL: "/list"},
+		"too long":       {SHA256: digest(list), Size: wire.MaxJobList + 1, URL: "/list"},
+		"no list":        blob(hosted, "/hosted"),
+	} {
+		job.Inputs[0].List = &l
+		if _, err := do(t, s, job); err == nil {
+			t.Errorf("%s was taken", what)
+		}
+	}
+	parts[7].Size = PartBytes + 1
+	o.files["/list"], err = json.Marshal(parts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	job.Inputs[0].List = new(blob(o.files["/list"], "/list"))
+	_, err = do(t, s, job)
+	wantProblem(t, err, wire.Rejected, wire.CodeBadBody, "a chunk has 1 to")
 }
 
 func mustDo(t *testing.T, errs ...error) {

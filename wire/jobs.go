@@ -26,16 +26,28 @@ type JobRun struct {
 	Live bool `json:"live,omitempty"`
 }
 
-// Stdout is the name of standard output among a job's outputs.
-const Stdout = "stdout"
+// The names of standard input and output among a job's inputs and outputs. What is
+// named Stdin is standard input, and no file.
+const (
+	Stdin  = "stdin"
+	Stdout = "stdout"
+)
 
 // JobInput is one named input of a job; exactly one of its sources is given.
 type JobInput struct {
-	Name    string          `json:"name"`              // letters, digits, dot, dash, underscore; 64 at most
-	Parts   []JobPart       `json:"parts,omitempty"`   // of a file, one after the other
-	Dataset string          `json:"dataset,omitempty"` // what the owner has opened by this name, and a path below it: "photos/2024"
+	Name  string    `json:"name"`            // letters, digits, dot, dash, underscore; 64 at most
+	Parts []JobPart `json:"parts,omitempty"` // of a file, one after the other
+	// List is the same of a file that has more parts than fit an order: JSON of
+	// []JobPart, [MaxJobList] bytes at most.
+	List *Blob `json:"list,omitempty"`
+	// Dataset is what the owner has opened by this name, and a path below it:
+	// "photos/2024". A folder is a folder for the job, too.
+	Dataset string          `json:"dataset,omitempty"`
 	Sensors *HistoryRequest `json:"sensors,omitempty"` // a window of measured curves, as the JSON of [History]
 }
+
+// MaxJobList bounds the list of an input's parts, in bytes.
+const MaxJobList = 16 << 20
 
 // JobPart is a chunk of an input or an output.
 type JobPart struct {
@@ -90,6 +102,7 @@ type JobOutput struct {
 // JobsState is how a device stands with jobs; it travels in its heartbeat.
 type JobsState struct {
 	Host        int      `json:"host"`              // version of the host interface "deimos" that modules may import
+	Orders      int      `json:"orders,omitempty"`  // version of [JobRun] that it knows, up to [JobOrders]
 	Engine      string   `json:"engine"`            // as in [JobResult]; an interpreter is some 60 times slower
 	Walls       []string `json:"walls,omitempty"`   // that stand around a job beside the sandbox: seccomp, landlock, cgroup
 	Slots       int      `json:"slots"`             // jobs that may run at the same time
@@ -104,6 +117,12 @@ type JobsState struct {
 	Pause *Pause `json:"pause,omitempty"`
 }
 
+// JobOrders is the newest version of [JobRun]. An agent would ignore what is newer than
+// it, and sign a result without it.
+//
+//	1: an input named Stdin is standard input; List
+const JobOrders = 1
+
 // TypeStatement is the payload type of in-toto statements
 // (github.com/in-toto/attestation, spec/v1/envelope.md).
 const TypeStatement PayloadType = "application/vnd.in-toto+json"
@@ -113,6 +132,10 @@ const (
 	StatementType    = "https://in-toto.io/Statement/v1"
 	JobPredicateType = "https://github.com/deimos-edge/deimos/job/v1"
 )
+
+// DirHash is the digest of a folder: SHA-256 over a line for each file, in the order of
+// their paths, with the SHA-256 of its bytes in hex, two spaces, and the path.
+const DirHash = "dirHash"
 
 // Statement says what a job has made of what: an in-toto statement, version 1
 // (github.com/in-toto/attestation, spec/v1/statement.md). The library for it
@@ -125,7 +148,8 @@ type Statement struct {
 }
 
 // Resource is an in-toto resource descriptor (spec/v1/resource_descriptor.md). Its
-// digests are "sha256" of the bytes, and "deimosChunk", the id, of what is one chunk.
+// digests are "sha256" of the bytes, and "deimosChunk", the id, of what is one chunk; of
+// a folder [DirHash] alone.
 type Resource struct {
 	Name   string            `json:"name"`
 	Digest map[string]string `json:"digest"`

@@ -6,8 +6,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	esys "github.com/tetratelabs/wazero/experimental/sys"
 	"github.com/tetratelabs/wazero/sys"
@@ -27,37 +29,80 @@ func ValidName(s string) bool {
 	})
 }
 
+// validPath tells whether s can be the path of a file in a folder that is an input: it
+// has names as they are on the disks of owners, and says nothing but where the file is.
+func validPath(s string) bool {
+	return fs.ValidPath(s) && s != "." && len(s) <= maxPath && !strings.Contains(s, "\x00") && utf8.ValidString(s)
+}
+
 // folder is a directory of a module that holds exactly what was granted, and
 // can be changed by nobody. A path is looked up as it stands: nothing in it is
 // resolved, so nothing can lead out. The files were opened before the module ran;
 // there is no file system behind it.
 type folder struct {
 	esys.UnimplementedFS
-	inputs  []*input
+	inputs  map[string]*input        // by path
+	below   map[string][]esys.Dirent // of inputs, by folder; "." is this one
 	outputs []*output
 }
 
+func newFolder() *folder {
+	return &folder{inputs: make(map[string]*input), below: map[string][]esys.Dirent{".": nil}}
+}
+
+// grant adds an input, or a folder of inputs if in is nil, and the folders above it.
+func (d *folder) grant(at string, in *input) {
+	d.enter(at, in == nil)
+	if in != nil {
+		d.inputs[at] = in
+	} else if d.below[at] == nil {
+		d.below[at] = []esys.Dirent{}
+	}
+}
+
+// enter lists a path in the folder above it.
+func (d *folder) enter(at string, isFolder bool) {
+	above, name := path.Dir(at), path.Base(at)
+	if _, ok := d.below[above]; !ok {
+		d.below[above] = []esys.Dirent{}
+		d.enter(above, true)
+	}
+	e := esys.Dirent{Name: name}
+	if isFolder {
+		e.Type = fs.ModeDir
+	}
+	d.below[above] = append(d.below[above], e)
+}
+
+// sort has folders list what is in them by name: in what order it was granted, the
+// coordinator does not know when it runs a job again.
+func (d *folder) sort() {
+	for _, list := range d.below {
+		slices.SortFunc(list, func(a, b esys.Dirent) int { return strings.Compare(a.Name, b.Name) })
+	}
+}
+
 // OpenFile implements [esys.FS].
-func (d *folder) OpenFile(path string, flag esys.Oflag, _ fs.FileMode) (esys.File, esys.Errno) {
+func (d *folder) OpenFile(at string, flag esys.Oflag, _ fs.FileMode) (esys.File, esys.Errno) {
 	const access = esys.O_RDONLY | esys.O_RDWR | esys.O_WRONLY
 	writes := flag&access != esys.O_RDONLY
-	path = relative(path)
-	if path == "." {
+	at = relative(at)
+	if _, ok := d.below[at]; ok {
 		if writes {
 			return nil, esys.EISDIR
 		}
-		return &listing{folder: d}, 0
+		return &listing{folder: d, at: at}, 0
 	}
 	if flag&esys.O_DIRECTORY != 0 {
 		return nil, esys.ENOTDIR
 	}
-	if in := d.input(path); in != nil {
+	if in := d.inputs[at]; in != nil {
 		if writes || flag&esys.O_TRUNC != 0 {
 			return nil, esys.EROFS
 		}
 		return &reading{input: in}, 0
 	}
-	if out := d.output(path); out != nil {
+	if out := d.output(at); out != nil {
 		switch {
 		case !writes:
 			return nil, esys.EACCES
@@ -82,13 +127,6 @@ func relative(path string) string {
 	return path
 }
 
-func (d *folder) input(name string) *input {
-	if i := slices.IndexFunc(d.inputs, func(f *input) bool { return f.name == name }); i >= 0 {
-		return d.inputs[i]
-	}
-	return nil
-}
-
 func (d *folder) output(name string) *output {
 	if i := slices.IndexFunc(d.outputs, func(f *output) bool { return f.name == name }); i >= 0 {
 		return d.outputs[i]
@@ -97,15 +135,15 @@ func (d *folder) output(name string) *output {
 }
 
 // Stat implements [esys.FS].
-func (d *folder) Stat(path string) (sys.Stat_t, esys.Errno) {
-	path = relative(path)
-	if path == "." {
+func (d *folder) Stat(at string) (sys.Stat_t, esys.Errno) {
+	at = relative(at)
+	if _, ok := d.below[at]; ok {
 		return sys.Stat_t{Mode: fs.ModeDir | 0o500, Nlink: 1}, 0
 	}
-	if in := d.input(path); in != nil {
+	if in := d.inputs[at]; in != nil {
 		return in.stat(), 0
 	}
-	if out := d.output(path); out != nil {
+	if out := d.output(at); out != nil {
 		return out.stat(), 0
 	}
 	return sys.Stat_t{}, esys.ENOENT
@@ -118,10 +156,11 @@ func (d *folder) Lstat(path string) (sys.Stat_t, esys.Errno) { return d.Stat(pat
 // of [io.Seeker], which returns another kind of error.
 type position = int64
 
-// listing is a [folder] that was opened.
+// listing is a [folder], or one in it, that was opened.
 type listing struct {
 	esys.UnimplementedFile
 	*folder
+	at   string
 	next int
 }
 
@@ -131,7 +170,7 @@ func (l *listing) IsDir() (bool, esys.Errno)              { return true, 0 }
 func (l *listing) Read([]byte) (int, esys.Errno)          { return 0, esys.EISDIR }
 func (l *listing) Write([]byte) (int, esys.Errno)         { return 0, esys.EISDIR }
 func (l *listing) Truncate(int64) esys.Errno              { return esys.EISDIR }
-func (l *listing) Stat() (sys.Stat_t, esys.Errno)         { return l.folder.Stat(".") }
+func (l *listing) Stat() (sys.Stat_t, esys.Errno)         { return l.folder.Stat(l.at) }
 func (l *listing) Utimens(int64, int64) esys.Errno        { return esys.EROFS }
 func (l *listing) Pread([]byte, int64) (int, esys.Errno)  { return 0, esys.EISDIR }
 func (l *listing) Pwrite([]byte, int64) (int, esys.Errno) { return 0, esys.EISDIR }
@@ -147,10 +186,7 @@ func (l *listing) Seek(offset position, whence int) (int64, esys.Errno) {
 
 // Readdir implements [esys.File].
 func (l *listing) Readdir(n int) ([]esys.Dirent, esys.Errno) {
-	var all []esys.Dirent
-	for _, in := range l.inputs {
-		all = append(all, esys.Dirent{Name: in.name})
-	}
+	all := slices.Clip(l.below[l.at])
 	for _, out := range l.outputs {
 		if out.opened {
 			all = append(all, esys.Dirent{Name: out.name})
@@ -166,7 +202,6 @@ func (l *listing) Readdir(n int) ([]esys.Dirent, esys.Errno) {
 
 // input is a file that a module may read.
 type input struct {
-	name string
 	size int64 // bytes
 	file *os.File
 }

@@ -94,7 +94,7 @@ func (h *host) offer(ctx context.Context, rt wazero.Runtime) error {
 	add("should_checkpoint", nil, []api.ValueType{i32}, func(_ api.Memory, p []uint64) { p[0] = uint64(h.control[0] & 1) })
 	add("input_size", []api.ValueType{i32, i32}, []api.ValueType{i64}, func(m api.Memory, p []uint64) {
 		size := int64(-1)
-		if in := h.inputs.input(string(within(m, p[0], p[1]))); in != nil {
+		if in := h.inputs.inputs[string(within(m, p[0], p[1]))]; in != nil {
 			size = in.size
 		}
 		p[0] = uint64(size)
@@ -102,7 +102,7 @@ func (h *host) offer(ctx context.Context, rt wazero.Runtime) error {
 	add("input_read", []api.ValueType{i32, i32, i64, i32, i32}, []api.ValueType{i32}, func(m api.Memory, p []uint64) {
 		n := int32(-1)
 		buf := within(m, p[3], p[4])
-		if in := h.inputs.input(string(within(m, p[0], p[1]))); in != nil {
+		if in := h.inputs.inputs[string(within(m, p[0], p[1]))]; in != nil {
 			if got, errno := in.readAt(buf[:min(len(buf), 1<<30)], int64(p[2])); errno == 0 {
 				n = int32(got)
 			}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,7 +46,7 @@ func TestNamedInputsAndOutputsAreFiles(t *testing.T) {
 	}
 	var outA, outB, never bytes.Buffer
 	s := hosted("copy", "a", "b.txt")
-	s.Inputs = []Input{granting(t, "a", a), granting(t, "b.txt", b)}
+	s.Inputs = []Input{granting(t, "b.txt", b), granting(t, "a", a)} // listed by name all the same
 	s.Outputs = []Output{{"a", &outA}, {"b.txt", &outB}, {"never", &never}}
 	res := mustRun(t, s)
 	if !bytes.Equal(outA.Bytes(), a) || !bytes.Equal(outB.Bytes(), b) || never.Len() > 0 {
@@ -55,6 +56,87 @@ func TestNamedInputsAndOutputsAreFiles(t *testing.T) {
 	want := fmt.Sprintf("a %d %d -rw------- 0\nb.txt 5 5 -rw------- 0\n/in a false\n/in b.txt false\n/out a false\n/out b.txt false\n", len(a), len(a))
 	if got := string(res.Output); got != want {
 		t.Errorf("the guest saw\n%swant\n%s", got, want)
+	}
+}
+
+// inFolder makes an input that is a folder of files of these contents.
+func inFolder(t testing.TB, name string, files map[string]string) Input {
+	t.Helper()
+	in := Input{Name: name}
+	for _, path := range slices.Sorted(maps.Keys(files)) {
+		in.Files = append(in.Files, granting(t, path, []byte(files[path])))
+	}
+	return in
+}
+
+func TestAFolderAndStandardInputAreInputs(t *testing.T) {
+	long := strings.Repeat("0123456789", 1<<19) // more than what can be sent as Input
+	s := hosted("walk")
+	s.Inputs = []Input{
+		granting(t, "a", []byte("single")), granting(t, wire.Stdin, []byte(long)), inFolder(t, "empty", nil),
+		inFolder(t, "d", map[string]string{"x": "1", "sub/deep/y z.jpg": "2", "sub/ä\n": "3", "..x": "4"}),
+	}
+	res := mustRun(t, s)
+	want := fmt.Sprintf("stdin %d \"01234567890123456789\"\n", len(long)) +
+		"./\na \"single\"\nd/\nd/..x \"4\"\nd/sub/\nd/sub/deep/\nd/sub/deep/y z.jpg \"2\"\nd/sub/ä\n \"3\"\nd/x \"1\"\nempty/\n"
+	if got := string(res.Output); got != want {
+		t.Errorf("the guest saw\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestAFolderOfInputsCannotBeChangedNorLeft(t *testing.T) {
+	s := hosted("spoil")
+	files := map[string]string{"x": "1", "sub/y": "2"}
+	s.Inputs = []Input{granting(t, "a", []byte("a")), inFolder(t, "d", files)}
+	if got := mustRun(t, s).Output; len(got) > 0 {
+		t.Errorf("%s", got)
+	}
+	for _, f := range s.Inputs[1].Files {
+		if got := string(content(t, f)); got != files[f.Name] {
+			t.Errorf("%s is now %q", f.Name, got)
+		}
+	}
+}
+
+func TestAFolderHasNoMoreThanFits(t *testing.T) {
+	one := granting(t, "x", []byte("1"))
+	many := func(n int, name func(i int) string) (files []Input) {
+		for i := range n {
+			files = append(files, Input{Name: name(i), Size: 1, File: one.File})
+		}
+		return files
+	}
+	number := func(i int) string { return fmt.Sprintf("%d/%d", i%7, i) }
+	s := hosted("spoil")
+	s.Inputs = []Input{{Name: "d", Files: many(MaxFiles-1, number)}}
+	if got := string(mustRun(t, s).Output); got != "" {
+		t.Errorf("%s", got)
+	}
+	for what, in := range map[string]Input{
+		"a file too many":               {Name: "d", Files: many(MaxFiles, number)},
+		"paths too long together":       {Name: "d", Files: many(600, func(i int) string { return fmt.Sprintf("%d%s", i, strings.Repeat("/"+strings.Repeat("x", 98), 10)) })},
+		"a path too long":               {Name: "d", Files: many(1, func(int) string { return strings.Repeat("x", maxPath+1) })},
+		"a path that leads up":          {Name: "d", Files: many(1, func(int) string { return "../x" })},
+		"a path from the top":           {Name: "d", Files: many(1, func(int) string { return "/x" })},
+		"itself":                        {Name: "d", Files: many(1, func(int) string { return "." })},
+		"a path of other bytes":         {Name: "d", Files: many(1, func(int) string { return "\xff" })},
+		"a path twice":                  {Name: "d", Files: many(2, func(int) string { return "x" })},
+		"a file that is a folder":       {Name: "d", Files: many(2, func(i int) string { return []string{"x", "x/y/z"}[i] })},
+		"a file that is both":           {Name: "d", File: one.File, Files: many(1, number)},
+		"a folder for standard input":   {Name: wire.Stdin},
+		"a folder without a descriptor": {Name: "d", Files: []Input{{Name: "x"}}},
+	} {
+		s.Inputs = []Input{in}
+		_, err := run(t, s)
+		var e *Error
+		if !errors.As(err, &e) || e.Cause != BadSpec {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	s.Inputs = []Input{granting(t, wire.Stdin, []byte("1"))}
+	s.Input = []byte("2")
+	if _, err := run(t, s); err == nil || !strings.Contains(err.Error(), "two inputs") {
+		t.Errorf("two standard inputs: %v", err)
 	}
 }
 

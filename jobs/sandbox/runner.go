@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"math"
 	"os"
 	"os/exec"
+	"path"
 	"runtime"
 	"slices"
 	"strings"
@@ -29,6 +31,7 @@ const (
 	MaxMemory  = 1 << 30  // bytes of linear memory; fits a 32-bit address space too
 	MaxInputs  = 32       // named ones
 	MaxOutputs = 16       // named ones
+	MaxFiles   = 4096     // of all inputs together, in folders too: each is a descriptor
 
 	maxStderr  = 1 << 20        // bytes of standard error, then the worker is killed
 	stderrTail = 4 << 10        // bytes of it that are reported
@@ -36,6 +39,8 @@ const (
 	maxWall    = 24 * time.Hour // of one job
 	pageBytes  = 64 << 10       // of WebAssembly
 	maxEvents  = 1 << 20        // bytes of what the worker says: a worker of ours says less
+	maxPath    = 1 << 10        // bytes of that of a file in a folder
+	maxPaths   = 512 << 10      // bytes of all of them together
 )
 
 // Defaults for limits that a [Spec] leaves at zero.
@@ -70,11 +75,15 @@ type Spec struct {
 	OnCheckpoint func(size int64, r io.Reader) error
 }
 
-// Input is a file that the module reads as /in/Name.
+// Input is what the module reads as /in/Name: a file, or a folder with all that is
+// in it. A file of the name [wire.Stdin] is standard input instead.
 type Input struct {
 	Name string
 	Size int64    // bytes
-	File *os.File // must not change while the job runs; left open
+	File *os.File // must not change while the job runs; left open. Nil: a folder
+	// Files are those of a folder, each with its path below it for a name, as
+	// [fs.ValidPath] has it. They are listed in this order.
+	Files []Input
 }
 
 // Output is where /out/Name goes. An error of To ends the job, as its reason.
@@ -223,6 +232,9 @@ func (s *Spec) checkNames() error {
 	if len(s.Inputs) > MaxInputs || len(s.Outputs) > MaxOutputs {
 		return failure(BadSpec, "the job has %d inputs and %d outputs, at most %d and %d are possible", len(s.Inputs), len(s.Outputs), MaxInputs, MaxOutputs)
 	}
+	if s.Input != nil && slices.ContainsFunc(s.Inputs, func(in Input) bool { return in.Name == wire.Stdin }) {
+		return failure(BadSpec, "the job has two inputs that are its standard input")
+	}
 	check := func(what, name string, seen map[string]bool) error {
 		switch {
 		case !ValidName(name):
@@ -238,11 +250,44 @@ func (s *Spec) checkNames() error {
 		if err := check("an input", in.Name, ins); err != nil {
 			return err
 		}
+		if in.File == nil && in.Name == wire.Stdin {
+			return failure(BadSpec, "the job has a folder for its standard input")
+		}
+	}
+	if err := s.checkFiles(); err != nil {
+		return err
 	}
 	for _, out := range s.Outputs {
 		if err := check("an output", out.Name, outs); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// checkFiles looks at what is in folders.
+func (s *Spec) checkFiles() error {
+	files, paths := 0, 0
+	for _, in := range s.Inputs {
+		files++
+		seen := make(map[string]bool, len(in.Files))
+		for _, f := range in.Files {
+			if !validPath(f.Name) || seen[f.Name] || f.File == nil || in.File != nil {
+				return failure(BadSpec, "the job's input %q cannot have a file %.200q: a path has at most %d bytes of UTF-8, and is of one file", in.Name, f.Name, maxPath)
+			}
+			seen[f.Name] = true
+			files, paths = files+1, paths+len(in.Name)+1+len(f.Name)
+		}
+		for name := range seen {
+			for above := path.Dir(name); above != "."; above = path.Dir(above) {
+				if seen[above] {
+					return failure(BadSpec, "the job's input %q cannot have a file %.200q that is a folder, too", in.Name, above)
+				}
+			}
+		}
+	}
+	if files > MaxFiles || paths > maxPaths {
+		return failure(BadSpec, "the job's inputs have %d files, with paths of %s, at most %d and %s are possible", files, bytesText(int64(paths)), MaxFiles, bytesText(maxPaths))
 	}
 	return nil
 }
@@ -294,6 +339,23 @@ type child struct {
 	rss     int64 // bytes, as last seen
 }
 
+// files goes through all files among the inputs, by their paths, in the order of
+// their descriptors.
+func (s *Spec) files() iter.Seq2[string, Input] {
+	return func(yield func(string, Input) bool) {
+		for _, in := range s.Inputs {
+			if in.File != nil && !yield(in.Name, in) {
+				return
+			}
+			for _, f := range in.Files {
+				if !yield(in.Name+"/"+f.Name, f) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // task is what the worker is told.
 func (s *Spec) task(cacheDir string) task {
 	t := task{
@@ -307,7 +369,12 @@ func (s *Spec) task(cacheDir string) task {
 		t.Restore = &grant{Size: s.CheckpointBytes}
 	}
 	for _, in := range s.Inputs {
-		t.Inputs = append(t.Inputs, grant{in.Name, in.Size})
+		if in.File == nil {
+			t.Folders = append(t.Folders, in.Name)
+		}
+	}
+	for name, in := range s.files() {
+		t.Inputs = append(t.Inputs, grant{name, in.Size})
 	}
 	for _, out := range s.Outputs {
 		t.Outputs = append(t.Outputs, out.Name)
@@ -395,7 +462,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 	if s.Checkpoint != nil {
 		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, s.Checkpoint)
 	}
-	for _, in := range s.Inputs {
+	for _, in := range s.files() {
 		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, in.File)
 	}
 	c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, p.theirs[3:]...)

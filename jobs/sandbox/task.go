@@ -20,8 +20,10 @@ type task struct {
 
 	// Of each there is a descriptor, from firstFileFD on in this order.
 	Restore *grant   `json:"restore,omitempty"` // the checkpoint to go on from
-	Inputs  []grant  `json:"inputs,omitempty"`
+	Inputs  []grant  `json:"inputs,omitempty"`  // by path, in folders too
 	Outputs []string `json:"outputs,omitempty"` // names
+
+	Folders []string `json:"folders,omitempty"` // inputs that are folders; of them there is no descriptor
 }
 
 // grant is a file that the worker may read.
@@ -82,6 +84,9 @@ func (t task) encode() ([]byte, error) {
 	body, err := json.Marshal(t)
 	if err != nil {
 		return nil, fmt.Errorf("encode the task: %w", err)
+	}
+	if len(body) > maxTask {
+		return nil, fmt.Errorf("what the worker would have to be told has %d bytes, at most %d are possible; give the job fewer files", len(body), maxTask)
 	}
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...), nil
 }

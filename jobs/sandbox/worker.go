@@ -22,6 +22,8 @@ import (
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 	"github.com/tetratelabs/wazero/sys"
 	"golang.org/x/sys/cpu"
+
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // WorkerArg is the first argument that makes an executable a worker. Whoever
@@ -109,6 +111,7 @@ func (w *worker) work() ending {
 
 // granted is what a module finds beside standard input and output.
 type granted struct {
+	stdin   *input // nil: what the task brings
 	in, out *folder
 	host    *host
 }
@@ -121,13 +124,22 @@ func (w *worker) granted(t task) (granted, error) {
 		return os.NewFile(fd-1, name)
 	}
 	h := &host{say: w.say, checkpoints: os.NewFile(checkpointFD, "checkpoints"), answers: os.NewFile(answerFD, "answers")}
-	g := granted{in: &folder{}, out: &folder{}, host: h}
+	g := granted{in: newFolder(), out: newFolder(), host: h}
 	if t.Restore != nil {
 		h.restored = &input{size: t.Restore.Size, file: next("checkpoint")}
 	}
-	for _, in := range t.Inputs {
-		g.in.inputs = append(g.in.inputs, &input{name: in.Name, size: in.Size, file: next(in.Name)})
+	for _, name := range t.Folders {
+		g.in.grant(name, nil)
 	}
+	for _, in := range t.Inputs {
+		f := &input{size: in.Size, file: next(in.Name)}
+		if in.Name == wire.Stdin {
+			g.stdin = f
+			continue
+		}
+		g.in.grant(in.Name, f)
+	}
+	g.in.sort()
 	for _, name := range t.Outputs {
 		g.out.outputs = append(g.out.outputs, newOutput(name, next(name)))
 	}
@@ -140,7 +152,7 @@ func (w *worker) granted(t task) (granted, error) {
 // mounts shows a module the folders in which there is something for it.
 func (g granted) mounts() wazero.FSConfig {
 	config := wazero.NewFSConfig()
-	if len(g.in.inputs) > 0 {
+	if len(g.in.below["."]) > 0 {
 		config = config.(sysfs.FSConfig).WithSysFSMount(g.in, inDir)
 	}
 	if len(g.out.outputs) > 0 {
@@ -242,13 +254,17 @@ func execute(rt wazero.Runtime, code wazero.CompiledModule, t task, input []byte
 	// Reader and writers are wrapped: of a plain *os.File wazero would show the
 	// module the real file's times and kind.
 	clock := &fakeClock{now: clockStart}
+	var stdin io.Reader = bytes.NewReader(input)
+	if g.stdin != nil {
+		stdin = io.NewSectionReader(g.stdin.file, 0, g.stdin.size)
+	}
 	config := wazero.NewModuleConfig().
 		WithWalltime(clock.walltime, sys.ClockResolution(clockStep)).
 		WithNanotime(clock.nanotime, sys.ClockResolution(clockStep)).
 		WithNanosleep(clock.sleep).
 		WithName("").
 		WithArgs(append([]string{"job"}, t.Args...)...).
-		WithStdin(bytes.NewReader(input)).
+		WithStdin(stdin).
 		WithStdout(out).
 		WithStderr(struct{ io.Writer }{os.Stderr}).
 		WithFSConfig(g.mounts()).

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"time"
@@ -90,6 +91,51 @@ func main() {
 			for _, e := range entries {
 				fmt.Println(dir, e.Name(), e.IsDir())
 			}
+		}
+	case "walk": // all that there is to read: standard input, and each file in its folder
+		whole, err := io.ReadAll(os.Stdin)
+		check(err)
+		fmt.Printf("stdin %d %q\n", len(whole), whole[:min(len(whole), 20)])
+		check(fs.WalkDir(os.DirFS("/in"), ".", func(path string, e fs.DirEntry, err error) error {
+			check(err)
+			info, err := os.Stat("/in/" + path)
+			check(err)
+			if e.IsDir() != info.IsDir() {
+				fmt.Println(path, "is a folder once, and once not")
+			}
+			if e.IsDir() {
+				fmt.Println(path + "/")
+				return nil
+			}
+			whole, err := os.ReadFile("/in/" + path)
+			check(err)
+			if n := size(path); n != int64(len(whole)) || n != info.Size() {
+				fmt.Println(path, "has", n, "and", info.Size(), "bytes")
+			}
+			fmt.Printf("%s %q\n", path, whole)
+			return nil
+		}))
+	case "spoil": // what a folder of inputs must refuse
+		could := func(what string, err error) {
+			if err == nil {
+				fmt.Println("could:", what)
+			}
+		}
+		for _, path := range []string{"/in/d/../../secret", "/in/d/../../../etc/passwd", "/in/d/sub/../../../etc/passwd", "/in/d/x/", "/in/d/x/y", "/in/d/sub/..", "/in/d"} {
+			_, err := os.ReadFile(path)
+			could("read "+path, err)
+		}
+		could("write", os.WriteFile("/in/d/x", nil, 0o600))
+		could("make a file", os.WriteFile("/in/d/new", nil, 0o600))
+		could("make a folder", os.Mkdir("/in/d/new", 0o700))
+		could("remove a file", os.Remove("/in/d/x"))
+		could("remove a folder", os.RemoveAll("/in/d/sub"))
+		could("rename", os.Rename("/in/d/x", "/in/d/y"))
+		could("link", os.Symlink("/etc/passwd", "/in/d/link"))
+		could("truncate", os.Truncate("/in/d/x", 0))
+		could("change times", os.Chtimes("/in/d/x", time.Now(), time.Now()))
+		if size("d") >= 0 || size("d/") >= 0 || size("d/../d/x") >= 0 {
+			fmt.Println("could: read a folder, or by a path that is none")
 		}
 	case "read": // parts of an input by the host's function
 		whole := make([]byte, size("a"))
