@@ -160,9 +160,6 @@ func checkOutputs(asked wire.JobRun, r wire.JobResult) error {
 	return nil
 }
 
-// stdin is what a statement calls standard input.
-const stdin = "stdin"
-
 // checkStatement tells whether a statement says of what was asked for what the result
 // says. What an input of several chunks has as its digest cannot be known here; its
 // name can.
@@ -197,7 +194,7 @@ func checkStatement(d api.DeviceRecord, o wire.Order, asked wire.JobRun, r wire.
 	}
 	inputs := make(map[string]string) // name → id, where it is one chunk
 	if asked.Input != "" {
-		inputs[stdin] = asked.Input
+		inputs[wire.Stdin] = asked.Input
 	}
 	for _, in := range asked.Inputs {
 		inputs[in.Name] = ""

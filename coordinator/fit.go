@@ -2,6 +2,10 @@ package coordinator
 
 import (
 	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -18,6 +22,7 @@ type asked struct {
 	name   string      // of the task
 	run    wire.JobRun // without module and addresses
 	plain  bool        // a device that says nothing about jobs can do it
+	orders int         // version of job orders that it takes
 	chunks []api.Chunk // of its inputs, that can be fetched
 	needs  api.JobNeeds
 }
@@ -27,10 +32,19 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 	q := row.Spec
 	a.needs = q.Needs
 	a.run = wire.JobRun{Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
+	// Where it has to be done may not be where a chunk is.
+	tied := q.Needs.Device != "" || slices.ContainsFunc(q.Inputs, func(in api.JobInput) bool { return in.Object == "" })
 	object := func(name, as string) error {
 		o, err := s.plain(name)
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
+		case as != wire.Stdin:
+		case len(o.Chunks) == 0:
+			return nil // an empty file is no input
+		case len(o.Chunks) == 1 && !tied: // every device knows that, and who holds it need not fetch
+			a.run.Input = o.Chunks[0].ID
+			return nil
 		}
 		in := wire.JobInput{Name: as, Parts: make([]wire.JobPart, len(o.Chunks))}
 		for k, ch := range o.Chunks {
@@ -40,17 +54,12 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 		a.run.Inputs = append(a.run.Inputs, in)
 		return nil
 	}
-	standard := func(name string, n int) error {
+	piece := func(name string, n int) error {
 		o, err := s.plain(name)
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case n < 0 && len(o.Chunks) == 0:
-			return nil // an empty file is no input
-		case n < 0 && len(o.Chunks) > 1:
-			return tooLong(o)
 		}
-		if n = max(n, 0); n >= len(o.Chunks) {
+		if n >= len(o.Chunks) {
 			return refuse(http.StatusBadRequest, "no_such_chunk", "%q has %d chunks, from 0 on: there is no chunk %d", name, len(o.Chunks), n)
 		}
 		a.run.Input = o.Chunks[n].ID
@@ -60,7 +69,7 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 		if q.Input.Chunk < 0 {
 			return a, refuse(http.StatusBadRequest, "no_such_chunk", "chunks are counted from 0 on: there is no chunk %d", q.Input.Chunk)
 		}
-		if err := standard(q.Input.Object, q.Input.Chunk); err != nil {
+		if err := piece(q.Input.Object, q.Input.Chunk); err != nil {
 			return a, err
 		}
 	}
@@ -79,25 +88,41 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 		if n >= 0 {
 			a.name = fmt.Sprintf("%s#%d", file, n)
 		}
-		if q.Over.As != "" {
-			err = object(file, q.Over.As)
+		if n >= 0 {
+			err = piece(file, n)
 		} else {
-			err = standard(file, n)
+			err = object(file, cmp.Or(q.Over.As, wire.Stdin))
 		}
 		if err != nil {
 			return a, err
+		}
+	}
+	if len(a.chunks) > inlineParts {
+		a.orders = 1
+	}
+	for _, in := range a.run.Inputs {
+		if in.Name == wire.Stdin {
+			a.orders = 1
 		}
 	}
 	a.plain = len(a.run.Env) == 0 && len(a.run.Inputs) == 0 && len(a.run.Outputs) == 0 && !a.run.Live
 	return a, nil
 }
 
+// Of the parts of inputs: so many fit an order beside all else, with where to get them;
+// if there are more, only so many of each file are in it, and those of longer ones in a
+// list of their own.
+const (
+	inlineParts = 128
+	inlineEach  = 4
+)
+
 // body is a task's order to a device: what it does not hold it is told where to
 // get. A device that says nothing about jobs is sent what every device understands.
-func (s *jobs) body(a asked, d jobDevice, deadline time.Time, life time.Duration) wire.JobRun {
+func (s *jobs) body(ctx context.Context, order string, a asked, d jobDevice, deadline time.Time, life time.Duration) (wire.JobRun, error) {
 	b := a.run
 	if d.jobs == nil {
-		return wire.JobRun{Args: b.Args, Input: b.Input, Limits: b.Limits}
+		return wire.JobRun{Args: b.Args, Input: b.Input, Limits: b.Limits}, nil
 	}
 	// A deadline that the order's own end comes before need not be said.
 	if now := s.now(); deadline.Before(now.Add(life)) {
@@ -111,8 +136,37 @@ func (s *jobs) body(a asked, d jobDevice, deadline time.Time, life time.Duration
 				b.Inputs[i].Parts[k].URL = s.compute.auth.issue(ticket{method: http.MethodGet, device: d.id, blob: blobRef{inputBlob, p.Chunk}, size: p.Size, expires: s.now().Add(life)})
 			}
 		}
+		if in := &b.Inputs[i]; len(a.chunks) > inlineParts && len(in.Parts) > inlineEach {
+			raw, err := json.Marshal(in.Parts)
+			if err != nil {
+				return b, err
+			}
+			sum := sha256.Sum256(raw)
+			ref := blobRef{listBlob, hex.EncodeToString(sum[:])}
+			if err := s.compute.staging.put(ctx, listName(order, ref.id), raw); err != nil {
+				return b, err
+			}
+			u := s.compute.auth.issue(ticket{method: http.MethodGet, device: d.id, blob: ref, size: int64(len(raw)), expires: s.now().Add(life), order: order})
+			in.Parts, in.List = nil, &wire.Blob{SHA256: ref.id, Size: int64(len(raw)), URL: u}
+		}
 	}
-	return b
+	return b, nil
+}
+
+// dropLists forgets the lists of an order that is over.
+func (s *jobs) dropLists(ctx context.Context, o wire.Order) {
+	b, err := wire.DecodeBody[wire.JobRun](o)
+	if err != nil {
+		return
+	}
+	for _, in := range b.Inputs {
+		if in.List == nil {
+			continue
+		}
+		if err := s.compute.staging.drop(ctx, listName(o.ID, in.List.SHA256)); err != nil && ctx.Err() == nil {
+			s.log.Warn("the list of an input's chunks takes up room until tomorrow", "order", o.ID, "error", err)
+		}
+	}
 }
 
 // jobDevice is a device that is there, as the scheduler sees it.
@@ -193,6 +247,9 @@ func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
 			return nil, 0
 		}
 		return no(3, "too_old", "has an agent that is too old for this, or runs no jobs")
+	}
+	if j.Orders < a.orders {
+		return no(3, "too_old", "has an agent that is too old for this")
 	}
 	switch {
 	case n.Compiled && strings.Contains(j.Engine, interpreterTag):

@@ -258,6 +258,7 @@ func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error)
 		}
 	}
 	for _, in := range asked.Inputs {
+		data.inputs[in.Name] = nil // an empty file is one, too
 		for _, p := range in.Parts {
 			part, err := h.audits.storage.read(ctx, p.Chunk)
 			if err != nil {
@@ -307,6 +308,9 @@ func answerable(j wire.JobRun) error {
 	for _, in := range j.Inputs {
 		if in.Dataset != "" || in.Sensors != nil {
 			return fmt.Errorf("its input %s is on the device alone", in.Name)
+		}
+		if in.List != nil {
+			return fmt.Errorf("its input %s has more parts than fit an order", in.Name)
 		}
 		for _, p := range in.Parts {
 			size, read = size+p.Size, true
@@ -610,7 +614,7 @@ func (h *honesty) like(ctx context.Context, d wire.DeviceID, m wire.JobRun) (job
 	}
 	job.Inputs = slices.Clone(m.Inputs)
 	for i, in := range m.Inputs {
-		job.Inputs[i].Parts = nil
+		job.Inputs[i].Parts, data.inputs[in.Name] = nil, nil
 		for _, p := range in.Parts {
 			id, part, err := other(p.Size)
 			if err != nil {
@@ -766,7 +770,7 @@ func (h *honesty) holdsAll(d wire.DeviceID, j wire.JobRun) bool {
 	defer s.mu.Unlock()
 	holds := func(id string) bool { _, ok := s.holds[d][id]; return ok }
 	for _, in := range j.Inputs {
-		if slices.ContainsFunc(in.Parts, func(p wire.JobPart) bool { return !holds(p.Chunk) }) {
+		if in.List != nil || slices.ContainsFunc(in.Parts, func(p wire.JobPart) bool { return !holds(p.Chunk) }) {
 			return false
 		}
 	}

@@ -378,13 +378,17 @@ func (c *Coordinator) getBlob(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return refuse(http.StatusNotFound, wire.CodeNotFound, "%v", err)
 	}
-	if _, err := c.auth.redeem(r, caller(r), ref); err != nil {
+	t, err := c.auth.redeem(r, caller(r), ref)
+	if err != nil {
 		return err
 	}
 	var data []byte
-	if ref.kind == inputBlob { // from who holds it, when it is wanted
+	switch ref.kind {
+	case inputBlob: // from who holds it, when it is wanted
 		data, err = c.storage.relay(r.Context(), ref)
-	} else {
+	case listBlob:
+		data, err = c.staging.get(r.Context(), listName(t.order, ref.id))
+	default:
 		data, err = c.staging.get(r.Context(), ref.String())
 	}
 	if errors.Is(err, errNotStaged) {

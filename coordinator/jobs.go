@@ -432,8 +432,12 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 			}
 		}
 		switch {
-		case !isJobName(in.Name) || names[in.Name]:
-			return badJob("an input's name is 1 to 64 letters, digits, dots, dashes and underscores, and of one input alone; %q is not", in.Name)
+		case !isJobName(in.Name):
+			return badJob("an input's name is 1 to 64 letters, digits, dots, dashes and underscores; %q is not", in.Name)
+		case names[in.Name]:
+			return badJob("there are two inputs named %s", in.Name)
+		case in.Name == wire.Stdin && (q.Input != nil || q.Over != nil && q.Over.As == ""):
+			return badJob("there are two inputs that would be standard input; give the others names of their own")
 		case sources != 1:
 			return badJob("the input %s must come from one of a stored file, a dataset and sensors", in.Name)
 		}
@@ -471,7 +475,7 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 	case q.Deadline.Sub(now) > maxLife:
 		return badJob("a job can take %d days at most", maxLife/(24*time.Hour))
 	case q.Over != nil && q.Input != nil:
-		return badJob("a job over files has them as its input: it can have no other standard input")
+		return badJob("a job over files has them as its input: give what all tasks get a name")
 	case q.Over != nil && q.Over.As != "" && (q.Over.PerChunk || !isJobName(q.Over.As) || names[q.Over.As]):
 		return badJob("%q cannot be the name of the input that each file becomes", q.Over.As)
 	case q.Over != nil && (q.Over.Prefix == "") == (len(q.Over.Names) == 0):
@@ -508,19 +512,11 @@ func (s *jobs) filesOf(o api.JobOver) (f jobFiles, err error) {
 		if err != nil {
 			return f, err
 		}
-		switch {
-		case o.PerChunk:
+		if o.PerChunk {
 			f.Chunks = append(f.Chunks, len(v.Chunks))
-		case o.As == "" && len(v.Chunks) > 1:
-			return f, tooLong(v)
 		}
 	}
 	return f, nil
-}
-
-// tooLong refuses a file as standard input.
-func tooLong(o api.Object) error {
-	return refuse(http.StatusConflict, "too_long", "%q has %d chunks, and standard input is one: run over each chunk (per chunk), or give the module the whole file as an input with a name (as)", o.Name, len(o.Chunks))
 }
 
 // plain is a stored file that jobs can run over.

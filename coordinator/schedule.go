@@ -405,7 +405,10 @@ func (s *jobs) start(ctx context.Context, b begun) {
 		return
 	}
 	life := min(lifeOfJob(b.asked.run.Limits), max(b.deadline.Sub(s.now()), time.Second))
-	_, err = s.compute.sendAs(ctx, a.Order, a.Device, b.module, s.body(b.asked, b.device, b.deadline, life), life)
+	body, err := s.body(ctx, a.Order, b.asked, b.device, b.deadline, life)
+	if err == nil {
+		_, err = s.compute.sendAs(ctx, a.Order, a.Device, b.module, body, life)
+	}
 	if err != nil {
 		if ctx.Err() == nil {
 			s.settle(ctx, b.id, b.task, a, OrderRecord{}, err)
@@ -539,6 +542,9 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 		if row.running() == 0 {
 			s.compared(judgedTask(job, row))
 		}
+	}
+	if v.Order.ID != "" && err2 == nil {
+		s.dropLists(ctx, v.Order)
 	}
 	s.settled(id, task, a, row, err2 == nil)
 	if a.State != wire.Succeeded && (a.Code == wire.CodeLost || a.Code == wire.CodeNotFound) {
@@ -741,6 +747,9 @@ func (s *jobs) finish(ctx context.Context) {
 		case good+failed == v.Tasks:
 		case now.After(v.Spec.Deadline):
 			state, code, reason = wire.TimedOut, wire.CodeLimit, fmt.Sprintf("the deadline has come, and %d of %d tasks have not ended", v.Tasks-good-failed, v.Tasks)
+			if w := s.plan.waits(v.ID); w != nil {
+				reason += "; what waits: " + w.Reason
+			}
 		default:
 			continue
 		}

@@ -65,7 +65,7 @@ func verifyBlob(ref blobRef, data []byte) error {
 			return fmt.Errorf("a chunk has 1 to %d bytes, this has %d", chunk.MaxSize, len(data))
 		}
 		got = chunk.Sum(data).String()
-	case moduleBlob:
+	case moduleBlob, listBlob:
 		sum := sha256.Sum256(data)
 		got = hex.EncodeToString(sum[:])
 	}
@@ -80,6 +80,9 @@ func attachmentName(order string) string { return "attachment/" + order }
 // servedName is of the chunk that a device serves for an order: what came for another,
 // or from another device, is no proof that this one has it.
 func servedName(order string) string { return string(servedBlob) + "/" + order }
+
+// listName is of the list of the parts of an input of a job order.
+func listName(order, id string) string { return string(listBlob) + "/" + order + "/" + id }
 
 // put keeps data, which belongs to the staging area from now on.
 func (s *staging) put(ctx context.Context, name string, data []byte) error {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 
@@ -86,13 +87,14 @@ const (
 	servedBlob blobKind = "served" // the same, on its way from a device to a reader
 	inputBlob  blobKind = "input"  // a chunk that a job reads and its device does not hold
 	moduleBlob blobKind = "module" // id is SHA-256
+	listBlob   blobKind = "list"   // of the parts of a job's input; id is SHA-256
 )
 
 func (b blobRef) String() string { return string(b.kind) + "/" + b.id }
 
 func parseBlobRef(kind, id string) (blobRef, error) {
 	b := blobRef{blobKind(kind), id}
-	if b.kind != chunkBlob && b.kind != servedBlob && b.kind != inputBlob && b.kind != moduleBlob {
+	if !slices.Contains([]blobKind{chunkBlob, servedBlob, inputBlob, moduleBlob, listBlob}, b.kind) {
 		return b, fmt.Errorf("%q is no kind of blob", kind)
 	}
 	if len(id) != 64 {

@@ -33,7 +33,7 @@ func (*orderCmd) Help() string {
 func (*jobCmd) Help() string {
 	return `For example:
 
-  deimos job run wordcount.wasm --input text --chunk 0             run over a chunk of a stored file
+  deimos job run wordcount.wasm --input text                       run over a stored file
   deimos job map thumbnail.wasm --over photos/ --out thumbs        run over each of many files
   deimos job list --pending                                        what has not ended yet
   deimos job wait 01JD9W3B5XJ8Z6Q0M2T4R7V9YA                       wait for the end of one

@@ -150,8 +150,8 @@ func (f jobFlags) interrupted(c *api.Client, id string, err error) error {
 
 type jobRunCmd struct {
 	Module string   `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
-	Input  []string `sep:"none" placeholder:"[NAME=]FILE" help:"Stored file. Without a name, a chunk of it is standard input; with one, all of it is /in/NAME, and it may be repeated."`
-	Chunk  int      `default:"0" help:"Which chunk is standard input, from 0."`
+	Input  []string `sep:"none" placeholder:"[NAME=]FILE" help:"Stored file. Without a name it is standard input; with one it is /in/NAME, and it may be repeated."`
+	Chunk  *int     `placeholder:"N" help:"Give the module only this chunk of the file as standard input, from 0, on a device that holds it."`
 	Save   []string `sep:"none" placeholder:"[NAME=]FILE" help:"Keep standard output, or the output NAME, as a stored file; may be repeated. An output that is not saved is dropped after 7 days."`
 	Out    string   `type:"path" placeholder:"FOLDER" help:"Folder to write the outputs of --write to."`
 	Start  bool     `help:"Do not wait for the end; print the job's id."`
@@ -165,18 +165,24 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 		return err
 	}
 	s.Save = saves(j.Save)
+	standard := false
 	for _, v := range j.Input {
 		name, file, named := strings.Cut(v, "=")
-		switch {
-		case named && name != "stdin":
-			s.Inputs = append(s.Inputs, api.JobInput{Name: name, Object: file})
-		case s.Input != nil:
-			return usage("there is one standard input: give the others names, as in --input model=%s", v)
-		case named:
-			s.Input = &api.JobChunk{Object: file, Chunk: j.Chunk}
-		default:
-			s.Input = &api.JobChunk{Object: v, Chunk: j.Chunk}
+		if !named {
+			name, file = wire.Stdin, v
 		}
+		switch {
+		case name == wire.Stdin && standard:
+			return usage("there is one standard input: give the others names, as in --input model=%s", file)
+		case name == wire.Stdin && j.Chunk != nil:
+			s.Input = &api.JobChunk{Object: file, Chunk: *j.Chunk}
+		default:
+			s.Inputs = append(s.Inputs, api.JobInput{Name: name, Object: file})
+		}
+		standard = standard || name == wire.Stdin
+	}
+	if j.Chunk != nil && s.Input == nil {
+		return usage("--chunk is for a file that is standard input, as in --input FILE --chunk %d", *j.Chunk)
 	}
 	c, job, err := j.begin(ctx, all, j.Module, s)
 	if err != nil {
@@ -217,7 +223,7 @@ type jobMapCmd struct {
 	Module string   `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
 	Over   []string `required:"" sep:"none" placeholder:"PREFIX*|FILE" help:"Stored files: all whose names begin so, or one; may be repeated."`
 	Per    string   `enum:"file,chunk" default:"file" help:"What one task gets: a whole file, or one chunk of it: ${enum}."`
-	As     string   `placeholder:"NAME" help:"Give each task its file as /in/NAME. Without it, it is standard input, and must be one chunk."`
+	As     string   `placeholder:"NAME" help:"Give each task its file as /in/NAME. Without it, it is standard input."`
 	Input  []string `sep:"none" placeholder:"NAME=FILE" help:"Stored file that every task gets, as /in/NAME; may be repeated."`
 	Save   []string `sep:"none" placeholder:"[NAME=]FILE" help:"Keep standard output, or the output NAME, of each task as a stored file, with {} for the task's name, as in thumbs/{}; may be repeated."`
 	Start  bool     `help:"Do not wait for results; print the job's id."`

@@ -19,8 +19,9 @@ type JobSpec struct {
 	Env    map[string]string `json:"env,omitempty"`
 	// Input is standard input: a chunk of a file that is stored as it is. Only a
 	// device that holds it can run the job.
-	Input   *JobChunk  `json:"input,omitempty"`
-	Inputs  []JobInput `json:"inputs,omitempty"`  // read as files, /in/NAME
+	Input *JobChunk `json:"input,omitempty"`
+	// Inputs are read as files, /in/NAME; one named [wire.Stdin] is standard input.
+	Inputs  []JobInput `json:"inputs,omitempty"`
 	Outputs []string   `json:"outputs,omitempty"` // names of what may be written, /out/NAME
 	// Save keeps outputs as stored files: by name of the output, [wire.Stdout] among
 	// them, the name of the file, in which {} stands for the task's name. An output
@@ -69,8 +70,8 @@ type JobOver struct {
 	Names  []string `json:"names,omitempty"`
 	// PerChunk makes a task of each chunk, which is standard input.
 	PerChunk bool `json:"per_chunk,omitempty"`
-	// As gives each task its whole file as the input of this name. Without it and
-	// PerChunk the file is standard input, and must be one chunk.
+	// As gives each task its whole file as the input of this name. Without it the file
+	// is standard input.
 	As string `json:"as,omitempty"`
 }
 

@@ -77,7 +77,7 @@ func (f *Fleet) CheckWordcount(o PutResult, chunk []byte, flags ...string) {
 func (f *Fleet) RunJob(object, name string, flags ...string) []byte {
 	f.T.Helper()
 	var j api.JobResult
-	f.OK(&j, append([]string{"job", "run", Guest(name), "--input", object}, flags...)...)
+	f.OK(&j, append([]string{"job", "run", Guest(name), "--input", object, "--chunk", "0"}, flags...)...)
 	d, err := f.Client.Device(f.Ctx, string(j.Device))
 	if err != nil {
 		f.T.Fatal(err)
