@@ -31,21 +31,21 @@ func (s *Service) floorPath() string { return filepath.Join(s.o.StateDir, "ota",
 
 // floor is "" if there is none. One that cannot be read is the version that runs: it was
 // confirmed, or is about to be.
-func (s *Service) floor() (string, error) {
+func (s *Service) floor() (version string, whole bool, err error) {
 	var f floor
 	raw, err := durable.ReadFile(s.floorPath(), maxFloor)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return "", nil
+		return "", true, nil
 	case err != nil:
-		return "", fmt.Errorf("the oldest version that may be installed cannot be read: %w", err)
+		return "", false, fmt.Errorf("the oldest version that may be installed cannot be read: %w", err)
 	case json.Unmarshal(raw, &f) != nil || bundle.CheckVersion(f.Version) != nil:
 		s.o.Log.Warn("the note of the oldest version that may be installed is damaged; it is taken to be the one that runs", "version", s.o.Version)
-		return s.o.Version, nil
+		return s.o.Version, false, nil
 	case f.Root != s.rootSum():
-		return "", nil
+		return "", true, nil
 	}
-	return f.Version, nil
+	return f.Version, true, nil
 }
 
 // ReadFloor is the oldest version that may be installed on the device with this state
@@ -69,9 +69,12 @@ func (s *Service) raise(version string, set bool) error {
 	if bundle.CheckVersion(version) != nil {
 		return nil // none of a release
 	}
-	now, err := s.floor()
-	if err != nil || now == version || now != "" && bundle.Compare(version, now) < 0 && !set {
+	now, whole, err := s.floor()
+	if err != nil || whole && (now == version || now != "" && bundle.Compare(version, now) < 0 && !set) {
 		return err
+	}
+	if now != "" && bundle.Compare(version, now) < 0 && !set {
+		version = now
 	}
 	raw, err := json.Marshal(floor{s.rootSum(), version})
 	if err == nil {

@@ -587,7 +587,7 @@ func (s *Service) look(ctx context.Context, j job) (offer, error) {
 	if err := client.Refresh(ctx, s.o.Now()); err != nil {
 		return offer{}, err
 	}
-	floor, err := s.floor()
+	floor, _, err := s.floor()
 	if err != nil {
 		return offer{}, err
 	}

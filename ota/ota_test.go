@@ -24,6 +24,7 @@ import (
 
 	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
+	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -571,9 +572,14 @@ func TestBrokenReleaseRollsBackEndToEnd(t *testing.T) {
 func TestUpdateKilledAtEveryPoint(t *testing.T) {
 	f := newFleet(t)
 	f.releaseAgent("1.1.0", "good")
+	met := map[string]bool{} // the names of the points
 	killed := func(env []string, text string) bool {
 		m := f.machine()
 		line, _ := m.run(env, text, "report ")
+		if _, point, ok := strings.Cut(line, "crash point "); ok {
+			_, point, _ = strings.Cut(point, ": ")
+			met[point] = true
+		}
 		if strings.HasPrefix(line, "report ") {
 			return false
 		}
@@ -589,6 +595,11 @@ func TestUpdateKilledAtEveryPoint(t *testing.T) {
 	points, first := 0, 1+rand.IntN(step)
 	for n := first; killed([]string{"DEIMOS_CRASH_IN=deimos-agent", "DEIMOS_CRASH_AT=" + strconv.Itoa(n)}, "crash point"); n += step {
 		points++
+	}
+	for _, e := range []slot.Event{slot.Offered, slot.Allowed, slot.Fetched, slot.Marked} {
+		if step == 1 && (!met["before it is "+string(e)] || !met["it is "+string(e)]) {
+			t.Errorf("nobody was killed when it is %s; points: %v", e, met)
+		}
 	}
 	if points < 2 {
 		t.Errorf("only %d crash points: was the agent built with them?", points)
