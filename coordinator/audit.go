@@ -64,7 +64,6 @@ type audits struct {
 	answering chan struct{} // of capacity 1: who runs one
 	limit     time.Duration // for one challenge, its answer included
 
-	missing keyed // by device: one loss that a read has found at a time
 }
 
 func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {

@@ -2,6 +2,8 @@ package coordinator
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,8 +12,11 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/oklog/ulid/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -68,6 +73,31 @@ func (w *world) working() (works, leaves bool) {
 		leaves = leaves || !v.working && !v.state.whole() && v.problem == "" && v.next.After(r.now())
 	}
 	return works, leaves
+}
+
+// Two coordinators read from a device that has lost what they read, at the same time: it
+// is one loss, and costs once.
+func TestOfTwoCoordinatorsOneCountsALoss(t *testing.T) {
+	t.Parallel()
+	both := peers(t, 2, func(*Config) {})
+	for range 20 {
+		key, _, err := ed25519.GenerateKey(nil)
+		must(t, err)
+		d := wire.IDOf(key)
+		var found errgroup.Group
+		for _, w := range both {
+			order, id := ulid.Make().String(), chunk.Sum(someBytes(100)).String()
+			found.Go(func() error {
+				return errors.Join(w.audits.missed(testContext(t), d, id, order), w.audits.missed(testContext(t), d, id, order))
+			})
+		}
+		must(t, found.Wait())
+		s, err := both[0].audits.scores.find(testContext(t), string(d))
+		must(t, err)
+		if len(s.Penalties) != 1 || s.Confessed != 1 {
+			t.Fatalf("a loss that two have found costs %d times: %+v", len(s.Penalties), s)
+		}
+	}
 }
 
 // Two coordinators see the same loss at the same time: one of them mends it, once.

@@ -63,7 +63,11 @@ type score struct {
 	Unreachable float64        `json:"unreachable,omitempty"`
 	Compute     trust.Standing `json:"compute,omitzero"`
 	// Counted are the challenges that were counted last, so that none is twice.
-	Counted   []string      `json:"counted,omitempty"`
+	Counted []string `json:"counted,omitempty"`
+	// Missed is the order by which a read has found a loss last, and when: other losses
+	// that reads find soon after are the same one.
+	Missed    string        `json:"missed,omitempty"`
+	MissedAt  time.Time     `json:"missed_at,omitzero"`
 	Penalties []api.Penalty `json:"penalties,omitempty"` // the oldest first
 }
 
@@ -260,12 +264,20 @@ func (a *audits) confessed(ctx context.Context, d wire.DeviceID, ids []string, o
 // are read first is chance, and so is how many: what comes within missedApart of
 // another confession is of the same loss, and costs nothing more.
 func (a *audits) missed(ctx context.Context, d wire.DeviceID, id, order string) error {
-	defer a.missing.lock(string(d))()
-	now := a.outbox.now()
-	if slices.ContainsFunc(a.scoreOf(d).Penalties, func(p api.Penalty) bool {
-		return p.Cause == string(api.Confession) && p.Audit != order && now.Sub(p.At) < missedApart
-	}) {
+	now, first := a.outbox.now().UTC(), false
+	// Several coordinators may find it at once: who writes it down first, counts it.
+	_, err := a.scores.change(ctx, string(d), func(s *score, _ bool) error {
+		first = s.Missed == order
+		if first || now.Sub(s.MissedAt) < missedApart || slices.ContainsFunc(s.Penalties, func(p api.Penalty) bool {
+			return p.Cause == string(api.Confession) && p.Audit != order && now.Sub(p.At) < missedApart
+		}) {
+			return errUnchanged
+		}
+		s.Missed, s.MissedAt, first = order, now, true
 		return nil
+	})
+	if err != nil || !first {
+		return err
 	}
 	return a.confess(ctx, d, []string{id}, order, "the device does not have a chunk that it was told to serve")
 }
