@@ -358,6 +358,30 @@ func TestNothingStaysThatIsServedWhileItsOrderEnds(t *testing.T) {
 	}
 }
 
+// What was served for a coordinator that has ended meanwhile does not stay for a day: it
+// goes when no order can be open any more that it was for.
+func TestWhatWasServedForNobodyGoes(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	w.freeze()
+	ctx := testContext(t)
+	must(t, w.storage.dropServed(ctx)) // of nothing
+	order := ulid.MustNew(ulid.Timestamp(w.time()), crand.Reader).String()
+	must(t, w.staging.put(ctx, servedName(order), someBytes(3000)))
+	must(t, w.staging.put(ctx, servedName("of no order"), someBytes(3000)))
+	must(t, w.staging.put(ctx, attachmentName(order), someBytes(3000)))
+	there := func(name string) bool { return w.staging.has(ctx, name) }
+	must(t, w.storage.dropServed(ctx))
+	if !there(servedName(order)) || there(servedName("of no order")) {
+		t.Error("what may be waited for is gone, or what nobody can have asked for is there")
+	}
+	w.advance(serveLifeOf(chunk.MaxSize) + 2*time.Minute)
+	must(t, w.storage.dropServed(ctx))
+	if there(servedName(order)) || !there(attachmentName(order)) {
+		t.Error("what was served for nobody stays, or something else has gone")
+	}
+}
+
 // A module's or chunk's upload by an operator is checked in the same way.
 func TestOperatorsUploadsAreChecked(t *testing.T) {
 	t.Parallel()

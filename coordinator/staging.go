@@ -181,6 +181,22 @@ func (s *staging) drop(ctx context.Context, name string) error {
 	return nil
 }
 
+// names are those of all blobs.
+func (s *staging) names(ctx context.Context) ([]string, error) {
+	list, err := s.bucket.List(ctx)
+	if errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("staging: %w", engine.StoreError(err))
+	}
+	names := make([]string, len(list))
+	for i, o := range list {
+		names[i] = o.Name
+	}
+	return names, nil
+}
+
 func (s *staging) recall(name string) ([]byte, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -110,6 +110,7 @@ const (
 	// put: the largest takes a day at 1 Mbit/s.
 	orphanLife  = 24 * time.Hour
 	orphanSweep = time.Hour
+	servedSweep = 5 * time.Minute
 	maxReplica  = 16
 	// defaultReplicas lets one device be down.
 	defaultReplicas = 2
@@ -781,6 +782,27 @@ func (s *storage) unserve(o wire.Order, id string, asked claims) {
 	}
 }
 
+// dropServed drops what came for orders that are over, as nobody has taken it away: a
+// coordinator that waited for it has ended. Orders carry the time they were made at.
+func (s *storage) dropServed(ctx context.Context) error {
+	names, err := s.staging.names(ctx)
+	if err != nil {
+		return err
+	}
+	over := s.outbox.now().Add(-serveLifeOf(chunk.MaxSize) - time.Minute)
+	var failed error
+	for _, name := range names {
+		order, ok := strings.CutPrefix(name, servedName(""))
+		if !ok {
+			continue
+		}
+		if made, err := ulid.ParseStrict(order); err != nil || ulid.Time(made.Time()).Before(over) {
+			failed = errors.Join(failed, s.staging.drop(ctx, name))
+		}
+	}
+	return failed
+}
+
 // serveLifeOf is how long a device may take to serve a chunk of some size, if bytes
 // keep coming.
 func serveLifeOf(size int64) time.Duration {
@@ -1240,17 +1262,22 @@ func (s *storage) drop(ctx context.Context, ids []string, free func(chunkRecord)
 	return nil
 }
 
-// sweep drops orphans until ctx ends.
+// sweep drops orphans, and what was served for nobody, until ctx ends.
 func (s *storage) sweep(ctx context.Context) {
-	t := time.NewTicker(orphanSweep)
-	defer t.Stop()
+	orphans, served := time.NewTicker(orphanSweep), time.NewTicker(servedSweep)
+	defer orphans.Stop()
+	defer served.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case <-orphans.C:
 			if err := s.dropOrphans(ctx); err != nil && ctx.Err() == nil {
 				s.log.Warn("chunks that no object needs could not all be dropped; they will be tried again", "error", err)
+			}
+		case <-served.C:
+			if err := s.dropServed(ctx); err != nil && ctx.Err() == nil {
+				s.log.Warn("chunks that nobody waits for any more could not all be dropped; they will be tried again", "error", err)
 			}
 		}
 	}
