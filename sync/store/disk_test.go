@@ -336,13 +336,33 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	mustClose(t, bad)
 }
 
-// leftEnv is where the volume lies, for the process that this test starts, leftDevice and
-// leftFile are its loop device, and the file behind that.
+// leftEnv is where the volume lies, for the process that this test starts, and
+// leftDevice is its loop device.
 const (
 	leftEnv    = "DEIMOS_TEST_STORE_LEFT"
 	leftDevice = "DEIMOS_TEST_STORE_LEFT_DEVICE"
-	leftFile   = "DEIMOS_TEST_STORE_LEFT_FILE"
 )
+
+// limit makes a loop device answer for its first bytes alone, 0 means all: what is
+// behind them cannot be read or written from then on.
+func limit(t *testing.T, device string, bytes uint64) {
+	t.Helper()
+	f, err := os.Open(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	if err == nil {
+		info.Sizelimit = bytes
+		for err = unix.EAGAIN; err == unix.EAGAIN; { // until nothing of it is in memory
+			err = unix.IoctlLoopSetStatus64(int(f.Fd()), info)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
 
 // A disk that leaves, and from then on has an error for each read and write, though it
 // is mounted still: the volume says so and takes nothing more, calls nothing lost, and
@@ -351,8 +371,8 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 	seed := testenv.Seed(t)
 	some := func() map[chunk.ID][]byte {
 		rng, held := rand.New(rand.NewPCG(seed, 0)), map[chunk.ID][]byte{}
-		for range 60 {
-			id, data := someChunk(rng, 100_000+rng.IntN(100_000))
+		for range 40 {
+			id, data := someChunk(rng, 40_000+rng.IntN(60_000))
 			held[id] = data
 		}
 		return held
@@ -361,8 +381,7 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 		losesItsDisk(t, dir, some())
 		return
 	}
-	backing := image(t, 128)
-	d := newDisk(t, backing)
+	d := newDisk(t, image(t, 128))
 	store := filepath.Join(d.mount, "store")
 	v := open1(t, store, smallLogs())
 	for id, data := range some() {
@@ -370,18 +389,17 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 	}
 	mustClose(t, v)
 	d.detach() // nothing of it is in memory
-	run(t, "cp", "--sparse=always", backing, backing+".whole")
 	d.attach(t)
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), leftEnv+"="+store, leftDevice+"="+d.device, leftFile+"="+backing, fmt.Sprintf("DEIMOS_TEST_SEED=%d", seed))
+	cmd.Env = append(os.Environ(), leftEnv+"="+store, leftDevice+"="+d.device, fmt.Sprintf("DEIMOS_TEST_SEED=%d", seed))
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.detach()
-	run(t, "cp", backing+".whole", backing)
-	run(t, "losetup", "--set-capacity", d.device)
+	limit(t, d.device, 0)
+	_ = exec.Command(testenv.Tool(t, "e2fsck", "e2fsprogs"), "-y", d.device).Run() // 1: it has mended something
 	d.attach(t)
 	v = open1(t, store, smallLogs())
 	for id, data := range some() {
@@ -410,10 +428,7 @@ func losesItsDisk(t *testing.T, dir string, held map[chunk.ID][]byte) {
 		}
 		f.Close()
 	}
-	if err := os.Truncate(os.Getenv(leftFile), 64<<10); err != nil {
-		t.Fatal(err)
-	}
-	run(t, "losetup", "--set-capacity", os.Getenv(leftDevice))
+	limit(t, os.Getenv(leftDevice), 64<<10)
 	unread := 0
 	for id, data := range held {
 		got, err := v.Get(t.Context(), id)
@@ -432,8 +447,8 @@ func losesItsDisk(t *testing.T, dir string, held map[chunk.ID][]byte) {
 		t.Errorf("%+v", st)
 	}
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 2))
-	for range 40 {
-		id, data := someChunk(rng, 200_000) // enough for new logs
+	for range 20 {
+		id, data := someChunk(rng, 100_000) // enough for new logs
 		if err := v.Put(t.Context(), id, data); err == nil {
 			t.Error("a receipt for what is on no disk")
 		}
