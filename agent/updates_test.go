@@ -1,0 +1,132 @@
+package agent
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/ota"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+func TestWhatTheOwnerSaysOfUpdatesIsReadAndMistakesNamed(t *testing.T) {
+	c, _, err := loadText(t, "[updates]\nwindow = \"02:00-05:00\"\nconsent = \"ask\"\non_metered = \"wait\"\nmonthly_bytes = 50_000_000\n")
+	want := UpdatesConfig{Window: mustHours(t, "02:00-05:00"), Consent: "ask", OnMetered: "wait", Monthly: 50_000_000}
+	if err != nil || c.Updates != want {
+		t.Fatalf("%+v, %v", c.Updates, err)
+	}
+	for text, says := range map[string]string{
+		"window = \"2-5\"":       "22:00-06:00",
+		"consent = \"maybe\"":    "\"auto\" or \"ask\"",
+		"on_metered = \"stop\"":  "\"fetch\" or \"wait\"",
+		"monthly_bytes = -1":     "monthly_bytes",
+		"windows = \"02:00-05\"": "updates.windows",
+	} {
+		_, path, err := loadText(t, "[updates]\n"+text+"\n")
+		if err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+// ask is what an owner's configuration and word make of a step.
+func TestTheOwnersWordOnAnUpdate(t *testing.T) {
+	fetch, install := ota.Step{Order: "o", Version: "1.2.0", Fetch: 5 << 20}, ota.Step{Order: "o", Version: "1.2.0"}
+	night := UpdatesConfig{Window: mustHours(t, "02:00-05:00")}
+	asks := UpdatesConfig{Consent: "ask"}
+	for name, c := range map[string]struct {
+		c     UpdatesConfig
+		word  UpdateWord
+		step  ota.Step
+		unset bool  // nobody has told the time
+		moved int64 // by updates this month
+		all   int64 // of the month's volume of 100 MiB, by everything
+		code  string
+		after time.Duration
+	}{
+		"nothing said":                {step: install},
+		"nothing said, to fetch":      {step: fetch},
+		"by day":                      {c: night, step: install, code: wire.CodeWindow, after: 14 * time.Hour},
+		"by day, to fetch":            {c: night, step: fetch},
+		"no clock":                    {c: night, step: install, unset: true, code: wire.CodeWindow, after: askAgain},
+		"at noon":                     {c: UpdatesConfig{Window: mustHours(t, "11:00-13:00")}, step: install},
+		"over midnight":               {c: UpdatesConfig{Window: mustHours(t, "23:00-01:00")}, step: install, code: wire.CodeWindow, after: 11 * time.Hour},
+		"asks":                        {c: asks, step: fetch, code: wire.CodeConsent},
+		"asks, another was approved":  {c: asks, word: UpdateWord{Approved: "1.1.0"}, step: fetch, code: wire.CodeConsent},
+		"asks, and was answered":      {c: asks, word: UpdateWord{Approved: "1.2.0"}, step: fetch},
+		"approved, but by day":        {c: night, word: UpdateWord{Approved: "1.2.0"}, step: install, code: wire.CodeWindow, after: 14 * time.Hour},
+		"approved, and now":           {c: night, word: UpdateWord{Approved: "1.2.0", Now: true}, step: install},
+		"another one now":             {c: night, word: UpdateWord{Approved: "1.1.0", Now: true}, step: install, code: wire.CodeWindow, after: 14 * time.Hour},
+		"put off":                     {word: UpdateWord{Until: someDay.Add(time.Hour)}, step: install, code: wire.CodeDeferred, after: time.Hour},
+		"put off, over":               {word: UpdateWord{Until: someDay.Add(-time.Hour)}, step: install},
+		"a budget":                    {c: UpdatesConfig{Monthly: 6 << 20}, step: fetch},
+		"a budget, exactly":           {c: UpdatesConfig{Monthly: 6 << 20}, moved: 1 << 20, step: fetch},
+		"a budget, used up":           {c: UpdatesConfig{Monthly: 6 << 20}, moved: 1<<20 + 1, step: fetch, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour},
+		"a budget, and all is here":   {c: UpdatesConfig{Monthly: 6 << 20}, moved: 6 << 20, step: install},
+		"the month is used up":        {all: 100 << 20, step: fetch},
+		"the month is used up, waits": {c: UpdatesConfig{OnMetered: "wait"}, all: 100 << 20, step: fetch, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			m := newMeter(t, filepath.Join(dir, trafficFile), someDay)
+			if c.unset {
+				m.clock = NewClock(someDay)
+				m.clock.system = func() time.Time { return someDay }
+			}
+			m.set(TransferConfig{Monthly: 100 << 20})
+			m.moved(int(c.all))
+			m.updated(c.moved)
+			a := &Agent{cfg: Config{StateDir: dir, Updates: c.c}, clock: m.clock, traffic: m.traffic}
+			if c.word != (UpdateWord{}) {
+				if err := SayOfUpdates(dir, c.word); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p := a.holdUpdate(c.step)
+			switch {
+			case c.code == "" && p == nil:
+			case c.code == "" || p == nil || p.Code != c.code || p.After.Round(time.Second) != c.after || p.State != wire.Rejected || p.Reason == "":
+				t.Errorf("%+v; want %q after %s", p, c.code, c.after)
+			}
+		})
+	}
+}
+
+// What cannot be read may have been "no".
+func TestAnOwnersWordThatIsDamagedHoldsUpdates(t *testing.T) {
+	dir := t.TempDir()
+	m := newMeter(t, filepath.Join(dir, trafficFile), someDay)
+	a := &Agent{cfg: Config{StateDir: dir}, clock: m.clock, traffic: m.traffic}
+	if err := SayOfUpdates(dir, UpdateWord{Until: someDay.Add(time.Hour)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, updatesDir, wordFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if p := a.holdUpdate(ota.Step{Version: "1.0.0"}); p == nil || p.Code != wire.CodeConsent {
+		t.Errorf("%+v", p)
+	}
+}
+
+// TestTheVolumeOfUpdatesOutlivesRestarts, and a power cut makes it a MiB too low at most.
+func TestTheVolumeOfUpdatesOutlivesRestarts(t *testing.T) {
+	path := filepath.Join(t.TempDir(), trafficFile)
+	m := newMeter(t, path, someDay)
+	moved := int64(0)
+	for range 100 {
+		m.updated(100 << 10)
+		moved += 100 << 10
+		m.written()
+		next := newMeter(t, path, someDay) // as after a cut
+		if next.now.Updates > moved || next.now.Updates <= moved-leastStep {
+			t.Fatalf("of %d bytes %d are remembered", moved, next.now.Updates)
+		}
+	}
+	m.at = someDay.AddDate(0, 1, 0)
+	m.updated(7)
+	if m.now.Updates != 7 {
+		t.Errorf("a new month begins with %d", m.now.Updates)
+	}
+}
