@@ -5,29 +5,66 @@
 //
 // # Parties and keys
 //
-//   - root, several Ed25519 keys of which two or more must sign: says which keys
-//     the other roles have. Kept offline by several people. A device learns the
-//     first root when it enrols, and follows the chain of signed roots from there.
+//   - root, several keys of which two or more must sign: says which keys the other
+//     roles have, and how many of them must sign. Kept offline by several people. A
+//     device learns the first root when it enrols, and follows the chain of signed
+//     roots from there.
 //   - targets: names the releases, each by the digest of its bundle manifest.
 //   - snapshot: names the versions of all metadata, so that a mirror cannot mix.
 //   - timestamp: short-lived, names the newest snapshot, so that a mirror cannot
 //     hold a device back for longer than its expiry.
+//   - log: signs the transparency log. The root names it in a field of its own, so
+//     that who has stolen all other keys cannot name another log.
 //
 // Neither the coordinator nor a mirror nor whoever carries the USB stick needs
-// to be trusted with anything but delivery.
+// to be trusted with anything but delivery. A key has one role. Keys are files
+// (PKCS #8, with a passphrase or without) or whatever else signs and is handed in as
+// a [crypto.Signer]; see [Desk]. A file with a passphrase shows its public half, so
+// nobody is asked for one that is not needed.
 //
 // # A repository
 //
 // A plain directory, which any web server or stick can carry:
 //
-//	metadata/N.root.json            every root there ever was
-//	metadata/timestamp.json         the only file that changes its content
-//	metadata/N.snapshot.json
-//	metadata/N.targets.json
-//	targets/bundles/<sha256>.<version>.json   manifests, see ota/bundle
 //	parts/<sha256>                  packed parts, named only by the manifests
+//	targets/bundles/<sha256>.<version>.json   manifests, see ota/bundle
+//	log/tile/8/...                  the log: its records and hashes, as golang.org/x/mod/sumdb/tlog has them
+//	log/checkpoint                  how many records there are and the root of their tree, signed; changes
+//	log/lookup/<sha256>             which record has this manifest: a hint
+//	metadata/N.targets.json
+//	metadata/N.snapshot.json
+//	metadata/timestamp.json         changes
+//	metadata/N.root.json            every root there ever was
 //
-// timestamp.json is written last: a reader sees the release whole or not at all.
+// They are written and copied in this order ([Rank]), so a reader finds a release
+// whole or not at all. Roots come last: as long as the keys that a new root takes out
+// are at hand, [Publish] signs with them too, so that at each moment all is valid by
+// the newest root that is there. Without them (stolen, lost) devices that read in
+// the moment between the last two files refuse what they see, and come again.
+//
+// # Changing keys
+//
+// [Rotate], [Revoke] and [Renew] make root N+1, which root N's keys and its own must
+// sign; devices go from one to the next. Who fast-forwarded timestamp or snapshot with
+// stolen keys is forgotten with these keys: what devices have stored does not verify
+// any more, and does not count.
+//
+// What keys that are elsewhere must sign is written to a folder, and carried:
+// [Examine] says in words what a signature says, [Sign] adds one, [TakeRoot] and
+// [Publish] take it in. Nothing is signed when it is taken in, as nobody here has
+// looked at it. A signature is asked for while the repository is what it was.
+//
+// # The log
+//
+// Every release has a record: version, target, digest, time. A device that takes a
+// manifest makes sure that the log has it, and that the log is the one that it has
+// seen before, grown: so who has the keys can still not give one device something
+// that others cannot come to know of. The newest checkpoint is kept durably, and goes
+// to the coordinator with the report on an update; [Client.VerifyLog] compares those
+// of many devices. Two that contradict each other are kept as evidence ([Fork]).
+// What a log does not do: it keeps nobody from signing something bad, it shows it; and a
+// device that is shown a face of its own for ever, and whose reports nobody gets,
+// finds nothing out.
 //
 // # Reading
 //
@@ -36,8 +73,8 @@
 // wrong. What it trusts is synced to disk before it is used. Every fetch has a
 // limit in bytes and in time, and a part resumes where it was cut.
 //
-// Not here yet: rotation of keys by a command, signing by hand on other
-// machines, delegations, a transparency log.
+// Not here yet: delegations; the log's checkpoint cannot be signed by hand, so its
+// key is at hand where releases are published.
 package repo
 
 import (
