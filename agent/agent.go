@@ -34,7 +34,7 @@
 //	volumes/main/           chunks, unless the configuration names other places
 //	jobs/                   cached modules, and work under way; owner.json: what the owner
 //	                        said of jobs; now.json: how they are, for deimos-agent jobs
-//	slots/, ota/            see ota
+//	slots/, ota/            see ota; ota/owner.json: what the owner said of updates
 package agent
 
 import (
