@@ -15,7 +15,7 @@ import (
 func TestAHundredThousandReportsStayBounded(t *testing.T) {
 	reports := 100_000
 	if testing.Short() {
-		reports = 20_000
+		reports = 10_000
 	}
 	const group, kept = 500, 5_000
 	dir := t.TempDir()

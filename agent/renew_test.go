@@ -367,7 +367,11 @@ func TestACrashWhileSavingLeavesTheOldOrTheNew(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	for range 10 {
+	crashes := 10
+	if testing.Short() {
+		crashes = 4
+	}
+	for range crashes {
 		c := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
 		c.Env = append(os.Environ(), env+"="+dir)
 		out, err := c.StdoutPipe()

@@ -212,6 +212,9 @@ func TestAFloodFromOneNetworkPushesOutItsOwn(t *testing.T) {
 			w := ownWorld(t)
 			w.freeze()
 			w.waiting.most = 100
+			if testing.Short() {
+				w.waiting.most = 20
+			}
 			ask := func(from string, key ed25519.PrivateKey) {
 				t.Helper()
 				raw, err := json.Marshal(wire.EnrolRequest{CSR: csr(t, key)})

@@ -30,7 +30,7 @@ func (w *world) asOwner(t testing.TB, method, path, body string, answer any) int
 	r := httptest.NewRequest(method, v1+path, strings.NewReader(body)).WithContext(testContext(t))
 	r.Header.Set("Authorization", "Bearer "+at.Token)
 	rec := httptest.NewRecorder()
-	w.routes().ServeHTTP(rec, r)
+	w.server.Handler.ServeHTTP(rec, r)
 	if answer != nil {
 		must(t, json.Unmarshal(rec.Body.Bytes(), answer))
 	}

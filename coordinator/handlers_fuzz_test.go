@@ -238,7 +238,7 @@ func TestHandlerSeedsReachEveryRoute(t *testing.T) {
 			t.Errorf("%+v is no request", in)
 			continue
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), 200*time.Millisecond)
+		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		r = r.WithContext(ctx)
 		rec := httptest.NewRecorder()
 		h.mux.ServeHTTP(rec, r)

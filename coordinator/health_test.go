@@ -50,8 +50,9 @@ func TestTheFleetsHealthIsSeenAtOnce(t *testing.T) {
 	w := ownWorld(t)
 	ctx := testContext(t)
 	ill, slow, well, mute := w.enrolled(t), w.enrolled(t), w.enrolled(t), w.enrolled(t)
+	since := time.Now().UTC().Truncate(time.Second)
 	full := func(subject string) wire.Warning {
-		return wire.Warning{Code: "filesystem_full", Subject: subject, Severity: wire.Trouble, Title: "A file system is full", Text: "Free space.", Since: time.Now().UTC().Truncate(time.Second)}
+		return wire.Warning{Code: "filesystem_full", Subject: subject, Severity: wire.Trouble, Title: "A file system is full", Text: "Free space.", Since: since}
 	}
 	hear := func(d *device, list ...wire.Warning) {
 		t.Helper()

@@ -77,7 +77,7 @@ func answersFor(t testing.TB, w *world, method, path string, body any) *httptest
 	r := httptest.NewRequest(method, path, bytes.NewReader(raw)).WithContext(testContext(t))
 	r.Header.Set("Authorization", "Bearer "+at.Token)
 	rec := httptest.NewRecorder()
-	w.routes().ServeHTTP(rec, r)
+	w.server.Handler.ServeHTTP(rec, r)
 	return rec
 }
 

@@ -37,7 +37,7 @@ func (w *world) serveLocal(method, path, token, from string, body []byte) *httpt
 		r.Header.Set("Authorization", "Bearer "+token)
 	}
 	rec := httptest.NewRecorder()
-	w.routes().ServeHTTP(rec, r)
+	w.server.Handler.ServeHTTP(rec, r)
 	return rec
 }
 

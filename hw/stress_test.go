@@ -220,7 +220,7 @@ func loopDevice(t *testing.T) string {
 	must(t, os.WriteFile(file, nil, 0o600))
 	must(t, os.Truncate(file, 64<<20))
 	run := func(args ...string) (string, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
 		return strings.TrimSpace(string(out)), err

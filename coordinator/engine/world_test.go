@@ -35,7 +35,7 @@ import (
 )
 
 // patience is how long tests wait for what must come. It is no measurement.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // Environment of the test binary when it plays a part as a child process.
 const (

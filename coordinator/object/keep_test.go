@@ -81,7 +81,7 @@ func TestWhatASlowPutHasPlacedIsAskedForUntilItEnds(t *testing.T) {
 				return false
 			}
 			data := randomBytes(t, 2*chunk.DefaultSize)
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			chunks, err := put(c, io.MultiReader(bytes.NewReader(data[:chunk.DefaultSize]), &slow{ctx, may, bytes.NewReader(data[chunk.DefaultSize:])}))
 			must(t, err)

@@ -268,6 +268,10 @@ func atMost(n int, p float64) int { return int(float64(n)*p+5*math.Sqrt(float64(
 // of 100 cases.
 func TestChallengesAloneFindALiarWithinTheTable(t *testing.T) {
 	seed := testenv.Seed(t)
+	trials := 1500
+	if testing.Short() {
+		trials = 300
+	}
 	for _, c := range []struct {
 		past   Standing
 		lies   float64
@@ -279,7 +283,6 @@ func TestChallengesAloneFindALiarWithinTheTable(t *testing.T) {
 		{full(), 1, 0.05, 90},
 		{full(), 0.2, 0.01, 459},
 	} {
-		const trials = 1500
 		missed, most := 0, 0
 		for i := range trials {
 			d := &worker{Standing: c.past, lies: c.lies}
@@ -299,7 +302,7 @@ func TestChallengesAloneFindALiarWithinTheTable(t *testing.T) {
 		if missed > atMost(trials, 0.01) {
 			t.Errorf("p=%v: %d of %d not found within %d jobs", c.p, missed, trials, c.within)
 		}
-		t.Logf("p=%v: within %d jobs %.2f%% of %d found", c.p, c.within, 100-100*float64(missed)/trials, trials)
+		t.Logf("p=%v: within %d jobs %.2f%% of %d found", c.p, c.within, 100-100*float64(missed)/float64(trials), trials)
 	}
 }
 
@@ -318,6 +321,10 @@ func scene(past Standing) []*worker {
 
 func TestLiarsInAFleetAreFoundWithinTheTable(t *testing.T) {
 	seed := testenv.Seed(t)
+	share := 1
+	if testing.Short() {
+		share = 5
+	}
 	for _, c := range []struct {
 		name                      string
 		past                      Standing
@@ -327,10 +334,10 @@ func TestLiarsInAFleetAreFoundWithinTheTable(t *testing.T) {
 		// Of new devices every job has company: a lie in ten jobs is p = 10%. The two
 		// share a ninth of their jobs, a fifth of which is looked at: p = 2%, until they
 		// are trusted.
-		{"new", Standing{}, 400, Within(0.2), Within(0.1), Within(0.01)},
+		{"new", Standing{}, 400 / share, Within(0.2), Within(0.1), Within(0.01)},
 		// Of trusted ones a job in seven is a challenge or has company. The two share a
 		// hundredth of their jobs, all of which are looked at.
-		{"trusted", full(), 200, Within(0.1), Within(0.01), Within(0.01)},
+		{"trusted", full(), 200 / share, Within(0.1), Within(0.01), Within(0.01)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			missed := map[string]int{}
@@ -379,8 +386,11 @@ func TestLiarsInAFleetAreFoundWithinTheTable(t *testing.T) {
 // engines, one module that is not the same on both, and jobs that the coordinator
 // cannot run: no honest device is punished, and customers get what is right.
 func TestNoHonestDeviceIsPunished(t *testing.T) {
-	seed := testenv.Seed(t)
-	for i := range uint64(4) {
+	seed, fleets := testenv.Seed(t), uint64(4)
+	if testing.Short() {
+		fleets = 1
+	}
+	for i := range fleets {
 		devices := scene(Standing{})
 		for j, d := range devices {
 			if j%2 == 1 {

@@ -328,10 +328,19 @@ func (s *shelf) give(t *testing.T, to *Spec) {
 func TestJobGoesOnFromItsCheckpoint(t *testing.T) {
 	shelf := newShelf(t)
 	s := hosted("count", "100", "60") // hangs at 60
-	s.OnCheckpoint = shelf.keep
-	s.Limits.WallSeconds = 2
-	_, err := run(t, s)
-	wantCause(t, err, LimitWall, wire.TimedOut, wire.CodeLimit)
+	stopped := &wire.Problem{State: wire.Canceled, Code: "canceled", Reason: "its last checkpoint is kept"}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	s.OnCheckpoint = func(size int64, r io.Reader) error {
+		err := shelf.keep(size, r)
+		if shelf.n == 61 {
+			cancel(stopped)
+		}
+		return err
+	}
+	if _, err := runner.Run(ctx, s); wire.ProblemOf(err) != stopped {
+		t.Fatal(err)
+	}
 	s = hosted("count", "100")
 	s.OnCheckpoint = shelf.keep
 	shelf.give(t, &s)

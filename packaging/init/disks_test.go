@@ -291,7 +291,7 @@ func TestDeviceThatHadDataWaitsForItAndGoesOnWithIt(t *testing.T) {
 			plug(device)
 			select {
 			case <-done:
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("it does not go on: %q", s.lines)
 			}
 			if m.inMemory || m.data != p.path || uuidOf(t, p) != uuid {
@@ -312,7 +312,7 @@ func TestDeviceThatWaitsForItsDataStopsWhenItIsTold(t *testing.T) {
 	cancel()
 	select {
 	case <-done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("it does not stop")
 	}
 	if m.inMemory {
@@ -347,7 +347,7 @@ func TestMachineIsStartedAnewForFaultsOfTheDataPartitionWhichAreRepairedThen(t *
 	}
 	select {
 	case <-again:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("the machine is not started anew: %q", s.lines)
 	}
 	if since := time.Since(begun); since < least {

@@ -63,7 +63,7 @@ func TestMachineWhoseOnlyDiskNeverAnswersIsStartedAnew(t *testing.T) {
 	go m.prepareDisks(t.Context())
 	select {
 	case <-m.again:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Errorf("no restart: %q", s.lines)
 	}
 	if m.inMemory || s.count("a disk does not answer") != 1 {
@@ -118,7 +118,7 @@ func TestAnESPThatShowsUpAfterTheDataPutsTheFirmwareOnTrialAfterAll(t *testing.T
 	go func() { m.mountLateESP(t.Context(), data, kick); close(done) }()
 	select {
 	case <-done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("nobody looks for it: %q", s.lines)
 	}
 	if len(kick) != 1 || !exists(m.path(hadESP)) {

@@ -109,7 +109,7 @@ func (s *said) count(text string) (n int) {
 
 func (s *said) await(t *testing.T, text string, times int) {
 	t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(time.Minute)
 	for s.count(text) < times {
 		select {
 		case <-s.news:
@@ -144,7 +144,7 @@ func supervisedBy(t *testing.T, mode string, stopWithin time.Duration, kick <-ch
 		cancel()
 		select {
 		case <-ended:
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Error("the supervisor does not end")
 		}
 		endReaping()

@@ -67,7 +67,7 @@ func TestADiskThatDoesNotAnswerIsLeftOutSaidOnceAndSeenWhenItAnswers(t *testing.
 			if len(all) != 1 || all[0].path != good || !l.someHang() {
 				t.Fatalf("%+v; hangs: %v", all, l.someHang())
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatal("it is awaited again")
 		}
 		l.limit = time.Hour
@@ -108,7 +108,7 @@ func TestAMachineGoesOnWithoutADiskThatDoesNotAnswer(t *testing.T) {
 	case <-done:
 	case why := <-m.again:
 		t.Fatalf("it is started anew: %s; %q", why, s.lines)
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("it does not go on: %q", s.lines)
 	}
 	if m.data == "" || m.inMemory || s.count("a disk does not answer") != 1 {
@@ -135,7 +135,7 @@ func TestAMachineWhoseDataMayBeOnADiskThatDoesNotAnswerWaitsForItAndIsStartedAne
 			go m.prepareDisks(t.Context())
 			select {
 			case <-m.again:
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("it is not started anew: %q", s.lines)
 			}
 			if disk, err := lookAt(empty); err != nil || disk.parted || m.inMemory {
@@ -159,7 +159,7 @@ func TestAMachineGoesOnWhenTheDiskThatItNeedsAnswers(t *testing.T) {
 	case <-done:
 	case why := <-m.again:
 		t.Fatalf("it is started anew: %s; %q", why, s.lines)
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("it does not go on: %q", s.lines)
 	}
 	if !m.inMemory {

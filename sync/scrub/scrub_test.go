@@ -410,7 +410,7 @@ func TestOneVolumeOfADiskAtATime(t *testing.T) {
 	for name, disks := range map[string][2]string{"one disk": {"sda", "sda"}, "two disks": {"sda", "sdb"}} {
 		t.Run(name, func(t *testing.T) {
 			c := newClock()
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			same := disks[0] == disks[1]
 			var reading atomic.Int32
