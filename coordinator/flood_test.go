@@ -76,6 +76,8 @@ func TestADeviceThatMisbehavesHasOneLogLineAMinute(t *testing.T) {
 	t.Parallel()
 	w := ownWorld(t)
 	w.freeze()
+	const burst = 100
+	w.heard = newBuckets(hearRate, burst)
 	d, e := w.enrolled(t), w.enrolled(t)
 	bad := func(d *device, n int) string {
 		for range n {
@@ -89,14 +91,14 @@ func TestADeviceThatMisbehavesHasOneLogLineAMinute(t *testing.T) {
 			t.Errorf("%q %d times, want %d:\n%s", what, n, want, log)
 		}
 	}
-	log := bad(d, hearBurst+10)
+	log := bad(d, burst+10)
 	count(log, "was not taken", 1)
 	count(log, "dropped=1", 1)
 	log = bad(e, 2)
 	count(log, "was not taken", 1) // the other's lines are its own
 	w.advance(complainEvery)
-	log = bad(d, hearBurst+1)
-	count(log, fmt.Sprintf("times=%d", hearBurst), 1)
+	log = bad(d, burst+1)
+	count(log, fmt.Sprintf("times=%d", burst), 1)
 	count(log, "dropped=10", 1)
 	w.advance(2 * complainEvery)
 	bad(e, 1)

@@ -60,15 +60,18 @@ func TestNoOperatorRouteWithoutTheToken(t *testing.T) {
 	good, err := api.LoadContext(w.dir + "/" + ContextFile)
 	must(t, err)
 	operator, _ := allRoutes(t, w.Coordinator)
+	anybody := w.plain(nil)
+	anybody.Transport.(*http.Transport).DisableKeepAlives = false // one handshake for hundreds of calls
+	t.Cleanup(anybody.CloseIdleConnections)
 	for _, r := range operator {
 		for name, c := range map[string]struct {
 			header string
 			http   *http.Client
 		}{
-			"nothing":              {"", w.plain(nil)},
-			"an empty token":       {"Bearer ", w.plain(nil)},
-			"another token":        {"Bearer " + good.Token[1:], w.plain(nil)},
-			"another scheme":       {"Basic " + good.Token, w.plain(nil)},
+			"nothing":              {"", anybody},
+			"an empty token":       {"Bearer ", anybody},
+			"another token":        {"Bearer " + good.Token[1:], anybody},
+			"another scheme":       {"Basic " + good.Token, anybody},
 			"a device certificate": {"", d.http},
 		} {
 			req, err := http.NewRequest(r[0], w.URL()+r[1], nil)

@@ -291,7 +291,7 @@ func TestTheLogIsReadInPagesAndSinceATime(t *testing.T) {
 	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
-	const n = 2*api.MaxLogPage + 10
+	const n = api.MaxLogPage + 10
 	var middle time.Time
 	for i := range n {
 		_, err := w.trail.append(ctx, api.LogEntry{Actor: "coordinator", Action: "test." + strconv.Itoa(i)})
