@@ -316,3 +316,18 @@ func TestOthersReleaseIsNotSignedAgain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestOtherContentOfALoggedVersionIsRefused: the log has the version, with another
+// manifest, and the hint leads there.
+func TestOtherContentOfALoggedVersionIsRefused(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "good")
+	thief := &fleet{t: t, keys: f.keys, repo: t.TempDir(), server: f.server}
+	thief.release("1.1.0", "evil")
+	lookups, err := filepath.Glob(filepath.Join(thief.repo, "log/lookup/*"))
+	must(t, err)
+	must(t, os.RemoveAll(filepath.Join(thief.repo, "log")))
+	must(t, os.CopyFS(filepath.Join(thief.repo, "log"), os.DirFS(filepath.Join(f.repo, "log"))))
+	copyLookups(t, lookups, filepath.Join(thief.repo, "log"), "0\n")
+	refused(t, take(t, f.from(t.TempDir(), thief.repo), "1.1.0"), Unlogged, "record 0 is of another release")
+}
