@@ -99,7 +99,7 @@ head -c 3000000 /dev/urandom >/tmp/file
 deimos object put --plain --replicas 1 /tmp/file
 deimos object get --plain file --out /tmp/back
 cmp /tmp/file /tmp/back
-deimos job run --input file /debs/sha256sum.wasm | grep -q "$(head -c 1048576 /tmp/file | sha256sum | cut -c1-64)"
+deimos job run --input file /debs/sha256sum.wasm | grep -q "$(sha256sum </tmp/file | cut -c1-64)"
 
 claim "the death of the launcher is survived"
 systemctl kill --kill-whom=main --signal=KILL deimos-agent
@@ -135,7 +135,7 @@ systemctl restart deimos-agent
 until_ 60 online "$older"
 is "$(awk '/^CapEff/{print $2}' "/proc/$(pgrep -u root -x deimos-agent | head -n1)/status")" \
 	"$(printf %016x $((0x$(awk '/^CapBnd/{print $2}' /proc/1/status) & 0x220000)))" # as far as this machine has them
-deimos job run --input file /debs/sha256sum.wasm | grep -q "$(head -c 1048576 /tmp/file | sha256sum | cut -c1-64)"
+deimos job run --input file /debs/sha256sum.wasm | grep -q "$(sha256sum </tmp/file | cut -c1-64)"
 rm -r /etc/systemd/system/deimos-agent.service.d
 systemctl daemon-reload
 systemctl restart deimos-agent
