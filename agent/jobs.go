@@ -16,6 +16,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/jobs"
 	"github.com/deimos-edge/deimos/jobs/policy"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/orders"
 	"github.com/deimos-edge/deimos/sync/transfer"
@@ -31,6 +32,7 @@ type Jobs struct {
 	Until  *time.Time    `json:"until,omitempty"`  // absent: nobody knows
 	Run    bool          `json:"run"`
 	Begin  bool          `json:"begin"`
+	Walls  []string      `json:"walls,omitempty"` // that stand around each job beside its sandbox
 	Jobs   []jobs.Listed `json:"jobs"`
 }
 
@@ -50,13 +52,18 @@ const _ = uint(chunk.MaxSize - jobs.PartBytes)
 // newJobs makes the room that runs jobs.
 func (a *Agent) newJobs(bulk *transfer.Client, data *orders.Service) (*jobs.Service, error) {
 	load := &jobsLoad{}
+	runner := &sandbox.Runner{}
+	var err error
+	if runner.Cgroups, err = sandbox.OpenCgroups(); err != nil {
+		a.log.Info("jobs have no cgroup here", "why", err)
+	}
 	work, err := jobs.New(jobs.Options{
 		Dir: a.cfg.path(jobsDir), Policy: a.cfg.Jobs, Fetcher: bulk, Chunks: data,
 		Device: a.id.ID, Sign: func(t wire.PayloadType, v any) ([]byte, error) { return wire.Seal(a.id.key, t, v) },
 		Sensors: a.measured, Now: a.clock.Now,
 		Readings: func() policy.Readings { return a.readings(load) },
 		Word:     func() (policy.Word, error) { return OwnersWord(a.cfg.StateDir) },
-		Log:      a.log,
+		Runner:   runner, Log: a.log,
 	})
 	if err == nil {
 		a.hw.check(func() { load.sample(a.hw.last.Load(), work.CPU()) })
@@ -148,7 +155,7 @@ func (a *Agent) watchJobs(ctx context.Context) {
 
 func (a *Agent) jobsNow() Jobs {
 	d := a.jobs.Decision()
-	j := Jobs{At: time.Now().UTC().Truncate(time.Second), Code: d.Code, Reason: d.Reason, Run: d.Run, Begin: d.Begin, Jobs: a.jobs.List()}
+	j := Jobs{At: time.Now().UTC().Truncate(time.Second), Code: d.Code, Reason: d.Reason, Run: d.Run, Begin: d.Begin, Walls: a.jobs.Walls(), Jobs: a.jobs.List()}
 	if !d.Until.IsZero() {
 		until := d.Until.UTC().Truncate(time.Second)
 		j.Until = &until

@@ -245,7 +245,7 @@ func (s *Service) State() *wire.JobsState {
 	}
 	running, waiting := s.queue.counts()
 	st := &wire.JobsState{
-		Host: sandbox.HostVersion, Orders: wire.JobOrders, Engine: sandbox.Engine(), Walls: sandbox.Walls(), Slots: p.Slots, Running: running, Waiting: waiting,
+		Host: sandbox.HostVersion, Orders: wire.JobOrders, Engine: sandbox.Engine(), Walls: s.Walls(), Slots: p.Slots, Running: running, Waiting: waiting,
 		MemoryBytes: min(p.MaxMemory, sandbox.MaxMemory), WallSeconds: p.MaxWall,
 		Live: p.Live, Sensors: p.Sensors && s.o.Sensors != nil, Datasets: slices.Sorted(maps.Keys(p.Datasets)),
 	}
@@ -296,6 +296,9 @@ func (s *Service) List() []Listed {
 	slices.SortFunc(all, func(a, b Listed) int { return cmp.Compare(a.Order, b.Order) })
 	return all
 }
+
+// Walls are those that stand around each job of this device beside its sandbox.
+func (s *Service) Walls() []string { return s.o.Runner.Walls() }
 
 // Decision is what was decided last.
 func (s *Service) Decision() policy.Decision {

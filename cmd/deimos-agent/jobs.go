@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
@@ -74,6 +76,9 @@ func writeJobs(w io.Writer, j *agent.Jobs) error {
 	}
 	if len(j.Jobs) > 0 && time.Since(j.At) > stale {
 		fmt.Fprintf(w, "\nas of %s; the agent does not run now, or hangs\n", j.At.Local().Format(time.DateTime))
+	}
+	if !j.At.IsZero() {
+		fmt.Fprintf(w, "\naround each job, beside its sandbox: %s\n", cmp.Or(strings.Join(j.Walls, ", "), "nothing that this kernel has"))
 	}
 	if line := wordLine(j.Word, time.Now()); line != "" {
 		fmt.Fprintln(w, "\n"+line)

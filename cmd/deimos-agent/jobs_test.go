@@ -71,7 +71,7 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	raw := `{"at":"` + time.Now().UTC().Format(time.RFC3339) + `","code":"hot","reason":"the device is too hot","run":false,"begin":false,"jobs":[
+	raw := `{"at":"` + time.Now().UTC().Format(time.RFC3339) + `","code":"hot","reason":"the device is too hot","run":false,"begin":false,"walls":["seccomp","cgroup"],"jobs":[
 		{"order":"01A","module":"0123456789abcdef","state":"suspended","progress":0.25,"cpu_seconds":1.25,"code":"hot"},
 		{"order":"01B","module":"0123456789abcdef","state":"waiting","code":"hot"}]}`
 	if err := os.WriteFile(filepath.Join(dir, "now.json"), []byte(raw), 0o600); err != nil {
@@ -85,6 +85,8 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 	want := `ORDER  MODULE        STATE      DONE  CPU    WHY
 01A    0123456789ab  suspended  25%   1.2 s  hot
 01B    0123456789ab  waiting    0%    0.0 s  hot
+
+around each job, beside its sandbox: seccomp, cgroup
 
 the device is too hot
 `

@@ -64,6 +64,7 @@
 //	         and the job ends as [WorkerFailed] instead of [LimitMemory]
 //	CPU      the parent reads the child's process clock and kills; RLIMIT_CPU,
 //	         set by the child, stands behind it; compiling counts
+//	threads  64, with a cgroup
 //	wall     the parent kills; starting and compiling count
 //	output   of standard output and all named ones together: the parent stops reading and
 //	         kills; standard error: 1 MiB alike
@@ -96,7 +97,15 @@
 //	            instruction a second one takes away opening files, limits and making
 //	            more machine code. Any other call ends the job as [Breakout]
 //
-// [Result.Walls] says which stood around a job, [Walls] which this kernel has. A
+// A third wall is the parent's: a cgroup (version 2) for each worker, which it is put into
+// before it has its task ([Cgroups]). It counts what no rlimit does: shared memory, what the
+// kernel keeps on the worker's account, threads; there is no swap in it. It keeps the
+// owner's share of CPU without letting the job stand still, all jobs together leave a
+// quarter of the machine's memory alone, and it ends with everything in it, also what an
+// agent that was killed has left. It takes the controllers of memory and processes, and
+// a place that nobody else uses; where that is missing, all else holds as before.
+//
+// [Result.Walls] says which stood around a job, [Runner.Walls] which there are here. A
 // kernel that has none still runs jobs, and the device says so, for who places
 // work to judge.
 //
@@ -108,10 +117,4 @@
 // writes it before the module runs, and can write nothing after. The least
 // recently used are deleted beyond [Runner.CacheBytes], and what a killed worker left half
 // written after an hour. An entry that does not load is deleted and compiled anew.
-//
-// # Not done yet
-//
-// There is no cgroup: [Runner] is the place for one, with UseCgroupFD. Until then
-// the kernel's memory on a worker's account (pipes, page tables) and the number
-// of its threads are bounded by what its system calls and its memory allow alone.
 package sandbox

@@ -19,6 +19,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getpid() == 1 {
+		beMachine()
+	}
 	if len(os.Args) > 1 && os.Args[1] == WorkerArg {
 		os.Exit(WorkerMain())
 	}
@@ -30,11 +33,19 @@ func TestMain(m *testing.M) {
 			os.Exit(attackingWorker())
 		case aloneArg:
 			os.Exit(behindLandlock())
+		case leftArg:
+			os.Exit(leaveCgroup())
+		case vacateArg:
+			os.Exit(vacated())
 		case servedArg:
 			// Capabilities are a thread's; main's is where the test begins.
 			runtime.LockOSThread()
 			os.Exit(served())
 		}
+	}
+	if os.Getenv(inMachine) != "" { // which has no Go to build guests with
+		runner.Executable = "/proc/self/exe"
+		os.Exit(m.Run())
 	}
 	os.Exit(testMain(m))
 }

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -102,7 +103,7 @@ type Result struct {
 	Wall     time.Duration // from before the worker starts until it is gone, without Suspended
 	// Suspended is for how long it stood still by [Control.Suspend].
 	Suspended time.Duration
-	MaxRSS    int64    // bytes, of the worker; 0 if it died without saying
+	MaxRSS    int64    // bytes, of the worker; if it died without saying, its cgroup's most memory, 0 without one
 	Engine    string   // as [Engine] says; empty if it was not reached
 	Walls     []string // that stood around it, as [Walls] says; none if it did not come that far
 }
@@ -110,8 +111,9 @@ type Result struct {
 // Runner runs jobs. The zero value is ready; one Runner may run any number of
 // jobs at the same time. Its executable must call [WorkerMain].
 type Runner struct {
-	Executable string // of the worker; empty: the one that runs now, even if its file has been replaced
-	CacheBytes int64  // most compiled code kept below a Spec's CacheDir; 0: 256 MiB
+	Executable string   // of the worker; empty: the one that runs now, even if its file has been replaced
+	CacheBytes int64    // most compiled code kept below a Spec's CacheDir; 0: 256 MiB
+	Cgroups    *Cgroups // where each worker gets a cgroup; nil: none has one
 
 	prefix []string // before WorkerArg: an emulator's arguments, in tests
 }
@@ -327,6 +329,7 @@ type child struct {
 	control *Control
 	page    *os.File // see host.control
 	pace    pace
+	group   *cgroup
 	exited  chan struct{} // closed when it is dead but not yet reaped, so that its pid is still its own
 	written *budget       // of standard output and all outputs
 	stdout  *collector
@@ -448,30 +451,38 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 		kept:    make(chan struct{}),
 		events:  make(chan []event, 1),
 	}
-	exe := r.Executable
-	if exe == "" {
-		exe = "/proc/self/exe"
+	ready := make(chan struct{})
+	command := func(inGroup bool) *exec.Cmd {
+		cmd := exec.Command(cmp.Or(r.Executable, "/proc/self/exe"), append(slices.Clone(r.prefix), WorkerArg)...)
+		cmd.Dir = "/"
+		cmd.Env = []string{}
+		cmd.Stdin = io.MultiReader(after{ready}, bytes.NewReader(head), bytes.NewReader(s.Input))
+		cmd.Stdout, cmd.Stderr = c.stdout, c.stderr
+		// In the order of the descriptors, see task.go.
+		cmd.ExtraFiles = []*os.File{module, p.theirs[0], theirs, p.theirs[1], p.theirs[2]}
+		if s.Checkpoint != nil {
+			cmd.ExtraFiles = append(cmd.ExtraFiles, s.Checkpoint)
+		}
+		for _, in := range s.files() {
+			cmd.ExtraFiles = append(cmd.ExtraFiles, in.File)
+		}
+		cmd.ExtraFiles = append(cmd.ExtraFiles, p.theirs[3:]...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+		if inGroup {
+			cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.group.folder.Fd())
+		}
+		cmd.WaitDelay = 5 * time.Second // for the pipes, should something outside the group hold them
+		return cmd
 	}
-	c.cmd = exec.Command(exe, append(append([]string{}, r.prefix...), WorkerArg)...)
-	c.cmd.Dir = "/"
-	c.cmd.Env = []string{}
-	c.cmd.Stdin = io.MultiReader(bytes.NewReader(head), bytes.NewReader(s.Input))
-	c.cmd.Stdout, c.cmd.Stderr = c.stdout, c.stderr
-	// In the order of the descriptors, see task.go.
-	c.cmd.ExtraFiles = []*os.File{module, p.theirs[0], theirs, p.theirs[1], p.theirs[2]}
-	if s.Checkpoint != nil {
-		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, s.Checkpoint)
+	c.group, err = r.Cgroups.make(s.Limits)
+	if err == nil {
+		c.cmd, err = r.Cgroups.start(c.group, command)
 	}
-	for _, in := range s.files() {
-		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, in.File)
-	}
-	c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, p.theirs[3:]...)
-	// A cgroup, once there is one, is given here with UseCgroupFD.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	c.cmd.WaitDelay = 5 * time.Second // for the pipes, should something outside the group hold them
-	if err := c.cmd.Start(); err != nil {
+	close(ready) // of a worker that could not be put where it belongs, nobody is left to read
+	if err != nil {
 		closeAll(append(p.ours, page))
-		return nil, failure(WorkerFailed, "the worker %s could not be started: %v", exe, err)
+		_ = c.group.remove()
+		return nil, failure(WorkerFailed, "the worker could not be started: %v", err)
 	}
 	go c.listen(events, s)
 	go c.awaitExit()
@@ -504,6 +515,9 @@ func (c *child) listen(r *os.File, s Spec) {
 		if d.Decode(&e) != nil {
 			c.events <- all
 			return
+		}
+		if e.Engine != "" {
+			c.group.runs()
 		}
 		if e.Saves {
 			s.Control.saves.Store(true)
@@ -579,14 +593,19 @@ func (c *child) look(l wire.JobLimits) (next time.Duration, why error) {
 		return 0, cpuError(l)
 	}
 	share := math.Float64frombits(c.control.share.Load())
-	still := c.pace.throttle(share, cpu, now)
+	var still time.Duration
+	if c.group.throttles() {
+		_ = c.group.setShare(share) // else what was set before holds
+	} else {
+		still = c.pace.throttle(share, cpu, now)
+	}
 	c.stop(still > 0)
 	if still > 0 {
 		return min(still, wall), nil
 	}
 	// It cannot use up what is left sooner than on all its threads.
 	next = min(max(left/compileThreads, 5*time.Millisecond), wall, lookEvery)
-	if share > 0 {
+	if share > 0 && !c.group.throttles() {
 		next = min(next, shareLook)
 	}
 	return next, nil
@@ -629,6 +648,7 @@ func stderrError() *Error {
 // kill ends the child's whole group and gives the reason back.
 func (c *child) kill(why error) error {
 	c.rss = c.peakMemory()
+	c.group.kill()
 	_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL) // fails only if it is dead already
 	return why
 }
@@ -659,12 +679,16 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	case <-c.exited:
 	case <-time.After(10 * time.Second):
 		// Only a kernel that waits for a broken disk or the like holds a killed process.
-		go func() { <-c.exited; _ = c.cmd.Wait(); c.page.Close() }()
+		go func() { <-c.exited; _ = c.cmd.Wait(); c.page.Close(); _ = c.group.remove() }()
 		return Result{}, failure(WorkerFailed, "the worker %d was killed but does not go; look for disk errors in the kernel's log", c.cmd.Process.Pid)
 	}
 	_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL) // whatever else is in the group
 	_ = c.cmd.Wait()                                // how it ended is read from the state below
 	c.page.Close()
+	ranOut, peak := c.group.ranOut(), c.group.peak()
+	if err := c.group.remove(); err != nil && why == nil {
+		why = failure(WorkerFailed, "what the job has left cannot be ended: %v; look for disk errors in the kernel's log", err)
+	}
 	c.spools.Wait()
 	<-c.kept
 	stderr := c.stderr.bytes()
@@ -676,8 +700,8 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		if e.Engine != "" {
 			res.Engine = e.Engine
 		}
-		if res.Walls == nil { // the first word, before any of the module's
-			res.Walls = e.Walls
+		if res.Walls == nil && e.Walls != nil { // the first word, before any of the module's
+			res.Walls = c.group.walls(e.Walls)
 		}
 		if e.End != nil {
 			c.end, told = *e.End, true
@@ -685,6 +709,7 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 			res.ExitCode = c.end.ExitCode
 		}
 	}
+	res.MaxRSS = cmp.Or(res.MaxRSS, peak)
 	switch {
 	case why != nil:
 		return res, why
@@ -694,6 +719,8 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		return res, stderrError()
 	case len(c.spoiled) > 0:
 		return res, <-c.spoiled
+	case !told && ranOut:
+		return res, failure(LimitMemory, "the job's process needed more memory than its limit of %s and what it may have beside that, with what the kernel keeps for it", bytesText(l.MemoryBytes))
 	case !told:
 		return res, c.crash(res, lastCrash(stderr), l)
 	case c.end.Cause != "":

@@ -20,7 +20,15 @@ const (
 	WallLandlock = "landlock" // files, network, signals, abstract sockets
 )
 
-// Walls names the walls that this kernel can build. A worker of a kernel without
+// Walls names the walls that a job of this runner has around it.
+func (r *Runner) Walls() []string {
+	if r.Cgroups == nil {
+		return Walls()
+	}
+	return append(Walls(), WallCgroup)
+}
+
+// Walls names the walls that a worker builds itself on this kernel. One of a kernel without
 // one does without it.
 func Walls() (names []string) {
 	if seccomp.Supported() {

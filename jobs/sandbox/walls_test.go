@@ -37,7 +37,11 @@ func attackingWorker() int {
 		if at != stage {
 			return
 		}
-		if err := attacks[name].try(what); err != nil {
+		try := attacks[name].try
+		if bomb, ok := bombs[name]; ok {
+			try = bomb
+		}
+		if err := try(what); err != nil {
 			fmt.Fprintln(os.Stderr, name, "was refused:", err)
 			os.Exit(exitRefused)
 		}

@@ -10,6 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
+	"time"
 
 	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/wire"
@@ -59,7 +62,93 @@ func computeRows(ctx context.Context, t *table) error {
 	if err := command(ctx, "go", "build", "-o", native, "./jobs/guests/textstats"); err != nil {
 		return err
 	}
-	return computeRow(ctx, t, "textstats in Go", dir, filepath.Join(*bin, "guests", "textstats.wasm"), native, computeText(), nil)
+	if err := computeRow(ctx, t, "textstats in Go", dir, filepath.Join(*bin, "guests", "textstats.wasm"), native, computeText(), nil); err != nil {
+		return err
+	}
+	return memoryRow(ctx, t, dir)
+}
+
+// holdMiB is what the module of memoryRow has, and touches.
+const holdMiB = 64
+
+// hold writes on each page of its 64 MiB and then runs for ever.
+const hold = "\x00asm\x01\x00\x00\x00" +
+	"\x01\x04\x01\x60\x00\x00" + // type 0: no parameters, no results
+	"\x03\x02\x01\x00" + // one function of type 0
+	"\x05\x04\x01\x00\x80\x08" + // memory: 1024 pages of 64 KiB
+	"\x07\x0a\x01\x06_start\x00\x00" + // the function is exported
+	"\x0a\x25\x01\x23\x01\x01\x7f" + // its code, with a local i32
+	"\x03\x40" + // loop
+	"\x20\x00\x41\x01\x3a\x00\x00" + // memory[i] = 1
+	"\x20\x00\x41\x80\x20\x6a\x22\x00" + // i += 4096
+	"\x41\x80\x80\x80\x20\x49\x0d\x00" + // again while i < 64 MiB
+	"\x0b\x03\x40\x0c\x00\x0b\x0b" // end; loop: again; end
+
+// memoryRow is the memory of a worker while its job runs, against what the module has:
+// the worker's share (PSS) of all pages, of which those of the program are the agent's, too.
+func memoryRow(ctx context.Context, t *table, dir string) error {
+	module := filepath.Join(dir, "hold.wasm")
+	if err := os.WriteFile(module, []byte(hold), 0o600); err != nil {
+		return err
+	}
+	agent, err := filepath.Abs(filepath.Join(*bin, "deimos-agent"))
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := (&sandbox.Runner{Executable: agent}).Run(ctx, sandbox.Spec{Module: module, CacheDir: filepath.Join(dir, "cache"),
+			Limits: wire.JobLimits{CPUSeconds: 60, WallSeconds: 60, MemoryBytes: holdMiB << 20}})
+		ended <- err
+	}()
+	share := 0.0
+	for before := -1.0; share < holdMiB || share != before; {
+		before = share
+		select {
+		case err := <-ended:
+			return fmt.Errorf("the job whose memory is measured ended: %w", err)
+		case <-time.After(100 * time.Millisecond):
+		}
+		if share, err = workersShare(); err != nil {
+			return err
+		}
+	}
+	cancel()
+	<-ended
+	t.row("memory of a job of 64 MiB", "MiB", share, holdMiB, "%.1f")
+	return nil
+}
+
+// workersShare is the PSS of this process's only child, in MiB; 0 without one. From
+// smaps_rollup, see proc_pid_smaps(5).
+func workersShare() (float64, error) {
+	lists, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		return 0, err
+	}
+	for _, list := range lists {
+		raw, err := os.ReadFile(list)
+		child := strings.Fields(string(raw))
+		if err != nil || len(child) == 0 {
+			continue // the thread has ended, or has none
+		}
+		rollup, err := os.ReadFile("/proc/" + child[0] + "/smaps_rollup")
+		if errors.Is(err, syscall.ESRCH) || errors.Is(err, os.ErrNotExist) {
+			continue // it has ended; the runner says why
+		}
+		if err != nil {
+			return 0, fmt.Errorf("look at the memory of a worker: %w", err)
+		}
+		for line := range strings.Lines(string(rollup)) {
+			if f := strings.Fields(line); len(f) == 3 && f[0] == "Pss:" {
+				kib, err := strconv.ParseFloat(f[1], 64)
+				return kib / 1024, err
+			}
+		}
+	}
+	return 0, nil
 }
 
 func command(ctx context.Context, name string, args ...string) error {
