@@ -3,7 +3,6 @@ package test
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -24,13 +23,7 @@ func TestAJobOutlivesItsAgentAndItsCoordinator(t *testing.T) {
 	f := newFleet(t)
 	f.enrol(1, false)
 	d := f.devices[0]
-	module := f.Path("hosted.wasm")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", module, ".")
-	build.Dir = filepath.Join("..", "jobs", "sandbox", "testdata", "hosted")
-	build.Env = append(os.Environ(), "GOOS=wasip1", "GOARCH=wasm", "GOFLAGS=-buildvcs=false")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	module := hostedGuest(f)
 	var job api.Job
 	f.OK(&job, "job", "run", module, "--arg", "long", "--arg", fmt.Sprint(steps), "--wall", "15m", "--cpu", "10m", "--start")
 
