@@ -293,9 +293,11 @@ func (s *campaigns) run(ctx context.Context) {
 		} else {
 			clear(s.budgets)
 		}
-		took := time.Since(began)
-		least.Reset(max(s.pace.step/4, 20*took)) // of a large fleet no more than a twentieth of a core
-		t.Reset(max(s.pace.step, 20*took))
+		// Of a large fleet a look takes a while: no more than a twentieth of a core. The
+		// store may take long too, which is no reason to wait for long.
+		rest := min(20*time.Since(began), 5*s.pace.step)
+		least.Reset(max(s.pace.step/4, rest))
+		t.Reset(max(s.pace.step, rest))
 	}
 }
 
@@ -408,19 +410,23 @@ func (s *campaigns) beginPhase(ctx context.Context, row campaignRow) (campaignRo
 	p := &would.Phases[row.Phase]
 	p.Began = now
 	if p.Only == nil {
-		want := max(p.Count, 1)
-		var points []float64
+		var points []float64 // of those that are there
+		lack := 0            // how many do not have the release
 		s.look(would, func(d api.DeviceRecord, _ *orderNow, v seen, _ at) {
-			if v.online {
+			if row.runs(d.Agent) {
+				return
+			}
+			if lack++; v.online {
 				points = append(points, bundle.RolloutPoint(row.Version, string(d.ID)))
 			}
 		})
 		slices.Sort(points)
+		want := min(max(p.Count, 1), lack)
+		if p.Count > 0 && len(points) < want {
+			return row, nil
+		}
 		if want = min(want, len(points)); want > 0 {
 			p.Share = min(max(p.Percentage, math.Nextafter(points[want-1], 101)), 100)
-		}
-		if want < p.Count {
-			return row, nil
 		}
 	}
 	t := s.look(would, nil)

@@ -714,7 +714,8 @@ func TestDevicesOfACampaignAreListedByParts(t *testing.T) {
 	devices := r.takers(5)
 	r.does(devices[2], func(wire.Order) *reply { return failed("preflight") })
 	no := 5
-	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}, Stop: api.CampaignStop{MaxFailed: &no}})
+	// A canary of more than there are is all of them.
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 50}, percent(100)}, Stop: api.CampaignStop{MaxFailed: &no}})
 	r.untilIs(c.ID, api.CampaignDone)
 	var all []api.CampaignDevice
 	for after := ""; ; {
