@@ -64,6 +64,8 @@ type audits struct {
 	answering chan struct{} // of capacity 1: who runs one
 	limit     time.Duration // for one challenge, its answer included
 
+	// caught is told of a device whose result was proved wrong.
+	caught func(context.Context, api.Audit) error
 }
 
 func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {
@@ -486,6 +488,11 @@ func (a *audits) conclude(ctx context.Context, rec api.Audit) (api.Audit, error)
 
 // finish is the rest of conclude, for a challenge that has a record.
 func (a *audits) finish(ctx context.Context, rec api.Audit) (api.Audit, error) {
+	if rec.Outcome == api.AuditWrong && (rec.Kind == api.ComputeAudit || rec.Kind == api.DisputeAudit) {
+		if err := a.caught(ctx, rec); err != nil {
+			return rec, err
+		}
+	}
 	if rec.Outcome != api.AuditVoid {
 		p, err := a.count(ctx, rec)
 		if err != nil {

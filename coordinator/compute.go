@@ -82,16 +82,6 @@ type jobOutcome struct {
 	output []byte // standard output
 }
 
-// digest is the same of the same outputs, whoever made them.
-func (o jobOutcome) digest() string {
-	h := sha256.New()
-	fmt.Fprintln(h, o.result.Output, o.result.OutputBytes)
-	for _, f := range o.result.Outputs {
-		fmt.Fprintln(h, f.Name, f.SHA256, f.Size)
-	}
-	return hex.EncodeToString(h.Sum(nil))
-}
-
 // collect takes the result of a finished job order apart and checks that its
 // parts belong together. What is the device's fault is a refusal.
 func (c *compute) collect(ctx context.Context, v OrderRecord) (j jobOutcome, err error) {

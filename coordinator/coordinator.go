@@ -356,7 +356,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.audits.compute = c.compute
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
-	c.jobs.compared = c.audits.honesty.compared
+	c.jobs.honesty, c.audits.caught = c.audits.honesty, c.jobs.noteCaught
 	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
 	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)
@@ -519,7 +519,6 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.audits.honesty.keep(ctx) })
 	wg.Go(func() { c.audits.honesty.challenge(ctx) })
-	wg.Go(func() { c.audits.honesty.compare(ctx) })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.jobs.run(ctx) })

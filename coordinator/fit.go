@@ -14,13 +14,14 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 // asked is what one task wants of a device.
 type asked struct {
 	name   string      // of the task
-	run    wire.JobRun // without module and addresses
+	run    wire.JobRun // without addresses
 	plain  bool        // a device that says nothing about jobs can do it
 	orders int         // version of job orders that it takes
 	chunks []api.Chunk // of its inputs, that can be fetched
@@ -31,7 +32,7 @@ type asked struct {
 func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 	q := row.Spec
 	a.needs = q.Needs
-	a.run = wire.JobRun{Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
+	a.run = wire.JobRun{Module: wire.Blob{SHA256: q.Module}, Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
 	// Where it has to be done may not be where a chunk is.
 	tied := q.Needs.Device != "" || slices.ContainsFunc(q.Inputs, func(in api.JobInput) bool { return in.Object == "" })
 	object := func(name, as string) error {
@@ -173,12 +174,15 @@ func (s *jobs) dropLists(ctx context.Context, o wire.Order) {
 type jobDevice struct {
 	id    wire.DeviceID
 	arch  string
-	owner string
+	as    trust.Copy
 	jobs  *wire.JobsState // nil: it does not say
 	slots int
 	trust float64
 	why   *api.JobWait // it gets no jobs at all, and why
 	rests *api.JobWait // it gets none for a moment
+	// paused says that this is its owner's wish; nobody knows for how long.
+	paused bool
+	not    []trust.Doubt // modules that it gets no jobs of
 }
 
 // Codes of why tasks wait.
@@ -200,7 +204,7 @@ func (s *jobs) devices() []jobDevice {
 		if !v.Online {
 			continue
 		}
-		d := jobDevice{id: v.ID, arch: v.Arch, owner: ownerOf(v.DeviceRecord), jobs: v.Jobs, slots: plainSlots, trust: s.trust(v.ID)}
+		d := jobDevice{id: v.ID, arch: v.Arch, as: s.honesty.copyOf(v.ID), jobs: v.Jobs, slots: plainSlots, trust: s.trust(v.ID), not: s.honesty.standing(v.ID).Doubts}
 		switch {
 		case !s.reg.mayWork(v.ID):
 			d.why = &api.JobWait{Code: api.WarningDuplicateKey, Reason: "has a warning that keeps jobs from it"}
@@ -212,7 +216,7 @@ func (s *jobs) devices() []jobDevice {
 		if d.jobs != nil {
 			d.slots = max(d.jobs.Slots, 0)
 			if p := d.jobs.Pause; p != nil {
-				d.rests = &api.JobWait{Code: p.Code, Reason: "lets jobs stand still, as its owner wants (" + p.Code + ")"}
+				d.paused, d.rests = true, &api.JobWait{Code: p.Code, Reason: "lets jobs stand still, as its owner wants (" + p.Code + ")"}
 			}
 		}
 		if r := s.plan.resting[d.id]; now.Before(r.until) {
@@ -235,6 +239,9 @@ func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
 	}
 	if d.why != nil {
 		return d.why, 1
+	}
+	if slices.ContainsFunc(d.not, func(x trust.Doubt) bool { return x.Module == a.run.Module.SHA256 }) {
+		return no(1, "distrusted", "has had another result with this module than the coordinator, and gets no jobs of it for a while")
 	}
 	if n.Arch != "" && n.Arch != d.arch {
 		return no(1, "arch", "is %s", d.arch)
@@ -280,27 +287,26 @@ type choice struct {
 	device jobDevice
 	moves  int64 // bytes
 	load   float64
-	same   bool // an owner has a copy of the task already
+	same   bool // its owner has a copy of the task already
 	tried  bool // it has failed at the task before
 }
 
 // choose picks the device for one more attempt at a task, or says why there is none.
-// room is how many more tasks each device may have now; not are devices that must not
-// have it.
-func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.DeviceID]int) (best *choice, wait *api.JobWait) {
+// room is how many more tasks each device may have now. Company that a result is to have is
+// drawn, so that who lies in league does not choose it, and is strictly another owner's.
+func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.DeviceID]int, strict bool) (best *choice, wait *api.JobWait) {
 	var fit []choice
 	var near *api.JobWait
 	nearest, able, away := -1, 0, 0
-	owners := make(map[string]bool)
-	for _, at := range t.Attempts {
-		for _, d := range devices {
-			if d.id == at.Device && (at.State == wire.Succeeded || at.Ended.IsZero()) {
-				owners[d.owner] = true
-			}
-		}
+	sent := s.sentTo(t, devices)
+	same := func(d jobDevice) bool {
+		return slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner })
 	}
 	for _, d := range devices {
 		why, rank := s.misfit(d, a)
+		if why == nil && strict && same(d) {
+			why, rank = &api.JobWait{Code: api.UnverifiedNoOther, Reason: "is of an owner who has this task already"}, 5
+		}
 		if why == nil && slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool {
 			return at.Device == d.id && (at.Ended.IsZero() || at.State == wire.Succeeded)
 		}) {
@@ -322,7 +328,7 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 		if room[d.id] <= 0 {
 			continue
 		}
-		c := choice{device: d, load: float64(room[d.id]), same: owners[d.owner]}
+		c := choice{device: d, load: float64(room[d.id]), same: same(d)}
 		c.tried = slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool { return at.Device == d.id })
 		fit = append(fit, c)
 	}
@@ -334,6 +340,15 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 			if !s.storage.holdsNow(fit[i].device.id, ch.ID) {
 				fit[i].moves += ch.Size
 			}
+		}
+	}
+	if len(sent) > 0 {
+		from := make([]trust.Copy, len(fit))
+		for i := range fit {
+			from[i] = fit[i].device.as
+		}
+		if drawn := trust.Pick(from, sent, "", 1, rand.IntN); len(drawn) > 0 {
+			return &fit[slices.IndexFunc(fit, func(c choice) bool { return c.device.id == drawn[0].Device })], nil
 		}
 	}
 	rand.Shuffle(len(fit), func(i, j int) { fit[i], fit[j] = fit[j], fit[i] })

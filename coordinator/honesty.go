@@ -50,7 +50,6 @@ type honesty struct {
 	wake   chan struct{} // capacity 1: something is owed
 	slots  chan struct{} // challenges under way
 	turn   chan struct{} // of capacity 1: who makes one
-	tasks  chan judged   // to be compared
 
 	flushing sync.Mutex // one at a time
 
@@ -92,7 +91,6 @@ const (
 	hadKept      = 128         // of a device
 	modelsKept   = 64
 	honestySlots = 8
-	maxCompared  = 1000 // tasks that wait for it
 	// paceOwn is how many times as long as its own run of a challenge took the coordinator
 	// then waits, and paceMost the longest of it.
 	paceOwn, paceMost = 3, time.Minute
@@ -102,7 +100,7 @@ const (
 
 func newHonesty(a *audits, active bool, log *slog.Logger) *honesty {
 	return &honesty{audits: a, active: active, log: log, now: a.outbox.now, even: rand.Float64,
-		wake: make(chan struct{}, 1), slots: make(chan struct{}, honestySlots), turn: make(chan struct{}, 1), tasks: make(chan judged, maxCompared),
+		wake: make(chan struct{}, 1), slots: make(chan struct{}, honestySlots), turn: make(chan struct{}, 1),
 		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]bool), had: make(map[wire.DeviceID][]hadJob)}
 }
 
@@ -116,8 +114,10 @@ func (h *honesty) standing(d wire.DeviceID) trust.Standing {
 		}
 	}
 	h.mu.Unlock()
+	// What it says of itself counts before its first result with it does: else that one
+	// would be believed for what another engine has earned.
 	if rec, ok := h.audits.storage.reg.rows.get(string(d)); ok {
-		s.Under(trust.Runtime{Agent: rec.Agent}, h.now())
+		s.Under(trust.Runtime{Agent: rec.Agent, Engine: h.audits.storage.reg.engineOf(d)}, h.now())
 	}
 	return s
 }
@@ -245,6 +245,11 @@ func (h *honesty) lied(ctx context.Context, v trust.Verdict, own trust.Own) erro
 	return err
 }
 
+// inputAway is an input that cannot be read now.
+type inputAway struct{ error }
+
+func (e *inputAway) Unwrap() error { return e.error }
+
 // run has the coordinator itself do a customer's job. The error says why it cannot.
 func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error) {
 	if err := answerable(asked); err != nil {
@@ -254,7 +259,7 @@ func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error)
 	var err error
 	if asked.Input != "" {
 		if data.input, err = h.audits.storage.read(ctx, asked.Input); err != nil {
-			return trust.Own{}, err
+			return trust.Own{}, &inputAway{err}
 		}
 	}
 	for _, in := range asked.Inputs {
@@ -262,7 +267,7 @@ func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error)
 		for _, p := range in.Parts {
 			part, err := h.audits.storage.read(ctx, p.Chunk)
 			if err != nil {
-				return trust.Own{}, err
+				return trust.Own{}, &inputAway{err}
 			}
 			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
 		}
@@ -304,7 +309,7 @@ const maxOwnInput = 128 << 20
 
 // answerable tells why the coordinator cannot run a job itself.
 func answerable(j wire.JobRun) error {
-	size, read := int64(0), j.Input != ""
+	size := int64(0)
 	for _, in := range j.Inputs {
 		if in.Dataset != "" || in.Sensors != nil {
 			return fmt.Errorf("its input %s is on the device alone", in.Name)
@@ -313,7 +318,7 @@ func answerable(j wire.JobRun) error {
 			return fmt.Errorf("its input %s has more parts than fit an order", in.Name)
 		}
 		for _, p := range in.Parts {
-			size, read = size+p.Size, true
+			size += p.Size
 		}
 	}
 	switch {
@@ -321,10 +326,16 @@ func answerable(j wire.JobRun) error {
 		return errors.New("it depends on time and chance")
 	case size > maxOwnInput:
 		return fmt.Errorf("it reads %d MiB, and the coordinator runs jobs over up to %d MiB itself", size>>20, maxOwnInput>>20)
-	case !read:
-		return errors.New("it reads nothing, so it is the same job each time")
 	}
 	return nil
+}
+
+// challengeable tells why no challenge can be made like a job.
+func challengeable(j wire.JobRun) error {
+	if j.Input == "" && !slices.ContainsFunc(j.Inputs, func(in wire.JobInput) bool { return len(in.Parts) > 0 }) {
+		return errors.New("it reads nothing, so it is the same job each time")
+	}
+	return answerable(j)
 }
 
 // known is the result of a job, worked out here, and how long that took; one at a time.
@@ -575,7 +586,7 @@ func (h *honesty) model(ctx context.Context, o owed) (wire.JobRun, error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if cannot := answerable(asked); cannot != nil {
+	if cannot := challengeable(asked); cannot != nil {
 		if len(h.models) == 0 {
 			return asked, fmt.Errorf("there is no job of a customer that a challenge could be made like: %w", cannot)
 		}
@@ -652,58 +663,6 @@ func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own,
 	return false, fmt.Sprintf("the module has another result on the engine %s, as several devices say: nobody has lied", res.Engine)
 }
 
-// compared is told of the results of a customer's task that several devices did.
-func (h *honesty) compared(t judged) {
-	if t.spec.Live || len(t.results) < 2 {
-		return
-	}
-	select {
-	case h.tasks <- t:
-	default:
-		h.log.Warn("results that several devices gave are not compared: too many wait for it", "job", t.job, "task", t.task)
-	}
-}
-
-// compare takes in what tasks say of those who did them, until ctx ends.
-func (h *honesty) compare(ctx context.Context) {
-	for {
-		select {
-		case t := <-h.tasks:
-			if err := h.compareOne(ctx, t); err != nil && ctx.Err() == nil {
-				h.log.Warn("what a task says of those who did it could not be taken in", "job", t.job, "task", t.task, "error", err)
-			}
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-func (h *honesty) compareOne(ctx context.Context, t judged) error {
-	ctx, cancel := context.WithTimeout(ctx, h.audits.limit)
-	defer cancel()
-	c := trust.Case{Module: t.spec.Module, Copies: 1, NoMore: true}
-	owners, kinds := make(map[string]bool), make(map[string]bool)
-	for _, r := range t.results {
-		to := h.copyOf(r.device)
-		owners[to.Owner], kinds[r.digest] = true, true
-		c.Sent = append(c.Sent, to)
-		c.Answered(trust.Answer{Copy: to, Digest: r.digest, CPUSeconds: r.cpu, Order: r.order})
-	}
-	if len(owners) < 2 && len(kinds) < 2 {
-		return nil // one owner's word, twice
-	}
-	v, err := h.audits.outbox.get(ctx, t.results[0].device, t.results[0].order)
-	if err != nil {
-		return err
-	}
-	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
-	if err != nil {
-		return err
-	}
-	verdicts := h.conclude(ctx, &c, asked)
-	return h.settle(ctx, c, verdicts)
-}
-
 // conclude has a case that customers wait for no more come to its end: the coordinator runs
 // the job where answers differ, and asks witnesses.
 func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun) []trust.Verdict {
@@ -721,14 +680,12 @@ func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun
 			}
 			continue
 		}
-		var from []wire.DeviceID
-		for _, o := range h.audits.storage.reg.list() {
-			if h.audits.storage.reg.mayWork(o.ID) && h.holdsAll(o.ID, asked) {
-				from = append(from, o.ID)
-			}
-		}
-		more := h.pick(*c, from, s.Like, 1)
-		if len(more) == 0 {
+		more := h.pick(*c, h.holders(asked), s.Like, 1)
+		switch {
+		case len(more) == 0 && s.Like == "":
+			c.NoMore = true
+			continue
+		case len(more) == 0:
 			c.NoMoreLike = append(c.NoMoreLike, s.Like)
 			continue
 		}
@@ -736,6 +693,16 @@ func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun
 		c.Answered(h.ask(ctx, more[0], asked))
 	}
 	return nil
+}
+
+// holders are the devices that are there and should hold all that a job reads.
+func (h *honesty) holders(j wire.JobRun) (out []wire.DeviceID) {
+	for _, o := range h.audits.storage.reg.list() {
+		if h.audits.storage.reg.mayWork(o.ID) && h.holdsAll(o.ID, j) {
+			out = append(out, o.ID)
+		}
+	}
+	return out
 }
 
 // ask has a device run a job, as a witness.

@@ -348,7 +348,7 @@ func TestADisputeIsSettledByTheCoordinatorsOwnRun(t *testing.T) {
 
 func TestWhatTheCoordinatorCannotRunItSays(t *testing.T) {
 	in := wire.JobRun{Input: "x"}
-	if err := answerable(in); err != nil {
+	if err := challengeable(in); err != nil {
 		t.Error(err)
 	}
 	for name, edit := range map[string]func(*wire.JobRun){
@@ -361,7 +361,7 @@ func TestWhatTheCoordinatorCannotRunItSays(t *testing.T) {
 		"none": func(j *wire.JobRun) { j.Input = "" },
 	} {
 		j := in
-		if edit(&j); answerable(j) == nil {
+		if edit(&j); challengeable(j) == nil {
 			t.Errorf("%s: it can", name)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -62,18 +63,17 @@ type jobs struct {
 	leader  *leader // who places
 	leaving func(wire.DeviceID) bool
 	trust   func(wire.DeviceID) float64 // 0: gets nothing
-	judge   judge
-	// compared is told of all results of a task, once nothing of it goes on.
-	compared func(judged)
-	now      func() time.Time
-	log      *slog.Logger
-	self     string // of this coordinator's cursors
-	pace     jobPace
-	started  time.Time
+	honesty *honesty
+	now     func() time.Time
+	log     *slog.Logger
+	self    string // of this coordinator's cursors
+	pace    jobPace
+	started time.Time
 
-	rows  *table[jobRow]
-	tasks *table[taskRow]
-	files *table[jobFiles]
+	rows   *table[jobRow]
+	tasks  *table[taskRow]
+	files  *table[jobFiles]
+	caught *table[caughtRow] // by device: those whose results are to be looked at again
 
 	settling keyed // one change of a task's results at a time
 
@@ -146,7 +146,15 @@ type taskRow struct {
 	Ended    time.Time        `json:"ended,omitzero"`
 	Attempts []api.JobAttempt `json:"attempts"`
 	Stands   int              `json:"stands,omitempty"` // whose result it is, of one that has succeeded
-	Next     time.Time        `json:"next,omitzero"`    // it is not tried again before
+	Next     time.Time        `json:"next,omitzero"`    // it is not tried again, or looked at again, before
+	// Case is how sure its result must be, and what the coordinator has found out. Who was
+	// asked and has answered are the attempts. Nil: results cannot be compared.
+	Case        *trust.Case      `json:"case,omitempty"`
+	VerifiedBy  api.VerifiedBy   `json:"verified_by,omitempty"`
+	Unverified  *api.JobWait     `json:"unverified,omitempty"`
+	Checking    bool             `json:"checking,omitempty"` // it has ended, and its case has not
+	Checks      int              `json:"checks,omitempty"`   // in vain, so far
+	Corrections []api.Correction `json:"corrections,omitempty"`
 }
 
 // running counts the attempts that have not ended.
@@ -161,7 +169,7 @@ func (t taskRow) running() int {
 }
 
 // stays tells what of tasks is held in memory.
-func (t taskRow) stays() bool { return !t.State.Terminal() || t.running() > 0 }
+func (t taskRow) stays() bool { return !t.State.Terminal() || t.running() > 0 || t.Checking }
 
 func taskKey(job string, i int) string { return job + "." + strconv.Itoa(i) }
 
@@ -176,8 +184,8 @@ func parseTaskKey(key string) (job string, i int) {
 
 // progress is what a coordinator knows of the tasks of a job that have ended.
 type progress struct {
-	ended        []int32 // in the order in which they did
-	is           map[int32]bool
+	ended        []int32        // in the order in which they did
+	is           map[int32]sure // those, and how sure their results are
 	good, failed int
 	changed      chan struct{} // closed with the next one
 }
@@ -199,7 +207,7 @@ const (
 )
 
 func newJobs(c *compute, s *storage, log *slog.Logger) *jobs {
-	return &jobs{compute: c, storage: s, outbox: s.outbox, reg: s.reg, judge: agreement{}, now: s.outbox.now, log: log, self: ulid.Make().String(),
+	return &jobs{compute: c, storage: s, outbox: s.outbox, reg: s.reg, now: s.outbox.now, log: log, self: ulid.Make().String(),
 		started: s.outbox.now(), open: make(map[string]*progress), wake: make(chan struct{}, 1), plan: newPlanner()}
 }
 
@@ -228,6 +236,9 @@ func (s *jobs) openRows(ctx context.Context, c *Coordinator) error {
 		return err
 	}
 	c.closers = append(c.closers, s.files.close)
+	if err := bucket(ctx, c, "caught", &s.caught, nil, month); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.loaded = true
 	s.mu.Unlock()
@@ -262,7 +273,7 @@ func (s *jobs) trackJob(id string, v jobRow, gone bool) {
 func (s *jobs) progressOf(id string) *progress {
 	p := s.open[id]
 	if p == nil {
-		p = &progress{is: make(map[int32]bool), changed: make(chan struct{})}
+		p = &progress{is: make(map[int32]sure), changed: make(chan struct{})}
 		s.open[id] = p
 	}
 	return p
@@ -288,10 +299,11 @@ func (s *jobs) trackTask(key string, v taskRow, gone bool) {
 		}
 		p = s.progressOf(id) // another coordinator's: this watch was first
 	}
-	if p.is[int32(i)] {
+	if _, had := p.is[int32(i)]; had {
+		p.is[int32(i)] = v.sure()
 		return
 	}
-	p.is[int32(i)] = true
+	p.is[int32(i)] = v.sure()
 	p.ended = append(p.ended, int32(i))
 	if v.State == wire.Succeeded {
 		p.good++
@@ -470,6 +482,12 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 		return badJob("a task is run by 1 to %d devices, not by %d", api.MaxCopies, q.Copies)
 	case q.Copies > 1 && q.Needs.Device != "":
 		return badJob("results of %d devices are wanted, and one device alone is allowed", q.Copies)
+	case q.Verify != "" && q.Verify != api.VerifyAdaptive && q.Verify != api.VerifyAlways && q.Verify != api.VerifyNone:
+		return badJob("results are verified %s, %s or %s, not %q", api.VerifyAdaptive, api.VerifyAlways, api.VerifyNone, q.Verify)
+	case q.Verify == api.VerifyNone && q.Copies > 1:
+		return badJob("results of %d devices are wanted, and they are not to be verified", q.Copies)
+	case q.Verify == api.VerifyAlways && incomparable(*q) != nil:
+		return badJob("the results of this job cannot be verified: %s", incomparable(*q).Reason)
 	case !q.Deadline.After(now):
 		return badJob("the deadline %s is over", q.Deadline.Format(time.RFC3339))
 	case q.Deadline.Sub(now) > maxLife:
@@ -579,7 +597,7 @@ func (s *jobs) view(row jobRow, open bool) api.Job {
 		if id != row.ID || t.State.Terminal() {
 			return true
 		}
-		if t.running() > 0 {
+		if t.State == wire.Running { // or its result is being verified
 			v.Running++
 		}
 		if open {
@@ -606,7 +624,8 @@ func (s *jobs) view(row jobRow, open bool) api.Job {
 }
 
 func (t taskRow) view(job string, i int) api.JobTask {
-	return api.JobTask{Job: job, Task: i, Name: t.Name, State: t.State, Code: t.Code, Reason: t.Reason, Ended: t.Ended, Attempts: slices.Clone(t.Attempts)}
+	return api.JobTask{Job: job, Task: i, Name: t.Name, State: t.State, Code: t.Code, Reason: t.Reason, Ended: t.Ended, Attempts: slices.Clone(t.Attempts),
+		VerifiedBy: t.VerifiedBy, Unverified: t.Unverified, Checking: t.Checking, Corrections: t.Corrections}
 }
 
 // list is the newest jobs that fit.
@@ -752,7 +771,11 @@ func (s *jobs) result(ctx context.Context, id string, i int) (*api.JobResult, er
 		return nil, err
 	}
 	r := &api.JobResult{JobTask: t.view(id, i)}
-	if t.State != wire.Succeeded {
+	switch {
+	case t.State != wire.Succeeded:
+		return r, nil
+	case r.Retracted():
+		r.Problem = t.Unverified.Reason
 		return r, nil
 	}
 	a := t.Attempts[t.Stands]
@@ -825,10 +848,15 @@ func (c *Coordinator) getJob(w http.ResponseWriter, r *http.Request) error {
 		row, err := c.jobs.find(r.Context(), id)
 		if err != nil || over || row.State.Terminal() {
 			leave()
-			if err == nil {
-				writeJSON(w, http.StatusOK, c.jobs.view(row, true))
+			if err != nil {
+				return err
 			}
-			return err
+			v := c.jobs.view(row, true)
+			if err := c.jobs.count(r.Context(), &v); err != nil {
+				return err
+			}
+			writeJSON(w, http.StatusOK, v)
+			return nil
 		}
 		select {
 		case <-changed:

@@ -206,7 +206,9 @@ func TestWhatADeviceCannotDoIsTriedOnAnother(t *testing.T) {
 					return d.compute(o, nil)
 				})
 			}
-			r, err := w.op.RunJob(testContext(t), input(w.module(t), "in"))
+			q := input(w.module(t), "in")
+			q.Verify = api.VerifyNone
+			r, err := w.op.RunJob(testContext(t), q)
 			if (err == nil) != c.ok || len(r.Attempts) != c.attempts {
 				t.Fatalf("%v %+v", err, r.JobTask)
 			}
@@ -242,7 +244,9 @@ func TestWhoDoesNotGoOnIsNotWaitedForAlone(t *testing.T) {
 			}
 			results := make(chan api.JobResult, 1)
 			go func() {
-				r, err := w.op.RunJob(testContext(t), input(w.module(t), "in"))
+				q := input(w.module(t), "in")
+				q.Verify = api.VerifyNone
+				r, err := w.op.RunJob(testContext(t), q)
 				if err != nil {
 					t.Error(err)
 				}
@@ -312,10 +316,6 @@ func TestCopiesAreCompared(t *testing.T) {
 	lie(ds[1], "another")
 	_, err = w.op.RunJob(testContext(t), q)
 	wantProblem(t, err, wire.Failed, codeDisagree)
-	q.Live = false
-	if v := (agreement{}).judge(judged{spec: api.JobSpec{Copies: 2, Live: true}, results: []judgedResult{{attempt: 4, digest: "a"}, {attempt: 5, digest: "b"}}}); v.stands != 4 {
-		t.Errorf("of what is meant to differ: %+v", v)
-	}
 }
 
 // tell has a device say how it stands with jobs.
@@ -467,7 +467,11 @@ func TestAJobOverFilesHasAResultOfEach(t *testing.T) {
 func TestJobsSurviveARestart(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	w := openWith(t, dir, hurried)
+	edit := func(c *Config) {
+		hurried(c)
+		c.even = func() float64 { return 0.999 } // no third look, which is an order too
+	}
+	w := openWith(t, dir, edit)
 	ds := w.devices(t, 3)
 	files := w.prefixed(t, "f/", 30, 3)
 	var runs ordersTaken
@@ -475,7 +479,7 @@ func TestJobsSurviveARestart(t *testing.T) {
 	var answered atomic.Int64
 	for _, d := range ds {
 		d.on(wire.KindJobRun, func(o wire.Order) *reply {
-			if answered.Add(1) > 15 { // after the restart the order comes again
+			if answered.Add(1) > 45 { // after the restart the order comes again
 				select {
 				case <-hold:
 				default:
@@ -496,7 +500,7 @@ func TestJobsSurviveARestart(t *testing.T) {
 	must(t, err)
 	w.Close()
 	close(hold)
-	w = openWith(t, dir, hurried)
+	w = openWith(t, dir, edit)
 	t.Cleanup(w.Close)
 	for _, d := range ds {
 		d.connect(w)
@@ -541,7 +545,7 @@ func TestAStragglerIsDoubled(t *testing.T) {
 			return d.compute(o, nil)
 		})
 	}
-	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "s/"}})
+	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "s/"}, Verify: api.VerifyNone})
 	must(t, err)
 	got := w.gather(t, j.ID)
 	wantToy(t, files, got)
@@ -676,6 +680,7 @@ func TestInputsAreMovedAndOutputsAreKept(t *testing.T) {
 		t.Errorf("the output cannot be read: %v", err)
 	}
 	// Who has the input already is asked first.
+	q.Verify = api.VerifyNone
 	holder.tell(ready())
 	holder.on(wire.KindJobRun, holder.maker(nil))
 	must(t, w.storage.lost(ctx, d.id, []string{id}))

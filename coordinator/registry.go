@@ -348,6 +348,16 @@ func (r *registry) inventoryOf(id wire.DeviceID) string {
 	return ""
 }
 
+// engineOf is what a device says that it runs jobs with; empty if it does not say.
+func (r *registry) engineOf(id wire.DeviceID) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if l, ok := r.live[id]; ok && l.jobs != nil {
+		return l.jobs.Engine
+	}
+	return ""
+}
+
 // lossesOf is the digest of what a device has lost, by its own word; empty if it
 // has lost nothing, or not said so in a form that can be compared.
 func (r *registry) lossesOf(id wire.DeviceID) string {

@@ -28,10 +28,16 @@ type planner struct {
 	there     []jobDevice
 	looked    time.Time // at devices
 	kept      time.Time // house
+
+	checking   map[string]bool // tasks that have ended and are looked at once more
+	checked    time.Time       // for which ones there are
+	checkSoon  bool
+	reviewing  bool
+	reviewNext time.Time
 }
 
 func newPlanner() planner {
-	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool)}
+	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool), checking: make(map[string]bool)}
 }
 
 // jobRest is how long a device that has failed is left alone: else one that fails at
@@ -58,6 +64,8 @@ type work struct {
 type openTask struct {
 	row      taskRow
 	starting int                  // attempts that are about to be made
+	owning   bool                 // the coordinator runs it itself
+	deciding bool                 // what follows is being kept
 	extra    int                  // devices that may have it beside those that are wanted
 	still    map[string]time.Time // since when an attempt stands still, by order
 }
@@ -129,12 +137,20 @@ func (s *jobs) step(ctx context.Context, under *sync.WaitGroup) time.Duration {
 	}
 	s.finish(ctx)
 	s.keepHouse(ctx)
-	starts, fails, next := s.place()
-	for _, f := range fails {
+	s.checks(ctx, under)
+	s.reviews(ctx, under)
+	todo, next := s.place()
+	for _, f := range todo.fails {
 		under.Go(func() { s.fail(ctx, f.id, f.task, f.err) })
 	}
-	for _, st := range starts {
+	for _, st := range todo.starts {
 		under.Go(func() { s.start(ctx, st) })
+	}
+	for _, d := range todo.decided {
+		under.Go(func() { s.reconsider(ctx, d.id, d.task, d.edit) })
+	}
+	for _, o := range todo.owns {
+		under.Go(func() { s.runOwn(ctx, o.id, o.task, o.row) })
 	}
 	return next
 }
@@ -247,13 +263,20 @@ func (w *work) queue(i int32) {
 	}
 }
 
-// wants is how many further devices a task is to be given to.
-func (s *jobs) wants(row jobRow, o *openTask) int {
-	if o == nil {
-		return max(row.Spec.Copies, 1)
+// queueFirst has a task that was begun looked at before those that were not, so that results
+// come as early as they can.
+func (w *work) queueFirst(i int32) {
+	if !w.queued[i] {
+		w.queued[i] = true
+		w.pending = slices.Insert(w.pending, 0, i)
 	}
-	v := s.judge.judge(judgedTask(row, o.row))
-	return v.more + o.extra - o.row.running() - o.starting
+}
+
+// over is told of a task that has ended, which may be queued still: it may have waited for
+// one more device.
+func (w *work) over(i int32) {
+	delete(w.open, i)
+	delete(w.queued, i)
 }
 
 // begun is a task that is about to be given to a device.
@@ -264,6 +287,7 @@ type begun struct {
 	device   jobDevice
 	module   string
 	deadline time.Time
+	spec     api.JobSpec
 }
 
 // refused is a task that no device can do.
@@ -273,8 +297,40 @@ type refused struct {
 	err  error
 }
 
+// settledTask is a task about which something is to be kept, or that the coordinator is to run.
+type settledTask struct {
+	id   string
+	task int
+	row  taskRow
+	edit func(*taskRow)
+}
+
+// todo is what follows from a look at all tasks.
+type todo struct {
+	starts  []begun
+	fails   []refused
+	decided []settledTask
+	owns    []settledTask
+}
+
+// verify has a task's result made sure of; done tells whether nothing is to be waited for
+// but that. p.mu is held.
+func (s *jobs) verify(w *work, i int32, o *openTask, v ruling, do *todo) (done bool) {
+	about := settledTask{id: w.row.ID, task: int(i), row: o.row, edit: func(*taskRow) {}}
+	if v.decided() {
+		if !o.deciding {
+			o.deciding, do.decided = true, append(do.decided, about)
+		}
+		return true
+	}
+	if v.own && !o.owning {
+		o.owning, do.owns = true, append(do.owns, about)
+	}
+	return false
+}
+
 // place gives devices to tasks: by rank, then by age.
-func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
+func (s *jobs) place() (do todo, next time.Duration) {
 	p, now := &s.plan, s.now()
 	next = houseEvery
 	p.mu.Lock()
@@ -286,12 +342,12 @@ func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
 		}
 	}
 	if len(works) == 0 {
-		return nil, nil, next
+		return do, next
 	}
 	slices.SortFunc(works, func(a, b *work) int {
 		return cmp.Or(cmp.Compare(b.row.Spec.Rank, a.row.Spec.Rank), cmp.Compare(a.row.ID, b.row.ID))
 	})
-	if now.Sub(p.looked) > devicesFresh || now.Before(p.looked) {
+	if s.stale() {
 		p.there, p.looked = s.devices(), now
 	}
 	room, ahead := make(map[wire.DeviceID]int), make(map[wire.DeviceID]int)
@@ -309,17 +365,36 @@ func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
 				left += max(have[d.id], 0)
 			}
 		}
-		var keep []int32
+		var first, keep []int32 // to be looked at again, before or after all others
 		vain := 0
 		for n := len(w.pending); n > 0 && vain < scanAtOnce && (left > 0 || vain == 0); n-- {
 			i := w.pending[0]
 			w.pending = w.pending[1:]
+			if !w.queued[i] {
+				continue
+			}
 			o := w.open[i]
 			if o != nil && o.starting > 0 { // where it goes, its row will say in a moment
 				keep, vain = append(keep, i), vain+1
 				continue
 			}
-			if s.wants(w.row, o) <= 0 {
+			v := ruling{more: 1}
+			if o != nil {
+				v = s.rule(w.row, o.row, func() bool { return s.lone(w, i, o.row) })
+				if s.verify(w, i, o, v, &do) {
+					delete(w.queued, i)
+					continue
+				}
+			} else if w.row.Spec.Copies > 1 {
+				v.more = w.row.Spec.Copies
+			}
+			wants := func() int {
+				if o == nil {
+					return v.more
+				}
+				return v.more + o.extra - o.row.running() - o.starting
+			}
+			if wants() <= 0 {
 				delete(w.queued, i)
 				continue
 			}
@@ -330,16 +405,24 @@ func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
 			a, err := s.resolve(w.row, w.files, int(i))
 			if err != nil {
 				delete(w.queued, i)
-				fails = append(fails, refused{w.row.ID, int(i), err})
+				do.fails = append(do.fails, refused{w.row.ID, int(i), err})
 				continue
 			}
 			var t taskRow
+			strict := false
 			if o != nil {
-				t = o.row
+				t, strict = o.row, v.strict && wants() > o.extra
 			}
-			c, wait := s.choose(a, t, p.there, have)
+			c, wait := s.choose(a, t, p.there, have, strict)
 			if c == nil {
-				keep, vain, w.waits = append(keep, i), vain+1, wait
+				if vain++; t.running() == 0 {
+					w.waits = wait
+				}
+				if o != nil && len(first) < scanAtOnce/4 { // a result comes sooner of what was begun
+					first = append(first, i)
+				} else {
+					keep = append(keep, i)
+				}
 				continue
 			}
 			d := c.device
@@ -352,16 +435,16 @@ func (s *jobs) place() (starts []begun, fails []refused, next time.Duration) {
 			room[d.id]--
 			ahead[d.id]--
 			left--
-			starts = append(starts, begun{w.row.ID, int(i), a, d, w.row.Spec.Module, w.row.Spec.Deadline})
-			if s.wants(w.row, o) > 0 {
+			do.starts = append(do.starts, begun{w.row.ID, int(i), a, d, w.row.Spec.Module, w.row.Spec.Deadline, w.row.Spec})
+			if wants() > 0 {
 				keep = append(keep, i)
 			} else {
 				delete(w.queued, i)
 			}
 		}
-		w.pending = append(w.pending, keep...)
+		w.pending = slices.Concat(first, w.pending, keep)
 	}
-	return starts, fails, next
+	return do, next
 }
 
 // quick tells whether a job's tasks take a moment only.
@@ -375,21 +458,29 @@ func (s *jobs) start(ctx context.Context, b begun) {
 	a := api.JobAttempt{Order: ulid.Make().String(), Device: b.device.id, Began: s.now().UTC(), State: wire.Queued}
 	s.claim(a.Order)
 	p, key, made := &s.plan, taskKey(b.id, b.task), false
-	_, err := s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+	drawn := s.newCase(b.spec, a.Device)
+	row, err := s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
 		made = false
 		if t.State.Terminal() || slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Device == a.Device && x.Ended.IsZero() }) {
 			return errUnchanged
 		}
 		t.Name, t.State, t.Next, made = b.asked.name, wire.Running, time.Time{}, true
+		// What was drawn for a trusted device is not for another that begins anew.
+		if t.Case == nil || t.Case.Copies == 1 && !slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Result != "" }) {
+			t.Case = drawn
+		}
 		t.Attempts = append(t.Attempts, a)
 		return nil
 	})
 	p.mu.Lock()
 	if w := p.works[b.id]; w != nil {
 		if o := w.open[int32(b.task)]; o != nil {
-			o.starting--
-			o.row, _ = s.tasks.get(key) // as it is by now
-			w.queue(int32(b.task))
+			if o.starting--; err == nil && row.State.Terminal() {
+				w.over(int32(b.task))
+			} else {
+				o.row, _ = s.tasks.get(key) // as it is by now
+				w.queueFirst(int32(b.task))
+			}
 		}
 	}
 	if !made {
@@ -491,45 +582,28 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 	if ctx.Err() != nil {
 		return // it is found again
 	}
-	job, _ := s.rows.get(id)
+	job, err2 := s.rows.find(ctx, id)
+	if err2 != nil && !errors.Is(err2, errNotFound) {
+		if ctx.Err() == nil {
+			s.log.Warn("the end of a task could not be kept; it will be found again", "job", id, "task", task, "error", err2)
+		}
+		s.settled(id, task, a, taskRow{State: wire.Running}, false)
+		return
+	}
+	job.ID = id
 	a.Ended, a.State = s.now().UTC(), wire.Succeeded
 	if err != nil {
 		a.State, a.Code, a.Reason, a.Retry = ending(err, v)
 	} else {
-		a.Result, a.CPU, a.Wall = out.digest(), out.result.CPUSeconds, out.result.WallSeconds
+		a.Result, a.CPU, a.Wall, a.Engine = resultDigest(out.result), out.result.CPUSeconds, out.result.WallSeconds, label(out.result.Engine)
 	}
-	fill := func(t *taskRow) bool {
+	row, changed, err2 := s.update(ctx, job, task, func(t *taskRow) bool {
 		k := slices.IndexFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order })
 		if k < 0 || !t.Attempts[k].Ended.IsZero() {
 			return false
 		}
 		t.Attempts[k] = a
-		switch {
-		case t.State.Terminal():
-		case job.ID != "":
-			s.decide(job, t)
-		default: // it was begun in the moment in which its job ended
-			t.State, t.Ended = wire.Canceled, a.Ended
-		}
 		return true
-	}
-	var notSaved error
-	if t, ok := s.tasks.get(taskKey(id, task)); ok && len(job.Spec.Save) > 0 && err == nil && !t.State.Terminal() {
-		// Before it counts as done.
-		t.Attempts = slices.Clone(t.Attempts)
-		if fill(&t) && t.State == wire.Succeeded {
-			notSaved = s.saveOf(ctx, job, t)
-		}
-	}
-	row, err2 := s.tasks.change(ctx, taskKey(id, task), func(t *taskRow, exists bool) error {
-		if !exists || !fill(t) {
-			return errUnchanged
-		}
-		if notSaved != nil && t.State == wire.Succeeded {
-			_, t.Code, t.Reason, _ = ending(notSaved, OrderRecord{})
-			t.State, t.Reason = wire.Failed, "the result is there, and could not be saved: "+t.Reason
-		}
-		return nil
 	})
 	if err2 != nil {
 		if ctx.Err() == nil {
@@ -539,8 +613,8 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 	}
 	if row.State.Terminal() {
 		s.stop(ctx, row, "another device was first, or the job has ended")
-		if row.running() == 0 {
-			s.compared(judgedTask(job, row))
+		if changed {
+			s.credit(ctx, job, row)
 		}
 	}
 	if v.Order.ID != "" && err2 == nil {
@@ -604,10 +678,10 @@ func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept 
 	}
 	delete(o.still, a.Order)
 	if row.State.Terminal() {
-		delete(w.open, int32(task))
+		w.over(int32(task))
 		return
 	}
-	w.queue(int32(task))
+	w.queueFirst(int32(task))
 }
 
 // deviceFailed tells whether it is the device that could not do a task, and not the
@@ -627,15 +701,18 @@ const (
 	codeDisagree    = "disagreement"
 )
 
-// decide sets a task's state by its attempts.
-func (s *jobs) decide(job jobRow, t *taskRow) {
+// decide sets a task's state by its attempts; lone is as for [jobs.rule].
+func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 	now := s.now().UTC()
 	end := func(state wire.State, code, format string, args ...any) {
 		t.State, t.Code, t.Reason, t.Ended, t.Next = state, code, cutText(fmt.Sprintf(format, args...), maxLoggedText), now, time.Time{}
 	}
-	fails, guest := 0, 0
+	fails, guest, good := 0, 0, 0
 	var last api.JobAttempt // that counts
 	for _, a := range t.Attempts {
+		if !a.Ended.IsZero() && a.State == wire.Succeeded {
+			good++
+		}
 		switch {
 		case a.Ended.IsZero() || a.State == wire.Succeeded || a.Retry > 0 || a.State == wire.Canceled && (a.Code == wire.CodeRetired || a.Code == wire.CodeInterrupted):
 			continue
@@ -647,17 +724,27 @@ func (s *jobs) decide(job jobRow, t *taskRow) {
 			guest++
 		}
 	}
-	v := s.judge.judge(judgedTask(job, *t))
 	retries := max(job.Spec.Retries, 0)
+	if spent := (fails > retries || len(t.Attempts) >= maxAttempts) && t.running() == 0; spent && good >= max(job.Spec.Copies, 1) {
+		lone = func() bool { return true } // others could not do it
+	}
+	v := s.rule(job, *t, lone)
+	if t.Case != nil && (v.copies != t.Case.Copies || v.noMore && !t.Case.NoMore) {
+		c := *t.Case
+		c.Copies, c.NoMore = v.copies, c.NoMore || v.noMore
+		t.Case = &c
+	}
 	switch {
 	case v.stands >= 0:
 		end(wire.Succeeded, "", "%s", v.reason)
-		t.Stands = v.stands
+		t.Stands, t.VerifiedBy, t.Unverified = v.stands, v.by, v.unverified
 	case v.code != "":
 		end(wire.Failed, v.code, "%s", v.reason)
+	case good > 0 && v.own: // what could not be done elsewhere counts for nothing
+		t.State, t.Code, t.Reason = wire.Running, codeVerifying, v.reason
 	case last.Code == wire.CodeBadBody || last.Code == "too_large" || last.Code == "no_module":
 		end(last.State, last.Code, "%s", last.Reason)
-	case guest > 0 && (guest > 1 || retries == 0) && !job.Spec.Live:
+	case guest > 0 && (guest > 1 || retries == 0) && !job.Spec.Live && good == 0:
 		end(last.State, last.Code, "%s", last.Reason)
 	case (fails > retries || len(t.Attempts) >= maxAttempts) && t.running() == 0:
 		reason := last.Reason
@@ -666,9 +753,12 @@ func (s *jobs) decide(job jobRow, t *taskRow) {
 		}
 		end(cmp.Or(last.State, wire.Failed), cmp.Or(last.Code, wire.CodeInternal), "%s", reason)
 	default:
-		t.State = wire.Queued
+		t.State, t.Code, t.Reason = wire.Queued, "", ""
 		if t.running() > 0 {
 			t.State = wire.Running
+		}
+		if good > 0 && v.reason != "" {
+			t.State, t.Code, t.Reason = wire.Running, codeVerifying, v.reason
 		}
 		if n := len(t.Attempts); fails > 0 && n > 0 {
 			t.Next = now.Add(min(s.pace.retry<<min(fails-1, 10), longestRetry))
@@ -692,7 +782,7 @@ func (s *jobs) fail(ctx context.Context, id string, task int, why error) {
 		if err != nil {
 			w.queue(int32(task))
 		} else {
-			delete(w.open, int32(task))
+			w.over(int32(task))
 		}
 	}
 	p.mu.Unlock()
@@ -933,7 +1023,7 @@ func (s *jobs) saveOf(ctx context.Context, job jobRow, t taskRow) error {
 		if !ok {
 			continue
 		}
-		obj := api.Object{Name: strings.ReplaceAll(file, "{}", t.Name), Size: o.Size, SHA256: o.SHA256, Chunks: make([]api.Chunk, len(o.Parts))}
+		obj := api.Object{Name: fileOf(file, t.Name), Size: o.Size, SHA256: o.SHA256, Chunks: make([]api.Chunk, len(o.Parts))}
 		for k, part := range o.Parts {
 			obj.Chunks[k] = api.Chunk{ID: part.Chunk, Size: part.Size}
 			if _, err := s.storage.chunks.change(ctx, part.Chunk, func(c *chunkRecord, exists bool) error {
@@ -953,6 +1043,9 @@ func (s *jobs) saveOf(ctx context.Context, job jobRow, t taskRow) error {
 	return nil
 }
 
+// fileOf is the name of the file that an output of a task is kept as.
+func fileOf(file, task string) string { return strings.ReplaceAll(file, "{}", task) }
+
 // noteLoss takes a device at its word that it does not have its task's input any more.
 func (s *jobs) noteLoss(ctx context.Context, v OrderRecord) {
 	b, err := wire.DecodeBody[wire.JobRun](v.Order)
@@ -962,70 +1055,4 @@ func (s *jobs) noteLoss(ctx context.Context, v OrderRecord) {
 	if err := s.storage.lost(ctx, v.Order.Device, []string{b.Input}); err != nil && ctx.Err() == nil {
 		s.log.Warn("a loss could not be noted", "chunk", b.Input, "error", err)
 	}
-}
-
-// judge is between the results of devices and that of their task: of how many
-// devices results are wanted, and which one stands.
-type judge interface {
-	judge(t judged) ruling
-}
-
-// judged is a task and the results that there are of it.
-type judged struct {
-	job     string
-	spec    api.JobSpec
-	task    int
-	results []judgedResult // in the order in which their devices were asked
-}
-
-// judgedResult is what one device has signed for.
-type judgedResult struct {
-	attempt int // in the task's row
-	device  wire.DeviceID
-	order   string
-	digest  string
-	cpu     float64 // seconds
-}
-
-// ruling is what follows from some results.
-type ruling struct {
-	stands int    // the attempt whose result is the task's; -1: none yet
-	more   int    // results that are still wanted
-	code   string // without more: why none will stand
-	reason string // a sentence, for that, or of what is to be said of one that stands
-}
-
-func judgedTask(job jobRow, t taskRow) judged {
-	j := judged{job: job.ID, spec: job.Spec}
-	for k, a := range t.Attempts {
-		if !a.Ended.IsZero() && a.State == wire.Succeeded {
-			j.results = append(j.results, judgedResult{k, a.Device, a.Order, a.Result, a.CPU})
-		}
-	}
-	return j
-}
-
-// agreement wants as many results as were asked for, and takes what more than half of
-// them say. Where the module has the time and random numbers each says something
-// else, and the first counts.
-type agreement struct{}
-
-func (agreement) judge(t judged) ruling {
-	want := max(t.spec.Copies, 1)
-	if n := want - len(t.results); n > 0 {
-		return ruling{stands: -1, more: n}
-	}
-	count := make(map[string]int)
-	for _, r := range t.results {
-		count[r.digest]++
-	}
-	for _, r := range t.results {
-		switch n := count[r.digest]; {
-		case n == len(t.results) || t.spec.Live:
-			return ruling{stands: r.attempt}
-		case 2*n > len(t.results):
-			return ruling{stands: r.attempt, reason: fmt.Sprintf("%d of %d devices agree, the others have another result", n, len(t.results))}
-		}
-	}
-	return ruling{stands: -1, code: codeDisagree, reason: fmt.Sprintf("%d devices have %d different results, and no more than half of them agree; run it again with more copies, or as --live if it is meant to differ", len(t.results), len(count))}
 }

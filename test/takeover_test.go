@@ -58,7 +58,7 @@ func TestASecondCoordinatorGoesOnWithAJob(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	j, err := f.Client.StartJob(f.Ctx, api.JobSpec{Module: module, Args: []string{"x"}, Over: &api.JobOver{Prefix: "over/"}})
+	j, err := f.Client.StartJob(f.Ctx, api.JobSpec{Module: module, Args: []string{"x"}, Over: &api.JobOver{Prefix: "over/"}, Verify: api.VerifyNone})
 	if err != nil {
 		t.Fatal(err)
 	}

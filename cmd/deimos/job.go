@@ -54,7 +54,8 @@ type jobFlags struct {
 	Arch     string            `placeholder:"ARCH" help:"Only on devices of this architecture: amd64, arm64, arm."`
 	Compiled bool              `help:"Only on devices that compile modules: others are some 60 times slower."`
 	Live     bool              `help:"Give the module the real time and real random numbers: results differ from run to run then."`
-	Copies   int               `placeholder:"N" help:"Run it on so many devices and compare the results. Default: 1."`
+	Copies   int               `placeholder:"N" help:"Run it on so many devices and compare the results. Default: as --verify says."`
+	Verify   string            `enum:"adaptive,always,none" default:"adaptive" help:"When a result is good enough: adaptive believes devices that have earned it and compares others, always wants two owners or the coordinator itself behind each, none takes the first (${default})."`
 	Retries  int               `default:"3" help:"How often it is tried on another device, if one could not do it (${default})."`
 	Rank     int               `help:"Of two jobs that wait, the one with the higher rank goes first."`
 	Deadline duration          `placeholder:"DURATION" help:"Give it up after this long. Default: 7d."`
@@ -69,7 +70,7 @@ func usage(format string, args ...any) error {
 
 // spec is what the flags say of a job.
 func (f jobFlags) spec() (api.JobSpec, error) {
-	s := api.JobSpec{Args: f.Arg, Env: f.Env, Outputs: f.Write, Limits: f.Limits.limits(), Rank: f.Rank, Live: f.Live, Copies: f.Copies, Retries: f.Retries,
+	s := api.JobSpec{Args: f.Arg, Env: f.Env, Outputs: f.Write, Limits: f.Limits.limits(), Rank: f.Rank, Live: f.Live, Copies: f.Copies, Verify: api.Verify(f.Verify), Retries: f.Retries,
 		Needs: api.JobNeeds{Device: wire.DeviceID(f.Device), Arch: f.Arch, Compiled: f.Compiled}}
 	if s.Retries == 0 {
 		s.Retries = -1 // 0 is for who says nothing
@@ -208,6 +209,7 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 	return j.Print.Print(r, func(w io.Writer) error {
 		fmt.Fprintf(cli.Plain(os.Stderr), "device %s, %.2f s of CPU, %s, output sha256 %s, signed\n",
 			r.Device, r.Result.CPUSeconds, r.Result.Engine, cli.Short(r.Result.Output))
+		fmt.Fprintf(cli.Plain(os.Stderr), "%s\n", verifiedText(r.JobTask))
 		if r.Reason != "" {
 			fmt.Fprintf(cli.Plain(os.Stderr), "%s\n", r.Reason)
 		}
@@ -217,6 +219,39 @@ func (j *jobRunCmd) Run(ctx context.Context, all *commands) error {
 		_, err := w.Write(r.Output)
 		return err
 	})
+}
+
+// verifiedText says who stands behind a result.
+func verifiedText(t api.JobTask) string {
+	switch t.VerifiedBy {
+	case api.ByOwners:
+		return "verified: devices of different owners have the same result"
+	case api.ByCoordinator:
+		return "verified: the coordinator has run it itself"
+	case api.ByReputation:
+		return "verified by reputation: the device's results were confirmed often enough"
+	case api.ByMost:
+		return "not verified for sure: devices differ, and most have this result"
+	}
+	if t.Unverified == nil {
+		return "unverified"
+	}
+	return fmt.Sprintf("unverified: %s (%s)", cell(t.Unverified.Reason), t.Unverified.Code)
+}
+
+// verifiedCount says in short who stands behind the results of a job.
+func verifiedCount(j api.Job) string {
+	words := map[api.VerifiedBy]string{api.ByOwners: "by other owners", api.ByCoordinator: "by the coordinator", api.ByReputation: "by reputation", api.ByMost: "by most", api.ByNobody: "unverified"}
+	var parts []string
+	for _, by := range api.VerifiedBys {
+		if n := j.Verified[by]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, words[by]))
+		}
+	}
+	if j.Corrected > 0 {
+		parts = append(parts, fmt.Sprintf("%d corrected or retracted", j.Corrected))
+	}
+	return strings.Join(parts, ", ")
 }
 
 type jobMapCmd struct {
@@ -292,6 +327,9 @@ func (f resultFlags) collect(ctx context.Context, c *api.Client, job api.Job) er
 	}
 	if job, err = c.Job(ctx, job.ID, 0); err != nil {
 		return err
+	}
+	if text := verifiedCount(job); text != "" && !f.JSON() {
+		fmt.Fprintf(cli.Plain(os.Stderr), "results: %s\n", text)
 	}
 	if job.State != wire.Succeeded || failed > 0 {
 		return fmt.Errorf("job %s is %s: %s (%d of %s succeeded)", job.ID, job.State, cmp.Or(job.Reason, "not all results can be given"), job.Succeeded, cli.Count(job.Tasks, "task"))
@@ -440,6 +478,10 @@ func jobText(j api.Job, since time.Duration) string {
 			text += ": " + cell(j.Waits.Reason)
 		}
 		for _, t := range j.Open {
+			if t.Code != "" {
+				text = t.Code + ": " + cell(t.Reason)
+				continue
+			}
 			for _, a := range t.Attempts {
 				if a.Ended.IsZero() {
 					text = fmt.Sprintf("%s on %s %3.0f%%", a.State, a.Device, 100*min(max(a.Progress, 0), 1))
@@ -540,11 +582,29 @@ func writeJob(w io.Writer, j api.Job) error {
 		row("because", "%s (%s)", j.Reason, j.Code)
 	}
 	row("tasks", "%d of %d succeeded, %d failed, %d run", j.Succeeded, j.Tasks, j.Failed, j.Running)
+	if text := verifiedCount(j); text != "" {
+		row("results", "%s", text)
+	}
 	if j.Waits != nil {
 		row("waits", "%s (%s)", j.Waits.Reason, j.Waits.Code)
 	}
 	var rows []string
+	for _, t := range j.Wrong {
+		for _, c := range t.Corrections {
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s", cell(cmp.Or(t.Name, fmt.Sprint(t.Task))), c.Device, cli.Ago(c.At), cell(c.Reason), cell(verifiedText(t))))
+		}
+	}
+	if len(rows) > 0 {
+		fmt.Fprintln(w)
+		if err := cli.Table(w, "WRONG\tDEVICE\tFOUND\tWHY\tNOW", rows); err != nil {
+			return err
+		}
+		rows = nil
+	}
 	for _, t := range j.Open {
+		if t.Code != "" {
+			rows = append(rows, fmt.Sprintf("%s\t\t%s\t\t%s", cell(cmp.Or(t.Name, fmt.Sprint(t.Task))), t.Code, cell(t.Reason)))
+		}
 		for _, a := range t.Attempts {
 			state := fmt.Sprintf("%s %3.0f%%", a.State, 100*a.Progress)
 			if !a.Ended.IsZero() {

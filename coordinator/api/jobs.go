@@ -33,12 +33,64 @@ type JobSpec struct {
 	Deadline time.Time `json:"deadline,omitzero"`
 	Live     bool      `json:"live,omitempty"` // give it the real time and real random numbers
 	Needs    JobNeeds  `json:"needs,omitzero"`
-	// Copies is how many devices run each task, to compare their results. 0: one.
+	// Copies is how many devices run each task, to compare their results. 0: as Verify says.
 	Copies int `json:"copies,omitempty"`
+	// Verify is how a result is made sure of before it is given out. Empty: [VerifyAdaptive].
+	Verify Verify `json:"verify,omitempty"`
 	// Retries is how often a task is tried again where a device could not do it. 0:
 	// [DefaultRetries]; below 0: not at all.
 	Retries int      `json:"retries,omitempty"`
 	Over    *JobOver `json:"over,omitempty"`
+}
+
+// Verify is how much makes a result good enough to be given out.
+type Verify string
+
+// What can be asked for.
+const (
+	// VerifyAdaptive believes devices that have earned it; a result of any other is
+	// compared with one of another owner's device.
+	VerifyAdaptive Verify = "adaptive"
+	// VerifyAlways gives nothing out that not two owners, or the coordinator by its own
+	// run, stand behind. A task that can have neither waits.
+	VerifyAlways Verify = "always"
+	// VerifyNone takes the first result.
+	VerifyNone Verify = "none"
+)
+
+// VerifiedBy is who stands behind a result beside the device that gave it.
+type VerifiedBy string
+
+// Those who can stand behind a result.
+const (
+	ByOwners      VerifiedBy = "owners"      // devices of two owners or more have the same, and none another
+	ByCoordinator VerifiedBy = "coordinator" // it has run the job itself, and has the same
+	ByReputation  VerifiedBy = "reputation"  // the device alone, whose results were confirmed often enough
+	ByMost        VerifiedBy = "most"        // devices differ, the coordinator cannot run the job, and most have this
+	ByNobody      VerifiedBy = "nobody"      // see [JobTask].Unverified
+)
+
+// VerifiedBys are all of them.
+var VerifiedBys = []VerifiedBy{ByOwners, ByCoordinator, ByReputation, ByMost, ByNobody}
+
+// Codes of why nobody stands behind a result.
+const (
+	UnverifiedLive       = "live"           // it depends on time and chance, so no two are alike
+	UnverifiedDeviceData = "device_data"    // it is made of what that device alone has
+	UnverifiedNotWanted  = "not_wanted"     // [VerifyNone]
+	UnverifiedNoOther    = "no_other_owner" // no device of another owner could do it
+	UnverifiedCaught     = "caught"         // its device, or one that had the same, was caught lying since, and it could not be run again
+	UnverifiedDoubtful   = "doubtful"       // the coordinator has another, but also another engine, and nobody could vouch for either
+	UnverifiedRetracted  = "retracted"      // it is wrong, and no right one could be had: it is not given out any more
+)
+
+// Correction is a result that was given out and was wrong.
+type Correction struct {
+	At     time.Time     `json:"at"`
+	Order  string        `json:"order"` // whose signed report had it
+	Device wire.DeviceID `json:"device"`
+	Result string        `json:"result"` // its digest, as [JobAttempt].Result
+	Reason string        `json:"reason"`
 }
 
 // JobChunk is one chunk of a stored file.
@@ -102,12 +154,18 @@ type Job struct {
 	// Waits is why the first of the tasks that wait does, as the coordinator that
 	// places them sees it.
 	Waits *JobWait `json:"waits,omitempty"`
-	// Open are tasks that run now, at most [MaxOpenShown], the oldest first. Lists
-	// leave them out.
+	// Verified counts the tasks that have succeeded by who stands behind them. Lists leave
+	// it, and what follows, out.
+	Verified map[VerifiedBy]int `json:"verified,omitempty"`
+	// Corrected counts those of them whose first result was wrong.
+	Corrected int `json:"corrected,omitempty"`
+	// Wrong are those whose result was wrong, at most [MaxOpenShown].
+	Wrong []JobTask `json:"wrong,omitempty"`
+	// Open are tasks that run now, at most [MaxOpenShown], the oldest first.
 	Open []JobTask `json:"open,omitempty"`
 }
 
-// MaxOpenShown bounds [Job].Open.
+// MaxOpenShown bounds [Job].Open and [Job].Wrong.
 const MaxOpenShown = 100
 
 // JobCounts counts the tasks of a job.
@@ -136,6 +194,18 @@ type JobTask struct {
 	Reason   string       `json:"reason,omitempty"`
 	Ended    time.Time    `json:"ended,omitzero"`
 	Attempts []JobAttempt `json:"attempts,omitempty"`
+	// VerifiedBy is who stands behind the result, of a task that has succeeded; Checking
+	// says that it is out, and looked at once more.
+	VerifiedBy  VerifiedBy   `json:"verified_by,omitempty"`
+	Unverified  *JobWait     `json:"unverified,omitempty"` // why nobody does
+	Checking    bool         `json:"checking,omitempty"`
+	Corrections []Correction `json:"corrections,omitempty"` // the newest last
+}
+
+// Retracted tells whether the result that was given out is known to be wrong, and there is
+// no other.
+func (t JobTask) Retracted() bool {
+	return t.Unverified != nil && t.Unverified.Code == UnverifiedRetracted
 }
 
 // JobAttempt is one order that a task was given to a device by.
@@ -147,6 +217,7 @@ type JobAttempt struct {
 	State    wire.State    `json:"state,omitempty"`
 	Code     string        `json:"code,omitempty"`
 	Reason   string        `json:"reason,omitempty"`
+	Engine   string        `json:"engine,omitempty"` // that made the result, as in [wire.JobResult]
 	Result   string        `json:"result,omitempty"` // digest over all outputs, hex: the same of the same result
 	CPU      float64       `json:"cpu_seconds,omitempty"`
 	Wall     float64       `json:"wall_seconds,omitempty"`
@@ -163,7 +234,8 @@ type JobResult struct {
 	Result wire.JobResult `json:"result,omitzero"`
 	Output []byte         `json:"output,omitempty"` // standard output
 	Report []byte         `json:"report,omitempty"` // the device's signed report, a DSSE envelope
-	// Problem is why the result, which was there, cannot be given any more.
+	// Problem is why the result, which was there, cannot be given any more, or is not as it
+	// is wrong.
 	Problem string `json:"problem,omitempty"`
 }
 

@@ -13,7 +13,7 @@ import (
 // result everywhere; one with the real clock cannot be compared.
 type Case struct {
 	Module  string   `json:"module"`          // SHA-256
-	Copies  int      `json:"copies"`          // owners that have to agree before the result is given out: 1 or 2
+	Copies  int      `json:"copies"`          // owners that have to agree before the result is given out
 	Check   bool     `json:"check,omitempty"` // one more is asked after that
 	Sent    []Copy   `json:"sent,omitempty"`  // all that were asked
 	Answers []Answer `json:"answers,omitempty"`
@@ -24,6 +24,9 @@ type Case struct {
 	// one of these engines.
 	NoMore     bool     `json:"no_more,omitempty"`
 	NoMoreLike []string `json:"no_more_like,omitempty"`
+	// Doubted says that somebody who stood behind the result was caught lying: the
+	// coordinator is to run the job, see [Case.Backed].
+	Doubted bool `json:"doubted,omitempty"`
 }
 
 // Copy is a device that was given the job, or could be.
@@ -138,25 +141,36 @@ func (c Case) Next(trusted func(wire.DeviceID) bool) Step {
 		return c.settled(given, open)
 	case len(kinds) > 1:
 		return c.disputed(given, kinds, open, trusted)
+	case c.Doubted && c.Unable == "" && len(given) > 0:
+		return Step{Run: true, Accept: kinds[0].digest, Why: "somebody who stood behind the result was caught lying"}
 	}
-	want := max(c.Copies, 1)
+	want, have := max(c.Copies, 1), Owners(given)
 	if len(kinds) == 1 && kinds[0].digest == Failed {
 		want = max(want, 2) // a failure is confirmed elsewhere
 	}
 	var s Step
-	if len(given) > 0 && (len(given) >= want || c.NoMore && open == 0) {
+	if have > 0 && (have >= want || c.NoMore && open == 0) {
 		s.Accept = kinds[0].digest
 		if c.Check {
 			want++
 		}
 	}
 	if !c.NoMore {
-		s.Ask = max(want-len(given)-open, 0)
+		s.Ask = max(want-have-open, 0)
 	}
-	if s.Done = s.Ask == 0 && open == 0; s.Done && len(given) > 1 {
+	if s.Done = s.Ask == 0 && open == 0; s.Done && have > 1 {
 		s.Verdicts = verdicts(given, func(Answer) Finding { return Confirmed }, leastCost(given))
 	}
 	return s
+}
+
+// Owners counts who stands behind some answers: devices of one owner are one.
+func Owners(given []Answer) int {
+	seen := make(map[string]bool, len(given))
+	for _, a := range given {
+		seen[a.Owner] = true
+	}
+	return len(seen)
 }
 
 // kindred are the answers with one digest.
@@ -292,20 +306,14 @@ func verdicts(given []Answer, of func(Answer) Finding, cost float64) (out []Verd
 }
 
 // Backed tells whether enough stands behind a result that was given out: the coordinator,
-// or two devices that are not caught. Once a device is caught, those of its recent results
+// or two owners that are not caught. Once a device is caught, those of its recent results
 // that are not backed are to be run by the coordinator. The last one who stands behind such a
 // result may have been in league with the caught one, and is found then.
 func (c Case) Backed(accepted string, caught func(wire.DeviceID) bool) bool {
 	if c.Own != nil {
 		return c.Own.Digest == accepted
 	}
-	n := 0
-	for _, a := range c.Answers {
-		if a.Digest == accepted && !caught(a.Device) {
-			n++
-		}
-	}
-	return n >= 2
+	return Owners(slices.DeleteFunc(slices.Clone(c.Answers), func(a Answer) bool { return a.Digest != accepted || caught(a.Device) })) >= 2
 }
 
 // Credit takes a verdict into the standing of the device that it is about.

@@ -1,0 +1,901 @@
+package coordinator
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// # Which result is given out
+//
+// A task's case ([trust.Case]) begins with the first device that it is given to: a share of
+// luck and what the device has earned decide whether one of another owner does it too. From
+// then on all that counts is in the task's row: its attempts, and what the coordinator has
+// found out by itself. So whoever places tasks, after a crash or another coordinator's,
+// comes to the same ruling.
+//
+// A task that has a result and needs more than that says "verifying", and why. Where
+// nobody of another owner could do it, its result is given out as one that nobody stands
+// behind; it is not waited for an owner who may never come. Only [api.VerifyAlways] waits,
+// after the coordinator has tried to run the job itself.
+//
+// # What comes after that
+//
+// A third owner's look, a dispute that customers need not wait for, what is to be said of
+// those who did it: the task's row says that it is not over (Checking), until what costs
+// somebody is on record. What turns out wrong is corrected where a right result can be had,
+// else retracted; the row keeps what was given out before.
+//
+// Who is caught lying has a row in "caught", from before it costs him anything until all
+// his tasks were looked through. Those behind which nobody else stands ([trust.Case.Backed])
+// are run by the coordinator, as long as module and inputs are there, and until then, and
+// where they are not, are said to be unverified.
+
+// incomparable is why no two devices have the same result of a job; nil if they have.
+func incomparable(q api.JobSpec) *api.JobWait {
+	if q.Live {
+		return &api.JobWait{Code: api.UnverifiedLive, Reason: "it has the real time and random numbers, so no two results are alike"}
+	}
+	for _, in := range q.Inputs {
+		if in.Object == "" {
+			return &api.JobWait{Code: api.UnverifiedDeviceData, Reason: fmt.Sprintf("its input %s is on the device alone", in.Name)}
+		}
+	}
+	return nil
+}
+
+// newCase is how sure the result of a task must be that is given to a device first. It is
+// drawn, so it is kept.
+func (s *jobs) newCase(q api.JobSpec, first wire.DeviceID) *trust.Case {
+	switch {
+	case incomparable(q) != nil:
+		return nil
+	case q.Verify == api.VerifyNone:
+		return &trust.Case{Copies: 1}
+	case q.Copies > 1:
+		return &trust.Case{Copies: q.Copies}
+	}
+	c := s.honesty.begin("", first)
+	if q.Verify == api.VerifyAlways {
+		c.Copies = max(c.Copies, 2)
+	}
+	if q.Needs.Device != "" { // no other device is to see it
+		c.Check = false
+	}
+	return &c
+}
+
+// caseOf is a task's case with what its devices have said.
+func (s *jobs) caseOf(job jobRow, t taskRow) trust.Case {
+	c := trust.Case{Copies: 1}
+	if t.Case != nil {
+		c = *t.Case
+	}
+	c.Module = job.Spec.Module
+	// Of a device that had it several times, the result counts, else the last.
+	last := make(map[wire.DeviceID]api.JobAttempt, len(t.Attempts))
+	var order []wire.DeviceID
+	for _, a := range t.Attempts {
+		switch was, had := last[a.Device]; {
+		case !a.Ended.IsZero() && a.State != wire.Succeeded && a.Code != codeGuestFailed:
+			continue // it could not say anything
+		case !had:
+			order = append(order, a.Device)
+		case was.State == wire.Succeeded && !was.Ended.IsZero():
+			continue
+		}
+		last[a.Device] = a
+	}
+	for _, d := range order {
+		a, to := last[d], s.honesty.copyOf(d)
+		to.Engine = cmp.Or(a.Engine, to.Engine)
+		c.Sent = append(c.Sent, to)
+		switch {
+		case a.Ended.IsZero():
+		case a.State != wire.Succeeded:
+			c.Answered(trust.Answer{Copy: to, Digest: trust.Failed, Order: a.Order})
+		case c.Own == nil && !t.State.Terminal() && s.honesty.standing(d).Distrusted():
+			c.Answered(trust.Answer{Copy: to, Order: a.Order}) // its word counts for nothing by now
+		default:
+			c.Answered(trust.Answer{Copy: to, Digest: a.Result, CPUSeconds: a.CPU, Order: a.Order})
+		}
+	}
+	return c
+}
+
+// ruling is what follows from the attempts at a task.
+type ruling struct {
+	stands     int // the attempt whose result is the task's; -1: none yet
+	by         api.VerifiedBy
+	unverified *api.JobWait
+	more       int    // results that are still wanted, of devices that have it now or get it
+	strict     bool   // of owners alone who have not had it
+	own        bool   // the coordinator is to run it
+	copies     int    // owners that must agree by now
+	noMore     bool   // nobody else can be asked
+	code       string // why none will stand
+	reason     string // a sentence, for that, or of what is to be said of one that stands, or of what is waited for
+}
+
+// decided tells whether nothing more is to be waited for.
+func (v ruling) decided() bool { return v.stands >= 0 || v.code != "" }
+
+const (
+	codeVerifying = "verifying"
+	mostResults   = 5 // that are compared before a task is given up
+)
+
+// rule says what follows from the attempts at a task. lone tells whether no other owner's
+// device could do it; it is asked only if that matters.
+func (s *jobs) rule(job jobRow, t taskRow, lone func() bool) ruling {
+	q := job.Spec
+	var results []int
+	for k, a := range t.Attempts {
+		if !a.Ended.IsZero() && a.State == wire.Succeeded {
+			results = append(results, k)
+		}
+	}
+	want := max(q.Copies, 1)
+	v := ruling{stands: -1, copies: 1}
+	if why := incomparable(q); why != nil {
+		if len(results) < want {
+			v.more = want - len(results)
+			return v
+		}
+		v.stands, v.by, v.unverified = results[0], api.ByNobody, why
+		return v
+	}
+	c := s.caseOf(job, t)
+	v.copies = c.Copies
+	if len(results) == 0 {
+		v.more, v.strict = max(want, c.Copies), c.Copies > want && t.running() > 0
+		return v
+	}
+	// A device may have lost its credit since it was given the task.
+	if v.copies == 1 && q.Verify != api.VerifyNone && !s.honesty.trusted(t.Attempts[results[0]].Device) {
+		v.copies = 2
+	}
+	c.Copies = v.copies
+	running := t.running()
+	step := s.honesty.next(c)
+	v.strict = len(results)+running >= want
+	if step.Ask > 0 && running == 0 && len(results) >= want && lone() {
+		c.NoMore, v.noMore = true, true
+		step = s.honesty.next(c)
+	}
+	v.more, v.own, v.reason = step.Ask+running, step.Run, step.Why
+	agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != step.Accept })
+	owners := trust.Owners(agree)
+	switch {
+	case step.Accept == "" && step.Done:
+		v.code, v.reason = codeDisagree, cmp.Or(step.Why, "no device that can be believed has a result")
+		return v
+	case step.Accept == "":
+		v.reason = s.waitsWhy(q, c, v)
+		return v
+	case q.Verify == api.VerifyAlways && c.Own == nil && owners < 2:
+		v.noMore = false // somebody may come
+		if v.own = c.Unable == ""; v.own {
+			v.reason = "no device of another owner could do it, so the coordinator runs it itself"
+		} else {
+			v.more = running + 1
+			v.reason = "no device of another owner that could do it is there, and the coordinator cannot run it itself: " + c.Unable
+		}
+		return v
+	}
+	k := slices.IndexFunc(results, func(k int) bool { return t.Attempts[k].Result == step.Accept })
+	switch {
+	case k < 0 && step.Accept == trust.Failed:
+		return v // what follows from failures, decide knows
+	case k < 0 && (len(results) >= mostResults || running == 0 && lone()):
+		v.code, v.reason = codeDisagree, fmt.Sprintf("the coordinator has run it itself, and none of %s has its result; nobody else could be asked", deviceCount(len(results)))
+		return v
+	case k < 0:
+		v.more, v.strict = running+1, true
+		v.reason = "the coordinator has run it itself and has another result; another device does it again"
+		return v
+	}
+	v.stands, v.reason = results[k], ""
+	switch {
+	case c.Own != nil:
+		v.by = api.ByCoordinator
+		if len(agree) < len(results) {
+			v.reason = fmt.Sprintf("devices differed; the coordinator has run it itself, and %d of %d had its result", len(agree), len(results))
+		}
+	case len(agree) < len(results):
+		v.by, v.reason = api.ByMost, fmt.Sprintf("%d of %d devices agree, the others have another result", len(agree), len(results))
+	case owners >= 2:
+		v.by = api.ByOwners
+	case q.Verify == api.VerifyNone:
+		v.by, v.unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedNotWanted, Reason: "the first result was taken, as was asked for"}
+	case v.copies == 1:
+		v.by = api.ByReputation
+	default:
+		v.by, v.unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedNoOther, Reason: "no device of another owner could do it too"}
+		if q.Needs.Device != "" {
+			v.unverified.Reason = "it was to run on one device alone, whose results are not believed without another's yet"
+		}
+	}
+	return v
+}
+
+// waitsWhy says what a task with a result waits for.
+func (s *jobs) waitsWhy(q api.JobSpec, c trust.Case, v ruling) string {
+	switch {
+	case v.own:
+		return "devices differ about the result; the coordinator runs it itself"
+	case q.Verify == api.VerifyAlways || q.Copies > 1:
+		return fmt.Sprintf("results of %d devices are wanted", c.Copies)
+	case slices.ContainsFunc(c.Answers, func(a trust.Answer) bool { return a.Digest != "" && s.honesty.trusted(a.Device) }):
+		return "it was drawn that a device of another owner does it too"
+	}
+	return "the result of a device that has not earned trust yet is compared with one of another owner's"
+}
+
+func deviceCount(n int) string {
+	if n == 1 {
+		return "1 device"
+	}
+	return fmt.Sprintf("%d devices", n)
+}
+
+// others are the devices that could give a task's result company now, or in a moment.
+func (s *jobs) others(a asked, t taskRow, there []jobDevice) bool {
+	sent := s.sentTo(t, there)
+	return slices.ContainsFunc(there, func(d jobDevice) bool {
+		why, _ := s.misfit(d, a)
+		return why == nil && !d.paused && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner || c.Device == d.id })
+	})
+}
+
+// sentTo are the devices that have a task, or have had it and have a result.
+func (s *jobs) sentTo(t taskRow, there []jobDevice) (out []trust.Copy) {
+	for _, at := range t.Attempts {
+		if !at.Ended.IsZero() && at.State != wire.Succeeded {
+			continue
+		}
+		if k := slices.IndexFunc(there, func(d jobDevice) bool { return d.id == at.Device }); k >= 0 {
+			out = append(out, there[k].as)
+		} else {
+			out = append(out, s.honesty.copyOf(at.Device))
+		}
+	}
+	return out
+}
+
+// gathering is true for a moment after a start, while devices of others are not back yet.
+func (s *jobs) gathering(t taskRow) bool {
+	if s.now().Sub(s.started) > s.pace.away {
+		return false
+	}
+	sent := s.sentTo(t, nil)
+	for _, v := range s.reg.list() {
+		if !v.Online && !v.Retired && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == s.honesty.copyOf(v.ID).Owner }) {
+			return true
+		}
+	}
+	return false
+}
+
+// lone tells whether there is no device of another owner that could do a task. p.mu is held.
+func (s *jobs) lone(w *work, i int32, t taskRow) bool {
+	a, err := s.resolve(w.row, w.files, int(i))
+	return err != nil || !s.others(a, t, s.plan.there) && !s.gathering(t)
+}
+
+// update changes a task's row and decides what follows. Nothing else need be kept: what
+// the decision rests on is in the row.
+func (s *jobs) update(ctx context.Context, job jobRow, task int, fill func(t *taskRow) bool) (row taskRow, changed bool, err error) {
+	key := taskKey(job.ID, task)
+	known, lone := false, false
+	ask := func(t *taskRow) func() bool {
+		return func() bool {
+			if !known {
+				s.plan.mu.Lock()
+				defer s.plan.mu.Unlock()
+				if w := s.plan.works[job.ID]; w != nil {
+					if s.stale() {
+						s.plan.there, s.plan.looked = s.devices(), s.now()
+					}
+					known, lone = true, s.lone(w, int32(task), *t)
+				}
+			}
+			return lone
+		}
+	}
+	apply := func(t *taskRow, lone func() bool) bool {
+		if !fill(t) {
+			return false
+		}
+		switch {
+		case t.State.Terminal():
+		case job.Spec.Module == "" || job.State.Terminal(): // it was begun in the moment in which its job ended
+			t.State, t.Ended = wire.Canceled, s.now().UTC()
+		default:
+			s.decide(job, t, lone)
+		}
+		t.Checking = s.unsettled(job, *t)
+		return true
+	}
+	// Once outside of the table's lock: it takes others', and files are saved before a task
+	// counts as done.
+	var notSaved error
+	if t, ok := s.tasks.get(key); ok && !t.State.Terminal() {
+		t.Attempts = slices.Clone(t.Attempts)
+		if apply(&t, ask(&t)) && t.State == wire.Succeeded && len(job.Spec.Save) > 0 {
+			notSaved = s.saveOf(ctx, job, t)
+		}
+	}
+	row, err = s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+		changed = exists && apply(t, func() bool { return lone })
+		if !changed {
+			return errUnchanged
+		}
+		if notSaved != nil && t.State == wire.Succeeded {
+			_, t.Code, t.Reason, _ = ending(notSaved, OrderRecord{})
+			t.State, t.Reason, t.VerifiedBy, t.Unverified = wire.Failed, "the result is there, and could not be saved: "+t.Reason, "", nil
+		}
+		return nil
+	})
+	return row, changed && err == nil, err
+}
+
+// stale tells whether the last look at devices is too old. p.mu is held.
+func (s *jobs) stale() bool {
+	age := s.now().Sub(s.plan.looked)
+	return age > devicesFresh || age < 0
+}
+
+// unsettled tells whether something is to be done about a task that has ended.
+func (s *jobs) unsettled(job jobRow, t taskRow) bool {
+	if job.Spec.Module == "" || !t.State.Terminal() || t.running() > 0 || incomparable(job.Spec) != nil {
+		return false
+	}
+	step := s.honesty.next(s.ended(job, t))
+	return !step.Done || slices.ContainsFunc(step.Verdicts, func(v trust.Verdict) bool { return v.Finding != trust.Confirmed })
+}
+
+// ended is the case of a task that has ended. Of one without a result that stands nothing
+// more is asked, but who is right if some differ.
+func (s *jobs) ended(job jobRow, t taskRow) trust.Case {
+	c := s.caseOf(job, t)
+	if t.State != wire.Succeeded {
+		c.NoMore, c.Check, c.Doubted = true, false, false
+	}
+	return c
+}
+
+// credit has those who did a task that is over get what they have earned.
+func (s *jobs) credit(ctx context.Context, job jobRow, t taskRow) {
+	if job.Spec.Module == "" || !t.State.Terminal() || t.running() > 0 || t.Checking || incomparable(job.Spec) != nil {
+		return
+	}
+	c := s.ended(job, t)
+	if err := s.honesty.settle(ctx, c, s.honesty.next(c).Verdicts); err != nil && ctx.Err() == nil {
+		s.log.Warn("what a task says of those who did it could not be taken in", "job", job.ID, "error", err)
+	}
+}
+
+// reconsider decides anew about a task that something has changed for.
+func (s *jobs) reconsider(ctx context.Context, id string, task int, edit func(*taskRow)) {
+	key := taskKey(id, task)
+	defer s.settling.lock(key)()
+	row, changed, err := taskRow{State: wire.Running}, false, error(nil)
+	job, ok := s.rows.get(id)
+	if ok && !job.State.Terminal() {
+		row, changed, err = s.update(ctx, job, task, func(t *taskRow) bool {
+			if t.State.Terminal() {
+				return false
+			}
+			edit(t)
+			return true
+		})
+	}
+	if err != nil && ctx.Err() == nil {
+		s.log.Warn("what was decided about a task could not be kept; it is decided again", "job", id, "task", task, "error", err)
+	}
+	if changed && row.State.Terminal() {
+		s.stop(ctx, row, "the task has ended")
+		s.credit(ctx, job, row)
+	}
+	p := &s.plan
+	p.mu.Lock()
+	if w := p.works[id]; w != nil {
+		if o := w.open[int32(task)]; o != nil {
+			o.deciding, o.owning = false, false
+			if t, ok := s.tasks.get(key); ok {
+				o.row = t
+			}
+			if o.row.State.Terminal() || changed && row.State.Terminal() {
+				w.over(int32(task))
+			} else {
+				w.queue(int32(task))
+			}
+		}
+	}
+	p.mu.Unlock()
+	s.poke()
+}
+
+// runOwn has the coordinator do a task that waits for that.
+func (s *jobs) runOwn(ctx context.Context, id string, task int, t taskRow) {
+	own, err := s.honesty.runFor(ctx, t)
+	if ctx.Err() != nil {
+		return // whoever starts next sees that it is to be run
+	}
+	s.reconsider(ctx, id, task, func(t *taskRow) {
+		c := trust.Case{Copies: 1}
+		if t.Case != nil {
+			c = *t.Case
+		}
+		if err != nil {
+			c.Unable = cutText(errText(err), maxLoggedText)
+		} else {
+			c.Own = &own
+		}
+		t.Case = &c
+	})
+}
+
+const (
+	ownTries = 3 // of the coordinator's own run: a holder of an input may be away for a moment
+	ownPause = time.Second
+)
+
+// runFor has the coordinator do what the devices of a task were asked to.
+func (h *honesty) runFor(ctx context.Context, t taskRow) (own trust.Own, err error) {
+	asked, err := h.askedOf(ctx, t)
+	for try := range ownTries {
+		if err != nil {
+			break
+		}
+		var away *inputAway
+		if own, err = h.run(ctx, asked); err == nil || !errors.As(err, &away) || ctx.Err() != nil {
+			break
+		}
+		if try+1 < ownTries && rest(ctx, ownPause<<try) == nil {
+			err = nil
+		}
+	}
+	return own, err
+}
+
+// askedOf is what the devices of a task were asked to do.
+func (h *honesty) askedOf(ctx context.Context, t taskRow) (wire.JobRun, error) {
+	for _, a := range t.Attempts {
+		if a.Result != "" {
+			v, err := h.audits.outbox.get(ctx, a.Device, a.Order)
+			if err != nil {
+				return wire.JobRun{}, err
+			}
+			return wire.DecodeBody[wire.JobRun](v.Order)
+		}
+	}
+	return wire.JobRun{}, errors.New("no device has done it")
+}
+
+// # What comes after a result was given out
+
+const (
+	checksAtOnce = 8
+	checkEvery   = time.Second
+	checkTries   = 5
+	checkPause   = 10 * time.Second // doubled with each try
+)
+
+// checks begins to look at tasks that have ended and are not over.
+func (s *jobs) checks(ctx context.Context, under *sync.WaitGroup) {
+	p, now := &s.plan, s.now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := now.Sub(p.checked); len(p.checking) >= checksAtOnce || !p.checkSoon && d >= 0 && d < checkEvery {
+		return
+	}
+	p.checked, p.checkSoon = now, false
+	var due []string
+	s.tasks.each(func(key string, t taskRow) bool {
+		if t.Checking && t.State.Terminal() && t.running() == 0 && !p.checking[key] && !now.Before(t.Next) {
+			due = append(due, key)
+		}
+		return len(p.checking)+len(due) < checksAtOnce
+	})
+	for _, key := range due {
+		p.checking[key] = true
+		under.Go(func() {
+			s.check(ctx, key)
+			p.mu.Lock()
+			delete(p.checking, key)
+			p.checkSoon = true
+			p.mu.Unlock()
+			s.poke()
+		})
+	}
+}
+
+// check brings the case of a task to its end.
+func (s *jobs) check(ctx context.Context, key string) {
+	defer s.settling.lock(key)()
+	t, ok := s.tasks.get(key)
+	if !ok || !t.Checking {
+		return
+	}
+	id, i := parseTaskKey(key)
+	job, err := s.rows.find(ctx, id)
+	if err == nil {
+		limited, cancel := context.WithTimeout(ctx, s.honesty.audits.limit)
+		err = s.conclude(limited, job, key, t)
+		cancel()
+	}
+	if err == nil || ctx.Err() != nil {
+		return
+	}
+	s.log.Warn("the result of a task is out and could not be looked at once more; it will be tried again", "job", id, "task", i, "tries", t.Checks+1, "error", err)
+	_, err = s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+		if !exists || !t.Checking {
+			return errUnchanged
+		}
+		t.Checks++
+		t.Next = s.now().Add(checkPause << t.Checks).UTC()
+		t.Checking = t.Checks < checkTries && !errors.Is(err, errNotFound)
+		return nil
+	})
+	if err != nil && ctx.Err() == nil {
+		s.log.Warn("a task that is looked at once more could not be kept", "job", id, "task", i, "error", err)
+	}
+}
+
+// conclude asks and runs what a task's case still needs, and keeps what follows.
+func (s *jobs) conclude(ctx context.Context, job jobRow, key string, t taskRow) error {
+	h := s.honesty
+	asked, err := h.askedOf(ctx, t)
+	if err != nil {
+		return err
+	}
+	c := s.ended(job, t)
+	if c.Doubted && c.Own == nil && c.Unable == "" {
+		// There may be many of these: they take turns with challenges, at the same pace.
+		select {
+		case h.turn <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		began := time.Now()
+		own, err := h.runFor(ctx, t)
+		time.AfterFunc(min(paceOwn*time.Since(began), paceMost), func() { <-h.turn })
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			c.Unable = cutText(errText(err), maxLoggedText)
+		} else {
+			c.Own = &own
+		}
+	}
+	verdicts := h.conclude(ctx, &c, asked)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	// What costs a device is on record before the task forgets that there was something.
+	costs := func(v trust.Verdict) bool { return v.Finding != trust.Confirmed }
+	if err := h.settle(ctx, c, slices.DeleteFunc(slices.Clone(verdicts), func(v trust.Verdict) bool { return !costs(v) })); err != nil {
+		return err
+	}
+	var found trust.Finding
+	var stood api.JobAttempt
+	right := ""
+	if t.State == wire.Succeeded {
+		stood = t.Attempts[t.Stands]
+		for _, v := range verdicts {
+			if v.Device == stood.Device {
+				found = v.Finding
+			}
+		}
+		if found == trust.Wrong {
+			if right, err = s.rightOne(ctx, &c, asked, t); err != nil {
+				return err
+			}
+		}
+	}
+	step := h.next(c)
+	_, err = s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+		if !exists || !t.Checking {
+			return errUnchanged
+		}
+		now := s.now().UTC()
+		for _, a := range c.Answers {
+			if a.Order != "" && a.Digest != "" && a.Digest != trust.Failed && !slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order }) {
+				t.Attempts = append(t.Attempts, api.JobAttempt{Order: a.Order, Device: a.Device, Began: now, Ended: now, State: wire.Succeeded, Engine: a.Engine, Result: a.Digest, CPU: a.CPUSeconds})
+			}
+		}
+		kept := c
+		kept.Module, kept.Sent, kept.Answers = "", nil, nil
+		t.Case, t.Checking, t.Next = &kept, false, time.Time{}
+		if t.State != wire.Succeeded {
+			return nil
+		}
+		nobody := func(code, format string, args ...any) {
+			t.VerifiedBy, t.Unverified = api.ByNobody, &api.JobWait{Code: code, Reason: cutText(fmt.Sprintf(format, args...), maxLoggedText)}
+		}
+		switch {
+		case found == trust.Wrong:
+			t.Corrections = append(t.Corrections, api.Correction{At: now, Order: stood.Order, Device: stood.Device, Result: stood.Result,
+				Reason: "the coordinator has run it itself, and has another result" + savedWrong(job, *t)})
+			k := slices.IndexFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == right })
+			if k < 0 {
+				nobody(api.UnverifiedRetracted, "the result of device %s was wrong, as the coordinator has found by running it itself, and no device could be had that has the right one: run the job again", stood.Device)
+				break
+			}
+			t.Stands, t.VerifiedBy, t.Unverified = k, api.ByCoordinator, nil
+			t.Reason = fmt.Sprintf("corrected: the result of device %s, which was given out before, was wrong", stood.Device)
+		case found == trust.Doubtful:
+			nobody(api.UnverifiedDoubtful, "the coordinator has another result than device %s, and nobody could vouch for either", stood.Device)
+		case c.Own != nil && c.Own.Digest == stood.Result:
+			t.VerifiedBy, t.Unverified = api.ByCoordinator, nil
+		case c.Own == nil && step.Accept != stood.Result && step.Accept != "":
+			nobody(api.UnverifiedDoubtful, "most devices have another result, and the coordinator cannot run it itself: %s", c.Unable)
+		case c.Doubted && c.Own == nil:
+			nobody(api.UnverifiedCaught, "a device that stood behind it was caught lying since, and the coordinator cannot run it itself: %s", c.Unable)
+		case t.VerifiedBy == api.ByReputation && c.Own == nil && !c.Doubted:
+			if agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != stood.Result }); trust.Owners(agree) >= 2 {
+				t.VerifiedBy = api.ByOwners
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if found == trust.Wrong {
+		s.log.Warn("a result that was given out was wrong", "task", key, "device", stood.Device, "corrected", right != "")
+	}
+	return h.settle(ctx, c, slices.DeleteFunc(verdicts, costs))
+}
+
+// savedWrong says which stored files hold a wrong result.
+func savedWrong(job jobRow, t taskRow) (text string) {
+	for _, name := range slices.Sorted(maps.Values(job.Spec.Save)) {
+		text += fmt.Sprintf("; the stored file %q was made of the wrong one", fileOf(name, t.Name))
+	}
+	return text
+}
+
+// rightOne is the order with the result that the coordinator has, too; empty if no device
+// can be had that has it.
+func (s *jobs) rightOne(ctx context.Context, c *trust.Case, asked wire.JobRun, t taskRow) (order string, err error) {
+	good := func() int {
+		return slices.IndexFunc(c.Answers, func(a trust.Answer) bool { return a.Digest == c.Own.Digest && a.Order != "" })
+	}
+	for range 2 {
+		if good() >= 0 {
+			break
+		}
+		more := s.honesty.pick(*c, s.honesty.holders(asked), "", 1)
+		if len(more) == 0 {
+			return "", nil
+		}
+		c.Sent = append(c.Sent, more...)
+		c.Answered(s.honesty.ask(ctx, more[0], asked))
+	}
+	k := good()
+	if k < 0 {
+		return "", ctx.Err()
+	}
+	a := c.Answers[k]
+	if !slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order }) {
+		v, err := s.outbox.get(ctx, a.Device, a.Order)
+		if err != nil {
+			return "", err
+		}
+		out, err := s.compute.collect(ctx, v)
+		if err == nil {
+			err = s.keep(ctx, v, out)
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+	return a.Order, nil
+}
+
+// # Who was caught
+
+// caughtRow is a device whose results are to be looked at again.
+type caughtRow struct {
+	At        time.Time `json:"at"`
+	Challenge string    `json:"challenge"` // that it was caught by
+}
+
+// noteCaught is told before a lie costs its device anything, so that a crash in between is
+// followed by another telling.
+func (s *jobs) noteCaught(ctx context.Context, rec api.Audit) error {
+	_, err := s.caught.change(ctx, string(rec.Device), func(v *caughtRow, _ bool) error {
+		*v = caughtRow{At: s.now().UTC(), Challenge: rec.ID}
+		return nil
+	})
+	if err == nil {
+		s.poke()
+	}
+	return err
+}
+
+// reviews begins to look through what devices have done that were caught.
+func (s *jobs) reviews(ctx context.Context, under *sync.WaitGroup) {
+	p := &s.plan
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.reviewing || s.now().Before(p.reviewNext) {
+		return
+	}
+	var next wire.DeviceID
+	var row caughtRow
+	s.caught.each(func(d string, v caughtRow) bool {
+		// Its score falls a moment after the row was written.
+		if s.honesty.standing(wire.DeviceID(d)).Distrusted() {
+			next, row = wire.DeviceID(d), v
+		}
+		return next == ""
+	})
+	if next == "" {
+		return
+	}
+	p.reviewing = true
+	under.Go(func() {
+		err := s.review(ctx, next, row)
+		if err != nil && ctx.Err() == nil {
+			s.log.Warn("what a device has done that was caught lying could not be looked through; it will be tried again", "device", next, "error", err)
+		}
+		p.mu.Lock()
+		if p.reviewing = false; err != nil {
+			p.reviewNext = s.now().Add(checkPause)
+		}
+		p.mu.Unlock()
+		s.poke()
+	})
+}
+
+// review has those results looked at again behind which a device stood that was caught, and
+// not enough others.
+func (s *jobs) review(ctx context.Context, d wire.DeviceID, row caughtRow) error {
+	keys, err := s.tasks.keys(ctx, ">")
+	if err != nil {
+		return err
+	}
+	n := 0
+	for _, key := range keys {
+		again, err := s.doubt(ctx, key, d)
+		if err != nil {
+			return err
+		}
+		if again {
+			n++
+		}
+	}
+	s.log.Info("results of a device that was caught lying are looked at again", "device", d, "tasks", n)
+	err = s.caught.remove(ctx, string(d), func(v caughtRow) bool { return v == row })
+	if errors.Is(err, errNotFound) {
+		err = nil
+	}
+	s.poke()
+	return err
+}
+
+// doubt has one task's result looked at again, if it rests on a device that was caught.
+func (s *jobs) doubt(ctx context.Context, key string, d wire.DeviceID) (again bool, err error) {
+	rests := func(t taskRow) bool {
+		if t.State != wire.Succeeded || t.running() > 0 || t.Case == nil || t.Case.Doubted {
+			return false
+		}
+		digest := t.Attempts[t.Stands].Result
+		return slices.ContainsFunc(t.Attempts, func(a api.JobAttempt) bool { return a.Device == d && a.Result == digest })
+	}
+	t, err := s.tasks.find(ctx, key)
+	if errors.Is(err, errNotFound) || err == nil && !rests(t) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	id, _ := parseTaskKey(key)
+	job, err := s.rows.find(ctx, id)
+	if errors.Is(err, errNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	_, err = s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
+		if again = exists && rests(*t) && !s.caseOf(job, *t).Backed(t.Attempts[t.Stands].Result, func(d wire.DeviceID) bool { return s.honesty.standing(d).Distrusted() }); !again {
+			return errUnchanged
+		}
+		c := *t.Case
+		c.Doubted = true
+		t.Case, t.Checking, t.Checks, t.Next = &c, true, 0, time.Time{}
+		t.VerifiedBy, t.Unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedCaught, Reason: fmt.Sprintf("device %s was caught lying since; the coordinator will run it itself", d)}
+		return nil
+	})
+	return again, err
+}
+
+// # What a job shows of it
+
+// sure is how sure a task's result is, in a byte: its place in [api.VerifiedBys], from 1 on.
+type sure uint8
+
+const sureWrong sure = 1 << 7 // its first result was wrong
+
+func (t taskRow) sure() (v sure) {
+	if t.State != wire.Succeeded {
+		return 0
+	}
+	v = sure(slices.Index(api.VerifiedBys, t.VerifiedBy) + 1)
+	if len(t.Corrections) > 0 {
+		v |= sureWrong
+	}
+	return v
+}
+
+// count fills in how sure a job's results are. Of a job that ended long ago, each task is read.
+func (s *jobs) count(ctx context.Context, v *api.Job) error {
+	s.mu.Lock()
+	p := s.open[v.ID]
+	var all map[int32]sure
+	if p != nil {
+		all = maps.Clone(p.is)
+	}
+	s.mu.Unlock()
+	if p == nil && v.State.Terminal() {
+		list := make([]sure, v.Tasks)
+		var g errgroup.Group
+		g.SetLimit(resultReaders)
+		for i := range list {
+			g.Go(func() error {
+				t, err := s.tasks.find(ctx, taskKey(v.ID, i))
+				if errors.Is(err, errNotFound) { // it never began
+					return nil
+				}
+				list[i] = t.sure()
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
+			return err
+		}
+		all = make(map[int32]sure, len(list))
+		for i, x := range list {
+			all[int32(i)] = x
+		}
+	}
+	var wrong []int32
+	for i, x := range all {
+		if x&sureWrong != 0 {
+			v.Corrected++
+			wrong = append(wrong, i)
+		}
+		if x &^= sureWrong; x > 0 {
+			if v.Verified == nil {
+				v.Verified = make(map[api.VerifiedBy]int)
+			}
+			v.Verified[api.VerifiedBys[x-1]]++
+		}
+	}
+	slices.Sort(wrong)
+	for _, i := range wrong[:min(len(wrong), api.MaxOpenShown)] {
+		t, err := s.tasks.find(ctx, taskKey(v.ID, int(i)))
+		if err != nil {
+			return err
+		}
+		v.Wrong = append(v.Wrong, t.view(v.ID, int(i)))
+	}
+	return nil
+}
