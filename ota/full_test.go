@@ -90,6 +90,6 @@ func fill(t *testing.T, dir, ballast string, pages int) {
 	must(t, unix.Statfs(dir, &st))
 	out, err := os.Create(ballast)
 	must(t, err)
-	must(t, unix.Fallocate(int(out.Fd()), 0, 0, (int64(st.Bavail)-int64(pages))*st.Bsize))
+	must(t, unix.Fallocate(int(out.Fd()), 0, 0, (int64(st.Bavail)-int64(pages))*int64(st.Bsize)))
 	must(t, out.Close())
 }
