@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"strconv"
 	"strings"
@@ -276,8 +277,12 @@ func TestRepeatOfOrderInstallsOnce(t *testing.T) {
 		}
 		settled, err := next.Settled()
 		must(t, err)
-		if settled.Order != "o1" || settled.Problem != nil || bare(settled.Outcome) != want {
-			t.Errorf("%+v", settled)
+		if settled.Order != "o1" || settled.Problem != nil || !reflect.DeepEqual(settled.Outcome, out) {
+			t.Errorf("%+v; a repeat was told %+v", settled, out)
+		}
+		told := out.Body.(wire.UpdateResult)
+		if told.Form != bundle.EncodingZstd || told.FetchedBytes <= 0 || told.TookSeconds <= 0 || !strings.Contains(told.Checkpoint, "\n2\n") {
+			t.Errorf("what the install was like is not told: %+v", told)
 		}
 		if n := f.partRequests(); n != 1 {
 			t.Errorf("fetched %d times", n)
@@ -465,7 +470,7 @@ func TestCancelledInstallResumes(t *testing.T) {
 // bare is a result without how it came about, which other tests look at.
 func bare(out wire.Outcome) wire.UpdateResult {
 	r := out.Body.(wire.UpdateResult)
-	r.Form, r.FetchedBytes, r.TookSeconds, r.Gate = "", 0, 0, nil
+	r.Form, r.FetchedBytes, r.TookSeconds, r.Checkpoint, r.Gate = "", 0, 0, "", nil
 	return r
 }
 
