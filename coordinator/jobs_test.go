@@ -327,6 +327,9 @@ func (d *device) tell(j *wire.JobsState) {
 		v := d.w.reg.view(rec).Jobs
 		return (v == nil) == (j == nil) && (v == nil || v.Slots == j.Slots && v.MemoryBytes == j.MemoryBytes && (v.Pause == nil) == (j.Pause == nil) && len(v.Datasets) == len(j.Datasets) && v.Live == j.Live)
 	})
+	d.w.jobs.plan.mu.Lock()
+	d.w.jobs.plan.looked = time.Time{} // or jobs are placed by what was known a moment ago
+	d.w.jobs.plan.mu.Unlock()
 }
 
 func ready() *wire.JobsState {
@@ -668,7 +671,8 @@ func TestInputsAreMovedAndOutputsAreKept(t *testing.T) {
 	t.Cleanup(d.leave)
 	d.tell(ready())
 	d.on(wire.KindJobRun, d.maker(nil))
-	q := api.JobSpec{Module: w.module(t), Args: []string{"x"}, Env: map[string]string{"K": "v"}, Inputs: []api.JobInput{{Name: "data", Object: "in"}}, Outputs: []string{"copy"}}
+	q := api.JobSpec{Module: w.module(t), Args: []string{"x"}, Env: map[string]string{"K": "v"}, Inputs: []api.JobInput{{Name: "data", Object: "in"}}, Outputs: []string{"copy"},
+		Verify: api.VerifyNone} // or others run it, too, and have its output
 	r, err := w.op.RunJob(ctx, q)
 	must(t, err)
 	if r.Device != d.id || len(r.Result.Outputs) != 1 {
@@ -680,9 +684,8 @@ func TestInputsAreMovedAndOutputsAreKept(t *testing.T) {
 		t.Errorf("the output cannot be read: %v", err)
 	}
 	// Who has the input already is asked first.
-	q.Verify = api.VerifyNone
-	holder.tell(ready())
 	holder.on(wire.KindJobRun, holder.maker(nil))
+	holder.tell(ready())
 	must(t, w.storage.lost(ctx, d.id, []string{id}))
 	d.mu.Lock()
 	delete(d.chunks, id)
