@@ -122,7 +122,23 @@ func TestTheClientAsksOnlyForWhatIsDescribed(t *testing.T) {
 	must(t, err)
 	ctx := testContext(t)
 	seen := map[string]bool{}
+	// The verb is a part of the path: each is asked for by itself.
+	for _, verb := range []string{api.CampaignPause, api.CampaignResume, api.CampaignApprove, api.CampaignAbort} {
+		_, _ = c.SteerCampaign(ctx, "x", verb, "")
+		if len(asked) != 1 {
+			t.Fatalf("%s made %d requests", verb, len(asked))
+		}
+		a := <-asked
+		seen[a] = true
+		method, path, _ := strings.Cut(a, " ")
+		if want := v1 + "/campaigns/{id}/" + verb; pathOf(doc, method, path) != want {
+			t.Errorf("SteerCampaign asks for %s, which is not %s", a, want)
+		}
+	}
 	for i := range reflect.TypeOf(c).NumMethod() {
+		if reflect.TypeOf(c).Method(i).Name == "SteerCampaign" {
+			continue // above
+		}
 		m := reflect.ValueOf(c).Method(i)
 		args := []reflect.Value{}
 		for j := range m.Type().NumIn() {
