@@ -227,7 +227,9 @@ func TestACampaignGoesFromPhaseToPhaseAndLateDevicesFollow(t *testing.T) {
 
 	away.connect(w)
 	t.Cleanup(away.leave)
-	newcomer := r.taker(w.device(t))
+	newcomer := r.taker(w.enrolled(t)) // it can be asked as soon as it is there
+	newcomer.connect(w)
+	t.Cleanup(newcomer.leave)
 	r.until(c.ID, "who comes late has it too", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 12 })
 	if len(r.ordersOf(away)) == 0 || len(r.ordersOf(newcomer)) == 0 {
 		t.Error("they were not asked")
@@ -321,7 +323,9 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	c = r.until(c.ID, "what has not begun is taken back", func(c api.Campaign) bool { return c.Counts[api.StandsCanceled] == 2 })
 	close(release)
 	c = r.until(c.ID, "who was in the middle finishes", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 2 })
-	late := r.taker(w.device(t))
+	late := r.taker(w.enrolled(t))
+	late.connect(w)
+	t.Cleanup(late.leave)
 	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignStopped && c.Counts[api.StandsLater] == 7 })
 	for _, d := range append(rest, late) {
 		if n := len(r.ordersOf(d)); n > 0 {
@@ -553,7 +557,9 @@ func TestACampaignSurvivesItsCoordinator(t *testing.T) {
 	again()
 	r.untilIs(c.ID, api.CampaignDone)
 	again()
-	newcomer := r.taker(w.device(t))
+	newcomer := r.taker(w.enrolled(t)) // it can be asked as soon as it is there
+	newcomer.connect(w)
+	t.Cleanup(newcomer.leave)
 	r.until(c.ID, "a newcomer follows", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 7 })
 	for i, d := range append(devices, newcomer) {
 		for _, o := range r.ordersOf(d) {

@@ -39,6 +39,7 @@ type staging struct {
 	bytes int64
 	index map[string]*list.Element
 	order *list.List // of *blob, most recently used first
+	drops uint64     // how many there were
 }
 
 type blob struct {
@@ -146,6 +147,9 @@ func (s *staging) get(ctx context.Context, name string) ([]byte, error) {
 		// Others wait for this too: it must not end with the first one's request.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
 		defer cancel()
+		s.mu.Lock()
+		drops := s.drops
+		s.mu.Unlock()
 		data, err := s.bucket.GetBytes(ctx, name)
 		if errors.Is(err, jetstream.ErrObjectNotFound) {
 			return nil, errNotStaged
@@ -153,7 +157,11 @@ func (s *staging) get(ctx context.Context, name string) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("staging %s: %w", name, err)
 		}
-		s.remember(name, data)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if drops == s.drops { // or it may be what has gone meanwhile
+			s.enter(name, data)
+		}
 		return data, nil
 	})
 	if err != nil {
@@ -170,12 +178,14 @@ func (s *staging) has(ctx context.Context, name string) bool {
 
 // drop forgets a blob; one that is not there is no error.
 func (s *staging) drop(ctx context.Context, name string) error {
-	s.mu.Lock()
+	err := s.bucket.Delete(ctx, name)
+	s.mu.Lock() // after the bucket, or a read would bring it back into the cache
+	s.drops++
 	if e, ok := s.index[name]; ok {
 		s.evict(e)
 	}
 	s.mu.Unlock()
-	if err := s.bucket.Delete(ctx, name); err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
 		return fmt.Errorf("staging %s: %w", name, err)
 	}
 	return nil
@@ -208,9 +218,15 @@ func (s *staging) recall(name string) ([]byte, bool) {
 	return e.Value.(*blob).data, true
 }
 
+// remember puts a blob into the cache.
 func (s *staging) remember(name string, data []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.enter(name, data)
+}
+
+// enter is remember with s.mu held.
+func (s *staging) enter(name string, data []byte) {
 	if e, ok := s.index[name]; ok {
 		s.evict(e)
 	}
