@@ -328,7 +328,7 @@ func (d *device) tell(j *wire.JobsState) {
 		return (v == nil) == (j == nil) && (v == nil || v.Slots == j.Slots && v.MemoryBytes == j.MemoryBytes && (v.Pause == nil) == (j.Pause == nil) && len(v.Datasets) == len(j.Datasets) && v.Live == j.Live)
 	})
 	d.w.jobs.plan.mu.Lock()
-	d.w.jobs.plan.looked = time.Time{} // or jobs are placed by what was known a moment ago
+	d.w.jobs.plan.looked = time.Unix(0, 0) // or jobs are placed by what was known a moment ago
 	d.w.jobs.plan.mu.Unlock()
 }
 

@@ -160,6 +160,7 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 	p := &s.plan
 	var fresh []jobRow
 	p.mu.Lock()
+	first := p.looked.IsZero()
 	known := make(map[string]bool, len(p.works))
 	for id := range p.works {
 		known[id] = true
@@ -171,7 +172,6 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 		}
 		return true
 	})
-	first := p.looked.IsZero()
 	if len(fresh) == 0 && !first {
 		return nil
 	}
