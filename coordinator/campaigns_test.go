@@ -73,6 +73,15 @@ func (d *device) takes(o wire.Order) *reply {
 	return &reply{state: wire.Succeeded, body: wire.UpdateResult{From: from, To: b.Version, Running: b.Version, Confirmed: true}}
 }
 
+// latecomer is a taker that knows what to say before it is there: it can be asked at once.
+func (r *rollout) latecomer() *device {
+	r.t.Helper()
+	d := r.taker(r.enrolled(r.t))
+	d.connect(r.world)
+	r.t.Cleanup(d.leave)
+	return d
+}
+
 func (r *rollout) takers(n int) []*device {
 	r.t.Helper()
 	out := make([]*device, n)
@@ -227,9 +236,7 @@ func TestACampaignGoesFromPhaseToPhaseAndLateDevicesFollow(t *testing.T) {
 
 	away.connect(w)
 	t.Cleanup(away.leave)
-	newcomer := r.taker(w.enrolled(t)) // it can be asked as soon as it is there
-	newcomer.connect(w)
-	t.Cleanup(newcomer.leave)
+	newcomer := r.latecomer()
 	r.until(c.ID, "who comes late has it too", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 12 })
 	if len(r.ordersOf(away)) == 0 || len(r.ordersOf(newcomer)) == 0 {
 		t.Error("they were not asked")
@@ -323,9 +330,7 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	c = r.until(c.ID, "what has not begun is taken back", func(c api.Campaign) bool { return c.Counts[api.StandsCanceled] == 2 })
 	close(release)
 	c = r.until(c.ID, "who was in the middle finishes", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 2 })
-	late := r.taker(w.enrolled(t))
-	late.connect(w)
-	t.Cleanup(late.leave)
+	late := r.latecomer()
 	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignStopped && c.Counts[api.StandsLater] == 7 })
 	for _, d := range append(rest, late) {
 		if n := len(r.ordersOf(d)); n > 0 {
@@ -557,9 +562,7 @@ func TestACampaignSurvivesItsCoordinator(t *testing.T) {
 	again()
 	r.untilIs(c.ID, api.CampaignDone)
 	again()
-	newcomer := r.taker(w.enrolled(t)) // it can be asked as soon as it is there
-	newcomer.connect(w)
-	t.Cleanup(newcomer.leave)
+	newcomer := r.latecomer()
 	r.until(c.ID, "a newcomer follows", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 7 })
 	for i, d := range append(devices, newcomer) {
 		for _, o := range r.ordersOf(d) {

@@ -347,9 +347,7 @@ func (s *jobs) place() (do todo, next time.Duration) {
 	slices.SortFunc(works, func(a, b *work) int {
 		return cmp.Or(cmp.Compare(b.row.Spec.Rank, a.row.Spec.Rank), cmp.Compare(a.row.ID, b.row.ID))
 	})
-	if s.stale() {
-		p.there, p.looked = s.devices(), now
-	}
+	s.look()
 	room, ahead := make(map[wire.DeviceID]int), make(map[wire.DeviceID]int)
 	for _, d := range p.there {
 		room[d.id], ahead[d.id] = d.slots-p.busy[d.id], quickAhead*d.slots-p.busy[d.id]

@@ -305,9 +305,7 @@ func (s *jobs) update(ctx context.Context, job jobRow, task int, fill func(t *ta
 				s.plan.mu.Lock()
 				defer s.plan.mu.Unlock()
 				if w := s.plan.works[job.ID]; w != nil {
-					if s.stale() {
-						s.plan.there, s.plan.looked = s.devices(), s.now()
-					}
+					s.look()
 					known, lone = true, s.lone(w, int32(task), *t)
 				}
 			}
@@ -351,10 +349,12 @@ func (s *jobs) update(ctx context.Context, job jobRow, task int, fill func(t *ta
 	return row, changed && err == nil, err
 }
 
-// stale tells whether the last look at devices is too old. p.mu is held.
-func (s *jobs) stale() bool {
-	age := s.now().Sub(s.plan.looked)
-	return age > devicesFresh || age < 0
+// look looks at the devices anew if the last look is too old. p.mu is held.
+func (s *jobs) look() {
+	p, now := &s.plan, s.now()
+	if age := now.Sub(p.looked); age > devicesFresh || age < 0 {
+		p.there, p.looked = s.devices(), now
+	}
 }
 
 // unsettled tells whether something is to be done about a task that has ended.
