@@ -169,14 +169,14 @@ func (c *updateApproveCmd) Run(ctx context.Context) error {
 
 type updateDeferCmd struct {
 	updateState
-	For time.Duration `default:"24h" placeholder:"24h" help:"For so long (${default})."`
+	For *time.Duration `default:"24h" placeholder:"24h" help:"For so long (${default})."`
 }
 
 func (c *updateDeferCmd) Run(ctx context.Context) error {
-	if c.For <= 0 {
+	if *c.For <= 0 {
 		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("--for is a time from now on, such as 48h")}
 	}
-	until := time.Now().Add(c.For).UTC().Truncate(time.Second)
+	until := time.Now().Add(*c.For).UTC().Truncate(time.Second)
 	err := c.say(ctx, func(_ agent.Updates, word *agent.UpdateWord) error {
 		word.Until, word.Approved, word.Now = until, "", false
 		return nil

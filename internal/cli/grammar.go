@@ -125,6 +125,9 @@ func (n *node) fields(v reflect.Value) {
 			name: name, short: tag.Get("short"), placeholder: tag.Get("placeholder"),
 			preset: tag.Get("default"), env: tag.Get("env"), target: v.Field(i),
 		}
+		if !slices.Contains(settable, f.Type) {
+			panic(fmt.Sprintf("cli: a %s cannot be a flag or an argument: %s of %s", f.Type, f.Name, v.Type()))
+		}
 		if s := tag.Get("enum"); s != "" {
 			x.enum = strings.Split(s, ",")
 		}
@@ -153,6 +156,11 @@ func dashed(name string) string {
 
 func (x *value) isList() bool { return x.target.Kind() == reflect.Slice }
 func (x *value) isBool() bool { return x.target.Kind() == reflect.Bool }
+
+// settable are the types that set knows.
+var settable = []reflect.Type{
+	reflect.TypeFor[string](), reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int64](), reflect.TypeFor[*time.Duration](), reflect.TypeFor[[]string](),
+}
 
 // set reads a value from text. A list grows; a flag's text lists with commas.
 func (x *value) set(text string) error {
@@ -187,8 +195,6 @@ func (x *value) set(text string) error {
 		} else if text != "" {
 			*p = append(*p, strings.Split(text, ",")...)
 		}
-	default:
-		panic(fmt.Sprintf("cli: a %T cannot be a flag or an argument", p))
 	}
 	return nil
 }

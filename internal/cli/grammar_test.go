@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -153,3 +154,24 @@ func TestHelpIsGivenWhateverElseIsWrong(t *testing.T) {
 		t.Error("an argument after -- is taken for a flag")
 	}
 }
+
+// TestATypeThatNoFlagCanHaveIsFoundByAnyCommand, not only by one that has the flag.
+func TestATypeThatNoFlagCanHaveIsFoundByAnyCommand(t *testing.T) {
+	defer func() {
+		if said := fmt.Sprint(recover()); !strings.Contains(said, "time.Duration cannot be a flag") {
+			t.Errorf("it said %q", said)
+		}
+	}()
+	var grammar struct {
+		Good plainLeaf `cmd:""`
+		Bad  struct {
+			plainLeaf
+			For time.Duration `default:"24h"`
+		} `cmd:""`
+	}
+	_ = Run(t.Context(), "program", "", &grammar, []string{"good"})
+}
+
+type plainLeaf struct{}
+
+func (plainLeaf) Run() error { return nil }

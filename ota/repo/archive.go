@@ -24,8 +24,10 @@ type span struct{ at, size int64 }
 // ten years a thousand.
 const maxFiles = 20_000
 
-// OpenArchive reads which files there are. A file that breaks off in the middle of the
-// archive is one that breaks off.
+// errCut is what an archive is that was not copied to its end.
+var errCut = errors.New("it is cut short: copy it again, and remove the stick only when it may be")
+
+// OpenArchive reads which files there are, each of them whole.
 func OpenArchive(name string) (*Archive, error) {
 	f, err := os.Open(name)
 	if err != nil {
@@ -33,18 +35,27 @@ func OpenArchive(name string) (*Archive, error) {
 	}
 	a := &Archive{file: f, files: map[string]span{}}
 	if err := a.index(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s is no archive of a repository (tar -C REPOSITORY -cf FILE .): %w", name, err), f.Close())
+		if !errors.Is(err, errCut) {
+			err = fmt.Errorf("it is no archive of a repository (tar -C REPOSITORY -cf FILE .): %w", err)
+		}
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), f.Close())
 	}
 	return a, nil
 }
 
 func (a *Archive) index() error {
+	info, err := a.file.Stat()
+	if err != nil {
+		return err
+	}
 	for t := tar.NewReader(a.file); ; {
 		h, err := t.Next()
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && len(a.files) > 0 {
+		switch {
+		case errors.Is(err, io.EOF):
 			return nil
-		}
-		if err != nil {
+		case errors.Is(err, io.ErrUnexpectedEOF) && len(a.files) > 0:
+			return errCut
+		case err != nil:
 			return err
 		}
 		if h.Typeflag != tar.TypeReg {
@@ -53,6 +64,9 @@ func (a *Archive) index() error {
 		at, err := a.file.Seek(0, io.SeekCurrent)
 		if err != nil {
 			return err
+		}
+		if at+h.Size > info.Size() {
+			return errCut
 		}
 		if len(a.files) == maxFiles {
 			return fmt.Errorf("it has more than %d files", maxFiles)

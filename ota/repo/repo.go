@@ -170,7 +170,7 @@ func explain(file string, err error, now time.Time) error {
 			now.UTC().Format(time.RFC3339))
 	case errors.Is(err, &metadata.ErrBadVersionNumber{}):
 		e.Condition = Rollback
-		e.Reason = fmt.Sprintf("it goes back behind what this device has already seen, or skips a version (%v)", err)
+		e.Reason = fmt.Sprintf("it goes back behind what this device has already seen, as a stale mirror or an old stick does, or skips a version (%v)", err)
 	case errors.Is(err, &metadata.ErrUnsignedMetadata{}):
 		e.Condition = Signature
 		e.Reason = fmt.Sprintf("it is not signed by enough of the keys that this device trusts (%v)", err)
