@@ -362,9 +362,13 @@ func (s *Service) wait(ctx context.Context, j job, h *hold) error {
 	defer tick.Stop()
 	for why, told := h.why, ""; why != nil; why = h.again() {
 		s.show(&wire.UpdateState{Phase: wire.UpdateWaiting, Version: h.version, Local: j.local != "", Code: why.Code}, why.After)
-		if j.tell != nil && told != why.Code {
-			told = why.Code
-			j.tell(wire.Progress{Waits: why})
+		if told != why.Code {
+			if told != "" {
+				s.noteWhy(j, why)
+			}
+			if told = why.Code; j.tell != nil {
+				j.tell(wire.Progress{Waits: why})
+			}
 		}
 		if late && time.Until(over) < 2*recheck {
 			return &wire.Problem{State: wire.Rejected, Code: why.Code, Reason: why.Reason + "; the order is over before that", After: why.After}
@@ -698,14 +702,30 @@ func (s *Service) held(j job, f offer, fetch int64) (*hold, error) {
 	if why == nil {
 		return nil, nil
 	}
-	err := s.mem.step(slot.Held, func(r *Record) {
-		r.Why = &Why{Code: why.Code, Reason: why.Reason}
-		if why.After > 0 {
-			until := s.o.Now().Add(why.After).UTC().Truncate(time.Second)
-			r.Why.Until = &until
+	err := s.mem.step(slot.Held, func(r *Record) { r.Why = s.why(why) })
+	return &hold{version: f.m.Version, why: why, again: ask}, err
+}
+
+// why is what an update waits for, as its record has it.
+func (s *Service) why(p *wire.Problem) *Why {
+	w := &Why{Code: p.Code, Reason: p.Reason}
+	if p.After > 0 {
+		until := s.o.Now().Add(p.After).UTC().Truncate(time.Second)
+		w.Until = &until
+	}
+	return w
+}
+
+// noteWhy notes that an update waits for something else than before.
+func (s *Service) noteWhy(j job, p *wire.Problem) {
+	err := s.mem.note(func(r *Record) {
+		if r.Order == j.order && r.Phase == slot.Waiting {
+			r.Why = s.why(p)
 		}
 	})
-	return &hold{version: f.m.Version, why: why, again: ask}, err
+	if err != nil {
+		s.o.Log.Warn("what the update waits for cannot be noted", "error", err)
+	}
 }
 
 // noteInstalled adds to a trial that stands: it is no reason to say that it does not.
