@@ -49,6 +49,7 @@ var (
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 
 	computeOnly = flag.Bool("compute-only", false, "the rows on what jobs compute against native programs alone")
+	updatesOnly = flag.Bool("updates", false, "the rows on updates alone")
 	jobsOnly    = flag.Bool("jobs", false, "the rows on jobs alone")
 
 	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
@@ -98,6 +99,9 @@ func run(ctx context.Context, t *table) error {
 	if *jobsOnly {
 		return jobRows(ctx, t)
 	}
+	if *updatesOnly {
+		return updateRows(ctx, t)
+	}
 	sealing(t)
 	known, err := knowing(ctx)
 	if err != nil {
@@ -124,6 +128,9 @@ func run(ctx context.Context, t *table) error {
 	}
 	if err := jobRows(ctx, t); err != nil {
 		return err
+	}
+	if err := updateRows(ctx, t); err != nil {
+		return fmt.Errorf("updates: %w", err)
 	}
 	bare, err := measure(ctx, newBareSide)
 	if err != nil {
