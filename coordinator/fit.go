@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 // asked is what one task wants of a device.
 type asked struct {
 	name   string      // of the task
+	args   []string    // of the task alone
 	run    wire.JobRun // without addresses
 	plain  bool        // a device that says nothing about jobs can do it
 	orders int         // version of job orders that it takes
@@ -83,7 +85,11 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 			return a, err
 		}
 	}
-	if q.Over != nil {
+	switch {
+	case files.Args != nil:
+		a.name, a.args = strconv.Itoa(i+1), files.Args[i]
+		a.run.Args = slices.Concat(q.Args, a.args)
+	case q.Over != nil:
 		file, n := files.of(i)
 		a.name = file
 		if n >= 0 {

@@ -24,6 +24,7 @@ import (
 const (
 	maxRequest   = 1 << 20         // bytes of a JSON request
 	maxObject    = 2 << 20         // bytes of an object's record, white space included
+	maxJob       = 2 << 20         // bytes of a job's, with the arguments of all tasks
 	callLimit    = 4 * time.Minute // for an operator's call, waiting for devices included
 	maxOrderWait = 30 * time.Second
 )
@@ -296,9 +297,14 @@ func (s *statusOnly) WriteHeader(status int)      { s.status = status }
 
 // answer makes a handler of a call with a JSON request and a JSON answer.
 func answer[Q, A any](call func(r *http.Request, q Q) (A, error)) handler {
+	return answerUpTo(maxRequest, call)
+}
+
+// answerUpTo is answer for requests of up to so many bytes.
+func answerUpTo[Q, A any](limit int64, call func(r *http.Request, q Q) (A, error)) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		var q Q
-		if err := decode(w, r, maxRequest, &q); err != nil {
+		if err := decode(w, r, limit, &q); err != nil {
 			return err
 		}
 		if change, ok := any(q).(interface{ CheckChange() error }); ok { // it has a selector

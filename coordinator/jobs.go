@@ -29,7 +29,7 @@ import (
 //
 // # Records
 //
-// A job is a row and, if it is over files, the list of their names beside it. A task
+// A job is a row and, if it is over files or lists of arguments, these beside it. A task
 // has no row until it is given to a device; then its row names each order before the
 // order is made, and in the end which of them has the result that stands. The
 // result itself is the device's signed report, which the outbox keeps. So a crash at
@@ -117,10 +117,60 @@ type jobRow struct {
 	Failed    int        `json:"failed,omitempty"`
 }
 
-// jobFiles are the files that a job is over.
+// jobFiles are the files that a job is over, or the arguments of each of its tasks.
 type jobFiles struct {
-	Names  []string `json:"names"`
-	Chunks []int    `json:"chunks,omitempty"` // of each, where each chunk is a task
+	Names  []string   `json:"names,omitempty"`
+	Chunks []int      `json:"chunks,omitempty"` // of each, where each chunk is a task
+	Args   [][]string `json:"args,omitempty"`
+	Rest   int        `json:"rest,omitempty"` // so many further records have the rest of Args, see restKey
+}
+
+// argsRecord is how much text of arguments one record has at most, in bytes: escaped, each
+// may take six times as much.
+const argsRecord = maxRecord / 8
+
+func restKey(job string, n int) string { return job + ".rest." + strconv.Itoa(n) }
+
+// saveFiles keeps what a job is over. That with the job's own key is last.
+func (s *jobs) saveFiles(ctx context.Context, id string, f jobFiles) error {
+	var parts []jobFiles
+	room := 0
+	for _, args := range f.Args {
+		size := 8 // of an empty list, and commas
+		for _, a := range args {
+			size += len(a) + 3
+		}
+		if room < size {
+			parts, room = append(parts, jobFiles{}), argsRecord
+		}
+		last := &parts[len(parts)-1]
+		last.Args, room = append(last.Args, args), room-size
+	}
+	if len(parts) > 0 {
+		for n, p := range parts[1:] {
+			if err := s.files.create(ctx, restKey(id, n), p); err != nil {
+				return err
+			}
+		}
+		f.Args, f.Rest = parts[0].Args, len(parts)-1
+	}
+	return s.files.create(ctx, id, f)
+}
+
+// loadFiles is what saveFiles has kept.
+func (s *jobs) loadFiles(ctx context.Context, id string) (f jobFiles, err error) {
+	if f, err = s.files.find(ctx, id); err != nil {
+		return f, err
+	}
+	for n := range f.Rest {
+		part, err := s.files.find(ctx, restKey(id, n))
+		if err != nil {
+			return f, err
+		}
+		f.Args = append(f.Args, part.Args...)
+	}
+	f.Rest = 0
+	return f, nil
 }
 
 // of is the file of a task, and its chunk; -1: all of it.
@@ -140,6 +190,7 @@ func (f jobFiles) of(task int) (name string, chunk int) {
 // taskRow is a task that was given to a device.
 type taskRow struct {
 	Name     string           `json:"name,omitempty"`
+	Args     []string         `json:"args,omitempty"` // of it alone
 	State    wire.State       `json:"state"`
 	Code     string           `json:"code,omitempty"`
 	Reason   string           `json:"reason,omitempty"`
@@ -197,13 +248,12 @@ type jobSummary struct {
 }
 
 const (
-	recentJobs    = 2000     // ended ones that a list looks through
-	closedKept    = 64       // ended jobs whose results can be given in the order in which they came
-	resultsAtOnce = 256      // in one answer
-	resultBytes   = 8 << 20  // of output in one answer, about
-	resultReaders = 16       // results that one answer reads at once
-	maxSpecText   = 64 << 10 // bytes of arguments and environment together
-	maxJobNames   = 32       // inputs, and outputs, of one job
+	recentJobs    = 2000    // ended ones that a list looks through
+	closedKept    = 64      // ended jobs whose results can be given in the order in which they came
+	resultsAtOnce = 256     // in one answer
+	resultBytes   = 8 << 20 // of output in one answer, about
+	resultReaders = 16      // results that one answer reads at once
+	maxJobNames   = 32      // inputs, and outputs, of one job
 )
 
 func newJobs(c *compute, s *storage, log *slog.Logger) *jobs {
@@ -344,7 +394,7 @@ func (s *jobs) begin(ctx context.Context, q api.JobSpec) (api.Job, error) {
 		if err != nil {
 			return api.Job{}, err
 		}
-		files, row.Tasks = &f, len(f.Names)
+		files, row.Tasks = &f, max(len(f.Names), len(f.Args))
 		if f.Chunks != nil {
 			row.Tasks = 0
 			for _, n := range f.Chunks {
@@ -354,7 +404,9 @@ func (s *jobs) begin(ctx context.Context, q api.JobSpec) (api.Job, error) {
 		if row.Tasks > api.MaxTasks {
 			return api.Job{}, refuse(http.StatusRequestEntityTooLarge, "too_large", "a job has at most %d tasks, this would have %d: make several of it", api.MaxTasks, row.Tasks)
 		}
-		q.Over.Names = nil // they are kept beside it
+		over := *q.Over // what is kept beside it is left out
+		over.Names, over.Args = nil, nil
+		q.Over = &over
 	}
 	row.Spec = q
 	var of jobFiles
@@ -369,7 +421,7 @@ func (s *jobs) begin(ctx context.Context, q api.JobSpec) (api.Job, error) {
 		return api.Job{}, err
 	}
 	if files != nil {
-		if err := s.files.create(ctx, row.ID, *files); err != nil {
+		if err := s.saveFiles(ctx, row.ID, *files); err != nil {
 			return api.Job{}, err
 		}
 	}
@@ -425,7 +477,7 @@ func isJobName(s string) bool {
 
 // checkSpec checks what can be without looking around, and fills in what was left out.
 func checkSpec(q *api.JobSpec, now time.Time) error {
-	text := 0
+	text, lines := 0, q.Over != nil && len(q.Over.Args) > 0
 	for _, a := range q.Args {
 		text += len(a)
 	}
@@ -448,7 +500,7 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 			return badJob("an input's name is 1 to 64 letters, digits, dots, dashes and underscores; %q is not", in.Name)
 		case names[in.Name]:
 			return badJob("there are two inputs named %s", in.Name)
-		case in.Name == wire.Stdin && (q.Input != nil || q.Over != nil && q.Over.As == ""):
+		case in.Name == wire.Stdin && (q.Input != nil || q.Over != nil && q.Over.As == "" && !lines):
 			return badJob("there are two inputs that would be standard input; give the others names of their own")
 		case sources != 1:
 			return badJob("the input %s must come from one of a stored file, a dataset and sensors", in.Name)
@@ -473,9 +525,21 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 	if q.Deadline.IsZero() {
 		q.Deadline = now.Add(api.JobLife)
 	}
+	all, most := 0, 0 // of the tasks' own arguments
+	if lines {
+		for _, args := range q.Over.Args {
+			own := 0
+			for _, a := range args {
+				own += len(a)
+			}
+			all, most = all+own, max(most, own)
+		}
+	}
 	switch {
-	case text > maxSpecText:
-		return refuse(http.StatusRequestEntityTooLarge, "too_large", "arguments and environment have %d bytes, at most %d can be sent", text, maxSpecText)
+	case text+most > api.MaxSpecText:
+		return refuse(http.StatusRequestEntityTooLarge, "too_large", "arguments and environment have %d bytes, at most %d can be sent", text+most, api.MaxSpecText)
+	case all > api.MaxArgsText:
+		return refuse(http.StatusRequestEntityTooLarge, "too_large", "the arguments of all tasks have %d bytes, at most %d can be kept: make several jobs of it", all, api.MaxArgsText)
 	case len(names) > maxJobNames || len(outputs) > maxJobNames:
 		return badJob("a job has at most %d inputs and %d outputs", maxJobNames, maxJobNames)
 	case q.Copies < 0 || q.Copies > api.MaxCopies:
@@ -492,12 +556,14 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 		return badJob("the deadline %s is over", q.Deadline.Format(time.RFC3339))
 	case q.Deadline.Sub(now) > maxLife:
 		return badJob("a job can take %d days at most", maxLife/(24*time.Hour))
-	case q.Over != nil && q.Input != nil:
+	case lines && (q.Over.Prefix != "" || len(q.Over.Names) > 0 || q.Over.PerChunk || q.Over.As != ""):
+		return badJob("a job is over files, or over lists of arguments, not over both")
+	case q.Over != nil && q.Input != nil && !lines:
 		return badJob("a job over files has them as its input: give what all tasks get a name")
 	case q.Over != nil && q.Over.As != "" && (q.Over.PerChunk || !isJobName(q.Over.As) || names[q.Over.As]):
 		return badJob("%q cannot be the name of the input that each file becomes", q.Over.As)
-	case q.Over != nil && (q.Over.Prefix == "") == (len(q.Over.Names) == 0):
-		return badJob("a job is over files whose names begin alike, or over some that are named")
+	case q.Over != nil && !lines && (q.Over.Prefix == "") == (len(q.Over.Names) == 0):
+		return badJob("a job is over files whose names begin alike, or over some that are named, or over lists of arguments")
 	}
 	if r := q.Retries; r == 0 {
 		q.Retries = api.DefaultRetries
@@ -509,8 +575,11 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 	return nil
 }
 
-// filesOf lists the files that a job is over.
+// filesOf lists the files that a job is over, or takes over its lists of arguments.
 func (s *jobs) filesOf(o api.JobOver) (f jobFiles, err error) {
+	if len(o.Args) > 0 {
+		return jobFiles{Args: o.Args}, nil
+	}
 	f.Names = slices.Clone(o.Names)
 	if o.Prefix != "" {
 		s.storage.objects.each(func(_ string, v api.Object) bool {
@@ -624,7 +693,7 @@ func (s *jobs) view(row jobRow, open bool) api.Job {
 }
 
 func (t taskRow) view(job string, i int) api.JobTask {
-	return api.JobTask{Job: job, Task: i, Name: t.Name, State: t.State, Code: t.Code, Reason: t.Reason, Ended: t.Ended, Attempts: slices.Clone(t.Attempts),
+	return api.JobTask{Job: job, Task: i, Name: t.Name, Args: t.Args, State: t.State, Code: t.Code, Reason: t.Reason, Ended: t.Ended, Attempts: slices.Clone(t.Attempts),
 		VerifiedBy: t.VerifiedBy, Unverified: t.Unverified, Checking: t.Checking, Corrections: t.Corrections}
 }
 
@@ -801,7 +870,7 @@ func (c *Coordinator) jobRoutes() []route {
 		{method: "GET", path: v1 + "/modules/{id}", needs: toRead, summary: "A module that was uploaded", out: bytes.Buffer{}, handle: c.getModule},
 		{method: "PUT", path: v1 + "/modules/{id}", needs: toOperate, summary: "Upload a WebAssembly module", unlogged: true, in: bytes.Buffer{}, handle: c.putModule},
 		{method: "POST", path: v1 + "/jobs", needs: toOperate, summary: "Begin a job, of one task or of many", in: api.JobSpec{}, out: api.Job{},
-			handle: answer(func(r *http.Request, q api.JobSpec) (api.Job, error) { return c.jobs.begin(r.Context(), q) })},
+			handle: answerUpTo(maxJob, func(r *http.Request, q api.JobSpec) (api.Job, error) { return c.jobs.begin(r.Context(), q) })},
 		{method: "GET", path: v1 + "/jobs", needs: toRead, summary: "List jobs, the newest first", out: api.JobList{},
 			query: []param{{"state", "in this state", ""}, {"pending", "only what has not ended", false}, {"limit", "at most so many; default 100", 0}}, handle: c.listJobs},
 		{method: "GET", path: v1 + "/jobs/{id}", needs: toRead, summary: "A job and how far it is", out: api.Job{}, query: []param{wait}, handle: c.getJob},

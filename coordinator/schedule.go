@@ -188,7 +188,7 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 		w := &work{row: row, queued: make(map[int32]bool), open: make(map[int32]*openTask), shelved: s.now()}
 		if row.Spec.Over != nil {
 			var err error
-			if w.files, err = s.files.find(ctx, row.ID); err != nil {
+			if w.files, err = s.loadFiles(ctx, row.ID); err != nil {
 				return err
 			}
 		}
@@ -462,7 +462,7 @@ func (s *jobs) start(ctx context.Context, b begun) {
 		if t.State.Terminal() || slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Device == a.Device && x.Ended.IsZero() }) {
 			return errUnchanged
 		}
-		t.Name, t.State, t.Next, made = b.asked.name, wire.Running, time.Time{}, true
+		t.Name, t.Args, t.State, t.Next, made = b.asked.name, b.asked.args, wire.Running, time.Time{}, true
 		// What was drawn for a trusted device is not for another that begins anew.
 		if t.Case == nil || t.Case.Copies == 1 && !slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Result != "" }) {
 			t.Case = drawn

@@ -92,6 +92,7 @@ type device struct {
 	f        *fleet
 	name     string
 	launcher bool
+	program  string   // the agent, if it is another than the fleet's
 	noToken  bool     // it waits to be claimed, or is a member
 	args     []string // more flags of the agent
 	env      []string // more of its environment
@@ -135,7 +136,7 @@ func (d *device) runArgs() []string {
 
 func (d *device) start() {
 	d.f.T.Helper()
-	argv := append([]string{cmp.Or(d.f.agent, testbed.Program("deimos-agent"))}, d.runArgs()...)
+	argv := append([]string{cmp.Or(d.program, d.f.agent, testbed.Program("deimos-agent"))}, d.runArgs()...)
 	if d.launcher {
 		argv = append([]string{testbed.Program("deimos-launch"), "--state", d.state(), "--agent", testbed.Program("deimos-agent"), "--confirm-within", "30s", "--"}, d.runArgs()...)
 	}

@@ -129,6 +129,12 @@ func TestEveryTaskHasOneResultThoughTheCoordinatorIsKilled(t *testing.T) {
 // putSmall stores n small files, each on three devices: two may be of no use.
 func (f *fleet) putSmall(prefix string, n int) map[string][]byte {
 	f.T.Helper()
+	return f.putSmallOn(prefix, n, 3)
+}
+
+// putSmallOn stores n small files, each on so many devices.
+func (f *fleet) putSmallOn(prefix string, n, devices int) map[string][]byte {
+	f.T.Helper()
 	files := make(map[string][]byte, n)
 	var mu sync.Mutex
 	var g errgroup.Group
@@ -137,7 +143,7 @@ func (f *fleet) putSmall(prefix string, n int) map[string][]byte {
 		g.Go(func() error {
 			name, data := fmt.Sprintf("%s%05d", prefix, i), fmt.Appendf(nil, "this is file %d\n", i)
 			id := chunk.Sum(data).String()
-			if _, err := f.Client.PutChunk(f.Ctx, id, data, 3); err != nil {
+			if _, err := f.Client.PutChunk(f.Ctx, id, data, devices); err != nil {
 				return err
 			}
 			sum := sha256.Sum256(data)

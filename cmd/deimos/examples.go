@@ -35,6 +35,7 @@ func (*jobCmd) Help() string {
 
   deimos job run wordcount.wasm --input text                       run over a stored file
   deimos job map thumbnail.wasm --over photos/ --out thumbs        run over each of many files
+  seq 1 1000 | deimos job map prime.wasm --arg-file -              run with each line's arguments
   deimos job list --pending                                        what has not ended yet
   deimos job wait 01JD9W3B5XJ8Z6Q0M2T4R7V9YA                       wait for the end of one
   deimos job cancel 01JD9W3B5XJ8Z6Q0M2T4R7V9YA                     stop it`

@@ -21,7 +21,7 @@ import (
 
 type jobCmd struct {
 	Run     jobRunCmd     `cmd:"" help:"Run a module once, on a device that can."`
-	Map     jobMapCmd     `cmd:"" help:"Run a module over each of many stored files, or each of their chunks."`
+	Map     jobMapCmd     `cmd:"" help:"Run a module over each of many stored files, or of their chunks, or of the lines of a list."`
 	List    jobListCmd    `cmd:"" help:"List jobs, the newest first."`
 	Show    jobShowCmd    `cmd:"" help:"Show a job, what runs of it, and why the rest waits."`
 	Results jobResultsCmd `cmd:"" help:"Give the results of a job, as they come."`
@@ -256,7 +256,8 @@ func verifiedCount(j api.Job) string {
 
 type jobMapCmd struct {
 	Module string   `arg:"" type:"existingfile" help:"WebAssembly file (WASI preview 1)."`
-	Over   []string `required:"" sep:"none" placeholder:"PREFIX*|FILE" help:"Stored files: all whose names begin so, or one; may be repeated."`
+	Over   []string `sep:"none" xor:"over" placeholder:"PREFIX*|FILE" help:"Stored files: all whose names begin so, or one; may be repeated."`
+	Args   string   `name:"arg-file" short:"a" xor:"over" placeholder:"FILE" help:"Instead: a file of this machine, or - for standard input, of which each line is the arguments of one task, after those of --arg. Blanks divide them, but within quotes, as for xargs -L 1."`
 	Per    string   `enum:"file,chunk" default:"file" help:"What one task gets: a whole file, or one chunk of it: ${enum}."`
 	As     string   `placeholder:"NAME" help:"Give each task its file as /in/NAME. Without it, it is standard input."`
 	Input  []string `sep:"none" placeholder:"NAME=FILE" help:"Stored file that every task gets, as /in/NAME; may be repeated."`
@@ -279,6 +280,13 @@ func (j *jobMapCmd) Run(ctx context.Context, all *commands) error {
 	}
 	s.Save = saves(j.Save)
 	s.Over = &api.JobOver{PerChunk: j.Per == "chunk", As: j.As}
+	if j.Args != "" {
+		if s.Over.Args, err = argLines(j.Args); err != nil {
+			return err
+		}
+	} else if len(j.Over) == 0 {
+		return usage("there is nothing to run it over: name stored files, as in --over 'photos/*', or a list of arguments, as in --arg-file LIST")
+	}
 	for _, v := range j.Over {
 		if prefix, ok := strings.CutSuffix(v, "*"); ok || strings.HasSuffix(v, "/") {
 			if s.Over.Prefix != "" || prefix == "" || len(j.Over) > 1 {
@@ -351,7 +359,7 @@ func (f resultFlags) take(ctx context.Context, c *api.Client, job api.Job, r api
 	case f.JSON():
 		return cli.Line(os.Stdout, r)
 	}
-	name := cell(cmp.Or(r.Name, fmt.Sprint("task ", r.Task)))
+	name := cell(cmp.Or(strings.Join(r.Args, " "), r.Name, fmt.Sprint("task ", r.Task)))
 	if err := r.Err(); err != nil {
 		fmt.Fprintf(cli.Plain(os.Stderr), "%s: %s (%s)\n", name, err, cmp.Or(r.Code, string(r.State)))
 		return nil

@@ -116,7 +116,8 @@ type JobNeeds struct {
 	Compiled bool `json:"compiled,omitempty"`
 }
 
-// JobOver makes one task of each of many stored files, or of each of their chunks.
+// JobOver makes one task of each of many stored files, or of each of their chunks, or of
+// each of many lists of arguments.
 type JobOver struct {
 	Prefix string   `json:"prefix,omitempty"` // of the names of files
 	Names  []string `json:"names,omitempty"`
@@ -125,6 +126,9 @@ type JobOver struct {
 	// As gives each task its whole file as the input of this name. Without it the file
 	// is standard input.
 	As string `json:"as,omitempty"`
+	// Args has, instead of files, the arguments of each task, which come after those of
+	// all. Tasks are named by their places in it, from 1.
+	Args [][]string `json:"args,omitempty"`
 }
 
 const (
@@ -136,6 +140,11 @@ const (
 	DefaultRetries = 3
 	// MaxTasks bounds the tasks of a job.
 	MaxTasks = 10_000
+	// MaxArgsText bounds [JobOver].Args of a job, and MaxSpecText its other arguments and
+	// environment together with those of one task: bytes of all of them, without what
+	// JSON adds.
+	MaxArgsText = 1 << 20
+	MaxSpecText = 64 << 10
 	// MaxCopies bounds [JobSpec].Copies.
 	MaxCopies = 16
 )
@@ -187,6 +196,7 @@ type JobTask struct {
 	Job   string     `json:"job"`
 	Task  int        `json:"task"`           // from 0
 	Name  string     `json:"name,omitempty"` // of the file, or of file and chunk, that it is over
+	Args  []string   `json:"args,omitempty"` // of [JobOver].Args
 	State wire.State `json:"state"`
 	Code  string     `json:"code,omitempty"`
 	// Reason is why it ended so; of one that has succeeded, what is to be said of the

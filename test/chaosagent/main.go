@@ -2,7 +2,8 @@
 // can be counted: each "test.effect" adds a line with the order's id to
 // effects.log in the state folder, durably and once, and each call of the
 // handler a line to calls.log, in which a line "begin" stands for each start of
-// the agent. It is made for tests that kill it.
+// the agent. Its jobs are done by a worker that can be told to lie, or to wait (package
+// ploy). It is made for tests that kill it, or do not believe it.
 package main
 
 import (
@@ -21,10 +22,14 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == sandbox.WorkerArg {
+		os.Exit(work())
+	}
 	var cfg agent.Config
 	flag.StringVar(&cfg.StateDir, "state", "", "state folder")
 	flag.StringVar(&cfg.Coordinator, "coordinator", "", "coordinator")
