@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -190,6 +191,31 @@ func TestJobsOfTheCommandLine(t *testing.T) {
 				t.Errorf("%s has %d words, not %d: %v", name, want, words.Words, err)
 			}
 		}
+	})
+	f.Sub("map runs with the arguments of each line", func(t *testing.T) {
+		list := f.Write("list", []byte("one 'two three'\n\n--four\n"))
+		module := f.Write("echo.wasm", []byte(echo))
+		out := f.Path("lines")
+		f.OK(nil, "job", "map", module, "--arg-file", list, "--input", "stdin=texts-b", "--out", out)
+		for _, n := range []string{"1", "2"} {
+			if raw, err := os.ReadFile(out + "/" + n); err != nil || string(raw) != texts["b"] {
+				t.Errorf("task %s: %q %v", n, raw, err)
+			}
+		}
+		r, err := f.Deimos("job", "map", module, "-a", list, "--arg", "all", "--input", "stdin=texts-b")
+		said := strings.Split(strings.TrimSpace(string(r.Stdout)), "\n")
+		slices.Sort(said)
+		if want := []string{"--four\tfour five", "one two three\tfour five"}; err != nil || r.Code != 0 || !slices.Equal(said, want) {
+			t.Errorf("it says %q, want %q: %v %s", said, want, err, r.Stderr)
+		}
+		var newest api.OrderList
+		f.OK(&newest, "order", "list", "--kind", string(wire.KindJobRun), "--limit", "1")
+		v, err := f.Client.Order(f.Ctx, newest.Orders[0].Device, newest.Orders[0].ID, 0)
+		if err != nil || !strings.Contains(string(v.Order.Body), `"all"`) {
+			t.Errorf("%s %v", v.Order.Body, err)
+		}
+		f.Fails(nil, 64, "job", "map", module)
+		f.Fails(nil, 64, "job", "map", module, "-a", list, "--over", "texts-*")
 	})
 	loop := f.Write("endless.wasm", []byte(looping))
 	begin := func() (j api.Job, a api.JobAttempt) {

@@ -34,6 +34,9 @@ const (
 	jobBudget  = 60  // ms, of a job that does nothing
 	smallJobs  = 10_000
 	jobDevices = 20
+
+	realJobs    = 2000 // of real agents, which share this machine's processors
+	realDevices = 4
 )
 
 // jobRows measure what a job costs beside its work.
@@ -43,6 +46,9 @@ func jobRows(ctx context.Context, t *table) error {
 	}
 	if err := manySmall(ctx, t); err != nil {
 		return fmt.Errorf("%d small jobs: %w", smallJobs, err)
+	}
+	if err := realSmall(ctx, t); err != nil {
+		return fmt.Errorf("%d small jobs of real devices: %w", realJobs, err)
 	}
 	return nil
 }
@@ -159,25 +165,94 @@ func manySmall(ctx context.Context, t *table) error {
 		if err != nil {
 			return err
 		}
-		began, got := time.Now(), 0
-		j, err := s.client.StartJob(ctx, api.JobSpec{Module: module, Over: &api.JobOver{Prefix: "small/"}, Verify: api.VerifyNone})
+		ours, err := s.mapped(ctx, api.JobSpec{Module: module, Over: &api.JobOver{Prefix: "small/"}}, smallJobs)
 		if err != nil {
 			return err
 		}
-		if err := s.client.EachJobResult(ctx, j.ID, func(r api.JobResult) error { got++; return r.Err() }, nil); err != nil {
+		theirs, err := xargs(ctx, files, "find . -type f | xargs -P %d -n 1 sha256sum")
+		if err != nil {
 			return err
 		}
-		ours := time.Since(began).Seconds()
-		if got != smallJobs {
-			return fmt.Errorf("%d results of %d tasks", got, smallJobs)
-		}
-		began = time.Now()
-		cmd := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf("find . -type f | xargs -P %d -n 1 sha256sum >../sums", runtime.NumCPU()))
-		cmd.Dir = files
-		if err := cmd.Run(); err != nil {
+		t.row(fmt.Sprintf("%d files, %d simulated devices (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		if ours, err = s.mapped(ctx, api.JobSpec{Module: module, Over: &api.JobOver{Args: lists(smallJobs)}}, smallJobs); err != nil {
 			return err
 		}
-		t.row(fmt.Sprintf("%d tasks, %d devices (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, time.Since(began).Seconds(), "%.1f")
+		if theirs, err = xargs(ctx, files, fmt.Sprintf("seq %d | xargs -P %%d -n 1 echo", smallJobs)); err != nil {
+			return err
+		}
+		t.row(fmt.Sprintf("%d lists of arguments, %d simulated devices (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		t.only("  that is", "/s", smallJobs/ours, "%.0f")
 		return nil
 	})
+}
+
+// realSmall runs a module that does nothing in the sandboxes of real agents, and as many
+// processes that do nothing by xargs.
+func realSmall(ctx context.Context, t *table) error {
+	return jobSide(ctx, func(s *ourSide, dir string) (err error) {
+		var devices []*child
+		defer func() {
+			for _, d := range devices {
+				err = errors.Join(err, d.kill())
+			}
+		}()
+		for i := range realDevices {
+			d, err := s.startAgent(ctx, filepath.Join(dir, fmt.Sprint("agent", i)))
+			if err != nil {
+				return err
+			}
+			devices = append(devices, d)
+		}
+		module, err := s.client.PutModule(ctx, []byte(noop))
+		if err != nil {
+			return err
+		}
+		ours, err := s.mapped(ctx, api.JobSpec{Module: module, Over: &api.JobOver{Args: lists(realJobs)}}, realJobs)
+		if err != nil {
+			return err
+		}
+		theirs, err := xargs(ctx, dir, fmt.Sprintf("seq %d | xargs -P %%d -n 1 true", realJobs))
+		if err != nil {
+			return err
+		}
+		t.row(fmt.Sprintf("%d lists of arguments, %d real devices (xargs -P %d)", realJobs, realDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		t.only("  that is", "/s", realJobs/ours, "%.0f")
+		return nil
+	})
+}
+
+// lists are the arguments of n tasks.
+func lists(n int) [][]string {
+	out := make([][]string, n)
+	for i := range out {
+		out[i] = []string{strconv.Itoa(i)}
+	}
+	return out
+}
+
+// mapped does a job of n tasks without verifying, and says how many seconds it took.
+func (s *ourSide) mapped(ctx context.Context, q api.JobSpec, n int) (float64, error) {
+	began, got := time.Now(), 0
+	q.Verify = api.VerifyNone
+	j, err := s.client.StartJob(ctx, q)
+	if err != nil {
+		return 0, err
+	}
+	if err := s.client.EachJobResult(ctx, j.ID, func(r api.JobResult) error { got++; return r.Err() }, nil); err != nil {
+		return 0, err
+	}
+	if got != n {
+		return 0, fmt.Errorf("%d results of %d tasks", got, n)
+	}
+	return time.Since(began).Seconds(), nil
+}
+
+// xargs runs a line of the shell, in which %d is how many processes run at once, and says how
+// many seconds it took.
+func xargs(ctx context.Context, dir, line string) (float64, error) {
+	began := time.Now()
+	cmd := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(line, runtime.NumCPU())+" >/dev/null")
+	cmd.Dir = dir
+	err := cmd.Run()
+	return time.Since(began).Seconds(), err
 }
