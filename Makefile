@@ -85,13 +85,16 @@ qemu-test: ## The image as devices in QEMU: soon online, stores, proves, compute
 qemu-hang: ## The image with an agent that hangs: the machine's watchdog starts it anew (10 minutes)
 	@scripts/test setup hang
 
-.PHONY: fleet kills liars
+.PHONY: fleet kills liars campaign
 fleet: $(HOST) $(GUESTS) $(TOUR) ## 12 devices, 2 GiB of files: two destroyed, one whose disk lies, one slow; all comes back (MIB=2048 DEIMOS_TEST_SEED; 6 GiB of disk)
 	@FLEET=$(or $(MIB),2048) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=3h -run '^TestEveryFileComesBackFromAFleetThatRots$$' ./test
 kills: $(HOST) $(GUESTS) $(TOUR) ## Kill agents in the middle of storing, emptying logs, scrub and drain, and see that nothing signed for is lost (KILLS=200 DEIMOS_TEST_SEED)
 	@KILLS=$(or $(KILLS),200) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=0 -run '^TestKilledInTheMiddleAnAgentHasAllThatItSignedFor$$' ./test
 liars: $(HOST) $(GUESTS) $(TOUR) ## 10,000 jobs over ten agents, four of which lie: these are found, nobody else is punished, and in the end no wrong result stands (JOBS=10000 DEIMOS_TEST_SEED)
 	@JOBS=$(or $(JOBS),10000) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=0 -run '^TestLiarsAreFoundAndNobodyElseIs$$' ./test
+
+campaign: $(HOST) $(GUESTS) $(TOUR) ## Bring releases to simulated devices of which some fail and some fall silent: it stops by itself, strands nobody, and all follow the next (AGENTS=1000 DEIMOS_TEST_SEED; a minute)
+	@CAMPAIGN=$(or $(AGENTS),1000) DEIMOS_BIN=$(abspath $(BIN)) $(GO) test -count=1 -v -timeout=30m -run '^TestACampaignStopsByItselfAndStrandsNobody$$' ./test
 
 .PHONY: powercut powercut-device powercut-store
 powercut: powercut-store powercut-device ## Cut the power of a chunk store, then of a device in QEMU, at thousands of moments, and see that nothing promised is lost (root)

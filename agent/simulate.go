@@ -44,6 +44,14 @@ type SimDevice struct {
 	ID        wire.DeviceID
 	HTTP      *http.Client // shows who it is
 	DataPlane []string     // https://host:port
+	// UpdateRoot is of its enrolment; empty where the coordinator had none then.
+	UpdateRoot []byte
+	// Restart ends its session and begins another one, as an agent of that version.
+	Restart func(version string)
+	// Off ends its session; nobody hears of the device until on is called.
+	Off func() (on func())
+	// Starts is how many sessions it has begun: each but the first was a restart.
+	Starts func() int
 }
 
 // SimState is how a simulated fleet is.
@@ -70,7 +78,7 @@ func (s Simulation) Run(ctx context.Context) error {
 	gate := make(chan struct{}, enrolAtOnce)
 	for n := range s.Agents {
 		wg.Go(func() {
-			d := &simulated{Simulation: s, fleet: &f, n: n}
+			d := &simulated{Simulation: s, fleet: &f, n: n, runs: s.Version, anew: make(chan struct{})}
 			gate <- struct{}{}
 			err := d.enrol(ctx, tok)
 			<-gate
@@ -106,15 +114,15 @@ func (s Simulation) Run(ctx context.Context) error {
 type simFleet struct {
 	orders atomic.Int64
 	mu     sync.Mutex
-	there  []*session
+	there  []*simulated
 }
 
 func (f *simFleet) state() SimState {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	st := SimState{Enrolled: len(f.there), Orders: f.orders.Load()}
-	for _, s := range f.there {
-		if s.online.Load() && !s.waits() {
+	for _, d := range f.there {
+		if s := d.session.Load(); s != nil && s.online.Load() && !s.waits() {
 			st.Online++
 		}
 	}
@@ -131,8 +139,73 @@ type simulated struct {
 	member *Membership
 	clock  *Clock
 	began  time.Time
-	start  string
 	config atomic.Uint64 // version of the configuration it says it runs
+
+	session atomic.Pointer[session] // of the newest start; nil before the first
+
+	mu     sync.Mutex
+	runs   string // version
+	off    bool
+	starts int
+	anew   chan struct{} // closed when one of the above is not what the session began with
+}
+
+// become changes what the device is, which ends its session.
+func (d *simulated) become(change func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	change()
+	close(d.anew)
+	d.anew = make(chan struct{})
+}
+
+func (d *simulated) restart(version string) { d.become(func() { d.runs = version }) }
+
+func (d *simulated) turnOff() (on func()) {
+	d.become(func() { d.off = true })
+	return func() { d.become(func() { d.off = false }) }
+}
+
+func (d *simulated) begun() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.starts
+}
+
+// publish sends what there is a connection for.
+func (d *simulated) publish(c wire.Channel, raw []byte) {
+	if s := d.session.Load(); s != nil {
+		s.publish(c, raw)
+	}
+}
+
+// sessions holds one after the other, of each start of the device, until ctx ends.
+func (d *simulated) sessions(ctx context.Context, l link) {
+	for ctx.Err() == nil {
+		d.mu.Lock()
+		runs, off, anew := d.runs, d.off, d.anew
+		if !off {
+			d.starts++
+		}
+		d.mu.Unlock()
+		life, end := context.WithCancel(ctx)
+		var wg sync.WaitGroup
+		if !off {
+			start := newNonce()
+			l.hello = func() wire.Presence {
+				return wire.Presence{Instance: start, ConfigVersion: d.config.Load(), Agent: runs, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
+			}
+			s := newSession(l)
+			d.session.Store(s)
+			wg.Go(func() { s.run(life) })
+		}
+		select {
+		case <-ctx.Done():
+		case <-anew:
+		}
+		end()
+		wg.Wait()
+	}
 }
 
 // configure says yes to everything: there is nothing here that it would change.
@@ -151,7 +224,7 @@ func (d *simulated) enrol(ctx context.Context, tok wire.FleetToken) error {
 		return err
 	}
 	d.id = Identity{ID: wire.IDOf(key.Public().(ed25519.PublicKey)), key: key}
-	d.clock, d.began, d.start = NewClock(time.Time{}), time.Now(), newNonce()
+	d.clock, d.began = NewClock(time.Time{}), time.Now()
 	req := wire.EnrolRequest{Token: tok.String(), Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
 	for wait := enrolMin; ; wait = min(2*wait, enrolMax) {
 		d.member, _, err = enrol(ctx, d.id, pinned(tok.Fingerprint, d.clock), d.Coordinator, req)
@@ -171,7 +244,6 @@ func (d *simulated) live(ctx context.Context) error {
 	fleet.own = func() *tls.Certificate { return proof }
 	trusted := func() ed25519.PublicKey { return ed25519.PublicKey(d.member.OrderKey) }
 	pong := ping(d.Version, d.began)
-	var s *session
 	routes := map[wire.Kind]Route{
 		wire.KindPing: {Limit: pingLimit, Handle: func(ctx context.Context, o wire.Order, p func(wire.Progress)) (wire.Outcome, error) {
 			d.fleet.orders.Add(1)
@@ -182,42 +254,41 @@ func (d *simulated) live(ctx context.Context) error {
 	if d.Does != nil {
 		web := &http.Client{Transport: &http.Transport{DialTLSContext: within(connectTimeout, fleet.dial), MaxIdleConnsPerHost: 2}}
 		defer web.CloseIdleConnections()
-		more, say := d.Does(SimDevice{N: d.n, ID: d.id.ID, HTTP: web, DataPlane: d.member.DataPlane})
+		more, say := d.Does(SimDevice{N: d.n, ID: d.id.ID, HTTP: web, DataPlane: d.member.DataPlane, UpdateRoot: d.member.UpdateRoot,
+			Restart: d.restart, Off: d.turnOff, Starts: d.begun})
 		maps.Copy(routes, more)
 		d.say = say
 	}
 	orders, err := newDispatcher(duties{
 		id: d.id, trusted: trusted, clock: d.clock, journal: newMemoryJournal(),
 		routes:  routes,
-		publish: func(raw []byte) { s.publish(wire.ChannelReport, raw) },
+		publish: func(raw []byte) { d.publish(wire.ChannelReport, raw) },
 		log:     d.Log,
 	})
 	if err != nil {
 		return err
 	}
-	s = newSession(link{
-		id: d.id, brokers: func() []string { return d.member.Brokers }, door: fleet, clock: d.clock, log: d.Log, trusted: trusted,
-		hello: func() wire.Presence {
-			return wire.Presence{Instance: d.start, ConfigVersion: d.config.Load(), Agent: d.Version, OS: runtime.GOOS, Arch: runtime.GOARCH, Board: "simulated"}
-		},
-		receive:  func(raw []byte) error { return orders.receive(ctx, raw) },
-		welcomed: orders.reconnected,
-		refused:  func() {},
-	})
 	d.fleet.mu.Lock()
-	d.fleet.there = append(d.fleet.there, s)
+	d.fleet.there = append(d.fleet.there, d)
 	d.fleet.mu.Unlock()
 	var wg sync.WaitGroup
-	wg.Go(func() { s.run(ctx) })
+	wg.Go(func() {
+		d.sessions(ctx, link{
+			id: d.id, brokers: func() []string { return d.member.Brokers }, door: fleet, clock: d.clock, log: d.Log, trusted: trusted,
+			receive:  func(raw []byte) error { return orders.receive(ctx, raw) },
+			welcomed: orders.reconnected,
+			refused:  func() {},
+		})
+	})
 	wg.Go(func() { orders.resend(ctx, nil) })
-	d.beat(ctx, s)
+	d.beat(ctx)
 	wg.Wait()
 	orders.wait()
 	return nil
 }
 
 // beat says that the device lives, until ctx ends.
-func (d *simulated) beat(ctx context.Context, s *session) {
+func (d *simulated) beat(ctx context.Context) {
 	every := time.Duration(max(1, d.member.BeatSeconds)) * time.Second
 	for rest(ctx, every*3/4+mrand.N(every/2)) == nil {
 		b := wire.Beat{Device: d.id.ID, Uptime: time.Since(d.began).Seconds(), Telemetry: json.RawMessage(`{}`)}
@@ -230,6 +301,6 @@ func (d *simulated) beat(ctx context.Context, s *session) {
 			d.Log.Error("a heartbeat cannot be signed", "error", err)
 			return
 		}
-		s.publish(wire.ChannelBeat, raw)
+		d.publish(wire.ChannelBeat, raw)
 	}
 }

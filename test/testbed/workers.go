@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
@@ -135,16 +136,7 @@ func (v *worker) run(ctx context.Context, o wire.Order, tell func(wire.Progress)
 // coordinator knows what they can do.
 func (f *Fleet) Simulate(n int, k Workers) (stop func()) {
 	f.T.Helper()
-	ctx, cancel := context.WithCancel(f.Ctx)
-	ended := make(chan error, 1)
-	sim := agent.Simulation{Coordinator: "https://" + f.HTTPS, Token: f.NewToken(n), Agents: n, Version: "1.0.0", Log: slog.New(slog.DiscardHandler), Does: k.Does}
-	go func() { ended <- sim.Run(ctx) }()
-	stop = func() {
-		cancel()
-		if err := <-ended; err != nil {
-			f.T.Errorf("the simulated devices: %v", err)
-		}
-	}
+	stop = f.simulate(n, k.Does)
 	f.Until("the simulated devices saying what they can do", func() bool {
 		list, err := f.Client.Devices(f.Ctx)
 		if err != nil {
@@ -160,3 +152,32 @@ func (f *Fleet) Simulate(n int, k Workers) (stop func()) {
 	})
 	return stop
 }
+
+// simulate runs devices of version 1.0.0 until stop is called, and waits until all are online.
+func (f *Fleet) simulate(n int, does func(agent.SimDevice) (map[wire.Kind]agent.Route, func(*wire.Beat))) (stop func()) {
+	f.T.Helper()
+	ctx, cancel := context.WithCancel(f.Ctx)
+	ended := make(chan error, 1)
+	var online atomic.Int64
+	sim := agent.Simulation{Coordinator: "https://" + f.HTTPS, Token: f.NewToken(n), Agents: n, Version: FirstVersion, Log: slog.New(slog.DiscardHandler), Does: does,
+		Progress: func(st agent.SimState) { online.Store(int64(st.Online)) }}
+	go func() { ended <- sim.Run(ctx) }()
+	stop = func() {
+		cancel()
+		if err := <-ended; err != nil {
+			f.T.Errorf("the simulated devices: %v", err)
+		}
+	}
+	f.Until("the simulated devices coming online", func() bool {
+		select {
+		case err := <-ended:
+			f.T.Fatalf("the simulated devices: %v", err)
+		default:
+		}
+		return online.Load() == int64(n)
+	})
+	return stop
+}
+
+// FirstVersion is what simulated devices run at first.
+const FirstVersion = "1.0.0"
