@@ -17,6 +17,8 @@
 //     and while its owner has paused it;
 //   - storage_fleet_test.go: devices destroyed, a disk that lies, a slow one, and all
 //     files back; FLEET=2048 makes it as large in MiB;
+//   - campaign_test.go: a release on its way to simulated devices, some of which fail or
+//     fall silent; CAMPAIGN=1000 makes the fleet larger;
 //   - members_test.go: who gets in, who is sent away, who may give orders, and
 //     the life of an order, as the command line shows it;
 //   - fault_test.go: what goes wrong at users' and owners' hands, and the
