@@ -13,6 +13,12 @@ BIN      := bin
 # program asks it for its version.
 NEXT     := $(shell echo '$(VERSION)' | awk -F. '{ print $$1 "." $$2 + 1 ".0" }')
 BROKEN   := $(shell echo '$(NEXT)' | awk -F. '{ print $$1 "." $$2 + 1 ".0" }')
+# What a release is made from: agents for these, by the folders below $(BIN); the
+# firmware where it can be made; the commit, unless something was changed after it.
+RELEASE          := $(BIN)/release/$(VERSION)
+RELEASE_FOR      := amd64 arm64 armv7
+RELEASE_FIRMWARE  = $(if $(filter 0,$(FIRMWARE)),,$(shell bash -c '. scripts/have.bash && have_image_tools' && echo 1))
+COMMIT           ?= $(shell [ -n "$$(git status --porcelain 2>&1)" ] || git rev-parse HEAD)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -55,6 +61,15 @@ qemu-tour: $(IMAGE) $(HOST) $(GUESTS) $(TOUR) ## The tour with two devices of th
 	@$(BIN)/deimos dev --image $(IMAGE) $(if $(filter-out 0 no false,$(ONCE)),--once) $(if $(FILE),--file "$$FILE")
 export COORDINATOR TOKEN
 export CONFIG
+
+##@ Release
+.PHONY: release
+release: $(BIN)/deimos $(RELEASE_FOR:%=$(BIN)/%/deimos-agent) $(if $(RELEASE_FIRMWARE),$(IMAGE)) ## The bundle of this version, the same bytes each time: all agents, the firmware, what they are made of, how they were built (FIRMWARE=0 COMMIT= BUILDER= BUILDER_KEY=file)
+	@$(if $(RELEASE_FIRMWARE),,echo "left out: the firmware of devices with our image$(if $(filter 0,$(FIRMWARE)),, (no tools to make it with; make setup))")
+	@rm -rf $(RELEASE)
+	@$(BIN)/deimos release build --version $(VERSION) --created $(RELEASED) $(RELEASE_FOR:%=--agent $(BIN)/%/deimos-agent) \
+	  $(if $(RELEASE_FIRMWARE),--firmware $(BIN)/image/deimos_$(VERSION).efi) --commit "$(COMMIT)" --builder "$$BUILDER" $(if $(BUILDER_KEY),--builder-key "$$BUILDER_KEY") --out $(RELEASE)
+export BUILDER BUILDER_KEY
 
 ##@ Install
 .PHONY: deb

@@ -113,16 +113,14 @@ func (r *releases) checkParts(ctx context.Context, name string, manifest []byte)
 	if err != nil {
 		return refuse(http.StatusBadRequest, "bad_manifest", "%s is no release that a device could read: %v", name, err)
 	}
-	for _, part := range m.Parts {
-		for _, form := range part.Forms {
-			switch there, err := r.files.GetInfo(ctx, bundle.PartPath(form.SHA256)); {
-			case errors.Is(err, jetstream.ErrObjectNotFound):
-				return refuse(http.StatusConflict, "part_missing", "the update repository here lacks a part of %s, %s for %s; upload %s first", m.Version, part.Name, part.Platform, bundle.PartPath(form.SHA256))
-			case err != nil:
-				return fmt.Errorf("the update repository cannot be read: %w", err)
-			case there.Size != uint64(form.Size):
-				return refuse(http.StatusBadRequest, "bad_manifest", "%s gives %s %d bytes, it has %d", name, bundle.PartPath(form.SHA256), form.Size, there.Size)
-			}
+	for _, f := range m.Files() {
+		switch there, err := r.files.GetInfo(ctx, bundle.PartPath(f.SHA256)); {
+		case errors.Is(err, jetstream.ErrObjectNotFound):
+			return refuse(http.StatusConflict, "part_missing", "the update repository here lacks a part of %s, the %s; upload %s first", m.Version, f.What, bundle.PartPath(f.SHA256))
+		case err != nil:
+			return fmt.Errorf("the update repository cannot be read: %w", err)
+		case there.Size != uint64(f.Size):
+			return refuse(http.StatusBadRequest, "bad_manifest", "%s gives %s %d bytes, it has %d", name, bundle.PartPath(f.SHA256), f.Size, there.Size)
 		}
 	}
 	return nil

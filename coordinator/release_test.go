@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ed25519"
+	"encoding/json"
 	"net/http"
 	"slices"
 	"strings"
@@ -145,6 +146,22 @@ func TestAReleaseIsNotThereBeforeAllOfItsPartsAre(t *testing.T) {
 	must(t, w.op.PutRepoFile(ctx, bundle.PartPath(sumOf(part)), part))
 	must(t, w.putManifest(t, "3.0.0", part))
 	must(t, offer())
+
+	// Nor is one whose documents are not all here.
+	var m bundle.Manifest
+	must(t, json.Unmarshal(manifestOf(t, "3.1.0", part), &m))
+	document := []byte("a document")
+	m.Attachments = []bundle.Attachment{{Name: "sbom.json", MediaType: "application/json", SHA256: sumOf(document), Size: int64(len(document))}}
+	put := func() error {
+		raw, err := json.Marshal(m)
+		must(t, err)
+		return w.op.PutRepoFile(ctx, "targets/bundles/"+sumOf(raw)+".3.1.0.json", raw)
+	}
+	wantRefusal(t, put(), http.StatusConflict, "part_missing")
+	must(t, w.op.PutRepoFile(ctx, bundle.PartPath(sumOf(document)), document))
+	must(t, put())
+	m.Attachments[0].Size++
+	wantRefusal(t, put(), http.StatusBadRequest, "bad_manifest")
 }
 
 func TestWhatANameOfTheRepositoryPromisesIsChecked(t *testing.T) {

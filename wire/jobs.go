@@ -137,22 +137,27 @@ const (
 // their paths, with the SHA-256 of its bytes in hex, two spaces, and the path.
 const DirHash = "dirHash"
 
-// Statement says what a job has made of what: an in-toto statement, version 1
+// Statement says what a job has made of what. Its subjects are the outputs; [Stdout] is
+// always one of them.
+type Statement = StatementOf[JobPredicate]
+
+// StatementOf is an in-toto statement, version 1
 // (github.com/in-toto/attestation, spec/v1/statement.md). The library for it
 // is generated protobuf, too heavy for a device; the tests measure by it.
-type Statement struct {
-	Type          string       `json:"_type"`
-	Subject       []Resource   `json:"subject"` // the outputs; [Stdout] is always one of them
-	PredicateType string       `json:"predicateType"`
-	Predicate     JobPredicate `json:"predicate"`
+type StatementOf[P any] struct {
+	Type          string     `json:"_type"`
+	Subject       []Resource `json:"subject"`
+	PredicateType string     `json:"predicateType"`
+	Predicate     P          `json:"predicate"`
 }
 
-// Resource is an in-toto resource descriptor (spec/v1/resource_descriptor.md). Its
-// digests are "sha256" of the bytes, and "deimosChunk", the id, of what is one chunk; of
-// a folder [DirHash] alone.
+// Resource is an in-toto resource descriptor (spec/v1/resource_descriptor.md). What jobs
+// name has a name and digests: "sha256" of the bytes, and "deimosChunk", the id, of what
+// is one chunk; of a folder [DirHash] alone.
 type Resource struct {
-	Name   string            `json:"name"`
-	Digest map[string]string `json:"digest"`
+	Name   string            `json:"name,omitempty"`
+	URI    string            `json:"uri,omitempty"`
+	Digest map[string]string `json:"digest,omitempty"`
 }
 
 // JobPredicate is how the subjects of a [Statement] were made.

@@ -24,6 +24,7 @@ import (
 type releaseCmd struct {
 	Keys     releaseKeysCmd     `cmd:"" help:"Keys that sign releases. Keep them away from the coordinator."`
 	Build    releaseBuildCmd    `cmd:"" help:"Pack agent binaries and firmware images into a bundle."`
+	Show     releaseShowCmd     `cmd:"" help:"What a release contains, what it is made of, who built it, and where it stands in the log."`
 	Publish  releasePublishCmd  `cmd:"" help:"Sign a bundle into the update repository and upload it."`
 	Sign     releaseSignCmd     `cmd:"" help:"Look at what is to be signed on another machine, and add your signature."`
 	Log      releaseLogCmd      `cmd:"" help:"The log that every release stands in."`
@@ -43,6 +44,7 @@ type releaseBuildCmd struct {
 	Percentage float64  `default:"100" help:"Share of the fleet that takes it (${default})."`
 	Floor      string   `placeholder:"VERSION" help:"Oldest version that may still be installed by who has seen this release. Default: as it was."`
 	DownFrom   []string `name:"allow-downgrade-from" placeholder:"VERSION" help:"A newer version that may go back to this one; may be repeated. Without it, none may."`
+	provenanceFlags
 	cli.Output
 }
 
@@ -54,18 +56,42 @@ func (r *releaseBuildCmd) Run(ctx context.Context) error {
 	for _, path := range r.Agent {
 		o.Agents = append(o.Agents, bundle.Agent{Path: path})
 	}
+	attached, err := r.attachments(r.Agent, r.Firmware)
+	if err != nil {
+		return err
+	}
+	o.Created, o.Attach = r.Created, attached.attach
 	m, err := bundle.Build(ctx, r.Out, o)
 	if err != nil {
 		return err
 	}
-	return r.Print(m, func(w io.Writer) error {
+	_, raw, err := bundle.Open(r.Out)
+	if err != nil {
+		return err
+	}
+	out := built{m, fmt.Sprintf("%x", sha256.Sum256(raw)), attached.lacks()}
+	return r.Print(out, func(w io.Writer) error {
 		var rows []string
 		for _, p := range m.Parts {
 			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s", p.Name, p.Platform, cli.Bytes(p.Size), cli.Short(p.SHA256)))
 		}
 		fmt.Fprintf(w, "release %s in %s\n", m.Version, r.Out)
-		return cli.Table(w, "PART\tPLATFORM\tSIZE\tSHA256", rows)
+		if err := cli.Table(w, "PART\tPLATFORM\tSIZE\tSHA256", rows); err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "manifest %s\n", out.SHA256)
+		for _, s := range out.Lacks {
+			fmt.Fprintln(w, s)
+		}
+		return nil
 	})
+}
+
+// built is what "release build -o json" prints.
+type built struct {
+	bundle.Manifest
+	SHA256 string   `json:"manifest_sha256"`
+	Lacks  []string `json:"lacks,omitempty"` // sentences: what the attachments do not tell
 }
 
 type releasePublishCmd struct {

@@ -63,7 +63,7 @@ func TestLogOfTheCoordinatorIsVerified(t *testing.T) {
 		}
 	}
 	d.publish(ctx, t, func(r *releasePublishCmd) { r.Bundle = aBundle(t, "1.1.0", "another agent") })
-	verify := releaseLogVerifyCmd{Keys: d.keys, Checkpoint: []string{seen}}
+	verify := releaseLogVerifyCmd{repoFlags: repoFlags{Keys: d.keys}, Checkpoint: []string{seen}}
 	if err := verify.Run(ctx, d.all); err != nil {
 		t.Error(err)
 	}
@@ -79,7 +79,7 @@ func TestLogOfTheCoordinatorIsVerified(t *testing.T) {
 	if err := verify.Run(ctx, d.all); err == nil || !strings.Contains(err.Error(), "in 1 place") {
 		t.Errorf("with a checkpoint of another log: %v", err)
 	}
-	if err := (&releaseLogVerifyCmd{Repo: d.repo}).Run(ctx, d.all); err == nil || !strings.Contains(err.Error(), "--root") {
+	if err := (&releaseLogVerifyCmd{repoFlags: repoFlags{Repo: d.repo}}).Run(ctx, d.all); err == nil || !strings.Contains(err.Error(), "--root") {
 		t.Errorf("without a root to trust: %v", err)
 	}
 }
@@ -132,7 +132,7 @@ func TestNothingIsSignedThatNobodySaw(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.publish(ctx, t, func(r *releasePublishCmd) { r.Bundle, r.Signed = bundle, []string{file} })
-	if err := (&releaseLogVerifyCmd{Keys: d.keys}).Run(ctx, d.all); err != nil {
+	if err := (&releaseLogVerifyCmd{repoFlags: repoFlags{Keys: d.keys}}).Run(ctx, d.all); err != nil {
 		t.Error(err)
 	}
 }

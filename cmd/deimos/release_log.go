@@ -21,10 +21,54 @@ type releaseLogCmd struct {
 	Verify releaseLogVerifyCmd `cmd:"" help:"Compute the log of releases anew, and compare it with what is signed and with what others have seen."`
 }
 
+// repoFlags say which update repository is read, and by which root it is checked.
+type repoFlags struct {
+	Keys string `type:"existingdir" placeholder:"DIR" help:"Folder of the keys, for its root."`
+	Root string `type:"existingfile" placeholder:"FILE" help:"The root to trust, where the keys are not."`
+	Repo string `type:"existingdir" placeholder:"DIR" help:"Folder of the update repository. Default: the coordinator's."`
+}
+
+func (f repoFlags) source(all *commands) (repo.Source, error) {
+	if f.Repo != "" {
+		return repo.Dir(f.Repo), nil
+	}
+	c, err := all.client()
+	return mirror{c}, err
+}
+
+// root is the one to trust; empty if none was named.
+func (f repoFlags) root() ([]byte, error) {
+	switch {
+	case f.Keys != "" && f.Root != "":
+		return nil, &cli.Error{Code: cli.ExitUsage, Err: errors.New("name the root to trust with --keys or with --root, not with both")}
+	case f.Keys != "":
+		return repo.FirstRoot(f.Keys)
+	case f.Root != "":
+		return os.ReadFile(f.Root)
+	}
+	return nil, nil
+}
+
+// reader reads the repository as a device would that has never seen it, and keeps
+// nothing after done.
+func reader(ctx context.Context, source repo.Source, root []byte) (c *repo.Client, done func(), err error) {
+	dir, err := os.MkdirTemp("", "deimos-repo-")
+	if err != nil {
+		return nil, nil, err
+	}
+	done = func() { os.RemoveAll(dir) }
+	c, err = repo.NewClient(repo.ClientOptions{Dir: dir, Root: root, Source: source})
+	if err == nil {
+		err = c.Refresh(ctx, time.Now())
+	}
+	if err != nil {
+		done()
+	}
+	return c, done, err
+}
+
 type releaseLogVerifyCmd struct {
-	Keys       string   `type:"existingdir" placeholder:"DIR" help:"Folder of the keys, for its root."`
-	Root       string   `type:"existingfile" placeholder:"FILE" help:"The root to trust, where the keys are not."`
-	Repo       string   `type:"existingdir" placeholder:"DIR" help:"Folder of the update repository. Default: the coordinator's."`
+	repoFlags
 	Checkpoint []string `type:"existingfile" placeholder:"FILE" help:"Signed checkpoint that was seen elsewhere; may be repeated."`
 	cli.Output
 }
@@ -37,30 +81,22 @@ func (r *releaseLogVerifyCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
+	if root == nil {
+		return &cli.Error{Code: cli.ExitUsage, Err: errors.New("name the root to trust, with --keys or with --root")}
+	}
 	seen, err := r.notes()
 	if err != nil {
 		return err
 	}
-	var source repo.Source = repo.Dir(r.Repo)
-	if r.Repo == "" {
-		c, err := all.client()
-		if err != nil {
-			return err
-		}
-		source = mirror{c}
-	}
-	dir, err := os.MkdirTemp("", "deimos-log-")
+	source, err := r.source(all)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	client, err := repo.NewClient(repo.ClientOptions{Dir: dir, Root: root, Source: source})
+	client, done, err := reader(ctx, source, root)
 	if err != nil {
 		return err
 	}
-	if err := client.Refresh(ctx, time.Now()); err != nil {
-		return err
-	}
+	defer done()
 	report, err := client.VerifyLog(ctx, seen)
 	if err != nil {
 		return err
@@ -97,16 +133,6 @@ func (r *releaseLogVerifyCmd) notes() (map[string]string, error) {
 		seen[file] = string(raw)
 	}
 	return seen, nil
-}
-
-func (r *releaseLogVerifyCmd) root() ([]byte, error) {
-	switch {
-	case (r.Keys == "") == (r.Root == ""):
-		return nil, &cli.Error{Code: cli.ExitUsage, Err: errors.New("name the root to trust, with --keys or with --root")}
-	case r.Keys != "":
-		return repo.FirstRoot(r.Keys)
-	}
-	return os.ReadFile(r.Root)
 }
 
 // printReport shows the log; problems are the command's error.

@@ -19,6 +19,10 @@
 // passes over the others, so that later releases can add some (deltas). Today
 // there is one: the whole file under zstd (RFC 8878).
 //
+// Beside the parts stand attachments: what the release is made of (ota/sbom) and how
+// it was built (ota/provenance). The manifest names them by digest, as it does parts, so
+// its signature covers them. Devices pass over them.
+//
 // Building is reproducible: the same agents, options and library version give
 // the same bytes.
 package bundle
@@ -54,6 +58,9 @@ const (
 	// MaxPacked is the largest packed part that a coordinator takes, in bytes.
 	MaxPacked = 64 << 20
 
+	// MaxAttachment is the largest attachment, in bytes.
+	MaxAttachment = 4 << 20
+
 	// PartAgent is the name of the part that is the agent's binary.
 	PartAgent = "agent"
 
@@ -79,6 +86,8 @@ type Manifest struct {
 	Floor              string   `json:"floor,omitempty"`
 	AllowDowngradeFrom []string `json:"allow_downgrade_from,omitempty"`
 	Parts              []Part   `json:"parts"`
+	// Attachments are documents about the release, for people and their tools.
+	Attachments []Attachment `json:"attachments,omitempty"`
 }
 
 // Part is one file of a release, for one platform.
@@ -95,6 +104,53 @@ type Form struct {
 	Encoding string `json:"encoding"`
 	SHA256   string `json:"sha256"` // of the packed bytes, lower-case hex
 	Size     int64  `json:"size"`   // packed, bytes
+}
+
+// Attachment is a document about a release. It is not packed, and is fetched as
+// "parts/<SHA256>"; no device fetches or counts it.
+type Attachment struct {
+	Name      string `json:"name"`       // that a file of it would have; a release has it once
+	MediaType string `json:"media_type"` // RFC 6838
+	SHA256    string `json:"sha256"`     // of its bytes, lower-case hex
+	Size      int64  `json:"size"`       // bytes
+}
+
+// Check tells, as an [ErrContent], whether these are not the signed bytes.
+func (a Attachment) Check(raw []byte) error {
+	if sum := sha256.Sum256(raw); int64(len(raw)) != a.Size || hex.EncodeToString(sum[:]) != a.SHA256 {
+		return fmt.Errorf("%w: the attachment %s has %d bytes with SHA-256 %.12x…, signed are %d and %.12s…", ErrContent, a.Name, len(raw), sum, a.Size, a.SHA256)
+	}
+	return nil
+}
+
+// Attachment is the one of that name.
+func (m Manifest) Attachment(name string) (a Attachment, ok bool) {
+	at := slices.IndexFunc(m.Attachments, func(a Attachment) bool { return a.Name == name })
+	if at < 0 {
+		return a, false
+	}
+	return m.Attachments[at], true
+}
+
+// File is one of those that stand beside the manifest, at [PartPath] of its digest.
+type File struct {
+	What   string // for people
+	SHA256 string
+	Size   int64
+}
+
+// Files are all that a release needs to be whole: each form of each part, and what is
+// attached. One that two of them share is there twice.
+func (m Manifest) Files() (all []File) {
+	for _, p := range m.Parts {
+		for _, f := range p.Forms {
+			all = append(all, File{fmt.Sprintf("%s for %s", p.Name, p.Platform), f.SHA256, f.Size})
+		}
+	}
+	for _, a := range m.Attachments {
+		all = append(all, File{a.Name, a.SHA256, a.Size})
+	}
+	return all
 }
 
 // Platform is what a binary runs on, in Go's words.
@@ -211,7 +267,27 @@ func (m Manifest) check() error {
 			return fmt.Errorf("part %s for %s: %w", p.Name, p.Platform, err)
 		}
 	}
+	names := map[string]bool{}
+	for _, a := range m.Attachments {
+		if names[a.Name] {
+			return fmt.Errorf("two attachments have the name %q", a.Name)
+		}
+		names[a.Name] = true
+		if err := a.check(); err != nil {
+			return fmt.Errorf("attachment %q: %w", a.Name, err)
+		}
+	}
 	return nil
+}
+
+func (a Attachment) check() error {
+	if a.Name == "" || strings.ContainsAny(a.Name, `/\`) || strings.HasPrefix(a.Name, ".") || a.MediaType == "" {
+		return errors.New("a name that a file can have and a media type are needed")
+	}
+	if a.Size > MaxAttachment {
+		return fmt.Errorf("%d bytes are too many (limit %d)", a.Size, MaxAttachment)
+	}
+	return checkBlob(a.SHA256, a.Size)
 }
 
 func (p Part) check() error {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sort"
 	"time"
 
@@ -43,6 +44,21 @@ type BuildOptions struct {
 	Agents     []Agent
 	Firmwares  []string // unified kernel images, files; each says itself for which machine it is
 	Fast       bool     // quarter the time to build, 10% more bytes: for trying things out
+	// Attach makes what is attached, once the parts are packed; nil for nothing.
+	Attach func(Manifest) ([]Document, error)
+}
+
+// Document is an attachment that is not in a bundle yet.
+type Document struct {
+	Name      string
+	MediaType string
+	Content   []byte
+}
+
+// Attachment is how a manifest names it.
+func (d Document) Attachment() Attachment {
+	sum := sha256.Sum256(d.Content)
+	return Attachment{Name: d.Name, MediaType: d.MediaType, SHA256: hex.EncodeToString(sum[:]), Size: int64(len(d.Content))}
 }
 
 func (o BuildOptions) level() zstd.EncoderLevel {
@@ -88,6 +104,19 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 		m.Parts = append(m.Parts, part)
 	}
 	sort.Slice(m.Parts, func(i, j int) bool { return m.Parts[i].kind() < m.Parts[j].kind() })
+	if o.Attach != nil {
+		documents, err := o.Attach(m)
+		if err != nil {
+			return m, err
+		}
+		for _, d := range documents {
+			a := d.Attachment()
+			if err := durable.WriteFile(filepath.Join(dir, filepath.FromSlash(PartPath(a.SHA256))), d.Content, 0o644); err != nil {
+				return m, err
+			}
+			m.Attachments = append(m.Attachments, a)
+		}
+	}
 	if err := m.check(); err != nil {
 		return m, err
 	}
@@ -116,7 +145,17 @@ func Open(dir string) (Manifest, []byte, error) {
 	return m, raw, err
 }
 
-// PartPath is where a packed part stands, below a bundle and below a repository.
+// ReadAttachment reads what is attached to a bundle in a directory, and checks that it
+// is what the manifest says.
+func ReadAttachment(dir string, a Attachment) ([]byte, error) {
+	raw, err := durable.ReadFile(filepath.Join(dir, filepath.FromSlash(PartPath(a.SHA256))), MaxAttachment)
+	if err != nil {
+		return nil, fmt.Errorf("the bundle lacks its attachment %s: %w", a.Name, err)
+	}
+	return raw, a.Check(raw)
+}
+
+// PartPath is where a packed part or an attachment stands, below a bundle and below a repository.
 func PartPath(sum string) string { return partsDir + "/" + sum }
 
 // unpacked is a part that is to be packed.
@@ -219,6 +258,11 @@ func PlatformOf(path string) (Platform, error) {
 	if err != nil {
 		return Platform{}, fmt.Errorf("cannot tell its platform: %w", err)
 	}
+	return PlatformIn(info)
+}
+
+// PlatformIn reads it from what the linker has written into the binary.
+func PlatformIn(info *debug.BuildInfo) (Platform, error) {
 	p := Platform{Variant: armVariant(info)}
 	for _, s := range info.Settings {
 		switch s.Key {

@@ -207,7 +207,7 @@ func (c *Client) loadRoot() (*trustedmetadata.TrustedMetadata, error) {
 func (c *Client) followRoots(ctx context.Context, t *trustedmetadata.TrustedMetadata) error {
 	for range maxRotations {
 		file := metadataPath(metadata.ROOT, t.Root.Signed.Version+1)
-		raw, err := c.fetch(ctx, file, maxRoot)
+		raw, err := c.fetch(ctx, file, MaxRoot)
 		if conditionOf(err) == Missing {
 			return nil // this is the newest
 		}
@@ -374,6 +374,36 @@ func (c *Client) Manifest(ctx context.Context, name string) (bundle.Manifest, er
 		return m, &Error{Condition: Malformed, File: name, Reason: "it says that it is version " + strings.TrimSpace(m.Version)}
 	}
 	return m, c.checkLog(ctx, name, sum)
+}
+
+// Signed is how the metadata stands behind a target.
+type Signed struct {
+	SHA256  string    // of the manifest, lower-case hex
+	Root    int64     // version of the root that leads there
+	Expires time.Time // of the timestamp metadata
+}
+
+// Signed tells how the metadata stands behind a target, after [Client.Manifest].
+func (c *Client) Signed(name string) Signed {
+	return Signed{
+		SHA256:  c.trusted.Targets[metadata.TARGETS].Signed.Targets[name].Hashes["sha256"].String(),
+		Root:    c.trusted.Root.Signed.Version,
+		Expires: c.trusted.Timestamp.Signed.Expires,
+	}
+}
+
+// Attachment fetches what is attached to a release, and checks that it is what the
+// manifest says.
+func (c *Client) Attachment(ctx context.Context, a bundle.Attachment) ([]byte, error) {
+	file := bundle.PartPath(a.SHA256)
+	raw, err := c.fetch(ctx, file, a.Size)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Check(raw); err != nil {
+		return nil, &Error{Condition: Digest, File: file, Reason: err.Error(), Err: err}
+	}
+	return raw, nil
 }
 
 // targetSum is the signed SHA-256 of a target. A target that is signed by another

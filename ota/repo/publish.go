@@ -342,11 +342,9 @@ func (p *publisher) addBundle() (string, error) {
 	if old, ok := p.targets.Signed.Targets[name]; ok && !old.Equal(*target) {
 		return "", fmt.Errorf("version %s is published already with other content; a version never changes: build it under a new one", m.Version)
 	}
-	for _, part := range m.Parts {
-		for _, form := range part.Forms {
-			if err := p.checkPart(part, form); err != nil {
-				return "", err
-			}
+	for _, f := range m.Files() {
+		if err := p.checkFile(f); err != nil {
+			return "", err
 		}
 	}
 	p.bundle = &m
@@ -355,13 +353,13 @@ func (p *publisher) addBundle() (string, error) {
 	return name, nil
 }
 
-func (p *publisher) checkPart(part bundle.Part, form bundle.Form) error {
-	size, sum, err := digestFile(filepath.Join(p.Bundle, filepath.FromSlash(bundle.PartPath(form.SHA256))))
+func (p *publisher) checkFile(f bundle.File) error {
+	size, sum, err := digestFile(filepath.Join(p.Bundle, filepath.FromSlash(bundle.PartPath(f.SHA256))))
 	if err != nil {
-		return fmt.Errorf("the bundle lacks a part: %w", err)
+		return fmt.Errorf("the bundle lacks its %s: %w", f.What, err)
 	}
-	if size != form.Size || sum != form.SHA256 {
-		return fmt.Errorf("part %s for %s is not what the manifest says; build the bundle again", part.Name, part.Platform)
+	if size != f.Size || sum != f.SHA256 {
+		return fmt.Errorf("the %s in the bundle is not what the manifest says; build the bundle again", f.What)
 	}
 	return nil
 }
@@ -671,12 +669,10 @@ func (p *publisher) addRoots() error {
 // checkpoint, and metadata, timestamp last but for roots.
 func (p *publisher) write() error {
 	if p.bundle != nil {
-		for _, part := range p.bundle.Parts {
-			for _, form := range part.Forms {
-				path := filepath.FromSlash(bundle.PartPath(form.SHA256))
-				if err := durable.CopyFile(filepath.Join(p.Repo, path), filepath.Join(p.Bundle, path), 0o644); err != nil {
-					return err
-				}
+		for _, f := range p.bundle.Files() {
+			path := filepath.FromSlash(bundle.PartPath(f.SHA256))
+			if err := durable.CopyFile(filepath.Join(p.Repo, path), filepath.Join(p.Bundle, path), 0o644); err != nil {
+				return err
 			}
 		}
 	}

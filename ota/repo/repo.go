@@ -89,7 +89,6 @@ import (
 // Limits of what is read, in bytes. Snapshot, targets and manifests are bounded
 // by the signed length as well.
 const (
-	maxRoot      = 512 << 10
 	maxTimestamp = 16 << 10
 	maxSnapshot  = 2 << 20
 	maxTargets   = 5 << 20
@@ -105,6 +104,12 @@ func TargetName(version string) string { return "bundles/" + version + ".json" }
 func targetPath(name, sum string) string {
 	return path.Join("targets", path.Dir(name), sum+"."+path.Base(name))
 }
+
+// FirstRootFile is the first root in a repository, and MaxRoot bounds a root, in bytes.
+const (
+	FirstRootFile = "metadata/1.root.json"
+	MaxRoot       = 512 << 10
+)
 
 func metadataPath(role string, version int64) string {
 	if role == metadata.TIMESTAMP {

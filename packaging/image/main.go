@@ -21,7 +21,8 @@
 // A firmware is one file, a unified kernel image: systemd's EFI stub with Debian's
 // kernel, its command line and an initramfs. It is also written beside the
 // image, as deimos_VERSION.efi: that is what an update brings to a device. 256 MiB hold five;
-// two are needed, and room for a third on its way.
+// two are needed, and room for a third on its way. deimos_VERSION.cdx.json is what it is made
+// of (ota/sbom), which a release takes along.
 //
 // The initramfs is the whole system:
 //
@@ -61,6 +62,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/deimos-edge/deimos/ota/sbom"
 	"github.com/deimos-edge/deimos/ota/slot"
 	efi "github.com/deimos-edge/deimos/ota/slot/firmware"
 	"github.com/deimos-edge/deimos/packaging/image/debian"
@@ -151,12 +153,39 @@ func build(ctx context.Context, o options, packages []debian.Package) error {
 	if err := create(firmware, func(f *os.File) error { _, err := f.Write(uki); return err }); err != nil {
 		return err
 	}
+	if err := o.list(firmware, packages); err != nil {
+		return err
+	}
 	image := filepath.Join(o.out, "deimos-arm64-"+o.version+variant+".img")
 	if err := create(image, func(f *os.File) error { return writeDisk(f, files) }); err != nil {
 		return err
 	}
 	fmt.Printf("made   %s, with a firmware of %d MB\n", image, len(uki)/1e6)
 	return nil
+}
+
+// list writes what a firmware is made of beside it.
+func (o options) list(firmware string, packages []debian.Package) error {
+	bill, err := sbom.NewFirmware(firmware, o.version)
+	if err != nil {
+		return err
+	}
+	for _, program := range []string{o.agent, o.init} {
+		if err := bill.AddProgram(program, o.version); err != nil {
+			return err
+		}
+	}
+	for _, p := range packages {
+		if p.Name == debian.Shell && !o.debug {
+			continue
+		}
+		bill.AddDebian(sbom.Debian{Name: p.Name, Version: p.Version, Arch: debian.Arch, SHA256: p.SHA256})
+	}
+	raw, err := bill.JSON(time.Time{})
+	if err != nil {
+		return err
+	}
+	return create(sbom.Beside(firmware), func(f *os.File) error { _, err := f.Write(raw); return err })
 }
 
 // espFiles is what the EFI system partition holds.

@@ -36,9 +36,15 @@ var lockText string
 // KernelPrefix begins the name of the package with the kernel; the rest is its ABI.
 const KernelPrefix = "linux-image-"
 
+// Shell is the package of the debug variant's shell, which others are made without.
+const Shell = "busybox-static"
+
+// Arch is the architecture of all packages, as Debian names it.
+const Arch = "arm64"
+
 // wanted are the packages besides the kernel's.
 var wanted = []string{
-	"busybox-static", // the debug variant's shell
+	Shell,
 	"e2fsprogs", "libblkid1", "libc6", "libcom-err2", "libext2fs2", "libuuid1",
 	"systemd-boot-efi",
 }
@@ -51,7 +57,7 @@ type Package struct {
 
 // FileName is the name that apt-get gives the file, and that it has in the cache.
 func (p Package) FileName() string {
-	return p.Name + "_" + strings.ReplaceAll(p.Version, ":", "%3a") + "_arm64.deb"
+	return p.Name + "_" + strings.ReplaceAll(p.Version, ":", "%3a") + "_" + Arch + ".deb"
 }
 
 // Locked lists the packages that the image is made from.
@@ -226,11 +232,11 @@ func (a apt) newest(ctx context.Context, cache string) ([]Package, error) {
 		if err := a.get(ctx, "-q", "download", name); err != nil {
 			return nil, fmt.Errorf("fetch %s: %w", name, err)
 		}
-		found, err := filepath.Glob(filepath.Join(a.dir, name+"_*_arm64.deb"))
+		found, err := filepath.Glob(filepath.Join(a.dir, name+"_*_"+Arch+".deb"))
 		if err != nil || len(found) != 1 {
 			return nil, fmt.Errorf("apt-get downloaded %d files for %s, not one", len(found), name)
 		}
-		version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(found[0]), name+"_"), "_arm64.deb")
+		version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(found[0]), name+"_"), "_"+Arch+".deb")
 		p := Package{Name: name, Version: strings.ReplaceAll(version, "%3a", ":")}
 		if p.SHA256, err = slot.Digest(found[0]); err != nil {
 			return nil, err
