@@ -127,7 +127,7 @@ versions: # for scripts: ours, when it was released, the next one, one that does
 	@echo $(VERSION) $(RELEASED) $(NEXT) $(BROKEN)
 
 .PHONY: repro
-repro: ## Build the device programs twice, from nothing, in two places, and compare (minutes)
+repro: ## Build the device programs and the bundle of a release twice, from nothing, in two places, and compare (minutes)
 	@scripts/repro --from-nothing
 
 .PHONY: bench

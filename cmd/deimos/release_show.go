@@ -352,7 +352,7 @@ func (rel *released) describeOrigin(line func(name, format string, args ...any))
 	}
 	switch l := rel.Log; {
 	case l != nil:
-		line("log", "record %d of %s, since %s", l.Record, cli.Count(int(l.Size), "record"), l.Logged.Format(time.RFC3339))
+		line("log", "record %d, written %s; there are %d", l.Record, l.Logged.Format(time.RFC3339), l.Size)
 	case rel.Metadata != nil:
 		line("log", "the root names none")
 	}
