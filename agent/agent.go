@@ -390,6 +390,9 @@ func (a *Agent) live(ctx context.Context) error {
 	go func() { wg.Wait(); a.orders.wait(); close(done) }()
 	select {
 	case <-done:
+		if err := a.jobs.Close(); err != nil {
+			a.log.Warn("the cgroup of jobs stays until the next start", "error", err)
+		}
 	case <-time.After(stopLimit):
 		a.log.Warn("some work did not end in time; it will be done again", "waited", stopLimit.String())
 	}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -79,6 +80,10 @@ func (a *Agent) measured(q wire.HistoryRequest) ([]byte, error) {
 	h, err := a.hw.history.Read(q, time.Now())
 	if err != nil {
 		return nil, err
+	}
+	// What is misspelt would be an empty input else, and a result of nothing.
+	if len(q.Series) > 0 && len(h.Series) == 0 && len(h.LeftOut) == 0 {
+		return nil, wire.FailedBecause(wire.CodeNotFound, "this device has measured no %s in that time; \"deimos device history\" shows what it measures", strings.Join(q.Series, ", "))
 	}
 	return json.Marshal(h)
 }

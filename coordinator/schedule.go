@@ -699,6 +699,12 @@ const (
 	codeDisagree    = "disagreement"
 )
 
+// failedAt tells whether a task came to a limit that the job itself has set, and that is the same
+// on each device: of its memory, or its output. How much time it takes differs.
+func failedAt(a api.JobAttempt, l wire.JobLimits) bool {
+	return a.State == wire.Failed && a.Code == wire.CodeLimit && (l.MemoryBytes > 0 || l.OutputBytes > 0)
+}
+
 // decide sets a task's state by its attempts; lone is as for [jobs.rule].
 func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 	now := s.now().UTC()
@@ -718,7 +724,7 @@ func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 			end(wire.Canceled, a.Code, "order %s of device %s was canceled", a.Order, a.Device)
 			return
 		}
-		if last, fails = a, fails+1; a.Code == codeGuestFailed || a.Code == codeBadModule {
+		if last, fails = a, fails+1; a.Code == codeGuestFailed || a.Code == codeBadModule || failedAt(a, job.Spec.Limits) {
 			guest++
 		}
 	}

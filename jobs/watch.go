@@ -300,6 +300,15 @@ func (s *Service) List() []Listed {
 // Walls are those that stand around each job of this device beside its sandbox.
 func (s *Service) Walls() []string { return s.o.Runner.Walls() }
 
+// Close takes the place away that workers had among the kernel's cgroups. No job may run
+// any more.
+func (s *Service) Close() error {
+	if s.o.Runner.Cgroups == nil {
+		return nil
+	}
+	return s.o.Runner.Cgroups.Close()
+}
+
 // Decision is what was decided last.
 func (s *Service) Decision() policy.Decision {
 	s.mu.Lock()

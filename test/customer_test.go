@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -53,7 +52,7 @@ func TestJobsAsACustomerRunsThem(t *testing.T) {
 	f.enrol(1, false, "--config", f.Write("open.toml", fmt.Appendf(nil, "[jobs]\nslots = 2\nsensors = true\n[jobs.datasets]\nmine = %q\n", owned)))
 	f.enrol(2, false, "--config", f.Write("closed.toml", []byte("[jobs]\nslots = 2\n")))
 	open := f.devices[0]
-	module := hostedGuest(f)
+	module := f.HostedGuest()
 
 	small, large := []byte("one chunk\n"), testbed.RandomBytes(rng, 2<<20+4711)
 	f.Put("small", small)
@@ -143,6 +142,9 @@ func TestJobsAsACustomerRunsThem(t *testing.T) {
 	f.Sub("what a device has measured", func(t *testing.T) {
 		var r api.JobResult
 		f.OK(&r, "job", "run", module, "--arg=copy", "--arg=curves", "--sensors", "curves", "--write", "curves", "--out", f.Path("curves"))
+		if said := f.Fails(nil, 1, "job", "run", module, "--arg=copy", "--arg=curves", "--sensors", "curves=none.such", "--write", "curves"); !strings.Contains(said, "none.such") {
+			t.Errorf("of a series that nobody measures it says %q", said)
+		}
 		raw, err := os.ReadFile(f.Path("curves", "curves"))
 		var h wire.History
 		if err == nil {
@@ -211,19 +213,6 @@ func TestJobsAsACustomerRunsThem(t *testing.T) {
 			t.Errorf("it says %q", said)
 		}
 	})
-}
-
-// hostedGuest builds the guest that uses all that there is.
-func hostedGuest(f *fleet) string {
-	f.T.Helper()
-	module := f.Path("hosted.wasm")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", module, ".")
-	build.Dir = filepath.Join("..", "jobs", "sandbox", "testdata", "hosted")
-	build.Env = append(os.Environ(), "GOOS=wasip1", "GOARCH=wasm", "GOFLAGS=-buildvcs=false")
-	if out, err := build.CombinedOutput(); err != nil {
-		f.T.Fatalf("%v\n%s", err, out)
-	}
-	return module
 }
 
 // putPieces stores a file of n small chunks, on one device each, and gives it back.

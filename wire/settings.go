@@ -161,15 +161,33 @@ func (s Setting) Parse(text string) (json.RawMessage, error) {
 		return s.Check(raw)
 	}
 	if s.Unit == "bytes" {
-		for _, u := range byteUnits {
-			n, ok := strings.CutSuffix(text, u.name)
-			if v, err := strconv.ParseFloat(strings.TrimSpace(n), 64); ok && err == nil {
-				text = strconv.FormatFloat(v*u.bytes, 'f', -1, 64)
-				break
-			}
-		}
+		text = withoutUnit(text)
 	}
 	return s.Check([]byte(text))
+}
+
+// withoutUnit is a number of bytes in digits. What is none stays as it is.
+func withoutUnit(text string) string {
+	for _, u := range byteUnits {
+		n, ok := strings.CutSuffix(text, u.name)
+		if v, err := strconv.ParseFloat(strings.TrimSpace(n), 64); ok && err == nil {
+			return strconv.FormatFloat(v*u.bytes, 'f', -1, 64)
+		}
+	}
+	return text
+}
+
+// Bytes is a number of bytes as a person writes it: 64MiB, 1.5 GiB, 65536.
+type Bytes int64
+
+// UnmarshalText is for the flags of commands.
+func (b *Bytes) UnmarshalText(text []byte) error {
+	n, err := strconv.ParseInt(withoutUnit(string(text)), 10, 64)
+	if err != nil || n < 0 {
+		return fmt.Errorf("%.60q is no number of bytes: it looks like 64MiB, 1GiB or 65536", text)
+	}
+	*b = Bytes(n)
+	return nil
 }
 
 // UnknownSetting is the sentence about a key that is not in the table. It names

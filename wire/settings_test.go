@@ -79,3 +79,18 @@ func FuzzSettingCheck(f *testing.F) {
 		}
 	})
 }
+
+func TestBytesAreReadAsAPersonWritesThem(t *testing.T) {
+	for text, want := range map[string]Bytes{"64MiB": 64 << 20, "1.5 GiB": 3 << 29, "65536": 65536, "0": 0} {
+		var got Bytes
+		if err := got.UnmarshalText([]byte(text)); err != nil || got != want {
+			t.Errorf("%q is %d, want %d: %v", text, got, want, err)
+		}
+	}
+	for _, text := range []string{"", "MiB", "64MB", "-1", "64 apples", "1e30GiB", "0.3KiB"} {
+		var got Bytes
+		if err := got.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q is %d", text, got)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/cli"
 	"github.com/deimos-edge/deimos/jobs"
 	"github.com/deimos-edge/deimos/jobs/policy"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 )
 
 type jobsCmd struct {
@@ -78,7 +80,7 @@ func writeJobs(w io.Writer, j *agent.Jobs) error {
 		fmt.Fprintf(w, "\nas of %s; the agent does not run now, or hangs\n", j.At.Local().Format(time.DateTime))
 	}
 	if !j.At.IsZero() {
-		fmt.Fprintf(w, "\naround each job, beside its sandbox: %s\n", cmp.Or(strings.Join(j.Walls, ", "), "nothing that this kernel has"))
+		fmt.Fprintf(w, "\naround each job, beside its sandbox: %s\n", wallsLine(j.Walls))
 	}
 	if line := wordLine(j.Word, time.Now()); line != "" {
 		fmt.Fprintln(w, "\n"+line)
@@ -86,6 +88,21 @@ func writeJobs(w io.Writer, j *agent.Jobs) error {
 		fmt.Fprintf(w, "\n%s%s\n", j.Reason, untilText(j.Until))
 	}
 	return nil
+}
+
+// wallsLine names the walls around jobs, and those that are missing here.
+func wallsLine(have []string) string {
+	var missing []string
+	for _, w := range []string{sandbox.WallSeccomp, sandbox.WallLandlock, sandbox.WallCgroup} {
+		if !slices.Contains(have, w) {
+			missing = append(missing, w)
+		}
+	}
+	line := cmp.Or(strings.Join(have, ", "), "no walls")
+	if len(missing) > 0 {
+		line += " (missing here: " + strings.Join(missing, ", ") + ")"
+	}
+	return line
 }
 
 func untilText(t *time.Time) string {

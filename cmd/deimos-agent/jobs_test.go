@@ -86,7 +86,7 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 01A    0123456789ab  suspended  25%   1.2 s  hot
 01B    0123456789ab  waiting    0%    0.0 s  hot
 
-around each job, beside its sandbox: seccomp, cgroup
+around each job, beside its sandbox: seccomp, cgroup (missing here: landlock)
 
 the device is too hot
 `

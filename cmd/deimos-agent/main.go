@@ -205,6 +205,9 @@ func writeStatus(w io.Writer, s agent.Status) error {
 	}
 	if s.Jobs != nil {
 		line("jobs", jobsLine(*s.Jobs))
+		if !s.Jobs.At.IsZero() {
+			line("walls around them", wallsLine(s.Jobs.Walls))
+		}
 	}
 	if err := t.Flush(); err != nil || m == nil {
 		return err

@@ -31,15 +31,15 @@ type jobCmd struct {
 
 // limitFlags are what a job may use. Where none is given, the device's policy says.
 type limitFlags struct {
-	Memory int64    `placeholder:"BYTES" help:"Most memory the module may use (memory_bytes)."`
-	CPU    duration `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
-	Wall   duration `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
-	Output int64    `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write (output_bytes)."`
+	Memory wire.Bytes `placeholder:"BYTES" help:"Most memory the module may use, as in 64MiB (memory_bytes)."`
+	CPU    duration   `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`
+	Wall   duration   `placeholder:"DURATION" help:"Longest time it may take (wall_seconds)."`
+	Output wire.Bytes `name:"output-bytes" placeholder:"BYTES" help:"Longest output it may write, as in 1MiB (output_bytes)."`
 }
 
 func (l limitFlags) limits() wire.JobLimits {
 	return wire.JobLimits{
-		MemoryBytes: l.Memory, CPUSeconds: time.Duration(l.CPU).Seconds(), WallSeconds: time.Duration(l.Wall).Seconds(), OutputBytes: l.Output,
+		MemoryBytes: int64(l.Memory), CPUSeconds: time.Duration(l.CPU).Seconds(), WallSeconds: time.Duration(l.Wall).Seconds(), OutputBytes: int64(l.Output),
 	}
 }
 

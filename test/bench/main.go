@@ -48,9 +48,9 @@ var (
 	image     = flag.String("image", "", "disk image of a device, for the rows on it; the one below -bin if not given")
 	imageOnly = flag.Bool("image-only", false, "the rows on a device of the image alone")
 
-	computeOnly = flag.Bool("compute-only", false, "the rows on what jobs compute against native programs alone")
+	computeOnly = flag.Bool("compute-only", false, "the rows on what jobs compute against native programs, and on what each costs beside that, alone")
 	updatesOnly = flag.Bool("updates", false, "the rows on updates alone")
-	jobsOnly    = flag.Bool("jobs", false, "the rows on jobs alone")
+	jobsOnly    = flag.Bool("jobs", false, "the rows on what each job costs alone")
 
 	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
 )
@@ -94,7 +94,10 @@ func run(ctx context.Context, t *table) error {
 		return storageRows(ctx, t, *storageOnly)
 	}
 	if *computeOnly {
-		return computeRows(ctx, t)
+		if err := computeRows(ctx, t); err != nil {
+			return err
+		}
+		return jobRows(ctx, t)
 	}
 	if *jobsOnly {
 		return jobRows(ctx, t)

@@ -8,6 +8,7 @@
 //   - life_test.go: a device from power-on to power-off: how soon it is online,
 //     that it stores, proves and computes, what it is after a power cut, what the
 //     power button does, that its console keeps secrets;
+//   - jobs_test.go: a job that the power is cut in the middle of;
 //   - sandbox_test.go: the tests of the sandbox that need a kernel of their own;
 //   - update_test.go: new firmware, one that works and one that does not;
 //   - watchdog_test.go: a firmware that is on nobody's trial, whose agent hangs;
