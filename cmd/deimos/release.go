@@ -133,7 +133,7 @@ func (r *releasePublishCmd) Run(ctx context.Context, all *commands) error {
 	return r.Print(out, func(w io.Writer) error {
 		if p.Awaits != "" {
 			_, err := fmt.Fprintf(w, "nothing is published yet: %s\nNext, on the machines of those who have these keys: deimos release sign %s --key FILE\n"+
-				"Then: this command again, with --signed %s\n", p.Missing, filepath.Base(p.Awaits), p.Awaits)
+				"Then: this command again, with --signed %s\n", p.Missing, filepath.Base(p.Awaits), strings.Join(append(slices.Clone(r.Signed), p.Awaits), " --signed "))
 			return err
 		}
 		if p.Target != "" {

@@ -262,7 +262,7 @@ func (r *releaseKeysRenewCmd) Run() error {
 type releaseSignCmd struct {
 	File     string `arg:"" type:"existingfile" help:"What is to be signed, as \"publish --unsigned\" or \"keys rotate --unsigned\" has written it."`
 	Key      string `required:"" type:"existingfile" placeholder:"FILE" help:"Your key."`
-	Previous string `type:"existingfile" placeholder:"FILE" help:"The version before, from a copy of your own. Default: the one beside the file."`
+	Previous string `type:"existingfile" placeholder:"FILE" help:"The version before, from a copy of your own; of the log, a copy of log/checkpoint. Default: the one beside the file, or in it."`
 	Yes      bool   `help:"Do not ask."`
 	passphraseFlags
 	cli.Output
@@ -312,7 +312,11 @@ func (r *releaseSignCmd) Run() error {
 
 // describeStatement says in words what a signature says.
 func describeStatement(w io.Writer, st repo.Statement) error {
-	fmt.Fprintf(w, "You sign: %s, version %d, good until %s\n", meaning[st.Role], st.Version, st.Expires.UTC().Format(time.RFC3339))
+	until := "good until " + st.Expires.UTC().Format(time.RFC3339)
+	if st.Expires.IsZero() {
+		until = "for ever"
+	}
+	fmt.Fprintf(w, "You sign: %s, version %d, %s\n", meaning[st.Role], st.Version, until)
 	fmt.Fprintf(w, "SHA-256 of what is signed: %s\n", st.SHA256)
 	switch {
 	case st.Previous == 0 && st.Version > 1:
@@ -339,4 +343,5 @@ var meaning = map[string]string{
 	"targets":   "the list of RELEASES",
 	"snapshot":  "the SNAPSHOT, which says which list of releases is the newest",
 	"timestamp": "the TIMESTAMP, which says which snapshot is the newest",
+	"log":       "the LOG of releases; its version is how many records it has",
 }

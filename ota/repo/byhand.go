@@ -66,8 +66,8 @@ func versionOf[T metadata.Roles](m *metadata.Metadata[T]) int64 {
 type Statement struct {
 	Role    string    `json:"role"`
 	Version int64     `json:"version"`
-	Expires time.Time `json:"expires"`
-	SHA256  string    `json:"sha256"` // of what is signed, in its canonical form: the same on every machine
+	Expires time.Time `json:"expires,omitzero"` // zero: never, as of the log
+	SHA256  string    `json:"sha256"`           // of what is signed, in its canonical form: the same on every machine
 	// Previous is the version that Changes are against; 0 if there is none to compare with.
 	Previous int64 `json:"previous,omitempty"`
 	// PreviousMine tells whether the previous version bears a valid signature of the
@@ -80,14 +80,16 @@ type Statement struct {
 }
 
 // Examine tells what is signed with a file that [Publish] or [Rotate] wrote.
-// previous is the version before it; empty: the one beside it, if there is one. by
-// is the key that is to sign.
+// previous is the version before it, of the log a checkpoint; empty: the one beside it, if
+// there is one. by is the key that is to sign.
 func Examine(file, previous string, by crypto.PublicKey) (Statement, error) {
 	raw, role, err := readHand(file)
 	if err != nil {
 		return Statement{}, err
 	}
 	switch role {
+	case LogRole:
+		return examineLog(file, previous, by, raw)
 	case metadata.ROOT:
 		return examine(file, previous, by, role, raw, metadata.Root, func(m *metadata.RootType) (int64, time.Time) { return m.Version, m.Expires }, rootChanges)
 	case metadata.TARGETS:
@@ -111,6 +113,8 @@ func Sign(file string, s crypto.Signer) (id string, err error) {
 		return "", err
 	}
 	switch role {
+	case LogRole:
+		return id, signHandLog(file, raw, s)
 	case metadata.ROOT:
 		return id, addSignature[metadata.RootType](file, raw, id, s)
 	case metadata.TARGETS:
@@ -149,7 +153,7 @@ func readHand(file string) (raw []byte, role string, err error) {
 	if err := json.Unmarshal(raw, &head); err != nil {
 		return nil, "", fmt.Errorf("%s is no update metadata: %w", file, err)
 	}
-	if !slices.Contains(Roles[:4], head.Signed.Type) {
+	if !slices.Contains(Roles, head.Signed.Type) {
 		return nil, "", fmt.Errorf("%s is no update metadata: it has the type %q", file, head.Signed.Type)
 	}
 	return raw, head.Signed.Type, nil

@@ -78,19 +78,22 @@ func openCheckpoint(signed []byte, v note.Verifier) (checkpoint, error) {
 	if err != nil {
 		return checkpoint{}, err
 	}
-	lines := strings.Split(n.Text, "\n")
-	if len(lines) < 4 || lines[0] != v.Name() {
-		return checkpoint{}, errors.New("it is no checkpoint of this log")
+	t, err := parseCheckpoint(n.Text, v.Name())
+	return checkpoint{tree: t, signed: string(signed)}, err
+}
+
+// parseCheckpoint reads the text of a note.
+func parseCheckpoint(text, origin string) (t tlog.Tree, err error) {
+	lines := strings.Split(text, "\n")
+	if len(lines) < 4 || lines[0] != origin {
+		return t, errors.New("it is no checkpoint of this log")
 	}
-	var t tlog.Tree
 	t.N, err = strconv.ParseInt(lines[1], 10, 64)
 	if err != nil || t.N < 0 || t.N > maxLogSize || strconv.FormatInt(t.N, 10) != lines[1] {
-		return checkpoint{}, fmt.Errorf("%q is no size of a log", lines[1])
+		return t, fmt.Errorf("%q is no size of a log", lines[1])
 	}
-	if t.Hash, err = tlog.ParseHash(lines[2]); err != nil {
-		return checkpoint{}, err
-	}
-	return checkpoint{tree: t, signed: string(signed)}, nil
+	t.Hash, err = tlog.ParseHash(lines[2])
+	return t, err
 }
 
 // logField is where the root names the log: a field of its own that every

@@ -116,6 +116,7 @@ type publisher struct {
 	log       *ledger                                      // nil: the root names none
 	signed    []byte                                       // its checkpoint as it is in the repository; nil: none
 	logged    int64                                        // records that the repository's checkpoint has
+	signedLog []byte                                       // the checkpoint that people have signed; nil: none
 	bundle    *bundle.Manifest                             // to be added; nil: none
 
 	files []file // what is to be written, in this order
@@ -557,12 +558,17 @@ func (p *publisher) signLog() error {
 	if p.log == nil {
 		return nil
 	}
+	if err := p.takeHandLog(); err != nil {
+		return err
+	}
+	released := map[string]bool{}
 	var lookups []file
 	for _, name := range slices.Sorted(maps.Keys(p.targets.Signed.Targets)) {
 		sum, err := targetSum(name, p.targets.Signed.Targets[name])
 		if err != nil {
 			return err
 		}
+		released[sum] = true
 		n, ok := p.log.at[sum]
 		if !ok {
 			version := strings.TrimSuffix(strings.TrimPrefix(name, "bundles/"), ".json")
@@ -576,6 +582,15 @@ func (p *publisher) signLog() error {
 			}
 		}
 		lookups = append(lookups, file{lookupPath(sum), fmt.Appendf(nil, "%d\n", n)})
+	}
+	added, err := (&ledger{lines: p.log.lines[p.logged:]}).records()
+	if err != nil {
+		return err
+	}
+	for n, r := range added {
+		if !released[r.SHA256] || TargetName(r.Version) != r.Target || p.log.at[r.SHA256] != p.logged+int64(n) {
+			return fmt.Errorf("what is signed for the log has a record of %s, %s, which is not published now, or is there already; write it anew with --unsigned", r.Target, short(r.SHA256))
+		}
 	}
 	if err := p.addTiles(); err != nil {
 		return err
@@ -612,7 +627,7 @@ func (p *publisher) signCheckpoint() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.log.size() == p.logged && p.signed != nil && p.published == p.root {
+	if p.log.size() == p.logged && p.signed != nil && p.published == p.root && p.signedLog == nil {
 		return p.signed, nil // nothing new; nobody is asked for the key
 	}
 	var signers []note.Signer
@@ -625,13 +640,16 @@ func (p *publisher) signCheckpoint() ([]byte, error) {
 		if err != nil || v == nil {
 			continue // the newest has one, else there would be no log
 		}
+		if p.signedLog != nil {
+			return p.checkHandLog(v, tree)
+		}
 		ids, _, err := roleKeys(root, LogRole)
 		if err != nil {
 			return nil, err
 		}
 		keys := p.ring.of(ids)
 		if len(keys) == 0 && root == p.root {
-			return nil, fmt.Errorf("the key of the log, %s, is not at hand: it signs each release, and is kept with those of snapshot and timestamp; a new one is named with \"deimos release keys rotate --role log\"", short(ids[0]))
+			return nil, p.awaitLog(v.Name(), ids[0])
 		}
 		for _, k := range keys {
 			s, err := k.open()
@@ -643,6 +661,19 @@ func (p *publisher) signCheckpoint() ([]byte, error) {
 		origin = v.Name()
 	}
 	return note.Sign(&note.Note{Text: checkpointText(origin, tree)}, signers...)
+}
+
+// awaitLog writes the log for who has its key.
+func (p *publisher) awaitLog(origin, id string) error {
+	missing := fmt.Sprintf("the key of the log, %s, is not at hand, and signs each release", short(id))
+	if p.Unsigned == "" {
+		return fmt.Errorf("%s: write it for who has the key with --unsigned DIR, or name a new key with \"deimos release keys rotate --role log\"", missing)
+	}
+	file, err := p.writeHandLog(origin)
+	if err != nil {
+		return err
+	}
+	return &awaiting{file, missing}
 }
 
 // addRoots adds the roots that the repository lacks. They come last: until then

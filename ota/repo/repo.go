@@ -73,8 +73,7 @@
 // wrong. What it trusts is synced to disk before it is used. Every fetch has a
 // limit in bytes and in time, and a part resumes where it was cut.
 //
-// Not here yet: delegations; the log's checkpoint cannot be signed by hand, so its
-// key is at hand where releases are published.
+// Not here yet: delegations.
 package repo
 
 import (
