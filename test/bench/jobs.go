@@ -173,14 +173,14 @@ func manySmall(ctx context.Context, t *table) error {
 		if err != nil {
 			return err
 		}
-		t.row(fmt.Sprintf("%d files, %d simulated devices (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		t.row(fmt.Sprintf("%d files, %d simulated (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
 		if ours, err = s.mapped(ctx, api.JobSpec{Module: module, Over: &api.JobOver{Args: lists(smallJobs)}}, smallJobs); err != nil {
 			return err
 		}
 		if theirs, err = xargs(ctx, files, fmt.Sprintf("seq %d | xargs -P %%d -n 1 echo", smallJobs)); err != nil {
 			return err
 		}
-		t.row(fmt.Sprintf("%d lists of arguments, %d simulated devices (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		t.row(fmt.Sprintf("%d lists, %d simulated (xargs -P %d)", smallJobs, jobDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
 		t.only("  that is", "/s", smallJobs/ours, "%.0f")
 		return nil
 	})
@@ -215,7 +215,7 @@ func realSmall(ctx context.Context, t *table) error {
 		if err != nil {
 			return err
 		}
-		t.row(fmt.Sprintf("%d lists of arguments, %d real devices (xargs -P %d)", realJobs, realDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
+		t.row(fmt.Sprintf("%d lists, %d real (xargs -P %d)", realJobs, realDevices, runtime.NumCPU()), "s", ours, theirs, "%.1f")
 		t.only("  that is", "/s", realJobs/ours, "%.0f")
 		return nil
 	})
