@@ -114,7 +114,7 @@ func (a *Agent) holdUpdate(s ota.Step) *wire.Problem {
 	case c.Consent == "ask" && word.Approved != s.Version:
 		return wire.RejectedBecause(wire.CodeConsent, "version %s waits for the owner of this device, who says yes with deimos-agent update approve", s.Version)
 	case s.Fetch > 0:
-		return a.traffic.mayUpdate(c, s.Fetch)
+		return a.traffic.mayUpdate(c, s)
 	case c.Window == (policy.Hours{}) || word.Now && word.Approved == s.Version:
 		return nil
 	case sure != wire.ClockTrusted:
@@ -126,18 +126,28 @@ func (a *Agent) holdUpdate(s ota.Step) *wire.Problem {
 	return nil
 }
 
-// mayUpdate is why an update may not fetch so many bytes now.
-func (t *traffic) mayUpdate(c UpdatesConfig, bytes int64) *wire.Problem {
+// mayUpdate is why an update may not fetch its bytes now. Where it is to come whole though
+// it has deltas, the owner is told why.
+func (t *traffic) mayUpdate(c UpdatesConfig, s ota.Step) *wire.Problem {
 	now, sure := t.clock.Read()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.turn(now, sure)
-	if c.Monthly > 0 && t.now.Updates+bytes > c.Monthly {
-		return wire.RejectedUntil(t.nextMonth(now, sure), wire.CodeMetered, "the update takes %d bytes, and of the %d that the owner of this device allows updates in a month %d are used up; it can come from a stick",
-			bytes, c.Monthly, t.now.Updates)
+	whole := ""
+	if s.NoDelta != "" {
+		whole = " whole (" + s.NoDelta + ")"
 	}
-	if c.OnMetered == "wait" {
-		return t.inVolume(now, sure)
+	if c.Monthly > 0 && t.now.Updates+s.Fetch > c.Monthly {
+		return wire.RejectedUntil(t.nextMonth(now, sure), wire.CodeMetered, "the update takes %d bytes%s, and of the %d that the owner of this device allows updates in a month %d are used up; it can come from a stick",
+			s.Fetch, whole, c.Monthly, t.now.Updates)
+	}
+	if most := t.limits.Monthly; c.OnMetered == "wait" && most > 0 && t.now.Bytes+t.reserved+s.Fetch > most {
+		after := askAgain
+		if t.now.Bytes+s.Fetch > most { // else it is for what is under way, which may yet take less
+			after = t.nextMonth(now, sure)
+		}
+		return wire.RejectedUntil(after, wire.CodeMetered, "the update takes %d bytes%s, and of the %d that the owner of this device allows in a month %d are used up; it can come from a stick",
+			s.Fetch, whole, most, t.now.Bytes)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package ota
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -24,6 +25,8 @@ type mechanism interface {
 	onTrial() (bool, error)
 	// confirm makes the version that runs the one to keep.
 	confirm(context.Context) error
+	// runs opens the file that runs, which a delta is applied to.
+	runs() (*running, error)
 	// room tells how many bytes an install needs on the disk of the state, beside
 	// what is fetched, and as an error if it has too few elsewhere.
 	room(version string, size int64) (here int64, err error)
@@ -43,7 +46,22 @@ type release struct {
 	order, version string
 	part           bundle.Part
 	form           bundle.Form
-	packed         *os.File
+	packed         io.Reader
+	old            *running // for a delta; nil otherwise
+}
+
+// running is the file that runs.
+type running struct {
+	*io.SectionReader
+	io.Closer
+}
+
+// oldBytes are nil for a whole form.
+func (r release) oldBytes() *io.SectionReader {
+	if r.old == nil {
+		return nil
+	}
+	return r.old.SectionReader
 }
 
 // check compares what a file says of itself with what was signed.
@@ -100,6 +118,18 @@ func (a agents) onTrial() (bool, error) {
 
 func (a agents) confirm(context.Context) error { return a.slots.Confirm(slot.Name(a.o.Slot)) }
 
+func (a agents) runs() (*running, error) {
+	f, err := os.Open(a.slots.Path(slot.Name(a.o.Slot)))
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &running{io.NewSectionReader(f, 0, info.Size()), f}, nil
+}
+
 func (a agents) room(_ string, size int64) (int64, error) { return size, nil }
 
 func (a agents) install(ctx context.Context, r release) error {
@@ -108,7 +138,7 @@ func (a agents) install(ctx context.Context, r release) error {
 		return err
 	}
 	staged := a.slots.StagedPath(target)
-	if err := bundle.Unpack(ctx, r.packed, r.part, r.form, staged); err != nil {
+	if err := bundle.Unpack(ctx, r.packed, r.part, r.form, r.oldBytes(), staged); err != nil {
 		return err
 	}
 	about, err := slot.Ask(ctx, staged)
@@ -146,6 +176,14 @@ func (f firmwares) onTrial() (bool, error) { return f.images.OnTrial() }
 
 func (f firmwares) confirm(ctx context.Context) error { return f.images.Confirm(ctx) }
 
+func (f firmwares) runs() (*running, error) {
+	image, size, err := f.images.Running()
+	if err != nil {
+		return nil, err
+	}
+	return &running{io.NewSectionReader(image, 0, size), image}, nil
+}
+
 func (f firmwares) room(version string, size int64) (int64, error) {
 	return 0, f.images.CheckRoom(version, size)
 }
@@ -153,7 +191,7 @@ func (f firmwares) room(version string, size int64) (int64, error) {
 // install unpacks right into the EFI system partition: a firmware is large, and
 // flash wears.
 func (f firmwares) install(ctx context.Context, r release) error {
-	content, err := bundle.NewReader(ctx, r.packed, r.part, r.form)
+	content, err := bundle.NewReader(ctx, r.packed, r.part, r.form, r.oldBytes())
 	if err != nil {
 		return err
 	}

@@ -39,12 +39,17 @@ package ota
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -123,6 +128,9 @@ type Step struct {
 	Order   string
 	Version string
 	Fetch   int64 // bytes over the line; 0: it is installed, and the agent or the machine starts again
+	// NoDelta is why the whole form is to be fetched of a release that has deltas: part of
+	// a sentence, for the owner. Empty otherwise.
+	NoDelta string
 }
 
 // Service carries out the updates of one device.
@@ -259,7 +267,7 @@ func (s *Service) settled(last slot.Outcome) *Settled {
 	result := wire.UpdateResult{From: last.From, To: last.To, Running: s.o.Version, Slot: s.o.Slot, Confirmed: last.Result == slot.Confirmed}
 	reason := last.Reason
 	if rec := s.mem.get(); rec.Order == last.Order {
-		result.Form, result.FetchedBytes, result.TookSeconds, result.Checkpoint = rec.Form, rec.Fetched, rec.Took, rec.Checkpoint
+		result.Form, result.NoDelta, result.FetchedBytes, result.TookSeconds, result.Checkpoint = rec.Form, rec.NoDelta, rec.Fetched, rec.Took, rec.Checkpoint
 		result.Local = rec.Local != ""
 		if rec.Before != nil && rec.After != nil {
 			result.Gate = &wire.UpdateGate{Before: *rec.Before, After: *rec.After, Worse: rec.Worse}
@@ -533,7 +541,7 @@ type offer struct {
 	client *repo.Client
 	m      bundle.Manifest
 	part   bundle.Part
-	forms  []bundle.Form // best first
+	forms  []bundle.Form // smallest first
 	more   int64         // bytes that an install takes on the disk of the state, beside what is fetched
 	down   bool          // it is older than what runs, by a signed exception
 }
@@ -556,12 +564,14 @@ func (s *Service) install(ctx context.Context, j job) (*hold, error) {
 		return nil, err
 	}
 	j.progress(0.05)
-	for i, form := range f.forms {
+	for _, form := range f.forms {
 		packed, held, err := s.bring(ctx, j, f, form)
-		if held != nil || err != nil {
+		if held != nil {
 			return held, err
 		}
-		err = s.prepare(ctx, packed, release{order: j.order, version: f.m.Version, part: f.part, form: form})
+		if err == nil {
+			err = s.prepare(ctx, packed, release{order: j.order, version: f.m.Version, part: f.part, form: form})
+		}
 		switch {
 		case err == nil:
 			s.noteInstalled()
@@ -570,16 +580,47 @@ func (s *Service) install(ctx context.Context, j job) (*hold, error) {
 				s.o.Log.Warn("what was fetched of the release cannot be removed", "error", err)
 			}
 			return nil, nil
-		case !errors.Is(err, bundle.ErrContent) || i+1 == len(f.forms):
+		case !form.Delta() || !worthless(err):
 			return nil, err
 		}
-		// The next form may be larger: whether its bytes may be fetched is asked again.
-		s.o.Log.Warn("a form of the release did not make what was signed; the next one is fetched", "encoding", form.Encoding, "error", err)
-		if err := s.mem.step(slot.Held, nil); err != nil {
+		// The next form may be larger: whether its bytes may be fetched is asked again. For
+		// when that takes a while, or the power goes, it is remembered what is of no use.
+		s.o.Log.Warn("a delta of the release cannot be used; another form of it is looked at", "encoding", form.Encoding, "error", err)
+		if err := s.mem.note(func(r *Record) {
+			r.Unusable = maps.Clone(r.Unusable)
+			if r.Unusable == nil {
+				r.Unusable = map[string]string{}
+			}
+			r.Unusable[form.SHA256] = err.Error()
+		}); err != nil {
 			return nil, err
 		}
 	}
 	return nil, fmt.Errorf("%w: version %s has no form that can be unpacked here", bundle.ErrPlatform, f.m.Version)
+}
+
+// worthless tells of an error that comes again however often this delta is tried: its
+// bytes are not there, or not the signed ones, or do not make what was signed.
+func worthless(err error) bool {
+	var e *repo.Error
+	return errors.Is(err, bundle.ErrContent) || errors.As(err, &e) && (e.Condition == repo.Digest || e.Condition == repo.Missing)
+}
+
+// noDelta is why a form is none, of a release that has some.
+func (f offer) noDelta(form bundle.Form, unusable map[string]string) (why string) {
+	if form.Delta() {
+		return ""
+	}
+	for _, other := range f.part.Forms {
+		switch reason := unusable[other.SHA256]; {
+		case !other.Delta():
+		case reason != "":
+			return "its delta from what runs here cannot be used: " + reason
+		case why == "":
+			why = "none of its deltas is from what runs here"
+		}
+	}
+	return why
 }
 
 // look asks the signed metadata what is offered, and whether it is for this device.
@@ -595,19 +636,21 @@ func (s *Service) look(ctx context.Context, j job) (offer, error) {
 	if err != nil {
 		return offer{}, err
 	}
-	me := bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Floor: floor, Part: s.how.part(), Platform: s.o.Platform}
+	me := bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Floor: floor, Part: s.how.part(), Platform: s.o.Platform, Runs: s.runs()}
 	m, err := s.manifest(ctx, client, j)
 	if err != nil {
 		return offer{}, err
 	}
-	part, form, err := m.For(me)
+	part, forms, err := m.For(me)
 	if err != nil {
 		return offer{}, err
 	}
 	if point := bundle.RolloutPoint(m.Version, string(s.o.Device)); j.share > 0 && point >= j.share {
 		return offer{}, fmt.Errorf("%w: %s goes to %v%% of devices so far, and this one stands at %.2f%%", bundle.ErrRollout, m.Version, j.share, point)
 	}
-	f := offer{client: client, m: m, part: part, forms: []bundle.Form{form}, down: bundle.Compare(m.Version, s.o.Version) < 0}
+	unusable := s.mem.get().Unusable
+	forms = slices.DeleteFunc(forms, func(form bundle.Form) bool { return unusable[form.SHA256] != "" })
+	f := offer{client: client, m: m, part: part, forms: forms, down: bundle.Compare(m.Version, s.o.Version) < 0}
 	if f.down && me.Part == bundle.PartFirmware {
 		return f, wire.RejectedBecause(CodeNoWayBack, "version %s is older than %s, which runs, and the boot loader of this device starts the newest firmware that there is: it cannot go back by an update; "+
 			"release the old one again under a newer version, or write its image to the disk", m.Version, s.o.Version)
@@ -622,6 +665,21 @@ func (s *Service) look(ctx context.Context, j job) (offer, error) {
 		return f, err
 	}
 	return f, s.mem.note(func(r *Record) { r.Version, r.Down, r.Checkpoint = m.Version, f.down, client.Log().Checkpoint })
+}
+
+// runs is the SHA-256 of the file that runs, measured; "" if it cannot be read, which
+// is no reason not to install another.
+func (s *Service) runs() string {
+	file, err := s.how.runs()
+	if err == nil {
+		defer file.Close()
+		h := sha256.New()
+		if _, err = io.Copy(h, file); err == nil {
+			return hex.EncodeToString(h.Sum(nil))
+		}
+	}
+	s.o.Log.Warn("the file that runs cannot be read, so no delta is used", "error", err)
+	return ""
 }
 
 // manifest is what the order names, or the newest that there is.
@@ -648,14 +706,20 @@ func (s *Service) manifest(ctx context.Context, client *repo.Client, j job) (bun
 
 // bring has a form on disk, whole and the signed bytes, when it may go on to be installed.
 func (s *Service) bring(ctx context.Context, j job, f offer, form bundle.Form) (packed string, held *hold, err error) {
-	if held, err := s.held(j, f, s.missing(form)); held != nil || err != nil {
+	rec := s.mem.get()
+	noDelta := f.noDelta(form, rec.Unusable)
+	if held, err := s.held(j, Step{Version: f.m.Version, Fetch: s.missing(form), NoDelta: noDelta}); held != nil || err != nil {
 		return "", held, err
 	}
-	if err := s.mem.step(slot.Allowed, func(r *Record) {
+	goes := slot.Allowed
+	if rec.Phase != slot.Waiting {
+		goes = slot.Refetched
+	}
+	if err := s.mem.step(goes, func(r *Record) {
 		if r.Began == nil {
 			r.Began = s.o.moment()
 		}
-		r.Form = form.Encoding
+		r.Form, r.NoDelta = form.Encoding, noDelta
 	}); err != nil {
 		return "", nil, err
 	}
@@ -682,7 +746,7 @@ func (s *Service) bring(ctx context.Context, j job, f offer, form bundle.Form) (
 		return "", nil, err
 	}
 	j.progress(0.8)
-	held, err = s.held(j, f, 0)
+	held, err = s.held(j, Step{Version: f.m.Version})
 	if held == nil && err == nil {
 		s.show(&wire.UpdateState{Phase: wire.UpdateVerified, Version: f.m.Version, Local: j.local != ""})
 	}
@@ -690,12 +754,13 @@ func (s *Service) bring(ctx context.Context, j job, f offer, form bundle.Form) (
 }
 
 // held asks whether the update may take its next step. If not, it waits, durably.
-func (s *Service) held(j job, f offer, fetch int64) (*hold, error) {
+func (s *Service) held(j job, step Step) (*hold, error) {
 	if j.local != "" { // the owner is here
 		return nil, nil
 	}
-	ask := func() *wire.Problem { return s.o.Hold(Step{Order: j.order, Version: f.m.Version, Fetch: fetch}) }
-	if fetch == 0 && s.mem.get().Phase == slot.Waiting {
+	step.Order = j.order
+	ask := func() *wire.Problem { return s.o.Hold(step) }
+	if step.Fetch == 0 && s.mem.get().Phase == slot.Waiting {
 		return nil, nil // all is here: what is asked before it is installed, is asked then
 	}
 	why := ask()
@@ -703,7 +768,7 @@ func (s *Service) held(j job, f offer, fetch int64) (*hold, error) {
 		return nil, nil
 	}
 	err := s.mem.step(slot.Held, func(r *Record) { r.Why = s.why(why) })
-	return &hold{version: f.m.Version, why: why, again: ask}, err
+	return &hold{version: step.Version, why: why, again: ask}, err
 }
 
 // why is what an update waits for, as its record has it.
@@ -775,7 +840,7 @@ func (s *Service) fetch(ctx context.Context, j job, f offer, form bundle.Form) (
 		return "", err
 	}
 	have := form.Size - missing
-	s.o.Log.Info("fetching a release", "bytes", form.Size, "have", have)
+	s.o.Log.Info("fetching a release", "form", form.Encoding, "bytes", form.Size, "have", have)
 	at, moved := have, int64(0)
 	err := f.client.FetchPart(ctx, form, path, func(n int64) {
 		if n > at {
@@ -850,10 +915,18 @@ func checkSpace(dir string, need int64) error {
 
 // prepare installs what was fetched. Bytes that are not the signed ones are not kept.
 func (s *Service) prepare(ctx context.Context, packed string, r release) (err error) {
-	if r.packed, err = os.Open(packed); err != nil {
+	in, err := os.Open(packed)
+	if err != nil {
 		return err
 	}
-	defer r.packed.Close()
+	defer in.Close()
+	r.packed = io.MultiReader(io.LimitReader(in, r.form.Size/2), halfway{}, in)
+	if r.form.Delta() {
+		if r.old, err = s.how.runs(); err != nil {
+			return fmt.Errorf("%w: what runs cannot be read: %w", bundle.ErrContent, err)
+		}
+		defer r.old.Close()
+	}
 	limit := slot.Limits[slot.Verified]
 	limited, cancel := context.WithTimeoutCause(ctx, limit, wire.FailedBecause(wire.CodeLimit, "the release could not be installed within %s; is the disk failing?", limit))
 	defer cancel()
@@ -868,6 +941,14 @@ func (s *Service) prepare(ctx context.Context, packed string, r release) (err er
 	}
 	s.o.Log.Info("a new version is installed and goes on trial", "version", r.version, "part", r.part.Name)
 	return nil
+}
+
+// halfway is where tests cut the power.
+type halfway struct{}
+
+func (halfway) Read([]byte) (int, error) {
+	slot.CrashPoint("half of it is unpacked")
+	return 0, io.EOF
 }
 
 // problem says what an error means to the fleet manager.

@@ -29,6 +29,8 @@ type Record struct {
 	Why     *Why       `json:"why,omitempty"` // it waits
 
 	Form       string              `json:"form,omitempty"`
+	NoDelta    string              `json:"no_delta,omitempty"` // why the form is not a delta, of a release that has some
+	Unusable   map[string]string   `json:"unusable,omitempty"` // deltas that cannot be used here, by digest: why
 	Fetched    int64               `json:"fetched_bytes,omitempty"`
 	Took       float64             `json:"took_seconds,omitempty"` // until it was installed
 	Checkpoint string              `json:"checkpoint,omitempty"`

@@ -95,6 +95,7 @@ type UpdateResult struct {
 	// What follows is left out where it is not known, by older agents too.
 
 	Form         string  `json:"form,omitempty"`          // encoding of the form that was fetched, of ota/bundle
+	NoDelta      string  `json:"no_delta,omitempty"`      // why that was none of the deltas that the release has, a sentence
 	FetchedBytes int64   `json:"fetched_bytes,omitempty"` // of parts, over the line or from a stick, what was given up included
 	TookSeconds  float64 `json:"took_seconds,omitempty"`  // from the first byte that was asked for until it was installed
 	Local        bool    `json:"local,omitempty"`         // from a stick or a file of the owner's

@@ -57,10 +57,11 @@ func TestUnpackGivesBackWhatWasBuilt(t *testing.T) {
 	dir, m := build(t, path)
 	opened, _, err := Open(dir)
 	must(t, err)
-	part, form, err := opened.For(Device{Version: "1.0.0", Platform: amd64})
+	part, forms, err := opened.For(Device{Version: "1.0.0", Platform: amd64})
 	must(t, err)
+	form := forms[0]
 	out := filepath.Join(t.TempDir(), "agent")
-	must(t, Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, out))
+	must(t, Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, nil, out))
 	got, err := os.ReadFile(out)
 	must(t, err)
 	if !bytes.Equal(got, want) {
@@ -136,7 +137,7 @@ func TestAlteredPartNeverReachesTheDisk(t *testing.T) {
 	must(t, os.WriteFile(out, []byte("old"), 0o755))
 	check := func(what string, raw []byte) {
 		t.Helper()
-		if err := Unpack(t.Context(), bytes.NewReader(raw), part, form, out); !errors.Is(err, ErrContent) {
+		if err := Unpack(t.Context(), bytes.NewReader(raw), part, form, nil, out); !errors.Is(err, ErrContent) {
 			t.Fatalf("%s: %v", what, err)
 		}
 		if got, _ := os.ReadFile(out); string(got) != "old" {
@@ -171,7 +172,7 @@ func TestUnpackIsBounded(t *testing.T) {
 	part := Part{SHA256: strings.Repeat("0", 64), Size: 1000}
 	form := Form{Encoding: EncodingZstd, SHA256: c.sum(), Size: c.n}
 	dir := t.TempDir()
-	err = Unpack(t.Context(), &bomb, part, form, filepath.Join(dir, "agent"))
+	err = Unpack(t.Context(), &bomb, part, form, nil, filepath.Join(dir, "agent"))
 	if !errors.Is(err, ErrContent) || !strings.Contains(err.Error(), "it is 1001 bytes") {
 		t.Errorf("%v: not stopped at the signed size", err)
 	}
@@ -182,12 +183,12 @@ func TestUnpackNeedsBothDigests(t *testing.T) {
 	dir, m := build(t, path)
 	part, form := m.Parts[0], m.Parts[0].Forms[0]
 	form.SHA256 = strings.Repeat("0", 64)
-	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
+	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, nil, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
 		t.Errorf("wrong packed digest: %v", err)
 	}
 	part, form = m.Parts[0], m.Parts[0].Forms[0]
 	part.SHA256 = strings.Repeat("0", 64)
-	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
+	if err := Unpack(t.Context(), bytes.NewReader(packed(t, dir, m)), part, form, nil, filepath.Join(dir, "x")); !errors.Is(err, ErrContent) {
 		t.Errorf("wrong raw digest: %v", err)
 	}
 }
@@ -197,7 +198,7 @@ func TestUnpackStopsWithContext(t *testing.T) {
 	dir, m := build(t, path)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := Unpack(ctx, bytes.NewReader(packed(t, dir, m)), m.Parts[0], m.Parts[0].Forms[0], filepath.Join(dir, "x")); !errors.Is(err, context.Canceled) {
+	if err := Unpack(ctx, bytes.NewReader(packed(t, dir, m)), m.Parts[0], m.Parts[0].Forms[0], nil, filepath.Join(dir, "x")); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 }
@@ -249,7 +250,7 @@ func TestReleaseKnowsForWhomItIs(t *testing.T) {
 		if c.d != nil {
 			c.d(&d)
 		}
-		if _, form, err := manifest(c.m).For(d); !errors.Is(err, c.want) || err == nil && form.Encoding != EncodingZstd {
+		if _, forms, err := manifest(c.m).For(d); !errors.Is(err, c.want) || err == nil && (len(forms) != 1 || forms[0].Encoding != EncodingZstd) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
@@ -257,7 +258,7 @@ func TestReleaseKnowsForWhomItIs(t *testing.T) {
 
 func TestArmTakesTheBestVariantItRuns(t *testing.T) {
 	for have, want := range map[string]string{"7": "7", "6": "5", "5": "5"} {
-		part, _, ok := manifest(nil).Select(PartAgent, Platform{"linux", "arm", have})
+		part, ok := manifest(nil).Select(PartAgent, Platform{"linux", "arm", have})
 		if !ok || part.Variant != want {
 			t.Errorf("ARMv%s takes the agent for v%s, want v%s", have, part.Variant, want)
 		}
@@ -291,6 +292,9 @@ func TestBadManifestsAreRefusedByName(t *testing.T) {
 	part := func(sum string, size any) string {
 		return fmt.Sprintf(`{"name":"agent","os":"linux","arch":"arm64","sha256":%q,"size":%v}`, sum, size)
 	}
+	forms := func(form string) string {
+		return `{"format":1,"version":"1.2.3","parts":[` + strings.TrimSuffix(part(sum, 1), "}") + `,"forms":[{"size":1,"sha256":"` + sum + `",` + form + `}]}]}`
+	}
 	for raw, want := range map[string]string{
 		`{`:                                "cannot be read",
 		`{"format":2}`:                     "newer format",
@@ -308,6 +312,10 @@ func TestBadManifestsAreRefusedByName(t *testing.T) {
 		`{"format":1,"version":"1.2.3","parts":[` + part(strings.ToUpper(sum), 1) + `]}`:              "no SHA-256",
 		`{"format":1,"version":"1.2.3","parts":[` + part(sum, -1) + `]}`:                              "size",
 		`{"format":1,"version":"1.2.3","parts":[` + part(sum, int64(MaxPart+1)) + `]}`:                "size",
+		forms(`"encoding":"bsdiff"`):                                                 "does not say from which",
+		forms(`"encoding":"bsdiff","from":"abc"`):                                    "from: \"abc\" is no SHA-256",
+		forms(`"encoding":"zstd","from":"` + sum + `"`):                              "a whole file is from none",
+		forms(`"encoding":"bsdiff","from":"` + sum + `","from_version":"yesterday"`): "from_version",
 	} {
 		if _, err := Parse([]byte(raw)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", raw, err, want)
@@ -335,6 +343,6 @@ func BenchmarkUnpack(b *testing.B) {
 	b.SetBytes(m.Parts[0].Size)
 	b.ReportAllocs()
 	for b.Loop() {
-		must(b, Unpack(b.Context(), bytes.NewReader(raw), m.Parts[0], m.Parts[0].Forms[0], filepath.Join(dir, "out")))
+		must(b, Unpack(b.Context(), bytes.NewReader(raw), m.Parts[0], m.Parts[0].Forms[0], nil, filepath.Join(dir, "out")))
 	}
 }

@@ -16,8 +16,10 @@
 // was built. Nothing else needs a signature.
 //
 // A part may have several forms; a device takes one whose encoding it knows and
-// passes over the others, so that later releases can add some (deltas). Today
-// there is one: the whole file under zstd (RFC 8878).
+// passes over the others, so that later releases can add some. There is the whole file
+// under zstd (RFC 8878), and there may be deltas (package delta), each from one certain
+// file, which its digest names: a device takes one only if that is the file that it runs.
+// Of those that it can take it takes the smallest.
 //
 // Beside the parts stand attachments: what the release is made of (ota/sbom) and how
 // it was built (ota/provenance). The manifest names them by digest, as it does parts, so
@@ -43,6 +45,8 @@ import (
 	"time"
 
 	"golang.org/x/mod/semver"
+
+	"github.com/deimos-edge/deimos/ota/delta"
 )
 
 const (
@@ -104,7 +108,14 @@ type Form struct {
 	Encoding string `json:"encoding"`
 	SHA256   string `json:"sha256"` // of the packed bytes, lower-case hex
 	Size     int64  `json:"size"`   // packed, bytes
+	// From is the SHA-256 of the raw file that a delta is applied to, lower-case hex, and
+	// FromVersion, for people, the release it is of; both are empty for a whole file.
+	From        string `json:"from,omitempty"`
+	FromVersion string `json:"from_version,omitempty"`
 }
+
+// Delta tells whether a form makes the part out of another file.
+func (f Form) Delta() bool { return f.From != "" }
 
 // Attachment is a document about a release. It is not packed, and is fetched as
 // "parts/<SHA256>"; no device fetches or counts it.
@@ -298,16 +309,46 @@ func (p Part) check() error {
 		return err
 	}
 	for _, f := range p.Forms {
-		if err := checkBlob(f.SHA256, f.Size); err != nil {
+		if err := f.check(); err != nil {
 			return fmt.Errorf("form %s: %w", f.Encoding, err)
 		}
 	}
 	return nil
 }
 
-func checkBlob(sum string, size int64) error {
+func (f Form) check() error {
+	if err := checkBlob(f.SHA256, f.Size); err != nil {
+		return err
+	}
+	switch {
+	case f.From != "":
+		if err := checkSum(f.From); err != nil {
+			return fmt.Errorf("from: %w", err)
+		}
+		if f.Encoding == EncodingZstd {
+			return errors.New("a whole file is from none")
+		}
+	case delta.Known(f.Encoding):
+		return errors.New("a delta is from a file, and this does not say from which")
+	}
+	if f.FromVersion != "" {
+		if err := CheckVersion(f.FromVersion); err != nil {
+			return fmt.Errorf("from_version: %w", err)
+		}
+	}
+	return nil
+}
+
+func checkSum(sum string) error {
 	if raw, err := hex.DecodeString(sum); err != nil || len(raw) != sha256.Size || strings.ToLower(sum) != sum {
 		return fmt.Errorf("%q is no SHA-256 in lower-case hex", sum)
+	}
+	return nil
+}
+
+func checkBlob(sum string, size int64) error {
+	if err := checkSum(sum); err != nil {
+		return err
 	}
 	if size <= 0 || size > MaxPart {
 		return fmt.Errorf("a size of %d bytes is not allowed (limit %d)", size, MaxPart)
@@ -323,6 +364,7 @@ type Device struct {
 	Floor    string // the oldest version that may be installed; "" for none
 	Part     string // by which it is updated; "" for [PartAgent]
 	Platform Platform
+	Runs     string // SHA-256 of the raw file that runs, lower-case hex; "" if unknown: no delta is for it
 }
 
 // Why a release is not for a device.
@@ -336,11 +378,11 @@ var (
 	ErrRollout   = errors.New("this device is not in the rollout yet")
 )
 
-// For tells whether the release is for d, and which part and form d should
-// install. The error wraps one of those above.
-func (m Manifest) For(d Device) (Part, Form, error) {
-	none := func(err error, format string, args ...any) (Part, Form, error) {
-		return Part{}, Form{}, fmt.Errorf("%w: %s", err, fmt.Sprintf(format, args...))
+// For tells whether the release is for d, which part d should install, and by which
+// forms it can, the smallest first: one at least. The error wraps one of those above.
+func (m Manifest) For(d Device) (Part, []Form, error) {
+	none := func(err error, format string, args ...any) (Part, []Form, error) {
+		return Part{}, nil, fmt.Errorf("%w: %s", err, fmt.Sprintf(format, args...))
 	}
 	switch c := Compare(m.Version, d.Version); {
 	case c == 0:
@@ -361,11 +403,11 @@ func (m Manifest) For(d Device) (Part, Form, error) {
 		return none(ErrRollout, "%s goes to %v%% of devices", m.Version, *m.Percentage)
 	}
 	name := cmp.Or(d.Part, PartAgent)
-	part, form, ok := m.Select(name, d.Platform)
+	part, ok := m.Select(name, d.Platform)
 	if !ok {
 		return none(ErrPlatform, "%s has no %s for %s", m.Version, name, d.Platform)
 	}
-	return part, form, nil
+	return part, part.formsFor(d.Runs), nil
 }
 
 // GoesBackFrom tells whether a signed exception lets that version go back to this one.
@@ -382,31 +424,31 @@ func (m Manifest) fitsBoard(board string) bool {
 	return len(m.Boards) == 0
 }
 
-// Select finds the part of that name that suits p best, and the smallest form
-// of it that this code can unpack.
-func (m Manifest) Select(name string, p Platform) (Part, Form, bool) {
-	var best Part
-	var form Form
-	found := false
+// Select finds the part of that name that suits p best, and that this code can unpack
+// whatever runs.
+func (m Manifest) Select(name string, p Platform) (best Part, found bool) {
 	for _, part := range m.Parts {
-		f, ok := part.form()
-		if part.Name != name || !p.runs(part.Platform) || !ok {
+		if part.Name != name || !p.runs(part.Platform) || !slices.ContainsFunc(part.Forms, Form.whole) {
 			continue
 		}
 		if !found || part.Variant > best.Variant {
-			best, form, found = part, f, true
-		}
-	}
-	return best, form, found
-}
-
-func (p Part) form() (best Form, found bool) {
-	for _, f := range p.Forms {
-		if f.Encoding == EncodingZstd && (!found || f.Size < best.Size) {
-			best, found = f, true
+			best, found = part, true
 		}
 	}
 	return best, found
+}
+
+func (f Form) whole() bool { return f.Encoding == EncodingZstd }
+
+// formsFor are the forms that make the part where that file runs, the smallest first.
+func (p Part) formsFor(runs string) (forms []Form) {
+	for _, f := range p.Forms {
+		if f.whole() || runs != "" && f.From == runs && delta.Known(f.Encoding) {
+			forms = append(forms, f)
+		}
+	}
+	slices.SortStableFunc(forms, func(a, b Form) int { return cmp.Compare(a.Size, b.Size) })
+	return forms
 }
 
 // RolloutPoint is where a device stands in the rollout of a version, from 0 up

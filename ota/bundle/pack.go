@@ -19,6 +19,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/ota/delta"
 	"github.com/deimos-edge/deimos/ota/slot/firmware"
 )
 
@@ -46,6 +47,13 @@ type BuildOptions struct {
 	Fast       bool     // quarter the time to build, 10% more bytes: for trying things out
 	// Attach makes what is attached, once the parts are packed; nil for nothing.
 	Attach func(Manifest) ([]Document, error)
+
+	// DeltaFrom are directories of bundles, of releases that devices run now. Parts are
+	// packed as deltas from theirs, too, where that is worth it. Measured, if not nil, is
+	// told of each delta that was made; Progress, how far the one is that is being made, from 0 to 1.
+	DeltaFrom []string
+	Measured  func(Measured)
+	Progress  func(what string, done float64)
 }
 
 // Document is an attachment that is not in a bundle yet.
@@ -59,6 +67,13 @@ type Document struct {
 func (d Document) Attachment() Attachment {
 	sum := sha256.Sum256(d.Content)
 	return Attachment{Name: d.Name, MediaType: d.MediaType, SHA256: hex.EncodeToString(sum[:]), Size: int64(len(d.Content))}
+}
+
+// Measured is a delta that was made to see how large it is.
+type Measured struct {
+	Part Part // with the whole form, for comparison
+	Form Form
+	Kept bool // it is in the bundle: the smallest from there, and worth it
 }
 
 func (o BuildOptions) level() zstd.EncoderLevel {
@@ -91,6 +106,9 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 	if err != nil {
 		return m, err
 	}
+	if err := o.checkDeltaFrom(parts); err != nil {
+		return m, err
+	}
 	seen := map[string]string{}
 	for _, p := range parts {
 		if other, twice := seen[p.kind()]; twice {
@@ -100,6 +118,9 @@ func Build(ctx context.Context, dir string, o BuildOptions) (Manifest, error) {
 		part, err := p.pack(ctx, dir, o.level())
 		if err != nil {
 			return m, fmt.Errorf("pack %s: %w", p.path, err)
+		}
+		if part.Forms, err = o.deltas(ctx, dir, p.path, part); err != nil {
+			return m, err
 		}
 		m.Parts = append(m.Parts, part)
 	}
@@ -216,40 +237,49 @@ func (p unpacked) pack(ctx context.Context, dir string, level zstd.EncoderLevel)
 		return Part{}, err
 	}
 	defer src.Close()
-	out, err := os.CreateTemp(filepath.Join(dir, partsDir), ".packing-*")
+	raw := newCounter()
+	form, err := keep(dir, func(out io.Writer) error {
+		enc, err := zstd.NewWriter(out,
+			zstd.WithEncoderLevel(level),
+			zstd.WithEncoderConcurrency(1), // for the same bytes on any machine
+			zstd.WithWindowSize(windowSize))
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(enc, io.TeeReader(withContext(ctx, src), raw))
+		return errors.Join(err, enc.Close())
+	})
 	if err != nil {
 		return Part{}, err
+	}
+	form.Encoding = EncodingZstd
+	return Part{Name: p.Name, Platform: p.Platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
+}
+
+// keep makes a packed part of what is written, which is then in dir by its digest.
+func keep(dir string, write func(io.Writer) error) (Form, error) {
+	out, err := os.CreateTemp(filepath.Join(dir, partsDir), ".packing-*")
+	if err != nil {
+		return Form{}, err
 	}
 	defer os.Remove(out.Name())
 	defer out.Close()
-
-	raw, packed := newCounter(), newCounter()
-	enc, err := zstd.NewWriter(io.MultiWriter(out, packed),
-		zstd.WithEncoderLevel(level),
-		zstd.WithEncoderConcurrency(1), // for the same bytes on any machine
-		zstd.WithWindowSize(windowSize))
-	if err != nil {
-		return Part{}, err
-	}
-	_, err = io.Copy(enc, io.TeeReader(withContext(ctx, src), raw))
-	if err := errors.Join(err, enc.Close()); err != nil {
-		return Part{}, err
+	packed := newCounter()
+	if err := write(io.MultiWriter(out, packed)); err != nil {
+		return Form{}, err
 	}
 	if packed.n > MaxPacked {
-		return Part{}, fmt.Errorf("packed it has %d MiB, and a coordinator takes %d at most; make it smaller", packed.n>>20, MaxPacked>>20)
+		return Form{}, fmt.Errorf("packed it has %d MiB, and a coordinator takes %d at most; make it smaller", packed.n>>20, MaxPacked>>20)
 	}
-	form := Form{Encoding: EncodingZstd, SHA256: packed.sum(), Size: packed.n}
+	form := Form{SHA256: packed.sum(), Size: packed.n}
 	path := filepath.Join(dir, filepath.FromSlash(PartPath(form.SHA256)))
 	if err := errors.Join(out.Chmod(0o644), out.Sync()); err != nil {
-		return Part{}, err
+		return Form{}, err
 	}
 	if err := os.Rename(out.Name(), path); err != nil {
-		return Part{}, err
+		return Form{}, err
 	}
-	if err := durable.Sync(filepath.Dir(path)); err != nil {
-		return Part{}, err
-	}
-	return Part{Name: p.Name, Platform: p.Platform, SHA256: raw.sum(), Size: raw.n, Forms: []Form{form}}, nil
+	return form, durable.Sync(filepath.Dir(path))
 }
 
 // PlatformOf reads from a Go binary what it was built for.
@@ -283,9 +313,9 @@ var ErrContent = errors.New("the part does not have the signed content")
 
 // Unpack reads a packed part from src and writes the raw file to path, mode
 // 0755, durably and all at once: path is not touched unless both digests and
-// both sizes are right. It needs about twice the window (8 MiB) of memory.
-func Unpack(ctx context.Context, src io.Reader, part Part, form Form, path string) error {
-	raw, err := NewReader(ctx, src, part, form)
+// both sizes are right. See [NewReader].
+func Unpack(ctx context.Context, src io.Reader, part Part, form Form, old *io.SectionReader, path string) error {
+	raw, err := NewReader(ctx, src, part, form, old)
 	if err != nil {
 		return err
 	}
@@ -321,26 +351,40 @@ type Reader struct {
 	part        Part
 	form        Form
 	in          io.Reader // what is packed, counted
-	dec         *zstd.Decoder
+	dec         io.ReadCloser
 	packed, raw *counter
 	end         error
 }
 
-// NewReader begins to unpack. It needs about twice the window (8 MiB) of memory.
-func NewReader(ctx context.Context, src io.Reader, part Part, form Form) (*Reader, error) {
-	if form.Encoding != EncodingZstd {
-		return nil, fmt.Errorf("the encoding %q is not known", form.Encoding)
-	}
+// NewReader begins to unpack. For a delta old is the file whose digest is form.From; it
+// is not looked at for a whole file, which takes about twice the window (8 MiB) of memory.
+// What a delta takes see [delta.Memory]; one that cannot be applied is [ErrContent], too.
+func NewReader(ctx context.Context, src io.Reader, part Part, form Form, old *io.SectionReader) (*Reader, error) {
 	r := &Reader{ctx: ctx, part: part, form: form, packed: newCounter(), raw: newCounter()}
 	r.in = io.TeeReader(io.LimitReader(withContext(ctx, src), form.Size+1), r.packed)
 	var err error
-	r.dec, err = zstd.NewReader(r.in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxWindow(windowSize))
-	return r, err
+	switch {
+	case form.whole():
+		var dec *zstd.Decoder
+		if dec, err = zstd.NewReader(r.in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(windowSize)); err == nil {
+			r.dec = dec.IOReadCloser()
+		}
+	case old == nil || !delta.Known(form.Encoding):
+		return nil, fmt.Errorf("%w: the encoding %q cannot be unpacked here", ErrContent, form.Encoding)
+	default:
+		r.dec, err = delta.NewReader(form.Encoding, r.in, old, part.Size)
+	}
+	if err != nil {
+		if ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", ErrContent, err)
+		}
+		return nil, err
+	}
+	return r, nil
 }
 
 // Close frees the memory.
-func (r *Reader) Close() { r.dec.Close() }
+func (r *Reader) Close() { _ = r.dec.Close() }
 
 // Read is that of [io.Reader].
 func (r *Reader) Read(p []byte) (int, error) {
@@ -365,7 +409,7 @@ func (r *Reader) verdict(err error) error {
 	if errors.Is(err, io.EOF) {
 		err = nil
 	}
-	r.dec.Close()
+	r.Close()
 	// What the decoder did not need belongs to the digest all the same.
 	if _, drainErr := io.Copy(io.Discard, r.in); err == nil {
 		err = drainErr

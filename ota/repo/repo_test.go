@@ -141,7 +141,7 @@ func TestReleaseGoesFromKeysToDevice(t *testing.T) {
 				t.Errorf("%+v, %v", m, c.Targets())
 			}
 			must(t, c.FetchPart(t.Context(), form, filepath.Join(dir, "part"), nil))
-			must(t, bundle.Unpack(t.Context(), open(t, filepath.Join(dir, "part")), m.Parts[0], form, filepath.Join(dir, "agent")))
+			must(t, bundle.Unpack(t.Context(), open(t, filepath.Join(dir, "part")), m.Parts[0], form, nil, filepath.Join(dir, "agent")))
 			if _, err := c.Manifest(t.Context(), TargetName("9.9.9")); conditionOf(err) != Missing {
 				t.Errorf("an unsigned name: %v", err)
 			}

@@ -47,7 +47,7 @@ var Table = map[Event]map[Phase]Phase{
 	Allowed:   {Waiting: Fetching},
 	Held:      {Waiting: Waiting, Fetching: Waiting, Verified: Waiting},
 	Fetched:   {Fetching: Verified},
-	Refetched: {Verified: Fetching}, // what the disk gave back was not what came, or a delta did not make what was signed
+	Refetched: {Fetching: Fetching, Verified: Fetching}, // a delta could not be had, or did not make what was signed; another form may be fetched
 	GivenUp:   {Idle: Idle, Waiting: Idle, Fetching: Idle, Verified: Idle},
 
 	Begun:      {Idle: Verified, Verified: Verified}, // a store of slots does not know what comes before

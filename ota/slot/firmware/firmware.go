@@ -248,6 +248,25 @@ func (s *Store) Install(ctx context.Context, order string, image slot.Image, siz
 	return s.write(file{version: version, counted: true, left: slot.Tries}, size, image.SHA256, reader{ctx, content}, check)
 }
 
+// Running opens the image that runs, and tells its size in bytes.
+func (s *Store) Running() (image interface {
+	io.ReaderAt
+	io.Closer
+}, size int64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, err := s.disk.list()
+	if err != nil {
+		return nil, 0, err
+	}
+	mine, ok := all.find(s.running)
+	if !ok {
+		return nil, 0, ErrUnknown
+	}
+	in, err := s.disk.open(mine.name)
+	return in, mine.size, err
+}
+
 // CheckRoom tells, as an error, whether an image of that version and size would
 // not fit, once the older ones are gone, or [ErrUncounted].
 func (s *Store) CheckRoom(version string, size int64) error {
