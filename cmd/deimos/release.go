@@ -44,8 +44,17 @@ type releaseBuildCmd struct {
 	Percentage float64  `default:"100" help:"Share of the fleet that takes it (${default})."`
 	Floor      string   `placeholder:"VERSION" help:"Oldest version that may still be installed by who has seen this release. Default: as it was."`
 	DownFrom   []string `name:"allow-downgrade-from" placeholder:"VERSION" help:"A newer version that may go back to this one; may be repeated. Without it, none may."`
+	DeltaFrom  []string `type:"existingdir" placeholder:"DIR" help:"Bundle of a release that devices run now; may be repeated. Who runs it fetches only what differs. Takes about a minute for each part."`
 	provenanceFlags
 	cli.Output
+}
+
+func (releaseBuildCmd) Help() string {
+	return `  deimos release build --version 0.2.0 --agent deimos-agent-arm64 --out r-0.2.0
+  deimos release build --version 0.2.1 --agent deimos-agent-arm64 --out r-0.2.1 --delta-from r-0.2.0 --delta-from r-0.1.9
+
+For each part of the bundles of --delta-from it makes a delta in two ways and measures them. The smaller one is kept if it
+has less than 80% of the bytes of the whole part. A device uses a delta only if it runs the very file that it is from.`
 }
 
 func (r *releaseBuildCmd) Run(ctx context.Context) error {
@@ -61,7 +70,19 @@ func (r *releaseBuildCmd) Run(ctx context.Context) error {
 		return err
 	}
 	o.Created, o.Attach = r.Created, attached.attach
+	var measured []bundle.Measured
+	o.DeltaFrom, o.Measured = r.DeltaFrom, func(m bundle.Measured) { measured = append(measured, m) }
+	clearLine := func() {}
+	if cli.Terminal(os.Stderr) {
+		const anew = "\r\x1b[K"
+		o.Progress = func(what string, done float64) {
+			line := fmt.Sprintf("%3.0f%% %s", 100*done, what)
+			fmt.Fprint(os.Stderr, anew, line[:min(len(line), cli.Columns(os.Stderr)-1)])
+		}
+		clearLine = func() { fmt.Fprint(os.Stderr, anew) }
+	}
 	m, err := bundle.Build(ctx, r.Out, o)
+	clearLine()
 	if err != nil {
 		return err
 	}
@@ -69,7 +90,7 @@ func (r *releaseBuildCmd) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	out := built{m, fmt.Sprintf("%x", sha256.Sum256(raw)), attached.lacks()}
+	out := built{m, fmt.Sprintf("%x", sha256.Sum256(raw)), attached.lacks(), measured}
 	return r.Print(out, func(w io.Writer) error {
 		var rows []string
 		for _, p := range m.Parts {
@@ -77,6 +98,9 @@ func (r *releaseBuildCmd) Run(ctx context.Context) error {
 		}
 		fmt.Fprintf(w, "release %s in %s\n", m.Version, r.Out)
 		if err := cli.Table(w, "PART\tPLATFORM\tSIZE\tSHA256", rows); err != nil {
+			return err
+		}
+		if err := tellMeasured(w, measured); err != nil {
 			return err
 		}
 		fmt.Fprintf(w, "manifest %s\n", out.SHA256)
@@ -92,6 +116,27 @@ type built struct {
 	bundle.Manifest
 	SHA256 string   `json:"manifest_sha256"`
 	Lacks  []string `json:"lacks,omitempty"` // sentences: what the attachments do not tell
+
+	Measured []bundle.Measured `json:"measured,omitempty"` // deltas
+}
+
+// tellMeasured is a table of the deltas that were made, each beside the whole part.
+func tellMeasured(w io.Writer, measured []bundle.Measured) error {
+	if len(measured) == 0 {
+		return nil
+	}
+	var rows []string
+	for _, d := range measured {
+		whole := d.Part.Forms[0].Size
+		kept := ""
+		if d.Kept {
+			kept = "kept"
+		}
+		rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%.1f%% of %s\t%s", d.Part.Name, d.Part.Platform, d.Form.FromVersion, d.Form.Encoding,
+			cli.Bytes(d.Form.Size), 100*float64(d.Form.Size)/float64(whole), cli.Bytes(whole), kept))
+	}
+	fmt.Fprintln(w)
+	return cli.Table(w, "DELTA\tPLATFORM\tFROM\tENCODING\tFETCHED\tSHARE\t", rows)
 }
 
 type releasePublishCmd struct {

@@ -329,7 +329,11 @@ func (rel *released) describe(w io.Writer) error {
 	var rows []string
 	for _, p := range rel.Parts {
 		for _, f := range p.Forms {
-			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", p.Name, p.Platform, cli.Bytes(p.Size), cli.Short(p.SHA256), f.Encoding, cli.Bytes(f.Size)))
+			as := f.Encoding
+			if f.Delta() {
+				as += " from " + cmp.Or(f.FromVersion, cli.Short(f.From))
+			}
+			rows = append(rows, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", p.Name, p.Platform, cli.Bytes(p.Size), cli.Short(p.SHA256), as, cli.Bytes(f.Size)))
 		}
 	}
 	if err := cli.Table(w, "PART\tPLATFORM\tSIZE\tSHA256\tFETCHED AS\tFETCHED", rows); err != nil {

@@ -71,9 +71,9 @@ func (d Document) Attachment() Attachment {
 
 // Measured is a delta that was made to see how large it is.
 type Measured struct {
-	Part Part // with the whole form, for comparison
-	Form Form
-	Kept bool // it is in the bundle: the smallest from there, and worth it
+	Part Part `json:"part"` // with the whole form, for comparison
+	Form Form `json:"form"`
+	Kept bool `json:"kept"` // it is in the bundle: the smallest from there, and worth it
 }
 
 func (o BuildOptions) level() zstd.EncoderLevel {

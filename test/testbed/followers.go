@@ -185,11 +185,11 @@ func (v *Follower) fetch(ctx context.Context, b wire.UpdateInstall, r *wire.Upda
 		return wire.FailedBecause(wire.CodeTransfer, "%v", err)
 	}
 	r.Checkpoint = c.Log().Checkpoint
-	_, form, err := m.For(bundle.Device{ID: string(v.ID), Board: "simulated", Version: r.From, Part: bundle.PartAgent, Platform: bundle.Host()})
+	_, forms, err := m.For(bundle.Device{ID: string(v.ID), Board: "simulated", Version: r.From, Part: bundle.PartAgent, Platform: bundle.Host()})
 	if err != nil {
 		return err
 	}
-	packed := filepath.Join(dir, "part")
+	form, packed := forms[0], filepath.Join(dir, "part")
 	if err := c.FetchPart(ctx, form, packed, func(int64) {}); err != nil {
 		return wire.FailedBecause(wire.CodeTransfer, "%v", err)
 	}
