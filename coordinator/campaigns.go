@@ -59,6 +59,7 @@ type campaigns struct {
 	reg      *registry
 	outbox   *outbox
 	releases func() *releases
+	forks    func() []api.LogSeen
 	leader   *leader
 	note     func(context.Context, api.LogEntry)
 	now      func() time.Time
@@ -624,7 +625,15 @@ func (s *campaigns) explain(ctx context.Context, list []api.CampaignDevice) {
 
 // view is a campaign as operators see it, without the devices that failed.
 func (s *campaigns) view(row campaignRow) api.Campaign {
-	t := s.look(row, nil)
+	there, lack := 0, 0 // who does not have it, and is online or not
+	t := s.look(row, func(d api.DeviceRecord, _ *orderNow, v seen, _ at) {
+		if row.runs(d.Agent) {
+			return
+		}
+		if lack++; v.online {
+			there++
+		}
+	})
 	now := s.now()
 	v := api.Campaign{ID: row.ID, Version: row.Version, Selector: row.To, Stop: row.Stop.view(), Rate: row.Rate, By: row.By, Created: row.Created,
 		State: row.State, Phase: row.Phase, Code: row.Code, Reason: row.Reason, Ended: row.Ended, Evidence: row.Evidence,
@@ -645,8 +654,10 @@ func (s *campaigns) view(row campaignRow) api.Campaign {
 		switch {
 		case row.awaits(now):
 			v.State, v.Holdup = api.CampaignAwaiting, fmt.Sprintf("phase %d waits for an approval", row.Phase+1)
-		case p.Began.IsZero() && p.Count > 0:
-			v.Holdup = fmt.Sprintf("phase %d begins when %d of its devices are online", row.Phase+1, p.Count)
+		case p.Began.IsZero():
+			if want := min(p.Count, lack); there < want {
+				v.Holdup = fmt.Sprintf("phase %d begins when %d devices without the release are online; %d are", row.Phase+1, want, there)
+			}
 		case p.Settled.IsZero():
 			v.Holdup = row.holdup(t)
 		}
@@ -708,7 +719,7 @@ func (s *campaigns) list(ctx context.Context, id string, standing api.Standing, 
 
 // all is how the fleet stands with its releases.
 func (s *campaigns) all(ctx context.Context) api.Releases {
-	out := api.Releases{Versions: []api.VersionCount{}, Campaigns: []api.Campaign{}}
+	out := api.Releases{Versions: []api.VersionCount{}, Campaigns: []api.Campaign{}, Forks: s.forks()}
 	of := make(map[string]*api.VersionCount)
 	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
 		if d.Retired {

@@ -121,6 +121,7 @@ type Coordinator struct {
 	compute   *compute
 	jobs      *jobs
 	campaigns *campaigns
+	faces     *faces
 	audits    *audits
 	repairs   *repairs
 	releases  *releases
@@ -362,6 +363,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)
 	c.campaigns.note, c.campaigns.releases = c.note, func() *releases { return c.releases }
 	c.outbox.updates = c.campaigns.heard
+	c.faces = newFaces(c.now, c.log)
+	c.faces.note, c.faces.releases = c.note, c.campaigns.releases
+	c.campaigns.forks = c.faces.forks
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -393,6 +397,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		func() error { return c.repairs.open(ctx, c) },
 		func() error { return c.jobs.openRows(ctx, c) },
 		func() error { return bucket(ctx, c, "campaigns", &c.campaigns.rows, nil) },
+		func() error { return bucket(ctx, c, "checkpoints", &c.faces.rows, nil) },
 	} {
 		if err := open(); err != nil {
 			return err
@@ -597,6 +602,9 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	}
 	c.reg.seen(id)
 	c.storage.resting.heard(r) // before who waits for it asks the next device
+	if err := c.faces.heard(ctx, r); err != nil {
+		return err
+	}
 	if err := c.outbox.report(ctx, r, raw); err != nil {
 		return err
 	}

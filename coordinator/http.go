@@ -83,6 +83,7 @@ func (c *Coordinator) table() []route {
 		c.repairRoutes(),
 		c.releaseRoutes(),
 		c.campaignRoutes(),
+		c.faceRoutes(),
 		c.operatorRoutes(),
 		c.logRoutes(),
 		c.statusRoutes(),

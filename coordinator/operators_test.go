@@ -110,6 +110,7 @@ func TestEachRouteNeedsWhatIsWrittenHere(t *testing.T) {
 			"GET /api/v1/orders/{device}/{id}",
 			"GET /api/v1/orders/{device}/{id}/attachment",
 			"GET /api/v1/releases",
+			"GET /api/v1/releases/log",
 			"GET /api/v1/repair",
 			"GET /api/v1/repo/{path...}",
 			"POST /api/v1/devices/{id}/history",

@@ -1,17 +1,22 @@
 package test
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota/bundle"
+	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -32,18 +37,33 @@ type followers struct {
 	testbed.Followers
 	rng  *rand.Rand
 	list []*testbed.Follower
+
+	mu   sync.Mutex
 	fate map[string]map[int]testbed.Fate // by version
+	twin map[int]repo.Source             // what a device reads in the repository's place
 }
 
 // newFollowers has n of them online, and the keys of releases made.
 func newFollowers(t *testing.T, n int, opts ...option) *followers {
 	t.Helper()
-	v := &followers{rng: testbed.Seeded(t), fate: map[string]map[int]testbed.Fate{}}
+	v := &followers{rng: testbed.Seeded(t), fate: map[string]map[int]testbed.Fate{}, twin: map[int]repo.Source{}}
 	v.fleet = newFleet(t, opts...)
 	v.Dir = t.TempDir()
 	v.OK(nil, "release", "keys", "init", "--keys", v.Path("release-keys"))
 	v.Publish("")
-	v.Fate = func(d int, version string) testbed.Fate { return v.fate[version][d] }
+	v.Fate = func(d int, version string) testbed.Fate {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		return v.fate[version][d]
+	}
+	v.Mirror = func(d int, s repo.Source) repo.Source {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if twin := v.twin[d]; twin != nil {
+			return twin
+		}
+		return s
+	}
 	began := time.Now()
 	stop := v.Follow(n, &v.Followers)
 	t.Cleanup(stop) // before the fleet ends
@@ -55,7 +75,9 @@ func newFollowers(t *testing.T, n int, opts ...option) *followers {
 // release publishes a version; of those who take it some fail and some fall silent.
 func (v *followers) release(version string, fate map[int]testbed.Fate) {
 	v.T.Helper()
+	v.mu.Lock()
 	v.fate[version] = fate
+	v.mu.Unlock()
 	dir := v.Path("bundle-" + version)
 	if err := testbed.ToyBundle(dir, version, testbed.RandomBytes(v.rng, partSize)); err != nil {
 		v.T.Fatal(err)
@@ -297,4 +319,157 @@ func (v *followers) silent(version string) (n int) {
 		}
 	}
 	return n
+}
+
+// TestACampaignGoesOnWhereItsCoordinatorWasKilled, at each turn of it and at moments of
+// chance: no device is asked twice, nor something else than what is on record, no phase
+// begins before its time, and what was stopped stays so.
+func TestACampaignGoesOnWhereItsCoordinatorWasKilled(t *testing.T) {
+	t.Parallel()
+	const n, soak = 20, 3 * time.Second
+	v := newFollowers(t, n)
+	kill := func() {
+		t.Helper()
+		v.Serve.Kill()
+		v.StartServe()
+	}
+	once := func(version string, most int) {
+		t.Helper()
+		told := 0
+		for _, d := range v.list {
+			orders := asked(d, version)
+			if len(orders) > 1 {
+				t.Errorf("device %d got %d orders for %s", d.N, len(orders), version)
+			}
+			for _, o := range orders {
+				told++
+				kept, err := v.Client.Order(v.Ctx, d.ID, o.ID, 0)
+				if err != nil || !bytes.Equal(kept.Order.Body, o.Body) || !kept.Order.Issued.Equal(o.Issued) {
+					t.Errorf("device %d was told %s, on record is %s (%v)", d.N, o.Body, kept.Order.Body, err)
+				}
+			}
+		}
+		if told > most {
+			t.Errorf("%d devices were asked for %s, at most %d were to be", told, version, most)
+		}
+	}
+
+	v.release("2.0.0", nil)
+	c := v.campaign("2.0.0", "--canary", "4", "--canary-soak", soak.String(), "--phase", "50%:0s:approve", "--rate", "2")
+	kill()
+	v.until(c.ID, "the canary being under way", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] > 0 })
+	kill()
+	v.until(c.ID, "the canary soaking", func(c api.Campaign) bool { return !c.Phases[0].Settled.IsZero() })
+	once("2.0.0", 4)
+	kill()
+	c = v.until(c.ID, "the second phase being under way", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] > 4 })
+	if p := c.Phases[0]; p.Ended.Sub(p.Settled) < soak {
+		t.Errorf("the canary has soaked for %s, not for %s", p.Ended.Sub(p.Settled), soak)
+	}
+	kill()
+	c = v.ends(c.ID, api.CampaignAwaiting)
+	kill()
+	half := c.Counts[api.StandsUpdated]
+	once("2.0.0", half)
+	v.OK(&c, "release", "campaign", "approve", c.ID)
+	kill()
+	c = v.ends(c.ID, api.CampaignDone)
+	kill()
+	once("2.0.0", n)
+	if c = v.now(c.ID); c.State != api.CampaignDone || c.Counts[api.StandsUpdated] != n {
+		t.Errorf("%s, %v", c.State, c.Counts)
+	}
+
+	all := map[int]testbed.Fate{}
+	for _, d := range v.list {
+		all[d.N] = testbed.Fails
+	}
+	v.release("2.1.0", all)
+	c = v.campaign("2.1.0", "--canary", "3", "--max-failed", "0", "--rate", "1")
+	v.until(c.ID, "one of the canary having failed", func(c api.Campaign) bool { return c.Counts[api.StandsFailed] > 0 })
+	kill()
+	v.ends(c.ID, api.CampaignStopped)
+	kill()
+
+	// Those that come late get 2.0.0, or would, if one lacked it: the stopped one is none.
+	v.release("2.2.0", nil)
+	d := v.campaign("2.2.0", "--phase", "20%:0s", "--rate", "2")
+	for range 4 {
+		time.Sleep(time.Duration(v.rng.IntN(3000)) * time.Millisecond) // the moment is the point
+		kill()
+	}
+	v.ends(d.ID, api.CampaignDone)
+	once("2.2.0", n)
+	once("2.1.0", 3)
+	if c = v.now(c.ID); c.State != api.CampaignStopped || c.Code != api.CampaignTooManyFailed || len(c.Evidence) == 0 {
+		t.Errorf("%s %s %v", c.State, c.Code, c.Evidence)
+	}
+}
+
+// TestALogWithTwoFacesIsToldLoudly: who has all keys shows one device another log, of
+// the same size, in which the release has other bytes. Each device is content with what
+// it sees; the coordinator, which has both reports, is not, and has the proof.
+func TestALogWithTwoFacesIsToldLoudly(t *testing.T) {
+	t.Parallel()
+	const n, deceived = 5, 3
+	const version = "2.0.0"
+	v := newFollowers(t, n)
+	twin := v.Path("twin")
+	if err := os.CopyFS(twin, os.DirFS(v.Path("repo"))); err != nil {
+		t.Fatal(err)
+	}
+	v.release(version, nil)
+	dir := v.Path("bundle-of-twin")
+	if err := testbed.ToyBundle(dir, version, testbed.RandomBytes(v.rng, partSize)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Publish(repo.PublishOptions{Keys: v.Path("release-keys"), Repo: twin, Bundle: dir, Now: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	v.mu.Lock()
+	v.twin[deceived] = repo.Dir(twin)
+	v.mu.Unlock()
+	c := v.campaign(version, "--phase", "100%")
+	if c = v.ends(c.ID, api.CampaignDone); c.Counts[api.StandsUpdated] != n {
+		t.Fatalf("%v", c.Counts)
+	}
+	var r api.Releases
+	v.OK(&r, "release", "status")
+	if len(r.Forks) != 1 || r.Forks[0].Size != 1 || len(r.Forks[0].Faces) != 2 {
+		t.Fatalf("%+v", r.Forks)
+	}
+	for _, f := range r.Forks[0].Faces {
+		alone := len(f.Shown) == 1 && f.Shown[0].Device == v.list[deceived].ID
+		if !alone && len(f.Shown) != n-1 {
+			t.Errorf("%+v", f.Shown)
+		}
+		// The evidence stands by itself: signed by the log, and reported by the device.
+		o, err := v.Client.Order(v.Ctx, f.Shown[0].Device, f.Shown[0].Order, 0)
+		var told wire.UpdateResult
+		if err == nil {
+			err = json.Unmarshal(o.Result.Body, &told)
+		}
+		if err != nil || told.Checkpoint != f.Checkpoint || !strings.Contains(f.Checkpoint, f.Hash) {
+			t.Errorf("%v: %q and %q", err, told.Checkpoint, f.Checkpoint)
+		}
+	}
+	said, err := v.Deimos("release", "status")
+	if err != nil || !strings.HasPrefix(string(said.Stdout), "✗ THE LOG OF RELEASES HAS 2 FACES") || !strings.Contains(string(said.Stdout), string(v.list[deceived].ID)) {
+		t.Errorf("%v\n%s", err, said.Stdout)
+	}
+	var status api.Status
+	v.OK(&status, "status")
+	if !slices.ContainsFunc(status.Attention, func(a api.Attention) bool { return a.Code == api.AttentionLogFork }) {
+		t.Errorf("%+v", status.Attention)
+	}
+	verdict := v.Fails(nil, 1, "release", "log", "verify", "--keys", v.Path("release-keys"))
+	if !strings.Contains(verdict, "does not agree") {
+		t.Error(verdict)
+	}
+	v.Serve.Kill()
+	v.StartServe()
+	v.OK(&r, "release", "status")
+	if len(r.Forks) != 1 {
+		t.Error("it is forgotten with the process")
+	}
 }

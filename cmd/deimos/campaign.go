@@ -331,8 +331,14 @@ func (s *releaseStatusCmd) Run(ctx context.Context, all *commands) error {
 }
 
 // writeReleases shows who runs what, and the campaigns that matter now: those under
-// way, those that late devices get, and the newest of the rest.
+// way, those that late devices get, and the newest of the rest. What would shake the
+// trust in all of them stands first.
 func writeReleases(w io.Writer, v api.Releases) error {
+	for _, f := range v.Forks {
+		if err := writeFork(w, f); err != nil {
+			return err
+		}
+	}
 	var rows []string
 	all := 0
 	for _, x := range v.Versions {
@@ -354,6 +360,24 @@ func writeReleases(w io.Writer, v api.Releases) error {
 		}
 	}
 	return nil
+}
+
+// writeFork shows a log with two faces, and who has seen which.
+func writeFork(w io.Writer, f api.LogSeen) error {
+	fmt.Fprintf(w, "✗ THE LOG OF RELEASES HAS %d FACES. Of %s, devices were shown different ones, all signed with the key of the log\n", len(f.Faces), cli.Count(int(f.Size), "record"))
+	fmt.Fprintf(w, "  (%s): who has that key shows some devices what others do not see. Publish nothing; keep the evidence, the signed\n", cell(f.Log))
+	fmt.Fprint(w, "  checkpoints in \"deimos release status -o json\"; find out who had the key; then \"deimos release keys rotate --role log\".\n\n")
+	var rows []string
+	for i, face := range f.Faces {
+		for _, d := range face.Shown {
+			rows = append(rows, fmt.Sprintf("%d\t%s\t%s\t%s\t%s", i+1, cell(face.Hash), d.Device, d.Order, d.At.UTC().Format(time.RFC3339)))
+		}
+	}
+	if err := cli.Table(w, "FACE\tTREE\tDEVICE\tORDER\tREPORTED", rows); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(w)
+	return err
 }
 
 // whom says a selector as its flags are given.

@@ -92,6 +92,11 @@ func (r *releaseLogVerifyCmd) Run(ctx context.Context, all *commands) error {
 	if err != nil {
 		return err
 	}
+	if m, ok := source.(mirror); ok {
+		if err := reported(ctx, m.c, seen); err != nil {
+			return err
+		}
+	}
 	client, done, err := reader(ctx, source, root)
 	if err != nil {
 		return err
@@ -120,6 +125,19 @@ func (m mirror) Open(ctx context.Context, path string, offset int64) (io.ReadClo
 		return nil, fmt.Errorf("%s has %d bytes, and was asked for from byte %d on", path, len(raw), offset)
 	}
 	return io.NopCloser(bytes.NewReader(raw[offset:])), nil
+}
+
+// reported adds the checkpoints that devices have reported to a coordinator.
+func reported(ctx context.Context, c *api.Client, seen map[string]string) error {
+	list, err := c.LogSeen(ctx)
+	for _, v := range list {
+		for _, face := range v.Faces {
+			for _, d := range face.Shown {
+				seen[fmt.Sprintf("device %s, by its report on order %s,", d.Device, d.Order)] = face.Checkpoint
+			}
+		}
+	}
+	return err
 }
 
 // notes are the checkpoints that were named.

@@ -180,7 +180,36 @@ type Releases struct {
 	// Campaigns are those that have not ended, and of the others the newest, at
 	// most [MaxCampaigns]. The newest is first.
 	Campaigns []Campaign `json:"campaigns"`
+	// Forks is what proves that the log of releases has more than one face: the sizes
+	// of which devices were shown different trees, at most [MaxLogSeen].
+	Forks []LogSeen `json:"forks,omitempty"`
 }
+
+// LogSeen is what devices were shown of the log of releases when it had so many
+// records. An honest log has one face.
+type LogSeen struct {
+	Log   string    `json:"log"`
+	Size  int64     `json:"size"`
+	Faces []LogFace `json:"faces"` // in the order in which they were heard of
+}
+
+// LogFace is one tree, and the first devices that were shown it.
+type LogFace struct {
+	Hash       string     `json:"hash"`       // of the tree, base64
+	Checkpoint string     `json:"checkpoint"` // that says so: a note signed by the log (golang.org/x/mod/sumdb/note)
+	Shown      []LogShown `json:"shown"`
+}
+
+// LogShown is a device that has reported a checkpoint. The report, signed by the
+// device, is with the order.
+type LogShown struct {
+	Device wire.DeviceID `json:"device"`
+	Order  string        `json:"order"`
+	At     time.Time     `json:"at"` // when its report came
+}
+
+// MaxLogSeen bounds a list of [LogSeen].
+const MaxLogSeen = 1000
 
 // VersionCount is how many members run a version.
 type VersionCount struct {
@@ -238,4 +267,9 @@ func (c *Client) SteerCampaign(ctx context.Context, id, what, reason string) (Ca
 // Releases tells which versions the fleet runs, and of campaigns.
 func (c *Client) Releases(ctx context.Context) (Releases, error) {
 	return ask[Releases](ctx, c, http.MethodGet, "releases", nil, nil)
+}
+
+// LogSeen tells what devices were shown of the log of releases, the newest first.
+func (c *Client) LogSeen(ctx context.Context) ([]LogSeen, error) {
+	return ask[[]LogSeen](ctx, c, http.MethodGet, "releases/log", nil, nil)
 }

@@ -70,6 +70,7 @@ const (
 	AttentionLost        = "lost"        // a part of an object is on no device any more
 	AttentionDrain       = "drain"       // something holds up a drain
 	AttentionCampaign    = "campaign"    // one was stopped, or waits for an approval
+	AttentionLogFork     = "log_fork"    // the log of releases has shown devices two faces
 	AttentionSpace       = "disk_space"  // the disk of the coordinator's state is full, or soon
 )
 

@@ -96,6 +96,55 @@ func parseCheckpoint(text, origin string) (t tlog.Tree, err error) {
 	return t, err
 }
 
+// Checkpoint is what a signed checkpoint says.
+type Checkpoint struct {
+	Log  string // its name
+	Size int64  // records
+	Hash string // of their tree, base64
+}
+
+// SplitCheckpoint reads a signed checkpoint and does not ask who has signed it; see
+// [CheckCheckpoint].
+func SplitCheckpoint(signed string) (c Checkpoint, err error) {
+	if len(signed) > maxCheckpoint {
+		return c, fmt.Errorf("it has %d bytes, a checkpoint has %d at most", len(signed), maxCheckpoint)
+	}
+	_, err = note.Open([]byte(signed), nil)
+	var n *note.UnverifiedNoteError
+	if !errors.As(err, &n) {
+		return c, fmt.Errorf("it is no signed note: %w", err)
+	}
+	c.Log, _, _ = strings.Cut(n.Note.Text, "\n")
+	t, err := parseCheckpoint(n.Note.Text, c.Log)
+	c.Size, c.Hash = t.N, t.Hash.String()
+	return c, err
+}
+
+// CheckCheckpoint tells whether one of these keys, as [LogKey] gives them, has signed a
+// checkpoint of its log.
+func CheckCheckpoint(signed string, keys []string) error {
+	err := errors.New("no root names a log")
+	for _, key := range keys {
+		var v note.Verifier
+		if v, err = note.NewVerifier(key); err == nil {
+			if _, err = openCheckpoint([]byte(signed), v); err == nil {
+				return nil
+			}
+		}
+	}
+	return err
+}
+
+// LogKey is the key of the log that a root names, "" if it names none. Whether the root
+// is the right one only a device can tell, see [RootVersion].
+func LogKey(root []byte) (string, error) {
+	t, err := new(Client).startFrom(root)
+	if err != nil {
+		return "", err
+	}
+	return logKeyText(t.Root)
+}
+
 // logField is where the root names the log: a field of its own that every
 // signature of the root covers, {"key": verifier key as in x/mod/sumdb/note}.
 const logField = "transparency_log"
