@@ -213,6 +213,9 @@ func isSignedBy[T metadata.Roles](m *metadata.Metadata[T], role string, by crypt
 
 func rootChanges(old, m *metadata.RootType) (out []string, err error) {
 	before, after := &metadata.Metadata[metadata.RootType]{Signed: *old}, &metadata.Metadata[metadata.RootType]{Signed: *m}
+	if err := checkRoot(after); err != nil {
+		return nil, fmt.Errorf("do not sign this root, no device would take it: %w", err)
+	}
 	for _, role := range Roles {
 		was, wasThreshold, err := roleKeys(before, role)
 		if err != nil && old.Version > 0 {
@@ -235,9 +238,6 @@ func rootChanges(old, m *metadata.RootType) (out []string, err error) {
 		if threshold != wasThreshold {
 			out = append(out, fmt.Sprintf("%d of the %d keys for %s must sign, before it was %d", threshold, len(is), role, wasThreshold))
 		}
-	}
-	if !m.ConsistentSnapshot {
-		out = append(out, "snapshots are not consistent any more: no device takes that")
 	}
 	for name, value := range m.UnrecognizedFields {
 		if name == logField {

@@ -135,14 +135,27 @@ func (c *Client) startFrom(raw []byte) (*trustedmetadata.TrustedMetadata, error)
 	return t, nil
 }
 
-// checkRoot asks more than TUF: two keys for a new root, consistent snapshots, and
-// of a log that it names a key that can be read.
+// checkRoot asks more than TUF: two keys for a new root, consistent snapshots, of each
+// key that its id is its own, and of a log that it names a key that can be read.
 func checkRoot(root *metadata.Metadata[metadata.RootType]) error {
 	if r := root.Signed.Roles[metadata.ROOT]; r == nil || r.Threshold < 2 {
 		return errors.New("one key alone may replace it, at least two must be needed")
 	}
 	if !root.Signed.ConsistentSnapshot {
 		return errors.New("it does not use consistent snapshots")
+	}
+	// Whoever looks at a root before signing it compares ids: a key under another's id
+	// would take its place unseen, and go-tuf does not look.
+	for id, key := range root.Signed.Keys {
+		if key == nil {
+			return fmt.Errorf("key %q is empty", short(id))
+		}
+		switch own, err := key.ID(); {
+		case err != nil:
+			return fmt.Errorf("key %q: %w", short(id), err)
+		case own != id:
+			return fmt.Errorf("what it has as key %q is another key, %s: somebody has put their own in its place; find out who had this file before you", short(id), short(own))
+		}
 	}
 	_, err := logKey(root)
 	return err

@@ -489,6 +489,44 @@ func TestRootIsSignedByHand(t *testing.T) {
 	}
 }
 
+// TestAKeyUnderAnothersIDIsRefused by who looks at the root before signing it, by who
+// takes it in, and by devices: ids are all that a person compares.
+func TestAKeyUnderAnothersIDIsRefused(t *testing.T) {
+	for _, role := range Roles[:4] {
+		f := newFleet(t)
+		f.release("1.1.0", "one")
+		first := f.root()
+		b, c := f.elsewhere("root-2.pem"), f.elsewhere("root-3.pem")
+		o := f.desk()
+		o.Unsigned = t.TempDir()
+		change, err := Renew(o)
+		must(t, err)
+		if st := signWith(t, change.Awaits, b); !st.PreviousMine || len(st.Changes) != 0 {
+			t.Fatalf("%s: of the true one: %+v", role, st)
+		}
+		thief, err := newKey(filepath.Join(t.TempDir(), "k.pem"), nil)
+		must(t, err)
+		edit(t, change.Awaits, func(m *metadata.Metadata[metadata.RootType]) {
+			ids := m.Signed.Roles[role].KeyIDs
+			m.Signed.Keys[ids[0]], err = tufKey(thief.Public())
+			must(t, err)
+		}, b, c) // two who have not looked
+		s, err := LoadKey(b, nil)
+		must(t, err)
+		if st, err := Examine(change.Awaits, "", s.Public()); err == nil || !strings.Contains(err.Error(), "is another key") {
+			t.Errorf("%s: who is to sign is shown %+v (%v)", role, st.Changes, err)
+		}
+		if _, err := TakeRoot(f.keys, []string{change.Awaits}); err == nil || !strings.Contains(err.Error(), "is another key") {
+			t.Errorf("%s: it was taken in: %v", role, err)
+		}
+		must(t, os.WriteFile(filepath.Join(f.repo, "metadata", "2.root.json"), read(t, change.Awaits), 0o644))
+		refused(t, f.clientOf(t.TempDir(), first).Refresh(t.Context(), now), Malformed, "is another key")
+		if _, err := RootVersion(read(t, change.Awaits)); err == nil {
+			t.Errorf("%s: a mirror would hand it to new devices", role)
+		}
+	}
+}
+
 func TestStatementShowsWhatIsHidden(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.0.0", "zero")
