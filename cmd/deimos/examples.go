@@ -22,6 +22,16 @@ func (*deviceCmd) Help() string {
   deimos device retire aaaabbbbccccddddeeeeffff --yes              send one away for ever`
 }
 
+func (*releaseCmd) Help() string {
+	return `For example:
+
+  deimos release build --version 0.2.0 --agent agent-arm64 --out r-0.2.0     pack one
+  deimos release show r-0.2.0                                      look at it, before it is signed
+  deimos release show 0.2.0                                        what the fleet is offered, and who built it
+  deimos release campaign start 0.2.0 --all --canary 5             bring it to devices, a few first
+  deimos release status --watch                                    how far they are`
+}
+
 func (*orderCmd) Help() string {
 	return `For example:
 

@@ -72,6 +72,11 @@ func TestAnAlteredAttachmentIsRefused(t *testing.T) {
 			t.Errorf("%q: %v", other, err)
 		}
 	}
+	must(t, os.WriteFile(path, []byte("a document"), 0o644))
+	other := a
+	if other.Size++; !errors.Is(other.Check([]byte("a document")), ErrContent) {
+		t.Error("a size that is not the signed one is taken")
+	}
 	must(t, os.Remove(path))
 	if _, err := ReadAttachment(dir, a); err == nil || !strings.Contains(err.Error(), "lacks") {
 		t.Error(err)
