@@ -25,11 +25,11 @@ func (*deviceCmd) Help() string {
 func (*releaseCmd) Help() string {
 	return `For example:
 
-  deimos release build --version 0.2.0 --agent agent-arm64 --out r-0.2.0     pack one
-  deimos release show r-0.2.0                                      look at it, before it is signed
-  deimos release show 0.2.0                                        what the fleet is offered, and who built it
-  deimos release campaign start 0.2.0 --all --canary 5             bring it to devices, a few first
-  deimos release status --watch                                    how far they are`
+  deimos release build --version 0.2.0 --agent agent --out r-0.2.0  pack one
+  deimos release show r-0.2.0                                       look at it, before it is signed
+  deimos release show 0.2.0                                         what the fleet is offered, and who built it
+  deimos release campaign start 0.2.0 --all --canary 5              bring it to devices, a few first
+  deimos release status --watch                                     how far they are`
 }
 
 func (*orderCmd) Help() string {

@@ -15,7 +15,7 @@ import (
 func TestExamplesCanBeTyped(t *testing.T) {
 	t.Setenv("COLUMNS", "80")
 	t.Chdir(t.TempDir())
-	for _, name := range []string{"wordcount.wasm", "thumbnail.wasm", "agent-arm64"} { // that the examples name
+	for _, name := range []string{"wordcount.wasm", "thumbnail.wasm", "agent"} { // that the examples name
 		if err := os.WriteFile(name, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -85,6 +85,7 @@ type Parameters struct {
 	Percentage         *float64 `json:"percentage,omitempty"`
 	Floor              string   `json:"floor,omitempty"`
 	AllowDowngradeFrom []string `json:"allowDowngradeFrom,omitempty"`
+	DeltaFrom          []string `json:"deltaFrom,omitempty"` // SHA-256 of the older files that deltas are from, sorted
 }
 
 // Program is what the linker has written into a program about how it was built.
@@ -158,6 +159,15 @@ func parameters(m bundle.Manifest, source string) Parameters {
 	if !m.Created.IsZero() {
 		p.Created = m.Created.UTC().Format(time.RFC3339)
 	}
+	for _, part := range m.Parts {
+		for _, f := range part.Forms {
+			if f.Delta() {
+				p.DeltaFrom = append(p.DeltaFrom, f.From)
+			}
+		}
+	}
+	slices.Sort(p.DeltaFrom)
+	p.DeltaFrom = slices.Compact(p.DeltaFrom)
 	return p
 }
 

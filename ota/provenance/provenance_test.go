@@ -40,9 +40,11 @@ func aRelease() bundle.Manifest {
 	part := func(name, arch, digit string) bundle.Part {
 		return bundle.Part{Name: name, Platform: bundle.Platform{OS: "linux", Arch: arch}, SHA256: sum(digit), Size: 1}
 	}
+	agent := part(bundle.PartAgent, "amd64", "a")
+	agent.Forms = []bundle.Form{{Encoding: bundle.EncodingZstd, SHA256: sum("1"), Size: 1}, {Encoding: "bsdiff", SHA256: sum("2"), Size: 1, From: sum("9")}, {Encoding: "zstd-patch", SHA256: sum("3"), Size: 1, From: sum("8")}}
 	return bundle.Manifest{
 		Format: bundle.Format, Version: "1.2.3", Created: time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC), Percentage: &half, From: "1.0.0",
-		Parts:       []bundle.Part{part(bundle.PartAgent, "amd64", "a"), part(bundle.PartFirmware, "arm64", "b")},
+		Parts:       []bundle.Part{agent, part(bundle.PartFirmware, "arm64", "b")},
 		Attachments: []bundle.Attachment{{Name: "sbom.cdx.json", MediaType: sbom.MediaType, SHA256: sum("c"), Size: 1}},
 	}
 }
@@ -105,6 +107,8 @@ func TestOthersReadIt(t *testing.T) {
 		t.Errorf("its subjects are %v", theirs.GetSubject())
 	case len(deps) != 2 || deps[0].GetUri() != "git+"+Sources || deps[0].GetDigest()["gitCommit"] != aCommit || deps[1].GetDigest()["sha256"] != sum("d"):
 		t.Errorf("it was built from %v", deps)
+	case p.GetBuildDefinition().GetExternalParameters().GetFields()["deltaFrom"].GetListValue().GetValues()[0].GetStringValue() != sum("8"):
+		t.Errorf("it was asked for %v", p.GetBuildDefinition().GetExternalParameters())
 	case p.GetRunDetails().GetByproducts()[0].GetDigest()["sha256"] != sum("c"):
 		t.Errorf("beside it came %v", p.GetRunDetails().GetByproducts())
 	case p.GetBuildDefinition().GetInternalParameters().GetFields()["deimos-init linux/amd64"] == nil:
@@ -148,6 +152,7 @@ func TestAStatementOnSomethingElseIsRefused(t *testing.T) {
 		"another name":          func(st *Statement) { st.Subject[0].Name = "agent 9.9.9 linux/amd64" },
 		"another version":       func(st *Statement) { st.Predicate.BuildDefinition.ExternalParameters.Version = "1.2.4" },
 		"other devices":         func(st *Statement) { st.Predicate.BuildDefinition.ExternalParameters.From = "" },
+		"another older file":    func(st *Statement) { st.Predicate.BuildDefinition.ExternalParameters.DeltaFrom[0] = sum("7") },
 		"another bill":          func(st *Statement) { st.Predicate.RunDetails.Byproducts[0].Digest["sha256"] = sum("e") },
 		"a bill that is none":   func(st *Statement) { st.Predicate.RunDetails.Byproducts[0].Name = "x" },
 		"another kind of build": func(st *Statement) { st.Predicate.BuildDefinition.BuildType += "2" },

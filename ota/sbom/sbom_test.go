@@ -96,6 +96,11 @@ func TestABillFitsTheSchema(t *testing.T) {
 		if err := schema.Validate(doc); err != nil {
 			t.Error(err)
 		}
+		bom, err := Read(raw)
+		must(t, err)
+		if said := bom.Compositions != nil && strings.HasPrefix(string((*(*bom.Compositions)[0].Dependencies)[0]), "deimos-firmware@"); said == listed {
+			t.Errorf("that nothing is known of the firmware is said: %v", said)
+		}
 	}
 	if schema.Validate(map[string]any{"bomFormat": "CycloneDX"}) == nil {
 		t.Error("the schema takes anything")
@@ -205,6 +210,9 @@ func TestTheBillOfAnotherFirmwareIsRefused(t *testing.T) {
 		}
 	}
 	for _, raw := range []string{"{", "{}", `{"bomFormat":"CycloneDX","specVersion":"1.6","metadata":{"component":{"name":"x","type":"firmware"}}}`} {
+		if _, err := Read([]byte(raw)); err == nil {
+			t.Errorf("%s was read", raw)
+		}
 		must(t, os.WriteFile(Beside(file), []byte(raw), 0o644))
 		if _, err := New("deimos", "1.2.3").AddFirmware(file, "1.2.3"); err == nil || !strings.Contains(err.Error(), "bill of materials") {
 			t.Errorf("%s: %v", raw, err)
