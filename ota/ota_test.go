@@ -575,8 +575,22 @@ func TestBrokenReleaseRollsBackEndToEnd(t *testing.T) {
 // TestUpdateKilledAtEveryPoint kills the agent at each point where an update
 // changes a slot, and at points of the download; the next start ends it well.
 func TestUpdateKilledAtEveryPoint(t *testing.T) {
-	f := newFleet(t)
-	f.releaseAgent("1.1.0", "good")
+	for name, form := range map[string]struct {
+		release  func(f *fleet, version, mode string)
+		progress []string
+	}{
+		"whole": {(*fleet).releaseAgent, []string{"progress 0.05", "progress 0.3", "progress 0.6", "progress 0.8", "progress 0.95"}},
+		"delta": {(*fleet).releaseAgentWithDelta, nil}, // which is too small to be killed in the middle of its way
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t)
+			form.release(f, "1.1.0", "good")
+			f.killedAtEveryPoint(t, form.progress)
+		})
+	}
+}
+
+func (f *fleet) killedAtEveryPoint(t *testing.T, progresses []string) {
 	met := map[string]bool{} // the names of the points
 	killed := func(env []string, text string) bool {
 		m := f.machine()
@@ -609,7 +623,10 @@ func TestUpdateKilledAtEveryPoint(t *testing.T) {
 	if points < 2 {
 		t.Errorf("only %d crash points: was the agent built with them?", points)
 	}
-	for _, progress := range []string{"progress 0.05", "progress 0.3", "progress 0.6", "progress 0.8", "progress 0.95"} {
+	if step == 1 && !met["half of it is unpacked"] {
+		t.Errorf("nobody was killed in the middle of unpacking; points: %v", met)
+	}
+	for _, progress := range progresses {
 		if !killed(nil, progress) {
 			t.Errorf("%s never came", progress)
 		}

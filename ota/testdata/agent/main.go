@@ -2,7 +2,7 @@
 // is and does stands at the end of its own file: "\n#agent VERSION MODE\n".
 //
 //	agent run STATE REPOSITORY-URL ROOT-FILE ORDER-FILE
-//	agent build VERSION FILE BUNDLE-DIRECTORY
+//	agent build VERSION FILE BUNDLE-DIRECTORY [BUNDLE-DIRECTORY-TO-MAKE-A-DELTA-FROM]
 //
 // "build" is here because packing megabytes takes ten times as long in a test
 // binary with the race detector.
@@ -36,7 +36,7 @@ func main() {
 	}
 	if os.Args[1] == "build" {
 		_, err := bundle.Build(context.Background(), os.Args[4], bundle.BuildOptions{
-			Version: os.Args[2], Agents: []bundle.Agent{{Path: os.Args[3], Platform: bundle.Host()}}, Fast: true})
+			Version: os.Args[2], Agents: []bundle.Agent{{Path: os.Args[3], Platform: bundle.Host()}}, Fast: true, DeltaFrom: os.Args[5:]})
 		check(err)
 		return
 	}
