@@ -129,6 +129,7 @@ type Coordinator struct {
 
 	inventories *inventories
 	losses      *losses
+	leftovers   *leftovers
 
 	enrolling keyed // one enrolment of a device at a time
 	uploads   uploads
@@ -366,6 +367,8 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.faces = newFaces(c.now, c.log)
 	c.faces.note, c.faces.releases = c.note, c.campaigns.releases
 	c.campaigns.forks = c.faces.forks
+	c.leftovers = newLeftovers(c.repairs, c.now, c.log)
+	c.outbox.undropped = c.leftovers.undropped
 	c.losses = newLosses(c.reg, c.outbox, c.storage, c.audits, c.now, c.log)
 	c.operators, c.limits = &operators{}, newLimits(c.cfg.EnrolRate)
 	for _, open := range []func() error{ // one after the other: what is wrong is said once
@@ -377,6 +380,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 		},
 		func() error { return c.inventories.open(ctx, c) },
 		func() error { return bucket(ctx, c, "losses", &c.losses.rows, nil) },
+		func() error { return bucket(ctx, c, "leftovers", &c.leftovers.rows, nil) },
 		func() error { return bucket(ctx, c, "tokens", &c.tokens.rows, nil) },
 		func() error {
 			return bucket(ctx, c, "pending", &c.waiting.rows, c.waiting.track, func(k *jetstream.KeyValueConfig) { k.TTL = pendingKept })
@@ -419,6 +423,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.staging = newStaging(files)
 	c.staging.free, c.staging.most = c.eng.Free, stagingMax
 	c.storage.staging, c.audits.staging, c.inventories.staging, c.losses.staging = c.staging, c.staging, c.staging, c.staging
+	c.leftovers.staging = c.staging
 	c.compute.staging = c.staging
 	c.jobs.leader, c.campaigns.leader = c.leads("jobs", c.jobs.pace.lease), c.leads("campaigns", c.campaigns.pace.lease)
 	cache := newStaging(repo)
@@ -520,6 +525,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.config.run(ctx) })
 	wg.Go(func() { c.inventories.run(ctx) })
 	wg.Go(func() { c.losses.run(ctx) })
+	wg.Go(func() { c.leftovers.run(ctx) })
 	wg.Go(func() { c.audits.sweep(ctx, c.log) })
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.audits.honesty.keep(ctx) })
@@ -611,6 +617,7 @@ func (c *Coordinator) hearReport(ctx context.Context, id wire.DeviceID, raw []by
 	c.config.heard(r)
 	c.inventories.heard(r)
 	c.losses.heard(r)
+	c.leftovers.heard(r)
 	return nil
 }
 
@@ -640,6 +647,7 @@ func (c *Coordinator) hearPresence(ctx context.Context, id wire.DeviceID, raw []
 	c.config.hello(p)
 	c.inventories.announced(id)
 	c.losses.announced(id)
+	c.leftovers.arrived(id)
 	return nil
 }
 

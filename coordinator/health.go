@@ -11,6 +11,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
+	"github.com/oklog/ulid/v2"
 )
 
 // maxWarningText is how much of a warning's text is kept, in bytes.
@@ -197,4 +198,18 @@ func (o *outbox) openOfKind(d wire.DeviceID, k wire.Kind) (n int) {
 		}
 	}
 	return n
+}
+
+// openFrom tells whether a device has an open order of a kind that was made by then.
+func (o *outbox) openFrom(d wire.DeviceID, k wire.Kind, by time.Time) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if l := o.lines[d]; l != nil {
+		for id, p := range l.orders {
+			if u, err := ulid.ParseStrict(id); p.kind == k && (err != nil || !ulid.Time(u.Time()).After(by)) {
+				return true
+			}
+		}
+	}
+	return false
 }

@@ -47,6 +47,9 @@ type outbox struct {
 	// updates is told of each order to update a device, at the start and at each
 	// change.
 	updates func(wire.DeviceID, string, orderRow)
+	// undropped is told of each order to drop that a device did not answer in time, at
+	// the start and when it ends.
+	undropped func(wire.DeviceID, string)
 	// jobEnded is told of the first final report on each job.
 	jobEnded func(wire.Report)
 	// member tells whether a device still belongs to the fleet.
@@ -62,7 +65,7 @@ type outbox struct {
 }
 
 func newOutbox(key ed25519.PrivateKey, publish func(wire.DeviceID, []byte) error, online func(wire.DeviceID) bool, now func() time.Time, log *slog.Logger) *outbox {
-	return &outbox{hold: ackHold, updates: func(wire.DeviceID, string, orderRow) {}, jobEnded: func(wire.Report) {}, member: func(wire.DeviceID) bool { return true }, key: key, publish: publish, online: online, now: now, log: log,
+	return &outbox{hold: ackHold, updates: func(wire.DeviceID, string, orderRow) {}, undropped: func(wire.DeviceID, string) {}, jobEnded: func(wire.Report) {}, member: func(wire.DeviceID) bool { return true }, key: key, publish: publish, online: online, now: now, log: log,
 		lines: make(map[wire.DeviceID]*line), kinds: make(map[wire.Kind]map[*pending]wire.DeviceID), ended: newRecent(recentOrders),
 		due: places[*line]{at: func(l *line) *int { return &l.place }, less: func(a, b *line) bool { return a.due.Before(b.due) }}}
 }
@@ -234,8 +237,12 @@ func (o *outbox) get(ctx context.Context, d wire.DeviceID, id string) (OrderReco
 // track follows the records; it is the table's onEach.
 func (o *outbox) track(key string, v orderRow, gone bool) {
 	d, id := parseOrderKey(key)
-	if v.Kind == wire.KindUpdateInstall && !gone {
+	switch {
+	case gone:
+	case v.Kind == wire.KindUpdateInstall:
 		o.updates(d, id, v)
+	case v.Kind == wire.KindChunkDrop && v.State == wire.TimedOut:
+		o.undropped(d, id)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -587,13 +588,18 @@ func (d *device) honest(o wire.Order) *reply {
 		d.mu.Unlock()
 		return &reply{state: wire.Succeeded}
 	case wire.KindChunkHoldings:
+		b, _ := wire.DecodeBody[wire.ChunkHoldings](o)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		var holds wire.Holdings
 		ids := []string{}
 		for id, data := range d.chunks {
-			holds.Count, holds.Bytes, ids = holds.Count+1, holds.Bytes+int64(len(data)), append(ids, id)
+			if holds.Count, holds.Bytes = holds.Count+1, holds.Bytes+int64(len(data)); id > b.After {
+				ids = append(ids, id)
+			}
 		}
+		slices.Sort(ids)
+		ids = ids[:min(len(ids), wire.MaxHoldings)]
 		raw, _ := json.Marshal(ids)
 		return &reply{state: wire.Succeeded, body: holds, attachment: raw}
 	case wire.KindAudit:

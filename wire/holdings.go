@@ -8,6 +8,9 @@ type ChunkHoldings struct {
 	// drain. The device does nothing about it: order and report together are the
 	// receipt of a drain.
 	Drained *Drained `json:"drained,omitempty"`
+	// After has those named whose ids come after this one, in the order of their bytes;
+	// "": from the first on. An agent of before it was there names any.
+	After string `json:"after,omitempty"`
 }
 
 // Drained says what was on a device and is elsewhere now.
@@ -19,8 +22,8 @@ type Drained struct {
 }
 
 // Holdings is the body of a SUCCEEDED chunk.holdings. The attachment is the JSON
-// of the ids, at most MaxHoldings of them. What is known to be lost counts until
-// it is dropped.
+// of the ids, the first MaxHoldings of them at most, in order. What is known to be
+// lost counts until it is dropped.
 type Holdings struct {
 	Count int   `json:"count"` // of all
 	Bytes int64 `json:"bytes"`

@@ -458,7 +458,8 @@ func (s *Service) tellLosses(_ context.Context, o wire.Order, _ func(wire.Progre
 const maxReason = 160 // bytes
 
 func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
-	if _, err := wire.DecodeBody[wire.ChunkHoldings](o); err != nil {
+	body, err := wire.DecodeBody[wire.ChunkHoldings](o)
+	if err != nil {
 		return wire.Outcome{}, err
 	}
 	if away := s.away(); away != "" {
@@ -466,17 +467,25 @@ func (s *Service) tellHoldings(ctx context.Context, o wire.Order, _ func(wire.Pr
 	}
 	var all wire.Holdings
 	ids := []string{}
-	err := s.set.List(ctx, func(id chunk.ID, size int64, _ bool) error {
+	first := func() { // of those seen so far; a chunk can be on two volumes
+		slices.Sort(ids)
+		ids = slices.Compact(ids)
+		ids = ids[:min(len(ids), wire.MaxHoldings)]
+	}
+	err = s.set.List(ctx, func(id chunk.ID, size int64, _ bool) error {
 		all.Count++
 		all.Bytes += size
-		if len(ids) < wire.MaxHoldings {
-			ids = append(ids, id.String())
+		if name := id.String(); name > body.After {
+			if ids = append(ids, name); len(ids) == 2*wire.MaxHoldings {
+				first()
+			}
 		}
 		return nil
 	})
 	if err != nil {
 		return wire.Outcome{}, fmt.Errorf("what is held cannot be listed: %w", err)
 	}
+	first()
 	attachment, err := json.Marshal(ids)
 	if err != nil {
 		return wire.Outcome{}, fmt.Errorf("encode what is held: %w", err)
