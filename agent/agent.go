@@ -223,6 +223,7 @@ func (a *Agent) openUpdate() (*ota.Service, error) {
 		Hold:    a.holdUpdate,
 		Moved:   func(n int64) { a.traffic.updated(n) },
 		Figures: a.figures,
+		Steady:  a.cfg.ConfirmWithin / 2,
 		Log:     a.log,
 	})
 }

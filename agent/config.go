@@ -82,13 +82,15 @@ type Config struct {
 	Sensors     []board.Sensor `toml:"sensor"`
 	Watchdog    string         `toml:"watchdog"`
 
-	Floor    int64        `toml:"-"` // of a volume that the agent chooses itself; 0: by the rules of hw/disk
-	StateDir string       `toml:"-"` // key, enrolment, journal, slots
-	Version  string       `toml:"-"` // of this agent
-	Released time.Time    `toml:"-"` // when that was made: no clock can be earlier
-	Slot     string       `toml:"-"` // that it was started from; empty without the launcher
-	ESP      string       `toml:"-"` // where the EFI system partition is mounted; empty if our image does not run
-	Log      *slog.Logger `toml:"-"`
+	Floor    int64     `toml:"-"` // of a volume that the agent chooses itself; 0: by the rules of hw/disk
+	StateDir string    `toml:"-"` // key, enrolment, journal, slots
+	Version  string    `toml:"-"` // of this agent
+	Released time.Time `toml:"-"` // when that was made: no clock can be earlier
+	Slot     string    `toml:"-"` // that it was started from; empty without the launcher
+
+	ConfirmWithin time.Duration `toml:"-"` // how long this version has for its trial; 0: as the slots have it
+	ESP           string        `toml:"-"` // where the EFI system partition is mounted; empty if our image does not run
+	Log           *slog.Logger  `toml:"-"`
 	// Routes are kinds of orders that a program which embeds the agent carries
 	// out itself. A kind of the agent's own cannot be among them. Delivery is the
 	// agent's: a handler must be idempotent, as a crash can come between its

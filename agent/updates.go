@@ -212,7 +212,7 @@ func (a *Agent) prove(ctx context.Context) {
 			a.log.Info("this version is confirmed", "version", a.cfg.Version, "slot", a.cfg.Slot)
 			return
 		}
-		if err != nil && err.Error() != said {
+		if err != nil && err.Error() != said && !errors.Is(err, ota.ErrNotSteady) {
 			said = err.Error()
 			a.log.Warn("this version is not confirmed yet", "why", said)
 		}

@@ -7,16 +7,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/deimos-edge/deimos/ota/slot"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// steady is how long a version must live that has failed a try before: half of what it
-// has for that.
-const steady = slot.ConfirmWithin / 2
-
-// errNotSteady keeps a version that has crashed from being kept at once.
-var errNotSteady = errors.New("it failed a try before, and has not lived for long enough since")
+// ErrNotSteady keeps a version from being kept before its first samples, heartbeats and
+// orders: there is no way back once it is, and a crash at one of those is what a trial is
+// to find.
+var ErrNotSteady = errors.New("it has not lived for long enough")
 
 // Healthy tells, as an error, why the version on trial is not to be confirmed yet: it
 // does worse than the one before it did, as noted when it was installed. lived is for
@@ -47,8 +44,8 @@ func (s *Service) Healthy(lived time.Duration) error {
 	switch {
 	case len(worse) > 0:
 		return fmt.Errorf("version %s does worse than the one before: %s", s.o.Version, strings.Join(worse, "; "))
-	case after.Crashes > 0 && lived < steady:
-		return errNotSteady
+	case lived < s.o.Steady:
+		return ErrNotSteady
 	}
 	return nil
 }

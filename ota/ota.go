@@ -38,6 +38,7 @@
 package ota
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -118,6 +119,9 @@ type Options struct {
 	Moved func(n int64)
 	// Figures are how this agent does now; nil: it is online, and that is all.
 	Figures func() wire.UpdateFigures
+	// Steady is how long a version on trial must live before it is kept; 0: half of
+	// [slot.ConfirmWithin].
+	Steady time.Duration
 
 	Limits repo.Limits
 	Log    *slog.Logger
@@ -154,6 +158,7 @@ func New(o Options) (*Service, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	o.Steady = cmp.Or(o.Steady, slot.ConfirmWithin/2)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}

@@ -101,6 +101,7 @@ func (r *runCmd) Run(ctx context.Context) error {
 		return err
 	}
 	cfg.StateDir, cfg.Version, cfg.Slot = r.State, version, os.Getenv(slot.Env)
+	cfg.ConfirmWithin, _ = time.ParseDuration(os.Getenv(slot.EnvConfirmWithin)) // missing: this is no trial
 	cfg.Log = cli.Logger(r.LogFormat, r.LogLevel)
 	cfg.ESP = esp(cfg.Log)
 	return agent.Run(ctx, cfg)

@@ -87,8 +87,8 @@ const (
 	// missing when no launcher started the agent.
 	Env = "DEIMOS_SLOT"
 
-	// EnvConfirmWithin tells an agent on trial how long it has to call
-	// [Store.Confirm], as a Go duration. It is missing otherwise.
+	// EnvConfirmWithin tells an agent how long it has for its trial, if this is one, as a
+	// Go duration: from the launcher on trial, from process 1 of the image always.
 	EnvConfirmWithin = "DEIMOS_CONFIRM_WITHIN"
 
 	// ConfirmWithin is how long a new version has to prove itself in one try.

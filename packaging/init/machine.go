@@ -698,6 +698,9 @@ func (m *machine) command() (argv, env []string) {
 	if m.esp != "" {
 		env = append(env, firmware.Env+"="+m.esp)
 	}
+	if m.trial != nil {
+		env = append(env, slot.EnvConfirmWithin+"="+m.trial.within.String())
+	}
 	switch {
 	case m.params.coordinator != "":
 		env = append(env, "DEIMOS_COORDINATOR="+m.params.coordinator)

@@ -454,3 +454,29 @@ func TestWhileAVolumeIsAwayWhatIsNotHeldIsNotCalledLost(t *testing.T) {
 		t.Errorf("with all volumes here: %+v, %v", out.Body, err)
 	}
 }
+
+// What is held is named in the order of ids, after the one that was named last.
+func TestHoldingsAreNamedInOrderAndAfterTheLast(t *testing.T) {
+	p := newPlane(t)
+	d := newDevice(t, p, noFloor)
+	var all []string
+	for i := range 5 {
+		id, data := someChunk(t, 100+i)
+		p.files["/data/"+id.String()] = data
+		if _, err := run(t, d, wire.KindChunkStore, wire.ChunkStore{ID: id.String(), Size: int64(len(data)), URL: "/data/" + id.String()}); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, id.String())
+	}
+	slices.Sort(all)
+	for after, want := range map[string][]string{"": all, all[1]: all[2:], all[4]: {}} {
+		out, err := run(t, d, wire.KindChunkHoldings, wire.ChunkHoldings{After: after})
+		var got []string
+		if err := errors.Join(err, json.Unmarshal(out.Attachment, &got)); err != nil {
+			t.Fatal(err)
+		}
+		if holds := out.Body.(wire.Holdings); !slices.Equal(got, want) || holds.Count != len(all) {
+			t.Errorf("after %q: %v of %d, want %v", after, got, holds.Count, want)
+		}
+	}
+}
