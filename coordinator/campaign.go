@@ -209,14 +209,10 @@ type orderNow struct {
 	updated  time.Time
 	moved    time.Time // when it said something else than before
 	progress float64
-	canceled bool // it was asked to stop
 }
 
 // waits tells whether a device has said that it does not begin yet.
 func (o orderNow) waits() bool { return !o.state.Terminal() && o.code != "" }
-
-// begun tells whether a device may be in the middle of it.
-func (o orderNow) begun() bool { return o.state == wire.Running && o.code == "" }
 
 // meaning is what an ended order says of the release.
 type meaning struct {

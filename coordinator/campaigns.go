@@ -51,9 +51,10 @@ import (
 // # How it ends
 //
 // Done: from then on the release is what late devices of that selector get, until a
-// newer campaign for them is done. Stopped or aborted: nobody is asked any more, orders
-// that have not begun are taken back, and who is in the middle finishes by itself, as
-// a device needs no coordinator to confirm or to roll back.
+// newer campaign for them is done. Stopped or aborted: nobody is asked any more, and all
+// orders that have not ended are taken back. A device knows what that means to it: who
+// fetches or waits installs nothing, and who has it installed is beyond recall, and
+// confirms or rolls back as it would have, for which it needs no coordinator.
 type campaigns struct {
 	rows     *table[campaignRow]
 	reg      *registry
@@ -72,6 +73,9 @@ type campaigns struct {
 	wake   chan struct{}                         // capacity 1: there is something to look at
 
 	budgets map[string]*budget // of who leads; of run alone
+	// recalled is the orders that were taken back since this coordinator leads. The one
+	// before may have ended between the mark on an order and the cancellation.
+	recalled map[string]bool // of run alone
 }
 
 // budget is how many devices a campaign may ask now.
@@ -82,7 +86,7 @@ type budget struct {
 
 func newCampaigns(reg *registry, o *outbox, now func() time.Time, log *slog.Logger) *campaigns {
 	return &campaigns{reg: reg, outbox: o, now: now, log: log, started: now(), pace: ordinaryCampaigns,
-		offers: make(map[uint64]map[wire.DeviceID]orderNow), wake: make(chan struct{}, 1), budgets: make(map[string]*budget)}
+		offers: make(map[uint64]map[wire.DeviceID]orderNow), wake: make(chan struct{}, 1), budgets: make(map[string]*budget), recalled: make(map[string]bool)}
 }
 
 // heard is told of each order to update a device, at the start and at each change.
@@ -102,7 +106,7 @@ func (s *campaigns) heard(d wire.DeviceID, order string, v orderRow) {
 	if known && old.attempt > attempt {
 		return
 	}
-	o := orderNow{attempt: attempt, state: v.State, code: v.Code, updated: v.Updated, moved: v.Updated, progress: v.Progress, canceled: v.Cancel != nil}
+	o := orderNow{attempt: attempt, state: v.State, code: v.Code, updated: v.Updated, moved: v.Updated, progress: v.Progress}
 	if known && old.attempt == attempt && old.state == o.state && old.code == o.code && old.progress == o.progress {
 		o.moved = old.moved // it says the same again
 	}
@@ -293,6 +297,7 @@ func (s *campaigns) run(ctx context.Context) {
 			s.step(ctx)
 		} else {
 			clear(s.budgets)
+			clear(s.recalled)
 		}
 		// Of a large fleet a look takes a while: no more than a twentieth of a core. The
 		// store may take long too, which is no reason to wait for long.
@@ -460,25 +465,34 @@ func (s *campaigns) stop(ctx context.Context, row campaignRow, code, reason stri
 	return nil
 }
 
-// takeBack cancels what has not begun of a campaign that ended early.
+// takeBack cancels what has not ended of a campaign that ended early.
 func (s *campaigns) takeBack(ctx context.Context, row campaignRow) error {
 	id, err := ulid.ParseStrict(row.ID)
 	if err != nil {
 		return err
 	}
+	open := make(map[string]wire.DeviceID)
+	for d, o := range s.offersOf(row) {
+		if order := offerID(id, d, o.attempt); o.state.Terminal() {
+			delete(s.recalled, order)
+		} else if !s.recalled[order] {
+			open[order] = d
+		}
+	}
 	var g errgroup.Group
 	g.SetLimit(sendAtOnce)
-	for d, o := range s.offersOf(row) {
-		if o.state.Terminal() || o.canceled || o.begun() {
-			continue
-		}
+	var mu sync.Mutex
+	for order, d := range open {
 		g.Go(func() error {
-			_, err := s.outbox.cancel(ctx, d, offerID(id, d, o.attempt), "the campaign has ended: "+row.Reason, "coordinator")
+			_, err := s.outbox.cancel(ctx, d, order, "the campaign has ended: "+row.Reason, "coordinator")
 			var r *refusal
-			if errors.As(err, &r) { // it has ended meanwhile
-				return nil
+			if err != nil && !errors.As(err, &r) { // refused: it has ended meanwhile
+				return err
 			}
-			return err
+			mu.Lock()
+			defer mu.Unlock()
+			s.recalled[order] = true
+			return nil
 		})
 	}
 	return g.Wait()
@@ -840,7 +854,7 @@ func (c *Coordinator) campaignRoutes() []route {
 		steer(api.CampaignPause, "Ask no more devices for now"),
 		steer(api.CampaignResume, "Go on with a campaign that is paused"),
 		steer(api.CampaignApprove, "Let a campaign go on to its next phase"),
-		steer(api.CampaignAbort, "End a campaign; who is in the middle finishes by itself"),
+		steer(api.CampaignAbort, "End a campaign; who has it installed already tries it to the end"),
 	}
 }
 

@@ -278,21 +278,24 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	devices := byPoint("2.0.0", r.takers(12))
 	fails := func(wire.Order) *reply { return failed(wire.CodeRolledBack) }
 	release := make(chan struct{})
-	canary, rest := devices[:6], devices[6:]
-	middle, queued, waiter := canary[3], canary[4], canary[5]
+	goOn := sync.OnceFunc(func() { close(release) })
+	t.Cleanup(goOn)
+	canary, rest := devices[:7], devices[7:]
+	trying, fetching, queued, waiter := canary[3], canary[4], canary[5], canary[6]
 	installing := make(chan bool, 16)
-	r.does(middle, func(o wire.Order) *reply {
-		middle.says(o, wire.Running, "")
+	r.does(trying, func(o wire.Order) *reply {
+		trying.says(o, wire.Running, "")
 		installing <- true
 		<-release
-		return middle.takes(o)
+		return trying.takes(o)
 	})
+	r.does(fetching, func(o wire.Order) *reply { fetching.says(o, wire.Running, ""); return nil })
 	r.does(queued, silent)
 	r.does(waiter, func(o wire.Order) *reply {
 		waiter.says(o, wire.Running, "window")
 		return nil
 	})
-	for _, d := range []*device{queued, waiter} {
+	for _, d := range []*device{fetching, queued, waiter} {
 		d.on(wire.KindOrderCancel, func(o wire.Order) *reply {
 			b, _ := wire.DecodeBody[wire.OrderCancel](o)
 			for _, u := range r.ordersOf(d) {
@@ -303,19 +306,20 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 			return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Canceled}}
 		})
 	}
-	middle.on(wire.KindOrderCancel, func(wire.Order) *reply {
-		t.Error("a device in the middle of an update was told to stop")
-		return failed(wire.CodeNotFound)
+	told := make(chan bool, 16)
+	trying.on(wire.KindOrderCancel, func(wire.Order) *reply { // what is on trial is beyond recall
+		told <- true
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Running}}
 	})
 	// The second one fails only once the others stand where they are to be.
 	second := make(chan struct{})
 	r.does(canary[0], fails)
 	r.does(canary[1], func(o wire.Order) *reply { <-second; return fails(o) })
 	one := 1
-	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 6, SoakSeconds: 3600}, percent(100)}, Stop: api.CampaignStop{MaxFailed: &one}})
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 7, SoakSeconds: 3600}, percent(100)}, Stop: api.CampaignStop{MaxFailed: &one}})
 	next(t, installing, "the install")
 	r.until(c.ID, "all but one of the canary stand", func(c api.Campaign) bool {
-		return c.Counts[api.StandsFailed] == 1 && c.Counts[api.StandsUpdated] == 1 && c.Counts[api.StandsInstalling] == 1 && c.Counts[api.StandsWaiting] == 1 && c.Counts[api.StandsAsked] == 2
+		return c.Counts[api.StandsFailed] == 1 && c.Counts[api.StandsUpdated] == 1 && c.Counts[api.StandsInstalling] == 2 && c.Counts[api.StandsWaiting] == 1 && c.Counts[api.StandsAsked] == 2
 	})
 	close(second)
 	c = r.untilIs(c.ID, api.CampaignStopped)
@@ -327,11 +331,14 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 			t.Errorf("evidence %+v", e)
 		}
 	}
-	c = r.until(c.ID, "what has not begun is taken back", func(c api.Campaign) bool { return c.Counts[api.StandsCanceled] == 2 })
-	close(release)
-	c = r.until(c.ID, "who was in the middle finishes", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 2 })
+	c = r.until(c.ID, "what is not on trial is taken back, also from who fetches", func(c api.Campaign) bool {
+		return c.Counts[api.StandsCanceled] == 3 && c.Counts[api.StandsInstalling] == 1
+	})
+	next(t, told, "the word to who tries it")
+	goOn()
+	c = r.until(c.ID, "who tries it goes on to the end", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 2 })
 	late := r.latecomer()
-	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignStopped && c.Counts[api.StandsLater] == 7 })
+	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignStopped && c.Counts[api.StandsLater] == 6 })
 	for _, d := range append(rest, late) {
 		if n := len(r.ordersOf(d)); n > 0 {
 			t.Errorf("a device outside the canary was asked")
@@ -354,6 +361,27 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	if c2.Counts[api.StandsUpdated] != 13 {
 		t.Errorf("%+v", c2.Counts)
 	}
+}
+
+// A coordinator that ends between the mark on an order and the cancellation leaves the
+// latter to the next: who fetches would go on to install.
+func TestAnOrderThatIsOnlyMarkedAsTakenBackIsTakenBack(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), quickly)
+	t.Cleanup(w.Close)
+	r := newRollout(t, w, "2.0.0")
+	d := w.device(t)
+	r.does(d, func(o wire.Order) *reply { d.says(o, wire.Running, ""); return nil })
+	d.cancels(t)
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}})
+	r.until(c.ID, "it is under way", func(c api.Campaign) bool { return c.Counts[api.StandsInstalling] == 1 })
+	_, err := w.outbox.rows.change(testContext(t), orderKeyOf(d.id, r.ordersOf(d)[0].ID), func(v *orderRow, _ bool) error {
+		v.Cancel = &api.Cancel{Order: ulid.Make().String(), At: w.now(), By: "coordinator"}
+		return nil
+	})
+	must(t, err)
+	r.steer(c.ID, api.CampaignAbort)
+	r.until(c.ID, "it is taken back", func(c api.Campaign) bool { return c.Counts[api.StandsCanceled] == 1 })
 }
 
 func TestSilenceStopsACampaign(t *testing.T) {

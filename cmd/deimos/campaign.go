@@ -25,7 +25,7 @@ type releaseCampaignCmd struct {
 	Pause   campaignPauseCmd   `cmd:"" help:"Ask no more devices for now."`
 	Resume  campaignResumeCmd  `cmd:"" help:"Go on with a campaign that is paused."`
 	Approve campaignApproveCmd `cmd:"" help:"Let a campaign go on to its next phase."`
-	Abort   campaignAbortCmd   `cmd:"" help:"End a campaign; who is in the middle finishes by itself."`
+	Abort   campaignAbortCmd   `cmd:"" help:"End a campaign; who has it installed already tries it to the end."`
 }
 
 // Help says more than a line.
