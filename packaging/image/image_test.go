@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/deimos-edge/deimos/internal/testenv"
+	"github.com/deimos-edge/deimos/ota/sbom"
 	"github.com/deimos-edge/deimos/packaging/image/debian"
 	"github.com/klauspost/compress/zstd"
 )
@@ -208,10 +209,20 @@ func ask(t *testing.T) (o options, lock []debian.Package) {
 	lock = fakeDebian(t, o.cache)
 	o.version = "1.2.3"
 	o.init, o.agent, o.config = filepath.Join(o.cache, "init"), filepath.Join(o.cache, "agent"), filepath.Join(o.cache, "toml")
-	put(t, o.init, "init")
-	put(t, o.agent, "agent")
+	aProgram(t, o.init)
+	put(t, o.agent, string(read(t, o.init)))
 	put(t, o.config, "[coordinator]\n")
 	return o, lock
+}
+
+// aProgram makes a small program, of which can be told what it is made of.
+func aProgram(t *testing.T, name string) {
+	t.Helper()
+	source := filepath.Join(t.TempDir(), "main.go")
+	put(t, source, "package main\n\nfunc main() {}\n")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", name, source).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 }
 
 func read(t *testing.T, name string) []byte {
@@ -246,8 +257,38 @@ func TestImageHoldsLoaderFirmwareAndConfiguration(t *testing.T) {
 		t.Errorf("there are more files: %q", rest)
 	}
 	left, err := os.ReadDir(o.out)
-	if err != nil || len(left) != 2 {
-		t.Errorf("the folder has %v (%v), not an image and a firmware", left, err)
+	if err != nil || len(left) != 3 {
+		t.Errorf("the folder has %v (%v), not an image, a firmware and what that is made of", left, err)
+	}
+}
+
+// TestWhatAFirmwareIsMadeOfStandsBesideIt: the packages that are in it, and no others.
+func TestWhatAFirmwareIsMadeOfStandsBesideIt(t *testing.T) {
+	o, lock := ask(t)
+	for _, debug := range []bool{false, true} {
+		o.debug = debug
+		if err := build(t.Context(), o, lock); err != nil {
+			t.Fatal(err)
+		}
+		firmware := filepath.Join(o.out, map[bool]string{false: "deimos_1.2.3.efi", true: "deimos_1.2.3-debug.efi"}[debug])
+		b := sbom.New("release", "1.2.3")
+		if known, err := b.AddFirmware(firmware, "1.2.3"); err != nil || !known {
+			t.Fatalf("what is in %s is known: %v, %v", firmware, known, err)
+		}
+		sums := map[string]bool{}
+		for _, m := range b.Materials() {
+			sums[m.Digest["sha256"]] = true
+		}
+		for _, p := range lock {
+			if want := debug || p.Name != debian.Shell; sums[p.SHA256] != want {
+				t.Errorf("debug %v: %s is listed: %v", debug, p.Name, sums[p.SHA256])
+			}
+		}
+		for _, program := range []string{o.agent, o.init} {
+			if sum := fmt.Sprintf("%x", sha256.Sum256(read(t, program))); !b.Has(sum) {
+				t.Errorf("debug %v: %s is not listed", debug, program)
+			}
+		}
 	}
 }
 
@@ -335,7 +376,7 @@ func sameBytes(t *testing.T, lock []debian.Package, one, two options) {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"deimos-arm64-1.2.3.img", "deimos_1.2.3.efi"} {
+	for _, name := range []string{"deimos-arm64-1.2.3.img", "deimos_1.2.3.efi", "deimos_1.2.3.cdx.json"} {
 		if !bytes.Equal(read(t, filepath.Join(one.out, name)), read(t, filepath.Join(two.out, name))) {
 			t.Errorf("%s differs between two builds of the same parts", name)
 		}
