@@ -416,8 +416,10 @@ func TestUpdateRepositoryIsHandedOutAsPublished(t *testing.T) {
 	ctx := testContext(t)
 	d := w.enrolled(t)
 	roots := map[int64]string{}
-	for _, v := range []int64{1, 2, 10} {
-		roots[v] = string(aRoot(t, v, 2))
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	for v := range int64(10) {
+		v++
+		roots[v] = string(rootOf(t, v, keys, 2))
 		must(t, w.op.PutRepoFile(ctx, fmt.Sprintf("metadata/%d.root.json", v), []byte(roots[v])))
 	}
 	if status, body := d.transfer(http.MethodGet, "/data/v1/repo/metadata/2.root.json", nil); status != http.StatusOK || body != roots[2] {
@@ -434,7 +436,8 @@ func TestUpdateRepositoryIsHandedOutAsPublished(t *testing.T) {
 	}
 	// Two coordinators on one store: what one publishes the other hands out.
 	peer := &releases{files: w.releases.files, cache: newStaging(w.releases.files)}
-	for _, v := range []string{"old", "new"} {
+	for version := range int64(2) {
+		v := string(timestampOf(t, 1+version, keys[0]))
 		must(t, w.op.PutRepoFile(ctx, "metadata/timestamp.json", []byte(v)))
 		if got, err := peer.get(ctx, "metadata/timestamp.json"); err != nil || string(got) != v {
 			t.Errorf("the peer hands out %q, published was %q (%v)", got, v, err)

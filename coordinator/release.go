@@ -29,7 +29,7 @@ type releases struct {
 	files jetstream.ObjectStore
 	cache *staging // the same store with a cache before it
 
-	writing sync.Mutex // of immutable files
+	writing sync.Mutex // of metadata, and of immutable files
 }
 
 const (
@@ -61,11 +61,17 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := r.checkNamed(ctx, name, data); err != nil {
 		return err
 	}
-	if repo.Mutable(name) {
-		return r.cache.put(ctx, name, data)
-	}
 	r.writing.Lock() // look and write as one; two coordinators at once are not kept apart
 	defer r.writing.Unlock()
+	if repo.Mutable(name) {
+		if err := r.checkReplaces(ctx, name, data); err != nil {
+			return err
+		}
+		return r.cache.put(ctx, name, data)
+	}
+	if err := r.checkChain(ctx, name, data); err != nil {
+		return err
+	}
 	there, err := r.files.GetInfo(ctx, name)
 	switch {
 	case errors.Is(err, jetstream.ErrObjectNotFound):
@@ -179,6 +185,65 @@ func checkRoot(name string, data []byte) error {
 	return nil
 }
 
+// checkChain refuses a root that devices would not come to from those that are here: it
+// would end their updates, and new devices would begin with it. The first root of all is
+// taken as it is.
+func (r *releases) checkChain(ctx context.Context, name string, data []byte) error {
+	n, ok := rootVersion(name)
+	if !ok {
+		return nil
+	}
+	here, err := r.roots(ctx)
+	if err != nil || len(here) == 0 || slices.Contains(here, n) {
+		return err
+	}
+	joined := false
+	for _, v := range []int64{n - 1, n + 1} {
+		if !slices.Contains(here, v) {
+			continue
+		}
+		raw, err := r.get(ctx, rootPath(v))
+		if err != nil {
+			return err
+		}
+		if joined = true; v < n {
+			err = repo.RootFollows(raw, data)
+		} else {
+			err = repo.RootFollows(data, raw)
+		}
+		if err != nil {
+			return refuse(http.StatusBadRequest, "bad_root", "root %d does not go with root %d, which is here: devices would stop at it: %v", n, v, err)
+		}
+	}
+	if !joined {
+		return refuse(http.StatusBadRequest, "bad_root", "root %d can only be taken where root %d is, and the newest here is root %d: devices go from one to the next; upload them in their order", n, n-1, slices.Max(here))
+	}
+	return nil
+}
+
+// checkReplaces refuses a timestamp or a checkpoint of the log that devices would
+// refuse, such as one from an old copy of the repository. As long as there is no root,
+// nobody can tell.
+func (r *releases) checkReplaces(ctx context.Context, name string, data []byte) error {
+	root, err := r.root(ctx)
+	if err != nil || root == nil {
+		return err
+	}
+	there, err := newStaging(r.files).get(ctx, name)
+	if err != nil && !errors.Is(err, errNotStaged) {
+		return err
+	}
+	err = repo.Replaces(name, root, there, data)
+	var e *repo.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &e) && e.Condition == repo.Rollback:
+		return refuse(http.StatusConflict, "older", "%v; publish from the copy of the repository that was published last", err)
+	}
+	return refuse(http.StatusBadRequest, "not_signed", "devices would refuse it: %v", err)
+}
+
 func (r *releases) get(ctx context.Context, name string) ([]byte, error) {
 	if err := checkRepoPath(name); err != nil {
 		return nil, err
@@ -194,25 +259,30 @@ func (r *releases) get(ctx context.Context, name string) ([]byte, error) {
 	return data, err
 }
 
+// roots are the versions of the roots that are here.
+func (r *releases) roots(ctx context.Context) (versions []int64, err error) {
+	files, err := r.files.List(ctx)
+	if err != nil && !errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return nil, fmt.Errorf("the update repository cannot be read: %w", err)
+	}
+	for _, f := range files {
+		if n, _ := rootVersion(f.Name); n > 0 {
+			versions = append(versions, n)
+		}
+	}
+	return versions, nil
+}
+
+func rootPath(version int64) string { return fmt.Sprintf("metadata/%d.root.json", version) }
+
 // root is the newest root metadata that was published; nil if there is none.
 // A new device starts its trust from it.
 func (r *releases) root(ctx context.Context) ([]byte, error) {
-	files, err := r.files.List(ctx)
-	if errors.Is(err, jetstream.ErrNoObjectsFound) {
-		return nil, nil
+	here, err := r.roots(ctx)
+	if err != nil || len(here) == 0 {
+		return nil, err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("the update repository cannot be read: %w", err)
-	}
-	newest := int64(0)
-	for _, f := range files {
-		n, _ := rootVersion(f.Name)
-		newest = max(newest, n)
-	}
-	if newest == 0 {
-		return nil, nil
-	}
-	return r.get(ctx, fmt.Sprintf("metadata/%d.root.json", newest))
+	return r.get(ctx, rootPath(slices.Max(here)))
 }
 
 // published refuses a target that devices would look for in vain. Whether it

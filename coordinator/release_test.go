@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -24,9 +25,14 @@ import (
 // them do.
 func aRoot(t testing.TB, version int64, signatures int) []byte {
 	t.Helper()
+	return rootOf(t, version, []ed25519.PrivateKey{newKey(t), newKey(t)}, signatures)
+}
+
+// rootOf is one of these two keys.
+func rootOf(t testing.TB, version int64, keys []ed25519.PrivateKey, signatures int) []byte {
+	t.Helper()
 	root := metadata.Root(time.Now().UTC().Truncate(time.Second).Add(time.Hour))
 	root.Signed.Version = version
-	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
 	for _, k := range keys {
 		public, err := metadata.KeyFromPublicKey(k.Public())
 		must(t, err)
@@ -35,15 +41,93 @@ func aRoot(t testing.TB, version int64, signatures int) []byte {
 		}
 	}
 	root.Signed.Roles[metadata.ROOT].Threshold = 2
-	for _, k := range keys[:signatures] {
+	return signedBy(t, root, keys[:signatures]...)
+}
+
+func signedBy[T metadata.Roles](t testing.TB, m *metadata.Metadata[T], keys ...ed25519.PrivateKey) []byte {
+	t.Helper()
+	for _, k := range keys {
 		signer, err := signature.LoadSigner(k, crypto.Hash(0))
 		must(t, err)
-		_, err = root.Sign(signer)
+		_, err = m.Sign(signer)
 		must(t, err)
 	}
-	raw, err := root.ToBytes(false)
+	raw, err := m.ToBytes(false)
 	must(t, err)
 	return raw
+}
+
+// timestampOf is a timestamp that a key has signed.
+func timestampOf(t testing.TB, version int64, key ed25519.PrivateKey) []byte {
+	t.Helper()
+	m := metadata.Timestamp(time.Now().UTC().Truncate(time.Second).Add(time.Hour))
+	m.Signed.Version = version
+	return signedBy(t, m, key)
+}
+
+// TestOnlyRootsThatDevicesComeToAreTaken: each must be signed by those beside it, so
+// that who has stolen an operator's token ends no updates, and begins no trust.
+func TestOnlyRootsThatDevicesComeToAreTaken(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	path := func(v int) string { return fmt.Sprintf("metadata/%d.root.json", v) }
+	ours := map[int][]byte{}
+	for v := 1; v <= 6; v++ {
+		ours[v] = rootOf(t, int64(v), keys, 2)
+	}
+	put := func(v int) error { return w.op.PutRepoFile(ctx, path(v), ours[v]) }
+	must(t, put(3)) // of a fleet whose older roots are lost, or come later
+	for _, v := range []int{2, 4, 1, 5} {
+		wantRefusal(t, w.op.PutRepoFile(ctx, path(v), aRoot(t, int64(v), 2)), http.StatusBadRequest, "bad_root")
+	}
+	for _, v := range []int{1, 5} {
+		wantRefusal(t, put(v), http.StatusBadRequest, "bad_root") // not yet
+	}
+	for _, v := range []int{4, 2, 5, 1, 4} {
+		must(t, put(v))
+	}
+	wantRefusal(t, w.op.PutRepoFile(ctx, path(6), aRoot(t, 6, 2)), http.StatusBadRequest, "bad_root")
+	_, m, _ := w.postEnrol(t, wire.EnrolRequest{CSR: csr(t, newKey(t)), Token: w.newToken(t, api.TokenRequest{})})
+	if string(m.UpdateRoot) != string(ours[5]) {
+		t.Errorf("a new device starts its trust from %q", m.UpdateRoot)
+	}
+	must(t, put(6))
+}
+
+// TestATimestampThatDevicesWouldRefuseIsNotTaken: an upload from an old copy of the
+// repository would fail the updates of all.
+func TestATimestampThatDevicesWouldRefuseIsNotTaken(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	put := func(raw []byte) error { return w.op.PutRepoFile(ctx, "metadata/timestamp.json", raw) }
+	must(t, put(timestampOf(t, 1, keys[0]))) // before the first root: roots come last
+	must(t, w.op.PutRepoFile(ctx, "metadata/1.root.json", rootOf(t, 1, keys, 2)))
+	three := timestampOf(t, 3, keys[0])
+	must(t, put(three))
+	wantRefusal(t, put(timestampOf(t, 2, keys[0])), http.StatusConflict, "older")
+	for _, raw := range [][]byte{timestampOf(t, 4, newKey(t)), []byte("{}"), nil, []byte("4")} {
+		wantRefusal(t, put(raw), http.StatusBadRequest, "not_signed")
+	}
+	must(t, put(three))
+	must(t, put(timestampOf(t, 4, keys[1])))
+	// Who stole the key and went far ahead is forgotten with it.
+	must(t, put(timestampOf(t, 1_000_000, keys[0])))
+	root := metadata.Root(time.Now().Add(time.Hour))
+	_, err := root.FromBytes(rootOf(t, 2, keys, 0))
+	must(t, err)
+	fresh := newKey(t)
+	public, err := metadata.KeyFromPublicKey(fresh.Public())
+	must(t, err)
+	for _, id := range slices.Clone(root.Signed.Roles[metadata.TIMESTAMP].KeyIDs) {
+		must(t, root.Signed.RevokeKey(id, metadata.TIMESTAMP))
+	}
+	must(t, root.Signed.AddKey(public, metadata.TIMESTAMP))
+	must(t, w.op.PutRepoFile(ctx, "metadata/2.root.json", signedBy(t, root, keys...)))
+	must(t, put(timestampOf(t, 5, fresh)))
 }
 
 func TestOnlyARootThatDevicesCouldTrustIsTaken(t *testing.T) {
@@ -86,7 +170,8 @@ func TestAPublishedFileNeverChanges(t *testing.T) {
 	t.Parallel()
 	w := ownWorld(t)
 	ctx := testContext(t)
-	for name, first := range map[string]string{"metadata/1.targets.json": "a", "log/tile/8/0/000.p/1": "a", "metadata/1.root.json": string(aRoot(t, 1, 2))} {
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	for name, first := range map[string]string{"metadata/1.targets.json": "a", "log/tile/8/0/000.p/1": "a", "metadata/1.root.json": string(rootOf(t, 1, keys, 2))} {
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		must(t, w.op.PutRepoFile(ctx, name, []byte(first)))
 		other := "b"
@@ -98,12 +183,11 @@ func TestAPublishedFileNeverChanges(t *testing.T) {
 			t.Errorf("%s is %q now (%v)", name, raw, err)
 		}
 	}
-	for _, name := range []string{"metadata/timestamp.json", "log/checkpoint"} {
-		for _, v := range []string{"1", "2", "1"} {
-			must(t, w.op.PutRepoFile(ctx, name, []byte(v)))
-			if raw, err := w.op.RepoFile(ctx, name); err != nil || string(raw) != v {
-				t.Errorf("%s is %q (%v), want %s", name, raw, err, v)
-			}
+	for _, v := range []int64{1, 2} {
+		raw := timestampOf(t, v, keys[0])
+		must(t, w.op.PutRepoFile(ctx, "metadata/timestamp.json", raw))
+		if got, err := w.op.RepoFile(ctx, "metadata/timestamp.json"); err != nil || !bytes.Equal(got, raw) {
+			t.Errorf("the timestamp is %q (%v), want %s", got, err, raw)
 		}
 	}
 }

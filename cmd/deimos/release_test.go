@@ -106,6 +106,68 @@ func TestWhatTheCoordinatorHasIsNotUploadedAgain(t *testing.T) {
 	}
 }
 
+// TestEachChangeOfKeysCanBeUploaded, also where what a stolen key was for is signed by the
+// new one alone; an old copy of the repository cannot, as devices would refuse all of it.
+func TestEachChangeOfKeysCanBeUploaded(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, c := startCoordinator(ctx, t)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	keys, repository := filepath.Join(dir, "keys"), filepath.Join(dir, "repo")
+	must(repo.Init(keys, repo.InitOptions{RootKeys: 2, Threshold: 2, Now: time.Now()}))
+	publish := func(bundle string) {
+		t.Helper()
+		_, err := repo.Publish(repo.PublishOptions{Keys: keys, Repo: repository, Bundle: bundle, Now: time.Now()})
+		must(err)
+	}
+	send := func(dir string) error {
+		_, err := upload(ctx, c, dir)
+		return err
+	}
+	o := repo.ChangeOptions{Desk: repo.Desk{Keys: keys}, Now: time.Now()}
+	for range 10 {
+		_, err := repo.Renew(o)
+		must(err)
+	}
+	publish(aBundle(t, "1.0.0", "an agent"))
+	must(send(repository)) // 10 comes after 9
+	old := filepath.Join(dir, "old")
+	must(os.CopyFS(old, os.DirFS(repository)))
+	for _, role := range []string{"timestamp", "log"} {
+		_, err := repo.Rotate(o, repo.Rotation{Role: role})
+		must(err)
+		must(os.Remove(filepath.Join(keys, role+".pem")))
+		publish(aBundle(t, map[string]string{"timestamp": "1.1.0", "log": "1.2.0"}[role], role))
+		must(send(repository))
+	}
+	if err := send(old); err == nil || !strings.Contains(err.Error(), "devices would refuse it") {
+		t.Errorf("an old copy, signed by keys that count no more: %v", err)
+	}
+	must(os.RemoveAll(old))
+	must(os.CopyFS(old, os.DirFS(repository)))
+	publish(aBundle(t, "1.3.0", "newer"))
+	must(send(repository))
+	list, err := c.RepoFiles(ctx)
+	must(err)
+	if err := send(old); err == nil || !strings.Contains(err.Error(), "the log had 4 records, and would have 3") {
+		t.Errorf("an old copy: %v", err)
+	}
+	must(os.Remove(filepath.Join(old, "log", "checkpoint")))
+	if err := send(old); err == nil || !strings.Contains(err.Error(), "published last") {
+		t.Errorf("an old copy without its log: %v", err)
+	}
+	after, err := c.RepoFiles(ctx)
+	if err != nil || !slices.Equal(after, list) {
+		t.Errorf("old copies have changed what is there (%v)", err)
+	}
+}
+
 // startCoordinator starts a whole one, and lets its owner in, who types commands or
 // is a program.
 func startCoordinator(ctx context.Context, t *testing.T) (*commands, *api.Client) {

@@ -154,7 +154,7 @@ func TestNoMomentWithoutValidMetadata(t *testing.T) {
 		}
 		return err
 	}))
-	slices.SortStableFunc(files, func(a, b string) int { return Rank(a) - Rank(b) })
+	slices.SortStableFunc(files, Compare)
 	for _, file := range files {
 		must(t, os.MkdirAll(filepath.Dir(filepath.Join(served, file)), 0o755))
 		must(t, os.WriteFile(filepath.Join(served, file), read(t, filepath.Join(f.repo, file)), 0o644))

@@ -36,7 +36,7 @@
 //	metadata/timestamp.json         changes
 //	metadata/N.root.json            every root there ever was
 //
-// They are written and copied in this order ([Rank]), so a reader finds a release
+// They are written and copied in this order ([Compare]), so a reader finds a release
 // whole or not at all. Roots come last: as long as the keys that a new root takes out
 // are at hand, [Publish] signs with them too, so that at each moment all is valid by
 // the newest root that is there. Without them (stolen, lost) devices that read in
