@@ -151,13 +151,12 @@ type StatementOf[P any] struct {
 	Predicate     P          `json:"predicate"`
 }
 
-// Resource is an in-toto resource descriptor (spec/v1/resource_descriptor.md). What jobs
-// name has a name and digests: "sha256" of the bytes, and "deimosChunk", the id, of what
-// is one chunk; of a folder [DirHash] alone.
+// Resource is an in-toto resource descriptor (spec/v1/resource_descriptor.md). Its
+// digests are "sha256" of the bytes, and "deimosChunk", the id, of what is one chunk; of
+// a folder [DirHash] alone.
 type Resource struct {
-	Name   string            `json:"name,omitempty"`
-	URI    string            `json:"uri,omitempty"`
-	Digest map[string]string `json:"digest,omitempty"`
+	Name   string            `json:"name"`
+	Digest map[string]string `json:"digest"`
 }
 
 // JobPredicate is how the subjects of a [Statement] were made.

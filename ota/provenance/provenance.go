@@ -72,7 +72,7 @@ type Definition struct {
 	BuildType            string             `json:"buildType"`
 	ExternalParameters   Parameters         `json:"externalParameters"`
 	InternalParameters   map[string]Program `json:"internalParameters,omitempty"` // by name and platform
-	ResolvedDependencies []wire.Resource    `json:"resolvedDependencies,omitempty"`
+	ResolvedDependencies []sbom.Material    `json:"resolvedDependencies,omitempty"`
 }
 
 // Parameters is what was asked of the build.
@@ -141,11 +141,11 @@ func New(m bundle.Manifest, bill *sbom.Bill, o Options) (Statement, error) {
 	if err != nil {
 		return Statement{}, err
 	}
-	source := wire.Resource{Name: "source", URI: "git+" + o.Source}
+	source := sbom.Material{Name: "source", URI: "git+" + o.Source}
 	if commit != "" {
 		source.Digest = map[string]string{"gitCommit": commit}
 	}
-	d.ResolvedDependencies = append([]wire.Resource{source}, bill.Materials()...)
+	d.ResolvedDependencies = append([]sbom.Material{source}, bill.Materials()...)
 	st := Statement{Type: wire.StatementType, Subject: subjects(m), PredicateType: PredicateType,
 		Predicate: Predicate{BuildDefinition: d, RunDetails: Run{Builder: Builder{ID: o.Builder}}}}
 	for _, a := range m.Attachments {
@@ -278,7 +278,7 @@ func open(raw []byte, mediaType string, builder crypto.PublicKey) (st Statement,
 // Commit is that of the sources; empty if it is not known.
 func Commit(st Statement) string {
 	deps := st.Predicate.BuildDefinition.ResolvedDependencies
-	at := slices.IndexFunc(deps, func(r wire.Resource) bool { return r.Name == "source" })
+	at := slices.IndexFunc(deps, func(m sbom.Material) bool { return m.Name == "source" })
 	if at < 0 {
 		return ""
 	}

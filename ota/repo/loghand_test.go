@@ -110,6 +110,11 @@ func changed(t *testing.T, file, key string, change func(*handLog)) string {
 	return other
 }
 
+// rename changes the record of the new release, and not what it is of.
+func rename(from, to string) func(*handLog) {
+	return func(h *handLog) { h.Signed.Records[2] = strings.ReplaceAll(h.Signed.Records[2], from, to) }
+}
+
 // another is a record of something else.
 func another(version string) string {
 	return version + " " + TargetName(version) + " " + strings.Repeat("ab", 32) + " 2026-11-22T00:00:00Z\n"
@@ -132,6 +137,8 @@ func TestALogThatIsNotOursGrownIsNotTaken(t *testing.T) {
 	}{
 		"another first record": {[]string{changed(t, file, key, func(h *handLog) { h.Signed.Records[0] = another("1.0.0") })}, "another record 0"},
 		"a record too many":    {[]string{changed(t, file, key, add(another("6.6.6")))}, "not published now"},
+		"another version":      {[]string{changed(t, file, key, rename("1.2.0 ", "9.9.9 "))}, "not published now"},
+		"another name":         {[]string{changed(t, file, key, rename("1.2.0", "9.9.9"))}, "not published now"},
 		"a record twice":       {[]string{changed(t, file, key, func(h *handLog) { add(h.Signed.Records[2])(h) })}, "there already"},
 		"a record too few":     {[]string{changed(t, file, key, func(h *handLog) { h.Signed.Records, h.Signed.Size = h.Signed.Records[:2], 2 })}, "not for this bundle"},
 		"what was before":      {[]string{changed(t, file, key, func(h *handLog) { h.Signed.Records, h.Signed.Size = h.Signed.Records[:1], 1 })}, "in between"},

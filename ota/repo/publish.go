@@ -561,14 +561,14 @@ func (p *publisher) signLog() error {
 	if err := p.takeHandLog(); err != nil {
 		return err
 	}
-	released := map[string]bool{}
+	released := map[string]string{} // names, by digest
 	var lookups []file
 	for _, name := range slices.Sorted(maps.Keys(p.targets.Signed.Targets)) {
 		sum, err := targetSum(name, p.targets.Signed.Targets[name])
 		if err != nil {
 			return err
 		}
-		released[sum] = true
+		released[sum] = name
 		n, ok := p.log.at[sum]
 		if !ok {
 			version := strings.TrimSuffix(strings.TrimPrefix(name, "bundles/"), ".json")
@@ -588,7 +588,7 @@ func (p *publisher) signLog() error {
 		return err
 	}
 	for n, r := range added {
-		if !released[r.SHA256] || TargetName(r.Version) != r.Target || p.log.at[r.SHA256] != p.logged+int64(n) {
+		if released[r.SHA256] != r.Target || TargetName(r.Version) != r.Target || p.log.at[r.SHA256] != p.logged+int64(n) {
 			return fmt.Errorf("what is signed for the log has a record of %s, %s, which is not published now, or is there already; write it anew with --unsigned", r.Target, short(r.SHA256))
 		}
 	}

@@ -222,16 +222,25 @@ func (b *Bill) Has(sum string) bool {
 	return false
 }
 
-// Materials are the modules and packages, as an in-toto statement names them: of modules
-// the hash of go.sum, which in-toto calls [wire.DirHash], of packages that of their file.
-func (b *Bill) Materials() []wire.Resource {
-	var all []wire.Resource
+// Material is something that a program is made of, as an in-toto statement names it
+// (spec/v1/resource_descriptor.md).
+type Material struct {
+	Name string `json:"name,omitempty"`
+	URI  string `json:"uri"`
+	// Digest is, of a Go module, the hash of go.sum, which in-toto calls [wire.DirHash];
+	// of a file "sha256"; of sources "gitCommit". Hex, empty if it is not known.
+	Digest map[string]string `json:"digest,omitempty"`
+}
+
+// Materials are the modules and packages; they have no names, but URLs.
+func (b *Bill) Materials() []Material {
+	var all []Material
 	for _, ref := range slices.Sorted(maps.Keys(b.components)) {
 		c := b.components[ref]
 		if c.PackageURL == "" {
 			continue
 		}
-		r := wire.Resource{URI: c.PackageURL}
+		r := Material{URI: c.PackageURL}
 		if c.Hashes != nil {
 			kind := wire.DirHash
 			if !strings.HasPrefix(c.PackageURL, "pkg:golang/") {
