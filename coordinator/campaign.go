@@ -293,13 +293,14 @@ type at struct {
 }
 
 // runs tells whether a version is the campaign's, or newer.
-func (r campaignRow) runs(version string) bool { return bundle.Compare(version, r.Version) >= 0 }
+func (r *campaignRow) runs(version string) bool { return bundle.Compare(version, r.Version) >= 0 }
 
 // phaseOf is the first phase that a device is in.
-func (r campaignRow) phaseOf(d api.DeviceRecord, point float64) int {
-	for i, p := range r.Phases {
-		switch {
-		case p.Only != nil && p.Only.Matches(d):
+func (r *campaignRow) phaseOf(d *api.DeviceRecord) int {
+	point := bundle.RolloutPoint(r.Version, string(d.ID))
+	for i := range r.Phases {
+		switch p := &r.Phases[i]; {
+		case p.Only != nil && p.Only.Matches(*d):
 			return i
 		case p.Only == nil && point < max(p.Share, p.Percentage):
 			return i
@@ -309,8 +310,8 @@ func (r campaignRow) phaseOf(d api.DeviceRecord, point float64) int {
 }
 
 // stand is where a device stands. since is when this coordinator began to hear.
-func (r campaignRow) stand(d api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
-	a := at{phase: r.phaseOf(d, bundle.RolloutPoint(r.Version, string(d.ID))), asked: o != nil}
+func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
+	a := at{phase: r.phaseOf(d), asked: o != nil}
 	mute := now.Sub(later(v.last, since))
 	if o != nil && !o.state.Terminal() {
 		word := now.Sub(later(o.updated, since))
@@ -363,7 +364,7 @@ func (r campaignRow) stand(d api.DeviceRecord, o *orderNow, v seen, now, since t
 }
 
 // reaches tells whether devices of a phase are asked.
-func (r campaignRow) reaches(phase int) bool {
+func (r *campaignRow) reaches(phase int) bool {
 	switch r.State {
 	case api.CampaignRunning, api.CampaignPaused:
 		return phase < r.Phase || phase == r.Phase && !r.Phases[phase].Began.IsZero()
@@ -411,7 +412,7 @@ func (t *tally) add(a at) {
 }
 
 // stops tells why a campaign must stop; code "" if it need not.
-func (r campaignRow) stops(t *tally) (code, reason string) {
+func (r *campaignRow) stops(t *tally) (code, reason string) {
 	of := t.asked
 	if r.Phase < len(r.Phases) {
 		of = max(of, r.Phases[r.Phase].Planned)
@@ -440,7 +441,7 @@ func (r campaignRow) stops(t *tally) (code, reason string) {
 }
 
 // holdup is why the phase that runs is not settled; empty: it is.
-func (r campaignRow) holdup(t *tally) string {
+func (r *campaignRow) holdup(t *tally) string {
 	if n := t.counts[api.StandsDue] + t.counts[api.StandsAsked] + t.counts[api.StandsInstalling]; n > 0 {
 		return fmt.Sprintf("%d devices are to be asked, or under way", n)
 	}
@@ -461,7 +462,7 @@ func (r campaignRow) holdup(t *tally) string {
 }
 
 // awaits tells whether only an approval is missing.
-func (r campaignRow) awaits(now time.Time) bool {
+func (r *campaignRow) awaits(now time.Time) bool {
 	if r.State != api.CampaignRunning || r.Phase >= len(r.Phases) {
 		return false
 	}

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -134,32 +135,79 @@ func (s *campaigns) offersOf(row campaignRow) map[wire.DeviceID]orderNow {
 	return maps.Clone(s.offers[id.Time()])
 }
 
-// look goes through a campaign's devices.
-func (s *campaigns) look(row campaignRow, visit func(d api.DeviceRecord, o *orderNow, v seen, a at)) *tally {
-	now := s.now() // before all else: who is heard of meanwhile is not mute
-	offers, busy := s.offersOf(row), s.outbox.underway(wire.KindUpdateInstall)
-	t := newTally(len(row.Phases))
-	var devices []api.DeviceRecord
+// member is a device as it stood at one moment.
+type member struct {
+	api.DeviceRecord
+	seen
+}
+
+// fleet is how all devices stand now. Who looks at several campaigns takes it once:
+// of 100,000 devices it is some 50 MB.
+func (s *campaigns) fleet() []member {
+	busy := s.outbox.underway(wire.KindUpdateInstall)
+	out := make([]member, 0, s.reg.rows.len())
 	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
-		if row.To.Matches(d) {
-			devices = append(devices, d)
+		if !d.Retired {
+			out = append(out, member{d, seen{busy: busy[d.ID]}})
 		}
 		return true
 	})
-	for _, d := range devices {
-		v := s.reg.seenOf(d.ID)
-		v.busy = busy[d.ID]
-		var o *orderNow
-		if x, ok := offers[d.ID]; ok {
-			o = &x
-		}
-		a := row.stand(d, o, v, now, s.started, s.pace)
-		t.add(a)
-		if visit != nil {
-			visit(d, o, v, a)
+	s.reg.mu.Lock()
+	defer s.reg.mu.Unlock()
+	for i := range out {
+		if l, ok := s.reg.live[out[i].ID]; ok {
+			out[i].online, out[i].last = l.online, l.lastSeen
 		}
 	}
+	return out
+}
+
+// look goes through a campaign's devices.
+func (s *campaigns) look(row campaignRow, visit func(d *member, o *orderNow, a at)) *tally {
+	return s.lookAt(row, s.now(), s.fleet(), visit) // the time before all else: who is heard of meanwhile is not mute
+}
+
+// lookAt goes through those of a fleet, as it was at a time. visit may be nil.
+func (s *campaigns) lookAt(row campaignRow, now time.Time, fleet []member, visit func(d *member, o *orderNow, a at)) *tally {
+	t := newTally(len(row.Phases))
+	s.eachOffer(row, fleet, func(d *member, o *orderNow) {
+		a := row.stand(&d.DeviceRecord, o, d.seen, now, s.started, s.pace)
+		t.add(a)
+		if visit != nil {
+			visit(d, o, a)
+		}
+	})
 	return t
+}
+
+// eachOffer calls f on the devices of a campaign, with what is known of their orders.
+// They are copied a few at a time, so that who reports does not wait for f.
+func (s *campaigns) eachOffer(row campaignRow, fleet []member, f func(d *member, o *orderNow)) {
+	id, err := ulid.ParseStrict(row.ID)
+	if err != nil {
+		return
+	}
+	var offers [256]orderNow
+	var known [256]bool
+	for part := range slices.Chunk(fleet, len(offers)) {
+		s.mu.Lock()
+		of := s.offers[id.Time()]
+		for i := range part {
+			offers[i], known[i] = of[part[i].ID]
+		}
+		s.mu.Unlock()
+		for i := range part {
+			if !row.To.Matches(part[i].DeviceRecord) {
+				continue
+			}
+			if known[i] {
+				o := offers[i]
+				f(&part[i], &o)
+			} else {
+				f(&part[i], nil)
+			}
+		}
+	}
 }
 
 // begin keeps a campaign; from then on it goes on by itself.
@@ -337,8 +385,8 @@ type ask struct {
 	point   float64
 }
 
-func askOf(row campaignRow, d api.DeviceRecord, o *orderNow, a at) ask {
-	q := ask{device: d.ID, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d.ID))}
+func askOf(row campaignRow, d wire.DeviceID, o *orderNow, a at) ask {
+	q := ask{device: d, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d))}
 	if o != nil {
 		q.attempt = o.attempt + 1
 	}
@@ -359,9 +407,9 @@ func (s *campaigns) advance(ctx context.Context, row campaignRow) error {
 		p = row.Phases[row.Phase]
 	}
 	var asks []ask
-	t := s.look(row, func(d api.DeviceRecord, o *orderNow, _ seen, a at) {
+	t := s.look(row, func(d *member, o *orderNow, a at) {
 		if a.ask {
-			asks = append(asks, askOf(row, d, o, a))
+			asks = append(asks, askOf(row, d.ID, o, a))
 		}
 	})
 	if code, reason := row.stops(t); code != "" {
@@ -418,11 +466,11 @@ func (s *campaigns) beginPhase(ctx context.Context, row campaignRow) (campaignRo
 	if p.Only == nil {
 		var points []float64 // of those that are there
 		lack := 0            // how many do not have the release
-		s.look(would, func(d api.DeviceRecord, _ *orderNow, v seen, _ at) {
+		s.look(would, func(d *member, _ *orderNow, _ at) {
 			if row.runs(d.Agent) {
 				return
 			}
-			if lack++; v.online {
+			if lack++; d.online {
 				points = append(points, bundle.RolloutPoint(row.Version, string(d.ID)))
 			}
 		})
@@ -558,33 +606,26 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 		return nil
 	}
 	slices.SortFunc(done, func(a, b campaignRow) int { return b.Ended.Compare(a.Ended) })
-	offers := make([]map[wire.DeviceID]orderNow, len(done))
-	for i, r := range done {
-		offers[i] = s.offersOf(r)
+	fleet := s.fleet()
+	groups := make([][]member, len(done)) // who lacks what its newest campaign has brought
+	for i := range fleet {
+		d := &fleet[i]
+		n := slices.IndexFunc(done, func(r campaignRow) bool { return r.To.Matches(d.DeviceRecord) })
+		if n < 0 || done[n].runs(d.Agent) || slices.ContainsFunc(open, func(r campaignRow) bool {
+			return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
+		}) {
+			continue
+		}
+		groups[n] = append(groups[n], *d)
 	}
 	asks := make([][]ask, len(done))
-	busy := s.outbox.underway(wire.KindUpdateInstall)
-	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
-		i := slices.IndexFunc(done, func(r campaignRow) bool { return r.To.Matches(d) })
-		if i < 0 || done[i].runs(d.Agent) {
-			return true
-		}
-		for _, r := range open {
-			if r.To.Matches(d) && r.reaches(r.phaseOf(d, bundle.RolloutPoint(r.Version, string(d.ID)))) {
-				return true
+	for i, r := range done {
+		s.lookAt(r, now, groups[i], func(d *member, o *orderNow, a at) {
+			if a.ask {
+				asks[i] = append(asks[i], askOf(r, d.ID, o, a))
 			}
-		}
-		v := s.reg.seenOf(d.ID)
-		v.busy = busy[d.ID]
-		var o *orderNow
-		if x, ok := offers[i][d.ID]; ok {
-			o = &x
-		}
-		if a := done[i].stand(d, o, v, now, s.started, s.pace); a.ask {
-			asks[i] = append(asks[i], askOf(done[i], d, o, a))
-		}
-		return true
-	})
+		})
+	}
 	var errs []error
 	for i, r := range done {
 		errs = append(errs, s.askAll(ctx, r, asks[i]))
@@ -592,26 +633,33 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 	return errors.Join(errs...)
 }
 
+// isBad tells whether a device counts against the release.
+func isBad(a at) bool { return a.standing == api.StandsFailed || a.standing == api.StandsSilent }
+
 // bad is the devices that failed or are silent, the newest first, [api.MaxEvidence]
 // at most.
 func (s *campaigns) bad(ctx context.Context, row campaignRow) []api.CampaignDevice {
-	out := []api.CampaignDevice{}
-	s.look(row, func(d api.DeviceRecord, o *orderNow, v seen, a at) {
-		if a.standing == api.StandsFailed || a.standing == api.StandsSilent {
-			out = append(out, deviceIn(row, d, o, v, a))
+	var out []api.CampaignDevice
+	s.look(row, func(d *member, o *orderNow, a at) {
+		if isBad(a) {
+			out = append(out, deviceIn(row, d, o, a))
 		}
 	})
+	return s.worst(ctx, out)
+}
+
+func (s *campaigns) worst(ctx context.Context, out []api.CampaignDevice) []api.CampaignDevice {
 	slices.SortFunc(out, func(a, b api.CampaignDevice) int {
 		return cmp.Or(b.Updated.Compare(a.Updated), cmp.Compare(a.Device, b.Device))
 	})
-	out = out[:min(len(out), api.MaxEvidence)]
+	out = slices.Clone(out[:min(len(out), api.MaxEvidence)])
 	s.explain(ctx, out)
-	return out
+	return append([]api.CampaignDevice{}, out...)
 }
 
-func deviceIn(row campaignRow, d api.DeviceRecord, o *orderNow, v seen, a at) api.CampaignDevice {
-	out := api.CampaignDevice{Device: d.ID, Standing: a.standing, Phase: a.phase, Agent: d.Agent, Code: a.code, LastSeen: v.last.UTC()}
-	if v.last.IsZero() {
+func deviceIn(row campaignRow, d *member, o *orderNow, a at) api.CampaignDevice {
+	out := api.CampaignDevice{Device: d.ID, Standing: a.standing, Phase: a.phase, Agent: d.Agent, Code: a.code, LastSeen: d.last.UTC()}
+	if d.last.IsZero() {
 		out.LastSeen = time.Time{}
 	}
 	if id, err := ulid.ParseStrict(row.ID); o != nil && err == nil {
@@ -639,19 +687,30 @@ func (s *campaigns) explain(ctx context.Context, list []api.CampaignDevice) {
 
 // view is a campaign as operators see it, without the devices that failed.
 func (s *campaigns) view(row campaignRow) api.Campaign {
+	now := s.now() // before all else, see look
+	fleet := s.fleet()
+	v, _ := s.viewAt(row, now, fleet)
+	v.Current = s.current(fleet)[row.ID]
+	return v
+}
+
+// viewAt also gives the devices that failed or are silent. Who asks fills in Current.
+func (s *campaigns) viewAt(row campaignRow, now time.Time, fleet []member) (_ api.Campaign, bad []api.CampaignDevice) {
 	there, lack := 0, 0 // who does not have it, and is online or not
-	t := s.look(row, func(d api.DeviceRecord, _ *orderNow, v seen, _ at) {
+	t := s.lookAt(row, now, fleet, func(d *member, o *orderNow, a at) {
+		if isBad(a) {
+			bad = append(bad, deviceIn(row, d, o, a))
+		}
 		if row.runs(d.Agent) {
 			return
 		}
-		if lack++; v.online {
+		if lack++; d.online {
 			there++
 		}
 	})
-	now := s.now()
 	v := api.Campaign{ID: row.ID, Version: row.Version, Selector: row.To, Stop: row.Stop.view(), Rate: row.Rate, By: row.By, Created: row.Created,
 		State: row.State, Phase: row.Phase, Code: row.Code, Reason: row.Reason, Ended: row.Ended, Evidence: row.Evidence,
-		Devices: t.devices, Counts: t.counts, Reasons: []api.StandingReason{}, Failed: []api.CampaignDevice{}, Current: s.current(row)}
+		Devices: t.devices, Counts: t.counts, Reasons: []api.StandingReason{}, Failed: []api.CampaignDevice{}}
 	for i, p := range row.Phases {
 		v.Phases = append(v.Phases, api.PhaseState{CampaignPhase: p.CampaignPhase, Share: p.Share, Began: p.Began, Settled: p.Settled,
 			Approved: p.Approved, ApprovedBy: p.ApprovedBy, Ended: p.Ended, Devices: t.phases[i].devices, Counts: t.phases[i].counts})
@@ -676,27 +735,20 @@ func (s *campaigns) view(row campaignRow) api.Campaign {
 			v.Holdup = row.holdup(t)
 		}
 	}
-	return v
+	return v, bad
 }
 
-// current tells whether a campaign is the newest that is done for one of its devices.
-func (s *campaigns) current(row campaignRow) bool {
-	if row.State != api.CampaignDone {
-		return false
-	}
-	var newer []campaignRow
-	s.rows.each(func(_ string, v campaignRow) bool {
-		if v.State == api.CampaignDone && v.Ended.After(row.Ended) {
-			newer = append(newer, v)
+// current is the campaigns that are the newest that is done for one of a fleet's devices.
+func (s *campaigns) current(fleet []member) map[string]bool {
+	done := s.rows.all(func(a, b campaignRow) int { return b.Ended.Compare(a.Ended) })
+	done = slices.DeleteFunc(done, func(r campaignRow) bool { return r.State != api.CampaignDone })
+	out := make(map[string]bool)
+	for i := range fleet {
+		if n := slices.IndexFunc(done, func(r campaignRow) bool { return r.To.Matches(fleet[i].DeviceRecord) }); n >= 0 {
+			out[done[n].ID] = true
 		}
-		return true
-	})
-	found := false
-	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
-		found = row.To.Matches(d) && !slices.ContainsFunc(newer, func(v campaignRow) bool { return v.To.Matches(d) })
-		return !found
-	})
-	return found
+	}
+	return out
 }
 
 // show is one campaign with the devices that failed.
@@ -717,9 +769,9 @@ func (s *campaigns) list(ctx context.Context, id string, standing api.Standing, 
 	if !ok {
 		return out, errNoCampaign(id)
 	}
-	s.look(row, func(d api.DeviceRecord, o *orderNow, v seen, a at) {
+	s.look(row, func(d *member, o *orderNow, a at) {
 		if string(d.ID) > after && (standing == "" || standing == a.standing) {
-			out.Devices = append(out.Devices, deviceIn(row, d, o, v, a))
+			out.Devices = append(out.Devices, deviceIn(row, d, o, a))
 		}
 	})
 	slices.SortFunc(out.Devices, func(a, b api.CampaignDevice) int { return cmp.Compare(a.Device, b.Device) })
@@ -734,21 +786,20 @@ func (s *campaigns) list(ctx context.Context, id string, standing api.Standing, 
 // all is how the fleet stands with its releases.
 func (s *campaigns) all(ctx context.Context) api.Releases {
 	out := api.Releases{Versions: []api.VersionCount{}, Campaigns: []api.Campaign{}, Forks: s.forks()}
+	now := s.now()
+	fleet := s.fleet()
 	of := make(map[string]*api.VersionCount)
-	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
-		if d.Retired {
-			return true
-		}
+	for i := range fleet {
+		d := &fleet[i]
 		v := of[d.Agent]
 		if v == nil {
 			v = &api.VersionCount{Version: d.Agent}
 			of[d.Agent] = v
 		}
-		if v.Devices++; s.reg.online(d.ID) {
+		if v.Devices++; d.online {
 			v.Online++
 		}
-		return true
-	})
+	}
 	for _, v := range of {
 		out.Versions = append(out.Versions, *v)
 	}
@@ -765,13 +816,23 @@ func (s *campaigns) all(ctx context.Context) api.Releases {
 		}
 		return 1
 	})
-	for _, row := range rows[:min(len(rows), api.MaxCampaigns)] {
-		v := s.view(row)
-		if v.Counts[api.StandsFailed]+v.Counts[api.StandsSilent] > 0 && row.Evidence == nil {
-			v.Failed = s.bad(ctx, row)
-		}
-		out.Campaigns = append(out.Campaigns, v)
+	rows = rows[:min(len(rows), api.MaxCampaigns)]
+	current := s.current(fleet)
+	out.Campaigns = make([]api.Campaign, len(rows))
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for i, row := range rows {
+		g.Go(func() error {
+			v, bad := s.viewAt(row, now, fleet)
+			v.Current = current[row.ID]
+			if row.Evidence == nil {
+				v.Failed = s.worst(ctx, bad)
+			}
+			out.Campaigns[i] = v
+			return nil
+		})
 	}
+	_ = g.Wait() // none of them fails
 	return out
 }
 
@@ -814,16 +875,6 @@ func (o *outbox) underway(k wire.Kind) map[wire.DeviceID]bool {
 		out[d] = true
 	}
 	return out
-}
-
-// seenOf is whether a device is there, and when it was heard last.
-func (r *registry) seenOf(d wire.DeviceID) (v seen) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if l, ok := r.live[d]; ok {
-		v.online, v.last = l.online, l.lastSeen
-	}
-	return v
 }
 
 func (c *Coordinator) campaignRoutes() []route {

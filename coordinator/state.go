@@ -309,6 +309,13 @@ func (t *table[T]) get(key string) (T, bool) {
 	return r.v, ok
 }
 
+// len is how many records the copy has.
+func (t *table[T]) len() int {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return len(t.rows)
+}
+
 // each calls f on every record of the copy until it returns false.
 func (t *table[T]) each(f func(key string, v T) bool) {
 	t.mu.RLock()

@@ -457,7 +457,8 @@ func (p Part) formsFor(runs string) (forms []Form) {
 // percentage is above it. A device stands elsewhere for each version, so that
 // it is not always the same ones that go first.
 func RolloutPoint(version, device string) float64 {
-	sum := sha256.Sum256([]byte(version + "\x00" + device))
+	var text [128]byte // without an allocation: coordinators ask for each device of a fleet
+	sum := sha256.Sum256(append(append(append(text[:0], version...), 0), device...))
 	const bits = 53 // what a float64 holds exactly
 	return float64(binary.BigEndian.Uint64(sum[:])>>(64-bits)) / (1 << bits) * 100
 }
