@@ -34,7 +34,9 @@ const echo = "\x00asm\x01\x00\x00\x00" +
 	"\x0b\x0e\x01\x00\x41\x00\x0b\x08\x10\x00\x00\x00\x00\x10\x00\x00" // at 0: a buffer at 16, of 4096 bytes
 
 // liars are the devices of a fleet that lie, and how many jobs each may be given until it is
-// found, by the table of docs/PROTOCOL.md.
+// found, by the table of docs/PROTOCOL.md. How often two in league find each other at the same
+// job, the machine decides; so of them it is how many lies they may tell, of which at least
+// a fifth are looked at.
 var liars = []struct {
 	ploy.Ploy
 	owner  string
@@ -42,8 +44,8 @@ var liars = []struct {
 }{
 	{ploy.Ploy{Name: "always", Share: 1}, "ann", 21},
 	{ploy.Ploy{Name: "sometimes", Share: 0.1}, "ben", 44},
-	{ploy.Ploy{Name: "one of two", Share: 1, League: "two"}, "cem", 459},
-	{ploy.Ploy{Name: "other of two", Share: 1, League: "two"}, "dan", 459},
+	{ploy.Ploy{Name: "one of two", Share: 1, League: "two"}, "cem", 21},
+	{ploy.Ploy{Name: "other of two", Share: 1, League: "two"}, "dan", 21},
 }
 
 const (
@@ -280,8 +282,8 @@ func (l *liarsFleet) check(jobs int, took time.Duration, ids []string) {
 		if !h.Distrusted {
 			allFound = false
 			t.Logf("%s was not found in %d jobs, in which it lied %d times", v.Name, len(given[d.id]), len(told))
-			if len(given[d.id]) > surely*v.within {
-				t.Errorf("%s should have been found within %d jobs", v.Name, v.within)
+			if n := len(given[d.id]); v.League == "" && n > surely*v.within || len(told) > surely*v.within {
+				t.Errorf("%s should have been found within %d", v.Name, v.within)
 			}
 			continue
 		}
@@ -294,9 +296,12 @@ func (l *liarsFleet) check(jobs int, took time.Duration, ids []string) {
 			t.Fatal(err)
 		}
 		at := slices.Index(given[d.id], a.Order) + 1
-		t.Logf("%s: found by the result of its job %d (%s); the table has %d; by then and in flight it had lied %d times in %d jobs", v.Name, at, a.Kind, v.within, len(told), len(given[d.id]))
-		if at == 0 || at > surely*v.within {
+		t.Logf("%s: found by the result of its job %d (%s), want %d; by then and in flight it had lied %d times in %d jobs", v.Name, at, a.Kind, v.within, len(told), len(given[d.id]))
+		if at == 0 || v.League == "" && at > surely*v.within {
 			t.Errorf("%s was found by its job %d (order %s), it should be by number %d", v.Name, at, a.Order, v.within)
+		}
+		if v.League != "" && len(told) > surely*v.within {
+			t.Errorf("%s has lied %d times, it should have been found by lie %d", v.Name, len(told), v.within)
 		}
 		if !a.Evidence || a.Outcome != api.AuditWrong {
 			t.Errorf("what %s was caught by proves nothing: %+v", v.Name, a)
@@ -305,19 +310,22 @@ func (l *liarsFleet) check(jobs int, took time.Duration, ids []string) {
 	if !allFound {
 		return // what stands may be of who was not found yet
 	}
-	l.Until("all that liars stood behind being looked through", func() bool {
-		for _, id := range ids {
-			ok := true
+	corrected := 0
+	for _, id := range ids {
+		l.Until("all that liars stood behind being looked through", func() bool {
+			ok, again := true, 0
 			if err := l.Client.EachJobResult(l.Ctx, id, func(r api.JobResult) error {
 				ok = ok && !r.Checking && (r.Retracted() || bytes.Equal(r.Output, l.files[r.Name]))
+				again += len(r.Corrections)
 				return nil
 			}, nil); err != nil {
 				t.Fatal(err)
 			}
-			if !ok {
-				return false
+			if ok {
+				corrected += again
 			}
-		}
-		return true
-	})
+			return ok
+		})
+	}
+	t.Logf("in the end every result is right, or taken back; %d were corrected", corrected)
 }
