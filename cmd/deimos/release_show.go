@@ -127,6 +127,14 @@ func (r *releaseShowCmd) open(ctx context.Context, all *commands) (*released, fu
 	}
 	rel := &released{read: func(a bundle.Attachment) ([]byte, error) { return bundle.ReadAttachment(r.Release, a) }}
 	rel.Manifest, rel.SHA256 = m, fmt.Sprintf("%x", sha256.Sum256(raw))
+	for _, f := range m.Files() {
+		if _, attached := m.Attachment(f.What); attached {
+			continue // looked at below
+		}
+		if err := bundle.CheckFile(r.Release, f); err != nil {
+			rel.problem(err)
+		}
+	}
 	return rel, func() {}, nil
 }
 

@@ -164,7 +164,12 @@ func TestAReleaseThatContradictsItselfIsAnError(t *testing.T) {
 	}{
 		"another agent": {func(t *testing.T, dir string, m *bundle.Manifest) { m.Parts[0].SHA256 = strings.Repeat("a", 64) },
 			nil, "in 2 places"}, // neither bill nor statement knows it
-		"another version":         {func(t *testing.T, dir string, m *bundle.Manifest) { m.Version = "1.2.4" }, nil, "in 1 place"},
+		"another version": {func(t *testing.T, dir string, m *bundle.Manifest) { m.Version = "1.2.4" }, nil, "in 1 place"},
+		"a damaged part": {func(t *testing.T, dir string, m *bundle.Manifest) {
+			if err := os.WriteFile(filepath.Join(dir, bundle.PartPath(m.Parts[0].Forms[0].SHA256)), []byte("x"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, nil, "in 1 place"},
 		"another builder":         {nil, []string{"--builder-key", other}, "in 1 place"},
 		"a bill that was altered": {alterAttachment(sbomName), nil, "in 1 place"},
 		"a bill of nothing":       {replaceAttachment(sbomName, []byte("{}")), nil, "in 2 places"}, // which the statement does not know either

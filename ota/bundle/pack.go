@@ -166,6 +166,23 @@ func Open(dir string) (Manifest, []byte, error) {
 	return m, raw, err
 }
 
+// CheckFile tells whether a bundle in a directory has a file of its manifest, whole.
+func CheckFile(dir string, want File) error {
+	f, err := os.Open(filepath.Join(dir, filepath.FromSlash(PartPath(want.SHA256))))
+	if err != nil {
+		return fmt.Errorf("the bundle lacks its %s: %w", want.What, err)
+	}
+	defer f.Close()
+	is := newCounter()
+	if _, err := io.Copy(is, f); err != nil {
+		return fmt.Errorf("the %s in the bundle cannot be read: %w", want.What, err)
+	}
+	if is.n != want.Size || is.sum() != want.SHA256 {
+		return fmt.Errorf("the %s in the bundle is not what the manifest says; build the bundle again", want.What)
+	}
+	return nil
+}
+
 // ReadAttachment reads what is attached to a bundle in a directory, and checks that it
 // is what the manifest says.
 func ReadAttachment(dir string, a Attachment) ([]byte, error) {

@@ -266,13 +266,3 @@ func digestOf(r io.Reader) (sum []byte, size int64, err error) {
 	size, err = io.Copy(h, r)
 	return h.Sum(nil), size, err
 }
-
-func digestFile(path string) (size int64, sum string, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer f.Close()
-	raw, size, err := digestOf(f)
-	return size, hex.EncodeToString(raw), err
-}

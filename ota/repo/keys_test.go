@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"os"
 	"os/exec"
@@ -565,4 +566,14 @@ func TestRenewedRootLastsLonger(t *testing.T) {
 	_, err = Publish(PublishOptions{Keys: f.keys, Repo: f.repo, Now: late})
 	must(t, err)
 	must(t, f.clientOf(t.TempDir(), first).Refresh(t.Context(), late)) // over an expired root to one that is not
+}
+
+func digestFile(path string) (size int64, sum string, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer f.Close()
+	raw, size, err := digestOf(f)
+	return size, hex.EncodeToString(raw), err
 }

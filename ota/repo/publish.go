@@ -344,7 +344,7 @@ func (p *publisher) addBundle() (string, error) {
 		return "", fmt.Errorf("version %s is published already with other content; a version never changes: build it under a new one", m.Version)
 	}
 	for _, f := range m.Files() {
-		if err := p.checkFile(f); err != nil {
+		if err := bundle.CheckFile(p.Bundle, f); err != nil {
 			return "", err
 		}
 	}
@@ -352,17 +352,6 @@ func (p *publisher) addBundle() (string, error) {
 	p.files = append(p.files, file{targetPath(name, target.Hashes["sha256"].String()), raw})
 	p.targets.Signed.Targets[name] = target
 	return name, nil
-}
-
-func (p *publisher) checkFile(f bundle.File) error {
-	size, sum, err := digestFile(filepath.Join(p.Bundle, filepath.FromSlash(bundle.PartPath(f.SHA256))))
-	if err != nil {
-		return fmt.Errorf("the bundle lacks its %s: %w", f.What, err)
-	}
-	if size != f.Size || sum != f.SHA256 {
-		return fmt.Errorf("the %s in the bundle is not what the manifest says; build the bundle again", f.What)
-	}
-	return nil
 }
 
 // signAll makes all that is to be written but for the parts, in memory.
