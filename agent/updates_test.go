@@ -34,6 +34,8 @@ func TestWhatTheOwnerSaysOfUpdatesIsReadAndMistakesNamed(t *testing.T) {
 // ask is what an owner's configuration and word make of a step.
 func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 	fetch, install := ota.Step{Order: "o", Version: "1.2.0", Fetch: 5 << 20}, ota.Step{Order: "o", Version: "1.2.0"}
+	whole := fetch
+	whole.NoDelta = "the delta is broken"
 	night := UpdatesConfig{Window: mustHours(t, "02:00-05:00")}
 	asks := UpdatesConfig{Consent: "ask"}
 	for name, c := range map[string]struct {
@@ -45,6 +47,7 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 		all   int64 // of the month's volume of 100 MiB, by everything
 		code  string
 		after time.Duration
+		says  string
 	}{
 		"nothing said":                {step: install},
 		"nothing said, to fetch":      {step: fetch},
@@ -67,6 +70,11 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 		"a budget, and all is here":   {c: UpdatesConfig{Monthly: 6 << 20}, moved: 6 << 20, step: install},
 		"the month is used up":        {all: 100 << 20, step: fetch},
 		"the month is used up, waits": {c: UpdatesConfig{OnMetered: "wait"}, all: 100 << 20, step: fetch, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour},
+		"it fits the month's rest":    {c: UpdatesConfig{OnMetered: "wait"}, all: 95 << 20, step: fetch},
+		"it is more than the rest":    {c: UpdatesConfig{OnMetered: "wait"}, all: 95<<20 + 1, step: fetch, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour, says: "takes 5242880 bytes, and"},
+		"whole, more than the rest":   {c: UpdatesConfig{OnMetered: "wait"}, all: 96 << 20, step: whole, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour, says: "takes 5242880 bytes whole (the delta is broken), and"},
+		"whole, beyond a budget":      {c: UpdatesConfig{Monthly: 6 << 20}, moved: 2 << 20, step: whole, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour, says: "takes 5242880 bytes whole (the delta is broken), and"},
+		"whole, within a budget":      {c: UpdatesConfig{Monthly: 6 << 20}, moved: 1 << 20, step: whole},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -87,8 +95,8 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 			p := a.holdUpdate(c.step)
 			switch {
 			case c.code == "" && p == nil:
-			case c.code == "" || p == nil || p.Code != c.code || p.After.Round(time.Second) != c.after || p.State != wire.Rejected || p.Reason == "":
-				t.Errorf("%+v; want %q after %s", p, c.code, c.after)
+			case c.code == "" || p == nil || p.Code != c.code || p.After.Round(time.Second) != c.after || p.State != wire.Rejected || p.Reason == "" || !strings.Contains(p.Reason, c.says):
+				t.Errorf("%+v; want %q after %s, with %q", p, c.code, c.after, c.says)
 			}
 		})
 	}
