@@ -52,7 +52,7 @@ import (
 //	[updates]                   # see UpdatesConfig; the owner's alone
 //	window = "02:00-05:00"      # local time, of the restart; "": any time
 //	consent = "auto"            # or "ask": deimos-agent update approve
-//	on_metered = "fetch"        # or "wait", when the month's volume is used up
+//	on_metered = "fetch"        # or "wait", for more than is left of the month's volume
 //	monthly_bytes = 0           # that updates may fetch in a month; 0: no limit
 //
 //	[board]                     # see board

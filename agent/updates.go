@@ -25,8 +25,8 @@ type UpdatesConfig struct {
 	Window policy.Hours `toml:"window"`
 	// Consent is "auto", or "ask": each version waits for deimos-agent update approve.
 	Consent string `toml:"consent"`
-	// OnMetered is what happens once the month's volume of [transfer] is used up:
-	// "fetch" all the same, or "wait" for the next month.
+	// OnMetered is what happens to an update that is more than what is left of the month's
+	// volume of [transfer]: "fetch" all the same, or "wait" for the next month.
 	OnMetered string `toml:"on_metered"`
 	// Monthly is what updates may fetch in a month, bytes; 0: no limit. A stick costs nothing.
 	Monthly int64 `toml:"monthly_bytes"`

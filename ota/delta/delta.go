@@ -223,7 +223,7 @@ func (r *records) next() error {
 		return fmt.Errorf("%w: it makes more than was said", ErrPatch)
 	case r.add+r.copy == 0:
 		return fmt.Errorf("%w: a record makes nothing", ErrPatch)
-	case seek < -r.at || seek > size-r.at || r.add > size-r.at-seek:
+	case seek < -r.at || r.add > size-r.at-seek:
 		return fmt.Errorf("%w: it needs bytes that the old file has not", ErrPatch)
 	}
 	r.at += seek

@@ -103,6 +103,9 @@ func run(ctx context.Context, t *table) error {
 		return jobRows(ctx, t)
 	}
 	if *updatesOnly {
+		if err := deltaRows(ctx, t); err != nil {
+			return err
+		}
 		return updateRows(ctx, t)
 	}
 	sealing(t)
@@ -130,6 +133,9 @@ func run(ctx context.Context, t *table) error {
 		return err
 	}
 	if err := jobRows(ctx, t); err != nil {
+		return err
+	}
+	if err := deltaRows(ctx, t); err != nil {
 		return err
 	}
 	if err := updateRows(ctx, t); err != nil {
