@@ -3,10 +3,8 @@ package ota
 import (
 	"context"
 	"errors"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
@@ -22,13 +20,21 @@ func LocalOrder(id string) string { return localPrefix + id }
 // IsLocal tells such a name from the id of an order.
 func IsLocal(order string) bool { return strings.HasPrefix(order, localPrefix) }
 
+// placeLimit is within what time a stick must say what is on it.
+const placeLimit = time.Minute
+
 // Install is an update from a folder or a file of the owner's: a repository as
 // "deimos release publish" makes it, or that of a release alone, on a stick, or a tar
 // archive of one. version is "" for the newest there. It takes the same path as an order
 // and returns the same errors; a repeat with the same id goes on with it.
 func (s *Service) Install(ctx context.Context, id, place, version string, tell func(wire.Progress)) (wire.Outcome, error) {
 	j := job{order: LocalOrder(id), version: version, local: place, tell: tell}
-	source, end, err := openPlace(place)
+	limited, cancel := context.WithTimeout(ctx, placeLimit)
+	source, end, err := repo.OpenPlace(limited, place)
+	cancel()
+	if ctx.Err() != nil {
+		return wire.Outcome{}, ctx.Err() // it comes again
+	}
 	if err != nil {
 		err = wire.RejectedBecause(wire.CodeNotFound, "%v", err)
 		s.noteRefusal(j, err)
@@ -55,25 +61,6 @@ func (s *Service) noteRefusal(j job, err error) {
 	if err := s.mem.leave(note); err != nil {
 		s.o.Log.Warn("how the update ended cannot be noted", "error", err)
 	}
-}
-
-// openPlace finds a repository where somebody who is no developer points.
-func openPlace(place string) (source repo.Source, end func(), err error) {
-	fi, err := os.Stat(place)
-	if err != nil {
-		return nil, nil, err
-	}
-	if !fi.IsDir() {
-		a, err := repo.OpenArchive(place)
-		if err != nil {
-			return nil, nil, err
-		}
-		return a, func() { _ = a.Close() }, nil
-	}
-	if _, err := os.Stat(filepath.Join(place, "metadata")); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, errors.New(place + " holds no update: there is no folder \"metadata\" in it; name the folder that holds it")
-	}
-	return repo.Dir(place), func() {}, nil
 }
 
 // Known tells whether what became of the owner's wish with this id is known: it ended,

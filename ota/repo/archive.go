@@ -11,9 +11,9 @@ import (
 	"path"
 )
 
-// Archive is a repository in one file, as tar makes it of the repository's folder. What
+// archive is a repository in one file, as tar makes it of the repository's folder. What
 // is in it is trusted no more than what a server sends.
-type Archive struct {
+type archive struct {
 	file  *os.File
 	files map[string]span
 }
@@ -27,13 +27,13 @@ const maxFiles = 20_000
 // errCut is what an archive is that was not copied to its end.
 var errCut = errors.New("it is cut short: copy it again, and remove the stick only when it may be")
 
-// OpenArchive reads which files there are, each of them whole.
-func OpenArchive(name string) (*Archive, error) {
-	f, err := os.Open(name)
+// openArchive reads which files there are, each of them whole.
+func openArchive(name string) (*archive, error) {
+	f, _, err := openRegular(name, os.Stat, os.OpenFile)
 	if err != nil {
 		return nil, err
 	}
-	a := &Archive{file: f, files: map[string]span{}}
+	a := &archive{file: f, files: map[string]span{}}
 	if err := a.index(); err != nil {
 		if !errors.Is(err, errCut) {
 			err = fmt.Errorf("it is no archive of a repository (tar -C REPOSITORY -cf FILE .): %w", err)
@@ -43,7 +43,7 @@ func OpenArchive(name string) (*Archive, error) {
 	return a, nil
 }
 
-func (a *Archive) index() error {
+func (a *archive) index() error {
 	info, err := a.file.Stat()
 	if err != nil {
 		return err
@@ -76,13 +76,15 @@ func (a *Archive) index() error {
 }
 
 // Open implements [Source].
-func (a *Archive) Open(_ context.Context, name string, offset int64) (io.ReadCloser, error) {
+func (a *archive) Open(ctx context.Context, name string, offset int64) (io.ReadCloser, error) {
 	s, ok := a.files[name]
 	if !ok {
 		return nil, fmt.Errorf("%s in the archive: %w", name, fs.ErrNotExist)
 	}
-	return io.NopCloser(io.NewSectionReader(a.file, s.at+offset, max(0, s.size-offset))), nil
+	return patient(ctx, func() (io.ReadCloser, error) {
+		return io.NopCloser(io.NewSectionReader(a.file, s.at+offset, max(0, s.size-offset))), nil
+	})
 }
 
 // Close ends the use of the archive.
-func (a *Archive) Close() error { return a.file.Close() }
+func (a *archive) Close() error { return a.file.Close() }

@@ -8,8 +8,6 @@ import (
 	"io/fs"
 	"net/http"
 	"net/url"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 )
@@ -19,30 +17,6 @@ import (
 // there is an error that wraps [fs.ErrNotExist].
 type Source interface {
 	Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error)
-}
-
-// Dir is a repository in a directory, such as a USB stick.
-type Dir string
-
-// Open implements [Source].
-func (d Dir) Open(_ context.Context, path string, offset int64) (io.ReadCloser, error) {
-	if !fs.ValidPath(path) {
-		return nil, fmt.Errorf("%q is no path in a repository", path)
-	}
-	root, err := os.OpenRoot(string(d)) // a stick may hold links that lead elsewhere
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	f, err := root.Open(filepath.FromSlash(path))
-	if err != nil {
-		return nil, err
-	}
-	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
 }
 
 // Mirrors are several places of one repository. The first is asked until it fails,
