@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -471,5 +472,32 @@ func TestASickStickIsRefusedByName(t *testing.T) {
 				t.Errorf("on disk: %+v, %+v", rec, rec.Ended)
 			}
 		})
+	}
+}
+
+// TestAPhaseThatNobodyKnowsHoldsNothing: it may be of a newer version that was left again.
+func TestAPhaseThatNobodyKnowsHoldsNothing(t *testing.T) {
+	f := newFleet(t)
+	f.good("1.1.0")
+	for _, phase := range []string{"patching", ""} {
+		for _, last := range []string{"o1", "another"} {
+			for _, stick := range []bool{false, true} {
+				_, dir := f.device()
+				must(t, os.MkdirAll(filepath.Join(dir, "ota"), 0o755))
+				note := fmt.Sprintf(`{"phase":%q,"order":%q,"heard":"local-before"}`, phase, last)
+				must(t, os.WriteFile(filepath.Join(dir, "ota", "update.json"), []byte(note), 0o600))
+				s := f.service(dir, func(*Options) {})
+				if !s.Known("before") {
+					t.Error("which wish of the owner's has ended is forgotten: it would be carried out again")
+				}
+				if stick {
+					if _, err := s.Install(t.Context(), "w", f.repo, "", nil); !errors.Is(err, ErrRestart) {
+						t.Errorf("%q, a stick after %s: %v", phase, last, err)
+					}
+				} else {
+					f.installs(s, order("o1", "1.1.0"))
+				}
+			}
+		}
 	}
 }

@@ -114,6 +114,9 @@ func ReadRecord(stateDir string) (Record, error) {
 	if err != nil {
 		return Record{Phase: slot.Idle}, fmt.Errorf("what was noted of the last update cannot be read: %w", err)
 	}
+	if !r.Phase.Known() { // of a newer version that was left again, or damaged: nothing would lead on from it
+		r.Phase = slot.Idle
+	}
 	return r, nil
 }
 

@@ -3,6 +3,7 @@ package slot
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -19,6 +20,11 @@ const (
 	Installed Phase = "installed" // it is what the next start tries
 	Testing   Phase = "testing"   // it runs, and is not confirmed
 )
+
+// Known tells whether it is one of them.
+func (p Phase) Known() bool {
+	return slices.Contains([]Phase{Idle, Waiting, Fetching, Verified, Installed, Testing}, p)
+}
 
 // Event is what leads from one phase to the next.
 type Event string
