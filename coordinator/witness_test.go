@@ -68,3 +68,31 @@ func TestTheWordOfALiarConfirmsNothing(t *testing.T) {
 	r, err := w.op.JobOutcome(testContext(t), j.ID)
 	wantSure(t, r, err, api.ByCoordinator, "")
 }
+
+// Company is drawn: a device that has more room than others, and so would get each job, is
+// not the witness of all.
+func TestCompanyIsDrawn(t *testing.T) {
+	t.Parallel()
+	const jobs = 24
+	w := sureWorld(t)
+	ds := w.devices(t, 5)
+	for i, slots := range []int{60, 30, 1, 1, 1} {
+		s := *ready()
+		s.Slots = slots
+		ds[i].tell(&s)
+	}
+	q := api.JobSpec{Module: w.module(t)}
+	with := map[wire.DeviceID]int{}
+	for range jobs {
+		r, err := w.op.RunJob(testContext(t), q)
+		wantSure(t, r, err, api.ByOwners, "")
+		if len(r.Attempts) != 2 || r.Attempts[0].Device != ds[0].id {
+			t.Fatalf("the one with most room is not first, so this shows nothing: %+v", r.Attempts)
+		}
+		with[r.Attempts[1].Device]++
+	}
+	// That three others are never drawn in so many jobs happens once in 4^24.
+	if with[ds[1].id] == jobs || len(with) < 2 {
+		t.Errorf("company is always the one that has most room of the others: %v", with)
+	}
+}
