@@ -207,11 +207,12 @@ func final(cause error) bool {
 // carryOut brings a job through the queue to its result.
 func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 	for {
-		t := &ticket{rank: j.Rank, order: j.order, memory: s.policy.Load().Clamp(j.Limits).MemoryBytes}
+		allowed := s.policy.Load()
+		t := &ticket{rank: j.Rank, order: j.order, memory: max(allowed.Clamp(j.Limits).MemoryBytes, sandbox.CompileBytes(allowed.MaxMemory))}
 		if err := s.queue.enter(ctx, t, j.waits); err != nil {
 			return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its turn: %w", err)
 		}
-		out, err := s.attempt(ctx, j)
+		out, err := s.attempt(ctx, j, t)
 		s.queue.leave(t)
 		after := time.Duration(0)
 		var p *wire.Problem
@@ -232,7 +233,7 @@ func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 }
 
 // attempt runs a job that has its slot.
-func (s *Service) attempt(ctx context.Context, j *job) (wire.Outcome, error) {
+func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome, error) {
 	if err := s.admit(j.JobRun); err != nil { // the policy may have changed meanwhile
 		return wire.Outcome{}, err
 	}
@@ -250,7 +251,7 @@ func (s *Service) attempt(ctx context.Context, j *job) (wire.Outcome, error) {
 	}
 	defer outs.close()
 	limits := s.policy.Load().Clamp(j.Limits)
-	res, err := s.runModule(ctx, j, limits, in, outs)
+	res, err := s.runModule(ctx, j, t, limits, in, outs)
 	s.mu.Lock()
 	s.spent += res.CPU
 	j.control = nil
@@ -297,7 +298,7 @@ func (s *Service) admit(job wire.JobRun) error {
 
 // runModule runs the job's module. A cached one that has gone bad on disk is
 // fetched again, once.
-func (s *Service) runModule(ctx context.Context, j *job, limits wire.JobLimits, in *inputs, outs outputs) (sandbox.Result, error) {
+func (s *Service) runModule(ctx context.Context, j *job, t *ticket, limits wire.JobLimits, in *inputs, outs outputs) (sandbox.Result, error) {
 	for retry := false; ; retry = true {
 		path, release, err := s.modules.get(ctx, j.Module, s.fetch)
 		if err != nil {
@@ -306,7 +307,8 @@ func (s *Service) runModule(ctx context.Context, j *job, limits wire.JobLimits, 
 		res, err := s.runOnce(ctx, j, sandbox.Spec{
 			Module: path, Digest: j.Module.SHA256, Args: j.Args, Env: j.Env, Live: j.Live,
 			Input: in.stdin, Inputs: in.files, Outputs: outs.files(),
-			Limits: limits, CacheDir: filepath.Join(s.o.Dir, "compiled"),
+			Limits: limits, CacheDir: filepath.Join(s.o.Dir, "compiled"), CompileBytes: s.policy.Load().MaxMemory,
+			OnCompiled: func() { s.queue.needs(t, limits.MemoryBytes) },
 			OnProgress: j.progressed, OnCheckpoint: j.checkpoint,
 			OnLog: func(level int, text string) {
 				s.o.Log.Log(ctx, slog.Level(4*(level-1)), "a job says", "order", j.order, "text", text)

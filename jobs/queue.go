@@ -17,7 +17,7 @@ import (
 type queue struct {
 	mu       sync.Mutex
 	slots    int
-	most     int64 // bytes of the limits of all that run; 0: no bound
+	most     int64 // bytes that all that run may take; 0: no bound
 	decision policy.Decision
 	running  int
 	memory   int64 // bytes
@@ -28,7 +28,7 @@ type queue struct {
 type ticket struct {
 	rank   int
 	order  string // ids sort by age
-	memory int64  // bytes
+	memory int64  // bytes that it may take: first what compiling may, then the job's limit
 	turn   chan struct{}
 	why    *wire.Problem // why it waits
 	news   chan struct{} // capacity 1: why has changed
@@ -85,6 +85,15 @@ func (q *queue) leave(t *ticket) {
 	defer q.mu.Unlock()
 	q.running--
 	q.memory -= t.memory
+	q.admit()
+}
+
+// needs changes what a job that is at work may take.
+func (q *queue) needs(t *ticket, memory int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.memory += memory - t.memory
+	t.memory = memory
 	q.admit()
 }
 

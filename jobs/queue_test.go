@@ -129,6 +129,23 @@ func TestJobsWaitForMemoryAndASmallOneDoesNotOvertake(t *testing.T) {
 	l2.next("0")
 }
 
+func TestOthersBeginOnceAModuleIsCompiledAndTakesLess(t *testing.T) {
+	l := stand(t, newQueue(10, 100))
+	l.add("0", 0, 90)
+	a := l.next("0")
+	l.add("1", 0, 90)
+	if got := <-l.why; got != "1 "+policy.CodeMemory {
+		t.Errorf("it waits for %s", got)
+	}
+	l.q.needs(a, 10)
+	b := l.next("1")
+	l.q.leave(a)
+	l.q.leave(b)
+	if l.q.memory != 0 {
+		t.Errorf("%d bytes are missing at the end", l.q.memory)
+	}
+}
+
 func TestNothingBeginsAgainstTheOwnersWord(t *testing.T) {
 	q := newQueue(2, 0)
 	for _, d := range []policy.Decision{{Code: policy.CodePaused}, {Run: true, Code: policy.CodeFinishing}} {

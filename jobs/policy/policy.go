@@ -51,12 +51,12 @@ import (
 type Policy struct {
 	Enabled   bool    `toml:"enabled" json:"enabled"`                   // any jobs at all
 	Slots     int     `toml:"slots" json:"slots"`                       // jobs at the same time
-	MaxMemory int64   `toml:"max_memory_bytes" json:"max_memory_bytes"` // bytes of linear memory a job
+	MaxMemory int64   `toml:"max_memory_bytes" json:"max_memory_bytes"` // bytes of linear memory a job; of compiling its module alike
 	MaxOutput int64   `toml:"max_output_bytes" json:"max_output_bytes"` // bytes of all outputs a job
 	MaxCPU    float64 `toml:"max_cpu_seconds" json:"max_cpu_seconds"`   // CPU time a job
 	MaxWall   float64 `toml:"max_wall_seconds" json:"max_wall_seconds"` // seconds from start to end a job, without those it stood still
 
-	Memory     int64   `toml:"memory_bytes" json:"memory_bytes"` // bytes of all jobs' limits together; 0: no bound but the slots'
+	Memory     int64   `toml:"memory_bytes" json:"memory_bytes"` // bytes of all jobs together; 0: no bound but the slots'
 	CPUPercent float64 `toml:"cpu_percent" json:"cpu_percent"`   // of all processors, of all jobs together; 0: no bound
 
 	Hours       Hours   `toml:"hours" json:"hours"`

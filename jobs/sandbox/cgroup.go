@@ -321,7 +321,7 @@ type cgroup struct {
 }
 
 // make makes a worker's cgroup.
-func (c *Cgroups) make(l wire.JobLimits) (*cgroup, error) {
+func (c *Cgroups) make(l wire.JobLimits, compile int64) (*cgroup, error) {
 	if c == nil {
 		return nil, nil
 	}
@@ -330,7 +330,7 @@ func (c *Cgroups) make(l wire.JobLimits) (*cgroup, error) {
 		return nil, fmt.Errorf("make a cgroup for the job: %w", err)
 	}
 	err := errors.Join(
-		g.put("memory.max", strconv.FormatInt(compileAllowance+kernelAllowance, 10)),
+		g.put("memory.max", strconv.FormatInt(compile+kernelAllowance, 10)),
 		g.put("memory.swap.max", "0"),
 		g.put("memory.oom.group", "1"),
 		g.put("pids.max", strconv.Itoa(maxThreads)),

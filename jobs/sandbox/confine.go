@@ -20,9 +20,8 @@ const (
 	// module runs: call stack, tables, garbage. Endless recursion ends here or
 	// at wazero's own ceiling of 100 MB.
 	engineAllowance = 160 << 20
-	// compileAllowance is the same while it compiles. A Go module of 3 MB takes
-	// about a tenth of it.
-	compileAllowance = 1 << 30
+	// maxCompile and leastCompile bound [Spec.CompileBytes].
+	maxCompile, leastCompile = 1 << 30, 256 << 20
 	// compileHeap is from where on garbage is collected while compiling.
 	compileHeap = 64 << 20
 	// maxCodeFile bounds one file of compiled code.
@@ -59,12 +58,14 @@ func confine(t task) (confinement, error) {
 	// it begins to matter, not before.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(compileHeap)
+	has := c.field("VmData")
 	err = errors.Join(
 		limit(unix.RLIMIT_CORE, 0, "core size"),
 		limit(unix.RLIMIT_CPU, cpu, "CPU"),
 		limit(unix.RLIMIT_FSIZE, maxCodeFile, "file size"),
 		limit(unix.RLIMIT_NOFILE, 64+uint64(t.lastFD()), "open files"),
-		limit(unix.RLIMIT_DATA, uint64(c.field("VmData")+compileAllowance), "data"),
+		// However much compiling takes, what the module may have beside it can be set later.
+		limitTo(unix.RLIMIT_DATA, uint64(has+t.Compile), uint64(has+t.Compile+t.Memory+engineAllowance), "data"),
 	)
 	if err != nil {
 		return c, err
@@ -124,8 +125,11 @@ func statusField(status []byte, name string) int64 {
 	return 0
 }
 
-func limit(resource int, v uint64, what string) error {
-	if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: v, Max: v}); err != nil {
+func limit(resource int, v uint64, what string) error { return limitTo(resource, v, v, what) }
+
+// limitTo leaves room up to most for a later limit.
+func limitTo(resource int, v, most uint64, what string) error {
+	if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: v, Max: most}); err != nil {
 		return fmt.Errorf("limit %s to %d: %w", what, v, err)
 	}
 	return nil

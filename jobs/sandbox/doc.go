@@ -62,6 +62,7 @@
 //	         RLIMIT_DATA, [engineAllowance] above the limit. There the Go runtime
 //	         crashes; now and then it does not say that memory was the reason,
 //	         and the job ends as [WorkerFailed] instead of [LimitMemory]
+//	         While it compiles: [Spec.CompileBytes], and [LimitMemory] too
 //	CPU      the parent reads the child's process clock and kills; RLIMIT_CPU,
 //	         set by the child, stands behind it; compiling counts
 //	threads  64, with a cgroup

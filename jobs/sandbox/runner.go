@@ -59,6 +59,9 @@ type Spec struct {
 	Live     bool           // the real time and real random numbers
 	Limits   wire.JobLimits // zero means a default: 64 MiB, 60 s of CPU, 120 s, 4 MiB of output
 	CacheDir string         // for compiled code; empty: compile each time
+	// CompileBytes is the memory that compiling the module may take, 256 MiB to 1 GiB; zero: the
+	// most. One of 2.5 MB that Go made takes some 80 MiB.
+	CompileBytes int64
 
 	// Checkpoint is what the module last kept in a run that was cut off, of
 	// CheckpointBytes; nil: it begins. What it had written before is gone, and is
@@ -71,6 +74,7 @@ type Spec struct {
 	// Run has returned, and the job waits while they are at work.
 	OnProgress func(share float64)          // 0 to 1, each time more
 	OnLog      func(level int, text string) // 0 to 3: debug, information, warning, error
+	OnCompiled func()                       // from now on it takes no more than Limits
 	// OnCheckpoint makes size bytes of r durable in place of the checkpoint before, as
 	// a whole or not at all: r may end early, as the job may.
 	OnCheckpoint func(size int64, r io.Reader) error
@@ -196,6 +200,7 @@ func (s *Spec) normalize() error {
 	l.CPUSeconds = min(l.CPUSeconds, maxWall.Seconds()*float64(runtime.NumCPU()))
 	// Memory comes in pages; a part of one is of no use to the module.
 	l.MemoryBytes = max(min(l.MemoryBytes, MaxMemory)/pageBytes, 1) * pageBytes
+	s.CompileBytes = CompileBytes(s.CompileBytes)
 	if len(s.Input) > MaxInput {
 		return failure(BadSpec, "the input has %s, at most %s are possible", bytesText(int64(len(s.Input))), bytesText(MaxInput))
 	}
@@ -294,6 +299,11 @@ func (s *Spec) checkFiles() error {
 	return nil
 }
 
+// CompileBytes is what compiling may take where a [Spec] says so many.
+func CompileBytes(want int64) int64 {
+	return min(max(orDefault(want, maxCompile), leastCompile), maxCompile)
+}
+
 // orDefault treats what is no sensible limit (zero, negative, NaN) as not given.
 func orDefault[T int64 | float64](v, d T) T {
 	if v > 0 {
@@ -338,6 +348,7 @@ type child struct {
 	spoiled chan error     // capacity 1: an output cannot be kept
 	kept    chan struct{}  // closed when no checkpoint comes any more
 	events  chan []event   // receives once, when the worker's end of descriptor 4 is closed
+	compile int64          // bytes, see Spec.CompileBytes
 	end     ending
 	rss     int64 // bytes, as last seen
 }
@@ -363,7 +374,7 @@ func (s *Spec) files() iter.Seq2[string, Input] {
 func (s *Spec) task(cacheDir string) task {
 	t := task{
 		Args: s.Args, Digest: s.Digest, InputBytes: len(s.Input), Live: s.Live,
-		Memory: s.Limits.MemoryBytes, CPU: s.Limits.CPUSeconds, CacheDir: cacheDir,
+		Memory: s.Limits.MemoryBytes, Compile: s.CompileBytes, CPU: s.Limits.CPUSeconds, CacheDir: cacheDir,
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Env)) {
 		t.Env = append(t.Env, name, s.Env[name])
@@ -450,6 +461,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 		spoiled: make(chan error, 1),
 		kept:    make(chan struct{}),
 		events:  make(chan []event, 1),
+		compile: s.CompileBytes,
 	}
 	ready := make(chan struct{})
 	command := func(inGroup bool) *exec.Cmd {
@@ -474,7 +486,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 		cmd.WaitDelay = 5 * time.Second // for the pipes, should something outside the group hold them
 		return cmd
 	}
-	c.group, err = r.Cgroups.make(s.Limits)
+	c.group, err = r.Cgroups.make(s.Limits, s.CompileBytes)
 	if err == nil {
 		c.cmd, err = r.Cgroups.start(c.group, command)
 	}
@@ -518,6 +530,9 @@ func (c *child) listen(r *os.File, s Spec) {
 		}
 		if e.Engine != "" {
 			c.group.runs()
+			if s.OnCompiled != nil {
+				s.OnCompiled()
+			}
 		}
 		if e.Saves {
 			s.Control.saves.Store(true)
@@ -719,6 +734,8 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		return res, stderrError()
 	case len(c.spoiled) > 0:
 		return res, <-c.spoiled
+	case !told && ranOut && res.Engine == "":
+		return res, compileError(c.compile)
 	case !told && ranOut:
 		return res, failure(LimitMemory, "the job's process needed more memory than its limit of %s and what it may have beside that, with what the kernel keeps for it", bytesText(l.MemoryBytes))
 	case !told:
@@ -737,7 +754,9 @@ func (c *child) crash(res Result, said string, l wire.JobLimits) error {
 	switch {
 	case res.CPU >= seconds(l.CPUSeconds):
 		return cpuError(l)
-	case strings.Contains(said, "out of memory") || strings.Contains(said, "cannot allocate memory"):
+	case res.Engine == "" && wantsMemory(said):
+		return compileError(c.compile)
+	case wantsMemory(said):
 		return failure(LimitMemory, "the job needed more than %s for its call stack and tables, beyond its memory limit of %s",
 			bytesText(engineAllowance), bytesText(l.MemoryBytes))
 	case status.Signaled() && status.Signal() == syscall.SIGSYS:
@@ -747,6 +766,15 @@ func (c *child) crash(res Result, said string, l wire.JobLimits) error {
 	default:
 		return failure(WorkerFailed, "the worker crashed (%v): %s", c.cmd.ProcessState, said)
 	}
+}
+
+// wantsMemory tells whether a crash of the Go runtime, or an error, is for want of memory.
+func wantsMemory(said string) bool {
+	return strings.Contains(said, "out of memory") || strings.Contains(said, "cannot allocate memory")
+}
+
+func compileError(most int64) *Error {
+	return failure(LimitMemory, "compiling the module takes more than the %s of memory that this device has for it; place the job on one that lets jobs have more, or use a smaller module", bytesText(most))
 }
 
 // lastCrash finds the line with which the Go runtime begins to tell of a

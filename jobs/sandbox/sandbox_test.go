@@ -386,3 +386,26 @@ func openFiles(t *testing.T) int {
 	}
 	return len(entries)
 }
+
+// hungry is a module whose code is small and takes much memory to compile.
+func hungry() wasm {
+	return wasm{start: bytes.Repeat([]byte{opI32Const, 1, opI32Const, 2, opI32Sub, opI32Const, 3, opI32Sub, opDrop}, 1<<20)}
+}
+
+func TestCompilingTakesNoMoreMemoryThanItMay(t *testing.T) {
+	_, err := runner.Run(t.Context(), Spec{Module: hungry().file(t), CompileBytes: 1, Limits: wire.JobLimits{CPUSeconds: 100, WallSeconds: 200}})
+	if e := wantCause(t, err, LimitMemory, wire.Failed, wire.CodeLimit); !strings.Contains(e.Reason, "256 MiB") {
+		t.Errorf("it says %q", e.Reason)
+	}
+}
+
+func TestAModuleHasItsMemoryHoweverLittleCompilingMayTake(t *testing.T) {
+	compiled := false
+	res, err := runner.Run(t.Context(), Spec{
+		Module: wordcountModule, Input: []byte("a b"), CompileBytes: 1, Limits: wire.JobLimits{MemoryBytes: 512 << 20},
+		OnCompiled: func() { compiled = true },
+	})
+	if err != nil || !compiled {
+		t.Errorf("%v, compiled %v (stderr %q)", err, compiled, res.Stderr)
+	}
+}

@@ -14,6 +14,7 @@ type task struct {
 	Digest     string   `json:"digest,omitempty"` // SHA-256 the module must have, hex; empty: unchecked
 	InputBytes int      `json:"input_bytes"`      // of standard input
 	Memory     int64    `json:"memory"`           // bytes of linear memory
+	Compile    int64    `json:"compile"`          // bytes that compiling may take
 	CPU        float64  `json:"cpu"`              // seconds
 	Live       bool     `json:"live,omitempty"`
 	CacheDir   string   `json:"cache_dir,omitempty"` // for this module's compiled code

@@ -93,7 +93,7 @@ func (w *worker) work() ending {
 	if err != nil {
 		return failed(failure(WorkerFailed, "the worker cannot use what it was given: %v", err))
 	}
-	rt, code, err := w.compile(module, t.CacheDir, g.host)
+	rt, code, err := w.compile(module, t, g.host)
 	if err != nil {
 		return failed(err)
 	}
@@ -187,8 +187,11 @@ func readModule(digest string) ([]byte, error) {
 }
 
 // compile makes the module ready to run.
-func (w *worker) compile(module []byte, cacheDir string, h *host) (wazero.Runtime, wazero.CompiledModule, error) {
-	rt, code, err := w.load(module, cacheDir)
+func (w *worker) compile(module []byte, t task, h *host) (wazero.Runtime, wazero.CompiledModule, error) {
+	rt, code, err := w.load(module, t.CacheDir)
+	if err != nil && wantsMemory(err.Error()) {
+		return nil, nil, compileError(t.Compile)
+	}
 	if err != nil {
 		return nil, nil, failure(BadModule, "the module is not valid WebAssembly: %s", firstLine(err.Error()))
 	}
