@@ -378,6 +378,7 @@ func (r *campaignRow) reaches(phase int) bool {
 type tally struct {
 	devices int
 	asked   int
+	ended   int // of those asked, who run it, failed or are silent
 	counts  map[api.Standing]int
 	phases  []phaseTally
 	reasons map[api.StandingReason]int // with Devices 0
@@ -405,20 +406,33 @@ func (t *tally) add(a at) {
 	if a.asked {
 		t.asked++
 		p.asked++
+		switch a.standing {
+		case api.StandsUpdated, api.StandsFailed, api.StandsSilent:
+			t.ended++
+		}
 	}
 	if a.code != "" && a.standing != api.StandsUpdated && a.standing != api.StandsInstalling {
 		t.reasons[api.StandingReason{Standing: a.standing, Code: a.code}]++
 	}
 }
 
-// stops tells why a campaign must stop; code "" if it need not.
+// fewest is of how many devices at least a share is, so that one blip among the first
+// three that answer stops nothing; of all of a phase that has fewer.
+const fewest = 50
+
+// stops tells why a campaign must stop; code "" if it need not. Shares are not of what
+// the phase will have some day: of a hundred thousand the first two thousand could fail.
 func (r *campaignRow) stops(t *tally) (code, reason string) {
-	of := t.asked
-	if r.Phase < len(r.Phases) {
-		of = max(of, r.Phases[r.Phase].Planned)
+	of := max(t.asked, fewest)
+	if r.State != api.CampaignDone { // of it, those that came late
+		of = max(t.asked, min(r.Phases[r.Phase].Planned, fewest))
 	}
 	failed, silent := t.counts[api.StandsFailed], t.counts[api.StandsSilent]
-	over := func(n, most int, share float64) bool {
+	// Who falls silent is known long after who was updated, so a share of all that were
+	// asked would be too small for as long as more are asked. Some failures are known
+	// sooner than any success, so a share of those that have ended would be too large.
+	ended := min(of, max(t.ended, fewest))
+	over := func(n, most int, share float64, of int) bool {
 		return most >= 0 && n > most || n > 0 && share <= 100 && float64(n) > share/100*float64(of)
 	}
 	limit := func(most int, share float64) string {
@@ -432,10 +446,10 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 		return strings.Join(said, " or ")
 	}
 	switch {
-	case over(failed, r.Stop.Failed, r.Stop.FailedShare):
+	case over(failed, r.Stop.Failed, r.Stop.FailedShare, of):
 		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices failed, and at most %s may", failed, of, limit(r.Stop.Failed, r.Stop.FailedShare))
-	case over(silent, r.Stop.Silent, r.Stop.SilentShare):
-		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices fell silent for more than %s, and at most %s may", silent, of, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
+	case over(silent, r.Stop.Silent, r.Stop.SilentShare, ended):
+		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices fell silent for more than %s, and at most %s may", silent, ended, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
 	}
 	return "", ""
 }

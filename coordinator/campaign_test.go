@@ -1,0 +1,63 @@
+package coordinator
+
+import (
+	"testing"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+)
+
+// inPhase is a campaign of a canary of ten and of all others, in the phase i, which has
+// so many devices.
+func inPhase(t testing.TB, i, devices int) campaignRow {
+	t.Helper()
+	r, err := rowOf(api.CampaignRequest{Version: "2.0.0", Phases: []api.CampaignPhase{{Count: 10, SoakSeconds: 3600}, percent(100)}})
+	must(t, err)
+	r.Phase, r.Phases[i].Planned = i, devices
+	return r
+}
+
+// tallied is a tally of so many that were asked and stand there.
+func tallied(phase int, counts map[api.Standing]int) *tally {
+	t := newTally(2)
+	for s, n := range counts {
+		for range n {
+			t.add(at{standing: s, asked: true, phase: phase})
+		}
+	}
+	return t
+}
+
+func TestHowManyMayFailIsAShareOfThoseThatWereAsked(t *testing.T) {
+	for _, c := range []struct {
+		what    string
+		phase   int
+		planned int
+		counts  map[api.Standing]int
+		want    string
+	}{
+		{"all that were asked of a large phase fail", 1, 100_000, map[api.Standing]int{api.StandsFailed: 2000}, api.CampaignTooManyFailed},
+		{"all of them are silent", 1, 100_000, map[api.Standing]int{api.StandsSilent: 2000}, api.CampaignTooManySilent},
+		{"none was updated while thousands are asked", 1, 100_000, map[api.Standing]int{api.StandsInstalling: 36_000, api.StandsSilent: 50}, api.CampaignTooManySilent},
+		{"failures are known before successes", 1, 100_000, map[api.Standing]int{api.StandsInstalling: 1200, api.StandsFailed: 12}, ""},
+		{"one of the first three", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 2, api.StandsFailed: 1}, ""},
+		{"two of the first three", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 1, api.StandsFailed: 2}, api.CampaignTooManyFailed},
+		{"2%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 980, api.StandsFailed: 20}, ""},
+		{"more than 2%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 979, api.StandsFailed: 21}, api.CampaignTooManyFailed},
+		{"one of a canary of ten", 0, 10, map[api.Standing]int{api.StandsUpdated: 9, api.StandsFailed: 1}, api.CampaignTooManyFailed},
+		{"5%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 950, api.StandsSilent: 50}, ""},
+		{"more than 5%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 949, api.StandsSilent: 51}, api.CampaignTooManySilent},
+		{"one that is silent among the first", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 1, api.StandsSilent: 1}, ""},
+	} {
+		r := inPhase(t, c.phase, c.planned)
+		if code, reason := r.stops(tallied(c.phase, c.counts)); code != c.want {
+			t.Errorf("%s: %q (%s), want %q", c.what, code, reason, c.want)
+		}
+	}
+	done := inPhase(t, 1, 1)
+	done.State = api.CampaignDone
+	for n, want := range map[int]string{1: "", 2: api.CampaignTooManyFailed} {
+		if code, _ := done.stops(tallied(1, map[api.Standing]int{api.StandsFailed: n})); code != want {
+			t.Errorf("%d late ones that fail: %q, want %q", n, code, want)
+		}
+	}
+}
