@@ -52,7 +52,8 @@ import (
 // # How it ends
 //
 // Done: from then on the release is what late devices of that selector get, until a
-// newer campaign for them is done. Stopped or aborted: nobody is asked any more, and all
+// newer campaign for them is done. Too many of these stop it as well, and it can be
+// aborted: then the one before counts for them. Stopped or aborted: nobody is asked any more, and all
 // orders that have not ended are taken back. A device knows what that means to it: who
 // fetches or waits installs nothing, and who has it installed is beyond recall, and
 // confirms or rolls back as it would have, for which it needs no coordinator.
@@ -282,7 +283,7 @@ func (s *campaigns) steer(ctx context.Context, id, what, reason string) (api.Cam
 		switch {
 		case !exists:
 			return errNoCampaign(id)
-		case v.State.Ended():
+		case v.State.Ended() && (v.State != api.CampaignDone || what != api.CampaignAbort): // late devices get what is done
 			return refuse(http.StatusConflict, "ended", "campaign %s has ended (%s): begin a new one with \"deimos release campaign start\"", id, v.State)
 		}
 		switch what {
@@ -498,7 +499,7 @@ func (s *campaigns) beginPhase(ctx context.Context, row campaignRow) (campaignRo
 func (s *campaigns) stop(ctx context.Context, row campaignRow, code, reason string) error {
 	evidence := s.bad(ctx, row)
 	_, err := s.rows.change(ctx, row.ID, func(v *campaignRow, exists bool) error {
-		if !exists || v.State.Ended() {
+		if !exists || v.State.Ended() && v.State != row.State {
 			return errUnchanged
 		}
 		v.State, v.Code, v.Reason, v.Ended, v.Evidence = api.CampaignStopped, code, reason, s.now().UTC(), evidence
@@ -590,7 +591,8 @@ func (s *campaigns) spend(row campaignRow, n int) int {
 }
 
 // follow asks late devices: those that came or came back since the newest campaign
-// for them was done. One that a campaign under way has come to is that one's.
+// for them was done. One that a campaign under way has come to is that one's. What
+// becomes of them stops a campaign as what becomes of the others does.
 func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 	now := s.now()
 	var done, open []campaignRow
@@ -607,27 +609,34 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 	}
 	slices.SortFunc(done, func(a, b campaignRow) int { return b.Ended.Compare(a.Ended) })
 	fleet := s.fleet()
-	groups := make([][]member, len(done)) // who lacks what its newest campaign has brought
-	for i := range fleet {
-		d := &fleet[i]
-		n := slices.IndexFunc(done, func(r campaignRow) bool { return r.To.Matches(d.DeviceRecord) })
-		if n < 0 || done[n].runs(d.Agent) || slices.ContainsFunc(open, func(r campaignRow) bool {
-			return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
-		}) {
-			continue
-		}
-		groups[n] = append(groups[n], *d)
-	}
+	current := s.current(fleet)
+	done = slices.DeleteFunc(done, func(r campaignRow) bool { return !current[r.ID] })
 	asks := make([][]ask, len(done))
+	late := make([]*tally, len(done))
 	for i, r := range done {
-		s.lookAt(r, now, groups[i], func(d *member, o *orderNow, a at) {
-			if a.ask {
+		late[i] = newTally(len(r.Phases))
+		s.eachOffer(r, fleet, func(d *member, o *orderNow) {
+			came := o != nil && o.updated.After(r.Ended)
+			if !came && r.runs(d.Agent) || slices.ContainsFunc(done[:i], func(r campaignRow) bool { return r.To.Matches(d.DeviceRecord) }) {
+				return
+			}
+			a := r.stand(&d.DeviceRecord, o, d.seen, now, s.started, s.pace)
+			if came {
+				late[i].add(a)
+			}
+			if a.ask && !slices.ContainsFunc(open, func(r campaignRow) bool {
+				return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
+			}) {
 				asks[i] = append(asks[i], askOf(r, d.ID, o, a))
 			}
 		})
 	}
 	var errs []error
 	for i, r := range done {
+		if code, reason := r.stops(late[i]); code != "" {
+			errs = append(errs, s.stop(ctx, r, code, "of those that came late "+reason))
+			continue
+		}
 		errs = append(errs, s.askAll(ctx, r, asks[i]))
 	}
 	return errors.Join(errs...)

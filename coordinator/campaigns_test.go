@@ -363,6 +363,75 @@ func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	}
 }
 
+// A release may turn out bad only when its campaign is done.
+func TestWhatIsDoneCanBeAborted(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), quickly)
+	t.Cleanup(w.Close)
+	all := api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}}
+	r := newRollout(t, w, "2.0.0")
+	devices := r.takers(2)
+	good := r.start(all)
+	r.untilIs(good.ID, api.CampaignDone)
+	bad := newRollout(t, w, "2.1.0")
+	for _, d := range devices {
+		bad.taker(d)
+	}
+	c := bad.start(all)
+	bad.untilIs(c.ID, api.CampaignDone)
+	fetching := w.enrolled(t)
+	bad.does(fetching, func(o wire.Order) *reply { fetching.says(o, wire.Running, ""); return nil })
+	fetching.cancels(t)
+	fetching.connect(w)
+	t.Cleanup(fetching.leave)
+	bad.until(c.ID, "who comes late fetches it", func(c api.Campaign) bool { return c.Counts[api.StandsInstalling] == 1 })
+	for _, what := range []string{api.CampaignPause, api.CampaignResume, api.CampaignApprove} {
+		_, err := w.op.SteerCampaign(testContext(t), c.ID, what, "")
+		wantRefusal(t, err, http.StatusConflict, "ended")
+	}
+	bad.steer(c.ID, api.CampaignAbort)
+	c = bad.until(c.ID, "it is taken back", func(c api.Campaign) bool {
+		return c.State == api.CampaignAborted && c.Counts[api.StandsCanceled] == 1
+	})
+	if c.Current || !r.now(good.ID).Current || c.Counts[api.StandsUpdated] != 2 {
+		t.Errorf("%+v", c)
+	}
+	late := r.latecomer()
+	r.until(good.ID, "who comes late gets what was done before", func(api.Campaign) bool { return len(r.ordersOf(late)) > 0 })
+	if b, _ := wire.DecodeBody[wire.UpdateInstall](r.ordersOf(late)[0]); b.Version != "2.0.0" {
+		t.Errorf("it was asked to take %s", b.Version)
+	}
+}
+
+func TestLateDevicesThatFailStopWhatIsDone(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), quickly)
+	t.Cleanup(w.Close)
+	r := newRollout(t, w, "2.0.0")
+	devices := r.takers(3)
+	fails := func(wire.Order) *reply { return failed(wire.CodeRolledBack) }
+	r.does(devices[0], fails)
+	one := 1
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}, Stop: api.CampaignStop{MaxFailed: &one}})
+	r.untilIs(c.ID, api.CampaignDone)
+	late := func(what func(wire.Order) *reply) *device {
+		d := r.does(w.enrolled(t), what)
+		d.connect(w)
+		t.Cleanup(d.leave)
+		return d
+	}
+	late(fails)
+	r.until(c.ID, "a late one has failed", func(c api.Campaign) bool { return c.Counts[api.StandsFailed] == 2 })
+	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignDone }) // before it was done is not late
+	late(fails)
+	c = r.untilIs(c.ID, api.CampaignStopped)
+	if c.Code != api.CampaignTooManyFailed || len(c.Evidence) != 3 || c.Current {
+		t.Errorf("%+v", c)
+	}
+	after := r.latecomer()
+	r.holds(c.ID, func(api.Campaign) bool { return len(r.ordersOf(after)) == 0 })
+}
+
 // A coordinator that ends between the mark on an order and the cancellation leaves the
 // latter to the next: who fetches would go on to install.
 func TestAnOrderThatIsOnlyMarkedAsTakenBackIsTakenBack(t *testing.T) {

@@ -32,8 +32,10 @@ type CampaignPhase struct {
 }
 
 // CampaignStop says what ends a campaign by itself. Where neither a number nor a
-// share is given, the share is the constant's below. Shares are in percent of the
-// devices that were asked, or will be in the phase that runs, if that is more.
+// share is given, the share is the constant's below. Shares are in percent: the failed
+// of the devices that were asked, the silent of those of them who have ended or are
+// silent, and both of 50 at least, or of all of a phase that has fewer. After the
+// campaign is done they are of those that came late.
 type CampaignStop struct {
 	MaxFailed      *int     `json:"max_failed,omitempty"` // more than so many have failed
 	MaxFailedShare *float64 `json:"max_failed_share,omitempty"`
@@ -55,7 +57,8 @@ const (
 // CampaignState is where a campaign stands.
 type CampaignState string
 
-// The states of a campaign. The last three are final.
+// The states of a campaign. The last three are its end, though what is done can still
+// be stopped or aborted.
 const (
 	CampaignRunning  CampaignState = "running"
 	CampaignAwaiting CampaignState = "awaiting_approval"
@@ -65,7 +68,7 @@ const (
 	CampaignDone     CampaignState = "done"    // late devices still get the release, until a newer campaign for them is done
 )
 
-// Ended tells whether s is final.
+// Ended tells whether s is an end.
 func (s CampaignState) Ended() bool {
 	return s == CampaignStopped || s == CampaignAborted || s == CampaignDone
 }
@@ -251,7 +254,8 @@ func (c *Client) CampaignDevices(ctx context.Context, id string, at Standing, af
 	return ask[CampaignDevices](ctx, c, http.MethodGet, "campaigns/"+segment(id)+"/devices", q, nil)
 }
 
-// What can be done with a campaign that has not ended.
+// What can be done with a campaign that has not ended; it can be aborted, too, when it
+// is done.
 const (
 	CampaignPause   = "pause"
 	CampaignResume  = "resume"
