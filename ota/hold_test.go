@@ -2,6 +2,7 @@ package ota
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -500,4 +501,55 @@ func TestAPhaseThatNobodyKnowsHoldsNothing(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestWhatRotsWhileItWaitsIsFetchedAgain: once, and what the repository itself has is a
+// fault of the release.
+func TestWhatRotsWhileItWaitsIsFetchedAgain(t *testing.T) {
+	eachWay(t, func(t *testing.T, w way, f *fleet) {
+		f.good("1.1.0")
+		parts, err := filepath.Glob(filepath.Join(f.repo, "parts", "*"))
+		must(t, err)
+		good, err := os.ReadFile(parts[0])
+		must(t, err)
+		bad := bytes.Clone(good)
+		bad[len(bad)/2] ^= 1
+		for _, atSource := range []bool{false, true} {
+			_, dir := f.device()
+			fetched := filepath.Join(dir, "ota", "parts", filepath.Base(parts[0]))
+			o := &owner{}
+			o.word.Store(wire.RejectedBecause(wire.CodeConsent, "the owner is asked"))
+			s := f.service(dir, func(opt *Options) { opt.Hold = o.hold(before("install")) })
+			waits := make(chan struct{}, 9)
+			ended := make(chan error, 1)
+			go func() {
+				_, err := s.Handle(t.Context(), order("o1", "1.1.0"), func(p wire.Progress) {
+					if p.Waits != nil {
+						waits <- struct{}{}
+					}
+				})
+				ended <- err
+			}()
+			<-waits
+			if had, err := os.ReadFile(fetched); err != nil || !bytes.Equal(had, good) {
+				t.Fatalf("it waits without its bytes: %v", err)
+			}
+			must(t, os.WriteFile(fetched, bad, 0o600))
+			if atSource {
+				must(t, os.WriteFile(parts[0], bad, 0o600))
+			}
+			asked := f.partRequests()
+			o.word.Store(nil)
+			err := <-ended
+			switch {
+			case !atSource && !errors.Is(err, ErrRestart):
+				t.Errorf("what is damaged here alone: %v", err)
+			case atSource && wire.ProblemOf(err).Code != wire.CodeVerification:
+				t.Errorf("what is damaged there: %v", err)
+			}
+			if n := f.partRequests() - asked; n != 1 {
+				t.Errorf("it was fetched %d times more (at its source: %v)", n, atSource)
+			}
+		}
+	})
 }

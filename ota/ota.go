@@ -570,12 +570,9 @@ func (s *Service) install(ctx context.Context, j job) (*hold, error) {
 	}
 	j.progress(0.05)
 	for _, form := range f.forms {
-		packed, held, err := s.bring(ctx, j, f, form)
+		held, err := s.take(ctx, j, f, form)
 		if held != nil {
 			return held, err
-		}
-		if err == nil {
-			err = s.prepare(ctx, packed, release{order: j.order, version: f.m.Version, part: f.part, form: form})
 		}
 		switch {
 		case err == nil:
@@ -602,6 +599,22 @@ func (s *Service) install(ctx context.Context, j job) (*hold, error) {
 		}
 	}
 	return nil, fmt.Errorf("%w: version %s has no form that can be unpacked here", bundle.ErrPlatform, f.m.Version)
+}
+
+// take brings a form and installs it. One that lay here may have rotted on the disk
+// meanwhile, which says nothing of the release: it is fetched once more.
+func (s *Service) take(ctx context.Context, j job, f offer, form bundle.Form) (*hold, error) {
+	for lay := s.missing(form) == 0; ; lay = false {
+		packed, held, err := s.bring(ctx, j, f, form)
+		if held != nil || err != nil {
+			return held, err
+		}
+		err = s.prepare(ctx, packed, release{order: j.order, version: f.m.Version, part: f.part, form: form})
+		if !lay || !errors.Is(err, bundle.ErrContent) {
+			return nil, err
+		}
+		s.o.Log.Warn("what was fetched of the release before has been damaged on the disk; it is fetched again", "error", err)
+	}
 }
 
 // worthless tells of an error that comes again however often this delta is tried: its

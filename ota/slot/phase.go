@@ -53,7 +53,7 @@ var Table = map[Event]map[Phase]Phase{
 	Allowed:   {Waiting: Fetching},
 	Held:      {Waiting: Waiting, Fetching: Waiting, Verified: Waiting},
 	Fetched:   {Fetching: Verified},
-	Refetched: {Fetching: Fetching, Verified: Fetching}, // a delta could not be had, or did not make what was signed; another form may be fetched
+	Refetched: {Fetching: Fetching, Verified: Fetching}, // a delta could not be had, or did not make what was signed, so another form may be fetched; or what was fetched has rotted
 	GivenUp:   {Idle: Idle, Waiting: Idle, Fetching: Idle, Verified: Idle},
 
 	Begun:      {Idle: Verified, Verified: Verified}, // a store of slots does not know what comes before
