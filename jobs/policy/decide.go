@@ -26,7 +26,8 @@ type Word struct {
 	Said   time.Time `json:"said,omitzero"`
 }
 
-// Readings are how the machine is. What is nil is not known, and holds nothing up.
+// Readings are how the machine is. What is nil is not known, and holds nothing up; but
+// others are taken to be quiet then, and [Policy.OnlyIdle] wants them so for a while.
 type Readings struct {
 	Now     time.Time     // local
 	Sure    bool          // Now is not only what a board without a clock believes
@@ -103,12 +104,12 @@ func (b Before) see(p Policy, r Readings) Before {
 	} else if *c <= p.MaxCelsius-cooler {
 		b.hot = false
 	}
-	if !p.OnlyIdle || r.Others == nil {
+	if !p.OnlyIdle {
 		b.idle, b.quiet, b.loud = true, time.Time{}, time.Time{}
 		return b
 	}
-	b.quiet = since(b.quiet, *r.Others < p.IdlePercent, r.Now)
-	b.loud = since(b.loud, *r.Others > p.BusyPercent, r.Now)
+	b.quiet = since(b.quiet, r.Others == nil || *r.Others < p.IdlePercent, r.Now)
+	b.loud = since(b.loud, r.Others != nil && *r.Others > p.BusyPercent, r.Now)
 	switch {
 	case !b.idle && !b.quiet.IsZero() && r.Now.Sub(b.quiet) >= p.patience():
 		b.idle = true

@@ -41,7 +41,7 @@ func TestWhatTheOwnerSaysIsOverEverything(t *testing.T) {
 		"no bound":              {p: open, r: Readings{Celsius: new(150.0)}, run: true, begin: true},
 		"in use":                {p: idle, r: Readings{Others: new(30.0)}, code: CodeInUse},
 		"quiet since now":       {p: idle, r: Readings{Others: new(1.0)}, code: CodeInUse, until: in(5 * time.Minute)},
-		"load is not known":     {p: idle, run: true, begin: true},
+		"load is not known":     {p: idle, code: CodeInUse, until: in(5 * time.Minute)},
 		"load does not matter":  {p: open, r: Readings{Others: new(99.0)}, run: true, begin: true},
 		"metered, stop":         {p: metered, r: Readings{Metered: time.Hour}, code: CodeMetered, until: in(time.Hour)},
 		"metered, run":          {p: open, r: Readings{Metered: time.Hour}, run: true, begin: true},
@@ -101,6 +101,39 @@ func TestHysteresis(t *testing.T) {
 		if d.Run != c.run || d.Code != c.code {
 			t.Fatalf("step %d %+v: %+v", i, c, d)
 		}
+	}
+}
+
+// The first sample of the machine comes some seconds after the agent has started.
+func TestJobsDoNotBeginAtTheStartOfABusyMachine(t *testing.T) {
+	p := Default()
+	p.OnlyIdle = true
+	var b Before
+	busy := 100.0
+	for at := time.Duration(0); at <= 10*time.Minute; at += 10 * time.Second {
+		r := Readings{Now: noon.Add(at)}
+		if at > 10*time.Second {
+			r.Others = &busy
+		}
+		var d Decision
+		if d, b = p.Decide(r, Word{}, b); d.Run || d.Code != CodeInUse {
+			t.Fatalf("%s after its start: %+v", at, d)
+		}
+	}
+}
+
+func TestALoadThatNobodyKnowsHoldsNothingUpForever(t *testing.T) {
+	p := Default()
+	p.OnlyIdle = true
+	d, b := p.Decide(Readings{Now: noon}, Word{}, Before{})
+	if d.Run {
+		t.Error("they run at once")
+	}
+	if d, b = p.Decide(Readings{Now: noon.Add(5 * time.Minute)}, Word{}, b); !d.Run {
+		t.Errorf("after idle_minutes: %+v", d)
+	}
+	if d, _ = p.Decide(Readings{Now: noon.Add(5*time.Minute + time.Second)}, Word{}, b); !d.Run {
+		t.Errorf("and then: %+v", d)
 	}
 }
 
