@@ -859,15 +859,12 @@ func (s *Service) fetch(ctx context.Context, j job, f offer, form bundle.Form) (
 	}
 	have := form.Size - missing
 	s.o.Log.Info("fetching a release", "form", form.Encoding, "bytes", form.Size, "have", have)
-	at, moved := have, int64(0)
-	err := f.client.FetchPart(ctx, form, path, func(n int64) {
-		if n > at {
-			moved += n - at
-			if j.local == "" {
-				s.o.Moved(n - at)
-			}
+	moved := int64(0)
+	err := f.client.FetchPart(ctx, form, path, func(n, came int64) {
+		moved += came
+		if j.local == "" {
+			s.o.Moved(came)
 		}
-		at = n // less, if it had to begin anew
 		j.progress(0.05 + 0.75*float64(n)/float64(form.Size))
 	})
 	if moved > 0 { // and what a life before has fetched that was cut off

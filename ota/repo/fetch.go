@@ -116,11 +116,16 @@ func (c *Client) pause(ctx context.Context, n int) error {
 	}
 }
 
+// maxOverLine is how many times its size a part may take of the line in one
+// [Client.FetchPart]: a server without ranges that breaks off begins anew each time.
+const maxOverLine = 3
+
 // FetchPart brings the packed form of a part to path, durably and verified. It
 // resumes from path + ".partial", which stays when it fails for reasons of the
-// network. gained, if not nil, is told the bytes on disk.
-func (c *Client) FetchPart(ctx context.Context, form bundle.Form, path string, gained func(int64)) error {
-	d := &download{c: c, form: form, path: path, gained: gained, file: bundle.PartPath(form.SHA256)}
+// network. told, if not nil, is told how many bytes are on disk, and how many came
+// since the last call: more, from a server that cannot send the rest of a file alone.
+func (c *Client) FetchPart(ctx context.Context, form bundle.Form, path string, told func(have, came int64)) error {
+	d := &download{c: c, form: form, path: path, told: told, file: bundle.PartPath(form.SHA256)}
 	again := true // once: what was resumed from may have been damaged
 	for attempt := 1; ; {
 		before := d.have()
@@ -131,7 +136,7 @@ func (c *Client) FetchPart(ctx context.Context, form bundle.Form, path string, g
 		case conditionOf(err) == Digest && before > 0 && again:
 			again = false
 			continue
-		case !retry(err):
+		case !retry(err), errors.Is(err, errWasteful):
 			return err
 		}
 		if d.have() > before {
@@ -148,11 +153,13 @@ func (c *Client) FetchPart(ctx context.Context, form bundle.Form, path string, g
 
 // download is one part on its way.
 type download struct {
-	c      *Client
-	form   bundle.Form
-	path   string
-	file   string // in the repository
-	gained func(int64)
+	c        *Client
+	form     bundle.Form
+	path     string
+	file     string // in the repository
+	told     func(have, came int64)
+	came     int64 // over the line
+	noRanges bool  // a server has sent the whole where the rest was asked for
 }
 
 func (d *download) partial() string { return d.path + ".partial" }
@@ -200,22 +207,31 @@ func (d *download) once(ctx context.Context) error {
 func (d *download) append(ctx context.Context, w io.Writer, have int64) error {
 	paced, gain, stop := d.c.paced(ctx)
 	defer stop()
-	r, err := d.c.o.Source.Open(paced, d.file, have)
+	r, skip, err := d.open(paced, have)
 	if err != nil {
 		return transferError(ctx, paced, d.file, err)
 	}
 	defer r.Close()
-	w = io.MultiWriter(w, writerFunc(func(p []byte) (int, error) {
-		have += int64(len(p))
-		gain(int64(len(p)))
-		if d.gained != nil {
-			d.gained(have)
+	count := func(n, came int64) error {
+		gain(came)
+		have += n
+		if d.told != nil {
+			d.told(have, came)
 		}
-		return len(p), nil
-	}))
-	_, err = io.Copy(w, io.LimitReader(r, d.form.Size-have)) // no byte beyond the signed size
+		if d.came += came; d.came > maxOverLine*d.form.Size {
+			return errWasteful
+		}
+		return nil
+	}
+	_, err = io.CopyN(writerFunc(func(p []byte) (int, error) { return len(p), count(0, int64(len(p))) }), r, skip)
+	if err == nil {
+		w = io.MultiWriter(w, writerFunc(func(p []byte) (int, error) { return len(p), count(int64(len(p)), int64(len(p))) }))
+		_, err = io.Copy(w, io.LimitReader(r, d.form.Size-have)) // no byte beyond the signed size
+	}
 	var disk *fs.PathError
 	switch {
+	case errors.Is(err, errWasteful):
+		return &Error{Condition: Slow, File: d.file, Reason: fmt.Sprintf("of its %d bytes the server sends the first ones again and again, %d so far: it cannot send the rest of a file, and breaks off", d.form.Size, d.came), Err: err}
 	case errors.As(err, &disk) && disk.Path == d.partial():
 		return err
 	case err != nil:
@@ -224,6 +240,23 @@ func (d *download) append(ctx context.Context, w io.Writer, have int64) error {
 		return transferError(ctx, paced, d.file, io.ErrUnexpectedEOF)
 	}
 	return nil
+}
+
+// errWasteful ends a transfer that takes too many times its size of the line.
+var errWasteful = errors.New("wasteful")
+
+// open opens what is missing, or, where that cannot be had alone, all: the first skip
+// bytes are here then.
+func (d *download) open(ctx context.Context, have int64) (r io.ReadCloser, skip int64, err error) {
+	if !d.noRanges {
+		r, err = d.c.o.Source.Open(ctx, d.file, have)
+		if !errors.Is(err, errNoRanges) {
+			return r, 0, err
+		}
+		d.noRanges = true
+	}
+	r, err = d.c.o.Source.Open(ctx, d.file, 0)
+	return r, have, err
 }
 
 func (d *download) finish(f *os.File) error {

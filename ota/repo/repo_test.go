@@ -3,13 +3,10 @@ package repo
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -441,110 +438,6 @@ func TestEndlessPartIsCutAtItsSignedSize(t *testing.T) {
 	}
 }
 
-// noise does not compress, so that parts have a known size.
-func noise(n int) string {
-	var b bytes.Buffer
-	for i := 0; b.Len() < n; i++ {
-		sum := sha256.Sum256([]byte{byte(i), byte(i >> 8)})
-		b.WriteString(hex.EncodeToString(sum[:]))
-	}
-	return b.String()[:n]
-}
-
-func TestCutPartResumes(t *testing.T) {
-	f := newFleet(t)
-	form := f.release("1.1.0", noise(256<<10))
-	file := filepath.Join(f.repo, bundle.PartPath(form.SHA256))
-	cuts := 0
-	f.onRequest(func(w http.ResponseWriter, r *http.Request) bool {
-		if cuts++; cuts > 3 {
-			return false
-		}
-		from := int64(0)
-		if h := r.Header.Get("Range"); h != "" {
-			_, _ = fmt.Sscanf(h, "bytes=%d-", &from)
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, form.Size-1, form.Size))
-			w.WriteHeader(http.StatusPartialContent)
-		}
-		in := open(t, file)
-		_, _ = in.Seek(from, io.SeekStart)
-		_, _ = io.CopyN(w, in, form.Size/5)
-		panic(http.ErrAbortHandler) // the line drops
-	})
-	f.server.Config.ErrorLog = nil
-	path := filepath.Join(t.TempDir(), "part")
-	var gained int64
-	must(t, f.client(t.TempDir()).FetchPart(t.Context(), form, path, func(n int64) {
-		if n < gained {
-			t.Errorf("progress went back from %d to %d", gained, n)
-		}
-		gained = n
-	}))
-	if gained != form.Size || cuts != 4 {
-		t.Errorf("%d of %d bytes, %d requests", gained, form.Size, cuts)
-	}
-	if n := f.seen("bytes="); n != 3 {
-		t.Errorf("%d of the requests asked for the rest only, want 3: %v", n, f.requests)
-	}
-	if _, err := os.Stat(path + ".partial"); !errors.Is(err, fs.ErrNotExist) {
-		t.Error("the partial file is still there")
-	}
-}
-
-func TestPartResumesAfterRestart(t *testing.T) {
-	f := newFleet(t)
-	form := f.release("1.1.0", noise(64<<10))
-	whole, err := os.ReadFile(filepath.Join(f.repo, bundle.PartPath(form.SHA256)))
-	must(t, err)
-	for name, c := range map[string]struct {
-		partial []byte
-		asked   string
-	}{
-		"half":         {whole[:1000], "bytes=1000-"},
-		"all":          {whole, ""},
-		"too long":     {append(bytes.Clone(whole), 1), ""},
-		"damaged half": {append([]byte{^whole[0]}, whole[1:1000]...), "bytes=1000-"},
-		"damaged all":  {append([]byte{^whole[0]}, whole[1:]...), ""},
-	} {
-		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "part")
-			must(t, os.WriteFile(path+".partial", c.partial, 0o644))
-			before := f.seen(c.asked)
-			must(t, f.client(t.TempDir()).FetchPart(t.Context(), form, path, nil))
-			if got, _ := os.ReadFile(path); !bytes.Equal(got, whole) {
-				t.Error("other bytes")
-			}
-			if c.asked != "" && f.seen(c.asked) == before {
-				t.Errorf("never asked for %q: %v", c.asked, f.requests)
-			}
-		})
-	}
-}
-
-func TestServerWithoutRangesStillResumes(t *testing.T) {
-	f := newFleet(t)
-	form := f.release("1.1.0", noise(64<<10))
-	f.onRequest(func(_ http.ResponseWriter, r *http.Request) bool { r.Header.Del("Range"); return false })
-	path := filepath.Join(t.TempDir(), "part")
-	whole, err := os.ReadFile(filepath.Join(f.repo, bundle.PartPath(form.SHA256)))
-	must(t, err)
-	must(t, os.WriteFile(path+".partial", whole[:1000], 0o644))
-	must(t, f.client(t.TempDir()).FetchPart(t.Context(), form, path, nil))
-}
-
-func TestRangeThatLiesIsRefused(t *testing.T) {
-	f := newFleet(t)
-	form := f.release("1.1.0", noise(64<<10))
-	f.onRequest(func(w http.ResponseWriter, r *http.Request) bool {
-		w.Header().Set("Content-Range", fmt.Sprintf("bytes 0-%d/%d", form.Size-1, form.Size))
-		w.WriteHeader(http.StatusPartialContent)
-		return true
-	})
-	path := filepath.Join(t.TempDir(), "part")
-	must(t, os.WriteFile(path+".partial", make([]byte, 10), 0o644))
-	refused(t, f.client(t.TempDir()).FetchPart(t.Context(), form, path, nil), Unreachable, "the server sent")
-}
-
 func TestAlteredPartIsRefused(t *testing.T) {
 	f := newFleet(t)
 	form := f.release("1.1.0", noise(64<<10))
@@ -777,103 +670,6 @@ func TestInterruptedPublishLeavesTheRepositoryAsItWas(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
-
-func TestStickCannotLeadElsewhere(t *testing.T) {
-	dir := t.TempDir()
-	secret := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(secret, []byte("x"), 0o600))
-	must(t, os.Symlink(secret, filepath.Join(dir, "link")))
-	for _, path := range []string{"link", "../secret", secret} {
-		if r, err := Dir(dir).Open(t.Context(), path, 0); err == nil {
-			r.Close()
-			t.Errorf("%s was opened", path)
-		}
-	}
-}
-
-// TestWhatIsNoFileOnAStickIsNotOpened: a FIFO would wait for its other end for ever.
-func TestWhatIsNoFileOnAStickIsNotOpened(t *testing.T) {
-	f := newFleet(t)
-	f.release("1.1.0", "good")
-	for name, spoil := range map[string]func(string) error{
-		"a FIFO": func(path string) error { return unix.Mkfifo(path, 0o644) },
-		"a link to a FIFO": func(path string) error {
-			return errors.Join(unix.Mkfifo(path+"x", 0o644), os.Symlink(filepath.Base(path)+"x", path))
-		},
-		"a folder":           func(path string) error { return os.Mkdir(path, 0o755) },
-		"a socket":           func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o644, 0) },
-		"a link to a device": func(path string) error { return os.Symlink("/dev/zero", path) },
-	} {
-		dir := filepath.Join(t.TempDir(), "stick")
-		must(t, os.CopyFS(dir, os.DirFS(f.repo)))
-		path := filepath.Join(dir, "metadata", "timestamp.json")
-		must(t, os.Remove(path))
-		must(t, spoil(path))
-		c, err := NewClient(ClientOptions{Dir: t.TempDir(), Root: f.root(), Limits: Limits{Metadata: 10 * time.Second, Attempts: 1}, Source: Dir(dir)})
-		must(t, err)
-		err = within5(t, func() error { return c.Refresh(t.Context(), now) })
-		words := "not a regular file"
-		if name == "a link to a device" {
-			words = "escapes" // the stick
-		}
-		refused(t, err, Unreachable, words)
-		if name == "a folder" {
-			continue
-		}
-		err = within5(t, func() error { _, _, err := OpenPlace(t.Context(), path); return err })
-		if err == nil || !strings.Contains(err.Error(), "not a regular file") {
-			t.Errorf("%s as an archive: %v", name, err)
-		}
-	}
-}
-
-// within5 fails the test if f hangs.
-func within5(t *testing.T, f func() error) error {
-	t.Helper()
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(5 * time.Second):
-		t.Fatal("it hangs")
-		return nil
-	}
-}
-
-// TestAStickThatDiesIsGivenUp while it is opened, and while it is read.
-func TestAStickThatDiesIsGivenUp(t *testing.T) {
-	back := make(chan struct{}) // when the disk comes back
-	closed := make(chan struct{}, 2)
-	dying := &dyingDisk{back, closed}
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	err := within5(t, func() error {
-		_, err := patient(ctx, func() (io.ReadCloser, error) { <-back; return dying, nil })
-		return err
-	})
-	if !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("opened: %v", err)
-	}
-	f := newFleet(t)
-	c, err := NewClient(ClientOptions{Dir: t.TempDir(), Root: f.root(), Limits: Limits{Metadata: 50 * time.Millisecond, Attempts: 1}, Source: dying})
-	must(t, err)
-	refused(t, within5(t, func() error { return c.Refresh(t.Context(), now) }), Slow, "too slowly")
-	close(back)
-	for range 2 { // what came back late was closed
-		<-closed
-	}
-}
-
-type dyingDisk struct{ back, closed chan struct{} }
-
-func (d *dyingDisk) Open(ctx context.Context, _ string, _ int64) (io.ReadCloser, error) {
-	return patient(ctx, func() (io.ReadCloser, error) { return d, nil })
-}
-
-func (d *dyingDisk) Read(p []byte) (int, error) { <-d.back; clear(p); return len(p), nil }
-
-func (d *dyingDisk) Close() error { d.closed <- struct{}{}; return nil }
 
 func TestErrorsAreSentences(t *testing.T) {
 	e := &Error{Condition: Digest, File: "parts/x", Reason: "its bytes are not the signed ones"}

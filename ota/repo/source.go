@@ -14,10 +14,15 @@ import (
 
 // Source is where a repository is read from. Open returns the file at a path
 // like "metadata/timestamp.json" from a byte offset on; a file that is not
-// there is an error that wraps [fs.ErrNotExist].
+// there is an error that wraps [fs.ErrNotExist], and one that can only be had from its
+// beginning errNoRanges.
 type Source interface {
 	Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error)
 }
+
+// errNoRanges is what a server is that answers with a whole file where the rest was
+// asked for. What is read in vain then is for the caller to count.
+var errNoRanges = errors.New("the server sends files from their beginning only")
 
 // Mirrors are several places of one repository. The first is asked until it fails,
 // then the next, and after the last the first again. Not safe for concurrent use.
@@ -108,8 +113,7 @@ func from(res *http.Response, offset int64) (io.ReadCloser, error) {
 		if offset == 0 {
 			return res.Body, nil
 		}
-		_, err := io.CopyN(io.Discard, res.Body, offset) // a server without ranges
-		return res.Body, err
+		return nil, errNoRanges
 	case http.StatusPartialContent:
 		if !strings.HasPrefix(res.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", offset)) {
 			return nil, fmt.Errorf("asked from byte %d on, the server sent %q", offset, res.Header.Get("Content-Range"))

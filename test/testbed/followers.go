@@ -190,7 +190,7 @@ func (v *Follower) fetch(ctx context.Context, b wire.UpdateInstall, r *wire.Upda
 		return err
 	}
 	form, packed := forms[0], filepath.Join(dir, "part")
-	if err := c.FetchPart(ctx, form, packed, func(int64) {}); err != nil {
+	if err := c.FetchPart(ctx, form, packed, nil); err != nil {
 		return wire.FailedBecause(wire.CodeTransfer, "%v", err)
 	}
 	r.Form, r.FetchedBytes, r.TookSeconds = form.Encoding, form.Size, time.Since(began).Seconds()
