@@ -63,7 +63,7 @@ func (a *Agent) newJobs(bulk *transfer.Client, data *orders.Service) (*jobs.Serv
 		Device: a.id.ID, Sign: func(t wire.PayloadType, v any) ([]byte, error) { return wire.Seal(a.id.key, t, v) },
 		Sensors: a.measured, Now: a.clock.Now,
 		Readings: func() policy.Readings { return a.readings(load) },
-		Word:     func() (policy.Word, error) { return OwnersWord(a.cfg.StateDir) },
+		Word:     newHeard(a.cfg.StateDir, a.clock, a.log, time.Now).word,
 		Runner:   runner, Log: a.log,
 	})
 	if err == nil {

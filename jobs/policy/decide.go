@@ -21,7 +21,7 @@ const (
 // is over everything else. The zero value is nothing.
 type Word struct {
 	Paused bool      `json:"paused,omitempty"`
-	Until  time.Time `json:"until,omitzero"` // of a pause; zero: until the owner says otherwise
+	Until  time.Time `json:"until,omitzero"` // of a pause, by the clock of Said; zero: until the owner says otherwise
 	Finish bool      `json:"finish,omitempty"`
 	Said   time.Time `json:"said,omitzero"`
 }
