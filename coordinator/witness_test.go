@@ -1,6 +1,8 @@
 package coordinator
 
 import (
+	"context"
+	"reflect"
 	"sync/atomic"
 	"testing"
 
@@ -94,5 +96,86 @@ func TestCompanyIsDrawn(t *testing.T) {
 	// That three others are never drawn in so many jobs happens once in 4^24.
 	if with[ds[1].id] == jobs || len(with) < 2 {
 		t.Errorf("company is always the one that has most room of the others: %v", with)
+	}
+}
+
+// The end of an attempt counts once, whoever else has followed the order: another
+// coordinator, or a former life of this one.
+func TestAnEndIsTakenInOnce(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t)
+	ds := w.devices(t, 2)
+	r, err := w.op.RunJob(testContext(t), api.JobSpec{Module: w.module(t)})
+	wantSure(t, r, err, api.ByOwners, "")
+	const once = 0.25 // of a job that costs nothing
+	credited := func() bool {
+		return w.audits.honesty.standing(ds[0].id).Right > 0.9*once && w.audits.honesty.standing(ds[1].id).Right > 0.9*once
+	}
+	eventually(t, "both are credited", credited)
+	before, err := w.jobs.tasks.find(testContext(t), taskKey(r.Job, 0))
+	must(t, err)
+	for _, a := range r.Attempts {
+		v, err := w.outbox.get(testContext(t), a.Device, a.Order)
+		must(t, err)
+		w.jobs.settle(testContext(t), r.Job, 0, api.JobAttempt{Order: a.Order, Device: a.Device, Began: a.Began}, v, nil)
+	}
+	for _, d := range ds {
+		if got := w.audits.honesty.standing(d.id).Right; got > 1.1*once {
+			t.Errorf("one job has earned %.2f, want %.2f", got, once)
+		}
+	}
+	after, err := w.jobs.tasks.find(testContext(t), taskKey(r.Job, 0))
+	must(t, err)
+	if !reflect.DeepEqual(before, after) {
+		t.Errorf("the task was\n%+v and is\n%+v", before, after)
+	}
+}
+
+// A device that has a task is not given it once more, though somebody who knows less places
+// it there: another coordinator whose lease has just ended, say.
+func TestADeviceHasATaskOnceAtATime(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t)
+	d := w.device(t)
+	d.on(wire.KindJobRun, func(wire.Order) *reply { return nil })
+	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Verify: api.VerifyNone})
+	must(t, err)
+	attempts := func() int {
+		v, err := w.op.Job(testContext(t), j.ID, 0)
+		must(t, err)
+		if len(v.Open) == 0 {
+			return 0
+		}
+		return len(v.Open[0].Attempts)
+	}
+	eventually(t, "the device has the task", func() bool { return attempts() == 1 })
+	s := w.jobs
+	row, err := s.rows.find(testContext(t), j.ID)
+	must(t, err)
+	a, err := s.resolve(row, jobFiles{}, 0)
+	must(t, err)
+	s.plan.mu.Lock()
+	s.plan.works[j.ID].open[0].starting++
+	s.plan.busy[d.id]++
+	there := s.devices()
+	s.plan.mu.Unlock()
+	ctx, cancel := context.WithCancel(testContext(t))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.start(ctx, begun{j.ID, 0, a, there[0], row.Spec.Module, row.Spec.Deadline, row.Spec})
+	}()
+	eventually(t, "the second is refused, or made", func() bool {
+		select {
+		case <-ended:
+			return true
+		default:
+			return attempts() > 1
+		}
+	})
+	cancel()
+	<-ended
+	if n := attempts(); n != 1 {
+		t.Errorf("the device has the task %d times", n)
 	}
 }
