@@ -222,7 +222,7 @@ type meaning struct {
 
 // faults are refusals that speak against the release or where it came from, though
 // the device has not begun.
-var faults = map[string]bool{wire.CodeVerification: true, "log_fork": true, "rollback": true, wire.CodeBadBody: true}
+var faults = map[string]bool{wire.CodeVerification: true, "log_fork": true, "not_logged": true, wire.CodeBadBody: true}
 
 // lasting are refusals that do not end by waiting.
 var lasting = map[string]bool{"wrong_hardware": true, wire.CodeNotSupported: true, wire.CodeUnknownKind: true, "downgrade": true, "no_update_root": true, "newer_format": true}

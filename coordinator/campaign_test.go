@@ -1,9 +1,12 @@
 package coordinator
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/ota"
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // inPhase is a campaign of a canary of ten and of all others, in the phase i, which has
@@ -58,6 +61,26 @@ func TestHowManyMayFailIsAShareOfThoseThatWereAsked(t *testing.T) {
 	for n, want := range map[int]string{1: "", 2: api.CampaignTooManyFailed} {
 		if code, _ := done.stops(tallied(1, map[api.Standing]int{api.StandsFailed: n})); code != want {
 			t.Errorf("%d late ones that fail: %q, want %q", n, code, want)
+		}
+	}
+}
+
+// Devices refuse with these when what they are shown was not made by the keys' owners,
+// or is not what everybody is shown.
+func TestAReleaseThatDevicesDistrustHasFailed(t *testing.T) {
+	for _, code := range []string{wire.CodeVerification, ota.CodeLogFork, ota.CodeNotLogged, wire.CodeBadBody} {
+		if got := judgeOffer(orderNow{state: wire.Rejected, code: code}); got != (meaning{api.StandsFailed, false}) {
+			t.Errorf("%s: %+v", code, got)
+		}
+	}
+	// And no code is in a list that devices do not send.
+	known := []string{ota.CodeLogFork, ota.CodeNotLogged, ota.CodeWrongHardware, ota.CodeDowngrade, ota.CodeNoUpdateRoot, ota.CodeNewerFormat, ota.CodeSlowTransfer,
+		wire.CodeVerification, wire.CodeBadBody, wire.CodeNotSupported, wire.CodeUnknownKind, wire.CodeTransfer, wire.CodeNoSpace, wire.CodeInterrupted}
+	for _, list := range []map[string]bool{faults, lasting, passing} {
+		for code := range list {
+			if !slices.Contains(known, code) {
+				t.Errorf("no device refuses an update with %q", code)
+			}
 		}
 	}
 }
