@@ -227,7 +227,8 @@ var faults = map[string]bool{wire.CodeVerification: true, "log_fork": true, "not
 // lasting are refusals that do not end by waiting.
 var lasting = map[string]bool{"wrong_hardware": true, wire.CodeNotSupported: true, wire.CodeUnknownKind: true, "downgrade": true, "no_update_root": true, "newer_format": true}
 
-// passing are failures that say nothing of the release.
+// passing are failures that say nothing of the release: a home router that starts anew
+// is enough, or the coordinator itself.
 var passing = map[string]bool{wire.CodeTransfer: true, "slow_transfer": true, wire.CodeNoSpace: true, wire.CodeInterrupted: true}
 
 func judgeOffer(o orderNow) meaning {
@@ -235,7 +236,10 @@ func judgeOffer(o orderNow) meaning {
 	case wire.Succeeded:
 		return meaning{api.StandsUpdated, true} // should it run an older one again
 	case wire.Failed:
-		return meaning{api.StandsFailed, passing[o.code]}
+		if passing[o.code] {
+			return meaning{api.StandsHindered, true}
+		}
+		return meaning{api.StandsFailed, false}
 	case wire.Rejected:
 		switch {
 		case o.code == wire.CodeAlreadyLatest:
@@ -289,6 +293,7 @@ type at struct {
 	phase    int
 	asked    bool
 	ask      bool // now is the time to ask it
+	again    bool // what it has answered may change
 	code     string
 }
 
@@ -339,7 +344,7 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	if o != nil {
 		j := judgeOffer(*o)
 		ago := now.Sub(o.updated)
-		a.standing, a.code = j.standing, o.code
+		a.standing, a.code, a.again = j.standing, o.code, j.again
 		switch {
 		case j.standing == api.StandsUpdated && ago < settleAfter:
 			return a
@@ -386,6 +391,7 @@ type tally struct {
 
 type phaseTally struct {
 	devices, asked int
+	open           int // of those asked, who may still take it, and hold nobody up
 	counts         map[api.Standing]int
 }
 
@@ -409,6 +415,12 @@ func (t *tally) add(a at) {
 		switch a.standing {
 		case api.StandsUpdated, api.StandsFailed, api.StandsSilent:
 			t.ended++
+		case api.StandsWaiting, api.StandsHindered:
+			p.open++
+		case api.StandsDeclined:
+			if a.again {
+				p.open++
+			}
 		}
 	}
 	if a.code != "" && a.standing != api.StandsUpdated && a.standing != api.StandsInstalling {
@@ -464,11 +476,11 @@ func (r *campaignRow) holdup(t *tally) string {
 	for i := range r.Phase + 1 {
 		updated += t.phases[i].counts[api.StandsUpdated]
 	}
-	switch waiting := p.counts[api.StandsWaiting]; {
+	switch {
 	case !r.Phases[r.Phase].Approved.IsZero():
 		return ""
-	case 2*waiting > p.asked:
-		return fmt.Sprintf("%d of the %d devices that were asked wait for their owners or their hours; an approval goes on without them", waiting, p.asked)
+	case 2*p.open > p.asked:
+		return fmt.Sprintf("%d of the %d devices that were asked wait, put it off or could not fetch it; an approval goes on without them", p.open, p.asked)
 	case updated == 0 && r.Phase < len(r.Phases)-1:
 		return "no device has taken it so far; an approval goes on all the same"
 	}

@@ -84,3 +84,38 @@ func TestAReleaseThatDevicesDistrustHasFailed(t *testing.T) {
 		}
 	}
 }
+
+func TestWhatSaysNothingOfTheReleaseIsNoFailure(t *testing.T) {
+	for _, code := range []string{wire.CodeTransfer, ota.CodeSlowTransfer, wire.CodeNoSpace, wire.CodeInterrupted} {
+		if got := judgeOffer(orderNow{state: wire.Failed, code: code}); got != (meaning{api.StandsHindered, true}) {
+			t.Errorf("%s: %+v", code, got)
+		}
+	}
+	r := inPhase(t, 0, 10)
+	if code, reason := r.stops(tallied(0, map[api.Standing]int{api.StandsUpdated: 6, api.StandsHindered: 4})); code != "" {
+		t.Errorf("%s: %s", code, reason)
+	}
+	// But a phase is not over when most could not take it.
+	for _, c := range []struct {
+		at   at
+		hold bool
+	}{
+		{at{standing: api.StandsHindered, again: true}, true},
+		{at{standing: api.StandsDeclined, code: ota.CodeStaleMetadata, again: true}, true},
+		{at{standing: api.StandsWaiting, code: wire.CodeConsent}, true},
+		{at{standing: api.StandsDeclined, code: ota.CodeWrongHardware}, false},
+	} {
+		r, few := inPhase(t, 0, 10), tallied(0, map[api.Standing]int{api.StandsUpdated: 5})
+		c.at.asked = true
+		for range 5 {
+			few.add(c.at)
+		}
+		if h := r.holdup(few); h != "" {
+			t.Errorf("half of them, %+v: %q", c.at, h)
+		}
+		few.add(c.at)
+		if h := r.holdup(few); (h != "") != c.hold {
+			t.Errorf("most of them, %+v: %q", c.at, h)
+		}
+	}
+}

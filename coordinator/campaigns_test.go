@@ -532,7 +532,7 @@ func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 	}
 	wait(devices[3])
 	none := 0
-	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 5}, percent(100)}, Stop: api.CampaignStop{MaxFailed: &none}})
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 7}, percent(100)}, Stop: api.CampaignStop{MaxFailed: &none}})
 	r.untilIs(c.ID, api.CampaignDone)
 	c = r.until(c.ID, "who is asked again has answered", func(c api.Campaign) bool { return c.Counts[api.StandsDeclined] == 3 })
 	if c.Counts[api.StandsWaiting] != 1 || c.Counts[api.StandsUpdated] != 5 || len(c.Reasons) != 4 {

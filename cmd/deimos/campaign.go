@@ -202,7 +202,7 @@ func (c *campaignListCmd) Run(ctx context.Context, all *commands) error {
 type campaignShowCmd struct {
 	ID      string       `arg:"" optional:"" help:"Campaign; default: the newest."`
 	Devices bool         `xor:"what" help:"List its devices."`
-	At      api.Standing `placeholder:"STANDING" help:"With --devices: only those that stand there, as in failed, silent, declined, waiting, away."`
+	At      api.Standing `placeholder:"STANDING" help:"With --devices: only those that stand there, as in failed, silent, declined, hindered, waiting, away."`
 	Limit   int          `default:"100" help:"With --devices: at most so many (${default})."`
 	cli.Output
 }

@@ -86,6 +86,7 @@ const (
 	StandsInstalling Standing = "installing" // from the fetch to the end of the trial
 	StandsUpdated    Standing = "updated"    // it runs the release, or a newer one
 	StandsDeclined   Standing = "declined"   // it does not take it; that is no fault of the release
+	StandsHindered   Standing = "hindered"   // it could not fetch it, has no room or was cut off; it is asked again
 	StandsFailed     Standing = "failed"
 	StandsSilent     Standing = "silent"     // it was asked and was not heard of since, or its update does not go on
 	StandsCanceled   Standing = "canceled"   // the order was taken back
@@ -94,7 +95,7 @@ const (
 
 // Standings are all, in the order in which they are shown.
 var Standings = []Standing{StandsUpdated, StandsInstalling, StandsAsked, StandsWaiting, StandsDue, StandsAway, StandsLater,
-	StandsDeclined, StandsFailed, StandsSilent, StandsCanceled, StandsUnanswered}
+	StandsDeclined, StandsHindered, StandsFailed, StandsSilent, StandsCanceled, StandsUnanswered}
 
 // Campaign is a campaign and how far it is.
 type Campaign struct {
