@@ -64,7 +64,6 @@ type stopRule struct {
 const (
 	maxPhases     = 20
 	maxSoak       = 90 * 24 * time.Hour
-	minSilent     = missedBeats * time.Second
 	maxSilentTime = 7 * 24 * time.Hour
 	maxRate       = 1000.0
 	minRate       = 0.001
@@ -146,8 +145,8 @@ func stopOf(q api.CampaignStop) (stopRule, error) {
 	if q.SilentSeconds == 0 {
 		r.After = api.CampaignSilent
 	}
-	if math.IsNaN(q.SilentSeconds) || r.After < minSilent || r.After > maxSilentTime {
-		return r, badCampaign("a device counts as silent after %s at the earliest and %d days at the latest", minSilent, maxSilentTime/(24*time.Hour))
+	if math.IsNaN(q.SilentSeconds) || r.After <= 0 || r.After > maxSilentTime {
+		return r, badCampaign("a device counts as silent after %d days at the latest, and not at once", maxSilentTime/(24*time.Hour))
 	}
 	return r, nil
 }

@@ -65,6 +65,7 @@ type campaigns struct {
 	forks    func() []api.LogSeen
 	leader   *leader
 	note     func(context.Context, api.LogEntry)
+	beat     time.Duration // between two heartbeats of a device that does not say otherwise
 	now      func() time.Time
 	log      *slog.Logger
 	started  time.Time
@@ -223,6 +224,14 @@ func (s *campaigns) begin(ctx context.Context, q api.CampaignRequest) (api.Campa
 	}
 	if len(devices) == 0 {
 		return api.Campaign{}, refuse(http.StatusConflict, "nobody", "the fleet has no device yet that a release could be brought to")
+	}
+	// Of who is well, too, a heartbeat may be lost.
+	least := missedBeats * s.beat
+	for _, d := range devices {
+		least = max(least, missedBeats*s.reg.beatOf(d.ID))
+	}
+	if row.Stop.After < least {
+		return api.Campaign{}, badCampaign("a device cannot count as silent after %s: some are heard of so rarely that it takes %s to tell", row.Stop.After, least)
 	}
 	for i, p := range row.Phases {
 		if p.Only != nil && !overlaps(row.To, *p.Only, devices) {

@@ -42,6 +42,14 @@ func newRollout(t testing.TB, w *world, version string) *rollout {
 	return &rollout{world: w, t: t, version: version, asked: make(map[wire.DeviceID][]wire.Order)}
 }
 
+// ownRollout is a coordinator in a hurry for one test, with release 2.0.0.
+func ownRollout(t testing.TB) (*world, *rollout) {
+	t.Helper()
+	w := openWith(t, t.TempDir(), quickly)
+	t.Cleanup(w.Close)
+	return w, newRollout(t, w, "2.0.0")
+}
+
 // taker is a device that takes releases: what it is asked, it is.
 func (r *rollout) taker(d *device) *device { return r.does(d, d.takes) }
 
@@ -186,9 +194,7 @@ func byPoint(version string, list []*device) []*device {
 
 func TestACampaignGoesFromPhaseToPhaseAndLateDevicesFollow(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	devices := byPoint("2.0.0", r.takers(10))
 	away := r.taker(w.enrolled(t))
 	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 2, SoakSeconds: 0.3}, percent(50), percent(100)}})
@@ -272,9 +278,7 @@ func TestACampaignGoesFromPhaseToPhaseAndLateDevicesFollow(t *testing.T) {
 
 func TestACanaryThatFailsStopsTheCampaign(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	devices := byPoint("2.0.0", r.takers(12))
 	fails := func(wire.Order) *reply { return failed(wire.CodeRolledBack) }
 	release := make(chan struct{})
@@ -436,9 +440,7 @@ func TestLateDevicesThatFailStopWhatIsDone(t *testing.T) {
 // latter to the next: who fetches would go on to install.
 func TestAnOrderThatIsOnlyMarkedAsTakenBackIsTakenBack(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	d := w.device(t)
 	r.does(d, func(o wire.Order) *reply { d.says(o, wire.Running, ""); return nil })
 	d.cancels(t)
@@ -458,9 +460,7 @@ func TestSilenceStopsACampaign(t *testing.T) {
 	for _, kind := range []string{"before it answers", "after it was confirmed"} {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
-			w := openWith(t, t.TempDir(), quickly)
-			t.Cleanup(w.Close)
-			r := newRollout(t, w, "2.0.0")
+			_, r := ownRollout(t)
 			devices := byPoint("2.0.0", r.takers(8))
 			quiet := devices[1]
 			if kind == "before it answers" {
@@ -494,9 +494,7 @@ func TestSilenceStopsACampaign(t *testing.T) {
 // phase does not wait for it.
 func TestADeviceThatIsStuckHoldsNobodyUp(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	_, r := ownRollout(t)
 	devices := byPoint("2.0.0", r.takers(4))
 	r.does(devices[0], func(o wire.Order) *reply { devices[0].says(o, wire.Running, ""); return nil })
 	two := 2
@@ -517,9 +515,7 @@ func TestADeviceThatIsStuckHoldsNobodyUp(t *testing.T) {
 // are most.
 func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	devices := byPoint("2.0.0", r.takers(9))
 	refuses := func(code string) func(wire.Order) *reply {
 		return func(wire.Order) *reply { return &reply{state: wire.Rejected, code: code} }
@@ -568,9 +564,7 @@ func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 
 func TestACampaignIsHeldApprovedAndAborted(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	devices := byPoint("2.0.0", r.takers(6))
 	canary := api.Selector{Devices: []wire.DeviceID{devices[5].id, devices[4].id}}
 	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Only: &canary, Approve: true}, {Percentage: 50, Approve: true}, percent(100)}})
@@ -717,9 +711,7 @@ func TestTwoCoordinatorsThatBothLeadAskNobodyTwice(t *testing.T) {
 
 func TestACampaignAsksSoManyASecond(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	r.takers(8)
 	w.freeze()
 	c := r.start(api.CampaignRequest{Rate: 2, Phases: []api.CampaignPhase{percent(100)}})
@@ -740,9 +732,7 @@ func TestACampaignAsksSoManyASecond(t *testing.T) {
 
 func TestWhatIsNoCampaignIsRefused(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	all := []api.CampaignPhase{percent(100)}
 	to := api.Selector{All: true}
 	begin := func(q api.CampaignRequest) error {
@@ -772,6 +762,7 @@ func TestWhatIsNoCampaignIsRefused(t *testing.T) {
 		"fewer than none":    {Phases: all, Stop: api.CampaignStop{MaxFailed: &minus}},
 		"more than all":      {Phases: all, Stop: api.CampaignStop{MaxSilentShare: &much}},
 		"silent at once":     {Phases: all, Stop: api.CampaignStop{SilentSeconds: 0.001}},
+		"sooner than beats":  {Phases: all, Stop: api.CampaignStop{SilentSeconds: missedBeats*60 - 1}},
 		"silent never":       {Phases: all, Stop: api.CampaignStop{SilentSeconds: 1e9}},
 		"too many phases":    {Phases: append(make([]api.CampaignPhase, maxPhases), percent(100))},
 	} {
@@ -815,9 +806,7 @@ func TestWhatIsNoCampaignIsRefused(t *testing.T) {
 
 func TestDevicesOfACampaignAreListedByParts(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), quickly)
-	t.Cleanup(w.Close)
-	r := newRollout(t, w, "2.0.0")
+	w, r := ownRollout(t)
 	devices := r.takers(5)
 	r.does(devices[2], func(wire.Order) *reply { return failed("preflight") })
 	no := 5
@@ -867,4 +856,28 @@ func TestAnOfferKnowsItsCampaign(t *testing.T) {
 			t.Errorf("%q is taken for a campaign's", id)
 		}
 	}
+}
+
+// What a device says of its update is shown, fit for a terminal, as long as it says so.
+func TestADeviceTellsHowFarItsUpdateIs(t *testing.T) {
+	t.Parallel()
+	w := aWorld(t)
+	d := w.device(t)
+	beats := func(u *wire.UpdateState) *wire.UpdateState {
+		t.Helper()
+		d.say(wire.ChannelBeat, wire.TypeBeat, wire.Beat{Device: d.id, At: time.Now(), Update: u, Capacity: d.capacity, Used: d.capacity})
+		var v api.Device
+		eventually(t, "the heartbeat is heard", func() bool {
+			var err error
+			v, err = w.op.Device(testContext(t), string(d.id))
+			must(t, err)
+			return v.Used == d.capacity && (v.Update == nil) == (u == nil)
+		})
+		return v.Update
+	}
+	got := beats(&wire.UpdateState{Phase: wire.UpdateWaiting, Version: "1.2.0\x1b[2J", Code: wire.CodeWindow, Seconds: -3})
+	if want := (wire.UpdateState{Phase: wire.UpdateWaiting, Version: "1.2.0[2J", Code: wire.CodeWindow}); *got != want {
+		t.Errorf("%+v", got)
+	}
+	beats(nil)
 }

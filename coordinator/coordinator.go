@@ -361,6 +361,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.jobs.honesty, c.audits.caught = c.audits.honesty, c.jobs.noteCaught
 	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
+	c.campaigns.beat = c.cfg.Beat
 	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)
 	c.campaigns.note, c.campaigns.releases = c.note, func() *releases { return c.releases }
 	c.outbox.updates = c.campaigns.heard

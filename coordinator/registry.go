@@ -86,7 +86,8 @@ type live struct {
 	inventory string // digest of what it has; empty if it does not say
 	losses    string // digest of what it has lost; empty if nothing
 	scrubs    []wire.Scrub
-	jobs      *wire.JobsState // how it stands with jobs; nil if it does not say
+	jobs      *wire.JobsState   // how it stands with jobs; nil if it does not say
+	update    *wire.UpdateState // that is under way; nil if there is none
 	health    []wire.Warning
 	healthAt  time.Time // of the heartbeat that said so
 	starts    starts
@@ -330,7 +331,7 @@ func (r *registry) beat(b wire.Beat) {
 	if l := r.liveOf(b.Device); l != nil {
 		l.online, l.left, l.lastSeen, l.telemetry, l.capacity, l.used = true, false, r.now(), b.Telemetry, space(b.Capacity), space(b.Used)
 		l.health, l.healthAt = cleanWarnings(b.Warnings, r.now().UTC()), r.now().UTC()
-		l.losses, l.scrubs, l.jobs = b.Losses, cleanScrubs(b.Scrubs), cleanJobs(b.Jobs)
+		l.losses, l.scrubs, l.jobs, l.update = b.Losses, cleanScrubs(b.Scrubs), cleanJobs(b.Jobs), cleanUpdate(b.Update)
 		if isDigest(b.InventoryDigest) {
 			l.inventory = b.InventoryDigest
 		}
@@ -378,6 +379,16 @@ func cleanScrubs(list []wire.Scrub) []wire.Scrub {
 		v.Share, v.Bytes, v.Lost = min(max(v.Share, 0), 1), space(v.Bytes), max(v.Lost, 0)
 	}
 	return list
+}
+
+// cleanUpdate makes fit to be shown what a device says of its update.
+func cleanUpdate(u *wire.UpdateState) *wire.UpdateState {
+	if u == nil {
+		return nil
+	}
+	v := *u
+	v.Phase, v.Version, v.Code, v.Seconds = label(v.Phase), label(v.Version), label(v.Code), max(v.Seconds, 0)
+	return &v
 }
 
 // maxJobsNames bounds the datasets and walls that a device tells of.
@@ -473,7 +484,7 @@ func (r *registry) view(d api.DeviceRecord) api.Device {
 	}
 	if l, ok := r.live[d.ID]; ok {
 		v.Online, v.LastSeen, v.Telemetry, v.Dropped = l.online, l.lastSeen, l.telemetry, l.dropped
-		v.Health, v.HealthAt, v.Scrubs, v.Jobs = l.health, l.healthAt, l.scrubs, l.jobs
+		v.Health, v.HealthAt, v.Scrubs, v.Jobs, v.Update = l.health, l.healthAt, l.scrubs, l.jobs, l.update
 		if l.capacity > 0 {
 			v.Capacity, v.Used = l.capacity, l.used
 		}

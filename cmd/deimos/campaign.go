@@ -516,6 +516,9 @@ func writeCampaignDevices(w io.Writer, list []api.CampaignDevice) error {
 		if why == "" {
 			why = silences[d.Code]
 		}
+		if d.Standing == api.StandsInstalling && d.Progress > 0 {
+			why = fmt.Sprintf("%.0f%% done", d.Progress*100)
+		}
 		rows = append(rows, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s", d.Device, d.Standing, d.Phase+1, cell(d.Agent), cell(d.Code), cli.Ago(d.LastSeen), d.Order, cell(why)))
 	}
 	return cli.Table(w, "DEVICE\tSTANDS\tPHASE\tRUNS\tCODE\tSEEN\tORDER\tREASON", rows)

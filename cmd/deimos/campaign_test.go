@@ -65,7 +65,7 @@ func TestCommandsOfCampaigns(t *testing.T) {
 		switch path := strings.TrimPrefix(r.URL.Path, "/api/v1/"); {
 		case path == "releases":
 		case strings.HasSuffix(path, "/devices"):
-			v = api.CampaignDevices{Devices: rel.Campaigns[1].Evidence}
+			v = api.CampaignDevices{Devices: append(rel.Campaigns[1].Evidence, api.CampaignDevice{Device: "d4v7e36rdugbtptya3zf4nkg", Standing: api.StandsInstalling, Agent: "1.0.0", Progress: 0.425, LastSeen: goldenAt})}
 		case strings.Contains(path, rel.Campaigns[1].ID):
 			v = rel.Campaigns[1]
 		default:

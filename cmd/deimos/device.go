@@ -147,6 +147,7 @@ func writeDevice(w io.Writer, d api.Device) error {
 	row("labels", "%s", labelText(d.Labels))
 	row("agent", "%s on %s/%s", d.Agent, d.OS, d.Arch)
 	row("slot", "%s", d.Slot)
+	row("update", "%s", updateText(d.Update))
 	row("board", "%s", d.Board)
 	row("storage", "%s of %s used", cli.Bytes(d.Used), cli.Bytes(d.Capacity))
 	for _, v := range d.Dropped {
@@ -173,6 +174,32 @@ func writeDevice(w io.Writer, d api.Device) error {
 	writeScrubs(row, d)
 	writeNow(row, d)
 	return writeInventory(w, d)
+}
+
+// updateText says how far an update is that is under way.
+func updateText(u *wire.UpdateState) string {
+	if u == nil {
+		return ""
+	}
+	text := map[string]string{
+		wire.UpdateFetching:  "is being fetched",
+		wire.UpdateVerified:  "was fetched, and is being installed",
+		wire.UpdateInstalled: "is installed, and waits for a start",
+		wire.UpdateTesting:   "runs, and is on trial",
+	}[u.Phase]
+	if text == "" {
+		text = "is " + u.Phase
+	}
+	if u.Phase == wire.UpdateWaiting && u.Code != "" {
+		text += " (" + u.Code + ")"
+	}
+	if u.Seconds > 0 {
+		text += fmt.Sprintf(", and goes on in %s or so", strings.TrimSuffix(max(time.Duration(u.Seconds)*time.Second, time.Minute).Round(time.Minute).String(), "0s"))
+	}
+	if u.Local {
+		text += ", by its owner's wish"
+	}
+	return cell(u.Version + " " + text)
 }
 
 type deviceSetCmd struct {

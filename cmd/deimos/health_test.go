@@ -48,6 +48,7 @@ func illDevice() api.Device {
 		DeviceRecord: api.DeviceRecord{ID: "b4irkgbk5iwtj6erquld22qs", Agent: "1.0.0", OS: "linux", Arch: "arm64", Board: "raspberry-pi-4", Group: "home", Enrolled: goldenAt, CertUntil: goldenAt,
 			Capacity: 1 << 40, Used: 1 << 30, Warnings: []api.Warning{{Code: api.WarningDuplicateKey, Title: "two machines use this device's key", Text: "Stop the copy.", Since: goldenAt, Last: goldenAt}}},
 		State: api.DeviceOnline, Online: true, LastSeen: goldenAt, HealthAt: goldenAt,
+		Update: &wire.UpdateState{Phase: wire.UpdateWaiting, Version: "1.2.0", Code: wire.CodeWindow, Seconds: 3 * 3600},
 		Health: []wire.Warning{
 			{Code: "disk_failing", Subject: "sda", Severity: wire.Critical, Title: "A disk is failing", Since: goldenAt,
 				Text: "The disk itself expects to fail. Copy what is only on it elsewhere, and replace the disk soon; what the fleet has stored on it is on other devices too, and is placed anew.\nIt said so twice."},

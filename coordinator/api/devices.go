@@ -81,6 +81,9 @@ type Device struct {
 	Scrubs []wire.Scrub `json:"scrubs,omitempty"`
 	// Jobs is how it stands with jobs, by its last heartbeat; nil if it does not say.
 	Jobs *wire.JobsState `json:"jobs,omitempty"`
+	// Update is the update that is under way, by the heartbeat that came at HealthAt; nil
+	// if there is none.
+	Update *wire.UpdateState `json:"update,omitempty"`
 	// Rest says that it refuses to move chunks for a while, by what it said last.
 	Rest *Rest `json:"rest,omitempty"`
 	// Score is what its challenges say of it; lists leave it out.
