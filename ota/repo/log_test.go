@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata"
+	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 )
 
@@ -330,4 +331,51 @@ func TestOtherContentOfALoggedVersionIsRefused(t *testing.T) {
 	must(t, os.CopyFS(filepath.Join(thief.repo, "log"), os.DirFS(filepath.Join(f.repo, "log"))))
 	copyLookups(t, lookups, filepath.Join(thief.repo, "log"), "0\n")
 	refused(t, take(t, f.from(t.TempDir(), thief.repo), "1.1.0"), Unlogged, "record 0 is of another release")
+}
+
+// TestARecordMustNameTheReleaseAsItIs: the log's key has signed one that has its digest,
+// and another version or another name. Who looks for the release in the log by these would
+// not find it.
+func TestARecordMustNameTheReleaseAsItIs(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "one")
+	name := TargetName("1.1.0")
+	for line, good := range map[string]bool{
+		"1.1.0 " + name: true, "1.2.0 " + name: false, "1.1.0 " + TargetName("1.2.0"): false, "1.2.0 " + TargetName("1.2.0"): false,
+	} {
+		f.logAlone(line)
+		err := take(t, f.client(t.TempDir()), "1.1.0")
+		if good {
+			must(t, err)
+			continue
+		}
+		refused(t, err, Unlogged, "is of another release")
+	}
+}
+
+// logAlone makes the log one record of the only release, which the log's key signs.
+func (f *fleet) logAlone(versionAndName string) {
+	f.t.Helper()
+	files, err := filepath.Glob(filepath.Join(f.repo, "targets/bundles/*"))
+	must(f.t, err)
+	sum, _ := NamedSum("targets/bundles/" + filepath.Base(files[0]))
+	l := new(ledger)
+	must(f.t, l.add([]byte(versionAndName+" "+sum+" 2026-11-22T00:00:00Z\n")))
+	must(f.t, os.WriteFile(filepath.Join(f.repo, tilePath(dataTile(0, 1))), l.lines[0], 0o644))
+	for _, tile := range tlog.NewTiles(tileHeight, 0, 1) {
+		raw, err := tlog.ReadTileData(tile, l)
+		must(f.t, err)
+		must(f.t, os.WriteFile(filepath.Join(f.repo, tilePath(tile)), raw, 0o644))
+	}
+	root, err := readRoot(f.keys)
+	must(f.t, err)
+	v, err := logKey(root)
+	must(f.t, err)
+	key, err := LoadKey(filepath.Join(f.keys, "log.pem"), nil)
+	must(f.t, err)
+	tree, err := l.tree(1)
+	must(f.t, err)
+	signed, err := note.Sign(&note.Note{Text: checkpointText(v.Name(), tree)}, logSigner{v, key})
+	must(f.t, err)
+	must(f.t, os.WriteFile(filepath.Join(f.repo, checkpointFile), signed, 0o644))
 }
