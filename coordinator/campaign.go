@@ -294,6 +294,9 @@ type at struct {
 	ask      bool // now is the time to ask it
 	again    bool // what it has answered may change
 	code     string
+	// Who was tried in this phase can fall silent for it. Who was not, and was there in
+	// it, tells how many do so anyway.
+	tried, there, gone bool
 }
 
 // runs tells whether a version is the campaign's, or newer.
@@ -317,6 +320,9 @@ func (r *campaignRow) phaseOf(d *api.DeviceRecord) int {
 func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
 	a := at{phase: r.phaseOf(d), asked: o != nil}
 	mute := now.Sub(later(v.last, since))
+	a.tried = o != nil && (!o.state.Terminal() || r.lately(o.updated))
+	a.there = r.lately(v.last)
+	a.gone = mute > r.Stop.After
 	if o != nil && !o.state.Terminal() {
 		word := now.Sub(later(o.updated, since))
 		switch a.code = o.code; {
@@ -335,7 +341,7 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	}
 	if r.runs(d.Agent) {
 		a.standing = api.StandsUpdated
-		if o != nil && o.state == wire.Succeeded && !r.State.Ended() && mute > r.Stop.After {
+		if o != nil && o.state == wire.Succeeded && !r.State.Ended() && r.lately(o.updated) && mute > r.Stop.After {
 			a.standing, a.code = api.StandsSilent, "away_since" // it took it, and fell silent while that soaks
 		}
 		return a
@@ -367,6 +373,16 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	return a
 }
 
+// lately tells whether something was since the phase began that runs, or since the
+// campaign was done.
+func (r *campaignRow) lately(t time.Time) bool {
+	since := r.Phases[r.Phase].Began
+	if r.State == api.CampaignDone {
+		since = r.Ended
+	}
+	return !since.IsZero() && !t.Before(since)
+}
+
 // reaches tells whether devices of a phase are asked.
 func (r *campaignRow) reaches(phase int) bool {
 	switch r.State {
@@ -383,6 +399,9 @@ type tally struct {
 	devices int
 	asked   int
 	ended   int // of those asked, who run it, failed or are silent
+	tried   int // see [at]
+	others  int // who were not tried, and there
+	gone    int // of others
 	counts  map[api.Standing]int
 	phases  []phaseTally
 	reasons map[api.StandingReason]int // with Devices 0
@@ -403,6 +422,7 @@ func newTally(phases int) *tally {
 }
 
 func (t *tally) add(a at) {
+	t.compare(a)
 	t.devices++
 	t.counts[a.standing]++
 	p := &t.phases[a.phase]
@@ -427,11 +447,40 @@ func (t *tally) add(a at) {
 	}
 }
 
+// compare counts a device as one whose silence may be the release's, or is not.
+func (t *tally) compare(a at) {
+	switch {
+	case a.tried:
+		t.tried++
+	case a.there:
+		t.others++
+		if a.gone {
+			t.gone++
+		}
+	}
+}
+
+// anyway is how many of those that were tried would be silent if they fell silent as
+// the others do: at night, or when it is the coordinator that cannot be reached.
+func (t *tally) anyway() float64 {
+	return float64(t.tried) * float64(t.gone) / max(1, float64(t.others))
+}
+
+// lull is why a campaign asks nobody and does not go on, though it need not stop.
+func (r *campaignRow) lull(t *tally) string {
+	code, reason := r.stops(t)
+	if code != "" || !r.Phases[r.Phase].Approved.IsZero() {
+		return ""
+	}
+	return reason
+}
+
 // fewest is of how many devices at least a share is, so that one blip among the first
 // three that answer stops nothing; of all of a phase that has fewer.
 const fewest = 50
 
-// stops tells why a campaign must stop; code "" if it need not. Shares are not of what
+// stops tells why a campaign must stop; code "" if it need not, with a reason if it
+// waits instead: many are silent, and so are others. Shares are not of what
 // the phase will have some day: of a hundred thousand the first two thousand could fail.
 func (r *campaignRow) stops(t *tally) (code, reason string) {
 	of := max(t.asked, fewest)
@@ -443,8 +492,8 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 	// asked would be too small for as long as more are asked. Some failures are known
 	// sooner than any success, so a share of those that have ended would be too large.
 	ended := min(of, max(t.ended, fewest))
-	over := func(n, most int, share float64, of int) bool {
-		return most >= 0 && n > most || n > 0 && share <= 100 && float64(n) > share/100*float64(of)
+	over := func(n float64, most int, share float64, of int) bool {
+		return most >= 0 && n > float64(most) || n > 0 && share <= 100 && n > share/100*float64(of)
 	}
 	limit := func(most int, share float64) string {
 		var said []string
@@ -457,17 +506,19 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 		return strings.Join(said, " or ")
 	}
 	switch {
-	case over(failed, r.Stop.Failed, r.Stop.FailedShare, of):
+	case over(float64(failed), r.Stop.Failed, r.Stop.FailedShare, of):
 		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices failed, and at most %s may", failed, of, limit(r.Stop.Failed, r.Stop.FailedShare))
-	case over(silent, r.Stop.Silent, r.Stop.SilentShare, ended):
+	case over(float64(silent)-t.anyway(), r.Stop.Silent, r.Stop.SilentShare, ended):
 		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices fell silent for more than %s, and at most %s may", silent, ended, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
+	case over(float64(silent), r.Stop.Silent, r.Stop.SilentShare, ended):
+		return "", fmt.Sprintf("%d devices fell silent, but so did %d of %d that were not asked in this phase; it goes on when they are back, or by an approval", silent, t.gone, t.others)
 	}
 	return "", ""
 }
 
 // holdup is why the phase that runs is not settled; empty: it is.
 func (r *campaignRow) holdup(t *tally) string {
-	if n := t.counts[api.StandsDue] + t.counts[api.StandsAsked] + t.counts[api.StandsInstalling]; n > 0 {
+	if n := t.moving(); n > 0 {
 		return fmt.Sprintf("%d devices are to be asked, or under way", n)
 	}
 	p := t.phases[r.Phase]
@@ -484,6 +535,22 @@ func (r *campaignRow) holdup(t *tally) string {
 		return "no device has taken it so far; an approval goes on all the same"
 	}
 	return ""
+}
+
+// approvable tells whether there is something to approve: what the phase has shown, or
+// that it goes on without those that hold it up. An approval in advance would be of
+// what nobody has seen.
+func (r *campaignRow) approvable(t *tally, now time.Time) bool {
+	p := r.Phases[r.Phase]
+	if p.Began.IsZero() {
+		return false
+	}
+	return p.Approve && p.soaked(now) || r.lull(t) != "" || p.Settled.IsZero() && t.moving() == 0 && r.holdup(t) != ""
+}
+
+// moving is how many are under way, or will be.
+func (t *tally) moving() int {
+	return t.counts[api.StandsDue] + t.counts[api.StandsAsked] + t.counts[api.StandsInstalling]
 }
 
 // awaits tells whether only an approval is missing.

@@ -3,6 +3,7 @@ package coordinator
 import (
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota"
@@ -116,6 +117,109 @@ func TestWhatSaysNothingOfTheReleaseIsNoFailure(t *testing.T) {
 		few.add(c.at)
 		if h := r.holdup(few); (h != "") != c.hold {
 			t.Errorf("most of them, %+v: %q", c.at, h)
+		}
+	}
+}
+
+func TestOnlySilenceSinceItsPhaseBeganIsTheReleases(t *testing.T) {
+	now := time.Now()
+	r := inPhase(t, 1, 100)
+	r.Phases[0].Began, r.Phases[0].Ended = now.Add(-240*time.Hour), now.Add(-239*time.Hour)
+	r.Phases[1].Began = now.Add(-239 * time.Hour)
+	for _, c := range []struct {
+		updated, heard time.Duration // ago
+		want           api.Standing
+	}{
+		{240 * time.Hour, 31 * time.Minute, api.StandsUpdated}, // what it took has soaked for long
+		{238 * time.Hour, 31 * time.Minute, api.StandsSilent},
+		{238 * time.Hour, 29 * time.Minute, api.StandsUpdated},
+	} {
+		o := &orderNow{state: wire.Succeeded, updated: now.Add(-c.updated), moved: now.Add(-c.updated)}
+		a := r.stand(&api.DeviceRecord{ID: "d", Agent: "2.0.0"}, o, seen{last: now.Add(-c.heard)}, now, now.Add(-1000*time.Hour), ordinaryCampaigns)
+		if a.standing != c.want {
+			t.Errorf("updated %s ago, heard %s ago: %s, want %s", c.updated, c.heard, a.standing, c.want)
+		}
+	}
+}
+
+// At night, or when it is the coordinator that cannot be reached, all fall silent
+// alike.
+func TestSilenceOfOthersHoldsACampaignAndDoesNotStopIt(t *testing.T) {
+	now := time.Now()
+	r := inPhase(t, 1, 1000)
+	r.Phases[1].Began = now.Add(-24 * time.Hour)
+	since := now.Add(-1000 * time.Hour)
+	look := func(asked, silent, others, gone int) *tally {
+		tt := newTally(2)
+		for i := range asked + others {
+			d, v, o := &api.DeviceRecord{ID: "d", Agent: "1.0.0"}, seen{last: now, online: true}, (*orderNow)(nil)
+			if i < silent || i >= asked && i < asked+gone {
+				v = seen{last: now.Add(-31 * time.Minute)}
+			}
+			if i < asked {
+				d.Agent, o = "2.0.0", &orderNow{state: wire.Succeeded, updated: now.Add(-time.Hour), moved: now.Add(-time.Hour)}
+			}
+			tt.add(r.stand(d, o, v, now, since, ordinaryCampaigns))
+		}
+		return tt
+	}
+	for _, c := range []struct {
+		what                        string
+		asked, silent, others, gone int
+		code                        string
+		holds                       bool
+	}{
+		{"the release silences all", 1000, 1000, 1000, 0, api.CampaignTooManySilent, false},
+		{"the uplink was away", 1000, 1000, 1000, 1000, "", true},
+		{"a night", 1000, 200, 1000, 190, "", true},
+		{"a night, and a release that silences some", 1000, 300, 1000, 190, api.CampaignTooManySilent, false},
+		{"few are silent", 1000, 40, 1000, 190, "", false},
+		{"there are no others", 1000, 1000, 0, 0, api.CampaignTooManySilent, false},
+	} {
+		tt := look(c.asked, c.silent, c.others, c.gone)
+		code, reason := r.stops(tt)
+		if code != c.code || (r.lull(tt) != "") != c.holds {
+			t.Errorf("%s: %q (%s), %q", c.what, code, reason, r.lull(tt))
+		}
+	}
+	night := look(1000, 200, 1000, 190)
+	if !r.approvable(night, now) {
+		t.Error("nobody can say that it is to go on")
+	}
+	if r.Phases[1].Approved = now; r.lull(night) != "" {
+		t.Error("it does not go on by an approval")
+	}
+}
+
+func TestAnApprovalIsOfWhatCanBeSeen(t *testing.T) {
+	now := time.Now()
+	half := map[api.Standing]int{api.StandsUpdated: 5}
+	for _, c := range []struct {
+		what           string
+		approve        bool
+		began, settled time.Duration // ago; 0: not yet
+		counts         map[api.Standing]int
+		want           bool
+	}{
+		{"before the phase began", true, 0, 0, nil, false},
+		{"while devices are asked", true, time.Hour, 0, map[api.Standing]int{api.StandsInstalling: 5}, false},
+		{"while it soaks", true, time.Hour, time.Minute, half, false},
+		{"when it has soaked", true, 2 * time.Hour, time.Hour, half, true},
+		{"when it goes on by itself", false, 2 * time.Hour, time.Hour, half, false},
+		{"when most wait", false, time.Hour, 0, map[api.Standing]int{api.StandsWaiting: 5, api.StandsUpdated: 1}, true},
+		{"when nobody has it", true, time.Hour, 0, map[api.Standing]int{api.StandsFailed: 1}, true},
+	} {
+		r := inPhase(t, 0, 100)
+		p := &r.Phases[0]
+		p.Approve = c.approve
+		if c.began > 0 {
+			p.Began = now.Add(-c.began)
+		}
+		if c.settled > 0 {
+			p.Settled = now.Add(-c.settled)
+		}
+		if got := r.approvable(tallied(0, c.counts), now); got != c.want {
+			t.Errorf("%s: %v", c.what, got)
 		}
 	}
 }

@@ -279,11 +279,8 @@ func (s *campaigns) steer(ctx context.Context, id, what, reason string) (api.Cam
 	about(ctx, id)
 	var approve string // what an approval would be for
 	if row, ok := s.rows.get(id); ok && what == api.CampaignApprove && row.Phase < len(row.Phases) && !row.State.Ended() {
-		if t := s.look(row, nil); !row.awaits(s.now()) && !row.Phases[row.Phase].Approve {
-			p := row.Phases[row.Phase]
-			if h := row.holdup(t); h == "" || !p.Settled.IsZero() || t.counts[api.StandsDue]+t.counts[api.StandsAsked]+t.counts[api.StandsInstalling] > 0 {
-				return api.Campaign{}, refuse(http.StatusConflict, "nothing_to_approve", "phase %d of campaign %s goes on by itself: nothing waits for an approval", row.Phase+1, id)
-			}
+		if !row.approvable(s.look(row, nil), s.now()) {
+			return api.Campaign{}, refuse(http.StatusConflict, "nothing_to_approve", "phase %d of campaign %s has nothing to approve: it goes on by itself, or has not been looked at for long enough yet; \"deimos release campaign show %s\" says what it waits for", row.Phase+1, id, id)
 		}
 		approve = fmt.Sprintf("%s.%d", id, row.Phase)
 	}
@@ -425,7 +422,7 @@ func (s *campaigns) advance(ctx context.Context, row campaignRow) error {
 	if code, reason := row.stops(t); code != "" {
 		return s.stop(ctx, row, code, reason)
 	}
-	if row.State == api.CampaignPaused {
+	if row.State == api.CampaignPaused || row.lull(t) != "" {
 		return nil
 	}
 	if err := s.askAll(ctx, row, asks); err != nil {
@@ -626,12 +623,14 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 		late[i] = newTally(len(r.Phases))
 		s.eachOffer(r, fleet, func(d *member, o *orderNow) {
 			came := o != nil && o.updated.After(r.Ended)
-			if !came && r.runs(d.Agent) || slices.ContainsFunc(done[:i], func(r campaignRow) bool { return r.To.Matches(d.DeviceRecord) }) {
+			if slices.ContainsFunc(done[:i], func(r campaignRow) bool { return r.To.Matches(d.DeviceRecord) }) {
 				return
 			}
 			a := r.stand(&d.DeviceRecord, o, d.seen, now, s.started, s.pace)
 			if came {
 				late[i].add(a)
+			} else {
+				late[i].compare(a)
 			}
 			if a.ask && !slices.ContainsFunc(open, func(r campaignRow) bool {
 				return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
@@ -644,6 +643,9 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 	for i, r := range done {
 		if code, reason := r.stops(late[i]); code != "" {
 			errs = append(errs, s.stop(ctx, r, code, "of those that came late "+reason))
+			continue
+		}
+		if r.lull(late[i]) != "" {
 			continue
 		}
 		errs = append(errs, s.askAll(ctx, r, asks[i]))
@@ -749,6 +751,8 @@ func (s *campaigns) viewAt(row campaignRow, now time.Time, fleet []member) (_ ap
 			if want := min(p.Count, lack); there < want {
 				v.Holdup = fmt.Sprintf("phase %d begins when %d devices without the release are online; %d are", row.Phase+1, want, there)
 			}
+		case row.lull(t) != "":
+			v.Holdup = row.lull(t)
 		case p.Settled.IsZero():
 			v.Holdup = row.holdup(t)
 		}

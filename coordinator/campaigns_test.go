@@ -444,9 +444,11 @@ func TestAnOrderThatIsOnlyMarkedAsTakenBackIsTakenBack(t *testing.T) {
 	d := w.device(t)
 	r.does(d, func(o wire.Order) *reply { d.says(o, wire.Running, ""); return nil })
 	d.cancels(t)
-	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}})
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 1, Approve: true}, percent(100)}})
 	r.until(c.ID, "it is under way", func(c api.Campaign) bool { return c.Counts[api.StandsInstalling] == 1 })
-	_, err := w.outbox.rows.change(testContext(t), orderKeyOf(d.id, r.ordersOf(d)[0].ID), func(v *orderRow, _ bool) error {
+	_, err := w.op.SteerCampaign(testContext(t), c.ID, api.CampaignApprove, "")
+	wantRefusal(t, err, http.StatusConflict, "nothing_to_approve") // of what nobody has seen yet
+	_, err = w.outbox.rows.change(testContext(t), orderKeyOf(d.id, r.ordersOf(d)[0].ID), func(v *orderRow, _ bool) error {
 		v.Cancel = &api.Cancel{Order: ulid.Make().String(), At: w.now(), By: "coordinator"}
 		return nil
 	})

@@ -35,7 +35,8 @@ type CampaignPhase struct {
 // share is given, the share is the constant's below. Shares are in percent: the failed
 // of the devices that were asked, the silent of those of them who have ended or are
 // silent, and both of 50 at least, or of all of a phase that has fewer. After the
-// campaign is done they are of those that came late.
+// campaign is done they are of those that came late. As many silent devices as would be
+// expected by how many others are silent count for nothing, and hold the campaign.
 type CampaignStop struct {
 	MaxFailed      *int     `json:"max_failed,omitempty"` // more than so many have failed
 	MaxFailedShare *float64 `json:"max_failed_share,omitempty"`
