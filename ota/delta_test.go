@@ -189,7 +189,7 @@ func TestADeltaThatIsOfNoUseIsNamed(t *testing.T) {
 			}, why: "more than was said", fetched: true},
 		"claims to be huge": {
 			signed: func(f *fleet, dir string) {
-				f.replace(dir, delta.BSDiff, packed(f.t, bytes.Repeat([]byte{0, 0xff, 0xff, 0xff, 0xff, 0x7f, 0}, 9)))
+				f.replace(dir, delta.BSDiff, packed(f.t, bytes.Repeat([]byte{1, 0, 0xff, 0xff, 0xff, 0xff, 0x7f, 0}, 9)))
 			}, why: "more than was said", fetched: true},
 		"is none": {
 			signed: func(f *fleet, dir string) {

@@ -1,7 +1,6 @@
 package delta
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -172,10 +171,13 @@ func makeRecords(ctx context.Context, old, file []byte, w io.Writer, done func(f
 			forth += seam - over
 			back -= seam
 		}
-		if err := out.record(lastPos, lastScan, forth, scan-back-lastScan-forth); err != nil {
+		if err := out.record(made{lastPos, lastScan, forth, scan - back - lastScan - forth}); err != nil {
 			return err
 		}
 		lastScan, lastPos, lastOffset = scan-back, pos-back, pos-scan
+	}
+	if err := out.flush(); err != nil {
+		return err
 	}
 	done(1)
 	return enc.Close()
@@ -195,29 +197,54 @@ func extend(n int, right func(int) bool, most int) (length int) {
 	return length
 }
 
-// recordWriter writes records.
+// recordWriter writes records, in groups.
 type recordWriter struct {
 	w         io.Writer
 	old, file []byte
-	at        int // in old, after the last one
-	buf       bytes.Buffer
+	at        int // in old, after the last one that is written
+	group     []made
+	fresh     int // new bytes of the group
 }
 
-// record makes add bytes at here of those at from, and leaves the next fresh ones as they are.
-func (r *recordWriter) record(from, here, add, fresh int) error {
-	if add+fresh == 0 {
+// made is a record: add bytes at here are made of those at from, and fresh ones follow.
+type made struct{ from, here, add, fresh int }
+
+func (r *recordWriter) record(m made) error {
+	for m.add+m.fresh > 0 {
+		part := m
+		part.fresh = min(m.fresh, mostFresh-r.fresh)
+		r.group, r.fresh = append(r.group, part), r.fresh+part.fresh
+		if r.fresh == mostFresh || len(r.group) == mostRecords {
+			if err := r.flush(); err != nil {
+				return err
+			}
+		}
+		m = made{from: m.from + m.add, here: m.here + m.add + part.fresh, fresh: m.fresh - part.fresh}
+	}
+	return nil
+}
+
+// flush writes the group.
+func (r *recordWriter) flush() error {
+	if len(r.group) == 0 {
 		return nil
 	}
-	r.buf.Reset()
-	head := binary.AppendVarint(nil, int64(from-r.at))
-	head = binary.AppendUvarint(head, uint64(add))
-	head = binary.AppendUvarint(head, uint64(fresh))
-	r.buf.Write(head)
-	for i := range add {
-		r.buf.WriteByte(r.file[here+i] - r.old[from+i])
+	out := binary.AppendUvarint(nil, uint64(len(r.group)))
+	for _, m := range r.group {
+		out = binary.AppendVarint(out, int64(m.from-r.at))
+		out = binary.AppendUvarint(out, uint64(m.add))
+		out = binary.AppendUvarint(out, uint64(m.fresh))
+		r.at = m.from + m.add
 	}
-	r.buf.Write(r.file[here+add : here+add+fresh])
-	r.at = from + add
-	_, err := r.w.Write(r.buf.Bytes())
+	for _, m := range r.group {
+		out = append(out, r.file[m.here+m.add:m.here+m.add+m.fresh]...)
+	}
+	for _, m := range r.group {
+		for i := range m.add {
+			out = append(out, r.file[m.here+i]-r.old[m.from+i])
+		}
+	}
+	r.group, r.fresh = r.group[:0], 0
+	_, err := r.w.Write(out)
 	return err
 }

@@ -12,14 +12,16 @@
 // which does better with programs: where code has moved, the addresses in it differ by
 // the same few numbers, and the differences of the bytes, which are mostly zero, pack
 // well. As in the variant of Matthew Endsley all stands in one stream, so that it is
-// applied as it comes, in a few MiB of memory whatever the sizes are. The stream, under
-// zstd with a window of 4 MiB, is of records until its end:
+// applied as it comes, in a few MiB of memory whatever the sizes are; but like beside like,
+// a MiB at a time, as that packs better. The stream, under zstd with a window of 4 MiB, is of
+// groups until its end:
 //
-//	seek    varint    how far on from where the last record ended in the old file this one begins
-//	add     uvarint   bytes that are made of old ones
-//	copy    uvarint   bytes that are new
-//	add bytes, each to be added to that of the old file, modulo 256
-//	copy bytes, as they are
+//	count    uvarint   records, 1 to 65536
+//	records  seek      varint    how far on from where the last record ended in the old file this one begins
+//	         add       uvarint   bytes that are made of old ones, and then
+//	         copy      uvarint   bytes that are new
+//	the new bytes of all these records, 1 MiB at most
+//	what is to be added to the old bytes of all these records, byte by byte, modulo 256
 //
 // The numbers are those of encoding/binary. A record makes at least one byte.
 //
@@ -171,16 +173,26 @@ func cut(err error) error {
 	return err
 }
 
+const (
+	mostRecords = 1 << 16 // of a group
+	mostFresh   = 1 << 20 // new bytes of a group
+)
+
+// record makes add bytes of those of the old file that begin at from, and then some new ones.
+type record struct{ from, add, fresh int64 }
+
 // records is the file that the records of a BSDiff make.
 type records struct {
 	dec  *zstd.Decoder
 	in   *bufio.Reader
 	old  *io.SectionReader
-	at   int64 // in old
 	left int64 // of the new file
+	at   int64 // in the old file, after the last record that was read
 
-	add, copy int64 // left of this record
-	buf       [16 << 10]byte
+	group []record // what is left of it
+	fresh []byte   // new bytes that are left of it
+	whole [mostFresh]byte
+	buf   [16 << 10]byte
 }
 
 func (r *records) Close() error { r.dec.Close(); return nil }
@@ -192,7 +204,7 @@ func (r *records) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if r.add+r.copy == 0 {
+	if len(r.group) == 0 {
 		if err := r.next(); err != nil {
 			return 0, err
 		}
@@ -202,54 +214,85 @@ func (r *records) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// next reads a group as far as its new bytes.
 func (r *records) next() error {
-	seek, err := binary.ReadVarint(r.in)
+	count, err := binary.ReadUvarint(r.in)
 	if err != nil {
 		return broken(cut(err))
 	}
-	var count [2]uint64
-	for i := range count {
-		if count[i], err = binary.ReadUvarint(r.in); err != nil {
-			return broken(cut(err))
-		}
-		if count[i] > uint64(r.left) {
-			return fmt.Errorf("%w: it makes more than was said", ErrPatch)
-		}
+	if count == 0 || count > mostRecords {
+		return fmt.Errorf("%w: a group of it has %d records", ErrPatch, count)
 	}
-	r.add, r.copy = int64(count[0]), int64(count[1])
-	size := r.old.Size()
-	switch {
-	case r.add+r.copy > r.left:
-		return fmt.Errorf("%w: it makes more than was said", ErrPatch)
-	case r.add+r.copy == 0:
-		return fmt.Errorf("%w: a record makes nothing", ErrPatch)
-	case seek < -r.at || r.add > size-r.at-seek:
-		return fmt.Errorf("%w: it needs bytes that the old file has not", ErrPatch)
+	r.group = r.group[:0]
+	makes, fresh := int64(0), int64(0)
+	for range count {
+		rec, err := r.record(r.left - makes)
+		if err != nil {
+			return err
+		}
+		makes += rec.add + rec.fresh
+		if fresh += rec.fresh; fresh > mostFresh {
+			return fmt.Errorf("%w: a group of it has too many new bytes", ErrPatch)
+		}
+		r.group = append(r.group, rec)
 	}
-	r.at += seek
+	r.fresh = r.whole[:fresh]
+	if _, err := io.ReadFull(r.in, r.fresh); err != nil {
+		return broken(cut(err))
+	}
 	return nil
 }
 
-// some makes up to len(p) bytes of this record.
-func (r *records) some(p []byte) (int, error) {
-	if r.add == 0 {
-		n, err := r.in.Read(p[:min(int64(len(p)), r.copy)])
-		r.copy -= int64(n)
+// record reads one, which may make so many bytes.
+func (r *records) record(most int64) (rec record, err error) {
+	seek, err := binary.ReadVarint(r.in)
+	if err != nil {
+		return rec, broken(cut(err))
+	}
+	for _, n := range []*int64{&rec.add, &rec.fresh} {
+		count, err := binary.ReadUvarint(r.in)
 		if err != nil {
-			return n, broken(cut(err))
+			return rec, broken(cut(err))
 		}
-		return n, nil
+		if count > uint64(most) {
+			return rec, fmt.Errorf("%w: it makes more than was said", ErrPatch)
+		}
+		*n = int64(count)
 	}
-	p = p[:min(int64(len(p)), r.add, int64(len(r.buf)))]
-	was := r.buf[:len(p)]
-	if n, err := r.old.ReadAt(was, r.at); n < len(was) {
-		return 0, fmt.Errorf("%w: the file that runs cannot be read: %w", ErrPatch, cut(err))
+	switch {
+	case rec.add+rec.fresh > most:
+		return rec, fmt.Errorf("%w: it makes more than was said", ErrPatch)
+	case rec.add+rec.fresh == 0:
+		return rec, fmt.Errorf("%w: a record makes nothing", ErrPatch)
+	case seek < -r.at || rec.add > r.old.Size()-r.at-seek:
+		return rec, fmt.Errorf("%w: it needs bytes that the old file has not", ErrPatch)
 	}
-	n, err := r.in.Read(p)
-	for i := range p[:n] {
-		p[i] += was[i]
+	rec.from = r.at + seek
+	r.at = rec.from + rec.add
+	return rec, nil
+}
+
+// some makes up to len(p) bytes of the first record of the group.
+func (r *records) some(p []byte) (n int, err error) {
+	rec := &r.group[0]
+	if rec.add > 0 {
+		p = p[:min(int64(len(p)), rec.add, int64(len(r.buf)))]
+		was := r.buf[:len(p)]
+		if n, err := r.old.ReadAt(was, rec.from); n < len(was) {
+			return 0, fmt.Errorf("%w: the file that runs cannot be read: %w", ErrPatch, cut(err))
+		}
+		n, err = r.in.Read(p)
+		for i := range p[:n] {
+			p[i] += was[i]
+		}
+		rec.from, rec.add = rec.from+int64(n), rec.add-int64(n)
+	} else {
+		n = copy(p[:min(int64(len(p)), rec.fresh)], r.fresh)
+		r.fresh, rec.fresh = r.fresh[n:], rec.fresh-int64(n)
 	}
-	r.at, r.add = r.at+int64(n), r.add-int64(n)
+	if rec.add+rec.fresh == 0 {
+		r.group = r.group[1:]
+	}
 	if err != nil {
 		return n, broken(cut(err))
 	}

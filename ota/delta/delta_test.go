@@ -213,8 +213,13 @@ func packed(t testing.TB, raw []byte, o ...zstd.EOption) []byte {
 	return enc.EncodeAll(raw, nil)
 }
 
-func record(seek int64, add, fresh uint64) []byte {
-	return binary.AppendUvarint(binary.AppendUvarint(binary.AppendVarint(nil, seek), add), fresh)
+// group is the head of one, with records of seek, add and copy.
+func group(records ...[3]uint64) []byte {
+	raw := binary.AppendUvarint(nil, uint64(len(records)))
+	for _, r := range records {
+		raw = binary.AppendUvarint(binary.AppendUvarint(binary.AppendVarint(raw, int64(r[0])), r[1]), r[2])
+	}
+	return raw
 }
 
 // TestAHostilePatchIsBounded: what claims to be huge, goes nowhere, or never ends.
@@ -222,29 +227,33 @@ func TestAHostilePatchIsBounded(t *testing.T) {
 	old := []byte("what runs")
 	sum := sha256.Sum256(old)
 	dcz := func(raw []byte) []byte { return append(append([]byte(dczMagic), sum[:]...), raw...) }
-	endless := bytes.Repeat(record(0, 0, 0), 100_000)
+	back := func(n uint64) uint64 { return -n }
+	many := binary.AppendUvarint(nil, mostRecords+1)
 	for name, c := range map[string]struct {
 		encoding string
 		patch    []byte
 		words    string
 	}{
-		"more than was said":        {BSDiff, packed(t, append(record(0, 0, 1001), make([]byte, 1001)...)), "more than was said"},
-		"more in two numbers":       {BSDiff, packed(t, record(0, 9, 992)), "more than was said"},
-		"two numbers that overflow": {BSDiff, packed(t, record(0, 1<<63, 1<<63)), "more than was said"},
-		"old bytes that are not":    {BSDiff, packed(t, append(record(0, 10, 0), make([]byte, 10)...)), "the old file has not"},
-		"before the old file":       {BSDiff, packed(t, append(record(-1, 1, 0), 0)), "the old file has not"},
-		"far behind the old file":   {BSDiff, packed(t, record(1<<62, 1, 0)), "the old file has not"},
-		"far before the old file":   {BSDiff, packed(t, record(-1<<63, 1, 0)), "the old file has not"},
-		"records that make nothing": {BSDiff, packed(t, endless), "makes nothing"},
-		"a number without end":      {BSDiff, packed(t, bytes.Repeat([]byte{0xff}, 100)), "overflows"},
-		"a frame of 9 MiB at once":  {BSDiff, packed(t, make([]byte, 9<<20), zstd.WithSingleSegment(true)), "exceeds"},
-		"no zstd":                   {BSDiff, []byte("hello, world"), "magic"},
-		"nothing":                   {BSDiff, nil, "unexpected EOF"},
-		"nothing at all":            {DCZ, nil, "EOF"},
-		"no header":                 {DCZ, bytes.Repeat([]byte{1}, 100), "does not begin"},
-		"a frame of 9 MiB":          {DCZ, dcz(packed(t, make([]byte, 9<<20))), "window size"},
-		"a frame that goes on":      {DCZ, dcz(packed(t, make([]byte, 1001))), "more than was said"},
-		"a frame too short":         {DCZ, dcz(packed(t, make([]byte, 999))), "unexpected EOF"},
+		"more than was said":          {BSDiff, packed(t, append(group([3]uint64{0, 0, 1001}), make([]byte, 1001)...)), "more than was said"},
+		"more in two numbers":         {BSDiff, packed(t, group([3]uint64{0, 9, 992})), "more than was said"},
+		"two numbers that overflow":   {BSDiff, packed(t, group([3]uint64{0, 1 << 63, 1 << 63})), "more than was said"},
+		"old bytes that are not":      {BSDiff, packed(t, append(group([3]uint64{0, 10, 0}), make([]byte, 10)...)), "the old file has not"},
+		"before the old file":         {BSDiff, packed(t, append(group([3]uint64{back(1), 1, 0}), 0)), "the old file has not"},
+		"far behind the old file":     {BSDiff, packed(t, group([3]uint64{1 << 62, 1, 0})), "the old file has not"},
+		"far before the old file":     {BSDiff, packed(t, group([3]uint64{back(1 << 63), 1, 0})), "the old file has not"},
+		"a record that makes nothing": {BSDiff, packed(t, group([3]uint64{0, 0, 0})), "makes nothing"},
+		"a group without records":     {BSDiff, packed(t, make([]byte, 100_000)), "has 0 records"},
+		"a group of many records":     {BSDiff, packed(t, append(many, make([]byte, 100)...)), "has 65537 records"},
+		"more than was said, later":   {BSDiff, packed(t, append(group([3]uint64{0, 0, 1000}, [3]uint64{0, 0, 1}), make([]byte, 1001)...)), "more than was said"},
+		"a number without end":        {BSDiff, packed(t, bytes.Repeat([]byte{0xff}, 100)), "overflows"},
+		"a frame of 9 MiB at once":    {BSDiff, packed(t, make([]byte, 9<<20), zstd.WithSingleSegment(true)), "exceeds"},
+		"no zstd":                     {BSDiff, []byte("hello, world"), "magic"},
+		"nothing":                     {BSDiff, nil, "unexpected EOF"},
+		"nothing at all":              {DCZ, nil, "EOF"},
+		"no header":                   {DCZ, bytes.Repeat([]byte{1}, 100), "does not begin"},
+		"a frame of 9 MiB":            {DCZ, dcz(packed(t, make([]byte, 9<<20))), "window size"},
+		"a frame that goes on":        {DCZ, dcz(packed(t, make([]byte, 1001))), "more than was said"},
+		"a frame too short":           {DCZ, dcz(packed(t, make([]byte, 999))), "unexpected EOF"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := apply(c.encoding, bytes.NewReader(c.patch), old, 1000)
@@ -252,6 +261,35 @@ func TestAHostilePatchIsBounded(t *testing.T) {
 				t.Errorf("%v, %d bytes; want %q", err, len(got), c.words)
 			}
 		})
+	}
+}
+
+// TestGroupsAreBounded, whatever is to be written; a larger one is refused.
+func TestGroupsAreBounded(t *testing.T) {
+	r := random(t)
+	fresh := make([]byte, 2*mostFresh+7)
+	for i := range fresh {
+		fresh[i] = byte(r.Uint32())
+	}
+	old := program(r, 10_000)
+	file := append(append(bytes.Clone(old), fresh...), old...)
+	got, err := apply(BSDiff, bytes.NewReader(patch(t, BSDiff, old, file)), old, len(file))
+	if err != nil || !bytes.Equal(got, file) {
+		t.Errorf("of much that is new: %v, %d bytes", err, len(got))
+	}
+	var out bytes.Buffer
+	w := recordWriter{w: &out, old: []byte{1, 2}, file: bytes.Repeat([]byte{2, 7}, mostRecords+10)}
+	for i := range mostRecords + 10 {
+		must(t, w.record(made{from: 1, here: 2 * i, add: 1, fresh: 1}))
+	}
+	must(t, w.flush())
+	got, err = apply(BSDiff, bytes.NewReader(packed(t, out.Bytes())), w.old, len(w.file))
+	if err != nil || !bytes.Equal(got, w.file) {
+		t.Errorf("of many records: %v, %d bytes", err, len(got))
+	}
+	large := append(group([3]uint64{0, 0, mostFresh + 1}), fresh[:mostFresh+1]...)
+	if _, err := apply(BSDiff, bytes.NewReader(packed(t, large)), old, mostFresh+1); !errors.Is(err, ErrPatch) || !strings.Contains(err.Error(), "too many new bytes") {
+		t.Error(err)
 	}
 }
 
@@ -310,7 +348,7 @@ func FuzzApply(f *testing.F) {
 	for i, encoding := range Encodings {
 		f.Add(i, patch(f, encoding, old, file))
 	}
-	f.Add(0, packed(f, record(-3, 9, 0)))
+	f.Add(0, packed(f, group([3]uint64{3, 6, 3})))
 	f.Fuzz(func(t *testing.T, i int, raw []byte) {
 		encoding := Encodings[uint(i)%uint(len(Encodings))]
 		var before, after runtime.MemStats
@@ -328,7 +366,7 @@ func FuzzApply(f *testing.F) {
 // FuzzRecords gives the records as they are, without what packs them.
 func FuzzRecords(f *testing.F) {
 	old := program(rand.New(rand.NewPCG(1, 2)), 3000)
-	f.Add(append(record(5, 9, 3), make([]byte, 12)...), 12)
+	f.Add(append(group([3]uint64{5, 9, 3}), make([]byte, 12)...), 12)
 	f.Fuzz(func(t *testing.T, raw []byte, size int) {
 		size = int(uint(size) % 10_000)
 		got, err := apply(BSDiff, bytes.NewReader(packed(t, raw, zstd.WithEncoderLevel(zstd.SpeedFastest))), old, size)
