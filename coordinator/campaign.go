@@ -200,6 +200,15 @@ func parseOffer(order string) (at uint64, attempt uint16, ok bool) {
 	return id.Time(), binary.BigEndian.Uint16(id[14:]), true
 }
 
+// An order is forgotten, and what it has ended with. Who lacks the release then is asked
+// as if for the first time, but by another id: the device may remember the one before.
+// So attempts begin at a number that grows with the age of the campaign.
+const attempts = 2 * maxOffers // from one such number to the next
+
+func (r *campaignRow) firstAttempt(now time.Time) uint16 {
+	return uint16(min(max(now.Sub(r.Created), 0)/retention, math.MaxUint16/attempts-1)) * attempts
+}
+
 // orderNow is the newest order of a campaign to one device.
 type orderNow struct {
 	attempt  uint16
@@ -356,7 +365,7 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 		case j.standing == api.StandsUpdated:
 			// It runs an older one again: as if it was never asked.
 		default:
-			a.ask = j.again && v.online && !v.busy && o.attempt < maxOffers && ago > pace.pause(o.attempt) && r.reaches(a.phase)
+			a.ask = j.again && v.online && !v.busy && o.attempt%attempts < maxOffers && ago > pace.pause(o.attempt%attempts) && r.reaches(a.phase)
 			return a
 		}
 	}

@@ -119,6 +119,20 @@ func (s *campaigns) heard(d wire.DeviceID, order string, v orderRow) {
 	}
 }
 
+// forget drops what became of orders that are not kept any more.
+func (s *campaigns) forget(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for campaign, of := range s.offers {
+		maps.DeleteFunc(of, func(_ wire.DeviceID, o orderNow) bool {
+			return o.state.Terminal() && now.Sub(o.updated) > retention
+		})
+		if len(of) == 0 {
+			delete(s.offers, campaign)
+		}
+	}
+}
+
 func (s *campaigns) poke() {
 	select {
 	case s.wake <- struct{}{}:
@@ -334,6 +348,7 @@ func (s *campaigns) run(ctx context.Context) {
 	defer t.Stop()
 	least := time.NewTimer(0) // between two looks, whatever pokes
 	defer least.Stop()
+	swept := s.now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -348,6 +363,10 @@ func (s *campaigns) run(ctx context.Context) {
 		case <-t.C:
 		}
 		began := time.Now()
+		if now := s.now(); now.Sub(swept) > time.Hour {
+			s.forget(now)
+			swept = now
+		}
 		if s.leader.lead(ctx) {
 			s.step(ctx)
 		} else {
@@ -392,8 +411,8 @@ type ask struct {
 	point   float64
 }
 
-func askOf(row campaignRow, d wire.DeviceID, o *orderNow, a at) ask {
-	q := ask{device: d, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d))}
+func askOf(row campaignRow, d wire.DeviceID, o *orderNow, a at, now time.Time) ask {
+	q := ask{device: d, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d)), attempt: row.firstAttempt(now)}
 	if o != nil {
 		q.attempt = o.attempt + 1
 	}
@@ -416,7 +435,7 @@ func (s *campaigns) advance(ctx context.Context, row campaignRow) error {
 	var asks []ask
 	t := s.look(row, func(d *member, o *orderNow, a at) {
 		if a.ask {
-			asks = append(asks, askOf(row, d.ID, o, a))
+			asks = append(asks, askOf(row, d.ID, o, a, s.now()))
 		}
 	})
 	if code, reason := row.stops(t); code != "" {
@@ -635,7 +654,7 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 			if a.ask && !slices.ContainsFunc(open, func(r campaignRow) bool {
 				return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
 			}) {
-				asks[i] = append(asks[i], askOf(r, d.ID, o, a))
+				asks[i] = append(asks[i], askOf(r, d.ID, o, a, now))
 			}
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -434,6 +435,42 @@ func TestLateDevicesThatFailStopWhatIsDone(t *testing.T) {
 	}
 	after := r.latecomer()
 	r.holds(c.ID, func(api.Campaign) bool { return len(r.ordersOf(after)) == 0 })
+}
+
+// What an order ended with is known for as long as the order is; then the device is
+// asked by another one, as it may remember the one before.
+func TestWhatIsForgottenIsAskedAnewByAnotherOrder(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), quickly)
+	t.Cleanup(w.Close)
+	r := newRollout(t, w, "2.0.0")
+	d := w.device(t)
+	r.does(d, func(wire.Order) *reply { return failed(wire.CodeRolledBack) })
+	ten := 10
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}, Stop: api.CampaignStop{MaxFailed: &ten}})
+	r.untilIs(c.ID, api.CampaignDone)
+	r.later(retention-2*time.Hour, d)
+	r.holds(c.ID, func(c api.Campaign) bool { return c.Counts[api.StandsFailed] == 1 })
+	first := r.ordersOf(d)[0].ID
+	r.later(4*time.Hour, d)
+	eventually(t, "it is asked once more", func() bool {
+		list := r.ordersOf(d)
+		return list[len(list)-1].ID != first
+	})
+	id, err := ulid.ParseStrict(c.ID)
+	must(t, err)
+	w.campaigns.mu.Lock()
+	known := maps.Clone(w.campaigns.offers[id.Time()])
+	w.campaigns.mu.Unlock()
+	if o := known[d.id]; len(known) != 1 || o.attempt != attempts {
+		t.Errorf("%+v", known)
+	}
+	w.campaigns.forget(w.now().Add(retention + time.Hour))
+	w.campaigns.mu.Lock()
+	defer w.campaigns.mu.Unlock()
+	if len(w.campaigns.offers) > 0 {
+		t.Errorf("%d campaigns are remembered", len(w.campaigns.offers))
+	}
 }
 
 // A coordinator that ends between the mark on an order and the cancellation leaves the
