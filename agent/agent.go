@@ -97,6 +97,7 @@ type Agent struct {
 	places  volumes
 	move    *transfer.Client
 	update  *ota.Service
+	said    *sayings // of updates, by the owner
 	orders  *dispatcher
 	session *session
 	desired *settings
@@ -208,6 +209,7 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 }
 
 func (a *Agent) openUpdate() (*ota.Service, error) {
+	a.said = newSayings(a.cfg.StateDir, a.hw.boot, a.clock, a.log)
 	return ota.New(ota.Options{
 		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, ESP: a.cfg.ESP, Boot: a.hw.boot, Version: a.cfg.Version,
 		Device: a.id.ID, Board: a.hw.board.Name,

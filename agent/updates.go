@@ -44,7 +44,8 @@ func (c UpdatesConfig) check() error {
 	return nil
 }
 
-// UpdateWord is what the owner has said of updates since: ota/owner.json.
+// UpdateWord is what the owner has said of updates since: ota/owner.json. Its times are
+// the system's; see sayings for how long ago they are.
 type UpdateWord struct {
 	Approved string    `json:"approved,omitempty"`      // this version may be installed
 	Now      bool      `json:"now,omitempty"`           // and at once, whatever the window is
@@ -108,9 +109,10 @@ func (a *Agent) holdUpdate(s ota.Step) *wire.Problem {
 		return wire.RejectedUntil(askAgain, wire.CodeConsent, "what the owner said of updates cannot be read: %v; say it again with deimos-agent update", err)
 	}
 	now, sure := a.clock.Read()
+	off := a.said.deferred(word)
 	switch {
-	case word.Until.After(now):
-		return wire.RejectedUntil(word.Until.Sub(now), wire.CodeDeferred, "the owner has put updates off until %s; deimos-agent update approve takes that back", word.Until.In(a.traffic.zone).Format("2006-01-02 15:04"))
+	case off > 0:
+		return wire.RejectedUntil(off, wire.CodeDeferred, "the owner has put updates off until %s; deimos-agent update approve takes that back", now.Add(off).In(a.traffic.zone).Format("2006-01-02 15:04"))
 	case c.Consent == "ask" && word.Approved != s.Version:
 		return wire.RejectedBecause(wire.CodeConsent, "version %s waits for the owner of this device, who says yes with deimos-agent update approve", s.Version)
 	case s.Fetch > 0:
@@ -240,12 +242,17 @@ func (a *Agent) confirm(ctx context.Context) bool {
 func (a *Agent) hearOwner(ctx context.Context) {
 	for last := ""; a.rest(ctx, hearEvery) == nil; {
 		word, err := UpdatesWord(a.cfg.StateDir)
+		if err == nil {
+			a.said.deferred(word) // it counts from now on, whether an update comes or not
+		}
 		if err != nil || word.Wish == nil || word.Wish.ID == last || a.update.Known(word.Wish.ID) {
 			continue // who asks for an update, or for its state, is told of the error
 		}
 		w := word.Wish
-		if a.clock.Now().Sub(w.At) > wishLife {
-			continue // nobody waits for it any more
+		if a.said.wished(w) > wishLife {
+			last = w.ID
+			a.update.Decline(w.ID, w.Version, wire.RejectedBecause(wire.CodeExpired, "the update from %s was asked for more than %s ago; ask again", w.Place, wishLife))
+			continue
 		}
 		_, err = a.update.Install(ctx, w.ID, w.Place, w.Version, nil)
 		switch {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -62,8 +63,8 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 		"approved, but by day":        {c: night, word: UpdateWord{Approved: "1.2.0"}, step: install, code: wire.CodeWindow, after: 14 * time.Hour},
 		"approved, and now":           {c: night, word: UpdateWord{Approved: "1.2.0", Now: true}, step: install},
 		"another one now":             {c: night, word: UpdateWord{Approved: "1.1.0", Now: true}, step: install, code: wire.CodeWindow, after: 14 * time.Hour},
-		"put off":                     {word: UpdateWord{Until: someDay.Add(time.Hour)}, step: install, code: wire.CodeDeferred, after: time.Hour},
-		"put off, over":               {word: UpdateWord{Until: someDay.Add(-time.Hour)}, step: install},
+		"put off":                     {word: UpdateWord{Until: someDay.Add(time.Hour), Said: someDay}, step: install, code: wire.CodeDeferred, after: time.Hour},
+		"put off, over":               {word: UpdateWord{Until: someDay.Add(-time.Hour), Said: someDay.Add(-2 * time.Hour)}, step: install},
 		"a budget":                    {c: UpdatesConfig{Monthly: 6 << 20}, step: fetch},
 		"a budget, exactly":           {c: UpdatesConfig{Monthly: 6 << 20}, moved: 1 << 20, step: fetch},
 		"a budget, used up":           {c: UpdatesConfig{Monthly: 6 << 20}, moved: 1<<20 + 1, step: fetch, code: wire.CodeMetered, after: 8*24*time.Hour + 12*time.Hour},
@@ -86,7 +87,7 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 			m.set(TransferConfig{Monthly: 100 << 20})
 			m.moved(int(c.all))
 			m.updated(c.moved)
-			a := &Agent{cfg: Config{StateDir: dir, Updates: c.c}, clock: m.clock, traffic: m.traffic}
+			a := &Agent{cfg: Config{StateDir: dir, Updates: c.c}, clock: m.clock, traffic: m.traffic, said: newSayings(dir, "boot", m.clock, discardLog())}
 			if c.word != (UpdateWord{}) {
 				if err := SayOfUpdates(dir, c.word); err != nil {
 					t.Fatal(err)
@@ -106,7 +107,7 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 func TestAnOwnersWordThatIsDamagedHoldsUpdates(t *testing.T) {
 	dir := t.TempDir()
 	m := newMeter(t, filepath.Join(dir, trafficFile), someDay)
-	a := &Agent{cfg: Config{StateDir: dir}, clock: m.clock, traffic: m.traffic}
+	a := &Agent{cfg: Config{StateDir: dir}, clock: m.clock, traffic: m.traffic, said: newSayings(dir, "boot", m.clock, discardLog())}
 	if err := SayOfUpdates(dir, UpdateWord{Until: someDay.Add(time.Hour)}); err != nil {
 		t.Fatal(err)
 	}
@@ -136,5 +137,73 @@ func TestTheVolumeOfUpdatesOutlivesRestarts(t *testing.T) {
 	m.updated(7)
 	if m.now.Updates != 7 {
 		t.Errorf("a new month begins with %d", m.now.Updates)
+	}
+}
+
+// TestTheOwnersWordOutlivesItsClock: the system's clock is wrong when it is said, or is
+// set after it, and a deferral lasts as long as was said; nor is a stick ignored.
+func TestTheOwnersWordOutlivesItsClock(t *testing.T) {
+	real := someDay
+	for name, system := range map[string]time.Time{"right": real, "1970": time.Unix(60, 0).UTC(), "2040": real.AddDate(14, 0, 0)} {
+		for _, learns := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, learns the time: %v", name, learns), func(t *testing.T) {
+				dir := t.TempDir()
+				up, boot := time.Hour, "first"
+				clock := NewClock(real.AddDate(0, -3, 0)) // as of the last start
+				at := system
+				clock.system = func() time.Time { return at }
+				agent := func() *sayings {
+					h := newSayings(dir, boot, clock, discardLog())
+					h.up = func() time.Duration { return up }
+					return h
+				}
+				h := agent()
+				pass := func(d time.Duration) { up, at = up+d, at.Add(d) }
+				word := UpdateWord{Until: at.Add(48 * time.Hour), Said: at, Wish: &Wish{ID: "w", At: at}}
+				pass(time.Second)
+				want := func(when string, left time.Duration) {
+					t.Helper()
+					if got := h.deferred(word); (got - left).Abs() > 2*time.Minute {
+						t.Errorf("%s: put off for %s more, want %s", when, got, left)
+					}
+					if got := h.wished(word.Wish); (got - (48*time.Hour - left)).Abs() > 2*time.Minute {
+						t.Errorf("%s: asked for %s ago, want %s", when, got, 48*time.Hour-left)
+					}
+				}
+				want("at once", 48*time.Hour)
+				pass(10 * time.Hour)
+				want("later", 38*time.Hour)
+				if learns {
+					at = real.Add(10 * time.Hour)
+					clock.Raise(at)
+					want("the time is set", 38*time.Hour)
+				}
+				h = agent() // the agent starts again
+				pass(time.Hour)
+				want("the agent started", 37*time.Hour)
+				boot, up = "second", time.Minute
+				h = agent()
+				want("the machine started", 37*time.Hour)
+				pass(20 * time.Hour)
+				want("then", 17*time.Hour)
+				pass(17*time.Hour + time.Minute)
+				if got := h.deferred(word); got != 0 {
+					t.Errorf("for ever: %s more", got)
+				}
+			})
+		}
+	}
+}
+
+// TestAWordThatLayThereIsAsOldAsItIs: said while no agent ran.
+func TestAWordThatLayThereIsAsOldAsItIs(t *testing.T) {
+	clock := NewClock(someDay)
+	clock.system = func() time.Time { return someDay }
+	h := newSayings(t.TempDir(), "boot", clock, discardLog())
+	if got := h.deferred(UpdateWord{Until: someDay.Add(time.Hour), Said: someDay.Add(-23 * time.Hour)}); got != time.Hour {
+		t.Errorf("put off for %s more", got)
+	}
+	if got := h.wished(&Wish{ID: "w", At: someDay.Add(-25 * time.Hour)}); got != 25*time.Hour {
+		t.Errorf("asked for %s ago", got)
 	}
 }

@@ -553,3 +553,13 @@ func TestWhatRotsWhileItWaitsIsFetchedAgain(t *testing.T) {
 		}
 	})
 }
+
+// TestAWishThatIsNotCarriedOutEnds, for who waits for it.
+func TestAWishThatIsNotCarriedOutEnds(t *testing.T) {
+	s, dir := newFleet(t).device()
+	s.Decline("w", "1.1.0", wire.RejectedBecause(wire.CodeExpired, "it was asked for long ago"))
+	rec, err := ReadRecord(dir)
+	if err != nil || rec.Ended == nil || rec.Ended.Order != LocalOrder("w") || rec.Ended.Code != wire.CodeExpired || !s.Known("w") {
+		t.Errorf("%+v (%v)", rec, err)
+	}
+}

@@ -50,6 +50,11 @@ func (s *Service) Install(ctx context.Context, id, place, version string, tell f
 	return out, err
 }
 
+// Decline ends the owner's wish with this id, which is not carried out.
+func (s *Service) Decline(id, version string, why *wire.Problem) {
+	s.noteRefusal(job{order: LocalOrder(id), version: version}, why)
+}
+
 // noteRefusal notes how a wish ended that may not even have begun.
 func (s *Service) noteRefusal(j job, err error) {
 	if e := s.mem.get().Ended; e != nil && e.Order == j.order {
