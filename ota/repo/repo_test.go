@@ -613,6 +613,37 @@ func TestStolenOnlineKeysCannotCrashTheFleet(t *testing.T) {
 	}
 }
 
+// TestSignedSizesHaveLimits: who has stolen the online keys signs sizes that no such file
+// has, and sends as much.
+func TestSignedSizesHaveLimits(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "good")
+	file := func(role string, version int64) string { return filepath.Join(f.repo, metadataPath(role, version)) }
+	key := func(role string) string { return filepath.Join(f.keys, role+".pem") }
+	name := TargetName("1.1.0")
+	for _, length := range []int64{bundle.MaxManifest + 1, 0, -1} {
+		edit[metadata.TargetsType](t, file(metadata.TARGETS, 1), func(m *metadata.Metadata[metadata.TargetsType]) { m.Signed.Targets[name].Length = length }, key(metadata.TARGETS))
+		edit[metadata.SnapshotType](t, file(metadata.SNAPSHOT, 1), func(m *metadata.Metadata[metadata.SnapshotType]) {
+			m.Signed.Meta["targets.json"] = fileInfo(read(t, file(metadata.TARGETS, 1)), 1)
+		}, key(metadata.SNAPSHOT))
+		edit[metadata.TimestampType](t, file(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
+			m.Signed.Meta["snapshot.json"] = fileInfo(read(t, file(metadata.SNAPSHOT, 1)), 1)
+		}, key(metadata.TIMESTAMP))
+		refused(t, take(t, f.client(t.TempDir()), "1.1.0"), Size, "is not allowed")
+	}
+	edit[metadata.TimestampType](t, file(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
+		m.Signed.Meta["snapshot.json"].Length = 1 << 40
+	}, key(metadata.TIMESTAMP))
+	f.onRequest(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "1.snapshot.json") {
+			return false
+		}
+		_, _ = w.Write(make([]byte, 2*maxSnapshot))
+		return true
+	})
+	refused(t, take(t, f.client(t.TempDir()), "1.1.0"), Size, fmt.Sprintf("does not end after the %d bytes", maxSnapshot))
+}
+
 func TestVersionNeverChangesItsContent(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.1.0", "one")
