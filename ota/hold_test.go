@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -561,5 +562,35 @@ func TestAWishThatIsNotCarriedOutEnds(t *testing.T) {
 	rec, err := ReadRecord(dir)
 	if err != nil || rec.Ended == nil || rec.Ended.Order != LocalOrder("w") || rec.Ended.Code != wire.CodeExpired || !s.Known("w") {
 		t.Errorf("%+v (%v)", rec, err)
+	}
+}
+
+// TestWaitingIsNoFetching: a fetch may take a day, and what holds it may last for weeks.
+func TestWaitingIsNoFetching(t *testing.T) {
+	f := newFleet(t)
+	f.good("1.1.0")
+	for _, waits := range []bool{false, true} {
+		_, dir := f.device()
+		must(t, os.MkdirAll(filepath.Join(dir, "ota"), 0o755))
+		began := moment{Boot: "boot", At: -2 * slot.Limits[slot.Fetching]}
+		note, err := json.Marshal(Record{Phase: slot.Fetching, Order: "o1", Version: "1.1.0", Began: &began})
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(dir, "ota", recordFile), note, 0o600))
+		o := &owner{}
+		if waits {
+			o.word.Store(wire.RejectedBecause(wire.CodeDeferred, "the owner has put updates off"))
+		}
+		s := f.service(dir, func(opt *Options) { opt.Boot, opt.Hold = "boot", o.hold(before("fetch")) })
+		_, err = s.Handle(t.Context(), order("o1", "1.1.0"), func(p wire.Progress) {
+			if p.Waits != nil {
+				o.word.Store(nil)
+			}
+		})
+		if waits && !errors.Is(err, ErrRestart) {
+			t.Errorf("it was put off: %v", err)
+		}
+		if !waits && wire.ProblemOf(err).Code != wire.CodeLimit {
+			t.Errorf("it takes two days: %v", err)
+		}
 	}
 }

@@ -785,7 +785,9 @@ func (s *Service) held(j job, step Step) (*hold, error) {
 	if why == nil {
 		return nil, nil
 	}
-	err := s.mem.step(slot.Held, func(r *Record) { r.Why = s.why(why) })
+	err := s.mem.step(slot.Held, func(r *Record) {
+		r.Why, r.Began = s.why(why), nil // while it waits, it does not fetch
+	})
 	return &hold{version: step.Version, why: why, again: ask}, err
 }
 
