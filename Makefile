@@ -131,8 +131,8 @@ repro: ## Build the device programs and the bundle of a release twice, from noth
 	@scripts/repro --from-nothing
 
 .PHONY: bench
-bench: $(HOST) $(BIN)/tour/agent-next $(BIN)/guests/textstats.wasm $(if $(STORAGE_ONLY)$(COMPUTE_ONLY)$(UPDATES_ONLY),,$(if $(shell command -v qemu-system-aarch64),image)) ## What the line between coordinator and devices bears and how fast storage and jobs are, each against a baseline in the same run, and what an idle device uses (AGENTS=1000 IDLE=2m; IMAGE_ONLY=1 for the device alone, STORAGE_ONLY=all for storage, or puts, reads, growth, memory, objects; COMPUTE_ONLY=1 for jobs, UPDATES_ONLY=1 for updates; minutes; leave the machine alone)
-	@CGO_ENABLED=0 $(GO) run ./test/bench -bin $(BIN) -agents $(or $(AGENTS),1000) -idle $(or $(IDLE),2m) $(if $(shell command -v qemu-system-aarch64),-image $(IMAGE)) $(if $(IMAGE_ONLY),-image-only) $(if $(STORAGE_ONLY),-storage $(STORAGE_ONLY:1=all)) $(if $(COMPUTE_ONLY),-compute-only) $(if $(UPDATES_ONLY),-updates)
+bench: $(HOST) $(BIN)/tour/agent-next $(BIN)/guests/textstats.wasm $(if $(STORAGE_ONLY)$(COMPUTE_ONLY)$(UPDATES_ONLY)$(FOLLOW_ONLY),,$(if $(shell command -v qemu-system-aarch64),image)) ## What the line between coordinator and devices bears and how fast storage and jobs are, each against a baseline in the same run, and what an idle device uses (AGENTS=1000 IDLE=2m; IMAGE_ONLY=1 for the device alone, STORAGE_ONLY=all for storage, or puts, reads, growth, memory, objects; COMPUTE_ONLY=1 for jobs, UPDATES_ONLY=1 for updates, FOLLOW_ONLY=1 for devices that follow a release; minutes; leave the machine alone)
+	@CGO_ENABLED=0 $(GO) run ./test/bench -bin $(BIN) -agents $(or $(AGENTS),1000) -idle $(or $(IDLE),2m) $(if $(shell command -v qemu-system-aarch64),-image $(IMAGE)) $(if $(IMAGE_ONLY),-image-only) $(if $(STORAGE_ONLY),-storage $(STORAGE_ONLY:1=all)) $(if $(COMPUTE_ONLY),-compute-only) $(if $(UPDATES_ONLY),-updates) $(if $(FOLLOW_ONLY),-follow)
 
 ##@ Else
 .PHONY: clean

@@ -223,3 +223,48 @@ func TestAnApprovalIsOfWhatCanBeSeen(t *testing.T) {
 		}
 	}
 }
+
+// Where a device stands when nothing is heard of it, to the moment.
+func TestSilenceBeginsAtItsDeadline(t *testing.T) {
+	const after = 10 * time.Minute
+	pace := campaignPace{stuck: time.Hour}
+	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	row := campaignRow{Version: "2.0.0", State: api.CampaignRunning, Stop: stopRule{After: after}, Phases: []phaseRow{{CampaignPhase: percent(100), Began: start}}}
+	for _, c := range []struct {
+		what         string
+		agent        string
+		state        wire.State
+		code         string
+		beat, report time.Duration // ago
+		moved        time.Duration
+		since        time.Duration // the coordinator hears
+		want         api.Standing
+		why          string
+	}{
+		{"nothing for just so long", "1.0.0", wire.Running, "", after, after, after, time.Hour, api.StandsInstalling, ""},
+		{"nothing for longer", "1.0.0", wire.Running, "", after + 1, after + 1, after + 1, time.Hour, api.StandsSilent, "away"},
+		{"heartbeats", "1.0.0", wire.Running, "", 0, after + 1, after + 1, time.Hour, api.StandsInstalling, ""},
+		{"reports", "1.0.0", wire.Running, "", after + 1, 0, 0, time.Hour, api.StandsInstalling, ""},
+		{"a coordinator that has just come", "1.0.0", wire.Queued, "", after + 1, after + 1, after + 1, after, api.StandsAsked, ""},
+		{"the same for just too long", "1.0.0", wire.Running, "", 0, 0, time.Hour, 2 * time.Hour, api.StandsInstalling, ""},
+		{"the same for longer", "1.0.0", wire.Running, "", 0, 0, time.Hour + 1, 2 * time.Hour, api.StandsSilent, "no_progress"},
+		{"one that waits may be off", "1.0.0", wire.Running, "window", 24 * time.Hour, 24 * time.Hour, 24 * time.Hour, 48 * time.Hour, api.StandsWaiting, "window"},
+		{"updated and heard of", "2.0.0", wire.Succeeded, "", after, time.Hour, time.Hour, 2 * time.Hour, api.StandsUpdated, ""},
+		{"updated and gone", "2.0.0", wire.Succeeded, "", after + 1, time.Hour, time.Hour, 2 * time.Hour, api.StandsSilent, "away_since"},
+	} {
+		now := start.Add(100 * time.Hour)
+		o := &orderNow{state: c.state, code: c.code, updated: now.Add(-c.report), moved: now.Add(-c.moved)}
+		got := row.stand(&api.DeviceRecord{ID: "d", Agent: c.agent}, o, seen{online: true, last: now.Add(-c.beat)}, now, now.Add(-c.since), pace)
+		if got.standing != c.want || got.code != c.why {
+			t.Errorf("%s: %s %q, want %s %q", c.what, got.standing, got.code, c.want, c.why)
+		}
+	}
+	for soaked, want := range map[time.Duration]bool{time.Hour - 1: false, time.Hour: true} {
+		if p := (phaseRow{CampaignPhase: api.CampaignPhase{SoakSeconds: 3600}, Settled: start}); p.soaked(start.Add(soaked)) != want {
+			t.Errorf("after %s it has soaked: %v", soaked, !want)
+		}
+	}
+	if (phaseRow{}).soaked(start) {
+		t.Error("what has not settled has soaked")
+	}
+}

@@ -4,7 +4,7 @@
 //
 // Ours is the real coordinator as a process of its own, and in this process as
 // many simulated devices as asked for (see agent.Simulation). The baseline is
-// in bare.go. For what a device spends while idle it is a real agent, and the
+// in bare.go, and of devices that follow a release in follow.go. For what a device spends while idle it is a real agent, and the
 // baseline its budget or the bare databases (steady.go). Storage is measured beside
 // plain files (storage.go). Both share the processors that there are; nothing else should run.
 package main
@@ -52,6 +52,8 @@ var (
 	updatesOnly = flag.Bool("updates", false, "the rows on updates alone")
 	jobsOnly    = flag.Bool("jobs", false, "the rows on what each job costs alone")
 
+	followOnly = flag.Bool("follow", false, "the row on devices that follow a release alone")
+
 	storageOnly = flag.String("storage", "", "the rows on storage alone: all, or puts, reads, growth, memory or objects")
 )
 
@@ -65,6 +67,10 @@ const (
 func main() {
 	if len(os.Args) == 4 && os.Args[1] == "bare-server" {
 		check(bareServer(os.Args[2], os.Args[3]))
+		return
+	}
+	if len(os.Args) == 4 && os.Args[1] == "bare-files" {
+		check(bareFiles(os.Args[2], os.Args[3]))
 		return
 	}
 	flag.Parse()
@@ -101,6 +107,9 @@ func run(ctx context.Context, t *table) error {
 	}
 	if *jobsOnly {
 		return jobRows(ctx, t)
+	}
+	if *followOnly {
+		return followRow(ctx, t)
 	}
 	if *updatesOnly {
 		if err := deltaRows(ctx, t); err != nil {
@@ -140,6 +149,9 @@ func run(ctx context.Context, t *table) error {
 	}
 	if err := updateRows(ctx, t); err != nil {
 		return fmt.Errorf("updates: %w", err)
+	}
+	if err := followRow(ctx, t); err != nil {
+		return fmt.Errorf("devices that follow a release: %w", err)
 	}
 	bare, err := measure(ctx, newBareSide)
 	if err != nil {

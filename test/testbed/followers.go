@@ -55,7 +55,7 @@ type Follower struct {
 	mu      sync.Mutex
 	runs    string
 	orders  []wire.Order
-	files   int // that it asked the repository for
+	paths   []string // that it asked the repository for
 	fetched int64
 }
 
@@ -63,7 +63,6 @@ type Follower struct {
 // update root must have been published before.
 func (f *Fleet) Follow(n int, k *Followers) (stop func()) {
 	f.T.Helper()
-	k.all = make(map[int]*Follower, n)
 	return f.simulate(n, k.Does)
 }
 
@@ -72,6 +71,9 @@ func (k *Followers) Does(d agent.SimDevice) (map[wire.Kind]agent.Route, func(*wi
 	v := &Follower{SimDevice: d, of: k, runs: FirstVersion, back: make(chan struct{}, 1)}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.all == nil {
+		k.all = make(map[int]*Follower)
+	}
 	k.all[d.N] = v
 	return map[wire.Kind]agent.Route{wire.KindUpdateInstall: {AtOnce: 1, Limit: time.Hour, Handle: v.install}}, nil
 }
@@ -109,7 +111,14 @@ func (v *Follower) Runs() string {
 func (v *Follower) Fetched() (files int, bytes int64) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.files, v.fetched
+	return len(v.paths), v.fetched
+}
+
+// Paths is the files of the repository that it has asked for, in order.
+func (v *Follower) Paths() []string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Clone(v.paths)
 }
 
 func (v *Follower) restart(version string) {
@@ -208,7 +217,7 @@ type counted struct {
 
 func (s counted) Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error) {
 	s.by.mu.Lock()
-	s.by.files++
+	s.by.paths = append(s.by.paths, path)
 	s.by.mu.Unlock()
 	return s.Source.Open(ctx, path, offset)
 }
