@@ -163,7 +163,7 @@ func (c *child) keepCheckpoints(r, answers *os.File, keep func(size int64, r io.
 			return // no worker of ours
 		}
 		body := io.LimitReader(r, size)
-		answer := byte(errnoUnknown)
+		answer := byte(0)
 		if keep != nil {
 			now := time.Now()
 			left = min(left+int64(now.Sub(at).Seconds()*checkpointRate), checkpointBurst) - size - checkpointCost

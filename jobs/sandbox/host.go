@@ -35,9 +35,8 @@ const (
 
 // Numbers of errors, as WASI preview 1 has them.
 const (
-	errnoIO      = 29
-	errnoTooBig  = 22
-	errnoUnknown = 58 // not supported
+	errnoIO     = 29
+	errnoTooBig = 22
 )
 
 // host is what modules find in deimos_v1, beside WASI:

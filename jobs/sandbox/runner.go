@@ -76,7 +76,9 @@ type Spec struct {
 	OnLog      func(level int, text string) // 0 to 3: debug, information, warning, error
 	OnCompiled func()                       // from now on it takes no more than Limits
 	// OnCheckpoint makes size bytes of r durable in place of the checkpoint before, as
-	// a whole or not at all: r may end early, as the job may.
+	// a whole or not at all: r may end early, as the job may. Nil: nobody will go on from
+	// one, and they are thrown away, which the module does not see, as its output must
+	// not depend on where it runs.
 	OnCheckpoint func(size int64, r io.Reader) error
 }
 
