@@ -35,6 +35,9 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 	q := row.Spec
 	a.needs = q.Needs
 	a.run = wire.JobRun{Module: wire.Blob{SHA256: q.Module}, Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
+	if l := &a.run.Limits; l.MemoryBytes <= 0 { // said, so that every device has as much or is not asked
+		l.MemoryBytes = wire.OrdinaryLimits.MemoryBytes
+	}
 	// Where it has to be done may not be where a chunk is.
 	tied := q.Needs.Device != "" || slices.ContainsFunc(q.Inputs, func(in api.JobInput) bool { return in.Object == "" })
 	object := func(name, as string) error {

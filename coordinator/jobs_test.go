@@ -350,6 +350,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 	w.waitsFor(t, with(func(q *api.JobSpec) { q.Live = true }), "too_old")
 	for code, q := range map[string]api.JobSpec{
 		"memory":       with(func(q *api.JobSpec) { q.Limits.MemoryBytes = 2 << 30 }),
+		"memory ":      with(func(*api.JobSpec) {}),
 		"wall_time":    with(func(q *api.JobSpec) { q.Limits.WallSeconds = 1000 }),
 		"live":         with(func(q *api.JobSpec) { q.Live = true }),
 		"dataset":      with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Dataset: "letters/2024"}} }),
@@ -375,6 +376,8 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 			st.Pause = &wire.Pause{Code: "paused"}
 		case "policy":
 			st.Slots = 0
+		case "memory ": // less than a job has that does not say what it wants
+			st.MemoryBytes = wire.OrdinaryLimits.MemoryBytes - 1
 		}
 		d.tell(st)
 		switch code {
@@ -393,7 +396,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 			continue
 		}
 		t.Log(code)
-		w.waitsFor(t, q, code)
+		w.waitsFor(t, q, strings.TrimSpace(code))
 	}
 }
 

@@ -207,23 +207,27 @@ func final(cause error) bool {
 // carryOut brings a job through the queue to its result.
 func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 	for {
-		allowed := s.policy.Load()
-		t := &ticket{rank: j.Rank, order: j.order, memory: max(allowed.Clamp(j.Limits).MemoryBytes, sandbox.CompileBytes(allowed.MaxMemory))}
+		p := s.policy.Load()
+		limits, err := p.Allow(j.Limits)
+		if err != nil {
+			return wire.Outcome{}, err
+		}
+		t := &ticket{rank: j.Rank, order: j.order, memory: max(limits.MemoryBytes, sandbox.CompileBytes(p.MaxMemory))}
 		if err := s.queue.enter(ctx, t, j.waits); err != nil {
 			return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its turn: %w", err)
 		}
 		out, err := s.attempt(ctx, j, t)
 		s.queue.leave(t)
 		after := time.Duration(0)
-		var p *wire.Problem
-		if errors.As(err, &p) && j.began.Load() == nil {
-			after = p.After
+		var why *wire.Problem
+		if errors.As(err, &why) && j.began.Load() == nil {
+			after = why.After
 		}
 		if after <= 0 {
 			return out, err
 		}
 		// What it has to fetch may not be fetched now.
-		j.stalls(p)
+		j.stalls(why)
 		select {
 		case <-time.After(min(after, time.Minute)):
 		case <-ctx.Done():
@@ -235,6 +239,10 @@ func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 // attempt runs a job that has its slot.
 func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome, error) {
 	if err := s.admit(j.JobRun); err != nil { // the policy may have changed meanwhile
+		return wire.Outcome{}, err
+	}
+	limits, err := s.policy.Load().Allow(j.Limits)
+	if err != nil {
 		return wire.Outcome{}, err
 	}
 	j.runs()
@@ -250,7 +258,6 @@ func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome,
 		return wire.Outcome{}, err
 	}
 	defer outs.close()
-	limits := s.policy.Load().Clamp(j.Limits)
 	res, err := s.runModule(ctx, j, t, limits, in, outs)
 	s.mu.Lock()
 	s.spent += res.CPU
@@ -279,6 +286,9 @@ func (s *Service) admit(job wire.JobRun) error {
 	}
 	if m.Size <= 0 || m.Size > sandbox.MaxModule {
 		return wire.RejectedBecause(wire.CodeBadBody, "the module's size of %d bytes is not between 1 and %d", m.Size, sandbox.MaxModule)
+	}
+	if _, err := p.Allow(job.Limits); err != nil {
+		return err
 	}
 	if len(p.Modules) > 0 && !slices.Contains(p.Modules, m.SHA256) {
 		return wire.RejectedBecause(wire.CodePolicy, "the module %s is not among those that the owner of this device lets run; place it on another", m.SHA256)

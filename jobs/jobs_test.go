@@ -408,6 +408,22 @@ func TestOwnerWhoAllowsNoJobsGetsNone(t *testing.T) {
 	}
 }
 
+// A module can see how much memory it has: with less than elsewhere its result would be another.
+func TestAJobHasTheMemoryThatItWantsOrIsRejected(t *testing.T) {
+	s, o, _ := device(t, policy.Policy{Enabled: true, MaxMemory: 32 << 20})
+	for want, ok := range map[int64]bool{0: false, 32<<20 + 1: false, 32 << 20: true} {
+		_, err := do(t, s, wire.JobRun{Module: blob(idle, "/idle"), Limits: wire.JobLimits{MemoryBytes: want}})
+		if ok {
+			mustDo(t, err)
+			continue
+		}
+		wantProblem(t, err, wire.Rejected, wire.CodePolicy, "memory")
+	}
+	if n := o.fetches("/idle"); n != 1 {
+		t.Errorf("fetched %d times", n)
+	}
+}
+
 func TestOwnersCapsBoundTheJob(t *testing.T) {
 	s, _, _ := device(t, policy.Policy{Enabled: true, MaxCPU: 0.1})
 	_, err := do(t, s, wire.JobRun{Module: blob(endless, "/endless"), Limits: wire.JobLimits{CPUSeconds: 3600}})

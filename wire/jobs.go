@@ -57,14 +57,18 @@ type JobPart struct {
 	URL string `json:"url,omitempty"`
 }
 
-// JobLimits bounds a job. Zero means the device's own default; the owner's
-// policy caps every value.
+// JobLimits bounds a job. Zero means that of [OrdinaryLimits]; the owner's policy caps every
+// value but the memory: a module can see how much there is, so a device that does not give
+// as much has REJECTED the job, `policy`.
 type JobLimits struct {
 	MemoryBytes int64   `json:"memory_bytes,omitempty"`
 	CPUSeconds  float64 `json:"cpu_seconds,omitempty"`
 	WallSeconds float64 `json:"wall_seconds,omitempty"` // without the time for which it was suspended
 	OutputBytes int64   `json:"output_bytes,omitempty"` // of all outputs together
 }
+
+// OrdinaryLimits are those of a job that does not say what it needs.
+var OrdinaryLimits = JobLimits{MemoryBytes: 64 << 20, CPUSeconds: 60, WallSeconds: 120, OutputBytes: 4 << 20}
 
 // JobResult is the body of a report on a job that ran; standard output is the
 // report's attachment.

@@ -29,7 +29,7 @@ type jobCmd struct {
 	Cancel  jobCancelCmd  `cmd:"" help:"Stop jobs."`
 }
 
-// limitFlags are what a job may use. Where none is given, the device's policy says.
+// limitFlags are what a job may use. Where none is given, it is an ordinary job's.
 type limitFlags struct {
 	Memory wire.Bytes `placeholder:"BYTES" help:"Most memory the module may use, as in 64MiB (memory_bytes)."`
 	CPU    duration   `placeholder:"DURATION" help:"Most processor time it may use (cpu_seconds)."`

@@ -83,9 +83,6 @@ const (
 	MeteredStop    Metered = "stop"     // stand still
 )
 
-// What an order gets that does not say what it needs.
-var ordinary = wire.JobLimits{MemoryBytes: 64 << 20, CPUSeconds: 60, WallSeconds: 120, OutputBytes: 4 << 20}
-
 const (
 	longest  = 24 * time.Hour // no owner's cap goes beyond
 	maxSlots = 64
@@ -159,17 +156,23 @@ func (p Policy) Share(jobs int) float64 {
 	return p.Effective().CPUPercent / 100 * float64(runtime.NumCPU()) / math.Max(float64(jobs), 1)
 }
 
-// Clamp gives a job the limits it asks for, an ordinary job's where it asks
+// Allow gives a job the limits it asks for, [wire.OrdinaryLimits] where it asks
 // for none, and never more than the owner's caps. Every limit it returns is
-// above zero.
-func (p Policy) Clamp(want wire.JobLimits) wire.JobLimits {
+// above zero. Memory it gives as asked or not at all: a module can see how much it
+// has, and with less, the result would be another than elsewhere.
+func (p Policy) Allow(want wire.JobLimits) (wire.JobLimits, error) {
 	p = p.Effective()
+	ordinary := wire.OrdinaryLimits
+	memory := given(want.MemoryBytes, ordinary.MemoryBytes)
+	if memory > p.MaxMemory {
+		return wire.JobLimits{}, wire.RejectedBecause(wire.CodePolicy, "the job wants %d bytes of memory, and the owner of this device, or the fleet by its configuration, gives a job %d; place it on another, or ask for less", memory, p.MaxMemory)
+	}
 	return wire.JobLimits{
-		MemoryBytes: min(given(want.MemoryBytes, ordinary.MemoryBytes), p.MaxMemory),
+		MemoryBytes: memory,
 		CPUSeconds:  min(given(want.CPUSeconds, ordinary.CPUSeconds), p.MaxCPU),
 		WallSeconds: min(given(want.WallSeconds, ordinary.WallSeconds), p.MaxWall),
 		OutputBytes: min(given(want.OutputBytes, ordinary.OutputBytes), p.MaxOutput),
-	}
+	}, nil
 }
 
 // given is v, or d where v is zero, negative or not a number.

@@ -46,20 +46,35 @@ func TestOwnersCapsAlwaysWin(t *testing.T) {
 				t.Fatalf("the owner's %g became %g", c.set, c.got)
 			}
 		}
-		within(t, p.Clamp(wire.JobLimits{MemoryBytes: n(), OutputBytes: n(), CPUSeconds: f(), WallSeconds: f()}), e)
+		want := wire.JobLimits{MemoryBytes: n(), OutputBytes: n(), CPUSeconds: f(), WallSeconds: f()}
+		memory := want.MemoryBytes
+		if memory <= 0 {
+			memory = wire.OrdinaryLimits.MemoryBytes
+		}
+		got, err := p.Allow(want)
+		if (err != nil) != (memory > e.MaxMemory) {
+			t.Fatalf("%d bytes of %d: %v", memory, e.MaxMemory, err)
+		}
+		if err != nil {
+			continue
+		}
+		if got.MemoryBytes != memory {
+			t.Fatalf("%d bytes became %d", memory, got.MemoryBytes)
+		}
+		within(t, got, e)
 	}
 }
 
 func TestAnOrderWithoutLimitsGetsOrdinaryOnes(t *testing.T) {
-	if got := Default().Clamp(wire.JobLimits{}); got != ordinary {
-		t.Errorf("got %+v, want %+v", got, ordinary)
+	if got, err := Default().Allow(wire.JobLimits{}); err != nil || got != wire.OrdinaryLimits {
+		t.Errorf("got %+v, %v", got, err)
 	}
 }
 
 func TestAnOrderWithinTheCapsGetsWhatItAsksFor(t *testing.T) {
 	want := wire.JobLimits{MemoryBytes: 1 << 20, CPUSeconds: 0.5, WallSeconds: 2, OutputBytes: 10}
-	if got := Default().Clamp(want); got != want {
-		t.Errorf("got %+v, want %+v", got, want)
+	if got, err := Default().Allow(want); err != nil || got != want {
+		t.Errorf("got %+v, want %+v (%v)", got, want, err)
 	}
 }
 

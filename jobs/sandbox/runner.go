@@ -44,9 +44,6 @@ const (
 	maxPaths   = 512 << 10      // bytes of all of them together
 )
 
-// Defaults for limits that a [Spec] leaves at zero.
-var defaultLimits = wire.JobLimits{MemoryBytes: 64 << 20, CPUSeconds: 60, WallSeconds: 120, OutputBytes: 4 << 20}
-
 // Spec is one job.
 type Spec struct {
 	Module   string   // path of the WebAssembly file
@@ -57,7 +54,7 @@ type Spec struct {
 	Inputs   []Input        // at most [MaxInputs]
 	Outputs  []Output       // at most [MaxOutputs]
 	Live     bool           // the real time and real random numbers
-	Limits   wire.JobLimits // zero means a default: 64 MiB, 60 s of CPU, 120 s, 4 MiB of output
+	Limits   wire.JobLimits // zero means that of [wire.OrdinaryLimits]
 	CacheDir string         // for compiled code; empty: compile each time
 	// CompileBytes is the memory that compiling the module may take, 256 MiB to 1 GiB; zero: the
 	// most. One of 2.5 MB that Go made takes some 80 MiB.
@@ -193,7 +190,7 @@ func (r *Runner) do(ctx context.Context, s Spec, module *os.File, code codeCache
 
 // normalize fills in defaults and refuses what cannot be run.
 func (s *Spec) normalize() error {
-	l, d := &s.Limits, defaultLimits
+	l, d := &s.Limits, wire.OrdinaryLimits
 	l.MemoryBytes = orDefault(l.MemoryBytes, d.MemoryBytes)
 	l.OutputBytes = orDefault(l.OutputBytes, d.OutputBytes)
 	l.CPUSeconds = orDefault(l.CPUSeconds, d.CPUSeconds)
