@@ -613,27 +613,50 @@ func TestStolenOnlineKeysCannotCrashTheFleet(t *testing.T) {
 	}
 }
 
+func (f *fleet) metadata(role string, version int64) string {
+	return filepath.Join(f.repo, metadataPath(role, version))
+}
+
+func (f *fleet) key(role string) string { return filepath.Join(f.keys, role+".pem") }
+
+// signTargets changes what the first targets name, and all that leads there, as who has
+// stolen the online keys can.
+func (f *fleet) signTargets(change func(map[string]*metadata.TargetFiles)) {
+	f.t.Helper()
+	edit[metadata.TargetsType](f.t, f.metadata(metadata.TARGETS, 1), func(m *metadata.Metadata[metadata.TargetsType]) { change(m.Signed.Targets) }, f.key(metadata.TARGETS))
+	edit[metadata.SnapshotType](f.t, f.metadata(metadata.SNAPSHOT, 1), func(m *metadata.Metadata[metadata.SnapshotType]) {
+		m.Signed.Meta["targets.json"] = fileInfo(read(f.t, f.metadata(metadata.TARGETS, 1)), 1)
+	}, f.key(metadata.SNAPSHOT))
+	edit[metadata.TimestampType](f.t, f.metadata(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
+		m.Signed.Meta["snapshot.json"] = fileInfo(read(f.t, f.metadata(metadata.SNAPSHOT, 1)), 1)
+	}, f.key(metadata.TIMESTAMP))
+}
+
+// TestAReleaseUnderAnothersNameIsRefused: an old one, signed as if it were new.
+func TestAReleaseUnderAnothersNameIsRefused(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "good")
+	f.signTargets(func(m map[string]*metadata.TargetFiles) { m[TargetName("1.2.0")] = m[TargetName("1.1.0")] })
+	files, err := filepath.Glob(filepath.Join(f.repo, "targets/bundles/*.1.1.0.json"))
+	must(t, err)
+	must(t, os.WriteFile(strings.Replace(files[0], "1.1.0.json", "1.2.0.json", 1), read(t, files[0]), 0o644))
+	must(t, take(t, f.client(t.TempDir()), "1.1.0"))
+	refused(t, take(t, f.client(t.TempDir()), "1.2.0"), Malformed, "it says that it is version 1.1.0")
+}
+
 // TestSignedSizesHaveLimits: who has stolen the online keys signs sizes that no such file
 // has, and sends as much.
 func TestSignedSizesHaveLimits(t *testing.T) {
 	f := newFleet(t)
 	f.release("1.1.0", "good")
-	file := func(role string, version int64) string { return filepath.Join(f.repo, metadataPath(role, version)) }
-	key := func(role string) string { return filepath.Join(f.keys, role+".pem") }
 	name := TargetName("1.1.0")
 	for _, length := range []int64{bundle.MaxManifest + 1, 0, -1} {
-		edit[metadata.TargetsType](t, file(metadata.TARGETS, 1), func(m *metadata.Metadata[metadata.TargetsType]) { m.Signed.Targets[name].Length = length }, key(metadata.TARGETS))
-		edit[metadata.SnapshotType](t, file(metadata.SNAPSHOT, 1), func(m *metadata.Metadata[metadata.SnapshotType]) {
-			m.Signed.Meta["targets.json"] = fileInfo(read(t, file(metadata.TARGETS, 1)), 1)
-		}, key(metadata.SNAPSHOT))
-		edit[metadata.TimestampType](t, file(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
-			m.Signed.Meta["snapshot.json"] = fileInfo(read(t, file(metadata.SNAPSHOT, 1)), 1)
-		}, key(metadata.TIMESTAMP))
+		f.signTargets(func(m map[string]*metadata.TargetFiles) { m[name].Length = length })
 		refused(t, take(t, f.client(t.TempDir()), "1.1.0"), Size, "is not allowed")
 	}
-	edit[metadata.TimestampType](t, file(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
+	edit[metadata.TimestampType](t, f.metadata(metadata.TIMESTAMP, 0), func(m *metadata.Metadata[metadata.TimestampType]) {
 		m.Signed.Meta["snapshot.json"].Length = 1 << 40
-	}, key(metadata.TIMESTAMP))
+	}, f.key(metadata.TIMESTAMP))
 	f.onRequest(func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, "1.snapshot.json") {
 			return false
