@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ const (
 
 // gatherDataset opens what the owner has opened to jobs: a file, or all files of a
 // folder. No link leads out of the owner's folder.
-func (s *Service) gatherDataset(ctx context.Context, want wire.JobInput, in *inputs) (err error) {
+func (s *Service) gatherDataset(ctx context.Context, want wire.JobInput, j *job, in *inputs) (err error) {
 	name, below, _ := strings.Cut(want.Dataset, "/")
 	dir, ok := s.policy.Load().Datasets[name]
 	if !ok {
@@ -76,14 +77,14 @@ func (s *Service) gatherDataset(ctx context.Context, want wire.JobInput, in *inp
 		return wire.RejectedBecause(wire.CodeBadBody, "the dataset %.200s is a folder, and standard input is a file", want.Dataset)
 	case info.IsDir():
 		f.Close()
-		return s.gatherFolder(ctx, want, root, below, in, unreadable)
+		return s.gatherFolder(ctx, want, root, below, j, in, unreadable)
 	case !info.Mode().IsRegular():
 		f.Close()
 		return wire.RejectedBecause(wire.CodeBadBody, "the dataset %.200s is neither a file nor a folder", want.Dataset)
 	}
 	in.files = append(in.files, sandbox.Input{Name: want.Name, Size: info.Size(), File: f})
 	in.watched = append(in.watched, watched{want.Name, f, info})
-	digest, err := hashFile(ctx, f)
+	digest, err := s.hashFile(ctx, f, j)
 	if err != nil {
 		return err
 	}
@@ -108,7 +109,7 @@ func openIn(root *os.Root, name string) (*os.File, fs.FileInfo, error) {
 
 // gatherFolder opens all files of a folder and of those in it, by name. Links, sockets,
 // FIFOs and devices are left out.
-func (s *Service) gatherFolder(ctx context.Context, want wire.JobInput, root *os.Root, below string, in *inputs, unreadable func(error) error) error {
+func (s *Service) gatherFolder(ctx context.Context, want wire.JobInput, root *os.Root, below string, j *job, in *inputs, unreadable func(error) error) error {
 	names, err := filesBelow(ctx, root, below, want.Dataset)
 	if err != nil {
 		return unreadable(err)
@@ -134,7 +135,7 @@ func (s *Service) gatherFolder(ctx context.Context, want wire.JobInput, root *os
 			return wire.FailedBecause(wire.CodeMismatch, "the job's input %q was changed on the device while it was opened; ask again", want.Name)
 		}
 		in.watched = append(in.watched, watched{want.Name, f, info})
-		if sums[name], err = hashFile(ctx, f); err != nil {
+		if sums[name], err = s.hashFile(ctx, f, j); err != nil {
 			return err
 		}
 	}
@@ -219,17 +220,21 @@ func stamp(info os.FileInfo) [3]int64 {
 	return [3]int64{info.Size(), info.ModTime().UnixNano(), st.Ctim.Nano()}
 }
 
-// hashFile reads a file as a whole, and leaves it at its beginning.
-func hashFile(ctx context.Context, f *os.File) (string, error) {
+// hashFile reads a file as a whole, and leaves it at its beginning. It stands still when
+// the job is to.
+func (s *Service) hashFile(ctx context.Context, f *os.File, j *job) (string, error) {
 	h := sha256.New()
 	buf := make([]byte, 1<<20)
+	took := time.Duration(0)
 	for at := int64(0); ; {
-		if ctx.Err() != nil {
-			return "", fmt.Errorf("the job was stopped while its input was read: %w", context.Cause(ctx))
+		if err := s.pass(ctx, j, took); err != nil {
+			return "", err
 		}
+		began := time.Now()
 		n, err := f.ReadAt(buf, at)
 		h.Write(buf[:n])
 		at += int64(n)
+		took = time.Since(began)
 		if errors.Is(err, io.EOF) {
 			return hex.EncodeToString(h.Sum(nil)), nil
 		}

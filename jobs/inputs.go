@@ -49,34 +49,35 @@ func closeInput(in sandbox.Input) {
 
 // gather gets everything that a job reads. An error with [wire.Problem.After] is
 // one that ends by itself.
-func (s *Service) gather(ctx context.Context, job wire.JobRun, w *work) (_ *inputs, err error) {
+func (s *Service) gather(ctx context.Context, j *job) (_ *inputs, err error) {
 	in := &inputs{}
 	defer func() {
 		if err != nil {
 			in.close()
 		}
 	}()
-	if job.Input != "" {
-		if in.stdin, err = s.o.Chunks.Read(ctx, job.Input); err != nil {
+	if j.Input != "" {
+		if in.stdin, err = s.o.Chunks.Read(ctx, j.Input); err != nil {
 			return nil, fmt.Errorf("read the job's input: %w", err)
 		}
-		in.resources = append(in.resources, resource(wire.Stdin, sha256Of(in.stdin), job.Input))
+		in.resources = append(in.resources, resource(wire.Stdin, sha256Of(in.stdin), j.Input))
 	}
-	for _, want := range job.Inputs {
-		if err := s.gatherOne(ctx, want, w, in); err != nil {
+	for _, want := range j.Inputs {
+		if err := s.gatherOne(ctx, want, j, in); err != nil {
 			return nil, err
 		}
 	}
 	return in, nil
 }
 
-func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, w *work, in *inputs) error {
+func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, j *job, in *inputs) error {
+	w := j.work
 	var f *os.File
 	var digest, only string
 	var err error
 	switch {
 	case want.Dataset != "":
-		return s.gatherDataset(ctx, want, in)
+		return s.gatherDataset(ctx, want, j, in)
 	case want.Sensors != nil:
 		data, err := s.o.Sensors(*want.Sensors)
 		if err != nil {
@@ -98,6 +99,9 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, w *work, in
 		asked := s.policy.Load().OnMetered != policy.MeteredRun
 		f, digest, err = w.spool(want.Name, sizeOf(want.Parts), func(to io.Writer) error {
 			for _, p := range want.Parts {
+				if err := s.pass(ctx, j, 0); err != nil {
+					return err
+				}
 				data, err := s.o.Chunks.Get(ctx, p.Chunk, p.Size, p.URL, asked)
 				if err != nil {
 					return fmt.Errorf("get the job's input %q: %w", want.Name, err)

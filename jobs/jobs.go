@@ -119,6 +119,7 @@ type Service struct {
 	mu       sync.Mutex
 	jobs     map[string]*job // accepted and not done, by order
 	decision policy.Decision
+	turned   chan struct{} // closed when jobs are to stand still, or to go on
 	spent    time.Duration // CPU of jobs that have ended
 }
 
@@ -142,7 +143,7 @@ func New(o Options) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the cache of job modules: %w", err)
 	}
-	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job)}
+	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job), turned: make(chan struct{})}
 	if err := sweep(s.workDir(), o.Now()); err != nil {
 		o.Log.Warn("what jobs have left cannot be removed", "error", err)
 	}
@@ -246,7 +247,7 @@ func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome,
 		return wire.Outcome{}, err
 	}
 	j.runs()
-	in, err := s.gather(ctx, j.JobRun, j.work)
+	in, err := s.gather(ctx, j)
 	if err != nil {
 		return wire.Outcome{}, err
 	}

@@ -576,6 +576,62 @@ func TestOwnersPauseStopsAJobAfterItsCheckpoint(t *testing.T) {
 	}
 }
 
+// A dataset of terabytes takes hours to be read, which the agent itself does.
+func TestAJobStandsStillWhileItsInputsArePrepared(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "big")
+	f, err := os.Create(path)
+	mustDo(t, err, f.Truncate(1<<40), f.Close())
+	p := policy.Default()
+	p.Datasets = map[string]string{"big": path}
+	s, _, own := watchedDevice(t, p, policy.Word{})
+	job := named("steps", "1")
+	job.Inputs = []wire.JobInput{{Name: "big", Dataset: "big"}}
+	ctx, cancel := context.WithCancel(t.Context())
+	waits, goesOn, result := make(chan string, 10), make(chan bool, 10), make(chan error, 1)
+	go func() {
+		_, err := s.Run(ctx, order(t, job), func(p wire.Progress) {
+			if p.Waits != nil {
+				waits <- p.Waits.Code
+			} else {
+				goesOn <- true
+			}
+		})
+		result <- err
+	}()
+	read := func() int64 { // bytes, of this process
+		raw, err := os.ReadFile("/proc/self/io") // see proc_pid_io(5)
+		mustDo(t, err)
+		n := int64(-1)
+		_, err = fmt.Sscanf(string(raw), "rchar: %d", &n)
+		mustDo(t, err)
+		return n
+	}
+	<-goesOn // it has its slot
+	for begun := read(); read() < begun+16<<20; {
+		time.Sleep(time.Millisecond) // of reading nobody tells
+	}
+	own.say(s, policy.Word{Paused: true})
+	if got := <-waits; got != policy.CodePaused {
+		t.Errorf("it waits for %s", got)
+	}
+	if l := s.List(); len(l) != 1 || l[0].State != "suspended" || l[0].Code != policy.CodePaused {
+		t.Errorf("it is listed as %+v", l)
+	}
+	before := read()
+	time.Sleep(100 * time.Millisecond)
+	if n := read() - before; n > 4<<20 {
+		t.Errorf("%d bytes were read meanwhile", n)
+	}
+	own.say(s, policy.Word{})
+	<-goesOn
+	own.say(s, policy.Word{Paused: true})
+	<-waits
+	cancel() // while it stands still
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
 func TestAPausedDeviceBeginsNothingAndSaysSo(t *testing.T) {
 	s, _, own := watchedDevice(t, policy.Default(), policy.Word{Paused: true, Until: time.Now().Add(time.Hour)})
 	heard := make(chan *wire.Problem, 10)

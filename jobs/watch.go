@@ -3,6 +3,7 @@ package jobs
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -166,6 +167,10 @@ func (s *Service) decide(d policy.Decision) {
 	s.mu.Lock()
 	old := s.decision
 	s.decision = d
+	if old.Run != d.Run {
+		close(s.turned)
+		s.turned = make(chan struct{})
+	}
 	s.mu.Unlock()
 	if old.Code != d.Code {
 		s.o.Log.Info("whether jobs run has changed", "run", d.Run, "begin", d.Begin, "code", d.Code, "reason", d.Reason)
@@ -193,6 +198,41 @@ func (s *Service) apply(d policy.Decision) {
 			j.runs()
 		case !d.Run:
 			j.hold(control, d)
+		}
+	}
+}
+
+// pass is for work that the agent does itself for a job, between two pieces of it: it waits
+// while jobs are to stand still, and keeps what took so long to the job's share of CPU.
+func (s *Service) pass(ctx context.Context, j *job, took time.Duration) error {
+	s.mu.Lock()
+	share := s.policy.Load().Share(len(s.jobs))
+	s.mu.Unlock()
+	if share > 0 && share < 1 {
+		pause := time.NewTimer(min(time.Duration(float64(took)*(1-share)/share), lookEvery))
+		defer pause.Stop()
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+		}
+	}
+	for stood := false; ; stood = true {
+		s.mu.Lock()
+		d, turned := s.decision, s.turned
+		s.mu.Unlock()
+		switch {
+		case ctx.Err() != nil:
+			return fmt.Errorf("the job was stopped while its inputs were prepared: %w", context.Cause(ctx))
+		case d.Run && stood:
+			j.runs()
+			return nil
+		case d.Run:
+			return nil
+		}
+		j.waits(waits(d))
+		select {
+		case <-turned:
+		case <-ctx.Done():
 		}
 	}
 }
