@@ -110,6 +110,16 @@ func TestWorkerIsConfinedBeforeTheModuleRuns(t *testing.T) {
 	if pgid, err := unix.Getpgid(pid); err != nil || pgid != pid {
 		t.Errorf("its process group is %d, not its own %d (%v)", pgid, pid, err)
 	}
+	// As who runs beside it, with no more rights than it has itself.
+	if err := spend(func() error {
+		f, err := os.Open(fmt.Sprintf("/proc/%d/environ", pid))
+		if err == nil {
+			f.Close()
+		}
+		return err
+	}); err == nil {
+		t.Error("a neighbour can look into it")
+	}
 }
 
 func TestNoThreadOfTheParentIsSpentForLong(t *testing.T) {
