@@ -379,3 +379,43 @@ func (f *fleet) logAlone(versionAndName string) {
 	must(f.t, err)
 	must(f.t, os.WriteFile(filepath.Join(f.repo, checkpointFile), signed, 0o644))
 }
+
+// TestWhatIsWrongWithALogIsSaid, each by its own sentence, though the log's key has signed it.
+func TestWhatIsWrongWithALogIsSaid(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "one")
+	name := TargetName("1.1.0")
+	verify := func() string {
+		t.Helper()
+		c := f.client(t.TempDir())
+		must(t, c.Refresh(t.Context(), now))
+		report, err := c.VerifyLog(t.Context(), nil)
+		must(t, err)
+		return strings.Join(report.Problems, "\n")
+	}
+	for line, want := range map[string][]string{
+		"1.1.0 " + name:                nil,
+		"1.2.0 " + name:                {"which do not go together"},
+		"1.1.0 " + TargetName("1.2.0"): {"which do not go together", "the log has it not"},
+		"1.2.0 " + TargetName("1.2.0"): {"the log has it not"},
+	} {
+		f.logAlone(line)
+		problems := verify()
+		if n := strings.Count(problems, "\n") + 1; problems == "" && len(want) > 0 || problems != "" && n != len(want) {
+			t.Errorf("%s: %q, want %q", line, problems, want)
+		}
+		for _, words := range want {
+			if !strings.Contains(problems, words) {
+				t.Errorf("%s: %q, want %q", line, problems, words)
+			}
+		}
+	}
+	f.logAlone("1.1.0 " + name)
+	tile := filepath.Join(f.repo, tilePath(tlog.NewTiles(tileHeight, 0, 1)[0]))
+	raw := read(t, tile)
+	raw[3] ^= 1
+	must(t, os.WriteFile(tile, raw, 0o644))
+	if problems := verify(); !strings.Contains(problems, "its hashes are not those of the records") {
+		t.Errorf("with a hash that was altered: %q", problems)
+	}
+}

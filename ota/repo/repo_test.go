@@ -644,6 +644,16 @@ func TestAReleaseUnderAnothersNameIsRefused(t *testing.T) {
 	refused(t, take(t, f.client(t.TempDir()), "1.2.0"), Malformed, "it says that it is version 1.1.0")
 }
 
+// TestAReleaseIsSignedByItsSHA256: another digest would bind it, but not to the log.
+func TestAReleaseIsSignedByItsSHA256(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "good")
+	f.signTargets(func(m map[string]*metadata.TargetFiles) {
+		m[TargetName("1.1.0")].Hashes = metadata.Hashes{"sha512": make([]byte, 64)}
+	})
+	refused(t, take(t, f.client(t.TempDir()), "1.1.0"), Malformed, "signed without a SHA-256")
+}
+
 // TestSignedSizesHaveLimits: who has stolen the online keys signs sizes that no such file
 // has, and sends as much.
 func TestSignedSizesHaveLimits(t *testing.T) {
