@@ -296,7 +296,11 @@ func (l *liarsFleet) check(jobs int, took time.Duration, ids []string) {
 			t.Fatal(err)
 		}
 		at := slices.Index(given[d.id], a.Order) + 1
-		t.Logf("%s: found by the result of its job %d (%s), want %d; by then and in flight it had lied %d times in %d jobs", v.Name, at, a.Kind, v.within, len(told), len(given[d.id]))
+		what := "jobs"
+		if v.League != "" {
+			what = "lies"
+		}
+		t.Logf("%s: found by the result of its job %d (%s), the table has %d %s; by then and in flight it had lied %d times in %d jobs", v.Name, at, a.Kind, v.within, what, len(told), len(given[d.id]))
 		if at == 0 || v.League == "" && at > surely*v.within {
 			t.Errorf("%s was found by its job %d (order %s), it should be by number %d", v.Name, at, a.Order, v.within)
 		}
