@@ -255,6 +255,12 @@ func (s *campaigns) begin(ctx context.Context, q api.CampaignRequest) (api.Campa
 	if err := s.releases().published(ctx, repo.TargetName(row.Version)); err != nil {
 		return api.Campaign{}, err
 	}
+	switch e, err := s.releases().expiry(ctx); {
+	case err != nil:
+		return api.Campaign{}, err
+	case e.over(s.now()):
+		return api.Campaign{}, refuse(http.StatusConflict, "stale_metadata", "%s has ended %s, so no device would take a release; publish again first, with \"deimos release publish\"", e.file, e.at.UTC().Format(time.RFC3339))
+	}
 	var other *campaignRow
 	taken := make(map[uint64]bool)
 	s.rows.each(func(_ string, v campaignRow) bool {
@@ -348,7 +354,7 @@ func (s *campaigns) run(ctx context.Context) {
 	defer t.Stop()
 	least := time.NewTimer(0) // between two looks, whatever pokes
 	defer least.Stop()
-	swept := s.now()
+	var swept time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -365,6 +371,9 @@ func (s *campaigns) run(ctx context.Context) {
 		began := time.Now()
 		if now := s.now(); now.Sub(swept) > time.Hour {
 			s.forget(now)
+			if _, err := s.releases().expiry(ctx); err != nil && ctx.Err() == nil {
+				s.log.Warn("when the metadata of the releases ends cannot be told", "error", err)
+			}
 			swept = now
 		}
 		if s.leader.lead(ctx) {

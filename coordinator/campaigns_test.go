@@ -453,9 +453,9 @@ func TestWhatIsForgottenIsAskedAnewByAnotherOrder(t *testing.T) {
 	r.holds(c.ID, func(c api.Campaign) bool { return c.Counts[api.StandsFailed] == 1 })
 	first := r.ordersOf(d)[0].ID
 	r.later(4*time.Hour, d)
-	eventually(t, "it is asked once more", func() bool {
+	r.until(c.ID, "it is asked once more, and fails", func(c api.Campaign) bool {
 		list := r.ordersOf(d)
-		return list[len(list)-1].ID != first
+		return list[len(list)-1].ID != first && c.Counts[api.StandsFailed] == 1
 	})
 	id, err := ulid.ParseStrict(c.ID)
 	must(t, err)

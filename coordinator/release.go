@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -30,6 +31,7 @@ type releases struct {
 	cache *staging // the same store with a cache before it
 
 	writing sync.Mutex // of metadata, and of immutable files
+	ends    atomic.Pointer[lifetime]
 }
 
 const (
@@ -67,7 +69,13 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 		if err := r.checkReplaces(ctx, name, data); err != nil {
 			return err
 		}
-		return r.cache.put(ctx, name, data)
+		if err := r.cache.put(ctx, name, data); err != nil {
+			return err
+		}
+		if _, err := r.expiry(ctx); err != nil {
+			return fmt.Errorf("%s is kept, and when the metadata ends cannot be told: %w", name, err)
+		}
+		return nil
 	}
 	if err := r.checkChain(ctx, name, data); err != nil {
 		return err
@@ -283,6 +291,50 @@ func (r *releases) root(ctx context.Context) ([]byte, error) {
 		return nil, err
 	}
 	return r.get(ctx, rootPath(slices.Max(here)))
+}
+
+// metadataSoon is how long before the end of signed metadata it is pointed out.
+const metadataSoon = 14 * 24 * time.Hour
+
+// lifetime is the metadata that ends first.
+type lifetime struct {
+	file string
+	at   time.Time // zero: there is none
+}
+
+func (e lifetime) over(now time.Time) bool { return !e.at.IsZero() && !now.Before(e.at) }
+
+// expiry looks which metadata ends first, and notes it for [releases.attention].
+func (r *releases) expiry(ctx context.Context) (e lifetime, err error) {
+	root, err := r.root(ctx)
+	if err != nil {
+		return e, err
+	}
+	e.file, e.at, err = repo.EndsFirst(root, func(file string) ([]byte, error) {
+		raw, err := newStaging(r.files).get(ctx, file)
+		if errors.Is(err, errNotStaged) {
+			return nil, nil
+		}
+		return raw, err
+	})
+	if err == nil {
+		r.ends.Store(&e)
+	}
+	return e, err
+}
+
+// attention tells that metadata ends soon: devices that find it so take no release, and
+// say that they put it off.
+func (r *releases) attention(now time.Time) []api.Attention {
+	e := r.ends.Load()
+	if e == nil || e.at.IsZero() || e.at.Sub(now) > metadataSoon {
+		return nil
+	}
+	does := "ends"
+	if e.over(now) {
+		does = "has ended"
+	}
+	return []api.Attention{{Code: api.AttentionMetadata, About: "releases", Text: fmt.Sprintf("%s %s %s; without it devices take no release: publish again, with \"deimos release publish\"", e.file, does, e.at.UTC().Format(time.RFC3339))}}
 }
 
 // published refuses a target that devices would look for in vain. Whether it

@@ -273,3 +273,60 @@ func TestWhatANameOfTheRepositoryPromisesIsChecked(t *testing.T) {
 		t.Errorf("the repository has %+v (%v), not %+v", list, err, want)
 	}
 }
+
+// Devices put off what was signed for a time that is over, and a campaign would go
+// through its phases with nobody updated.
+func TestMetadataThatEndsIsPointedOut(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	w.freeze()
+	w.publish(t, "2.0.0")
+	w.device(t)
+	now := w.now().UTC().Truncate(time.Second)
+	put := func(name string, days int, meta string) {
+		t.Helper()
+		raw := fmt.Sprintf(`{"signed":{"expires":%q,"meta":{%s}}}`, now.Add(time.Duration(days)*24*time.Hour).Format(time.RFC3339), meta)
+		must(t, w.op.PutRepoFile(ctx, name, []byte(raw)))
+	}
+	seen := func() (text string) {
+		t.Helper()
+		s, err := w.op.Status(ctx)
+		must(t, err)
+		for _, a := range s.Attention {
+			if a.Code == api.AttentionMetadata {
+				text += a.Text
+			}
+		}
+		return text
+	}
+	start := func() error {
+		_, err := w.op.StartCampaign(ctx, api.CampaignRequest{Version: "2.0.0", Selector: api.Selector{All: true}, Phases: []api.CampaignPhase{percent(100)}})
+		return err
+	}
+	for version, role := range []string{"timestamp", "snapshot", "targets"} {
+		days := []int{100, 100, 100}
+		days[version] = 20
+		// What is named comes before what names it, as for who publishes.
+		put(fmt.Sprintf("metadata/%d.targets.json", 4+10*version), days[2], "")
+		put(fmt.Sprintf("metadata/%d.snapshot.json", 3+10*version), days[1], fmt.Sprintf(`"targets.json":{"version":%d}`, 4+10*version))
+		put("metadata/timestamp.json", days[0], fmt.Sprintf(`"snapshot.json":{"version":%d}`, 3+10*version))
+		if text := seen(); text != "" {
+			t.Errorf("%s, 20 days before: %s", role, text)
+		}
+		w.advance(7 * 24 * time.Hour)
+		if text := seen(); !strings.Contains(text, role) || !strings.Contains(text, "ends") {
+			t.Errorf("%s, 13 days before: %q", role, text)
+		}
+		w.advance(13 * 24 * time.Hour)
+		if text := seen(); !strings.Contains(text, role) || !strings.Contains(text, "has ended") {
+			t.Errorf("%s, at its end: %q", role, text)
+		}
+		wantRefusal(t, start(), http.StatusConflict, "stale_metadata")
+		now = w.now().UTC().Truncate(time.Second)
+	}
+	put("metadata/99.targets.json", 100, "")
+	put("metadata/99.snapshot.json", 100, `"targets.json":{"version":99}`)
+	put("metadata/timestamp.json", 100, `"snapshot.json":{"version":99}`)
+	must(t, start())
+}

@@ -38,7 +38,7 @@ func (c *Coordinator) status() api.Status {
 	now := c.now().UTC()
 	s := api.Status{Version: c.cfg.Version, Started: c.started.UTC(), Since: now.Add(-lately), Challenges: make(map[api.AuditOutcome]int)}
 	s.Orders.Open, s.Orders.Ended, s.Orders.AtLeast = c.outbox.counts(s.Since)
-	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now), c.repairs.attention(), c.campaigns.attention(), c.faces.attention(), c.spaceLeft())
+	see := slices.Concat(c.statusOfDevices(&s, now), c.statusOfChallenges(&s), c.config.unsettled(c.reg), c.tokensThatEnd(now), c.repairs.attention(), c.campaigns.attention(), c.releases.attention(now), c.faces.attention(), c.spaceLeft())
 	s.Repair = c.repairs.summary()
 	slices.SortFunc(see, func(a, b api.Attention) int {
 		return cmp.Or(cmp.Compare(a.Code, b.Code), cmp.Compare(a.About, b.About))

@@ -56,7 +56,7 @@ const MaxAttention = 50
 // Attention is one thing that somebody should look at.
 type Attention struct {
 	Code  string `json:"code"`  // stable, for machines: that of a [Warning], or one of the constants below
-	About string `json:"about"` // "coordinator", "device:ID", "object:NAME", "campaign:ID", "uploads", "operator:NAME" or "token:ID"
+	About string `json:"about"` // "coordinator", "device:ID", "object:NAME", "campaign:ID", "releases", "uploads", "operator:NAME" or "token:ID"
 	Text  string `json:"text"`  // what it is, a short sentence
 }
 
@@ -70,6 +70,7 @@ const (
 	AttentionLost        = "lost"        // a part of an object is on no device any more
 	AttentionDrain       = "drain"       // something holds up a drain
 	AttentionCampaign    = "campaign"    // one was stopped, or waits for an approval
+	AttentionMetadata    = "metadata"    // signed metadata of releases has ended, or will soon
 	AttentionLogFork     = "log_fork"    // the log of releases has shown devices two faces
 	AttentionSpace       = "disk_space"  // the disk of the coordinator's state is full, or soon
 )
