@@ -91,6 +91,8 @@ func goldens() map[string]any {
 		"loss_report":      LossReport{Digest: LossDigest([]string{goldenRoot}), Count: 12_000},
 		"chunk_loss":       ChunkLoss{ID: goldenRoot, Size: 4 << 20, Volume: "v", Reason: "its bytes have changed on disk", Found: goldenAt},
 		"chunk_holdings":   ChunkHoldings{Drained: &Drained{Began: goldenAt, Ended: hour, Chunks: 7, Bytes: 7 << 20}},
+		"chunk_page":       ChunkHoldings{After: goldenRoot},
+		"update_whole":     UpdateResult{From: "1", To: "2", Running: "2", Slot: "b", Confirmed: true, Form: "zstd", NoDelta: "none of its deltas is from what runs here"},
 		"holdings":         Holdings{Count: 3, Bytes: 3 << 20},
 		"chunk_drop_lost":  ChunkDrop{IDs: []string{goldenRoot}, OnlyLost: true},
 		"identify":         Identify{Seconds: 60},
