@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -83,7 +84,7 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, j *job, in 
 		if err != nil {
 			return err
 		}
-		f, digest, err = w.spool(want.Name, int64(len(data)), func(to io.Writer) error { _, err := to.Write(data); return err })
+		f, digest, err = s.spool(w, want.Name, int64(len(data)), func(to io.Writer) error { _, err := to.Write(data); return err })
 		if err != nil {
 			return err
 		}
@@ -97,7 +98,7 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, j *job, in 
 			only = want.Parts[0].Chunk
 		}
 		asked := s.policy.Load().OnMetered != policy.MeteredRun
-		f, digest, err = w.spool(want.Name, sizeOf(want.Parts), func(to io.Writer) error {
+		f, digest, err = s.spool(w, want.Name, sizeOf(want.Parts), func(to io.Writer) error {
 			for _, p := range want.Parts {
 				if err := s.pass(ctx, j, 0); err != nil {
 					return err
@@ -149,10 +150,12 @@ func sizeOf(parts []wire.JobPart) (n int64) {
 }
 
 // spool fills a file of the job's folder, and opens it for reading.
-func (w *work) spool(name string, size int64, fill func(io.Writer) error) (_ *os.File, digest string, err error) {
-	if err := w.room(size); err != nil {
+func (s *Service) spool(w *work, name string, size int64, fill func(io.Writer) error) (_ *os.File, digest string, err error) {
+	written, err := s.disk.reserve(w, size)
+	if err != nil {
 		return nil, "", err
 	}
+	defer written()
 	path := w.path("files", "in."+name)
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -174,16 +177,38 @@ func (w *work) spool(name string, size int64, fill func(io.Writer) error) (_ *os
 	return r, hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// room is an error if so many bytes do not fit the disk.
-func (w *work) room(size int64) error {
+// disk is what jobs may still write where their folders are.
+type disk struct {
+	free func(dir string) (int64, error) // bytes; see freeOn
+
+	mu     sync.Mutex
+	coming int64 // bytes that jobs have room for and have not written
+}
+
+// reserve is an error if so many bytes do not fit beside those that are coming. When they
+// are written, or come no more, they are given back.
+func (d *disk) reserve(w *work, size int64) (giveBack func(), err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	free, err := d.free(w.dir)
+	if err != nil {
+		return nil, w.problem(err)
+	}
+	if free -= d.coming; free-size < spareBytes {
+		return nil, wire.FailedBecause(wire.CodeNoSpace, "the job needs %d MiB of the device's disk, of which %d are free, and %d stay free; place it on another", size>>20, free>>20, spareBytes>>20)
+	}
+	d.coming += size
+	return sync.OnceFunc(func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.coming -= size
+	}), nil
+}
+
+func freeOn(dir string) (int64, error) {
 	var st unix.Statfs_t
-	if err := unix.Statfs(w.dir, &st); err != nil {
-		return w.problem(err)
-	}
-	if free := int64(st.Bavail) * int64(st.Bsize); free-size < spareBytes {
-		return wire.FailedBecause(wire.CodeNoSpace, "the job needs %d MiB of the device's disk, of which %d are free, and %d stay free; place it on another", size>>20, free>>20, spareBytes>>20)
-	}
-	return nil
+	err := unix.Statfs(dir, &st)
+	return int64(st.Bavail) * int64(st.Bsize), err
 }
 
 // diskWriter remembers that it was the disk that failed.

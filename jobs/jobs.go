@@ -12,6 +12,8 @@
 //     until their context ends, holding no memory but their own.
 //   - The owner's word bounds every job, whatever the order says, and at once: see
 //     [Service.Watch].
+//   - Inputs and outputs of all jobs together leave [spareBytes] of the disk free; checkpoints,
+//     of 64 MiB at most, are not counted.
 //   - A job has no effect but its result: doing an order twice is harmless. Its outputs
 //     are durable chunks before the result names them.
 //   - Output that did not come from a module that ended well is never handed on.
@@ -108,6 +110,7 @@ type Service struct {
 	modules *moduleCache
 	policy  atomic.Pointer[policy.Policy] // in force
 	queue   queue
+	disk    disk
 	nudge   chan struct{} // capacity 1: Watch looks at once
 
 	// Of weigh.
@@ -143,7 +146,7 @@ func New(o Options) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the cache of job modules: %w", err)
 	}
-	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job), turned: make(chan struct{})}
+	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job), turned: make(chan struct{}), disk: disk{free: freeOn}}
 	if err := sweep(s.workDir(), o.Now()); err != nil {
 		o.Log.Warn("what jobs have left cannot be removed", "error", err)
 	}
@@ -247,6 +250,13 @@ func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome,
 		return wire.Outcome{}, err
 	}
 	j.runs()
+	if len(j.Outputs) > 0 {
+		ended, err := s.disk.reserve(j.work, limits.OutputBytes)
+		if err != nil {
+			return wire.Outcome{}, err
+		}
+		defer ended()
+	}
 	in, err := s.gather(ctx, j)
 	if err != nil {
 		return wire.Outcome{}, err

@@ -410,6 +410,46 @@ func TestJobsThatCannotBeNamedAreRejected(t *testing.T) {
 	}
 }
 
+func TestJobsDoNotTakeTheSameRoomOnTheDisk(t *testing.T) {
+	s, _, _ := device(t, policy.Default())
+	s.disk.free = func(string) (int64, error) { return spareBytes + 10, nil }
+	w := &work{}
+	one, err := s.disk.reserve(w, 6)
+	mustDo(t, err)
+	_, err = s.disk.reserve(w, 5) // while the other is about to write
+	wantProblem(t, err, wire.Failed, wire.CodeNoSpace, "are free")
+	two, err := s.disk.reserve(w, 4)
+	mustDo(t, err)
+	one()
+	one()
+	two()
+	if s.disk.coming != 0 {
+		t.Errorf("%d bytes are kept for nobody", s.disk.coming)
+	}
+}
+
+func TestAJobThatHasNoRoomForWhatItReadsAndWritesDoesNotBegin(t *testing.T) {
+	s, _, _ := device(t, policy.Default())
+	job := named("steps", "1")
+	job.Limits.OutputBytes = 1 << 20
+	job.Outputs = []string{"a"}
+	job.Inputs = []wire.JobInput{{Name: "b", Parts: []wire.JobPart{part("content", "/b")}}}
+	for spare, ok := range map[int64]bool{1<<20 - 1: false, 1 << 20: false, 1<<20 + 6: false, 1<<20 + 7: true} {
+		s.disk.free = func(string) (int64, error) { return spareBytes + spare, nil }
+		if _, err := do(t, s, job); ok {
+			var p *wire.Problem
+			if errors.As(err, &p) && p.Code == wire.CodeNoSpace {
+				t.Error(err)
+			}
+		} else {
+			wantProblem(t, err, wire.Failed, wire.CodeNoSpace, "place it on another")
+		}
+		if s.disk.coming != 0 {
+			t.Fatalf("%d bytes are kept for nobody", s.disk.coming)
+		}
+	}
+}
+
 func TestOutputThatCannotBecomeAChunkIsTheReason(t *testing.T) {
 	s, o, _ := device(t, policy.Default())
 	o.full = wire.FailedBecause(wire.CodeNoSpace, "the disk's floor is reached")
