@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -353,16 +354,18 @@ func TestARecordMustNameTheReleaseAsItIs(t *testing.T) {
 	}
 }
 
-// logAlone makes the log one record of the only release, which the log's key signs.
-func (f *fleet) logAlone(versionAndName string) {
+// logAlone makes the log these records of the only release, which the log's key signs.
+func (f *fleet) logAlone(versionsAndNames ...string) {
 	f.t.Helper()
 	files, err := filepath.Glob(filepath.Join(f.repo, "targets/bundles/*"))
 	must(f.t, err)
 	sum, _ := NamedSum("targets/bundles/" + filepath.Base(files[0]))
 	l := new(ledger)
-	must(f.t, l.add([]byte(versionAndName+" "+sum+" 2026-11-22T00:00:00Z\n")))
-	must(f.t, os.WriteFile(filepath.Join(f.repo, tilePath(dataTile(0, 1))), l.lines[0], 0o644))
-	for _, tile := range tlog.NewTiles(tileHeight, 0, 1) {
+	for _, r := range versionsAndNames {
+		must(f.t, l.add([]byte(r+" "+sum+" 2026-11-22T00:00:00Z\n")))
+	}
+	must(f.t, os.WriteFile(filepath.Join(f.repo, tilePath(dataTile(0, l.size()))), bytes.Join(l.lines, nil), 0o644))
+	for _, tile := range tlog.NewTiles(tileHeight, 0, l.size()) {
 		raw, err := tlog.ReadTileData(tile, l)
 		must(f.t, err)
 		must(f.t, os.WriteFile(filepath.Join(f.repo, tilePath(tile)), raw, 0o644))
@@ -373,7 +376,7 @@ func (f *fleet) logAlone(versionAndName string) {
 	must(f.t, err)
 	key, err := LoadKey(filepath.Join(f.keys, "log.pem"), nil)
 	must(f.t, err)
-	tree, err := l.tree(1)
+	tree, err := l.tree(l.size())
 	must(f.t, err)
 	signed, err := note.Sign(&note.Note{Text: checkpointText(v.Name(), tree)}, logSigner{v, key})
 	must(f.t, err)
@@ -409,6 +412,10 @@ func TestWhatIsWrongWithALogIsSaid(t *testing.T) {
 				t.Errorf("%s: %q, want %q", line, problems, words)
 			}
 		}
+	}
+	f.logAlone("1.1.0 "+name, "1.1.0 "+name)
+	if problems := verify(); !strings.Contains(problems, "version 1.1.0 is logged twice, as records 0 and 1") {
+		t.Errorf("logged twice: %q", problems)
 	}
 	f.logAlone("1.1.0 " + name)
 	tile := filepath.Join(f.repo, tilePath(tlog.NewTiles(tileHeight, 0, 1)[0]))
