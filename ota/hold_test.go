@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -592,5 +594,56 @@ func TestWaitingIsNoFetching(t *testing.T) {
 		if !waits && wire.ProblemOf(err).Code != wire.CodeLimit {
 			t.Errorf("it takes two days: %v", err)
 		}
+	}
+}
+
+// TestTheNewestOfAStickIsTheNewestThatFits: its metadata names all that was ever signed.
+func TestTheNewestOfAStickIsTheNewestThatFits(t *testing.T) {
+	other := func(o *bundle.BuildOptions) { o.Boards = []string{"other-board"} }
+	for name, c := range map[string]struct {
+		releases map[string]func(*bundle.BuildOptions)
+		runs     string
+		without  string // a version whose files are not on the stick
+		want     string
+		code     string
+	}{
+		"another board":      {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "1.2.0": other}, want: "1.1.0"},
+		"by a way between":   {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "1.2.0": func(o *bundle.BuildOptions) { o.From = "1.1.0" }}, want: "1.1.0"},
+		"not on it":          {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "1.2.0": nil}, without: "1.2.0", want: "1.1.0"},
+		"a pre-release":      {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "2.0.0-rc.1": nil}, want: "1.1.0"},
+		"on a pre-release":   {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "2.0.0-rc.2": nil}, runs: "1.0.0-rc.1", want: "2.0.0-rc.2"},
+		"pre-releases alone": {releases: map[string]func(*bundle.BuildOptions){"2.0.0-rc.1": nil}, code: wire.CodeNotFound},
+		"nothing that fits":  {releases: map[string]func(*bundle.BuildOptions){"0.9.0": nil, "1.0.0": nil, "1.2.0": other}, code: CodeWrongHardware},
+		"what runs":          {releases: map[string]func(*bundle.BuildOptions){"0.9.0": nil, "1.0.0": nil}, code: wire.CodeAlreadyLatest},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFleet(t)
+			for _, v := range slices.SortedFunc(maps.Keys(c.releases), bundle.Compare) {
+				f.release(v, agent(v, "good"), c.releases[v])
+			}
+			if c.without != "" {
+				files, err := filepath.Glob(filepath.Join(f.repo, "targets", "bundles", "*."+c.without+".json"))
+				if err != nil || len(files) != 1 {
+					t.Fatal(files, err)
+				}
+				must(t, os.Remove(files[0]))
+			}
+			_, dir := f.device()
+			s := f.service(dir, func(o *Options) {
+				if c.runs != "" {
+					o.Version = c.runs
+				}
+			})
+			_, err := s.Install(t.Context(), "w", f.repo, "", nil)
+			if c.code != "" {
+				if p := wire.ProblemOf(err); p.Code != c.code {
+					t.Errorf("%v; want %s", err, c.code)
+				}
+				return
+			}
+			if st, trouble := standing(s); !errors.Is(err, ErrRestart) || trouble != nil || st == nil || st.version != c.want {
+				t.Errorf("%+v is on trial (%v, %v), want %s", st, err, trouble, c.want)
+			}
+		})
 	}
 }

@@ -3,9 +3,11 @@ package ota
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -66,6 +68,42 @@ func (s *Service) noteRefusal(j job, err error) {
 	if err := s.mem.leave(note); err != nil {
 		s.o.Log.Warn("how the update ended cannot be noted", "error", err)
 	}
+}
+
+// newest is the newest release of a stick that this device can take from it. The
+// metadata names all that there ever were, and the stick may have the files of one.
+func (s *Service) newest(ctx context.Context, client *repo.Client, j job, me bundle.Device) (m bundle.Manifest, err error) {
+	var versions []string
+	for _, name := range client.Targets() {
+		if v, ok := repo.TargetVersion(name); ok && (!bundle.Prerelease(v) || bundle.Prerelease(me.Version)) {
+			versions = append(versions, v)
+		}
+	}
+	slices.SortFunc(versions, func(a, b string) int { return bundle.Compare(b, a) })
+	err = wire.RejectedBecause(wire.CodeNotFound, "there is no release in %s, but for pre-releases, which are installed only if you name one with --version; publish one first", j.local)
+	for i, v := range versions {
+		if i > 0 && bundle.Compare(v, me.Version) <= 0 {
+			break // why the newer ones are not taken says more
+		}
+		found, why := client.Manifest(ctx, repo.TargetName(v))
+		if why == nil {
+			_, _, why = found.For(me)
+		}
+		if why == nil || !passedOver(why) {
+			return found, why
+		}
+		s.o.Log.Info("a release on the stick is passed over", "version", v, "reason", why)
+		if i == 0 {
+			err = why
+		}
+	}
+	return bundle.Manifest{}, err
+}
+
+// passedOver tells of a reason not to take a release for which an older one may be taken.
+func passedOver(err error) bool {
+	var e *repo.Error
+	return errors.As(err, &e) && e.Condition == repo.Missing || errors.Is(err, bundle.ErrBoard) || errors.Is(err, bundle.ErrPlatform) || errors.Is(err, bundle.ErrFrom)
 }
 
 // Known tells whether what became of the owner's wish with this id is known: it ended,

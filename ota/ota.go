@@ -655,7 +655,7 @@ func (s *Service) look(ctx context.Context, j job) (offer, error) {
 		return offer{}, err
 	}
 	me := bundle.Device{ID: string(s.o.Device), Board: s.o.Board, Version: s.o.Version, Floor: floor, Part: s.how.part(), Platform: s.o.Platform, Runs: s.runs()}
-	m, err := s.manifest(ctx, client, j)
+	m, err := s.manifest(ctx, client, j, me)
 	if err != nil {
 		return offer{}, err
 	}
@@ -700,17 +700,10 @@ func (s *Service) runs() string {
 	return ""
 }
 
-// manifest is what the order names, or the newest that there is.
-func (s *Service) manifest(ctx context.Context, client *repo.Client, j job) (bundle.Manifest, error) {
+// manifest is what the order names, or the newest that there is for this device.
+func (s *Service) manifest(ctx context.Context, client *repo.Client, j job, me bundle.Device) (bundle.Manifest, error) {
 	if j.version == "" {
-		for _, name := range client.Targets() {
-			if v, ok := repo.TargetVersion(name); ok && (j.version == "" || bundle.Compare(v, j.version) > 0) {
-				j.version = v
-			}
-		}
-		if j.version == "" {
-			return bundle.Manifest{}, wire.RejectedBecause(wire.CodeNotFound, "there is no release in %s; publish one first", j.local)
-		}
+		return s.newest(ctx, client, j, me)
 	}
 	if j.target == "" {
 		j.target = repo.TargetName(j.version)

@@ -212,6 +212,9 @@ func (p Platform) runs(q Platform) bool {
 // Compare orders two versions: -1, 0 or 1. A version that is none is older than all others.
 func Compare(a, b string) int { return semver.Compare("v"+a, "v"+b) }
 
+// Prerelease tells whether a version is one that comes before a release, as 1.2.0-rc.1.
+func Prerelease(v string) bool { return semver.Prerelease("v"+v) != "" }
+
 // CheckVersion tells, as an error, why v may not name a release.
 func CheckVersion(v string) error {
 	if !semver.IsValid("v"+v) || semver.Canonical("v"+v) != "v"+v {
