@@ -426,3 +426,25 @@ func TestWhatIsWrongWithALogIsSaid(t *testing.T) {
 		t.Errorf("with a hash that was altered: %q", problems)
 	}
 }
+
+// TestTheLogIsReadStrictly: a checkpoint and a record say one thing in one way.
+func TestTheLogIsReadStrictly(t *testing.T) {
+	hash := tlog.Hash{1}.String()
+	for size, good := range map[string]bool{"1": true, "0": true, "+1": false, "01": false, "-1": false, " 1": false, "": false, fmt.Sprint(maxLogSize): true, fmt.Sprint(maxLogSize + 1): false} {
+		if _, err := parseCheckpoint("log\n"+size+"\n"+hash+"\n", "log"); (err == nil) != good {
+			t.Errorf("a log of %q records: %v", size, err)
+		}
+	}
+	for _, text := range []string{"", "log\n1\n", "other\n1\n" + hash + "\n", "log\n1\nx\n"} {
+		if _, err := parseCheckpoint(text, "log"); err == nil {
+			t.Errorf("%q was read", text)
+		}
+	}
+	record := func(version string) string { return version + " b c 2026-11-22T00:00:00Z\n" }
+	fits := strings.Repeat("v", maxRecord-len(record("")))
+	for line, good := range map[string]bool{record(fits): true, record(fits + "v"): false, "a b c 2026-11-22T00:00:00Z d\n": false, record("")[1:]: false, strings.TrimSuffix(record("a"), "\n"): false} {
+		if _, err := parseRecord([]byte(line)); (err == nil) != good {
+			t.Errorf("a record of %d bytes, %.20q: %v", len(line), line, err)
+		}
+	}
+}
