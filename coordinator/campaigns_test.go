@@ -920,3 +920,19 @@ func TestADeviceTellsHowFarItsUpdateIs(t *testing.T) {
 	}
 	beats(nil)
 }
+
+// That one of several coordinators leads is what keeps a campaign's rate: each would
+// ask as many as it may.
+func TestOfTwoCoordinatorsOneAsks(t *testing.T) {
+	t.Parallel()
+	both := peers(t, 2, quickly)
+	r := newRollout(t, both[0], "2.0.0")
+	devices := r.takers(4)
+	eventually(t, "both know all devices", func() bool {
+		return !slices.ContainsFunc(devices, func(d *device) bool { return !both[0].reg.online(d.id) || !both[1].reg.online(d.id) })
+	})
+	both[0].freeze()
+	c := r.start(api.CampaignRequest{Rate: 1, Phases: []api.CampaignPhase{percent(100)}})
+	r.until(c.ID, "one was asked", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 1 })
+	r.holds(c.ID, func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 1 })
+}
