@@ -427,6 +427,18 @@ func TestWhatIsWrongWithALogIsSaid(t *testing.T) {
 	}
 }
 
+// TestRecordsMustBeThoseThatAreSignedFor.
+func TestRecordsMustBeThoseThatAreSignedFor(t *testing.T) {
+	f := newFleet(t)
+	f.release("1.1.0", "one")
+	records := filepath.Join(f.repo, tilePath(dataTile(0, 1)))
+	must(t, os.WriteFile(records, bytes.Replace(read(t, records), []byte("1.1.0 "), []byte("1.1.1 "), 1), 0o644))
+	c := f.client(t.TempDir())
+	must(t, c.Refresh(t.Context(), now))
+	_, err := c.VerifyLog(t.Context(), nil)
+	refused(t, err, Digest, "are not those that it was signed for")
+}
+
 // TestTheLogIsReadStrictly: a checkpoint and a record say one thing in one way.
 func TestTheLogIsReadStrictly(t *testing.T) {
 	hash := tlog.Hash{1}.String()
