@@ -647,3 +647,27 @@ func TestTheNewestOfAStickIsTheNewestThatFits(t *testing.T) {
 		})
 	}
 }
+
+// TestAStickThatWaitsDoesNotGiveWay to an order of the fleet.
+func TestAStickThatWaitsDoesNotGiveWay(t *testing.T) {
+	f := newFleet(t)
+	f.good("1.1.0")
+	s, _ := f.device()
+	s.busy.Lock() // as an order does that is under way
+	waits := make(chan struct{}, 9)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.Install(t.Context(), "w", f.repo, "", func(p wire.Progress) {
+			if p.Waits != nil {
+				waits <- struct{}{}
+			}
+		})
+		ended <- err
+	}()
+	<-waits
+	must(t, s.Refuse(order("o2", "1.1.0")))
+	s.busy.Unlock()
+	if err := <-ended; !errors.Is(err, ErrRestart) {
+		t.Errorf("it ends with %v", err)
+	}
+}

@@ -317,12 +317,12 @@ func (s *Service) Handle(ctx context.Context, o wire.Order, tell func(wire.Progr
 }
 
 // Refuse is told of each order for an update as it arrives, and refuses none: one that
-// waits for its owner gives way to it.
+// waits for its owner gives way to it, but what the owner himself has asked for does not.
 func (s *Service) Refuse(o wire.Order) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for id, cancel := range s.waiting {
-		if id != o.ID {
+		if id != o.ID && !IsLocal(id) {
 			cancel(wire.RejectedBecause(wire.CodeSuperseded, "while this update waited, order %s came; that one is carried out", o.ID))
 		}
 	}
