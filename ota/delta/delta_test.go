@@ -100,7 +100,7 @@ func TestAPatchMakesTheNewFile(t *testing.T) {
 	r := random(t)
 	for _, encoding := range Encodings {
 		t.Run(encoding, func(t *testing.T) {
-			for i := range 60 {
+			for i := range 15 {
 				old := program(r, r.IntN(60_000))
 				file := changed(r, old)
 				switch i {
