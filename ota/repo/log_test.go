@@ -442,7 +442,7 @@ func TestRecordsMustBeThoseThatAreSignedFor(t *testing.T) {
 // TestTheLogIsReadStrictly: a checkpoint and a record say one thing in one way.
 func TestTheLogIsReadStrictly(t *testing.T) {
 	hash := tlog.Hash{1}.String()
-	for size, good := range map[string]bool{"1": true, "0": true, "+1": false, "01": false, "-1": false, " 1": false, "": false, fmt.Sprint(maxLogSize): true, fmt.Sprint(maxLogSize + 1): false} {
+	for size, good := range map[string]bool{"1": true, "0": true, "+1": false, "01": false, "-1": false, " 1": false, "": false, fmt.Sprint(int64(maxLogSize)): true, fmt.Sprint(int64(maxLogSize) + 1): false} {
 		if _, err := parseCheckpoint("log\n"+size+"\n"+hash+"\n", "log"); (err == nil) != good {
 			t.Errorf("a log of %q records: %v", size, err)
 		}
