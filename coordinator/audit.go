@@ -150,7 +150,11 @@ func (r ComputeResult) result(outputs []string) wire.JobResult {
 		if name == wire.Stdout {
 			data = r.Output
 		}
-		res.Outputs = append(res.Outputs, wire.JobOutput{Name: name, SHA256: sha256Of(data), Size: int64(len(data))})
+		out := wire.JobOutput{Name: name, SHA256: sha256Of(data), Size: int64(len(data))}
+		for part := range slices.Chunk(data, chunk.MaxSize) {
+			out.Parts = append(out.Parts, wire.JobPart{Chunk: chunk.Sum(part).String(), Size: int64(len(part))})
+		}
+		res.Outputs = append(res.Outputs, out)
 	}
 	return res
 }

@@ -127,7 +127,8 @@ func (c *compute) collect(ctx context.Context, v OrderRecord) (j jobOutcome, err
 }
 
 // checkOutputs tells whether the named outputs are those that were asked for, each
-// in one piece.
+// in one piece. All chunks of one but its last are as large as a chunk can be, so that the
+// same bytes are the same chunks on each device.
 func checkOutputs(asked wire.JobRun, r wire.JobResult) error {
 	if len(r.Outputs) != len(asked.Outputs) {
 		return fmt.Errorf("%d outputs instead of %d", len(r.Outputs), len(asked.Outputs))
@@ -137,9 +138,12 @@ func checkOutputs(asked wire.JobRun, r wire.JobResult) error {
 			return fmt.Errorf("the output %q instead of %q", label(o.Name), asked.Outputs[i])
 		}
 		var size int64
-		for _, p := range o.Parts {
+		for k, p := range o.Parts {
 			if !isDigest(p.Chunk) || p.Size < 1 || p.Size > chunk.MaxSize {
 				return fmt.Errorf("the output %s has a part that is no chunk", o.Name)
+			}
+			if p.Size < chunk.MaxSize && k < len(o.Parts)-1 {
+				return fmt.Errorf("the output %s has a part of %d bytes before its last; there it is %d", o.Name, p.Size, chunk.MaxSize)
 			}
 			size += p.Size
 		}
@@ -169,13 +173,16 @@ func checkStatement(d api.DeviceRecord, o wire.Order, asked wire.JobRun, r wire.
 	case !slices.Equal(p.Args, asked.Args) || !maps.Equal(p.Env, asked.Env) || p.Live != asked.Live:
 		return fmt.Errorf("it is about other arguments, or another environment")
 	}
-	want := map[string]string{wire.Stdout: r.Output}
+	want, parts := map[string]string{wire.Stdout: r.Output}, make(map[string][]wire.JobPart)
 	for _, f := range r.Outputs {
-		want[f.Name] = f.SHA256
+		want[f.Name], parts[f.Name] = f.SHA256, f.Parts
 	}
 	for _, s := range st.Subject {
 		if want[s.Name] == "" || s.Digest["sha256"] != want[s.Name] {
 			return fmt.Errorf("it is about another output %q", label(s.Name))
+		}
+		if id, of := s.Digest["deimosChunk"], parts[s.Name]; id != "" && (len(of) != 1 || of[0].Chunk != id) {
+			return fmt.Errorf("it says that the output %q is another chunk", label(s.Name))
 		}
 		delete(want, s.Name)
 	}

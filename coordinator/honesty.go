@@ -285,12 +285,17 @@ func ownOf(r ComputeResult, outputs []string) trust.Own {
 	return trust.Own{Digest: resultDigest(res), Output: expectedOf(outputs, res), Engine: r.Engine, CPUSeconds: r.CPUSeconds}
 }
 
-// resultDigest is the same of the same outputs, whoever made them.
+// resultDigest is the same of the same outputs, whoever made them. Their chunks are in it: who
+// reads a stored file reads those, and what a device says of them beside the right SHA-256 is
+// compared, too.
 func resultDigest(r wire.JobResult) string {
 	h := sha256.New()
 	fmt.Fprintln(h, r.Output, r.OutputBytes)
 	for _, f := range r.Outputs {
 		fmt.Fprintln(h, f.Name, f.SHA256, f.Size)
+		for _, p := range f.Parts {
+			fmt.Fprintln(h, p.Chunk, p.Size)
+		}
 	}
 	return hex.EncodeToString(h.Sum(nil))
 }

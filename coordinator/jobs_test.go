@@ -745,19 +745,25 @@ func TestAStatementAboutAnotherJobIsNotTaken(t *testing.T) {
 	q := api.JobSpec{Module: w.module(t), Args: []string{"x"}, Inputs: []api.JobInput{{Name: "data", Object: "in"}}, Outputs: []string{"copy"}, Retries: -1}
 	zero := strings.Repeat("0", 64)
 	for name, bend := range map[string]func(*wire.JobResult, *wire.Statement){
-		"order":           func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Order = "x" },
-		"device":          func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Device = "x" },
-		"module":          func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Module.Digest["sha256"] = zero },
-		"arguments":       func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Args = nil },
-		"environment":     func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Env = map[string]string{"A": "b"} },
-		"live":            func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Live = true },
-		"input":           func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Inputs[0].Digest["deimosChunk"] = zero },
-		"no input":        func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Inputs = nil },
-		"output":          func(_ *wire.JobResult, s *wire.Statement) { s.Subject[1].Digest["sha256"] = zero },
-		"no output":       func(_ *wire.JobResult, s *wire.Statement) { s.Subject = s.Subject[:1] },
-		"type":            func(_ *wire.JobResult, s *wire.Statement) { s.Type = "x" },
-		"result's size":   func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].Size++ },
-		"result's name":   func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].Name = "other" },
+		"order":          func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Order = "x" },
+		"device":         func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Device = "x" },
+		"module":         func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Module.Digest["sha256"] = zero },
+		"arguments":      func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Args = nil },
+		"environment":    func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Env = map[string]string{"A": "b"} },
+		"live":           func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Live = true },
+		"input":          func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Inputs[0].Digest["deimosChunk"] = zero },
+		"no input":       func(_ *wire.JobResult, s *wire.Statement) { s.Predicate.Inputs = nil },
+		"output":         func(_ *wire.JobResult, s *wire.Statement) { s.Subject[1].Digest["sha256"] = zero },
+		"no output":      func(_ *wire.JobResult, s *wire.Statement) { s.Subject = s.Subject[:1] },
+		"type":           func(_ *wire.JobResult, s *wire.Statement) { s.Type = "x" },
+		"result's size":  func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].Size++ },
+		"result's name":  func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].Name = "other" },
+		"output's chunk": func(_ *wire.JobResult, s *wire.Statement) { s.Subject[1].Digest["deimosChunk"] = zero },
+		"result's chunk": func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].Parts[0].Chunk = zero },
+		"result's parts": func(r *wire.JobResult, s *wire.Statement) {
+			delete(s.Subject[1].Digest, "deimosChunk")
+			r.Outputs[0].Parts = []wire.JobPart{{Chunk: zero, Size: 40}, {Chunk: zero, Size: 60}}
+		},
 		"result's digest": func(r *wire.JobResult, _ *wire.Statement) { r.Outputs[0].SHA256 = zero },
 	} {
 		d.on(wire.KindJobRun, d.maker(bend))

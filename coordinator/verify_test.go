@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"context"
 	"net/http"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/coordinator/trust"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -65,6 +67,52 @@ func wantSure(t testing.TB, r api.JobResult, err error, by api.VerifiedBy, code 
 	}
 	if err != nil || r.VerifiedBy != by || got != code {
 		t.Errorf("verified by %q (%q), want %q (%q): %v %+v", r.VerifiedBy, got, by, code, err, r.JobTask)
+	}
+}
+
+// Who names other chunks beside the right SHA-256 has another result: readers by chunk would
+// read them.
+func TestTheChunksOfAnOutputAreCompared(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t, func(c *Config) {
+		c.Compute = func(_ context.Context, j ComputeJob) (ComputeResult, error) {
+			return ComputeResult{Outputs: map[string][]byte{"copy": j.Inputs["data"]}}, nil
+		}
+	})
+	liar, d := w.device(t), w.device(t)
+	data, garbage := someBytes(5000), someBytes(5000)
+	w.putFile(t, "in", data, 2)
+	w.putFile(t, "garbage", garbage, 2)
+	right, other := chunk.Sum(data).String(), chunk.Sum(garbage).String()
+	liar.tell(ready())
+	d.tell(ready())
+	liar.on(wire.KindJobRun, liar.maker(func(r *wire.JobResult, s *wire.Statement) {
+		r.Outputs[0].Parts[0].Chunk = other
+		s.Subject[1].Digest["deimosChunk"] = other
+	}))
+	d.on(wire.KindJobRun, d.maker(nil))
+	r, err := w.op.RunJob(testContext(t), api.JobSpec{Module: w.module(t), Inputs: []api.JobInput{{Name: "data", Object: "in"}},
+		Outputs: []string{"copy"}, Save: map[string]string{"copy": "saved"}, Copies: 2})
+	must(t, err)
+	o, err := w.op.Object(testContext(t), "saved")
+	must(t, err)
+	if r.Device != d.id || r.VerifiedBy != api.ByCoordinator || o.Chunks[0].ID != right {
+		t.Errorf("%s (the liar is %s), verified by %q, has made a file of %+v; the output is chunk %s", r.Device, liar.id, r.VerifiedBy, o.Chunks, right)
+	}
+	eventually(t, "the liar is caught", func() bool { return w.audits.honesty.standing(liar.id).Distrusted() })
+	if s := w.audits.honesty.standing(d.id); s.Distrusted() || s.Wrong > 0 {
+		t.Errorf("the other is thought a liar: %+v", s)
+	}
+}
+
+// The coordinator cuts an output as devices do.
+func TestOwnOutputsHaveTheChunksOfADevices(t *testing.T) {
+	t.Parallel()
+	data := someBytes(chunk.MaxSize + 5)
+	all := ComputeResult{Output: data}.result([]string{wire.Stdout, "none"}).Outputs
+	want := []wire.JobPart{{Chunk: chunk.Sum(data[:chunk.MaxSize]).String(), Size: chunk.MaxSize}, {Chunk: chunk.Sum(data[chunk.MaxSize:]).String(), Size: 5}}
+	if !slices.Equal(all[0].Parts, want) || len(all[1].Parts) != 0 {
+		t.Errorf("%+v, want %+v and nothing", all, want)
 	}
 }
 
