@@ -352,7 +352,7 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return rec, err
 	}
-	job := wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: r.Limits}
+	job := wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: saidLimits(r.Limits)}
 	return a.computeChallenge(ctx, rec, job, reading{input: data}, func(time.Duration) {})
 }
 

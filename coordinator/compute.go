@@ -12,8 +12,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/oklog/ulid/v2"
-
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -42,12 +40,6 @@ func lifeOfJob(l wire.JobLimits) time.Duration {
 // isStaged is true for a report whose attachment came over HTTPS.
 func isStaged(r wire.Report) bool {
 	return r.Attachment != nil && r.Attachment.Inline == nil && r.Attachment.Size > 0
-}
-
-// send has a device run a module over a chunk that it holds.
-func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
-	v, err := c.sendAs(ctx, ulid.Make().String(), d, module, wire.JobRun{Args: args, Input: input, Limits: limits}, lifeOfJob(limits))
-	return v.Order, err
 }
 
 // sendAs sends a job order with the id given, in which only the module is missing.

@@ -30,14 +30,20 @@ type asked struct {
 	needs  api.JobNeeds
 }
 
+// saidLimits are those of an order: the memory is said, so that every device has as much or
+// is not asked.
+func saidLimits(l wire.JobLimits) wire.JobLimits {
+	if l.MemoryBytes <= 0 {
+		l.MemoryBytes = wire.OrdinaryLimits.MemoryBytes
+	}
+	return l
+}
+
 // resolve finds what a task wants by what is stored now.
 func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 	q := row.Spec
 	a.needs = q.Needs
-	a.run = wire.JobRun{Module: wire.Blob{SHA256: q.Module}, Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: q.Limits, Rank: q.Rank, Live: q.Live}
-	if l := &a.run.Limits; l.MemoryBytes <= 0 { // said, so that every device has as much or is not asked
-		l.MemoryBytes = wire.OrdinaryLimits.MemoryBytes
-	}
+	a.run = wire.JobRun{Module: wire.Blob{SHA256: q.Module}, Args: q.Args, Env: q.Env, Outputs: q.Outputs, Limits: saidLimits(q.Limits), Rank: q.Rank, Live: q.Live}
 	// Where it has to be done may not be where a chunk is.
 	tied := q.Needs.Device != "" || slices.ContainsFunc(q.Inputs, func(in api.JobInput) bool { return in.Object == "" })
 	object := func(name, as string) error {
@@ -304,7 +310,8 @@ type choice struct {
 // room is how many more tasks each device may have now. Company that a result is to have is
 // drawn, so that who lies in league does not choose it, and is strictly another owner's.
 func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.DeviceID]int, strict bool) (best *choice, wait *api.JobWait) {
-	var fit []choice
+	var fit, again []choice // again: of who has said already that it is the module that fails
+	blame := 0
 	var near *api.JobWait
 	nearest, able, away := -1, 0, 0
 	sent := s.sentTo(t, devices)
@@ -330,6 +337,10 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 			continue
 		}
 		able++
+		said := s.blamed(t, d.as.Owner, a.run.Limits)
+		if said {
+			blame++
+		}
 		if d.rests != nil {
 			wait = d.rests
 			continue
@@ -339,7 +350,14 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 		}
 		c := choice{device: d, load: float64(room[d.id]), same: same(d)}
 		c.tried = slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool { return at.Device == d.id })
-		fit = append(fit, c)
+		if said {
+			again = append(again, c)
+		} else {
+			fit = append(fit, c)
+		}
+	}
+	if able == blame { // else another owner's device is to say the same, though it be busy now
+		fit = again
 	}
 	if len(fit) == 0 {
 		return nil, s.waitOf(a, able, len(devices), away, near, wait)

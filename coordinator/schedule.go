@@ -711,8 +711,9 @@ func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 	end := func(state wire.State, code, format string, args ...any) {
 		t.State, t.Code, t.Reason, t.Ended, t.Next = state, code, cutText(fmt.Sprintf(format, args...), maxLoggedText), now, time.Time{}
 	}
-	fails, guest, good := 0, 0, 0
-	var last api.JobAttempt // that counts
+	fails, good := 0, 0
+	guest := make(map[string]int) // how often an owner's devices have said that it is the module that fails
+	var last api.JobAttempt       // that counts
 	for _, a := range t.Attempts {
 		if !a.Ended.IsZero() && a.State == wire.Succeeded {
 			good++
@@ -724,8 +725,8 @@ func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 			end(wire.Canceled, a.Code, "order %s of device %s was canceled", a.Order, a.Device)
 			return
 		}
-		if last, fails = a, fails+1; a.Code == codeGuestFailed || a.Code == codeBadModule || failedAt(a, job.Spec.Limits) {
-			guest++
+		if last, fails = a, fails+1; blames(a, job.Spec.Limits) {
+			guest[s.honesty.copyOf(a.Device).Owner]++
 		}
 	}
 	retries := max(job.Spec.Retries, 0)
@@ -748,7 +749,7 @@ func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 		t.State, t.Code, t.Reason = wire.Running, codeVerifying, v.reason
 	case last.Code == wire.CodeBadBody || last.Code == "too_large" || last.Code == "no_module":
 		end(last.State, last.Code, "%s", last.Reason)
-	case guest > 0 && (guest > 1 || retries == 0) && !job.Spec.Live && good == 0:
+	case confirmed(guest, retries, func() bool { return job.Spec.Needs.Device != "" || lone() }) && !job.Spec.Live && good == 0:
 		end(last.State, last.Code, "%s", last.Reason)
 	case (fails > retries || len(t.Attempts) >= maxAttempts) && t.running() == 0:
 		reason := last.Reason
@@ -768,6 +769,28 @@ func (s *jobs) decide(job jobRow, t *taskRow, lone func() bool) {
 			t.Next = now.Add(min(s.pace.retry<<min(fails-1, 10), longestRetry))
 		}
 	}
+}
+
+// confirmed tells whether it is the module that fails: devices of two owners say so, or those
+// of one have said it twice and nobody else could. Else one that lies would end all tasks.
+func confirmed(said map[string]int, retries int, lone func() bool) bool {
+	if len(said) != 1 {
+		return len(said) > 1
+	}
+	for _, n := range said {
+		return retries == 0 || n > 1 && lone()
+	}
+	return false
+}
+
+// blamed tells whether an owner's device has said that it is the module that fails at a task.
+func (s *jobs) blamed(t taskRow, owner string, l wire.JobLimits) bool {
+	return slices.ContainsFunc(t.Attempts, func(a api.JobAttempt) bool { return blames(a, l) && s.honesty.copyOf(a.Device).Owner == owner })
+}
+
+// blames tells whether an attempt has failed for what the task is, by the device's word.
+func blames(a api.JobAttempt, l wire.JobLimits) bool {
+	return a.Code == codeGuestFailed || a.Code == codeBadModule || failedAt(a, l)
 }
 
 // fail ends a task that no device can do, for what it is about.

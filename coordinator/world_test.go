@@ -29,6 +29,7 @@ import (
 	"time"
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
+	"github.com/oklog/ulid/v2"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -608,6 +609,12 @@ func (d *device) honest(o wire.Order) *reply {
 		return d.compute(o, nil)
 	}
 	return &reply{state: wire.Rejected, code: wire.CodeUnknownKind}
+}
+
+// send has a device run a module over a chunk that it holds.
+func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
+	v, err := c.sendAs(ctx, ulid.Make().String(), d, module, wire.JobRun{Args: args, Input: input, Limits: limits}, lifeOfJob(limits))
+	return v.Order, err
 }
 
 // prove answers an audit; bend, if not nil, may change the answer and its leaves.

@@ -60,6 +60,7 @@ func TestCommandsOfCampaigns(t *testing.T) {
 		}
 		mu.Lock()
 		asked = append(asked, strings.TrimSpace(fmt.Sprintf("→ %s %s %s", r.Method, r.URL.RequestURI(), body)))
+		rel := rel
 		mu.Unlock()
 		var v any = rel
 		switch path := strings.TrimPrefix(r.URL.Path, "/api/v1/"); {
@@ -116,8 +117,13 @@ func TestCommandsOfCampaigns(t *testing.T) {
 	if err := json.Unmarshal([]byte(m.ok("release", "status", "-o", "json")), &back); err != nil || back.Forks[0].Faces[1].Checkpoint == "" || len(back.Campaigns) != 2 {
 		t.Errorf("%v %+v", err, back)
 	}
-	rel.Campaigns = rel.Campaigns[1:]
+	now := func(list []api.Campaign) {
+		mu.Lock()
+		defer mu.Unlock()
+		rel.Campaigns = list
+	}
+	now(rel.Campaigns[1:])
 	m.refused("no campaign is under way", "release", "campaign", "pause")
-	rel.Campaigns = nil
+	now(nil)
 	m.refused("there is no campaign", "release", "campaign", "show")
 }
