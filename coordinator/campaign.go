@@ -230,14 +230,14 @@ type meaning struct {
 
 // faults are refusals that speak against the release or where it came from, though
 // the device has not begun.
-var faults = map[string]bool{wire.CodeVerification: true, "log_fork": true, "not_logged": true, wire.CodeBadBody: true}
+var faults = map[string]bool{wire.CodeVerification: true, wire.CodeLogFork: true, wire.CodeNotLogged: true, wire.CodeBadBody: true}
 
 // lasting are refusals that do not end by waiting.
-var lasting = map[string]bool{"wrong_hardware": true, wire.CodeNotSupported: true, wire.CodeUnknownKind: true, "downgrade": true, "no_update_root": true, "newer_format": true}
+var lasting = map[string]bool{wire.CodeWrongHardware: true, wire.CodeNotSupported: true, wire.CodeUnknownKind: true, wire.CodeDowngrade: true, wire.CodeNoUpdateRoot: true, wire.CodeNewerFormat: true}
 
 // passing are failures that say nothing of the release: a home router that starts anew
 // is enough, or the coordinator itself.
-var passing = map[string]bool{wire.CodeTransfer: true, "slow_transfer": true, wire.CodeNoSpace: true, wire.CodeInterrupted: true}
+var passing = map[string]bool{wire.CodeTransfer: true, wire.CodeSlowTransfer: true, wire.CodeNoSpace: true, wire.CodeInterrupted: true}
 
 func judgeOffer(o orderNow) meaning {
 	switch o.state {
@@ -375,7 +375,7 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	case !v.online:
 		a.standing = api.StandsAway
 	case v.busy:
-		a.standing, a.code = api.StandsWaiting, "update_pending"
+		a.standing, a.code = api.StandsWaiting, wire.CodeUpdatePending
 	default:
 		a.standing, a.ask = api.StandsDue, true
 	}

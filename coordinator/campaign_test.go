@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
-	"github.com/deimos-edge/deimos/ota"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -69,13 +68,13 @@ func TestHowManyMayFailIsAShareOfThoseThatWereAsked(t *testing.T) {
 // Devices refuse with these when what they are shown was not made by the keys' owners,
 // or is not what everybody is shown.
 func TestAReleaseThatDevicesDistrustHasFailed(t *testing.T) {
-	for _, code := range []string{wire.CodeVerification, ota.CodeLogFork, ota.CodeNotLogged, wire.CodeBadBody} {
+	for _, code := range []string{wire.CodeVerification, wire.CodeLogFork, wire.CodeNotLogged, wire.CodeBadBody} {
 		if got := judgeOffer(orderNow{state: wire.Rejected, code: code}); got != (meaning{api.StandsFailed, false}) {
 			t.Errorf("%s: %+v", code, got)
 		}
 	}
 	// And no code is in a list that devices do not send.
-	known := []string{ota.CodeLogFork, ota.CodeNotLogged, ota.CodeWrongHardware, ota.CodeDowngrade, ota.CodeNoUpdateRoot, ota.CodeNewerFormat, ota.CodeSlowTransfer,
+	known := []string{wire.CodeLogFork, wire.CodeNotLogged, wire.CodeWrongHardware, wire.CodeDowngrade, wire.CodeNoUpdateRoot, wire.CodeNewerFormat, wire.CodeSlowTransfer,
 		wire.CodeVerification, wire.CodeBadBody, wire.CodeNotSupported, wire.CodeUnknownKind, wire.CodeTransfer, wire.CodeNoSpace, wire.CodeInterrupted}
 	for _, list := range []map[string]bool{faults, lasting, passing} {
 		for code := range list {
@@ -87,7 +86,7 @@ func TestAReleaseThatDevicesDistrustHasFailed(t *testing.T) {
 }
 
 func TestWhatSaysNothingOfTheReleaseIsNoFailure(t *testing.T) {
-	for _, code := range []string{wire.CodeTransfer, ota.CodeSlowTransfer, wire.CodeNoSpace, wire.CodeInterrupted} {
+	for _, code := range []string{wire.CodeTransfer, wire.CodeSlowTransfer, wire.CodeNoSpace, wire.CodeInterrupted} {
 		if got := judgeOffer(orderNow{state: wire.Failed, code: code}); got != (meaning{api.StandsHindered, true}) {
 			t.Errorf("%s: %+v", code, got)
 		}
@@ -102,9 +101,9 @@ func TestWhatSaysNothingOfTheReleaseIsNoFailure(t *testing.T) {
 		hold bool
 	}{
 		{at{standing: api.StandsHindered, again: true}, true},
-		{at{standing: api.StandsDeclined, code: ota.CodeStaleMetadata, again: true}, true},
+		{at{standing: api.StandsDeclined, code: wire.CodeStaleMetadata, again: true}, true},
 		{at{standing: api.StandsWaiting, code: wire.CodeConsent}, true},
-		{at{standing: api.StandsDeclined, code: ota.CodeWrongHardware}, false},
+		{at{standing: api.StandsDeclined, code: wire.CodeWrongHardware}, false},
 	} {
 		r, few := inPhase(t, 0, 10), tallied(0, map[api.Standing]int{api.StandsUpdated: 5})
 		c.at.asked = true

@@ -259,7 +259,7 @@ func (s *campaigns) begin(ctx context.Context, q api.CampaignRequest) (api.Campa
 	case err != nil:
 		return api.Campaign{}, err
 	case e.over(s.now()):
-		return api.Campaign{}, refuse(http.StatusConflict, "stale_metadata", "%s has ended %s, so no device would take a release; publish again first, with \"deimos release publish\"", e.file, e.at.UTC().Format(time.RFC3339))
+		return api.Campaign{}, refuse(http.StatusConflict, wire.CodeStaleMetadata, "%s has ended %s, so no device would take a release; publish again first, with \"deimos release publish\"", e.file, e.at.UTC().Format(time.RFC3339))
 	}
 	var other *campaignRow
 	taken := make(map[uint64]bool)

@@ -149,7 +149,7 @@ func TestWhatWaitsKeepsNobodyOff(t *testing.T) {
 			t.Fatalf("from a stick: %v", err)
 		}
 		o.word.Store(nil)
-		if err := <-ended; wire.ProblemOf(err).Code != CodeUpdatePending {
+		if err := <-ended; wire.ProblemOf(err).Code != wire.CodeUpdatePending {
 			t.Errorf("after it, the order ends with %v", err)
 		}
 	})
@@ -196,7 +196,7 @@ func TestWhatWasWithdrawnWhileItWaitedIsNotInstalled(t *testing.T) {
 	<-waits
 	now.Store(new(time.Now().AddDate(20, 0, 0))) // nobody has signed for twenty years
 	o.word.Store(nil)
-	if err := <-ended; wire.ProblemOf(err).Code != CodeStaleMetadata {
+	if err := <-ended; wire.ProblemOf(err).Code != wire.CodeStaleMetadata {
 		t.Errorf("it ends with %v", err)
 	}
 }
@@ -239,13 +239,13 @@ func TestNothingBelowTheFloorIsInstalled(t *testing.T) {
 		}
 	}
 	floor("1.3.0")
-	refused(t, s, order("o2", "1.2.0"), wire.Rejected, CodeDowngrade, "1.2.0 is older than 1.3.0")
+	refused(t, s, order("o2", "1.2.0"), wire.Rejected, wire.CodeDowngrade, "1.2.0 is older than 1.3.0")
 
 	// A damaged slot, say: the first version runs again. It may not be led astray.
 	first := f.service(dir, func(o *Options) { o.Slot = "a" })
-	refused(t, first, order("o3", "1.1.0"), wire.Rejected, CodeDowngrade, "may go back to: 1.1.0 is older than 1.3.0")
-	refused(t, first, order("o4", "1.2.1"), wire.Rejected, CodeDowngrade, "1.2.1 is older than 1.3.0") // the exception is for another
-	must(t, first.raise("1.0.0", false))                                                               // as when it is confirmed
+	refused(t, first, order("o3", "1.1.0"), wire.Rejected, wire.CodeDowngrade, "may go back to: 1.1.0 is older than 1.3.0")
+	refused(t, first, order("o4", "1.2.1"), wire.Rejected, wire.CodeDowngrade, "1.2.1 is older than 1.3.0") // the exception is for another
+	must(t, first.raise("1.0.0", false))                                                                    // as when it is confirmed
 	floor("1.3.0")
 
 	f.installs(s, order("o5", "1.2.1"))
@@ -257,9 +257,9 @@ func TestNothingBelowTheFloorIsInstalled(t *testing.T) {
 	s = f.service(dir, func(o *Options) { o.Version, o.Slot = "1.2.1", s.o.Slot }) // a restart later
 	must(t, s.Confirm(t.Context()))
 	floor("1.2.1")
-	refused(t, s, order("o6", "1.2.0"), wire.Rejected, CodeDowngrade, "1.2.0 is older than 1.2.1")
+	refused(t, s, order("o6", "1.2.0"), wire.Rejected, wire.CodeDowngrade, "1.2.0 is older than 1.2.1")
 
-	refused(t, s, order("o7", "1.4.0"), wire.Rejected, CodeWrongHardware, "is for none")
+	refused(t, s, order("o7", "1.4.0"), wire.Rejected, wire.CodeWrongHardware, "is for none")
 	floor("1.2.1") // what is not for it moves nothing
 	o := &owner{}
 	o.word.Store(wire.RejectedBecause(wire.CodeConsent, "the owner is asked"))
@@ -274,10 +274,10 @@ func TestNothingBelowTheFloorIsInstalled(t *testing.T) {
 		t.Fatal(err)
 	}
 	floor("1.4.5") // it has seen the manifest
-	refused(t, s, order("o9", "1.3.0"), wire.Rejected, CodeDowngrade, "1.3.0 is older than 1.4.5")
+	refused(t, s, order("o9", "1.3.0"), wire.Rejected, wire.CodeDowngrade, "1.3.0 is older than 1.4.5")
 
 	must(t, os.WriteFile(filepath.Join(dir, "ota", "floor.json"), []byte("damaged"), 0o600))
-	refused(t, s, order("o10", "1.2.0"), wire.Rejected, CodeDowngrade, "older than 1.2.1")
+	refused(t, s, order("o10", "1.2.0"), wire.Rejected, wire.CodeDowngrade, "older than 1.2.1")
 	must(t, s.Confirm(t.Context()))
 	floor("1.2.1")
 }
@@ -300,7 +300,7 @@ func TestAFirmwareCannotGoBackAndSaysSo(t *testing.T) {
 	f.way = ways["firmware"]
 	f.release("0.9.0", f.way.content("0.9.0", runtime.GOARCH), func(o *bundle.BuildOptions) { o.DownFrom = []string{"1.0.0"} })
 	s, _ := f.device()
-	refused(t, s, order("o1", "0.9.0"), wire.Rejected, CodeNoWayBack, "the boot loader of this device starts the newest")
+	refused(t, s, order("o1", "0.9.0"), wire.Rejected, wire.CodeNoWayBack, "the boot loader of this device starts the newest")
 	if f.partRequests() != 0 {
 		t.Error("it was fetched all the same")
 	}
@@ -613,7 +613,7 @@ func TestTheNewestOfAStickIsTheNewestThatFits(t *testing.T) {
 		"a pre-release":      {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "2.0.0-rc.1": nil}, want: "1.1.0"},
 		"on a pre-release":   {releases: map[string]func(*bundle.BuildOptions){"1.1.0": nil, "2.0.0-rc.2": nil}, runs: "1.0.0-rc.1", want: "2.0.0-rc.2"},
 		"pre-releases alone": {releases: map[string]func(*bundle.BuildOptions){"2.0.0-rc.1": nil}, code: wire.CodeNotFound},
-		"nothing that fits":  {releases: map[string]func(*bundle.BuildOptions){"0.9.0": nil, "1.0.0": nil, "1.2.0": other}, code: CodeWrongHardware},
+		"nothing that fits":  {releases: map[string]func(*bundle.BuildOptions){"0.9.0": nil, "1.0.0": nil, "1.2.0": other}, code: wire.CodeWrongHardware},
 		"what runs":          {releases: map[string]func(*bundle.BuildOptions){"0.9.0": nil, "1.0.0": nil}, code: wire.CodeAlreadyLatest},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -67,7 +67,7 @@ func (r release) oldBytes() *io.SectionReader {
 // check compares what a file says of itself with what was signed.
 func (r release) check(about slot.About, p bundle.Platform, runs string) error {
 	if about.Version != r.version || about.OS != p.OS || about.Arch != p.Arch {
-		return wire.FailedBecause(CodePreflight, "the release is signed as %s for %s, but says that it is %s for %s/%s; version %s keeps running",
+		return wire.FailedBecause(wire.CodePreflight, "the release is signed as %s for %s, but says that it is %s for %s/%s; version %s keeps running",
 			r.version, p, about.Version, about.OS, about.Arch, runs)
 	}
 	return nil
@@ -146,7 +146,7 @@ func (a agents) install(ctx context.Context, r release) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return wire.FailedBecause(CodePreflight, "version %s does not run on this machine (%v); version %s keeps running", r.version, err, a.o.Version)
+		return wire.FailedBecause(wire.CodePreflight, "version %s does not run on this machine (%v); version %s keeps running", r.version, err, a.o.Version)
 	}
 	if err := r.check(about, a.o.Platform, a.o.Version); err != nil {
 		return err
@@ -199,7 +199,7 @@ func (f firmwares) install(ctx context.Context, r release) error {
 	return f.images.Install(ctx, r.order, slot.Image{Version: r.version, SHA256: r.part.SHA256}, r.part.Size, content, func(image io.ReaderAt) error {
 		about, err := firmware.Ask(image, r.part.Size)
 		if err != nil {
-			return wire.FailedBecause(CodePreflight, "version %s cannot start this machine (%v); version %s keeps running", r.version, err, f.o.Version)
+			return wire.FailedBecause(wire.CodePreflight, "version %s cannot start this machine (%v); version %s keeps running", r.version, err, f.o.Version)
 		}
 		return r.check(about, f.o.Platform, f.o.Version)
 	})

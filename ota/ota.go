@@ -64,23 +64,6 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// Codes of this room's own.
-const (
-	CodeNoUpdateRoot  = "no_update_root" // the device has nothing to check a release against
-	CodeDowngrade     = "downgrade"      // older than what runs
-	CodeWrongHardware = "wrong_hardware" // for other boards or platforms
-	CodeTooOld        = "too_old"        // needs a release in between
-	CodeNotInRollout  = "not_in_rollout" // this device's turn has not come
-	CodeUpdatePending = "update_pending" // another update is under way
-	CodePreflight     = "preflight"      // the new agent does not start here, or is not what it should be
-	CodeNewerFormat   = "newer_format"   // made for newer agents
-	CodeSlowTransfer  = "slow_transfer"  // the source is too slow to ever finish
-	CodeStaleMetadata = "stale_metadata" // signed too long ago, or the device's clock is wrong
-	CodeNoWayBack     = "no_way_back"    // older, by a signed exception, but the boot loader always takes the newest
-	CodeLogFork       = "log_fork"       // the log of releases contradicts what this device has seen of it
-	CodeNotLogged     = "not_logged"     // signed, but not in the log of releases
-)
-
 // ErrRestart is returned for an order whose release is installed and waits for
 // its trial: exit with [slot.ExitRestart], or [slot.ExitReboot] if the service
 // [Service.Reboots], and report nothing yet.
@@ -497,7 +480,7 @@ func (s *Service) evidence(j job, err error) (out wire.Outcome) {
 
 // occupied waits for another update, which does something now.
 func (s *Service) occupied(j job) *hold {
-	why := wire.RejectedUntil(time.Minute, CodeUpdatePending, "another update is being installed; this one is looked at when that has ended")
+	why := wire.RejectedUntil(time.Minute, wire.CodeUpdatePending, "another update is being installed; this one is looked at when that has ended")
 	return &hold{version: j.version, why: why, again: func() *wire.Problem {
 		if !s.busy.TryLock() {
 			return why
@@ -529,7 +512,7 @@ func (s *Service) seenBefore(order string) (bool, wire.Outcome, error) {
 	case t != nil && t.order == order:
 		return true, wire.Outcome{}, ErrRestart
 	case t != nil:
-		return true, wire.Outcome{}, wire.RejectedBecause(CodeUpdatePending,
+		return true, wire.Outcome{}, wire.RejectedBecause(wire.CodeUpdatePending,
 			"version %s is on trial since order %s; offer this one again when that is decided", t.version, t.order)
 	case last != nil && last.Order == order:
 		done := s.settled(*last)
@@ -670,7 +653,7 @@ func (s *Service) look(ctx context.Context, j job) (offer, error) {
 	forms = slices.DeleteFunc(forms, func(form bundle.Form) bool { return unusable[form.SHA256] != "" })
 	f := offer{client: client, m: m, part: part, forms: forms, down: bundle.Compare(m.Version, s.o.Version) < 0}
 	if f.down && me.Part == bundle.PartFirmware {
-		return f, wire.RejectedBecause(CodeNoWayBack, "version %s is older than %s, which runs, and the boot loader of this device starts the newest firmware that there is: it cannot go back by an update; "+
+		return f, wire.RejectedBecause(wire.CodeNoWayBack, "version %s is older than %s, which runs, and the boot loader of this device starts the newest firmware that there is: it cannot go back by an update; "+
 			"release the old one again under a newer version, or write its image to the disk", m.Version, s.o.Version)
 	}
 	if m.Floor != "" {
@@ -971,9 +954,9 @@ func problem(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.Is(err, repo.ErrNoRoot):
-		return wire.RejectedBecause(CodeNoUpdateRoot, "%v", err)
+		return wire.RejectedBecause(wire.CodeNoUpdateRoot, "%v", err)
 	case errors.Is(err, slot.ErrBusy):
-		return wire.RejectedBecause(CodeUpdatePending, "%v", err)
+		return wire.RejectedBecause(wire.CodeUpdatePending, "%v", err)
 	case errors.Is(err, firmware.ErrSpace):
 		return wire.FailedBecause(wire.CodeNoSpace, "%v", err)
 	case errors.Is(err, unix.ENOSPC):
@@ -988,14 +971,14 @@ func problem(ctx context.Context, err error) error {
 		code string
 	}{
 		{bundle.ErrSame, wire.CodeAlreadyLatest},
-		{bundle.ErrDowngrade, CodeDowngrade},
-		{bundle.ErrFloor, CodeDowngrade},
-		{firmware.ErrVersion, CodePreflight},
+		{bundle.ErrDowngrade, wire.CodeDowngrade},
+		{bundle.ErrFloor, wire.CodeDowngrade},
+		{firmware.ErrVersion, wire.CodePreflight},
 		{firmware.ErrUncounted, wire.CodeNotSupported},
-		{bundle.ErrBoard, CodeWrongHardware},
-		{bundle.ErrPlatform, CodeWrongHardware},
-		{bundle.ErrFrom, CodeTooOld},
-		{bundle.ErrRollout, CodeNotInRollout},
+		{bundle.ErrBoard, wire.CodeWrongHardware},
+		{bundle.ErrPlatform, wire.CodeWrongHardware},
+		{bundle.ErrFrom, wire.CodeTooOld},
+		{bundle.ErrRollout, wire.CodeNotInRollout},
 	} {
 		if errors.Is(err, r.err) {
 			return wire.RejectedBecause(r.code, "%v", err)
@@ -1007,19 +990,19 @@ func problem(ctx context.Context, err error) error {
 func repoProblem(e *repo.Error) error {
 	switch {
 	case errors.Is(e, bundle.ErrNewerFormat):
-		return wire.RejectedBecause(CodeNewerFormat, "%v", e)
+		return wire.RejectedBecause(wire.CodeNewerFormat, "%v", e)
 	case e.Condition == repo.LogFork:
-		return wire.RejectedBecause(CodeLogFork, "the release is refused: %v", e)
+		return wire.RejectedBecause(wire.CodeLogFork, "the release is refused: %v", e)
 	case e.Condition == repo.Unlogged:
-		return wire.RejectedBecause(CodeNotLogged, "the release is refused: %v", e)
+		return wire.RejectedBecause(wire.CodeNotLogged, "the release is refused: %v", e)
 	case e.Condition == repo.Expired:
-		return wire.RejectedBecause(CodeStaleMetadata, "update metadata: %v", e)
+		return wire.RejectedBecause(wire.CodeStaleMetadata, "update metadata: %v", e)
 	case e.Condition == repo.Missing && !errors.Is(e, fs.ErrNotExist):
 		return wire.RejectedBecause(wire.CodeNotFound, "%v; publish it first", e)
 	case e.Condition == repo.Missing:
 		return wire.FailedBecause(wire.CodeNotFound, "the update repository lacks a file: %v; publish it again", e)
 	case e.Condition == repo.Slow:
-		return wire.FailedBecause(CodeSlowTransfer, "%v; what was fetched is kept for the next attempt", e)
+		return wire.FailedBecause(wire.CodeSlowTransfer, "%v; what was fetched is kept for the next attempt", e)
 	case e.Condition == repo.Unreachable:
 		return wire.FailedBecause(wire.CodeTransfer, "%v; what was fetched is kept for the next attempt", e)
 	}

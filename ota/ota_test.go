@@ -257,7 +257,7 @@ func TestRepeatOfOrderInstallsOnce(t *testing.T) {
 		for range 2 { // the agent may be killed before it exits
 			f.installs(s, order("o1", "1.1.0"))
 		}
-		refused(t, s, order("o2", "1.2.0"), wire.Rejected, CodeUpdatePending, "on trial since order o1")
+		refused(t, s, order("o2", "1.2.0"), wire.Rejected, wire.CodeUpdatePending, "on trial since order o1")
 		w.try(t, dir)
 		next := f.service(dir, func(o *Options) { o.Version = "1.1.0"; w.as(o, dir, o.Version) })
 		if on, err := next.OnTrial(); !on || err != nil {
@@ -329,15 +329,15 @@ func TestWhatDoesNotFitIsRefusedByName(t *testing.T) {
 			state       wire.State
 			code, words string
 		}{
-			"0.9.0": {wire.Rejected, CodeDowngrade, "older than 1.0.0"},
+			"0.9.0": {wire.Rejected, wire.CodeDowngrade, "older than 1.0.0"},
 			"1.0.0": {wire.Rejected, wire.CodeAlreadyLatest, "already runs"},
-			"1.1.0": {wire.Rejected, CodeWrongHardware, "is for rock-5b"},
-			"1.2.0": {wire.Rejected, CodeWrongHardware, "has no " + w.part + " for"},
-			"1.3.0": {wire.Rejected, CodeTooOld, "from 1.2.0 on"},
-			"1.4.0": {wire.Rejected, CodeNotInRollout, "0% of devices"},
-			"1.5.0": {wire.Failed, CodePreflight, "says that it is 1.5.1"},
-			"1.6.0": {wire.Failed, CodePreflight, "1.6.0 for linux/arm"},
-			"1.7.0": {wire.Failed, CodePreflight, "; version 1.0.0 keeps running"},
+			"1.1.0": {wire.Rejected, wire.CodeWrongHardware, "is for rock-5b"},
+			"1.2.0": {wire.Rejected, wire.CodeWrongHardware, "has no " + w.part + " for"},
+			"1.3.0": {wire.Rejected, wire.CodeTooOld, "from 1.2.0 on"},
+			"1.4.0": {wire.Rejected, wire.CodeNotInRollout, "0% of devices"},
+			"1.5.0": {wire.Failed, wire.CodePreflight, "says that it is 1.5.1"},
+			"1.6.0": {wire.Failed, wire.CodePreflight, "1.6.0 for linux/arm"},
+			"1.7.0": {wire.Failed, wire.CodePreflight, "; version 1.0.0 keeps running"},
 			"9.9.9": {wire.Rejected, wire.CodeNotFound, "names no such release"},
 		} {
 			t.Run(version, func(t *testing.T) { refused(t, s, order("o-"+version, version), c.state, c.code, c.words) })
@@ -364,8 +364,8 @@ func TestADeviceTakesACampaignOnlyWhenItsTurnHasCome(t *testing.T) {
 		o.Body, _ = json.Marshal(wire.UpdateInstall{Version: "1.1.0", Target: repo.TargetName("1.1.0"), Percentage: percentage})
 		return o
 	}
-	refused(t, s, of("o1", point/2), wire.Rejected, CodeNotInRollout, "of devices so far")
-	refused(t, s, of("o2", point), wire.Rejected, CodeNotInRollout, "of devices so far")
+	refused(t, s, of("o1", point/2), wire.Rejected, wire.CodeNotInRollout, "of devices so far")
+	refused(t, s, of("o2", point), wire.Rejected, wire.CodeNotInRollout, "of devices so far")
 	f.installs(s, of("o3", math.Nextafter(point, 100)))
 }
 
@@ -374,9 +374,9 @@ func TestWhatIsMissingOnTheDeviceIsSaid(t *testing.T) {
 	f.release("1.1.0", script("1.1.0", runtime.GOARCH), nil)
 	_, dir := f.device()
 	refused(t, f.service(dir, func(o *Options) { o.Slot = "" }), order("o", "1.1.0"), wire.Rejected, wire.CodeNotSupported, "through deimos-launch, or run our image")
-	refused(t, f.service(dir, func(o *Options) { o.Root = func() []byte { return nil } }), order("o", "1.1.0"), wire.Rejected, CodeNoUpdateRoot, "deimos release keys")
+	refused(t, f.service(dir, func(o *Options) { o.Root = func() []byte { return nil } }), order("o", "1.1.0"), wire.Rejected, wire.CodeNoUpdateRoot, "deimos release keys")
 	refused(t, f.service(dir, func(o *Options) { o.Now = func() time.Time { return time.Now().AddDate(20, 0, 0) } }),
-		order("o", "1.1.0"), wire.Rejected, CodeStaleMetadata, "the clock is wrong")
+		order("o", "1.1.0"), wire.Rejected, wire.CodeStaleMetadata, "the clock is wrong")
 	old := freeSpace
 	freeSpace = func(string) (int64, error) { return 1 << 20, nil }
 	refused(t, f.service(dir, func(*Options) {}), order("o", "1.1.0"), wire.Failed, wire.CodeNoSpace, "there are 1 MB")
@@ -487,7 +487,7 @@ func TestOneInstallAtATime(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			_, err := s.Handle(ctx, order("o2", "1.1.0"), func(told wire.Progress) {
-				if told.Waits == nil || told.Waits.Code != CodeUpdatePending {
+				if told.Waits == nil || told.Waits.Code != wire.CodeUpdatePending {
 					t.Errorf("it is told %+v", told)
 				}
 				cancel()

@@ -161,7 +161,7 @@ func TestADeviceTakesThePartForHowItRuns(t *testing.T) {
 				f2.release("1.1.0", not.content("1.1.0", runtime.GOARCH), nil)
 				f2.way = w
 				s, _ := f2.device()
-				refused(t, s, order("o1", "1.1.0"), wire.Rejected, CodeWrongHardware, "has no "+w.part+" for")
+				refused(t, s, order("o1", "1.1.0"), wire.Rejected, wire.CodeWrongHardware, "has no "+w.part+" for")
 			}
 		}
 	})
@@ -175,11 +175,11 @@ func TestNoFirmwareIsFetchedThatDoesNotFit(t *testing.T) {
 	f.release("1.1.0-rc10", f.way.content("1.1.0~rc10", runtime.GOARCH), nil)
 	f.good("1.1.0")
 	s, dir := f.device()
-	refused(t, s, order("o1", "1.1.0-rc10"), wire.Rejected, CodePreflight, "cannot be the version of a firmware")
+	refused(t, s, order("o1", "1.1.0-rc10"), wire.Rejected, wire.CodePreflight, "cannot be the version of a firmware")
 	must(t, os.WriteFile(image(dir, "deimos_1.2.0+3.efi"), []byte("of another order"), 0o600))
 	record := filepath.Join(dir, "ota", "firmware.json")
 	must(t, os.WriteFile(record, []byte(`{"trial": {"order": "o0", "from": "1.0.0", "to": "1.2.0"}}`), 0o600))
-	if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); wire.ProblemOf(err).Code != CodeUpdatePending {
+	if _, err := s.Handle(t.Context(), order("o1", "1.1.0"), nil); wire.ProblemOf(err).Code != wire.CodeUpdatePending {
 		t.Errorf("while another is to be tried: %v", err)
 	}
 	must(t, os.Remove(record)) // as a reset does

@@ -203,6 +203,22 @@ const (
 	CodeWindow        = "window"         // updates are for other hours, says the owner
 	CodeConsent       = "consent"        // the owner has not said yes yet
 	CodeDeferred      = "deferred"       // the owner has put it off
+
+	// Of updates.
+
+	CodeNoUpdateRoot  = "no_update_root" // the device has nothing to check a release against
+	CodeDowngrade     = "downgrade"      // older than what runs
+	CodeWrongHardware = "wrong_hardware" // for other boards or platforms
+	CodeTooOld        = "too_old"        // needs a release in between
+	CodeNotInRollout  = "not_in_rollout" // this device's turn has not come
+	CodeUpdatePending = "update_pending" // another update is under way
+	CodePreflight     = "preflight"      // the new agent does not start here, or is not what it should be
+	CodeNewerFormat   = "newer_format"   // made for newer agents
+	CodeSlowTransfer  = "slow_transfer"  // the source is too slow to ever finish
+	CodeStaleMetadata = "stale_metadata" // signed too long ago, or the device's clock is wrong
+	CodeNoWayBack     = "no_way_back"    // older, by a signed exception, but the boot loader always takes the newest
+	CodeLogFork       = "log_fork"       // the log of releases contradicts what this device has seen of it
+	CodeNotLogged     = "not_logged"     // signed, but not in the log of releases
 )
 
 // FailedBecause makes a FAILED problem; args as for fmt.Sprintf.

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
-	"github.com/deimos-edge/deimos/ota"
 	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/ota/repo"
 	"github.com/deimos-edge/deimos/wire"
@@ -138,7 +137,7 @@ func (v *Follower) install(ctx context.Context, o wire.Order, tell func(wire.Pro
 	from := v.runs
 	v.mu.Unlock()
 	if point := bundle.RolloutPoint(b.Version, string(v.ID)); b.Percentage > 0 && point >= b.Percentage {
-		return wire.Outcome{}, wire.RejectedBecause(ota.CodeNotInRollout, "%s goes to %v%% of devices so far, and this one stands at %.2f%%", b.Version, b.Percentage, point)
+		return wire.Outcome{}, wire.RejectedBecause(wire.CodeNotInRollout, "%s goes to %v%% of devices so far, and this one stands at %.2f%%", b.Version, b.Percentage, point)
 	}
 	tell(wire.Progress{Done: 0.05})
 	r := wire.UpdateResult{From: from, To: b.Version, Running: b.Version, Confirmed: true}
@@ -188,7 +187,7 @@ func (v *Follower) fetch(ctx context.Context, b wire.UpdateInstall, r *wire.Upda
 	}
 	if fork := (*repo.Fork)(nil); errors.As(err, &fork) {
 		r.Checkpoint = fork.Shown
-		return wire.RejectedBecause(ota.CodeLogFork, "the release is refused: %v", err)
+		return wire.RejectedBecause(wire.CodeLogFork, "the release is refused: %v", err)
 	}
 	if err != nil {
 		return wire.FailedBecause(wire.CodeTransfer, "%v", err)
