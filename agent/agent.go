@@ -209,7 +209,7 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 }
 
 func (a *Agent) openUpdate() (*ota.Service, error) {
-	a.said = newSayings(a.cfg.StateDir, a.hw.boot, a.clock, a.log)
+	a.said = newSayings(a.cfg.path(updatesDir), a.hw.boot, a.clock, a.log)
 	return ota.New(ota.Options{
 		StateDir: a.cfg.StateDir, Slot: a.cfg.Slot, ESP: a.cfg.ESP, Boot: a.hw.boot, Version: a.cfg.Version,
 		Device: a.id.ID, Board: a.hw.board.Name,

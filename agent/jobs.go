@@ -52,7 +52,7 @@ const _ = uint(chunk.MaxSize - jobs.PartBytes)
 
 // newJobs makes the room that runs jobs.
 func (a *Agent) newJobs(bulk *transfer.Client, data *orders.Service) (*jobs.Service, error) {
-	load := &jobsLoad{}
+	load, said := &jobsLoad{}, newSayings(a.cfg.path(jobsDir), a.hw.boot, a.clock, a.log)
 	runner := &sandbox.Runner{}
 	var err error
 	if runner.Cgroups, err = sandbox.OpenCgroups(); err != nil {
@@ -63,7 +63,7 @@ func (a *Agent) newJobs(bulk *transfer.Client, data *orders.Service) (*jobs.Serv
 		Device: a.id.ID, Sign: func(t wire.PayloadType, v any) ([]byte, error) { return wire.Seal(a.id.key, t, v) },
 		Sensors: a.measured, Now: a.clock.Now,
 		Readings: func() policy.Readings { return a.readings(load) },
-		Word:     newHeard(a.cfg.StateDir, a.clock, a.log, time.Now).word,
+		Word:     func() (policy.Word, error) { return said.paused(a.cfg.StateDir) },
 		Runner:   runner, Log: a.log,
 	})
 	if err == nil {

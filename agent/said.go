@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/jobs/policy"
 )
 
 // saidFile is beside the owner's word.
@@ -36,8 +38,9 @@ type dated struct {
 	Up   time.Duration `json:"up"` // of that boot, when it was said
 }
 
-func newSayings(stateDir, boot string, clock *Clock, log *slog.Logger) *sayings {
-	return &sayings{path: filepath.Join(stateDir, updatesDir, saidFile), clock: clock, boot: boot, up: sinceBoot, log: log}
+// newSayings are those about one room, by its folder.
+func newSayings(room, boot string, clock *Clock, log *slog.Logger) *sayings {
+	return &sayings{path: filepath.Join(room, saidFile), clock: clock, boot: boot, up: sinceBoot, log: log}
 }
 
 func sinceBoot() time.Duration {
@@ -90,6 +93,17 @@ func (s *sayings) age(about, id string, said time.Time, lasts time.Duration) (ag
 		}
 	}
 	return age, n.For - age
+}
+
+// paused is what the owner has said of jobs, with the end of a pause by the agent's clock.
+func (s *sayings) paused(stateDir string) (policy.Word, error) {
+	w, err := OwnersWord(stateDir)
+	if err != nil || !w.Paused || w.Until.IsZero() || w.Said.IsZero() {
+		return w, err
+	}
+	_, left := s.age("paused", w.Said.Format(time.RFC3339)+" "+w.Until.Format(time.RFC3339), w.Said, w.Until.Sub(w.Said))
+	w.Until = s.clock.Now().Add(left)
+	return w, nil
 }
 
 // deferred is how much longer updates are put off.

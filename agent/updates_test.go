@@ -87,7 +87,7 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 			m.set(TransferConfig{Monthly: 100 << 20})
 			m.moved(int(c.all))
 			m.updated(c.moved)
-			a := &Agent{cfg: Config{StateDir: dir, Updates: c.c}, clock: m.clock, traffic: m.traffic, said: newSayings(dir, "boot", m.clock, discardLog())}
+			a := &Agent{cfg: Config{StateDir: dir, Updates: c.c}, clock: m.clock, traffic: m.traffic, said: newSayings(filepath.Join(dir, updatesDir), "boot", m.clock, discardLog())}
 			if c.word != (UpdateWord{}) {
 				if err := SayOfUpdates(dir, c.word); err != nil {
 					t.Fatal(err)
@@ -107,7 +107,7 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 func TestAnOwnersWordThatIsDamagedHoldsUpdates(t *testing.T) {
 	dir := t.TempDir()
 	m := newMeter(t, filepath.Join(dir, trafficFile), someDay)
-	a := &Agent{cfg: Config{StateDir: dir}, clock: m.clock, traffic: m.traffic, said: newSayings(dir, "boot", m.clock, discardLog())}
+	a := &Agent{cfg: Config{StateDir: dir}, clock: m.clock, traffic: m.traffic, said: newSayings(filepath.Join(dir, updatesDir), "boot", m.clock, discardLog())}
 	if err := SayOfUpdates(dir, UpdateWord{Until: someDay.Add(time.Hour)}); err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +153,7 @@ func TestTheOwnersWordOutlivesItsClock(t *testing.T) {
 				at := system
 				clock.system = func() time.Time { return at }
 				agent := func() *sayings {
-					h := newSayings(dir, boot, clock, discardLog())
+					h := newSayings(filepath.Join(dir, updatesDir), boot, clock, discardLog())
 					h.up = func() time.Duration { return up }
 					return h
 				}

@@ -1,7 +1,7 @@
 package agent
 
 import (
-	"log/slog"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -21,13 +21,15 @@ func TestAPauseLastsAsLongAsTheOwnerSaidWhateverTheClock(t *testing.T) {
 			passed := time.Duration(0) // since the first start; nobody sets that
 			clock := NewClock(right.AddDate(0, 0, -40))
 			clock.system = func() time.Time { return system.Add(passed) }
-			start := func() *heard {
-				return newHeard(dir, clock, slog.New(slog.DiscardHandler), func() time.Time { return time.Unix(0, 0).Add(passed) })
+			start := func() *sayings {
+				s := newSayings(filepath.Join(dir, jobsDir), "boot", clock, discardLog())
+				s.up = func() time.Duration { return passed }
+				return s
 			}
 			h := start()
 			left := func(want time.Duration) {
 				t.Helper()
-				w, err := h.word()
+				w, err := h.paused(dir)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -69,7 +71,7 @@ func TestAPauseLastsAsLongAsTheOwnerSaidWhateverTheClock(t *testing.T) {
 			if err := SayOfJobs(dir, policy.Word{Paused: true, Said: said}); err != nil {
 				t.Fatal(err)
 			}
-			if w, err := h.word(); err != nil || !w.Paused || !w.Until.IsZero() {
+			if w, err := h.paused(dir); err != nil || !w.Paused || !w.Until.IsZero() {
 				t.Errorf("a pause until further notice: %+v, %v", w, err)
 			}
 		})
