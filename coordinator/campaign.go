@@ -271,6 +271,7 @@ type campaignPace struct {
 	retry time.Duration // before the first repeat; each further one waits twice as long
 	stuck time.Duration // an update that does not go on for so long is silence, though the device is there; at least four times the silence that counts
 	lease time.Duration
+	hears time.Duration // from the coordinator's start on: who is there has been heard by then
 }
 
 var ordinaryCampaigns = campaignPace{step: time.Second, retry: time.Hour, stuck: 2 * time.Hour, lease: 20 * time.Second}
@@ -372,6 +373,8 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	switch {
 	case !r.reaches(a.phase):
 		a.standing = api.StandsLater
+	case !v.online && v.last.Before(since) && r.Created.Before(since) && now.Sub(since) < pace.hears:
+		a.standing = api.StandsDue // this coordinator goes on with it, and has not listened for long enough to call anybody away
 	case !v.online:
 		a.standing = api.StandsAway
 	case v.busy:

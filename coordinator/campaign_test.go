@@ -267,3 +267,20 @@ func TestSilenceBeginsAtItsDeadline(t *testing.T) {
 		t.Error("what has not settled has soaked")
 	}
 }
+
+// A coordinator that has just begun calls nobody away: a phase would settle, and the next
+// one begin, without all those who are about to say hello.
+func TestNobodyIsAwayAtTheStart(t *testing.T) {
+	start := time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+	r := campaignRow{Version: "2.0.0", State: api.CampaignRunning, Created: start.Add(-time.Hour), Phases: []phaseRow{{CampaignPhase: percent(100), Began: start.Add(-time.Hour)}}}
+	d := api.DeviceRecord{ID: "d", Agent: "1.0.0"}
+	pace := campaignPace{hears: time.Minute}
+	for _, c := range []struct {
+		heard, now time.Duration
+		want       api.Standing
+	}{{-time.Hour, 30 * time.Second, api.StandsDue}, {-time.Hour, 2 * time.Minute, api.StandsAway}, {10 * time.Second, 30 * time.Second, api.StandsAway}} {
+		if a := r.stand(&d, nil, seen{last: start.Add(c.heard)}, start.Add(c.now), start, pace); a.standing != c.want || a.ask {
+			t.Errorf("heard %s after the start, and %s after it: %+v, want %s", c.heard, c.now, a, c.want)
+		}
+	}
+}

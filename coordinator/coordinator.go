@@ -363,6 +363,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
 	c.campaigns.beat = c.cfg.Beat
 	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)
+	c.campaigns.pace.hears = 2 * missedBeats * c.cfg.Beat
 	c.campaigns.note, c.campaigns.releases = c.note, func() *releases { return c.releases }
 	c.outbox.updates = c.campaigns.heard
 	c.faces = newFaces(c.now, c.log)
