@@ -326,6 +326,12 @@ func (r *campaignRow) phaseOf(d *api.DeviceRecord) int {
 	return len(r.Phases) - 1
 }
 
+// unheard tells whether a device may be there all the same: a coordinator that goes on with
+// a campaign of before its start has to listen for a while before it calls anybody away.
+func (r *campaignRow) unheard(v seen, now, since time.Time, pace campaignPace) bool {
+	return !v.online && v.last.Before(since) && r.Created.Before(since) && now.Sub(since) < pace.hears
+}
+
 // stand is where a device stands. since is when this coordinator began to hear.
 func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
 	a := at{phase: r.phaseOf(d), asked: o != nil}
@@ -373,8 +379,8 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	switch {
 	case !r.reaches(a.phase):
 		a.standing = api.StandsLater
-	case !v.online && v.last.Before(since) && r.Created.Before(since) && now.Sub(since) < pace.hears:
-		a.standing = api.StandsDue // this coordinator goes on with it, and has not listened for long enough to call anybody away
+	case r.unheard(v, now, since, pace):
+		a.standing = api.StandsDue
 	case !v.online:
 		a.standing = api.StandsAway
 	case v.busy:

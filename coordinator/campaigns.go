@@ -499,14 +499,20 @@ func (s *campaigns) beginPhase(ctx context.Context, row campaignRow) (campaignRo
 	if p.Only == nil {
 		var points []float64 // of those that are there
 		lack := 0            // how many do not have the release
+		unheard := 0         // of those
 		s.look(would, func(d *member, _ *orderNow, _ at) {
 			if row.runs(d.Agent) {
 				return
 			}
 			if lack++; d.online {
 				points = append(points, bundle.RolloutPoint(row.Version, string(d.ID)))
+			} else if row.unheard(d.seen, now, s.started, s.pace) {
+				unheard++
 			}
 		})
+		if unheard > 0 {
+			return row, nil // four of the first who are back are no canary of four: all others would be below their points
+		}
 		slices.Sort(points)
 		want := min(max(p.Count, 1), lack)
 		if p.Count > 0 && len(points) < want {
