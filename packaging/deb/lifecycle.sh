@@ -154,7 +154,8 @@ $inside rm /mnt/x
 claim "an upgrade puts the newer agent on trial, and it confirms itself"
 dpkg --force-confold -i /debs/1.deb
 until_ 120 online "$newer"
-until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
+# A trial lasts for a minute at least.
+until_ 120 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
 is "$(key)" "$id"
 
 claim "with the slots removed, the packaged agent runs, whatever its version"
@@ -174,7 +175,7 @@ active deimos-agent
 until_ 60 trial "$newer"
 systemctl start deimos
 until_ 240 online "$newer"
-until_ 30 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
+until_ 120 grep -q '"result": *"confirmed"' /var/lib/deimos/slots/state.json
 
 claim "an edited conffile is kept unless its owner says otherwise, and a token in it stays unreadable"
 dpkg --force-confold -i /debs/1.deb
