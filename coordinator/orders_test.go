@@ -286,7 +286,7 @@ func TestACancelEndsAnOrderByTheDevicesReport(t *testing.T) {
 	if err != nil || again.Cancel == nil || *again.Cancel != *asked.Cancel {
 		t.Errorf("asked again: %+v %v", again.Cancel, err)
 	}
-	if n := len(w.outbox.unfinished(wire.KindOrderCancel)); n != 1 {
+	if n := w.outbox.openOfKind(d.id, wire.KindOrderCancel); n != 1 {
 		t.Errorf("%d orders to cancel are out", n)
 	}
 	d.connect(w)
