@@ -582,7 +582,13 @@ func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 	for i, d := range byPoint("2.1.0", devices) {
 		if r2.taker(d); i < 3 {
 			d2 := d
-			r2.does(d, func(o wire.Order) *reply { d2.says(o, wire.Queued, "consent"); return nil })
+			r2.does(d, func(o wire.Order) *reply {
+				if b, _ := wire.DecodeBody[wire.UpdateInstall](o); b.Version != r2.version {
+					return &reply{state: wire.Rejected, code: wire.CodePolicy} // the campaign before asks again
+				}
+				d2.says(o, wire.Queued, "consent")
+				return nil
+			})
 		}
 	}
 	// The waiter's old order would keep it from a new one.
@@ -591,7 +597,7 @@ func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 	}
 	c2 := r2.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 5}, percent(100)}})
 	c2 = r2.until(c2.ID, "most wait", func(c api.Campaign) bool {
-		return c.Counts[api.StandsWaiting] == 3 && c.Counts[api.StandsUpdated] == 2
+		return c.Counts[api.StandsWaiting] == 3 && c.Counts[api.StandsUpdated] == 2 && c.Holdup != ""
 	})
 	r2.holds(c2.ID, func(c api.Campaign) bool { return c.Phase == 0 && c.Holdup != "" })
 	r2.steer(c2.ID, api.CampaignApprove)

@@ -274,18 +274,17 @@ func (s *jobs) sentTo(t taskRow, there []jobDevice) (out []trust.Copy) {
 	return out
 }
 
-// gathering is true for a moment after a start, while devices of others are not back yet.
+// gathering is true for a moment after a start, while devices of others that were there
+// before are not back yet. Who was heard since, and left, is not waited for.
 func (s *jobs) gathering(t taskRow) bool {
 	if s.now().Sub(s.started) > s.pace.away {
 		return false
 	}
 	sent := s.sentTo(t, nil)
-	for _, v := range s.reg.list() {
-		if !v.Online && !v.Retired && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == s.honesty.copyOf(v.ID).Owner }) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(s.reg.list(), func(v api.Device) bool {
+		return !v.Online && !v.Retired && v.Enrolled.Before(s.started) && v.LastSeen.Before(s.started) &&
+			!slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == s.honesty.copyOf(v.ID).Owner })
+	})
 }
 
 // lone tells whether there is no device of another owner that could do a task. p.mu is held.

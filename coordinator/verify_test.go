@@ -388,6 +388,25 @@ func TestVerificationSurvivesARestart(t *testing.T) {
 	}
 }
 
+// A coordinator that has just begun waits for nobody who was there since, and left.
+func TestNobodyIsWaitedForWhoHasLeft(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.away = time.Hour })
+	t.Cleanup(w.Close)
+	ds := w.devices(t, 2)
+	w.enrolled(t) // and was never there
+	w.putFile(t, "in", someBytes(100), 2)
+	ds[0].leave()
+	eventually(t, "it has left", func() bool { return !w.reg.online(ds[0].id) })
+	j, err := w.op.StartJob(testContext(t), input(w.module(t), "in"))
+	must(t, err)
+	r, err := w.op.JobOutcome(testContext(t), j.ID)
+	must(t, err)
+	if r.Unverified == nil || r.Unverified.Code != api.UnverifiedNoOther {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestWhatCannotBeComparedSaysSo(t *testing.T) {
 	for code, q := range map[string]api.JobSpec{
 		api.UnverifiedLive:       {Live: true},
