@@ -391,11 +391,21 @@ func TestVerificationSurvivesARestart(t *testing.T) {
 // A coordinator that has just begun waits for nobody who was there since, and left.
 func TestNobodyIsWaitedForWhoHasLeft(t *testing.T) {
 	t.Parallel()
-	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.away = time.Hour })
-	t.Cleanup(w.Close)
+	dir := t.TempDir()
+	edit := func(c *Config) { hurried(c); c.jobPace.away = time.Hour }
+	w := openWith(t, dir, edit)
 	ds := w.devices(t, 2)
-	w.enrolled(t) // and was never there
 	w.putFile(t, "in", someBytes(100), 2)
+	w.Close()
+	w = openWith(t, dir, edit)
+	t.Cleanup(w.Close)
+	for _, d := range ds {
+		d.connect(w)
+		t.Cleanup(d.leave)
+	}
+	w.enrolled(t) // and was never there
+	ds[0].leave()
+	eventually(t, "it has left", func() bool { return !w.reg.online(ds[0].id) })
 	ds[0].leave()
 	eventually(t, "it has left", func() bool { return !w.reg.online(ds[0].id) })
 	j, err := w.op.StartJob(testContext(t), input(w.module(t), "in"))
