@@ -64,11 +64,11 @@ export CONFIG
 
 ##@ Release
 .PHONY: release
-release: $(BIN)/deimos $(RELEASE_FOR:%=$(BIN)/%/deimos-agent) $(if $(RELEASE_FIRMWARE),$(IMAGE)) ## The bundle of this version, the same bytes each time: all agents, the firmware, what they are made of, how they were built (FIRMWARE=0 COMMIT= BUILDER= BUILDER_KEY=file)
+release: $(BIN)/deimos $(RELEASE_FOR:%=$(BIN)/%/deimos-agent) $(if $(RELEASE_FIRMWARE),$(IMAGE)) ## The bundle of this version, the same bytes each time: all agents, the firmware, what they are made of, how they were built (FROM=bundles of the releases that devices run, for deltas; FIRMWARE=0 COMMIT= BUILDER= BUILDER_KEY=file)
 	@$(if $(RELEASE_FIRMWARE),,echo "left out: the firmware of devices with our image$(if $(filter 0,$(FIRMWARE)),, (no tools to make it with; make setup))")
 	@rm -rf $(RELEASE)
 	@$(BIN)/deimos release build --version $(VERSION) --created $(RELEASED) $(RELEASE_FOR:%=--agent $(BIN)/%/deimos-agent) \
-	  $(if $(RELEASE_FIRMWARE),--firmware $(BIN)/image/deimos_$(VERSION).efi) --commit "$(COMMIT)" --builder "$$BUILDER" $(if $(BUILDER_KEY),--builder-key "$$BUILDER_KEY") --out $(RELEASE)
+	  $(if $(RELEASE_FIRMWARE),--firmware $(BIN)/image/deimos_$(VERSION).efi) $(FROM:%=--delta-from %) --commit "$(COMMIT)" --builder "$$BUILDER" $(if $(BUILDER_KEY),--builder-key "$$BUILDER_KEY") --out $(RELEASE)
 export BUILDER BUILDER_KEY
 
 ##@ Install

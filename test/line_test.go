@@ -13,6 +13,7 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/proc"
+	"github.com/deimos-edge/deimos/ota/bundle"
 	"github.com/deimos-edge/deimos/test/testbed"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -136,21 +137,43 @@ var natsServer = func() func(*testing.T) string {
 func (d *device) checkStorage() { d.f.T.Helper(); d.f.CheckStorage(d.name, d.id) }
 func (d *device) checkCompute() { d.f.T.Helper(); d.f.CheckCompute(d.name, d.id, "sha256sum") }
 
+// bundle builds a release of an agent under its own version, with deltas from these bundles.
+func (f *fleet) bundle(agent string, from ...string) (version, dir string) {
+	f.T.Helper()
+	version = testbed.VersionOf(f.T, agent)
+	dir = f.Path("release-" + version)
+	args := []string{"release", "build", "--version", version, "--agent", testbed.Program(agent), "--out", dir}
+	for _, b := range from {
+		args = append(args, "--delta-from", b)
+	}
+	f.OK(nil, args...)
+	return version, dir
+}
+
 // release publishes an agent under its own version, which it returns.
 func (f *fleet) release(agent string) (version string) {
 	f.T.Helper()
-	version = testbed.VersionOf(f.T, agent)
-	dir := f.Path("release-" + version)
-	f.OK(nil, "release", "build", "--version", version, "--agent", testbed.Program(agent), "--out", dir)
+	version, dir := f.bundle(agent)
 	f.Publish(dir)
 	return version
 }
 
-// checkUpdates has d take a good release, and come back from a bad one.
+// checkUpdates has d take a good release, of which it fetches only what differs, and come
+// back from a bad one.
 func (f *fleet) checkUpdates(d *device) {
 	f.T.Helper()
 	before := d.now()
-	next := f.release("tour/agent-next")
+	_, runs := f.bundle("deimos-agent")
+	next, dir := f.bundle("tour/agent-next", runs)
+	f.Publish(dir)
+	m, _, err := bundle.Open(dir)
+	if err != nil || len(m.Parts) != 1 || len(m.Parts[0].Forms) != 2 {
+		f.T.Fatalf("of the next version, deltas should be packed: %+v, %v", m.Parts, err)
+	}
+	whole, delta := m.Parts[0].Forms[0], m.Parts[0].Forms[1]
+	if delta.Size > whole.Size/10 {
+		f.T.Errorf("versions of the same sources differ by %d of %d bytes", delta.Size, whole.Size)
+	}
 	var good []api.Order
 	f.OK(&good, "release", "offer", next, "--device", string(d.id), "--wait", "60s")
 	if len(good) != 1 || good[0].State != wire.Succeeded {
@@ -159,6 +182,9 @@ func (f *fleet) checkUpdates(d *device) {
 	var res wire.UpdateResult
 	if err := json.Unmarshal(good[0].Result.Body, &res); err != nil || !res.Confirmed || res.Running != next || res.From != before.Agent {
 		f.T.Errorf("the update's report: %+v %v", res, err)
+	}
+	if res.Form != delta.Encoding || res.FetchedBytes != delta.Size {
+		f.T.Errorf("it fetched %d bytes as %s, not the %d of the %s: %s", res.FetchedBytes, res.Form, delta.Size, delta.Encoding, res.NoDelta)
 	}
 	awaitVersion := func() {
 		f.T.Helper()
