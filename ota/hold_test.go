@@ -458,8 +458,11 @@ func TestASickStickIsRefusedByName(t *testing.T) {
 		"no version":        {f.repo, "latest", wire.CodeNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, dir := f.device()
-			_, err := s.Install(t.Context(), "w", c.place, c.version, nil)
+			_, dir := f.device()
+			s := f.service(dir, func(o *Options) { o.Limits.Pause = 24 * time.Hour }) // nothing of a stick is waited for
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			_, err := s.Install(ctx, "w", c.place, c.version, nil)
 			var p *wire.Problem
 			if !errors.As(err, &p) || p.Code != c.code {
 				t.Fatalf("%v; want %s", err, c.code)

@@ -316,7 +316,7 @@ func (s *Service) client(j job) (_ *repo.Client, err error) {
 		}
 	}
 	return repo.NewClient(repo.ClientOptions{
-		Dir: trustDir(s.o.StateDir), Root: root, Source: source, Limits: s.o.Limits, Log: s.o.Log,
+		Dir: trustDir(s.o.StateDir), Root: root, Source: source, Local: j.local != "", Limits: s.o.Limits, Log: s.o.Log,
 	})
 }
 

@@ -24,7 +24,7 @@ type span struct{ at, size int64 }
 // ten years a thousand.
 const maxFiles = 20_000
 
-// errCut is what an archive is that was not copied to its end.
+// errCut is what an archive or a file on a stick is that was not copied to its end.
 var errCut = errors.New("it is cut short: copy it again, and remove the stick only when it may be")
 
 // openArchive reads which files there are, each of them whole.

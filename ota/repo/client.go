@@ -30,7 +30,10 @@ type ClientOptions struct {
 	Root   []byte // the root that the device enrolled with
 	Source Source
 	Limits Limits
-	Log    *slog.Logger
+	// Local says that the source is at hand, as a stick is: what cannot be read of it is
+	// not asked for again, as waiting does not make it whole.
+	Local bool
+	Log   *slog.Logger
 }
 
 // Client reads one repository for one device. It is not safe for concurrent use.

@@ -53,7 +53,7 @@ var errSlow = errors.New("too slow")
 func (c *Client) fetch(ctx context.Context, path string, most int64) ([]byte, error) {
 	for attempt := 1; ; attempt++ {
 		raw, err := c.fetchOnce(ctx, path, most)
-		if !retry(err) || attempt >= c.o.Limits.Attempts {
+		if !c.retry(err) || attempt >= c.o.Limits.Attempts {
 			return raw, err
 		}
 		if err := c.pause(ctx, attempt); err != nil {
@@ -98,9 +98,9 @@ func transferError(caller, limited context.Context, path string, err error) erro
 	return &Error{Condition: Unreachable, File: path, Reason: fmt.Sprintf("it could not be fetched: %v", err), Err: err}
 }
 
-func retry(err error) bool {
-	c := conditionOf(err)
-	return c == Slow || c == Unreachable
+func (c *Client) retry(err error) bool {
+	is := conditionOf(err)
+	return !c.o.Local && (is == Slow || is == Unreachable)
 }
 
 // pause waits before attempt n+1, with jitter so that a fleet does not come in step.
@@ -136,7 +136,7 @@ func (c *Client) FetchPart(ctx context.Context, form bundle.Form, path string, t
 		case conditionOf(err) == Digest && before > 0 && again:
 			again = false
 			continue
-		case !retry(err), errors.Is(err, errWasteful):
+		case !c.retry(err), errors.Is(err, errWasteful):
 			return err
 		}
 		if d.have() > before {
@@ -236,6 +236,8 @@ func (d *download) append(ctx context.Context, w io.Writer, have int64) error {
 		return err
 	case err != nil:
 		return transferError(ctx, paced, d.file, err)
+	case have < d.form.Size && d.c.o.Local:
+		return transferError(ctx, paced, d.file, errCut)
 	case have < d.form.Size:
 		return transferError(ctx, paced, d.file, io.ErrUnexpectedEOF)
 	}

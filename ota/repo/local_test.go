@@ -76,6 +76,44 @@ func within5(t *testing.T, f func() error) error {
 	}
 }
 
+// TestWhatAStickLacksIsAskedForOnce: to wait does not make it whole. A server is asked again.
+func TestWhatAStickLacksIsAskedForOnce(t *testing.T) {
+	f := newFleet(t)
+	form := f.release("1.1.0", noise(20<<10))
+	stick := filepath.Join(t.TempDir(), "stick")
+	must(t, os.CopyFS(stick, os.DirFS(f.repo)))
+	part := filepath.Join(stick, "parts", form.SHA256)
+	must(t, os.Truncate(part, form.Size/2))
+	timestamp := filepath.Join(stick, "metadata", "timestamp.json")
+	for _, local := range []bool{true, false} {
+		source := &counted{Source: Dir(stick), opened: map[string]int{}}
+		c, err := NewClient(ClientOptions{Dir: t.TempDir(), Root: f.root(), Limits: Limits{Pause: time.Millisecond, Attempts: 3}, Local: local, Source: source})
+		must(t, err)
+		must(t, c.Refresh(t.Context(), now))
+		refused(t, c.FetchPart(t.Context(), form, filepath.Join(t.TempDir(), "part"), nil), Unreachable, map[bool]string{true: "it is cut short: copy it again", false: "unexpected EOF"}[local])
+		must(t, os.Rename(timestamp, timestamp+".away"))
+		must(t, os.Mkdir(timestamp, 0o755)) // as good as a bad sector: it is there, and cannot be read
+		refused(t, c.Refresh(t.Context(), now), Unreachable, "not a regular file")
+		must(t, os.Remove(timestamp))
+		must(t, os.Rename(timestamp+".away", timestamp))
+		opened := [2]int{source.opened["parts/"+form.SHA256], source.opened["metadata/timestamp.json"] - 1}
+		if once := opened == [2]int{1, 1}; once != local || !local && min(opened[0], opened[1]) < 3 {
+			t.Errorf("local: %v; asked %v times", local, opened)
+		}
+	}
+}
+
+// counted counts how often files are opened.
+type counted struct {
+	Source
+	opened map[string]int
+}
+
+func (c *counted) Open(ctx context.Context, path string, offset int64) (io.ReadCloser, error) {
+	c.opened[path]++
+	return c.Source.Open(ctx, path, offset)
+}
+
 // TestAStickThatDiesIsGivenUp while it is opened, and while it is read.
 func TestAStickThatDiesIsGivenUp(t *testing.T) {
 	back := make(chan struct{}) // when the disk comes back
