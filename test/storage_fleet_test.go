@@ -413,7 +413,7 @@ func (r *rot) findCorrupter() {
 			leaves += a.Leaves
 			if a.Outcome == api.AuditLost {
 				found = a
-				return true
+				return a.Penalty != nil // it is on record a moment before what it costs
 			}
 		}
 		return leaves > dayOfLeaves // too late
