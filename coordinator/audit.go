@@ -12,7 +12,6 @@ import (
 	"maps"
 	"math"
 	"math/big"
-	mrand "math/rand/v2"
 	"net/http"
 	"slices"
 	"strconv"
@@ -45,9 +44,9 @@ import (
 // finds a challenge with a record and none waiting for it (sweep) goes on from
 // there, and one without a record is void and costs nothing.
 type audits struct {
-	challenges *table[api.Audit] // by id
-	rows       *table[api.Audit] // by device and id, see auditKey
-	routine    *table[api.Audit] // the same
+	challenges *table[challengeRow] // by id
+	rows       *table[api.Audit]    // by device and id, see auditKey
+	routine    *table[api.Audit]    // the same
 	scores     *table[score]
 	receipts   *table[receiptRow]
 	evidence   jetstream.ObjectStore
@@ -62,7 +61,7 @@ type audits struct {
 	// answer runs a module here. It is nil where no engine is linked in.
 	answer    Compute
 	answering chan struct{} // of capacity 1: who runs one
-	limit     time.Duration // for one challenge, its answer included
+	limit     time.Duration // for one challenge, its answer included; who asked for one of a job is answered by then
 
 	// caught is told of a device whose result was proved wrong.
 	caught func(context.Context, api.Audit) error
@@ -81,17 +80,25 @@ func (a *audits) open(ctx context.Context, c *Coordinator) (err error) {
 		return func(k *jetstream.KeyValueConfig) { k.TTL = d }
 	}
 	none := keeping(func(api.Audit) bool { return false })
+	kv, err := c.openKV(ctx, "challenges", kept(challengeKept))
+	if err != nil {
+		return err
+	}
+	track := func(id string, v challengeRow, gone bool) { a.newest.track(id, v.Audit, gone) }
+	if a.challenges, err = openTable(ctx, kv, "challenge", track, loggingTo[challengeRow](c.log)); err != nil {
+		return err
+	}
+	c.closers = append(c.closers, a.challenges.close)
+	a.honesty.recall()
 	for _, t := range []struct {
 		name string
 		life time.Duration
 		into **table[api.Audit]
-		more []tableOption[api.Audit]
-	}{{"challenges", challengeKept, &a.challenges, nil}, {"audits", auditKept, &a.rows, []tableOption[api.Audit]{none}}, {"audited", routineKept, &a.routine, []tableOption[api.Audit]{none}}} {
-		kv, err := c.openKV(ctx, t.name, kept(t.life))
-		if err != nil {
+	}{{"audits", auditKept, &a.rows}, {"audited", routineKept, &a.routine}} {
+		if kv, err = c.openKV(ctx, t.name, kept(t.life)); err != nil {
 			return err
 		}
-		if *t.into, err = openTable(ctx, kv, "challenge", a.newest.track, append(t.more, loggingTo[api.Audit](c.log))...); err != nil {
+		if *t.into, err = openTable(ctx, kv, "challenge", a.newest.track, none, loggingTo[api.Audit](c.log)); err != nil {
 			return err
 		}
 		c.closers = append(c.closers, (*t.into).close)
@@ -105,8 +112,7 @@ func (a *audits) open(ctx context.Context, c *Coordinator) (err error) {
 	if err := bucket(ctx, c, "owed", &a.honesty.rows, nil, kept(owedKept)); err != nil {
 		return err
 	}
-	kv, err := c.openKV(ctx, "receipts")
-	if err != nil {
+	if kv, err = c.openKV(ctx, "receipts"); err != nil {
 		return err
 	}
 	if a.receipts, err = openTable(ctx, kv, "receipt", nil, keeping(func(receiptRow) bool { return false }), loggingTo[receiptRow](c.log)); err != nil {
@@ -170,9 +176,9 @@ const (
 	// 1 - 0.9^44 = 0.9903.
 	defaultLeaves = 44
 	maxLeaves     = 512
-	// challengeKept bounds how long a coordinator may be down for what was under
-	// way to be void on record; after that it is nothing at all.
-	challengeKept = 24 * time.Hour
+	// challengeKept is longer than any order lives: the answer to a challenge among jobs
+	// is waited for until then.
+	challengeKept = retention
 	routineKept   = 7 * 24 * time.Hour
 )
 
@@ -226,8 +232,8 @@ func (a *audits) challenge(ctx context.Context, held []api.Chunk, items []wire.A
 	claim := a.storage.claims(rec.Device, rec.Chunks)
 	// On record before the device can know of it: what is cut off is void, and
 	// not forgotten.
-	rec, err := a.begin(ctx, rec)
-	if err != nil {
+	row, err := a.begin(ctx, challengeRow{Audit: rec})
+	if rec = row.Audit; err != nil {
 		return rec, err
 	}
 	order, err := a.outbox.submit(ctx, rec.Device, wire.KindAudit, body, auditLife)
@@ -258,6 +264,11 @@ func (a *audits) judged(ctx context.Context, rec api.Audit, v OrderRecord, sizes
 	}
 	if v.State == wire.TimedOut && v.Result.Code == codeNoAnswer {
 		rec.Outcome, rec.Reason = api.AuditUnreachable, v.Result.Reason
+		// A job may wait for others, and for its owner: who was there all the time has
+		// broken no promise.
+		if rec.Kind == api.ComputeAudit && a.storage.reg.heardLately(rec.Device) {
+			rec.Outcome, rec.Reason = api.AuditRefused, "the device was there, and had not done the job when its order ended"
+		}
 		return a.settle(ctx, rec, v)
 	}
 	ans, err := a.answerOf(ctx, v)
@@ -339,84 +350,6 @@ func leafAt(held []api.Chunk, at int64) wire.AuditItem {
 
 const releasedReason = "what the device was asked about was removed from it meanwhile; ask again"
 
-// runCompute sends a job whose answer is known: a customer's module over a
-// chunk that the device holds. The coordinator gets the same chunk from another
-// holder and runs the job itself first. What the device sees is a job order
-// like any other.
-func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit, error) {
-	rec := api.Audit{Kind: api.ComputeAudit, Device: r.Device}
-	if a.answer == nil {
-		return rec, refuse(http.StatusNotImplemented, wire.CodeNotSupported, "this coordinator has no engine to know answers with")
-	}
-	input, data, err := a.knownInput(ctx, r.Device, func(api.Chunk) bool { return true })
-	if err != nil {
-		return rec, err
-	}
-	job := wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: saidLimits(r.Limits)}
-	return a.computeChallenge(ctx, rec, job, reading{input: data}, func(time.Duration) {})
-}
-
-// reading is what a job reads, by chunk and by the name of an input.
-type reading struct {
-	input  []byte
-	inputs map[string][]byte
-}
-
-// computeChallenge runs a job here, and then has a device run it. ran is told how long the
-// former took, before the device knows of it.
-func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, job wire.JobRun, data reading, ran func(time.Duration)) (api.Audit, error) {
-	if _, err := a.compute.module(ctx, job.Module.SHA256); err != nil {
-		return rec, err
-	}
-	known, took, err := a.known(ctx, job, data)
-	ran(took)
-	if err != nil {
-		return rec, refuse(http.StatusUnprocessableEntity, "no_answer_known", "the job fails here too, so it is no challenge: %v", err)
-	}
-	own := ownOf(known, job.Outputs)
-	expected, err := hex.DecodeString(own.Output)
-	if err != nil {
-		return rec, err
-	}
-	salt := make([]byte, 16)
-	rand.Read(salt)
-	rec.CPUSeconds, rec.Commitment = own.CPUSeconds, commitment(salt, expected)
-	if job.Input != "" {
-		rec.Chunks = []string{job.Input}
-	}
-	// The commitment is on record before the device can know of the job.
-	if rec, err = a.begin(ctx, rec); err != nil {
-		return rec, err
-	}
-	claim := a.storage.claims(rec.Device, rec.Chunks)
-	order, err := a.honesty.send(ctx, rec.Device, job)
-	if err != nil {
-		return a.unjudged(ctx, rec, err)
-	}
-	defer a.honesty.forget(order.ID)
-	rec.Order = order.ID
-	rec.Salt, rec.Expected = hex.EncodeToString(salt), own.Output
-	v, err := a.outbox.await(ctx, order, nil)
-	if err != nil {
-		return a.unanswered(ctx, rec, err)
-	}
-	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
-	if err != nil {
-		return a.unjudged(ctx, rec, err)
-	}
-	return a.judged(ctx, rec, v, a.sizesOf(rec), func(ans response) verdict {
-		got := judgeCompute(asked, rec.Expected, ans, len(a.storage.released(rec.Device, claim)) > 0)
-		res, err := decodeResult(ans.report)
-		if !got.OtherResult || err != nil {
-			return got
-		}
-		if lie, why := a.honesty.vouched(ctx, asked, own, res, rec.Device); !lie {
-			got.Outcome, got.Reason = api.AuditVoid, why
-		}
-		return got
-	})
-}
-
 // sizesOf is how large the chunks of a challenge are.
 func (a *audits) sizesOf(rec api.Audit) map[string]int64 {
 	out := make(map[string]int64, len(rec.Chunks))
@@ -428,36 +361,10 @@ func (a *audits) sizesOf(rec api.Audit) map[string]int64 {
 	return out
 }
 
-func commitment(salt, outputSum []byte) string {
-	sum := sha256.Sum256(slices.Concat(salt, outputSum))
-	return hex.EncodeToString(sum[:])
-}
-
-// knownInput picks a chunk that d holds, that fits, and that somebody else can give us.
-func (a *audits) knownInput(ctx context.Context, d wire.DeviceID, fits func(api.Chunk) bool) (string, []byte, error) {
-	var last error
-	held := slices.DeleteFunc(a.storage.held(d), func(c api.Chunk) bool { return !fits(c) })
-	mrand.Shuffle(len(held), func(i, j int) { held[i], held[j] = held[j], held[i] })
-	for _, c := range held {
-		data, err := a.storage.read(ctx, c.ID, d)
-		if err == nil {
-			return c.ID, data, nil
-		}
-		if last = err; ctx.Err() != nil {
-			break
-		}
-	}
-	if last == nil {
-		last = errors.New("it holds none that fits")
-	}
-	return "", nil, refuse(http.StatusConflict, "no_known_input",
-		"a compute challenge needs a chunk that device %s holds and another online device too: %v", d, last)
-}
-
 // begin keeps a challenge that is about to be sent.
-func (a *audits) begin(ctx context.Context, rec api.Audit) (api.Audit, error) {
-	rec.ID, rec.At, rec.Outcome = ulid.Make().String(), a.outbox.now().UTC(), api.AuditPending
-	return a.put(ctx, a.challenges, rec.ID, rec)
+func (a *audits) begin(ctx context.Context, row challengeRow) (challengeRow, error) {
+	row.ID, row.At, row.Outcome = ulid.Make().String(), a.outbox.now().UTC(), api.AuditPending
+	return row, a.challenges.create(ctx, row.ID, row)
 }
 
 func (a *audits) put(ctx context.Context, t *table[api.Audit], key string, rec api.Audit) (api.Audit, error) {
@@ -514,7 +421,7 @@ func (a *audits) finish(ctx context.Context, rec api.Audit) (api.Audit, error) {
 	if err := a.storage.lostBefore(ctx, rec.Device, slices.Concat(rec.Lost, rec.Wrong), rec.At); err != nil {
 		return rec, err
 	}
-	err := a.challenges.remove(ctx, rec.ID, func(api.Audit) bool { return true })
+	err := a.challenges.remove(ctx, rec.ID, func(challengeRow) bool { return true })
 	if errors.Is(err, errNotFound) {
 		err = nil
 	}
@@ -525,9 +432,11 @@ func two(v float64) float64 { return math.Round(v*100) / 100 }
 
 // void ends challenges begun before a time that nobody waits for any more. Where
 // a coordinator was stopped before it judged, they count for nothing; where it was
-// stopped after, what was left to do is done.
+// stopped after, what was left to do is done. The answers to those among jobs are waited
+// for further, see judge.
 func (a *audits) void(ctx context.Context, before time.Time) error {
-	for _, rec := range a.challenges.all(func(x, y api.Audit) int { return cmp.Compare(x.ID, y.ID) }) {
+	for _, row := range a.challenges.all(byChallenge) {
+		rec := row.Audit
 		if rec.At.After(before) {
 			continue
 		}
@@ -535,6 +444,8 @@ func (a *audits) void(ctx context.Context, before time.Time) error {
 		switch {
 		case err == nil:
 			_, err = a.finish(ctx, ended)
+		case errors.Is(err, errNotFound) && row.Own != nil:
+			continue
 		case errors.Is(err, errNotFound):
 			rec.Outcome, rec.Reason = api.AuditVoid, "the coordinator was stopped before the answer was judged"
 			_, err = a.conclude(ctx, rec)
@@ -718,8 +629,8 @@ func (a *audits) find(ctx context.Context, id string) (api.Audit, error) {
 			}
 		}
 	}
-	if rec, ok := a.challenges.get(id); ok {
-		return rec, nil
+	if row, ok := a.challenges.get(id); ok {
+		return row.Audit, nil
 	}
 	return api.Audit{}, none
 }

@@ -34,14 +34,12 @@ func (h *honesty) challenge(ctx context.Context) {
 // one begins the oldest challenge that is owed, when it is its turn. It is taken off the
 // record only then.
 func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
-	for _, place := range []chan struct{}{h.slots, h.turn} {
-		select {
-		case place <- struct{}{}:
-		case <-ctx.Done():
-			return false
-		}
+	select {
+	case h.turn <- struct{}{}:
+	case <-ctx.Done():
+		return false
 	}
-	back := func() { <-h.turn; <-h.slots }
+	back := func() { <-h.turn }
 	key, o, ok := h.oldest()
 	if !ok {
 		back()
@@ -57,7 +55,6 @@ func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
 		return ctx.Err() == nil
 	}
 	going.Go(func() {
-		defer func() { <-h.slots }()
 		made, err := h.make(ctx, o)
 		if err != nil && !made && ctx.Err() == nil {
 			err = errors.Join(err, h.later(ctx, o))
@@ -78,10 +75,18 @@ func (h *honesty) later(ctx context.Context, o owed) error {
 	return h.rows.create(ctx, ulid.Make().String(), o)
 }
 
-// oldest is the challenge that is owed for longest by a device that is there.
+// oldest is the challenge that is owed for longest by a device that is there and lets jobs run.
 func (h *honesty) oldest() (key string, first owed, ok bool) {
+	unheard := make(map[wire.DeviceID]int)
+	h.audits.challenges.each(func(_ string, v challengeRow) bool {
+		if v.Own != nil {
+			unheard[v.Device]++
+		}
+		return true
+	})
+	reg := h.audits.storage.reg
 	h.rows.each(func(k string, o owed) bool {
-		if (!ok || k < key) && !o.Next.After(h.now()) && h.audits.storage.reg.mayWork(o.Device) {
+		if (!ok || k < key) && !o.Next.After(h.now()) && unheard[o.Device] < maxUnheard && reg.mayWork(o.Device) && !reg.pauses(o.Device) {
 			key, first, ok = k, o, true
 		}
 		return true
@@ -89,29 +94,32 @@ func (h *honesty) oldest() (key string, first owed, ok bool) {
 	return key, first, ok
 }
 
-// make makes one challenge; made is true once the coordinator has run the job. The turn is given back when the coordinator has worked out the
-// answer, and has rested.
+// make makes one challenge and sends it; made is true once the coordinator has run the job.
+// The turn is given back when the coordinator has worked out the answer, and has rested.
 func (h *honesty) make(ctx context.Context, o owed) (made bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, h.audits.limit)
+	limited, cancel := context.WithTimeout(ctx, h.audits.limit)
 	defer cancel()
 	defer func() {
 		if !made {
 			<-h.turn
 		}
 	}()
-	m, err := h.model(ctx, o)
+	m, err := h.model(limited, o)
 	if err != nil {
 		return made, err
 	}
-	job, data, err := h.like(ctx, o.Device, m)
+	job, data, err := h.like(limited, o.Device, m)
 	if err != nil {
 		return made, err
 	}
 	rec := api.Audit{Kind: api.ComputeAudit, Device: o.Device, Routine: true}
-	_, err = h.audits.computeChallenge(ctx, rec, job, data, func(took time.Duration) {
+	row, err := h.audits.computeChallenge(limited, rec, job, data, func(took time.Duration) {
 		made = true
 		time.AfterFunc(min(paceOwn*took, paceMost), func() { <-h.turn })
 	})
+	if err == nil {
+		err = h.hand(ctx, row)
+	}
 	return made, err
 }
 
@@ -181,21 +189,21 @@ func (h *honesty) like(ctx context.Context, d wire.DeviceID, m wire.JobRun) (job
 }
 
 // send sends a job that is no customer's.
-func (h *honesty) send(ctx context.Context, d wire.DeviceID, job wire.JobRun) (wire.Order, error) {
-	id := ulid.Make().String()
+func (h *honesty) send(ctx context.Context, id string, d wire.DeviceID, job wire.JobRun) (wire.Order, error) {
 	h.mu.Lock()
-	h.ours[id] = true
+	h.ours[id] = time.Time{}
 	h.mu.Unlock()
 	v, err := h.audits.compute.sendAs(ctx, id, d, job.Module.SHA256, job, lifeOfJob(job.Limits))
 	if err != nil {
-		h.forget(id)
+		h.forget(id, h.now())
 	}
 	return v.Order, err
 }
 
-// forget ends that a report is awaited of a job that is no customer's.
-func (h *honesty) forget(order string) {
+// forget ends that a report is awaited of a job that is no customer's, a moment after the
+// order's end.
+func (h *honesty) forget(order string, end time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.ours, order)
+	h.ours[order] = end.Add(oursKept)
 }

@@ -487,12 +487,12 @@ func TestADeviceThatBeatsSeldomIsNotAway(t *testing.T) {
 	w.set(t, api.ConfigScope{}, "beat.seconds=600")
 	w.settled(t, d, "beat.seconds=600")
 	w.advance(20 * time.Minute)
-	w.reg.expire(3 * time.Minute)
+	w.reg.expire()
 	if !w.reg.online(d.id) {
 		t.Error("away after two of its heartbeats are missing")
 	}
 	w.advance(20 * time.Minute)
-	w.reg.expire(3 * time.Minute)
+	w.reg.expire()
 	if w.reg.online(d.id) {
 		t.Error("still there after four")
 	}

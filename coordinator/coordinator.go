@@ -332,6 +332,7 @@ const orderSync = time.Second
 // openState opens every bucket and the services on them.
 func (c *Coordinator) openState(ctx context.Context) error {
 	c.reg = newRegistry(c.log, c.now)
+	c.reg.away = missedBeats * c.cfg.Beat
 	c.tokens = &tokens{written: c.reg.written, now: c.now}
 	c.waiting = newWaiting(wire.Fingerprint(c.auth.caCert.Raw), c.now)
 	c.outbox = newOutbox(c.auth.orderKey, c.publish, c.reg.online, c.now, c.log)
@@ -532,6 +533,7 @@ func (c *Coordinator) listen() error {
 	wg.Go(func() { c.audits.rounds.run(ctx) })
 	wg.Go(func() { c.audits.honesty.keep(ctx) })
 	wg.Go(func() { c.audits.honesty.challenge(ctx) })
+	wg.Go(func() { c.audits.honesty.judge(ctx, c.cfg.NATS == "") })
 	wg.Go(func() { c.storage.sweep(ctx) })
 	wg.Go(func() { c.repairs.run(ctx) })
 	wg.Go(func() { c.jobs.run(ctx) })
@@ -544,7 +546,7 @@ func (c *Coordinator) listen() error {
 		for {
 			select {
 			case <-t.C:
-				c.reg.expire(missedBeats * c.cfg.Beat)
+				c.reg.expire()
 			case <-ctx.Done():
 				return
 			}

@@ -132,7 +132,7 @@ func TestReportsAreASignOfLife(t *testing.T) {
 	w.freeze()
 	report := func() {
 		w.hearFrom(t, d, wire.ChannelReport, wire.TypeReport, wire.Report{Order: "01NONE", Device: d.id, State: wire.Succeeded, Seq: 1})
-		w.reg.expire(missedBeats * w.cfg.Beat)
+		w.reg.expire()
 	}
 	for range 5 {
 		w.advance(w.cfg.Beat)

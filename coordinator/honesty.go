@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -47,9 +48,9 @@ type honesty struct {
 	now    func() time.Time
 	even   func() float64 // evenly from [0, 1), and not to be foretold
 	rows   *table[owed]
-	wake   chan struct{} // capacity 1: something is owed
-	slots  chan struct{} // challenges under way
-	turn   chan struct{} // of capacity 1: who makes one
+	wake   chan struct{}     // capacity 1: something is owed
+	turn   chan struct{}     // of capacity 1: who makes one
+	sent   chan challengeRow // challenges whose answers are to be judged
 
 	flushing sync.Mutex // one at a time
 
@@ -57,7 +58,8 @@ type honesty struct {
 	earned  map[wire.DeviceID]*earned
 	writing map[wire.DeviceID]*earned // what of it is being put on record
 	draws   []owed                    // not on record yet
-	ours    map[string]bool           // orders that are challenges, until their report
+	ours    map[string]time.Time      // orders that are no customer's; zero: until they end, else forgotten then
+	judging map[string]bool           // challenges whose answers are awaited
 	had     map[wire.DeviceID][]hadJob
 	models  []wire.JobRun // of the newest jobs of customers that the coordinator can run
 }
@@ -82,15 +84,16 @@ type earned struct {
 type hadJob struct{ module, input string }
 
 const (
-	flushEvery   = time.Second
-	owedKept     = 24 * time.Hour
-	maxOwed      = 1000
-	maxOwedOf    = 8 // of a device
-	owedTries    = 5
-	owedPause    = time.Second // doubled with each try
-	hadKept      = 128         // of a device
-	modelsKept   = 64
-	honestySlots = 8
+	flushEvery = time.Second
+	owedKept   = 24 * time.Hour
+	maxOwed    = 1000
+	maxOwedOf  = 8 // of a device
+	owedTries  = 5
+	owedPause  = time.Second // doubled with each try
+	hadKept    = 128         // of a device
+	modelsKept = 64
+	maxUnheard = 8           // challenges that a device has not answered, before it gets no more
+	oursKept   = time.Minute // of an order that has ended: its report is told of a moment later
 	// paceOwn is how many times as long as its own run of a challenge took the coordinator
 	// then waits, and paceMost the longest of it.
 	paceOwn, paceMost = 3, time.Minute
@@ -100,8 +103,8 @@ const (
 
 func newHonesty(a *audits, active bool, log *slog.Logger) *honesty {
 	return &honesty{audits: a, active: active, log: log, now: a.outbox.now, even: rand.Float64,
-		wake: make(chan struct{}, 1), slots: make(chan struct{}, honestySlots), turn: make(chan struct{}, 1),
-		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]bool), had: make(map[wire.DeviceID][]hadJob)}
+		wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), sent: make(chan challengeRow),
+		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]time.Time), judging: make(map[string]bool), had: make(map[wire.DeviceID][]hadJob)}
 }
 
 // standing is what is known of a device's results now.
@@ -376,7 +379,6 @@ func decodeResult(r wire.Report) (res wire.JobResult, err error) {
 func (h *honesty) ended(r wire.Report) {
 	res, err := decodeResult(r)
 	if r.State != wire.Succeeded || err != nil {
-		h.forget(r.Order)
 		return
 	}
 	run := trust.Runtime{Engine: label(res.Engine)}
@@ -384,8 +386,7 @@ func (h *honesty) ended(r wire.Report) {
 		run.Agent = rec.Agent
 	}
 	h.mu.Lock()
-	ours := h.ours[r.Order]
-	delete(h.ours, r.Order)
+	_, ours := h.ours[r.Order]
 	h.had[r.Device] = newestOf(append(h.had[r.Device], hadJob{res.Module, res.Input}), hadKept)
 	h.mu.Unlock()
 	h.earn(r.Device, func(e *earned) {
@@ -435,6 +436,7 @@ func (h *honesty) flush(ctx context.Context) error {
 	h.mu.Lock()
 	all, draws := h.earned, h.draws
 	h.earned, h.writing, h.draws = make(map[wire.DeviceID]*earned), all, nil
+	maps.DeleteFunc(h.ours, func(_ string, until time.Time) bool { return !until.IsZero() && h.now().After(until) })
 	h.mu.Unlock()
 	defer func() {
 		h.mu.Lock()
@@ -556,11 +558,11 @@ func (h *honesty) ask(ctx context.Context, to trust.Copy, asked wire.JobRun) tru
 			asked.Inputs[i].Parts[k].URL = ""
 		}
 	}
-	order, err := h.send(ctx, to.Device, asked)
+	order, err := h.send(ctx, ulid.Make().String(), to.Device, asked)
 	if err != nil {
 		return a
 	}
-	defer h.forget(order.ID)
+	defer h.forget(order.ID, order.Expires.Add(silence))
 	v, err := h.audits.outbox.await(ctx, order, nil)
 	if err != nil || v.State != wire.Succeeded {
 		return a

@@ -32,6 +32,8 @@ type registry struct {
 	cut chan wire.DeviceID
 	// beatOf is the heartbeat interval that a device reports; 0 if it reports none.
 	beatOf func(wire.DeviceID) time.Duration
+	// away is the silence after which a device counts as away, where it does not say that it beats slower.
+	away time.Duration
 	// note puts on the audit log what nobody asked for.
 	note func(context.Context, api.LogEntry)
 
@@ -446,12 +448,12 @@ func (r *registry) liveOf(id wire.DeviceID) *live {
 }
 
 // expire marks devices as away that have not been heard of for longer than
-// after, or missedBeats of their own intervals, whichever is more.
-func (r *registry) expire(after time.Duration) {
+// away, or missedBeats of their own intervals, whichever is more.
+func (r *registry) expire() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for id, l := range r.live {
-		if l.online && r.now().Sub(l.lastSeen) > max(after, missedBeats*r.beatOf(id)) {
+		if l.online && r.now().Sub(l.lastSeen) > max(r.away, missedBeats*r.beatOf(id)) {
 			l.online = false
 			r.log.Info("device is silent", "device", id, "last_seen", l.lastSeen.UTC().Format(time.RFC3339))
 		}
@@ -463,6 +465,22 @@ func (r *registry) online(id wire.DeviceID) bool {
 	defer r.mu.Unlock()
 	l, ok := r.live[id]
 	return ok && l.online
+}
+
+// heardLately tells whether a device was heard in the time after which it would count as away.
+func (r *registry) heardLately(id wire.DeviceID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l, ok := r.live[id]
+	return ok && l.online && r.now().Sub(l.lastSeen) <= max(r.away, missedBeats*r.beatOf(id))
+}
+
+// pauses tells whether a device lets jobs stand still, as its owner wants.
+func (r *registry) pauses(id wire.DeviceID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l, ok := r.live[id]
+	return ok && l.jobs != nil && l.jobs.Pause != nil
 }
 
 // mayWork tells whether a device can be given new work: it is there, and nothing

@@ -440,8 +440,9 @@ func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
 	ctx := testContext(t)
 	d, _, _ := auditScene(t, w)
 	held := w.storage.held(d.id)
-	rec, err := w.audits.begin(ctx, api.Audit{Kind: api.StorageAudit, Device: d.id, Chunks: []string{held[0].ID}})
+	row, err := w.audits.begin(ctx, challengeRow{Audit: api.Audit{Kind: api.StorageAudit, Device: d.id, Chunks: []string{held[0].ID}}})
 	must(t, err)
+	rec := row.Audit
 	rec.Outcome, rec.Wrong = api.AuditWrong, rec.Chunks
 	rec, err = w.audits.put(ctx, w.audits.home(rec), auditKey(rec), rec)
 	must(t, err)
@@ -455,7 +456,7 @@ func TestAnInterruptedEndIsFinishedOnce(t *testing.T) {
 	if got, err := w.audits.find(ctx, rec.ID); err != nil || got.Outcome != api.AuditWrong || got.Penalty == nil {
 		t.Errorf("%+v %v", got, err)
 	}
-	if n := len(w.audits.challenges.all(func(a, b api.Audit) int { return 0 })); n != 0 {
+	if n := len(w.audits.underWay()); n != 0 {
 		t.Errorf("%d are under way", n)
 	}
 	if now := w.storage.held(d.id); len(now) != len(held)-1 || now[0] == held[0] {
