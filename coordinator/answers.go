@@ -50,6 +50,9 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if a.answer == nil {
 		return rec, refuse(http.StatusNotImplemented, wire.CodeNotSupported, "this coordinator has no engine to know answers with")
 	}
+	if err := r.Limits.Check(); err != nil {
+		return rec, badJob("%v", err)
+	}
 	input, data, err := a.knownInput(ctx, r.Device, func(api.Chunk) bool { return true })
 	if err != nil {
 		return rec, err
@@ -94,7 +97,7 @@ func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, job wire.J
 	if _, err := a.compute.module(ctx, job.Module.SHA256); err != nil {
 		return row, err
 	}
-	known, took, err := a.known(ctx, job, data)
+	known, took, err := a.known(ctx, job, func(context.Context) (reading, error) { return data, nil })
 	ran(took)
 	if err != nil {
 		return row, refuse(http.StatusUnprocessableEntity, "no_answer_known", "the job fails here too, so it is no challenge: %v", err)

@@ -97,7 +97,7 @@ const (
 	// paceOwn is how many times as long as its own run of a challenge took the coordinator
 	// then waits, and paceMost the longest of it.
 	paceOwn, paceMost = 3, time.Minute
-	// answerLimit bounds the coordinator's own run of a job.
+	// answerLimit bounds the coordinator's own run of a job, and before it reading the inputs.
 	answerLimit = 2 * time.Minute
 )
 
@@ -255,31 +255,32 @@ func (e *inputAway) Unwrap() error { return e.error }
 
 // run has the coordinator itself do a customer's job. The error says why it cannot.
 func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error) {
-	if err := answerable(asked); err != nil {
-		return trust.Own{}, err
-	}
-	data := reading{inputs: make(map[string][]byte)}
-	var err error
-	if asked.Input != "" {
-		if data.input, err = h.audits.storage.read(ctx, asked.Input); err != nil {
-			return trust.Own{}, &inputAway{err}
-		}
-	}
-	for _, in := range asked.Inputs {
-		data.inputs[in.Name] = nil // an empty file is one, too
-		for _, p := range in.Parts {
-			part, err := h.audits.storage.read(ctx, p.Chunk)
-			if err != nil {
-				return trust.Own{}, &inputAway{err}
-			}
-			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
-		}
-	}
-	known, _, err := h.audits.known(ctx, asked, data)
+	known, _, err := h.audits.known(ctx, asked, func(ctx context.Context) (reading, error) { return h.readAll(ctx, asked) })
 	if err != nil {
 		return trust.Own{}, err
 	}
 	return ownOf(known, asked.Outputs), nil
+}
+
+// readAll gets all that a job reads.
+func (h *honesty) readAll(ctx context.Context, j wire.JobRun) (data reading, err error) {
+	data.inputs = make(map[string][]byte)
+	if j.Input != "" {
+		if data.input, err = h.audits.storage.read(ctx, j.Input); err != nil {
+			return data, &inputAway{err}
+		}
+	}
+	for _, in := range j.Inputs {
+		data.inputs[in.Name] = nil // an empty file is one, too
+		for _, p := range in.Parts {
+			part, err := h.audits.storage.read(ctx, p.Chunk)
+			if err != nil {
+				return data, &inputAway{err}
+			}
+			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
+		}
+	}
+	return data, nil
 }
 
 // ownOf is the coordinator's result as the rules see it.
@@ -312,8 +313,13 @@ func expectedOf(outputs []string, r wire.JobResult) string {
 	return resultDigest(r)
 }
 
-// maxOwnInput is how much a job may read that the coordinator runs itself, in bytes.
-const maxOwnInput = 128 << 20
+// What a job may take that the coordinator runs itself, in bytes. What it reads and writes
+// is in the coordinator's own memory, linear memory beside it.
+const (
+	maxOwnInput  = 128 << 20
+	maxOwnMemory = 512 << 20
+	maxOwnOutput = 16 << 20
+)
 
 // answerable tells why the coordinator cannot run a job itself.
 func answerable(j wire.JobRun) error {
@@ -334,6 +340,10 @@ func answerable(j wire.JobRun) error {
 		return errors.New("it depends on time and chance")
 	case size > maxOwnInput:
 		return fmt.Errorf("it reads %d MiB, and the coordinator runs jobs over up to %d MiB itself", size>>20, maxOwnInput>>20)
+	case j.Limits.MemoryBytes > maxOwnMemory:
+		return fmt.Errorf("it may take %d MiB of memory, and the coordinator runs jobs with up to %d MiB itself", j.Limits.MemoryBytes>>20, maxOwnMemory>>20)
+	case j.Limits.OutputBytes > maxOwnOutput:
+		return fmt.Errorf("it may write %d MiB, and the coordinator runs jobs that write up to %d MiB itself", j.Limits.OutputBytes>>20, maxOwnOutput>>20)
 	}
 	return nil
 }
@@ -346,10 +356,14 @@ func challengeable(j wire.JobRun) error {
 	return answerable(j)
 }
 
-// known is the result of a job, worked out here, and how long that took; one at a time.
-func (a *audits) known(ctx context.Context, job wire.JobRun, data reading) (ComputeResult, time.Duration, error) {
+// known is the result of a job, worked out here, and how long that took; one at a time, from
+// reading on.
+func (a *audits) known(ctx context.Context, job wire.JobRun, read func(context.Context) (reading, error)) (ComputeResult, time.Duration, error) {
 	if a.answer == nil {
 		return ComputeResult{}, 0, errors.New("this coordinator has no engine")
+	}
+	if err := answerable(job); err != nil {
+		return ComputeResult{}, 0, err
 	}
 	module, err := a.compute.module(ctx, job.Module.SHA256)
 	if err != nil {
@@ -361,6 +375,12 @@ func (a *audits) known(ctx context.Context, job wire.JobRun, data reading) (Comp
 		return ComputeResult{}, 0, ctx.Err()
 	}
 	defer func() { <-a.answering }()
+	reads, done := context.WithTimeout(ctx, answerLimit)
+	data, err := read(reads)
+	done()
+	if err != nil {
+		return ComputeResult{}, 0, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
 	began := time.Now()

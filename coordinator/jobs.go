@@ -522,6 +522,9 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 			return err
 		}
 	}
+	if err := q.Limits.Check(); err != nil {
+		return badJob("%v", err)
+	}
 	if q.Deadline.IsZero() {
 		q.Deadline = now.Add(api.JobLife)
 	}

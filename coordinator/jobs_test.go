@@ -349,7 +349,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 	}
 	w.waitsFor(t, with(func(q *api.JobSpec) { q.Live = true }), "too_old")
 	for code, q := range map[string]api.JobSpec{
-		"memory":       with(func(q *api.JobSpec) { q.Limits.MemoryBytes = 2 << 30 }),
+		"memory":       with(func(q *api.JobSpec) { q.Limits.MemoryBytes = 1 << 30 }),
 		"memory ":      with(func(*api.JobSpec) {}),
 		"wall_time":    with(func(q *api.JobSpec) { q.Limits.WallSeconds = 1000 }),
 		"live":         with(func(q *api.JobSpec) { q.Live = true }),
@@ -376,6 +376,8 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 			st.Pause = &wire.Pause{Code: "paused"}
 		case "policy":
 			st.Slots = 0
+		case "memory":
+			st.MemoryBytes = 1<<30 - 1
 		case "memory ": // less than a job has that does not say what it wants
 			st.MemoryBytes = wire.OrdinaryLimits.MemoryBytes - 1
 		}

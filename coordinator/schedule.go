@@ -20,6 +20,7 @@ type planner struct {
 	mu        sync.Mutex
 	works     map[string]*work // jobs that have not ended
 	busy      map[wire.DeviceID]int
+	owning    int // tasks that the coordinator runs itself, or is about to
 	resting   map[wire.DeviceID]jobRest
 	following map[string]bool // orders whose end is awaited
 	there     []jobDevice
@@ -71,6 +72,7 @@ const (
 	devicesFresh   = 100 * time.Millisecond // how long a look at devices counts
 	houseEvery     = time.Second
 	scanAtOnce     = 256 // tasks of a job that are looked at in vain in one round
+	ownsAtOnce     = 16  // tasks that wait for the coordinator's own run of them
 	quickTask      = time.Second
 	quickAhead     = 3 // of tasks that are quick, a device gets so many times its slots: it need not wait for the next
 	maxAttempts    = 32
@@ -320,7 +322,8 @@ func (s *jobs) verify(w *work, i int32, o *openTask, v ruling, do *todo) (done b
 		}
 		return true
 	}
-	if v.own && !o.owning {
+	if v.own && !o.owning && s.plan.owning < ownsAtOnce {
+		s.plan.owning++
 		o.owning, do.owns = true, append(do.owns, about)
 	}
 	return false
@@ -390,7 +393,11 @@ func (s *jobs) place() (do todo, next time.Duration) {
 				return v.more + o.extra - o.row.running() - o.starting
 			}
 			if wants() <= 0 {
-				delete(w.queued, i)
+				if v.own && !o.owning { // others are first
+					keep, vain = append(keep, i), vain+1
+				} else {
+					delete(w.queued, i)
+				}
 				continue
 			}
 			if o != nil && now.Before(o.row.Next) {

@@ -417,6 +417,9 @@ func (s *jobs) reconsider(ctx context.Context, id string, task int, edit func(*t
 // runOwn has the coordinator do a task that waits for that.
 func (s *jobs) runOwn(ctx context.Context, id string, task int, t taskRow) {
 	own, err := s.honesty.runFor(ctx, t)
+	s.plan.mu.Lock()
+	s.plan.owning--
+	s.plan.mu.Unlock()
 	if ctx.Err() != nil {
 		return // whoever starts next sees that it is to be run
 	}

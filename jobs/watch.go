@@ -286,7 +286,7 @@ func (s *Service) State() *wire.JobsState {
 	running, waiting := s.queue.counts()
 	st := &wire.JobsState{
 		Host: sandbox.HostVersion, Orders: wire.JobOrders, Engine: sandbox.Engine(), Walls: s.Walls(), Slots: p.Slots, Running: running, Waiting: waiting,
-		MemoryBytes: min(p.MaxMemory, sandbox.MaxMemory), WallSeconds: p.MaxWall,
+		MemoryBytes: min(p.MaxMemory, wire.MostLimits.MemoryBytes), WallSeconds: p.MaxWall,
 		Live: p.Live, Sensors: p.Sensors && s.o.Sensors != nil, Datasets: slices.Sorted(maps.Keys(p.Datasets)),
 	}
 	s.mu.Lock()

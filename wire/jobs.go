@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/json"
+	"fmt"
 	"time"
 )
 
@@ -65,6 +66,28 @@ type JobLimits struct {
 	CPUSeconds  float64 `json:"cpu_seconds,omitempty"`
 	WallSeconds float64 `json:"wall_seconds,omitempty"` // without the time for which it was suspended
 	OutputBytes int64   `json:"output_bytes,omitempty"` // of all outputs together
+}
+
+// MostLimits are the highest that can be asked for. Time is that of one processor, as a module
+// has one thread; the parts of so much output, each with its id, fit a report.
+var MostLimits = JobLimits{MemoryBytes: 1 << 30, CPUSeconds: 24 * 3600, WallSeconds: 24 * 3600, OutputBytes: 2 << 30}
+
+// Check is an error if a limit is none: negative, not a number, or above [MostLimits].
+func (l JobLimits) Check() error {
+	for _, x := range []struct {
+		name, unit   string
+		wanted, most float64
+	}{
+		{"memory_bytes", " bytes", float64(l.MemoryBytes), float64(MostLimits.MemoryBytes)},
+		{"cpu_seconds", " s", l.CPUSeconds, MostLimits.CPUSeconds},
+		{"wall_seconds", " s", l.WallSeconds, MostLimits.WallSeconds},
+		{"output_bytes", " bytes", float64(l.OutputBytes), float64(MostLimits.OutputBytes)},
+	} {
+		if !(x.wanted >= 0 && x.wanted <= x.most) {
+			return fmt.Errorf("the limit %s cannot be %.0f%s: it is 0, for what is usual, to %.0f%s", x.name, x.wanted, x.unit, x.most, x.unit)
+		}
+	}
+	return nil
 }
 
 // OrdinaryLimits are those of a job that does not say what it needs.

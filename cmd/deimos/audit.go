@@ -264,7 +264,7 @@ func (a *auditCheckCmd) again(ctx context.Context, raw []byte) ([]byte, error) {
 	if sum := sha256.Sum256(module); hex.EncodeToString(sum[:]) != job.Module.SHA256 {
 		return nil, fmt.Errorf("the job ran module %s, the file %s is another", job.Module.SHA256, a.Module)
 	}
-	out, err := compute(ctx, coordinator.ComputeJob{Module: module, Args: job.Args, Input: input, Limits: job.Limits})
+	out, err := new(engine).compute(ctx, coordinator.ComputeJob{Module: module, Args: job.Args, Input: input, Limits: job.Limits})
 	if err != nil {
 		return nil, fmt.Errorf("the job cannot be run here: %w", err)
 	}

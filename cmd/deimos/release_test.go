@@ -173,7 +173,7 @@ func TestEachChangeOfKeysCanBeUploaded(t *testing.T) {
 func startCoordinator(ctx context.Context, t *testing.T) (*commands, *api.Client) {
 	t.Helper()
 	dir := t.TempDir()
-	c, err := coordinator.Start(ctx, coordinator.Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: compute})
+	c, err := coordinator.Start(ctx, coordinator.Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: new(engine).compute})
 	if err != nil {
 		t.Fatal(err)
 	}

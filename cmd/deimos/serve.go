@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -15,9 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator"
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
-	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/packaging/tour"
-	"github.com/deimos-edge/deimos/wire"
 )
 
 type serveCmd struct {
@@ -75,9 +72,9 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	cfg := coordinator.Config{
 		Dir: s.Dir, Listen: s.Listen, MQTT: s.MQTT, NATS: s.NATS, Advertise: s.Advertise, PublicMQTT: s.PublicMQTT, PublicHTTPS: s.PublicHTTPS, CertNames: s.CertNames, Announce: s.Announce, EnrolRate: s.EnrolRate, Beat: time.Duration(s.Beat),
 		NoClaim: s.NoClaim, CertificateLife: time.Duration(s.CertificateLife),
-		Audits:  coordinator.AuditPlan{Leaves: s.AuditLeaves, Interval: time.Duration(s.AuditInterval), Jobs: s.AuditJobs},
-		Repair:  coordinator.RepairPlan{AtOnce: s.RepairAtOnce, Rate: s.RepairRate << 20, Grace: time.Duration(s.RepairGrace)},
-		Compute: compute, Log: cli.Logger(s.LogFormat, s.LogLevel), Version: version,
+		Audits: coordinator.AuditPlan{Leaves: s.AuditLeaves, Interval: time.Duration(s.AuditInterval), Jobs: s.AuditJobs},
+		Repair: coordinator.RepairPlan{AtOnce: s.RepairAtOnce, Rate: s.RepairRate << 20, Grace: time.Duration(s.RepairGrace)},
+		Log:    cli.Logger(s.LogFormat, s.LogLevel), Version: version,
 	}
 	if s.PrintNATSConfig {
 		return coordinator.WriteNATSConfig(os.Stdout, cfg)
@@ -89,6 +86,9 @@ func (s *serveCmd) Run(ctx context.Context) error {
 		}
 		defer end()
 	}
+	engine := newEngine(s.Dir, cfg.Log)
+	defer engine.close() // after the coordinator
+	cfg.Compute = engine.compute
 	c, err := coordinator.Start(ctx, cfg)
 	if err != nil {
 		return &cli.Error{Code: cli.ExitNoCreate, Err: err}
@@ -138,49 +138,6 @@ func profiles(addr string) (end func(), err error) {
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go server.Serve(ln) // ends with Close
 	return func() { server.Close() }, nil
-}
-
-// compute runs a job here, in the same sandbox that devices use.
-func compute(ctx context.Context, j coordinator.ComputeJob) (coordinator.ComputeResult, error) {
-	var none coordinator.ComputeResult
-	dir, err := os.MkdirTemp("", "deimos-job-*")
-	if err != nil {
-		return none, err
-	}
-	defer os.RemoveAll(dir)
-	spec := sandbox.Spec{Module: filepath.Join(dir, "module.wasm"), Args: j.Args, Env: j.Env, Input: j.Input, Limits: j.Limits}
-	if err := os.WriteFile(spec.Module, j.Module, 0o600); err != nil {
-		return none, err
-	}
-	for name, data := range j.Inputs {
-		f, err := os.Create(filepath.Join(dir, "in-"+name))
-		if err != nil {
-			return none, err
-		}
-		defer f.Close()
-		if _, err := f.Write(data); err != nil {
-			return none, err
-		}
-		spec.Inputs = append(spec.Inputs, sandbox.Input{Name: name, Size: int64(len(data)), File: f})
-	}
-	written := make(map[string]*bytes.Buffer)
-	for _, name := range j.Outputs {
-		if name == wire.Stdout {
-			continue
-		}
-		written[name] = new(bytes.Buffer)
-		spec.Outputs = append(spec.Outputs, sandbox.Output{Name: name, To: written[name]})
-	}
-	var r sandbox.Runner
-	out, err := r.Run(ctx, spec)
-	if err != nil {
-		return none, err
-	}
-	res := coordinator.ComputeResult{Output: out.Output, Outputs: make(map[string][]byte), CPUSeconds: out.CPU.Seconds(), Engine: out.Engine}
-	for name, b := range written {
-		res.Outputs[name] = b.Bytes()
-	}
-	return res, nil
 }
 
 type devCmd struct {

@@ -29,19 +29,17 @@ import (
 const (
 	MaxModule  = 32 << 20 // bytes of a module
 	MaxInput   = 4 << 20  // bytes of standard input
-	MaxMemory  = 1 << 30  // bytes of linear memory; fits a 32-bit address space too
 	MaxInputs  = 32       // named ones
 	MaxOutputs = 16       // named ones
 	MaxFiles   = 4096     // of all inputs together, in folders too: each is a descriptor
 
-	maxStderr  = 1 << 20        // bytes of standard error, then the worker is killed
-	stderrTail = 4 << 10        // bytes of it that are reported
-	stderrKept = 64 << 10       // bytes of it that are kept meanwhile: a crash of the engine has a long stack
-	maxWall    = 24 * time.Hour // of one job
-	pageBytes  = 64 << 10       // of WebAssembly
-	maxEvents  = 1 << 20        // bytes of what the worker says: a worker of ours says less
-	maxPath    = 1 << 10        // bytes of that of a file in a folder
-	maxPaths   = 512 << 10      // bytes of all of them together
+	maxStderr  = 1 << 20   // bytes of standard error, then the worker is killed
+	stderrTail = 4 << 10   // bytes of it that are reported
+	stderrKept = 64 << 10  // bytes of it that are kept meanwhile: a crash of the engine has a long stack
+	pageBytes  = 64 << 10  // of WebAssembly
+	maxEvents  = 1 << 20   // bytes of what the worker says: a worker of ours says less
+	maxPath    = 1 << 10   // bytes of that of a file in a folder
+	maxPaths   = 512 << 10 // bytes of all of them together
 )
 
 // Spec is one job.
@@ -195,10 +193,12 @@ func (s *Spec) normalize() error {
 	l.OutputBytes = orDefault(l.OutputBytes, d.OutputBytes)
 	l.CPUSeconds = orDefault(l.CPUSeconds, d.CPUSeconds)
 	l.WallSeconds = orDefault(l.WallSeconds, d.WallSeconds)
-	l.WallSeconds = min(l.WallSeconds, maxWall.Seconds())
-	l.CPUSeconds = min(l.CPUSeconds, maxWall.Seconds()*float64(runtime.NumCPU()))
+	most := wire.MostLimits
+	l.OutputBytes = min(l.OutputBytes, most.OutputBytes)
+	l.WallSeconds = min(l.WallSeconds, most.WallSeconds)
+	l.CPUSeconds = min(l.CPUSeconds, most.CPUSeconds)
 	// Memory comes in pages; a part of one is of no use to the module.
-	l.MemoryBytes = max(min(l.MemoryBytes, MaxMemory)/pageBytes, 1) * pageBytes
+	l.MemoryBytes = max(min(l.MemoryBytes, most.MemoryBytes)/pageBytes, 1) * pageBytes
 	s.CompileBytes = CompileBytes(s.CompileBytes)
 	if len(s.Input) > MaxInput {
 		return failure(BadSpec, "the input has %s, at most %s are possible", bytesText(int64(len(s.Input))), bytesText(MaxInput))
