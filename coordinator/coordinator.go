@@ -431,7 +431,9 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.jobs.leader, c.campaigns.leader = c.leads("jobs", c.jobs.pace.lease), c.leads("campaigns", c.campaigns.pace.lease)
 	cache := newStaging(repo)
 	cache.free = c.eng.Free
-	c.releases = &releases{files: repo, cache: cache}
+	c.releases = &releases{files: repo, cache: cache, turn: func(ctx context.Context) (func(), error) {
+		return c.repairs.turn(ctx, turnKey, turnLife)
+	}}
 	c.storage.resume()
 	if c.cfg.NATS == "" {
 		return c.audits.void(ctx, c.now()) // nobody else can be waiting for one

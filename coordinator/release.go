@@ -30,7 +30,10 @@ type releases struct {
 	files jetstream.ObjectStore
 	cache *staging // the same store with a cache before it
 
-	writing sync.Mutex // of metadata, and of immutable files
+	// writing is of all that is not named for its content: to look what is there and to
+	// write is one thing, here and, by turn, among the coordinators of a fleet.
+	writing sync.Mutex
+	turn    func(context.Context) (done func(), err error)
 	ends    atomic.Pointer[lifetime]
 }
 
@@ -38,6 +41,12 @@ const (
 	offerLife   = 7 * 24 * time.Hour
 	maxRepoFile = bundle.MaxPacked
 	maxRepoPath = 256
+
+	// A coordinator has turnLife for what it writes, and gives up after turnLimit, so
+	// that it is over for the others' clocks, too.
+	turnKey   = "repo"
+	turnLife  = 3 * time.Minute
+	turnLimit = time.Minute
 )
 
 func checkRepoPath(p string) error {
@@ -63,8 +72,21 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := r.checkNamed(ctx, name, data); err != nil {
 		return err
 	}
-	r.writing.Lock() // look and write as one; two coordinators at once are not kept apart
+	if _, own := repo.NamedSum(name); own {
+		return r.putOnce(ctx, name, data)
+	}
+	ctx, cancel := context.WithTimeout(ctx, turnLimit)
+	defer cancel()
+	r.writing.Lock()
 	defer r.writing.Unlock()
+	done, err := r.turn(ctx)
+	if errors.Is(err, errTaken) {
+		return refuse(http.StatusServiceUnavailable, "busy", "another coordinator is taking files of the update repository; publish again")
+	}
+	if err != nil {
+		return err
+	}
+	defer done()
 	if repo.Mutable(name) {
 		if err := r.checkReplaces(ctx, name, data); err != nil {
 			return err
@@ -80,6 +102,11 @@ func (r *releases) put(ctx context.Context, name string, data []byte) error {
 	if err := r.checkChain(ctx, name, data); err != nil {
 		return err
 	}
+	return r.putOnce(ctx, name, data)
+}
+
+// putOnce takes a file that never changes.
+func (r *releases) putOnce(ctx context.Context, name string, data []byte) error {
 	there, err := r.files.GetInfo(ctx, name)
 	switch {
 	case errors.Is(err, jetstream.ErrObjectNotFound):

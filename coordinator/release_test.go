@@ -2,6 +2,7 @@ package coordinator
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ed25519"
 	"encoding/json"
@@ -9,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -94,6 +96,111 @@ func TestOnlyRootsThatDevicesComeToAreTaken(t *testing.T) {
 		t.Errorf("a new device starts its trust from %q", m.UpdateRoot)
 	}
 	must(t, put(6))
+}
+
+// TestOfTwoRootsOfOneVersionOneStands, though two coordinators are given them at once;
+// and of two timestamps the newer one. Devices that were given the one would never take
+// what goes with the other.
+func TestOfTwoRootsOfOneVersionOneStands(t *testing.T) {
+	t.Parallel()
+	both := peers(t, 2, func(*Config) {})
+	ctx := testContext(t)
+	keys := []ed25519.PrivateKey{newKey(t), newKey(t)}
+	must(t, both[0].op.PutRepoFile(ctx, rootPath(1), rootOf(t, 1, keys, 2)))
+	atOnce := func(name string, files [2][]byte) (errs [2]error) {
+		var wg sync.WaitGroup
+		start := make(chan struct{})
+		for i, w := range both {
+			wg.Go(func() {
+				<-start
+				errs[i] = w.op.PutRepoFile(ctx, name, files[i])
+			})
+		}
+		close(start)
+		wg.Wait()
+		return errs
+	}
+	for version := int64(2); version < 12; version++ {
+		var roots [2][]byte
+		for i := range roots {
+			root := metadata.Root(time.Now())
+			_, err := root.FromBytes(rootOf(t, version, keys, 0))
+			must(t, err)
+			root.Signed.Expires = root.Signed.Expires.Add(time.Duration(i) * time.Second)
+			roots[i] = signedBy(t, root, keys...)
+		}
+		errs := atOnce(rootPath(version), roots)
+		stands := 0
+		if errs[0] != nil {
+			stands = 1
+		}
+		must(t, errs[stands])
+		wantRefusal(t, errs[1-stands], http.StatusConflict, "changed")
+		for i, w := range both {
+			if raw, err := w.releases.root(ctx); err != nil || !bytes.Equal(raw, roots[stands]) {
+				t.Errorf("root %d: coordinator %d has another one than was taken (%v)", version, i, err)
+			}
+		}
+
+		stamps := [2][]byte{timestampOf(t, 2*version, keys[0]), timestampOf(t, 2*version+1, keys[0])}
+		errs = atOnce("metadata/timestamp.json", stamps)
+		must(t, errs[1])
+		if errs[0] != nil {
+			wantRefusal(t, errs[0], http.StatusConflict, "older")
+		}
+		for i, w := range both {
+			if raw, err := w.releases.get(ctx, "metadata/timestamp.json"); err != nil || !bytes.Equal(raw, stamps[1]) {
+				t.Errorf("coordinator %d has another timestamp than the newest (%v)", i, err)
+			}
+		}
+	}
+}
+
+// TestAFileOfTheRepositoryWaitsForItsTurn, also when the coordinator that has it died.
+func TestAFileOfTheRepositoryWaitsForItsTurn(t *testing.T) {
+	t.Parallel()
+	w := ownWorld(t)
+	ctx := testContext(t)
+	taken := func(until time.Duration) {
+		must(t, w.repairs.leases.create(ctx, turnKey, lease{By: "another", Until: w.time().Add(until).UTC()}))
+	}
+	put := func() <-chan error {
+		done := make(chan error, 1)
+		go func() { done <- w.op.PutRepoFile(ctx, rootPath(1), aRoot(t, 1, 2)) }()
+		return done
+	}
+	taken(time.Hour)
+	waits := put()
+	eventually(t, "it waits", func() bool {
+		w.repairs.leases.mu.RLock()
+		defer w.repairs.leases.mu.RUnlock()
+		return w.repairs.leases.waiters[turnKey] != nil
+	})
+	select {
+	case err := <-waits:
+		t.Fatalf("it did not wait: %v", err)
+	default:
+	}
+	must(t, w.repairs.leases.remove(ctx, turnKey, func(lease) bool { return true }))
+	must(t, <-waits)
+	if _, there := w.repairs.leases.get(turnKey); there {
+		t.Error("it was not given back")
+	}
+	taken(50 * time.Millisecond) // by one that dies
+	must(t, w.op.PutRepoFile(ctx, rootPath(1), mustGet(t, w, rootPath(1))))
+	taken(time.Hour)
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if err := w.releases.put(short, rootPath(1), mustGet(t, w, rootPath(1))); err == nil || !strings.Contains(err.Error(), "another coordinator") {
+		t.Errorf("it does not give up: %v", err)
+	}
+}
+
+func mustGet(t testing.TB, w *world, name string) []byte {
+	t.Helper()
+	raw, err := w.releases.get(testContext(t), name)
+	must(t, err)
+	return raw
 }
 
 // TestATimestampThatDevicesWouldRefuseIsNotTaken: an upload from an old copy of the
