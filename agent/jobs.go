@@ -34,6 +34,7 @@ type Jobs struct {
 	Run    bool          `json:"run"`
 	Begin  bool          `json:"begin"`
 	Walls  []string      `json:"walls,omitempty"` // that stand around each job beside its sandbox
+	Room   jobs.Room     `json:"room"`
 	Jobs   []jobs.Listed `json:"jobs"`
 }
 
@@ -160,7 +161,7 @@ func (a *Agent) watchJobs(ctx context.Context) {
 
 func (a *Agent) jobsNow() Jobs {
 	d := a.jobs.Decision()
-	j := Jobs{At: time.Now().UTC().Truncate(time.Second), Code: d.Code, Reason: d.Reason, Run: d.Run, Begin: d.Begin, Walls: a.jobs.Walls(), Jobs: a.jobs.List()}
+	j := Jobs{At: time.Now().UTC().Truncate(time.Second), Code: d.Code, Reason: d.Reason, Run: d.Run, Begin: d.Begin, Walls: a.jobs.Walls(), Room: a.jobs.Room(), Jobs: a.jobs.List()}
 	if !d.Until.IsZero() {
 		until := d.Until.UTC().Truncate(time.Second)
 		j.Until = &until
@@ -171,7 +172,7 @@ func (a *Agent) jobsNow() Jobs {
 // alike tells whether a person would see no news.
 func alike(a, b Jobs) bool {
 	plain := func(j Jobs) Jobs {
-		j.At, j.Until = time.Time{}, nil
+		j.At, j.Until, j.Room.Held = time.Time{}, nil, 0
 		all := make([]jobs.Listed, len(j.Jobs))
 		for i, l := range j.Jobs {
 			l.CPU, l.Progress = 0, 0

@@ -84,6 +84,9 @@ func (s *Service) gatherDataset(ctx context.Context, want wire.JobInput, j *job,
 	}
 	in.files = append(in.files, sandbox.Input{Name: want.Name, Size: info.Size(), File: f})
 	in.watched = append(in.watched, watched{want.Name, f, info})
+	if err := s.counts(in, info.Size()); err != nil {
+		return err
+	}
 	digest, err := s.hashFile(ctx, f, j)
 	if err != nil {
 		return err
@@ -135,6 +138,9 @@ func (s *Service) gatherFolder(ctx context.Context, want wire.JobInput, root *os
 			return wire.FailedBecause(wire.CodeMismatch, "the job's input %q was changed on the device while it was opened; ask again", want.Name)
 		}
 		in.watched = append(in.watched, watched{want.Name, f, info})
+		if err := s.counts(in, info.Size()); err != nil {
+			return err
+		}
 		if sums[name], err = s.hashFile(ctx, f, j); err != nil {
 			return err
 		}

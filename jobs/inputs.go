@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -27,6 +28,7 @@ const spareBytes = 256 << 20
 
 // inputs is what a job reads, gathered.
 type inputs struct {
+	size      int64 // bytes, so far
 	stdin     []byte
 	files     []sandbox.Input
 	resources []wire.Resource // of the statement
@@ -61,6 +63,9 @@ func (s *Service) gather(ctx context.Context, j *job) (_ *inputs, err error) {
 		if in.stdin, err = s.o.Chunks.Read(ctx, j.Input); err != nil {
 			return nil, fmt.Errorf("read the job's input: %w", err)
 		}
+		if err := s.counts(in, int64(len(in.stdin))); err != nil {
+			return nil, err
+		}
 		in.resources = append(in.resources, resource(wire.Stdin, sha256Of(in.stdin), j.Input))
 	}
 	for _, want := range j.Inputs {
@@ -84,6 +89,9 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, j *job, in 
 		if err != nil {
 			return err
 		}
+		if err := errors.Join(s.counts(in, int64(len(data))), s.disk.hold(w, int64(len(data)), s.policy.Load().MaxDisk)); err != nil {
+			return err
+		}
 		f, digest, err = s.spool(w, want.Name, int64(len(data)), func(to io.Writer) error { _, err := to.Write(data); return err })
 		if err != nil {
 			return err
@@ -93,6 +101,12 @@ func (s *Service) gatherOne(ctx context.Context, want wire.JobInput, j *job, in 
 			if want.Parts, err = s.partsOf(ctx, want); err != nil {
 				return err
 			}
+			if err := s.disk.hold(w, sizeOf(want.Parts), s.policy.Load().MaxDisk); err != nil {
+				return err
+			}
+		}
+		if err := s.counts(in, sizeOf(want.Parts)); err != nil {
+			return err
 		}
 		if len(want.Parts) == 1 {
 			only = want.Parts[0].Chunk
@@ -177,12 +191,137 @@ func (s *Service) spool(w *work, name string, size int64, fill func(io.Writer) e
 	return r, hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// disk is what jobs may still write where their folders are.
+// counts adds to what a job reads.
+func (s *Service) counts(in *inputs, size int64) error {
+	in.size += size
+	return mayRead(s.policy.Load(), in.size)
+}
+
+// mayRead is an error if the owner lets a job read less.
+func mayRead(p *policy.Policy, size int64) error {
+	if p.MaxInput > 0 && size > p.MaxInput {
+		return wire.RejectedBecause(wire.CodePolicy, "the job reads %d bytes or more, and the owner of this device lets a job read %d; place it on another", size, p.MaxInput)
+	}
+	return nil
+}
+
+// holdAll has the room on the disk that is known to be wanted of it before a job begins.
+func (s *Service) holdAll(j *job, limits wire.JobLimits) error {
+	size, err := j.work.checkpointSize()
+	if err != nil {
+		return err
+	}
+	j.work.kept = size
+	for _, in := range j.Inputs {
+		size += sizeOf(in.Parts)
+	}
+	if len(j.Outputs) > 0 {
+		size += limits.OutputBytes
+	}
+	return s.disk.hold(j.work, size, s.policy.Load().MaxDisk)
+}
+
+// keepCheckpoint keeps one, if there is room. Until it is durable, the one before is there too.
+func (s *Service) keepCheckpoint(j *job, size int64, r io.Reader) error {
+	written, err := s.disk.reserve(j.work, size)
+	if err != nil {
+		return err
+	}
+	defer written()
+	if err := s.disk.hold(j.work, size, s.policy.Load().MaxDisk); err != nil {
+		return err
+	}
+	gone := size
+	if err = j.checkpoint(size, r); err == nil {
+		gone, j.work.kept = j.work.kept, size
+	}
+	s.disk.release(j.work, gone)
+	return err
+}
+
+// disk is what jobs may still write where their folders are, and what they hold there by the
+// owner's leave.
 type disk struct {
 	free func(dir string) (int64, error) // bytes; see freeOn
 
 	mu     sync.Mutex
-	coming int64 // bytes that jobs have room for and have not written
+	coming int64         // bytes that jobs have room for and have not written
+	given  chan struct{} // closed when room is given back; nil: nobody waits for that
+	held   int64         // bytes of all jobs together, written or not, until their folders are gone; work.held has each one's
+}
+
+// hold is an error if so many bytes more are above what the owner gives, most; 0: all. Where
+// others have it, the job can wait.
+func (d *disk) hold(w *work, size, most int64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case most <= 0:
+	case w.held+size > most:
+		return wire.RejectedBecause(wire.CodePolicy, "the job needs %d bytes of this device's disk, and its owner gives all jobs together %d; place it on another", w.held+size, most)
+	case d.held+size > most:
+		return &wire.Problem{State: wire.Rejected, Code: policy.CodeDisk, Reason: "other jobs have the room on the disk that the owner of this device gives to jobs; it waits for theirs", After: roomAfter}
+	}
+	d.held, w.held = d.held+size, w.held+size
+	return nil
+}
+
+// roomAfter is when a job looks again for room, also if nobody has said that there is more.
+const roomAfter = time.Minute
+
+// more is closed when there is more room than now.
+func (d *disk) more() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.moreLocked()
+}
+
+func (d *disk) moreLocked() chan struct{} {
+	if d.given == nil {
+		d.given = make(chan struct{})
+	}
+	return d.given
+}
+
+// release gives a part of it back.
+func (d *disk) release(w *work, size int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.releaseLocked(w, size)
+}
+
+func (d *disk) releaseLocked(w *work, size int64) {
+	d.held, w.held = d.held-size, w.held-size
+	if d.given != nil && size > 0 {
+		close(d.given)
+		d.given = nil
+	}
+}
+
+// drop gives back all that a job holds.
+func (d *disk) drop(w *work) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.releaseLocked(w, w.held)
+}
+
+// await is drop, of a job that had too little room. What is returned is closed when others
+// have given room back since the job got seen.
+func (d *disk) await(w *work, seen <-chan struct{}) <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	others := (<-chan struct{})(d.given) != seen
+	d.releaseLocked(w, w.held)
+	if others {
+		return seen
+	}
+	return d.moreLocked()
+}
+
+func (d *disk) holds() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.held
 }
 
 // reserve is an error if so many bytes do not fit beside those that are coming. When they
@@ -253,12 +392,14 @@ func (s *Service) checkSources(job wire.JobRun) error {
 	if job.Input != "" && slices.Contains(ins, wire.Stdin) {
 		return wire.RejectedBecause(wire.CodeBadBody, "the job has two inputs that are its standard input")
 	}
+	size := int64(0)
 	for _, in := range job.Inputs {
 		if err := s.checkSource(p, in); err != nil {
 			return err
 		}
+		size += sizeOf(in.Parts)
 	}
-	return nil
+	return mayRead(p, size)
 }
 
 func checkNames(what string, names []string, most int) error {

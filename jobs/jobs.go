@@ -12,8 +12,8 @@
 //     until their context ends, holding no memory but their own.
 //   - The owner's word bounds every job, whatever the order says, and at once: see
 //     [Service.Watch].
-//   - Inputs and outputs of all jobs together leave [spareBytes] of the disk free; checkpoints,
-//     of 64 MiB at most, are not counted.
+//   - Inputs, outputs and checkpoints of all jobs together leave [spareBytes] of the disk free,
+//     and take no more of it than the owner gives: see [disk].
 //   - A job has no effect but its result: doing an order twice is harmless. Its outputs
 //     are durable chunks before the result names them.
 //   - Output that did not come from a module that ended well is never handed on.
@@ -192,6 +192,7 @@ func (s *Service) Run(ctx context.Context, o wire.Order, tell func(wire.Progress
 			if err := w.remove(); err != nil {
 				s.o.Log.Warn("what a job has left cannot be removed", "folder", w.dir, "error", err)
 			}
+			s.disk.drop(w)
 		}()
 	}
 	if err != nil {
@@ -220,6 +221,7 @@ func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 		if err := s.queue.enter(ctx, t, j.waits); err != nil {
 			return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its turn: %w", err)
 		}
+		room := s.disk.more()
 		out, err := s.attempt(ctx, j, t)
 		s.queue.leave(t)
 		after := time.Duration(0)
@@ -230,9 +232,17 @@ func (s *Service) carryOut(ctx context.Context, j *job) (wire.Outcome, error) {
 		if after <= 0 {
 			return out, err
 		}
-		// What it has to fetch may not be fetched now.
+		// What it has to fetch may not be fetched now, or others have the disk; what it has
+		// so far is not in their way.
+		if err := j.work.empty(); err != nil {
+			return wire.Outcome{}, err
+		}
+		if room = s.disk.await(j.work, room); why.Code != policy.CodeDisk {
+			room = nil
+		}
 		j.stalls(why)
 		select {
+		case <-room:
 		case <-time.After(min(after, time.Minute)):
 		case <-ctx.Done():
 			return wire.Outcome{}, fmt.Errorf("the job was stopped while it waited for its inputs: %w", context.Cause(ctx))
@@ -250,6 +260,9 @@ func (s *Service) attempt(ctx context.Context, j *job, t *ticket) (wire.Outcome,
 		return wire.Outcome{}, err
 	}
 	j.runs()
+	if err := s.holdAll(j, limits); err != nil {
+		return wire.Outcome{}, err
+	}
 	if len(j.Outputs) > 0 {
 		ended, err := s.disk.reserve(j.work, limits.OutputBytes)
 		if err != nil {
@@ -330,7 +343,7 @@ func (s *Service) runModule(ctx context.Context, j *job, t *ticket, limits wire.
 			Input: in.stdin, Inputs: in.files, Outputs: outs.files(),
 			Limits: limits, CacheDir: filepath.Join(s.o.Dir, "compiled"), CompileBytes: s.policy.Load().MaxMemory,
 			OnCompiled: func() { s.queue.needs(t, limits.MemoryBytes) },
-			OnProgress: j.progressed, OnCheckpoint: j.checkpoint,
+			OnProgress: j.progressed, OnCheckpoint: func(size int64, r io.Reader) error { return s.keepCheckpoint(j, size, r) },
 			OnLog: func(level int, text string) {
 				s.o.Log.Log(ctx, slog.Level(4*(level-1)), "a job says", "order", j.order, "text", text)
 			},

@@ -337,6 +337,19 @@ func (s *Service) List() []Listed {
 	return all
 }
 
+// Room is what jobs take of this device's disk, and may.
+type Room struct {
+	Held     int64 `json:"held_bytes"`                // inputs, outputs and checkpoints of all jobs, written or still to be
+	MaxDisk  int64 `json:"max_disk_bytes,omitempty"`  // 0: no bound of the owner's
+	MaxInput int64 `json:"max_input_bytes,omitempty"` // of one job; 0: no bound
+}
+
+// Room tells how jobs stand with the disk.
+func (s *Service) Room() Room {
+	p := s.policy.Load()
+	return Room{Held: s.disk.holds(), MaxDisk: p.MaxDisk, MaxInput: p.MaxInput}
+}
+
 // Walls are those that stand around each job of this device beside its sandbox.
 func (s *Service) Walls() []string { return s.o.Runner.Walls() }
 

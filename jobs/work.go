@@ -27,6 +27,8 @@ const mostFruitless = 10
 type work struct {
 	dir  string
 	meta meta
+	held int64 // bytes on the disk, guarded by disk.mu
+	kept int64 // bytes of the checkpoint; of the job's own goroutines, one after the other
 }
 
 // meta is what is known of a job's former lives.
@@ -55,14 +57,33 @@ func openWork(root string, o wire.Order) (*work, error) {
 	w.meta.Expires = o.Expires
 	w.meta.Begun++
 	w.meta.Fruitless++
-	err = errors.Join(os.RemoveAll(w.path("files")), os.MkdirAll(w.path("files"), 0o700))
-	if err == nil {
-		err = w.save()
+	if err := w.empty(); err != nil {
+		return nil, err
 	}
-	if err != nil {
+	if err := w.save(); err != nil {
 		return nil, w.problem(err)
 	}
 	return w, nil
+}
+
+// empty removes inputs and outputs.
+func (w *work) empty() error {
+	if err := errors.Join(os.RemoveAll(w.path("files")), os.MkdirAll(w.path("files"), 0o700)); err != nil {
+		return w.problem(err)
+	}
+	return nil
+}
+
+// checkpointSize is how many bytes a former life has kept.
+func (w *work) checkpointSize() (int64, error) {
+	st, err := os.Stat(w.path("checkpoint"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, w.problem(err)
+	}
+	return st.Size(), nil
 }
 
 func (w *work) problem(err error) error { return diskProblem("the job's folder", err) }

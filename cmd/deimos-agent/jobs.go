@@ -81,6 +81,7 @@ func writeJobs(w io.Writer, j *agent.Jobs) error {
 	}
 	if !j.At.IsZero() {
 		fmt.Fprintf(w, "\naround each job, beside its sandbox: %s\n", wallsLine(j.Walls))
+		fmt.Fprintf(w, "on the disk: %s\n", roomLine(j.Room))
 	}
 	if line := wordLine(j.Word, time.Now()); line != "" {
 		fmt.Fprintln(w, "\n"+line)
@@ -101,6 +102,18 @@ func wallsLine(have []string) string {
 	line := cmp.Or(strings.Join(have, ", "), "no walls")
 	if len(missing) > 0 {
 		line += " (missing here: " + strings.Join(missing, ", ") + ")"
+	}
+	return line
+}
+
+// roomLine is what jobs have and may have of the disk.
+func roomLine(r jobs.Room) string {
+	line := cli.Bytes(r.Held)
+	if r.MaxDisk > 0 {
+		line += " of the " + cli.Bytes(r.MaxDisk) + " that you give to all jobs together"
+	}
+	if r.MaxInput > 0 {
+		line += "; one job reads " + cli.Bytes(r.MaxInput) + " at most"
 	}
 	return line
 }

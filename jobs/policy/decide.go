@@ -15,6 +15,7 @@ const (
 	CodeMetered   = "metered"   // the month's volume is used up
 	CodeSlots     = "slots"     // it waits for its turn
 	CodeMemory    = "memory"    // it waits for the memory of other jobs
+	CodeDisk      = "disk"      // it waits for the room on the disk of other jobs
 )
 
 // Word is what the owner has said since the agent's configuration was written. It

@@ -9,6 +9,8 @@
 //	cpu_percent = 0          # of all processors, for all jobs together; 0: no bound
 //	max_memory_bytes = 268435456
 //	max_output_bytes = 4194304
+//	max_input_bytes = 0      # that one job may read; 0: no bound
+//	max_disk_bytes = 0       # for inputs, outputs and checkpoints of all jobs together; 0: as far as the disk goes
 //	max_cpu_seconds = 600
 //	max_wall_seconds = 900
 //
@@ -56,8 +58,10 @@ type Policy struct {
 	MaxCPU    float64 `toml:"max_cpu_seconds" json:"max_cpu_seconds"`   // CPU time a job
 	MaxWall   float64 `toml:"max_wall_seconds" json:"max_wall_seconds"` // seconds from start to end a job, without those it stood still
 
-	Memory     int64   `toml:"memory_bytes" json:"memory_bytes"` // bytes of all jobs together; 0: no bound but the slots'
-	CPUPercent float64 `toml:"cpu_percent" json:"cpu_percent"`   // of all processors, of all jobs together; 0: no bound
+	Memory     int64   `toml:"memory_bytes" json:"memory_bytes"`       // bytes of all jobs together; 0: no bound but the slots'
+	MaxInput   int64   `toml:"max_input_bytes" json:"max_input_bytes"` // bytes of all inputs a job, datasets too; 0: no bound
+	MaxDisk    int64   `toml:"max_disk_bytes" json:"max_disk_bytes"`   // bytes of what all jobs together keep on the disk; 0: no bound but what must stay free
+	CPUPercent float64 `toml:"cpu_percent" json:"cpu_percent"`         // of all processors, of all jobs together; 0: no bound
 
 	Hours       Hours   `toml:"hours" json:"hours"`
 	OnlyIdle    bool    `toml:"only_idle" json:"only_idle"`
@@ -139,6 +143,7 @@ func (p Policy) Effective() Policy {
 	if p.Memory = max(p.Memory, 0); p.Memory > 0 {
 		p.MaxMemory = min(p.MaxMemory, p.Memory)
 	}
+	p.MaxInput, p.MaxDisk = max(p.MaxInput, 0), max(p.MaxDisk, 0)
 	if !(p.CPUPercent > 0 && p.CPUPercent < 100) {
 		p.CPUPercent = 0
 	}

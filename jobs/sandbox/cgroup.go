@@ -115,16 +115,24 @@ func openCgroups(base string, needs ...string) (*Cgroups, error) {
 // leaveSome bounds the memory of all jobs together to three quarters of the machine's: a
 // module that breaks the engine must not take what the agent and the kernel need.
 func (c *Cgroups) leaveSome() error {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
+	machine, err := machineMemory()
+	if err != nil {
 		return err
 	}
-	machine := int64(info.Totalram) * int64(max(1, info.Unit))
-	err := put(c.dir, "memory.max", strconv.FormatInt(machine/4*3, 10))
+	err = put(c.dir, "memory.max", strconv.FormatInt(machine/4*3, 10))
 	if errors.Is(err, fs.ErrNotExist) { // tests do without controllers
 		return nil
 	}
 	return err
+}
+
+// machineMemory is in bytes.
+func machineMemory() (int64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, err
+	}
+	return int64(info.Totalram) * int64(max(1, info.Unit)), nil
 }
 
 // Close removes the place. No worker may run any more.

@@ -417,3 +417,17 @@ func mustRunBy(t *testing.T, r *Runner, s Spec) {
 		t.Errorf("%v (stderr %q)", err, res.Stderr)
 	}
 }
+
+// Compiling leaves a small machine most of its memory.
+func TestCompilingIsBoundedByTheMachine(t *testing.T) {
+	t.Parallel()
+	const gib = 1 << 30
+	for _, c := range []struct{ want, machine, got int64 }{
+		{0, 16 * gib, gib}, {512 << 20, 16 * gib, 512 << 20}, {1, 16 * gib, 256 << 20}, {2 * gib, 16 * gib, gib},
+		{512 << 20, gib, 256 << 20}, {0, 2 * gib, 512 << 20}, {0, 512 << 20, 256 << 20}, {300 << 20, 2 * gib, 300 << 20},
+	} {
+		if got := compileBytes(c.want, c.machine); got != c.got {
+			t.Errorf("%d MiB wanted of %d: %d, want %d", c.want>>20, c.machine>>20, got>>20, c.got>>20)
+		}
+	}
+}

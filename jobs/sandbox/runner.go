@@ -54,7 +54,7 @@ type Spec struct {
 	Live     bool           // the real time and real random numbers
 	Limits   wire.JobLimits // zero means that of [wire.OrdinaryLimits]
 	CacheDir string         // for compiled code; empty: compile each time
-	// CompileBytes is the memory that compiling the module may take, 256 MiB to 1 GiB; zero: the
+	// CompileBytes is the memory that compiling the module may take, see [CompileBytes]; zero: the
 	// most. One of 2.5 MB that Go made takes some 80 MiB.
 	CompileBytes int64
 
@@ -298,9 +298,18 @@ func (s *Spec) checkFiles() error {
 	return nil
 }
 
-// CompileBytes is what compiling may take where a [Spec] says so many.
+// CompileBytes is what compiling may take where a [Spec] says so many: 1 GiB and a quarter of
+// the machine's memory at most, and 256 MiB at least.
 func CompileBytes(want int64) int64 {
-	return min(max(orDefault(want, maxCompile), leastCompile), maxCompile)
+	machine, err := machineMemory()
+	if err != nil { // of no kernel that is known
+		machine = 0
+	}
+	return compileBytes(want, machine)
+}
+
+func compileBytes(want, machine int64) int64 {
+	return max(min(orDefault(want, maxCompile), machine/4, maxCompile), leastCompile)
 }
 
 // orDefault treats what is no sensible limit (zero, negative, NaN) as not given.
