@@ -435,6 +435,39 @@ func TestTrackedFilesNameNoOnesHome(t *testing.T) {
 	}
 }
 
+// TestTheTestsOfTheDocumentsAreThere: a table of who tries what is worth nothing once one
+// of them was renamed.
+func TestTheTestsOfTheDocumentsAreThere(t *testing.T) {
+	raw, err := os.ReadFile("../docs/developer.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`(Test[A-Z][A-Za-z0-9]+)`").FindAllStringSubmatch(string(raw), -1)
+	if len(named) < 50 {
+		t.Fatalf("only %d tests are named: is the table still there?", len(named))
+	}
+	there := map[string]bool{}
+	declared := regexp.MustCompile(`(?m)^func (Test[A-Z][A-Za-z0-9]+)\(`)
+	err = filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		for _, m := range declared.FindAllSubmatch(raw, -1) {
+			there[string(m[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range named {
+		if !there[m[1]] {
+			t.Errorf("docs/developer.md names %s, which is nowhere", m[1])
+		}
+	}
+}
+
 func TestLicenceIsApache2WordForWord(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(root(t), "LICENSE"))
 	if err != nil {

@@ -20,26 +20,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
-// Attacks that TUF (section 1.5.2 of the specification) and Uptane name, and where
-// they are tried:
-//
-//	arbitrary software       TestOtherKeysAreRefused, TestAlteredManifestIsRefused, TestAlteredPartIsRefused
-//	rollback                 TestRollbackIsRefused, TestLogThatGoesBackIsRefused
-//	fast-forward             TestFastForwardIsRecoveredFrom
-//	indefinite freeze        TestExpiredMetadataIsRefused, TestHiddenRootIsNoticed
-//	mix-and-match            TestMixedMetadataIsRefused, TestOneStolenKeyInstallsNothing
-//	endless data             TestEndlessFilesAreCut
-//	slow retrieval           TestSlowSourceIsGivenUp
-//	extraneous dependencies  TestOnlyWhatIsSignedIsFetched
-//	malicious mirror         TestMirrorThatLiesAtRandom
-//	one key stolen           TestOneStolenKeyInstallsNothing
-//	missed root rotations    TestDevicesFollowEachRotation
-//	drop-request             TestDroppedRequestsChangeNothing
-//	a log of two faces       TestLogWithTwoFacesIsFoundOut
-//	wrong clock              TestWrongClock
-//	corrupt metadata store   TestDamagedStoreOfAnyKindHeals
-//
-// Wrong software for the board, and mixed bundles, are the business of ota/bundle and ota.
+// Which test tries which attack on updates: docs/developer.md, "Attacks on updates".
 
 // TestOneStolenKeyInstallsNothing: a thief has one key, the mirror and the line, and
 // keys of their own for all the rest. They serve all of theirs, or their file of that
