@@ -90,7 +90,7 @@ func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept 
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	defer s.poke()
-	p.release(a)
+	p.release(a.Order, a.Device)
 	switch {
 	case a.State == wire.Succeeded:
 		delete(p.resting, a.Device)

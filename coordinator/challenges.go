@@ -188,8 +188,13 @@ func (h *honesty) like(ctx context.Context, d wire.DeviceID, m wire.JobRun) (job
 	return job, data, nil
 }
 
-// send sends a job that is no customer's.
+// send sends a job that is no customer's, when the device would be given one more task.
 func (h *honesty) send(ctx context.Context, id string, d wire.DeviceID, job wire.JobRun) (wire.Order, error) {
+	sent, err := h.reserve(ctx, d, id)
+	if err != nil {
+		return wire.Order{}, err
+	}
+	defer sent()
 	h.mu.Lock()
 	h.ours[id] = time.Time{}
 	h.mu.Unlock()

@@ -359,7 +359,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.audits.compute = c.compute
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
-	c.jobs.honesty, c.audits.caught = c.audits.honesty, c.jobs.noteCaught
+	c.jobs.honesty, c.audits.caught, c.audits.honesty.reserve = c.audits.honesty, c.jobs.noteCaught, c.jobs.reserve
 	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
 	c.campaigns.beat = c.cfg.Beat

@@ -51,6 +51,8 @@ type honesty struct {
 	wake   chan struct{}     // capacity 1: something is owed
 	turn   chan struct{}     // of capacity 1: who makes one
 	sent   chan challengeRow // challenges whose answers are to be judged
+	// reserve waits for a place on a device, see [jobs.reserve].
+	reserve func(ctx context.Context, d wire.DeviceID, order string) (sent func(), err error)
 
 	flushing sync.Mutex // one at a time
 

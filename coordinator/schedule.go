@@ -18,13 +18,16 @@ import (
 // the records: another one makes its own.
 type planner struct {
 	mu        sync.Mutex
-	works     map[string]*work // jobs that have not ended
-	busy      map[wire.DeviceID]int
-	owning    int // tasks that the coordinator runs itself, or is about to
+	works     map[string]*work      // jobs that have not ended
+	busy      map[wire.DeviceID]int // orders that are followed, or about to be made
+	others    map[wire.DeviceID]int // open orders of jobs that are not
+	turns     []*reservation        // the oldest first
+	owning    int                   // tasks that the coordinator runs itself, or is about to
 	resting   map[wire.DeviceID]jobRest
 	following map[string]bool // orders whose end is awaited
 	there     []jobDevice
 	looked    time.Time // at devices
+	adopted   bool      // what was under way at the start
 	kept      time.Time // house
 
 	checking   map[string]bool // tasks that have ended and are looked at once more
@@ -35,7 +38,7 @@ type planner struct {
 }
 
 func newPlanner() planner {
-	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool), checking: make(map[string]bool)}
+	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), others: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool), checking: make(map[string]bool)}
 }
 
 // jobRest is how long a device that has failed is left alone: else one that fails at
@@ -120,13 +123,15 @@ func (s *jobs) lead(ctx context.Context) bool {
 	s.plan.mu.Lock()
 	defer s.plan.mu.Unlock()
 	clear(s.plan.works)
+	s.plan.adopted = false
 	return false
 }
 
 // step does what there is to do, and says when to look again.
 func (s *jobs) step(ctx context.Context, under *sync.WaitGroup) time.Duration {
 	if !s.lead(ctx) {
-		return houseEvery
+		_, next := s.place() // without tasks: what is no task's
+		return next
 	}
 	if err := s.adopt(ctx, under); err != nil {
 		if ctx.Err() == nil {
@@ -159,7 +164,7 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 	p := &s.plan
 	var fresh []jobRow
 	p.mu.Lock()
-	first := p.looked.IsZero()
+	first := !p.adopted
 	known := make(map[string]bool, len(p.works))
 	for id := range p.works {
 		known[id] = true
@@ -230,6 +235,9 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 			}
 		}
 	}
+	p.mu.Lock()
+	p.adopted = true
+	p.mu.Unlock()
 	return nil
 }
 
@@ -341,17 +349,15 @@ func (s *jobs) place() (do todo, next time.Duration) {
 			works = append(works, w)
 		}
 	}
-	if len(works) == 0 {
+	if len(works) == 0 && len(p.turns) == 0 {
 		return do, next
 	}
 	slices.SortFunc(works, func(a, b *work) int {
 		return cmp.Or(cmp.Compare(b.row.Spec.Rank, a.row.Spec.Rank), cmp.Compare(a.row.ID, b.row.ID))
 	})
 	s.look()
-	room, ahead := make(map[wire.DeviceID]int), make(map[wire.DeviceID]int)
-	for _, d := range p.there {
-		room[d.id], ahead[d.id] = d.slots-p.busy[d.id], quickAhead*d.slots-p.busy[d.id]
-	}
+	room, ahead := p.places()
+	next = min(next, p.takeTurns(room, ahead))
 	for _, w := range works {
 		have := room
 		if w.quick() {
@@ -486,7 +492,7 @@ func (s *jobs) start(ctx context.Context, b begun) {
 		}
 	}
 	if !made {
-		p.release(a)
+		p.release(a.Order, a.Device)
 	}
 	p.mu.Unlock()
 	s.poke()
@@ -511,11 +517,11 @@ func (s *jobs) start(ctx context.Context, b begun) {
 	s.follow(ctx, b.id, b.task, a)
 }
 
-// release forgets an attempt that is over. p.mu is held.
-func (p *planner) release(a api.JobAttempt) {
-	delete(p.following, a.Order)
-	if p.busy[a.Device]--; p.busy[a.Device] <= 0 {
-		delete(p.busy, a.Device)
+// release forgets an order that is not followed any more. p.mu is held.
+func (p *planner) release(order string, d wire.DeviceID) {
+	delete(p.following, order)
+	if p.busy[d]--; p.busy[d] <= 0 {
+		delete(p.busy, d)
 	}
 }
 

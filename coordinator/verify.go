@@ -339,7 +339,7 @@ func (s *jobs) update(ctx context.Context, job jobRow, task int, fill func(t *ta
 func (s *jobs) look() {
 	p, now := &s.plan, s.now()
 	if age := now.Sub(p.looked); age > devicesFresh || age < 0 {
-		p.there, p.looked = s.devices(), now
+		p.there, p.others, p.looked = s.devices(), s.outbox.openBut(wire.KindJobRun, p.following), now
 	}
 }
 
