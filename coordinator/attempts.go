@@ -40,7 +40,7 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 	if err != nil {
 		a.State, a.Code, a.Reason, a.Retry = ending(err, v)
 	} else {
-		a.Result, a.CPU, a.Wall, a.Engine = resultDigest(out.result), out.result.CPUSeconds, out.result.WallSeconds, label(out.result.Engine)
+		a.Result, a.CPU, a.Wall, a.Engine, a.Disturbed = resultDigest(out.result), out.result.CPUSeconds, out.result.WallSeconds, label(out.result.Engine), disturbed(out.result)
 	}
 	row, changed, err2 := s.update(ctx, job, task, func(t *taskRow) bool {
 		k := slices.IndexFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order })

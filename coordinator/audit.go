@@ -145,6 +145,7 @@ type ComputeResult struct {
 	Output     []byte            // standard output
 	Outputs    map[string][]byte // by name
 	CPUSeconds float64
+	Looks      bool   // the module can see whether it was stopped and went on
 	Engine     string // as in [wire.JobResult]; empty: nothing that could differ from a device's
 }
 

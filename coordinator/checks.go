@@ -154,7 +154,7 @@ func (s *jobs) conclude(ctx context.Context, job jobRow, key string, t taskRow) 
 		now := s.now().UTC()
 		for _, a := range c.Answers {
 			if a.Order != "" && a.Digest != "" && a.Digest != trust.Failed && !slices.ContainsFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order }) {
-				t.Attempts = append(t.Attempts, api.JobAttempt{Order: a.Order, Device: a.Device, Began: now, Ended: now, State: wire.Succeeded, Engine: a.Engine, Result: a.Digest, CPU: a.CPUSeconds})
+				t.Attempts = append(t.Attempts, api.JobAttempt{Order: a.Order, Device: a.Device, Began: now, Ended: now, State: wire.Succeeded, Engine: a.Engine, Result: a.Digest, CPU: a.CPUSeconds, Disturbed: a.Disturbed})
 			}
 		}
 		kept := c

@@ -288,7 +288,7 @@ func (h *honesty) readAll(ctx context.Context, j wire.JobRun) (data reading, err
 // ownOf is the coordinator's result as the rules see it.
 func ownOf(r ComputeResult, outputs []string) trust.Own {
 	res := r.result(outputs)
-	return trust.Own{Digest: resultDigest(res), Output: expectedOf(outputs, res), Engine: r.Engine, CPUSeconds: r.CPUSeconds}
+	return trust.Own{Digest: resultDigest(res), Output: expectedOf(outputs, res), Engine: r.Engine, CPUSeconds: r.CPUSeconds, Looks: r.Looks}
 }
 
 // resultDigest is the same of the same outputs, whoever made them. Their chunks are in it: who
@@ -503,9 +503,21 @@ func (h *honesty) flush(ctx context.Context) error {
 	return failed
 }
 
+// disturbed tells whether a device says that a job was stopped and went on. Agents that are too
+// old for that say how often and for how long.
+func disturbed(r wire.JobResult) bool {
+	return r.Disturbed || r.Resumed > 0 || r.SuspendedSeconds > 0
+}
+
 // vouched is what a wrong result of a challenge is, if the device has another engine than the
 // coordinator: a lie only if others with that engine say what the coordinator says.
 func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own, res wire.JobResult, d wire.DeviceID) (lie bool, why string) {
+	if own.Looks && disturbed(res) {
+		if err := h.doubt(ctx, d, asked.Module.SHA256); err != nil {
+			h.log.Warn("a doubt about a device's results is not on record", "device", d, "error", err)
+		}
+		return false, "the result is not the coordinator's, but the job was stopped on the device, and its module can see that (restore, should_checkpoint)"
+	}
 	if own.Engine == "" || res.Engine == own.Engine {
 		return true, ""
 	}
@@ -590,7 +602,7 @@ func (h *honesty) ask(ctx context.Context, to trust.Copy, asked wire.JobRun) tru
 		return a
 	}
 	if res, err := decodeResult(v.Result); err == nil && res.Module == asked.Module.SHA256 && res.Input == asked.Input {
-		a.Digest, a.Engine, a.Order, a.CPUSeconds = resultDigest(res), label(res.Engine), order.ID, res.CPUSeconds
+		a.Digest, a.Engine, a.Order, a.CPUSeconds, a.Disturbed = resultDigest(res), label(res.Engine), order.ID, res.CPUSeconds, disturbed(res)
 	}
 	return a
 }

@@ -278,6 +278,51 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 	}
 }
 
+// A module that can see that it was stopped may give another result then, and the device is
+// honest; one that cannot see it gives the same.
+func TestWhatWasStoppedIsNoLieIfItsModuleCanSeeThat(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		looks   bool
+		disturb func(*wire.JobResult)
+		outcome api.AuditOutcome
+		doubts  int
+	}{
+		"it looks":                 {true, func(r *wire.JobResult) { r.Disturbed = true }, api.AuditVoid, 1},
+		"it looks, an old agent":   {true, func(r *wire.JobResult) { r.SuspendedSeconds = 2 }, api.AuditVoid, 1},
+		"it looks, an old one too": {true, func(r *wire.JobResult) { r.Resumed = 1 }, api.AuditVoid, 1},
+		"it cannot look":           {false, func(r *wire.JobResult) { r.Disturbed = true }, api.AuditWrong, 0},
+		"it was not stopped":       {true, func(*wire.JobResult) {}, api.AuditWrong, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := openWith(t, t.TempDir(), func(cfg *Config) {
+				cfg.Compute = func(ctx context.Context, j ComputeJob) (ComputeResult, error) {
+					r, err := toyEngine(ctx, j)
+					r.Looks = c.looks
+					return r, err
+				}
+			})
+			t.Cleanup(w.Close)
+			d := w.devices(t, 2)[0]
+			w.chunksOf(t, 1, 5000)
+			module, err := w.op.PutModule(testContext(t), []byte("module"))
+			must(t, err)
+			d.on(wire.KindJobRun, func(o wire.Order) *reply {
+				return d.compute(o, func(r *wire.JobResult, out []byte) []byte { c.disturb(r); return lie(r, out) })
+			})
+			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.ComputeAudit, Device: d.id, Module: module})
+			must(t, err)
+			if a.Outcome != c.outcome || (a.Penalty != nil) != (c.outcome == api.AuditWrong) {
+				t.Errorf("%s (%s), it cost %+v", a.Outcome, a.Reason, a.Penalty)
+			}
+			if h, err := w.op.Honesty(testContext(t), d.id); err != nil || len(h.Doubts) != c.doubts || h.Distrusted != (c.outcome == api.AuditWrong) {
+				t.Errorf("%+v %v", h, err)
+			}
+		})
+	}
+}
+
 // What two devices differ about, the coordinator settles, with evidence that can be judged
 // anywhere; whoever says so again, it costs once.
 func TestADisputeIsSettledByTheCoordinatorsOwnRun(t *testing.T) {

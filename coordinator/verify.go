@@ -95,7 +95,7 @@ func (s *jobs) caseOf(job jobRow, t taskRow) trust.Case {
 		case c.Own == nil && !t.State.Terminal() && s.honesty.standing(d).Distrusted():
 			c.Answered(trust.Answer{Copy: to, Order: a.Order}) // its word counts for nothing by now
 		default:
-			c.Answered(trust.Answer{Copy: to, Digest: a.Result, CPUSeconds: a.CPU, Order: a.Order})
+			c.Answered(trust.Answer{Copy: to, Digest: a.Result, CPUSeconds: a.CPU, Order: a.Order, Disturbed: a.Disturbed})
 		}
 	}
 	return c

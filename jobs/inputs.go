@@ -222,7 +222,12 @@ func (s *Service) holdAll(j *job, limits wire.JobLimits) error {
 }
 
 // keepCheckpoint keeps one, if there is room. Until it is durable, the one before is there too.
-func (s *Service) keepCheckpoint(j *job, size int64, r io.Reader) error {
+func (s *Service) keepCheckpoint(j *job, size int64, r io.Reader) (err error) {
+	defer func() {
+		if err != nil {
+			s.o.Log.Warn("a checkpoint of a job was not kept; if the agent ends, the job goes on from the one before", "order", j.order, "bytes", size, "error", err)
+		}
+	}()
 	written, err := s.disk.reserve(j.work, size)
 	if err != nil {
 		return err

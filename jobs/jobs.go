@@ -418,6 +418,8 @@ func (s *Service) result(ctx context.Context, j *job, limits wire.JobLimits, in 
 		Outputs:     named,
 		Resumed:     j.work.meta.Begun - 1,
 
+		Disturbed: res.Disturbed,
+
 		SuspendedSeconds: res.Suspended.Seconds(),
 	}
 	if s.o.Sign != nil {

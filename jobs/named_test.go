@@ -742,7 +742,7 @@ func TestAJobThatIsCutOffGoesOnFromItsCheckpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := out.Body.(wire.JobResult)
-	if want := "went on at " + string(saved) + "\n"; r.Stderr != want || r.Resumed != 1 {
+	if want := "went on at " + string(saved) + "\n"; r.Stderr != want || r.Resumed != 1 || !r.Disturbed {
 		t.Errorf("%q, resumed %d; want %q", r.Stderr, r.Resumed, want)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "work", "order")); !errors.Is(err, os.ErrNotExist) {

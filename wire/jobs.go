@@ -114,6 +114,9 @@ type JobResult struct {
 	// Resumed is how often the job went on from a checkpoint or began again, because
 	// the agent ended in the middle.
 	Resumed int `json:"resumed,omitempty"`
+	// Disturbed says that the module went on from a checkpoint or was asked for one. One that
+	// looks (restore, should_checkpoint) can give another result then: that is no lie.
+	Disturbed bool `json:"disturbed,omitempty"`
 	// SuspendedSeconds is for how long it stood still by the owner's policy.
 	SuspendedSeconds float64 `json:"suspended_seconds,omitempty"`
 }

@@ -79,7 +79,7 @@ func (e *engine) compute(ctx context.Context, j coordinator.ComputeJob) (coordin
 	if err != nil {
 		return none, err
 	}
-	res := coordinator.ComputeResult{Output: out.Output, Outputs: make(map[string][]byte), CPUSeconds: out.CPU.Seconds(), Engine: out.Engine}
+	res := coordinator.ComputeResult{Output: out.Output, Outputs: make(map[string][]byte), CPUSeconds: out.CPU.Seconds(), Engine: out.Engine, Looks: out.Looks}
 	for name, b := range written {
 		res.Outputs[name] = b.Bytes()
 	}

@@ -220,19 +220,20 @@ func (t JobTask) Retracted() bool {
 
 // JobAttempt is one order that a task was given to a device by.
 type JobAttempt struct {
-	Order    string        `json:"order"`
-	Device   wire.DeviceID `json:"device"`
-	Began    time.Time     `json:"began"`
-	Ended    time.Time     `json:"ended,omitzero"` // zero: it has not
-	State    wire.State    `json:"state,omitempty"`
-	Code     string        `json:"code,omitempty"`
-	Reason   string        `json:"reason,omitempty"`
-	Engine   string        `json:"engine,omitempty"` // that made the result, as in [wire.JobResult]
-	Result   string        `json:"result,omitempty"` // digest over all outputs, hex: the same of the same result
-	CPU      float64       `json:"cpu_seconds,omitempty"`
-	Wall     float64       `json:"wall_seconds,omitempty"`
-	Progress float64       `json:"progress,omitempty"`      // 0 to 1, while it runs
-	Retry    int64         `json:"retry_seconds,omitempty"` // the device refused for so long: that counts as no failure
+	Order     string        `json:"order"`
+	Device    wire.DeviceID `json:"device"`
+	Began     time.Time     `json:"began"`
+	Ended     time.Time     `json:"ended,omitzero"` // zero: it has not
+	State     wire.State    `json:"state,omitempty"`
+	Code      string        `json:"code,omitempty"`
+	Reason    string        `json:"reason,omitempty"`
+	Engine    string        `json:"engine,omitempty"`    // that made the result, as in [wire.JobResult]
+	Result    string        `json:"result,omitempty"`    // digest over all outputs, hex: the same of the same result
+	Disturbed bool          `json:"disturbed,omitempty"` // the device stopped it meanwhile, which its module may have seen
+	CPU       float64       `json:"cpu_seconds,omitempty"`
+	Wall      float64       `json:"wall_seconds,omitempty"`
+	Progress  float64       `json:"progress,omitempty"`      // 0 to 1, while it runs
+	Retry     int64         `json:"retry_seconds,omitempty"` // the device refused for so long: that counts as no failure
 }
 
 // JobResult is a task that has ended. Of one that has succeeded there is the result

@@ -50,6 +50,8 @@ type Answer struct {
 	// CPUSeconds is what it took, by the device's own word.
 	CPUSeconds float64 `json:"cpu_seconds,omitempty"`
 	Order      string  `json:"order,omitempty"` // whose signed report says so
+	// Disturbed is the device's own word, too: the job was stopped there, and went on.
+	Disturbed bool `json:"disturbed,omitempty"`
 }
 
 // Failed is the digest of a job whose module failed. That one device says so, and another has
@@ -62,6 +64,8 @@ type Own struct {
 	Output     string  `json:"output,omitempty"` // what evidence compares; nothing follows from it here
 	Engine     string  `json:"engine,omitempty"` // empty: counts as every device's
 	CPUSeconds float64 `json:"cpu_seconds,omitempty"`
+	// Looks says that the module can see whether it was stopped and went on.
+	Looks bool `json:"looks,omitempty"`
 }
 
 const (
@@ -268,6 +272,9 @@ func (c Case) settled(given []Answer, open int) Step {
 // judge is what is to be said of an answer that is not the coordinator's: nothing, if its
 // engine has that result with everybody. ask is true if another witness is needed.
 func (c Case) judge(a Answer, given []Answer) (f Finding, ask bool) {
+	if a.Disturbed && c.Own.Looks {
+		return Doubtful, false
+	}
 	if c.Own.Engine == "" || a.Engine == c.Own.Engine {
 		return Wrong, false
 	}

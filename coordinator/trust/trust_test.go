@@ -258,6 +258,12 @@ func say(d, digest, engine string) Answer {
 func TestWhatFollowsFromAnswers(t *testing.T) {
 	const e, o = ownEngine, otherEngine
 	own := func(digest string) *Own { return &Own{Digest: digest, Engine: e, CPUSeconds: 2} }
+	looks := func(digest string) *Own { return &Own{Digest: digest, Engine: e, CPUSeconds: 2, Looks: true} }
+	stopped := func(d, digest, engine string) Answer {
+		a := say(d, digest, engine)
+		a.Disturbed = true
+		return a
+	}
 	type found map[wire.DeviceID]Finding
 	for name, c := range map[string]struct {
 		Case
@@ -310,6 +316,11 @@ func TestWhatFollowsFromAnswers(t *testing.T) {
 		"a challenge that was right":      {Case: Case{Own: own("x"), Answers: []Answer{say("a", "x", e)}}, accept: "x", done: true, found: found{"a": Confirmed}},
 		"a challenge that was not right":  {Case: Case{Own: own("x"), Answers: []Answer{say("t", "y", e)}}, accept: "x", done: true, found: found{"t": Wrong}},
 		"a challenge on any engine":       {Case: Case{Own: &Own{Digest: "x"}, Answers: []Answer{say("t", "y", o)}}, accept: "x", done: true, found: found{"t": Wrong}},
+		"stopped, and looks":              {Case: Case{Copies: 2, Own: looks("x"), Answers: []Answer{say("a", "x", e), stopped("b", "y", e)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Doubtful}},
+		"stopped, and cannot look":        {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "x", e), stopped("b", "y", e)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Wrong}},
+		"looks, and was not stopped":      {Case: Case{Copies: 2, Own: looks("x"), Answers: []Answer{say("a", "x", e), say("b", "y", e)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Wrong}},
+		"stopped, on another engine":      {Case: Case{Copies: 2, Own: looks("x"), Answers: []Answer{stopped("b", "y", o)}}, accept: "x", done: true, found: found{"b": Doubtful}},
+		"stopped, and right":              {Case: Case{Copies: 2, Own: looks("x"), Answers: []Answer{stopped("b", "x", e)}}, accept: "x", done: true, found: found{"b": Confirmed}},
 		"a challenge that was unanswered": {Case: Case{Own: own("x"), Answers: []Answer{say("t", "", e)}}, accept: "x", done: true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 type Control struct {
 	suspended atomic.Bool
 	asked     atomic.Bool
+	everAsked atomic.Bool
 	saves     atomic.Bool
 	share     atomic.Uint64 // bits of a float64
 	cpu       atomic.Int64  // nanoseconds
@@ -35,7 +36,7 @@ func (c *Control) Continue() { c.suspended.Store(false); c.asked.Store(false); c
 
 // AskCheckpoint tells the module, when it asks by should_checkpoint, that it is
 // about to be stopped.
-func (c *Control) AskCheckpoint() { c.asked.Store(true); c.nudge() }
+func (c *Control) AskCheckpoint() { c.everAsked.Store(true); c.asked.Store(true); c.nudge() }
 
 // SetShare bounds the CPU that the job takes, in processors, by letting it stand
 // still a part of the time: about a second is what it is true for. 0: no bound. That
@@ -147,8 +148,11 @@ const (
 	checkpointRate  = 256 << 10 // bytes a second
 )
 
-// keepCheckpoints takes checkpoints from the worker until it is gone.
-func (c *child) keepCheckpoints(r, answers *os.File, keep func(size int64, r io.Reader) error) {
+// keepCheckpoints takes checkpoints from the worker until it is gone. A module whose output
+// must be the same everywhere does not see whether one was kept: it would go on from the one
+// before, and do again what it did.
+func (c *child) keepCheckpoints(r, answers *os.File, s Spec) {
+	keep := s.OnCheckpoint
 	defer close(c.kept)
 	defer r.Close()
 	defer answers.Close()
@@ -176,7 +180,7 @@ func (c *child) keepCheckpoints(r, answers *os.File, keep func(size int64, r io.
 				}
 			}
 			answer = 0
-			if err := keep(size, body); err != nil {
+			if err := keep(size, body); err != nil && s.Live {
 				answer = errnoIO
 			}
 		}

@@ -353,8 +353,9 @@ func TestJobGoesOnFromItsCheckpoint(t *testing.T) {
 	}
 }
 
-func TestCheckpointThatCannotBeKeptIsAnError(t *testing.T) {
+func TestCheckpointThatCannotBeKeptIsAnErrorToALiveJob(t *testing.T) {
 	s := hosted("count", "3")
+	s.Live = true
 	s.OnCheckpoint = func(int64, io.Reader) error { return errors.New("the disk is full") }
 	res, err := run(t, s)
 	wantCause(t, err, GuestFailed, wire.Failed, CodeGuestFailed)
@@ -368,9 +369,36 @@ func TestCheckpointThatCannotBeKeptIsAnError(t *testing.T) {
 func TestAModuleDoesNotSeeThatNobodyKeepsItsCheckpoints(t *testing.T) {
 	kept := hosted("count", "3")
 	kept.OnCheckpoint = newShelf(t).keep
-	want, got := mustRun(t, kept), mustRun(t, hosted("count", "3"))
-	if string(got.Output) != string(want.Output) || got.Stderr != want.Stderr {
-		t.Errorf("%q and %q where nobody keeps them, %q and %q where somebody does", got.Output, got.Stderr, want.Output, want.Stderr)
+	full := hosted("count", "3")
+	full.OnCheckpoint = func(int64, io.Reader) error { return errors.New("the disk is full") }
+	want := mustRun(t, kept)
+	for what, s := range map[string]Spec{"nobody keeps them": hosted("count", "3"), "the disk is full": full} {
+		if got := mustRun(t, s); string(got.Output) != string(want.Output) || got.Stderr != want.Stderr {
+			t.Errorf("%q and %q where %s, %q and %q where somebody keeps them", got.Output, got.Stderr, what, want.Output, want.Stderr)
+		}
+	}
+}
+
+// Who went on from a checkpoint or was asked for one may have seen that, if its module looks.
+func TestItIsKnownWhetherAModuleMayHaveSeenThatItWasStopped(t *testing.T) {
+	resumed, asked, plain := hosted("count", "1"), hosted("asked"), hosted("count", "1")
+	f := newShelf(t)
+	plain.OnCheckpoint = f.keep
+	if r := mustRun(t, plain); r.Disturbed || !r.Looks {
+		t.Errorf("one that nobody stopped: disturbed %v, looks %v", r.Disturbed, r.Looks)
+	}
+	f.give(t, &resumed)
+	asked.Control = NewControl()
+	asked.OnProgress = func(float64) { asked.Control.AskCheckpoint() }
+	for what, s := range map[string]Spec{"resumed": resumed, "asked": asked} {
+		if r := mustRun(t, s); !r.Disturbed || !r.Looks {
+			t.Errorf("%s: disturbed %v, looks %v", what, r.Disturbed, r.Looks)
+		}
+	}
+	blind := Spec{Module: wordcountModule, Control: NewControl()}
+	blind.Control.AskCheckpoint()
+	if r := mustRun(t, blind); !r.Disturbed || r.Looks {
+		t.Errorf("one without the means: disturbed %v, looks %v", r.Disturbed, r.Looks)
 	}
 }
 
@@ -421,7 +449,7 @@ func TestAWorkerThatPromisesTooMuchIsNotBelieved(t *testing.T) {
 		}
 		shelf := newShelf(t)
 		c := &child{kept: make(chan struct{}), exited: make(chan struct{}), control: NewControl()}
-		go c.keepCheckpoints(r, answers, shelf.keep)
+		go c.keepCheckpoints(r, answers, Spec{OnCheckpoint: shelf.keep})
 		if _, err := io.WriteString(w, said); err != nil {
 			t.Fatal(err)
 		}

@@ -72,8 +72,8 @@ type Spec struct {
 	OnCompiled func()                       // from now on it takes no more than Limits
 	// OnCheckpoint makes size bytes of r durable in place of the checkpoint before, as
 	// a whole or not at all: r may end early, as the job may. Nil: nobody will go on from
-	// one, and they are thrown away, which the module does not see, as its output must
-	// not depend on where it runs.
+	// one, and they are thrown away. The module does not see that, nor an error unless it is
+	// Live, as its output must not depend on where it runs.
 	OnCheckpoint func(size int64, r io.Reader) error
 }
 
@@ -104,9 +104,12 @@ type Result struct {
 	Wall     time.Duration // from before the worker starts until it is gone, without Suspended
 	// Suspended is for how long it stood still by [Control.Suspend].
 	Suspended time.Duration
-	MaxRSS    int64    // bytes, of the worker; if it died without saying, its cgroup's most memory, 0 without one
-	Engine    string   // as [Engine] says; empty if it was not reached
-	Walls     []string // that stood around it, as [Walls] says; none if it did not come that far
+	// Disturbed says that it went on from a checkpoint, or was asked for one; Looks, that the
+	// module has the means to see that.
+	Disturbed, Looks bool
+	MaxRSS           int64    // bytes, of the worker; if it died without saying, its cgroup's most memory, 0 without one
+	Engine           string   // as [Engine] says; empty if it was not reached
+	Walls            []string // that stood around it, as [Walls] says; none if it did not come that far
 }
 
 // Runner runs jobs. The zero value is ready; one Runner may run any number of
@@ -180,6 +183,7 @@ func (r *Runner) do(ctx context.Context, s Spec, module *os.File, code codeCache
 	}
 	why := c.supervise(ctx, s.Limits)
 	res, err := c.reap(why, s.Limits)
+	res.Disturbed = s.Checkpoint != nil || s.Control.everAsked.Load()
 	c.pace.suspend(false, time.Now())
 	res.Wall, res.Suspended = c.pace.ran(time.Now()), c.pace.paused
 	code.done(c.end.CacheBroken)
@@ -506,7 +510,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 	}
 	go c.listen(events, s)
 	go c.awaitExit()
-	go c.keepCheckpoints(checkpoints, answers, s.OnCheckpoint)
+	go c.keepCheckpoints(checkpoints, answers, s)
 	for i, out := range s.Outputs {
 		c.spools.Go(func() { c.spool(outputs[i], out) })
 	}
@@ -721,7 +725,7 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 	told := false
 	for _, e := range <-c.events {
 		if e.Engine != "" {
-			res.Engine = e.Engine
+			res.Engine, res.Looks = e.Engine, e.Looks
 		}
 		if res.Walls == nil && e.Walls != nil { // the first word, before any of the module's
 			res.Walls = c.group.walls(e.Walls)

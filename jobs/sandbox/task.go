@@ -58,6 +58,7 @@ type event struct {
 	Walls    []string `json:"walls,omitempty"`
 	Engine   string   `json:"engine,omitempty"`
 	Saves    bool     `json:"saves,omitempty"`    // with Engine: the module can make checkpoints
+	Looks    bool     `json:"looks,omitempty"`    // with Engine: the module can see whether it goes on from one, or is asked for one
 	Progress int32    `json:"progress,omitempty"` // permille
 	Log      *logLine `json:"log,omitempty"`
 	End      *ending  `json:"end,omitempty"`

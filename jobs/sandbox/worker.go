@@ -97,7 +97,7 @@ func (w *worker) work() ending {
 	if err != nil {
 		return failed(err)
 	}
-	if err := w.say.Encode(event{Engine: Engine(), Saves: imports(code, "checkpoint")}); err != nil {
+	if err := w.say.Encode(event{Engine: Engine(), Saves: imports(code, "checkpoint"), Looks: imports(code, "restore") || imports(code, "should_checkpoint")}); err != nil {
 		return failed(failure(WorkerFailed, "the parent does not listen: %v", err))
 	}
 	if err := w.conf.tighten(t); err != nil {
