@@ -94,7 +94,11 @@ func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept 
 	switch {
 	case a.State == wire.Succeeded:
 		delete(p.resting, a.Device)
+		p.did(a.Device)
 	case deviceFailed(a):
+		if a.Code == codeNoAnswer {
+			p.missed(a.Device)
+		}
 		r := p.resting[a.Device]
 		wait := min(s.pace.rest<<min(r.times, 10), longestJobRest)
 		if a.Retry > 0 {

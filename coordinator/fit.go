@@ -300,10 +300,10 @@ func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
 // choice is a device for a task.
 type choice struct {
 	device jobDevice
-	moves  int64 // bytes
-	load   float64
-	same   bool // its owner has a copy of the task already
-	tried  bool // it has failed at the task before
+	moves  int64   // bytes
+	free   float64 // share of its places
+	same   bool    // its owner has a copy of the task already
+	tried  bool    // it has failed at the task before
 }
 
 // choose picks the device for one more attempt at a task, or says why there is none.
@@ -348,7 +348,7 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 		if room[d.id] <= 0 {
 			continue
 		}
-		c := choice{device: d, load: float64(room[d.id]), same: same(d)}
+		c := choice{device: d, free: share(room[d.id], s.plan.busy[d.id]+s.plan.others[d.id]), same: same(d)}
 		c.tried = slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool { return at.Device == d.id })
 		if said {
 			again = append(again, c)
@@ -380,10 +380,14 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 	}
 	rand.Shuffle(len(fit), func(i, j int) { fit[i], fit[j] = fit[j], fit[i] })
 	c := slices.MinFunc(fit, func(x, y choice) int {
-		return cmp.Or(truth(x.same)-truth(y.same), truth(x.tried)-truth(y.tried), cmp.Compare(x.moves, y.moves), cmp.Compare(y.load, x.load), cmp.Compare(y.device.trust, x.device.trust))
+		return cmp.Or(truth(x.same)-truth(y.same), truth(x.tried)-truth(y.tried), cmp.Compare(x.moves, y.moves), cmp.Compare(y.free, x.free), cmp.Compare(y.device.trust, x.device.trust))
 	})
 	return &c, nil
 }
+
+// share is the free part of places, some of which are taken: who says that it has many is not
+// asked first for that.
+func share(free, taken int) float64 { return float64(free) / float64(free+taken) }
 
 func truth(b bool) int {
 	if b {

@@ -135,8 +135,16 @@ func (s *jobs) keepHouse(ctx context.Context) {
 				continue
 			}
 			for _, a := range o.row.Attempts {
-				since, still := o.still[a.Order]
-				if a.Ended.IsZero() && (late > 0 && now.Sub(a.Began) > late || still && now.Sub(since) > s.pace.away || s.awayFor(a.Device) > s.pace.away) {
+				stands, still := o.still[a.Order]
+				wait := s.pace.away
+				if stands.silent {
+					wait = s.pace.silent
+				}
+				still = still && now.Sub(stands.since) > wait
+				if a.Ended.IsZero() && (late > 0 && now.Sub(a.Began) > late || still || s.awayFor(a.Device) > s.pace.away) {
+					if still && stands.silent {
+						p.missed(a.Device)
+					}
 					o.extra = 1
 					w.queue(i)
 					break

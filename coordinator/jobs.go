@@ -89,6 +89,7 @@ type jobs struct {
 // jobPace is how patient jobs are; tests hurry.
 type jobPace struct {
 	retry  time.Duration // before the first repeat; each further one waits twice as long
+	silent time.Duration // of an order without any report, until another is asked as well: a device acknowledges at once
 	away   time.Duration // of a device or of a task that stands still, until another is asked as well
 	rest   time.Duration // of a device that has failed, at first
 	late   time.Duration // the least that a straggler has run
@@ -97,7 +98,7 @@ type jobPace struct {
 	module time.Duration // between two times that the module of a job is put on the shelf anew
 }
 
-var ordinaryPace = jobPace{retry: 250 * time.Millisecond, away: 20 * time.Second, rest: time.Second, late: 2 * time.Second,
+var ordinaryPace = jobPace{retry: 250 * time.Millisecond, silent: 20 * time.Second, away: 20 * time.Second, rest: time.Second, late: 2 * time.Second,
 	lease: time.Minute, kept: api.OutputKept, module: stagingLife / 3}
 
 // jobRow is a job.

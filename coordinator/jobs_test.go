@@ -59,7 +59,7 @@ func jobWorld(t testing.TB) *world {
 }
 
 func hurried(c *Config) {
-	c.jobPace = jobPace{retry: time.Millisecond, away: 50 * time.Millisecond, rest: time.Millisecond, late: 20 * time.Millisecond,
+	c.jobPace = jobPace{retry: time.Millisecond, silent: time.Minute, away: 50 * time.Millisecond, rest: time.Millisecond, late: 20 * time.Millisecond,
 		lease: time.Minute, kept: api.OutputKept, module: stagingLife / 3}
 }
 

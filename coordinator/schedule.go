@@ -23,6 +23,7 @@ type planner struct {
 	others    map[wire.DeviceID]int // open orders of jobs that are not
 	turns     []*reservation        // the oldest first
 	owning    int                   // tasks that the coordinator runs itself, or is about to
+	proven    map[wire.DeviceID]int // how many jobs at once a device is good for, by what it has done; none: firstJobs
 	resting   map[wire.DeviceID]jobRest
 	following map[string]bool // orders whose end is awaited
 	there     []jobDevice
@@ -38,7 +39,7 @@ type planner struct {
 }
 
 func newPlanner() planner {
-	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), others: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool), checking: make(map[string]bool)}
+	return planner{works: make(map[string]*work), busy: make(map[wire.DeviceID]int), others: make(map[wire.DeviceID]int), proven: make(map[wire.DeviceID]int), resting: make(map[wire.DeviceID]jobRest), following: make(map[string]bool), checking: make(map[string]bool)}
 }
 
 // jobRest is how long a device that has failed is left alone: else one that fails at
@@ -64,11 +65,17 @@ type work struct {
 // openTask is a task that was begun and has not ended.
 type openTask struct {
 	row      taskRow
-	starting int                  // attempts that are about to be made
-	owning   bool                 // the coordinator runs it itself
-	deciding bool                 // what follows is being kept
-	extra    int                  // devices that may have it beside those that are wanted
-	still    map[string]time.Time // since when an attempt stands still, by order
+	starting int                   // attempts that are about to be made
+	owning   bool                  // the coordinator runs it itself
+	deciding bool                  // what follows is being kept
+	extra    int                   // devices that may have it beside those that are wanted
+	still    map[string]standstill // attempts that stand still, by order
+}
+
+// standstill is an attempt that does not go on.
+type standstill struct {
+	since  time.Time
+	silent bool // its device has not said a word, not even that it has the order
 }
 
 const (
@@ -77,6 +84,7 @@ const (
 	scanAtOnce     = 256 // tasks of a job that are looked at in vain in one round
 	ownsAtOnce     = 16  // tasks that wait for the coordinator's own run of them
 	quickTask      = time.Second
+	firstJobs      = 4 // at once, of a device of which nothing is known yet
 	quickAhead     = 3 // of tasks that are quick, a device gets so many times its slots: it need not wait for the next
 	maxAttempts    = 32
 	longestRetry   = time.Minute
@@ -210,7 +218,7 @@ func (s *jobs) adopt(ctx context.Context, under *sync.WaitGroup) error {
 				continue
 			}
 			if t, ok := begun[row.ID][i]; ok && !t.State.Terminal() {
-				w.open[i] = &openTask{row: t, still: make(map[string]time.Time)}
+				w.open[i] = &openTask{row: t, still: make(map[string]standstill)}
 			}
 			w.queue(i)
 		}
@@ -435,7 +443,7 @@ func (s *jobs) place() (do todo, next time.Duration) {
 			}
 			d := c.device
 			if o == nil {
-				o = &openTask{still: make(map[string]time.Time)}
+				o = &openTask{still: make(map[string]standstill)}
 				w.open[i] = o
 			}
 			o.starting++
@@ -535,7 +543,7 @@ func (s *jobs) follow(ctx context.Context, id string, task int, a api.JobAttempt
 		defer s.plan.mu.Unlock()
 		if w := s.plan.works[id]; w != nil {
 			if o := w.open[int32(task)]; o != nil {
-				o.stand(a.Order, v.Code != "", s.now())
+				o.stand(a.Order, v.Code != "", v.Seq == 0, s.now())
 			}
 		}
 	})
@@ -568,11 +576,11 @@ func rest(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// stand notes whether an attempt stands still.
-func (o *openTask) stand(order string, still bool, now time.Time) {
-	if _, was := o.still[order]; !still {
+// stand notes whether an attempt stands still: its device says so, or has said nothing yet.
+func (o *openTask) stand(order string, still, silent bool, now time.Time) {
+	if was, ok := o.still[order]; !still && !silent {
 		delete(o.still, order)
-	} else if !was {
-		o.still[order] = now
+	} else if !ok || was.silent != silent {
+		o.still[order] = standstill{now, silent}
 	}
 }

@@ -55,13 +55,39 @@ func (s *jobs) reserve(ctx context.Context, d wire.DeviceID, order string) (sent
 	return nil, fmt.Errorf("device %s has not had room for one more job in time: %w", d, ctx.Err())
 }
 
+// # How many jobs at once
+//
+// Slots are a device's word. It begins with [firstJobs] at most, has one more place for each job
+// that it does, so twice as many with each round of them, and loses half with each that it says
+// nothing of. One that says it has many slots and is silent has few tasks that wait for it.
+
+// did has a device get one more job at once, up to what its slots allow. p.mu is held.
+func (p *planner) did(d wire.DeviceID) {
+	n := p.trusts(d) + 1
+	if k := slices.IndexFunc(p.there, func(x jobDevice) bool { return x.id == d }); k >= 0 {
+		n = min(n, max(firstJobs, quickAhead*p.there[k].slots))
+	}
+	p.proven[d] = n
+}
+
+// missed has a device that has not said a word of a job get half as many at once. p.mu is held.
+func (p *planner) missed(d wire.DeviceID) { p.proven[d] = max(p.trusts(d)/2, 1) }
+
+// trusts is how many jobs at once a device is good for. p.mu is held.
+func (p *planner) trusts(d wire.DeviceID) int {
+	if n, ok := p.proven[d]; ok {
+		return n
+	}
+	return firstJobs
+}
+
 // places is how many more jobs each device may have now, if they take a while, and if they are
 // quick. p.mu is held.
 func (p *planner) places() (room, ahead map[wire.DeviceID]int) {
 	room, ahead = make(map[wire.DeviceID]int, len(p.there)), make(map[wire.DeviceID]int, len(p.there))
 	for _, d := range p.there {
-		has := p.busy[d.id] + p.others[d.id]
-		room[d.id], ahead[d.id] = d.slots-has, quickAhead*d.slots-has
+		has, most := p.busy[d.id]+p.others[d.id], p.trusts(d.id)
+		room[d.id], ahead[d.id] = min(d.slots, most)-has, min(quickAhead*d.slots, most)-has
 	}
 	return room, ahead
 }

@@ -50,3 +50,67 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 		t.Errorf("of %d tasks %d succeeded; with %d challenges among them the device had %d orders open at once", files, j.Succeeded, challenges, most)
 	}
 }
+
+// Who says that it has many slots and is silent does not take a batch away from others, and is
+// given less the more it is silent of.
+func TestASilentDeviceWithManySlotsDoesNotHoldABatch(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.silent = 500 * time.Millisecond })
+	t.Cleanup(w.Close)
+	hog := w.device(t)
+	good := w.devices(t, 3)
+	const files = 40
+	w.prefixed(t, "f/", files, 4)
+	for _, d := range good {
+		d.tell(ready())
+	}
+	many := ready()
+	many.Slots = 256
+	hog.tell(many)
+	var mu sync.Mutex
+	given := 0
+	hog.on(wire.KindJobRun, func(wire.Order) *reply {
+		mu.Lock()
+		defer mu.Unlock()
+		given++
+		return nil
+	})
+	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "f/", PerChunk: true}, Verify: api.VerifyNone})
+	must(t, err)
+	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
+	must(t, err)
+	mu.Lock()
+	defer mu.Unlock()
+	if j.Succeeded != files || given == 0 || given > firstJobs {
+		t.Errorf("of %d tasks %d succeeded; the silent device was given %d", files, j.Succeeded, given)
+	}
+}
+
+func TestPlacesGrowWithWhatWasDone(t *testing.T) {
+	t.Parallel()
+	p := newPlanner()
+	d := wire.DeviceID("d")
+	p.there = []jobDevice{{id: d, slots: 20}}
+	has := func(want int) {
+		t.Helper()
+		if room, _ := p.places(); room[d] != want {
+			t.Errorf("it may have %d at once, want %d", room[d], want)
+		}
+	}
+	has(firstJobs)
+	for range firstJobs {
+		p.did(d)
+	}
+	has(2 * firstJobs)
+	for range 100 {
+		p.did(d)
+	}
+	has(20)
+	if _, ahead := p.places(); ahead[d] != quickAhead*20 {
+		t.Errorf("of quick ones it may have %d", ahead[d])
+	}
+	for _, want := range []int{20, 15, 7, 3, 1, 1} {
+		p.missed(d)
+		has(want)
+	}
+}
