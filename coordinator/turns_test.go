@@ -114,3 +114,28 @@ func TestPlacesGrowWithWhatWasDone(t *testing.T) {
 		has(want)
 	}
 }
+
+// An order that a device says no word of, though it is there, is not waited for alone.
+func TestATaskOfASilentDeviceIsAskedOfAnother(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.silent = 100 * time.Millisecond })
+	t.Cleanup(w.Close)
+	quiet := w.device(t)
+	has := make(chan struct{}, 1)
+	quiet.on(wire.KindJobRun, func(wire.Order) *reply {
+		select {
+		case has <- struct{}{}:
+		default:
+		}
+		return nil
+	})
+	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Verify: api.VerifyNone})
+	must(t, err)
+	next(t, has, "the silent device has the task")
+	other := w.device(t)
+	r, err := w.op.JobOutcome(testContext(t), j.ID)
+	must(t, err)
+	if r.Device != other.id {
+		t.Errorf("it was done by %s", r.Device)
+	}
+}
