@@ -15,6 +15,7 @@ import (
 
 	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/sync/chunk"
+	"github.com/deimos-edge/deimos/test/powercut/live"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -26,7 +27,7 @@ type history struct {
 
 	scratch string
 	starter *proc.Starter
-	disk    *liveDisk
+	disk    *live.Disk
 	keeper  *kept
 	starts  int
 	writers []*writer
@@ -70,7 +71,7 @@ func (h *history) record(ctx context.Context, dir string) (err error) {
 	defer os.RemoveAll(h.scratch)
 	h.starter = proc.NewStarter()
 	defer h.starter.End()
-	if h.disk, err = startDisk(ctx, h.starter, h.scratch, dir); err != nil {
+	if h.disk, err = live.Start(ctx, h.starter, h.scratch, dir); err != nil {
 		return err
 	}
 	defer func() {
@@ -80,7 +81,7 @@ func (h *history) record(ctx context.Context, dir string) (err error) {
 		if err != nil {
 			err = fmt.Errorf("%w; the store said: %s", err, lastSaid(h.scratch))
 		}
-		err = errors.Join(err, h.disk.end())
+		err = errors.Join(err, h.disk.End())
 	}()
 	for n := range smallWriters {
 		h.writers = append(h.writers, &writer{history: h, rng: rand.New(rand.NewPCG(h.seed, uint64(n)+10))})
@@ -99,7 +100,7 @@ func (h *history) record(ctx context.Context, dir string) (err error) {
 // start starts the keeper, and opens the volume.
 func (h *history) start(ctx context.Context) (err error) {
 	h.starts++
-	if h.keeper, err = startKeeper(ctx, h.starter, h.program, h.scratch, filepath.Join(h.disk.dir, "volume"), h.starts); err != nil {
+	if h.keeper, err = startKeeper(ctx, h.starter, h.program, h.scratch, filepath.Join(h.disk.Dir, "volume"), h.starts); err != nil {
 		return err
 	}
 	return h.reopen(ctx)
@@ -109,7 +110,7 @@ func (h *history) reopen(ctx context.Context) error {
 	a, err := h.keeper.ask(ctx, "Reopen", 0)
 	if err == nil {
 		h.memtable.Store(0)
-		h.disk.rec.Mark(mark{Volume: a.Volume})
+		h.disk.Rec.Mark(mark{Volume: a.Volume})
 	}
 	return err
 }
@@ -117,13 +118,13 @@ func (h *history) reopen(ctx context.Context) error {
 func (h *history) round(ctx context.Context, round int) error {
 	rng := rand.New(rand.NewPCG(h.seed, uint64(round)+1e6))
 	for _, n := range []int{1, 4, changesAtOnce} {
-		h.disk.rec.Note("round %d: %d writers", round+1, n)
+		h.disk.Rec.Note("round %d: %d writers", round+1, n)
 		if err := h.all(ctx, n, changes/n, (*writer).change); err != nil {
 			return err
 		}
 	}
 	if round%3 == 0 {
-		h.disk.rec.Note("round %d: many small chunks", round+1)
+		h.disk.Rec.Note("round %d: many small chunks", round+1)
 		if err := h.fillMemtables(ctx); err != nil {
 			return err
 		}
@@ -135,10 +136,10 @@ func (h *history) round(ctx context.Context, round int) error {
 		return errors.Join(err, errors.New(a.Reason))
 	}
 	if round%2 == 0 {
-		h.disk.rec.Note("round %d: closed and opened", round+1)
+		h.disk.Rec.Note("round %d: closed and opened", round+1)
 		return h.reopen(ctx)
 	}
-	h.disk.rec.Note("round %d: killed and started", round+1)
+	h.disk.Rec.Note("round %d: killed and started", round+1)
 	return h.killed(ctx, time.Duration(rng.IntN(400))*time.Millisecond)
 }
 
@@ -226,7 +227,7 @@ func (w *writer) some() *known { return w.chunks[w.rng.IntN(len(w.chunks))] }
 func (w *writer) put(ctx context.Context, c *known) error {
 	if c.state != held { // one that is there stays there
 		c.state = open
-		w.disk.rec.Mark(mark{Putting: &c.id})
+		w.disk.Rec.Mark(mark{Putting: &c.id})
 	}
 	a, err := w.keeper.ask(ctx, "Put", c.Stored)
 	switch {
@@ -238,7 +239,7 @@ func (w *writer) put(ctx context.Context, c *known) error {
 		return fmt.Errorf("chunk %s was not stored: %s", c.id, a.Reason)
 	}
 	c.state = held
-	w.disk.rec.Mark(mark{Receipt: &c.id})
+	w.disk.Rec.Mark(mark{Receipt: &c.id})
 	w.rotated(a.Memtable)
 	return nil
 }
@@ -253,7 +254,7 @@ func (h *history) rotated(memtable int) {
 		case h.memtable.CompareAndSwap(last, int64(memtable)):
 			if last > 0 {
 				h.rotations.Add(1)
-				h.disk.rec.Mark(mark{Rotated: true})
+				h.disk.Rec.Mark(mark{Rotated: true})
 			}
 			return
 		}
@@ -265,7 +266,7 @@ func (w *writer) drop(ctx context.Context, these []*known) error {
 	for i, c := range these {
 		ids[i], c.state = c.id, open
 	}
-	w.disk.rec.Mark(mark{Removing: ids})
+	w.disk.Rec.Mark(mark{Removing: ids})
 	a, err := w.keeper.ask(ctx, "Drop", ids)
 	switch {
 	case err != nil:
@@ -276,7 +277,7 @@ func (w *writer) drop(ctx context.Context, these []*known) error {
 	for _, c := range these {
 		c.state = gone
 	}
-	w.disk.rec.Mark(mark{Removed: ids})
+	w.disk.Rec.Mark(mark{Removed: ids})
 	return nil
 }
 
@@ -288,7 +289,7 @@ func (w *writer) confirm(ctx context.Context, c *known) error {
 		return err
 	case a.Code == "" && c.state != gone:
 		c.state = held
-		w.disk.rec.Mark(mark{Receipt: &c.id})
+		w.disk.Rec.Mark(mark{Receipt: &c.id})
 		return nil
 	case a.Code == wire.CodeNotFound && c.state != held:
 		return nil

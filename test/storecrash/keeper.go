@@ -11,12 +11,15 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/deimos-edge/deimos/internal/proc"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/store"
 	"github.com/deimos-edge/deimos/wire"
 )
+
+const askLimit = 2 * time.Minute // for one answer of the keeper
 
 // keeper is the process that has the store, so that it can be killed. It does what
 // it is asked over a unix socket, by net/rpc, any number of things at once.

@@ -4,7 +4,7 @@
 // # How
 //
 // The store runs in a process of its own ([keeper]), on a file system whose disk is
-// recorded ([liveDisk]). It lives a long life by chance ([history]): chunks of 1 KiB
+// recorded ([live.Disk]). It lives a long life by chance ([history]): chunks of 1 KiB
 // to 4 MiB are put, put again, confirmed and dropped by up to 16 writers at once,
 // small ones by 64; its value logs are short and the volume nearly full, so that
 // dead bytes are given back all the time; all is read through; it is closed and

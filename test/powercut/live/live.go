@@ -1,4 +1,9 @@
-package main
+// Package live is a disk that is recorded while somebody works on it: its file system
+// is mounted, and all that reaches the disk is in a recording of package blocks.
+//
+// It needs Linux, root (loop devices, FUSE), e2fsprogs and qemu-storage-daemon
+// (Debian: qemu-system-common).
+package live
 
 import (
 	"context"
@@ -19,45 +24,44 @@ import (
 const (
 	diskSize  = 192 << 20 // bytes
 	toolLimit = 2 * time.Minute
-	askLimit  = 2 * time.Minute
 )
 
-// liveDisk is a disk that is recorded, with a file system on it that is mounted: a
+// Disk is a disk that is recorded, with a file system on it that is mounted: a
 // file system on a loop device, on a file that qemu-storage-daemon makes by FUSE of
 // a disk of package nbd.
-type liveDisk struct {
-	rec    *blocks.Recorder
+type Disk struct {
+	Rec    *blocks.Recorder
 	ended  atomic.Bool
 	server *nbd.Server
 	daemon *proc.Process
 	file   *os.File
 	loop   *blocks.Loop
-	dir    string // where it is mounted; "" if it is not
+	Dir    string // where it is mounted; "" if it is not
 	image  string
 }
 
 // Write, Zero and Flush pass on what happens until the end.
-func (d *liveDisk) Write(offset int64, data []byte, fua bool) error {
+func (d *Disk) Write(offset int64, data []byte, fua bool) error {
 	if d.ended.Load() {
 		return nil
 	}
-	return d.rec.Write(offset, data, fua)
+	return d.Rec.Write(offset, data, fua)
 }
 
 // Zero is of [nbd.Observer].
-func (d *liveDisk) Zero(offset, length int64, fua bool) error {
+func (d *Disk) Zero(offset, length int64, fua bool) error {
 	if d.ended.Load() {
 		return nil
 	}
-	return d.rec.Zero(offset, length, fua)
+	return d.Rec.Zero(offset, length, fua)
 }
 
 // Flush is of [nbd.Observer].
-func (d *liveDisk) Flush(changes int) error {
+func (d *Disk) Flush(changes int) error {
 	if d.ended.Load() {
 		return nil
 	}
-	return d.rec.Flush(changes)
+	return d.Rec.Flush(changes)
 }
 
 // format makes the disk as packaging/init makes the data partition.
@@ -79,23 +83,23 @@ func format(ctx context.Context, path string) error {
 	return nil
 }
 
-// startDisk formats a disk, records to dir what happens to it from then on, and
+// Start formats a disk, records to dir what happens to it from then on, and
 // mounts it below scratch, which must have a short path.
-func startDisk(ctx context.Context, starter *proc.Starter, scratch, dir string) (d *liveDisk, err error) {
+func Start(ctx context.Context, starter *proc.Starter, scratch, dir string) (d *Disk, err error) {
 	base := filepath.Join(dir, "base")
 	if err := format(ctx, base); err != nil {
 		return nil, err
 	}
-	d = &liveDisk{image: filepath.Join(blocks.Roomy(), filepath.Base(scratch)+"-live")}
+	d = &Disk{image: filepath.Join(blocks.Roomy(), filepath.Base(scratch)+"-live")}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.end())
+			err = errors.Join(err, d.End())
 		}
 	}()
 	if err := qemu.CopyDisk(base, d.image, diskSize); err != nil {
 		return nil, err
 	}
-	if d.rec, err = blocks.NewRecorder(dir); err != nil {
+	if d.Rec, err = blocks.NewRecorder(dir); err != nil {
 		return nil, err
 	}
 	socket := filepath.Join(scratch, "nbd")
@@ -112,12 +116,12 @@ func startDisk(ctx context.Context, starter *proc.Starter, scratch, dir string) 
 	if err := blocks.Mount(d.loop.Path, mounted); err != nil {
 		return nil, err
 	}
-	d.dir = mounted
+	d.Dir = mounted
 	return d, nil
 }
 
 // fuse makes a file of the disk that is served at socket.
-func (d *liveDisk) fuse(ctx context.Context, starter *proc.Starter, socket, file string) (err error) {
+func (d *Disk) fuse(ctx context.Context, starter *proc.Starter, socket, file string) (err error) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		return err
 	}
@@ -140,11 +144,11 @@ func (d *liveDisk) fuse(ctx context.Context, starter *proc.Starter, socket, file
 	return err
 }
 
-// end is the power cut, and what is left to do for those who live on.
-func (d *liveDisk) end() (err error) {
+// End is the power cut, and what is left to do for those who live on.
+func (d *Disk) End() (err error) {
 	d.ended.Store(true)
-	if d.dir != "" {
-		err = blocks.Unmount(d.dir)
+	if d.Dir != "" {
+		err = blocks.Unmount(d.Dir)
 	}
 	if d.loop != nil {
 		err = errors.Join(err, d.loop.Detach())
@@ -158,8 +162,8 @@ func (d *liveDisk) end() (err error) {
 	if d.server != nil {
 		err = errors.Join(err, d.server.Close())
 	}
-	if d.rec != nil {
-		err = errors.Join(err, d.rec.Close())
+	if d.Rec != nil {
+		err = errors.Join(err, d.Rec.Close())
 	}
 	return errors.Join(err, os.RemoveAll(d.image))
 }
