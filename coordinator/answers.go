@@ -57,12 +57,14 @@ func (a *audits) runCompute(ctx context.Context, r api.AuditRequest) (api.Audit,
 	if err != nil {
 		return rec, err
 	}
-	job := wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: saidLimits(r.Limits)}
-	row, err := a.computeChallenge(ctx, rec, job, reading{input: data}, func(time.Duration) {})
-	if err == nil {
-		err = a.honesty.hand(ctx, row)
-	}
+	l := likeness{data: reading{input: data}, deadline: a.outbox.now().Add(api.JobLife)}
+	l.asked.run = wire.JobRun{Module: wire.Blob{SHA256: r.Module}, Args: r.Args, Input: input, Limits: saidLimits(r.Limits)}
+	l.device, _ = a.honesty.jobs.deviceNow(r.Device)
+	row, err := a.computeChallenge(ctx, rec, l, func(time.Duration) {})
 	if err != nil {
+		return row.Audit, err
+	}
+	if row, err = a.honesty.dispatch(ctx, row, l); err != nil {
 		return row.Audit, err
 	}
 	for {
@@ -90,14 +92,15 @@ type reading struct {
 	inputs map[string][]byte
 }
 
-// computeChallenge runs a job here, and then sends it to a device. ran is told how long the
-// former took, before the device knows of it.
-func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, job wire.JobRun, data reading, ran func(time.Duration)) (row challengeRow, err error) {
+// computeChallenge runs a job here, and puts it on record as a challenge that is to be sent. ran
+// is told how long the former took.
+func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, l likeness, ran func(time.Duration)) (row challengeRow, err error) {
 	row.Audit = rec
+	job := l.asked.run
 	if _, err := a.compute.module(ctx, job.Module.SHA256); err != nil {
 		return row, err
 	}
-	known, took, err := a.known(ctx, job, func(context.Context) (reading, error) { return data, nil })
+	known, took, err := a.known(ctx, job, func(context.Context) (reading, error) { return l.data, nil })
 	ran(took)
 	if err != nil {
 		return row, refuse(http.StatusUnprocessableEntity, "no_answer_known", "the job fails here too, so it is no challenge: %v", err)
@@ -116,14 +119,30 @@ func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, job wire.J
 	}
 	row.Claims = a.storage.claims(row.Device, row.Chunks)
 	// The commitment is on record before the device can know of the job.
-	if row, err = a.begin(ctx, row); err != nil {
+	return a.begin(ctx, row)
+}
+
+// dispatch sends a challenge when its turn at the device has come, and has the answer judged.
+func (h *honesty) dispatch(ctx context.Context, row challengeRow, l likeness) (challengeRow, error) {
+	h.mu.Lock()
+	h.judging[row.Order] = true
+	h.mu.Unlock()
+	if _, err := h.send(ctx, row.Order, l.asked, l.device, l.deadline); err != nil {
+		h.mu.Lock()
+		delete(h.judging, row.Order)
+		h.mu.Unlock()
+		row.Audit, err = h.audits.unjudged(ctx, row.Audit, err)
 		return row, err
 	}
-	if _, err := a.honesty.send(ctx, row.Order, row.Device, job); err != nil {
-		row.Audit, err = a.unjudged(ctx, row.Audit, err)
-		return row, err
+	select {
+	case h.sent <- row:
+		return row, nil
+	case <-ctx.Done():
+		h.mu.Lock()
+		delete(h.judging, row.Order) // it is found again
+		h.mu.Unlock()
+		return row, ctx.Err()
 	}
-	return row, nil
 }
 
 func commitment(salt, outputSum []byte) string {
@@ -152,16 +171,6 @@ func (a *audits) knownInput(ctx context.Context, d wire.DeviceID, fits func(api.
 		"a compute challenge needs a chunk that device %s holds and another online device too: %v", d, last)
 }
 
-// hand has the answer to a challenge judged, whenever it comes.
-func (h *honesty) hand(ctx context.Context, row challengeRow) error {
-	select {
-	case h.sent <- row:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err() // it is found again
-	}
-}
-
 // recall has the orders known for what they are that were sent before this start.
 func (h *honesty) recall() {
 	h.mu.Lock()
@@ -180,19 +189,17 @@ func (h *honesty) recall() {
 func (h *honesty) judge(ctx context.Context, alone bool) {
 	var going sync.WaitGroup
 	defer going.Wait()
-	take := func(row challengeRow) {
-		h.mu.Lock()
-		was := h.judging[row.ID]
-		h.judging[row.ID] = true
-		h.mu.Unlock()
-		if !was {
-			going.Go(func() { h.await(ctx, row) })
-		}
-	}
 	found := func(before time.Time) {
 		for _, row := range h.audits.challenges.all(byChallenge) {
-			if row.Own != nil && !row.At.After(before) {
-				take(row)
+			if row.Own == nil || row.At.After(before) {
+				continue
+			}
+			h.mu.Lock()
+			was := h.judging[row.Order]
+			h.judging[row.Order] = true
+			h.mu.Unlock()
+			if !was {
+				going.Go(func() { h.await(ctx, row) })
 			}
 		}
 	}
@@ -204,7 +211,7 @@ func (h *honesty) judge(ctx context.Context, alone bool) {
 	for {
 		select {
 		case row := <-h.sent:
-			take(row)
+			going.Go(func() { h.await(ctx, row) })
 		case <-t.C:
 			found(h.now().Add(-2 * callLimit))
 		case <-ctx.Done():
@@ -218,7 +225,7 @@ func (h *honesty) await(ctx context.Context, row challengeRow) {
 	defer func() {
 		h.forget(row.Order, h.now())
 		h.mu.Lock()
-		delete(h.judging, row.ID)
+		delete(h.judging, row.Order)
 		h.mu.Unlock()
 	}()
 	for {
@@ -227,7 +234,9 @@ func (h *honesty) await(ctx context.Context, row challengeRow) {
 		case errors.Is(err, errNotFound):
 			_, err = h.audits.unjudged(ctx, row.Audit, errors.New("it was stopped before it had sent the job"))
 		case err == nil:
-			_, err = h.audits.judgedJob(ctx, row, v)
+			if _, err = h.audits.judgedJob(ctx, row, v); err == nil {
+				h.jobs.dropLists(ctx, v.Order)
+			}
 		}
 		if err == nil || ctx.Err() != nil {
 			return

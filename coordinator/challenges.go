@@ -3,9 +3,6 @@ package coordinator
 import (
 	"context"
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
@@ -41,7 +38,7 @@ func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
 	}
 	back := func() { <-h.turn }
 	key, o, ok := h.oldest()
-	if !ok {
+	if ok = ok && h.jobs.leading.Load(); !ok { // else who gives places to tasks makes it
 		back()
 		return false
 	}
@@ -55,8 +52,8 @@ func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
 		return ctx.Err() == nil
 	}
 	going.Go(func() {
-		made, err := h.make(ctx, o)
-		if err != nil && !made && ctx.Err() == nil {
+		begun, err := h.make(ctx, o)
+		if err != nil && !begun && ctx.Err() == nil {
 			err = errors.Join(err, h.later(ctx, o))
 		}
 		if err != nil && ctx.Err() == nil {
@@ -66,7 +63,8 @@ func (h *honesty) one(ctx context.Context, going *sync.WaitGroup) (more bool) {
 	return true
 }
 
-// later puts a challenge that could not be made back: a holder of its input was away, say.
+// later puts a challenge that could not be made back: a holder of its input was away, say, or the
+// job failed here.
 func (h *honesty) later(ctx context.Context, o owed) error {
 	if o.Tries++; o.Tries >= owedTries {
 		return nil
@@ -94,111 +92,52 @@ func (h *honesty) oldest() (key string, first owed, ok bool) {
 	return key, first, ok
 }
 
-// make makes one challenge and sends it; made is true once the coordinator has run the job.
-// The turn is given back when the coordinator has worked out the answer, and has rested.
-func (h *honesty) make(ctx context.Context, o owed) (made bool, err error) {
+// make makes one challenge and sends it; begun is true once it is on record. The turn is given
+// back when the coordinator has worked out the answer, and has rested.
+func (h *honesty) make(ctx context.Context, o owed) (begun bool, err error) {
 	limited, cancel := context.WithTimeout(ctx, h.audits.limit)
 	defer cancel()
+	ran := false
 	defer func() {
-		if !made {
+		if !ran {
 			<-h.turn
 		}
 	}()
-	m, err := h.model(limited, o)
+	l, err := h.like(limited, o)
 	if err != nil {
-		return made, err
-	}
-	job, data, err := h.like(limited, o.Device, m)
-	if err != nil {
-		return made, err
+		return false, err
 	}
 	rec := api.Audit{Kind: api.ComputeAudit, Device: o.Device, Routine: true}
-	row, err := h.audits.computeChallenge(limited, rec, job, data, func(took time.Duration) {
-		made = true
+	row, err := h.audits.computeChallenge(limited, rec, l, func(took time.Duration) {
+		ran = true
 		time.AfterFunc(min(paceOwn*took, paceMost), func() { <-h.turn })
 	})
-	if err == nil {
-		err = h.hand(ctx, row)
-	}
-	return made, err
-}
-
-// model is the job that a challenge is made like: the one after which it was drawn, or
-// another new one if that is of a kind that the coordinator cannot run.
-func (h *honesty) model(ctx context.Context, o owed) (wire.JobRun, error) {
-	v, err := h.audits.outbox.get(ctx, o.Device, o.Order)
 	if err != nil {
-		return wire.JobRun{}, err
+		return row.ID != "", err
 	}
-	asked, err := wire.DecodeBody[wire.JobRun](v.Order)
-	if err != nil {
-		return asked, err
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if cannot := challengeable(asked); cannot != nil {
-		if len(h.models) == 0 {
-			return asked, fmt.Errorf("there is no job of a customer that a challenge could be made like: %w", cannot)
-		}
-		return h.models[rand.IntN(len(h.models))], nil
-	}
-	h.models = newestOf(append(h.models, asked), modelsKept)
-	return asked, nil
+	// Its turn at the device may come late, which holds up nobody.
+	waits, done := context.WithTimeout(ctx, max(l.deadline.Sub(h.now()), time.Second))
+	defer done()
+	_, err = h.dispatch(waits, row, l)
+	return true, err
 }
 
-// like is a customer's job over other chunks: such that the device holds and has not had
-// with this module, of sizes like the customer's.
-func (h *honesty) like(ctx context.Context, d wire.DeviceID, m wire.JobRun) (job wire.JobRun, data reading, err error) {
-	h.mu.Lock()
-	had := slices.Clone(h.had[d])
-	h.mu.Unlock()
-	seen := func(id string) { had = append(had, hadJob{m.Module.SHA256, id}) }
-	seen(m.Input)
-	for _, in := range m.Inputs {
-		for _, p := range in.Parts {
-			seen(p.Chunk)
-		}
-	}
-	other := func(size int64) (id string, data []byte, err error) {
-		id, data, err = h.audits.knownInput(ctx, d, func(c api.Chunk) bool {
-			return !slices.Contains(had, hadJob{m.Module.SHA256, c.ID}) && (size == 0 || c.Size >= size/2 && c.Size <= 2*size)
-		})
-		seen(id)
-		return id, data, err
-	}
-	job, data.inputs = m, make(map[string][]byte)
-	if m.Input != "" {
-		size := h.audits.sizesOf(api.Audit{Chunks: []string{m.Input}})[m.Input]
-		if job.Input, data.input, err = other(size); err != nil {
-			return job, data, err
-		}
-	}
-	job.Inputs = slices.Clone(m.Inputs)
-	for i, in := range m.Inputs {
-		job.Inputs[i].Parts, data.inputs[in.Name] = nil, nil
-		for _, p := range in.Parts {
-			id, part, err := other(p.Size)
-			if err != nil {
-				return job, data, err
-			}
-			job.Inputs[i].Parts = append(job.Inputs[i].Parts, wire.JobPart{Chunk: id, Size: int64(len(part))})
-			data.inputs[in.Name] = append(data.inputs[in.Name], part...)
-		}
-	}
-	return job, data, nil
-}
-
-// send sends a job that is no customer's, when the device would be given one more task.
-func (h *honesty) send(ctx context.Context, id string, d wire.DeviceID, job wire.JobRun) (wire.Order, error) {
-	sent, err := h.reserve(ctx, d, id)
+// send sends a job that is no customer's, as a customer's is sent, and when the device would be
+// given one more task.
+func (h *honesty) send(ctx context.Context, id string, q asked, d jobDevice, deadline time.Time) (wire.Order, error) {
+	sent, err := h.jobs.reserve(ctx, d.id, id)
 	if err != nil {
 		return wire.Order{}, err
 	}
 	defer sent()
+	body, life, err := h.jobs.orderFor(ctx, id, q, d, deadline)
+	if err != nil {
+		return wire.Order{}, err
+	}
 	h.mu.Lock()
 	h.ours[id] = time.Time{}
 	h.mu.Unlock()
-	v, err := h.audits.compute.sendAs(ctx, id, d, job.Module.SHA256, job, lifeOfJob(job.Limits))
+	v, err := h.audits.compute.sendAs(ctx, "", id, d.id, q.run.Module.SHA256, body, life)
 	if err != nil {
 		h.forget(id, h.now())
 	}

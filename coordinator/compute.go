@@ -24,6 +24,8 @@ type compute struct {
 	outbox  *outbox
 	reg     *registry
 	auth    *authority
+	// given is told of each job that a device is sent.
+	given func(wire.DeviceID, wire.JobRun)
 }
 
 // jobLife is how long a job takes at most from order to report beside its own
@@ -42,8 +44,9 @@ func isStaged(r wire.Report) bool {
 	return r.Attachment != nil && r.Attachment.Inline == nil && r.Attachment.Size > 0
 }
 
-// sendAs sends a job order with the id given, in which only the module is missing.
-func (c *compute) sendAs(ctx context.Context, id string, d wire.DeviceID, module string, body wire.JobRun, life time.Duration) (OrderRecord, error) {
+// sendAs sends a job order with the id given, in which only the module is missing; of is the
+// task that it is for, of a customer's job.
+func (c *compute) sendAs(ctx context.Context, of, id string, d wire.DeviceID, module string, body wire.JobRun, life time.Duration) (OrderRecord, error) {
 	code, err := c.module(ctx, module)
 	if err != nil {
 		return OrderRecord{}, err
@@ -51,7 +54,11 @@ func (c *compute) sendAs(ctx context.Context, id string, d wire.DeviceID, module
 	size := int64(len(code))
 	u := c.auth.issue(ticket{method: http.MethodGet, device: d, blob: blobRef{moduleBlob, module}, size: size, expires: c.outbox.now().Add(life)})
 	body.Module = wire.Blob{SHA256: module, Size: size, URL: u}
-	return c.outbox.submitAs(ctx, id, d, wire.KindJobRun, body, life)
+	v, err := c.outbox.submitOf(ctx, of, id, d, wire.KindJobRun, body, life)
+	if err == nil {
+		c.given(d, body)
+	}
+	return v, err
 }
 
 // module gets a module that was uploaded before.

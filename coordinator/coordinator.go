@@ -355,11 +355,11 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.repairs = newRepairs(c.storage, c.audits, c.cfg.Repair, 2*missedBeats*c.cfg.Beat, c.log)
 	c.repairs.alone, c.repairs.drains = c.cfg.NATS == "", newDrains(c.repairs, c.note)
 	c.storage.leaving, c.storage.touched, c.storage.intended = c.repairs.drains.leaving, c.repairs.touch, c.repairs.intended
-	c.compute = &compute{outbox: c.outbox, reg: c.reg, auth: c.auth}
+	c.compute = &compute{outbox: c.outbox, reg: c.reg, auth: c.auth, given: c.audits.honesty.given}
 	c.audits.compute = c.compute
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
-	c.jobs.honesty, c.audits.caught, c.audits.honesty.reserve = c.audits.honesty, c.jobs.noteCaught, c.jobs.reserve
+	c.jobs.honesty, c.audits.honesty.jobs, c.audits.caught = c.audits.honesty, c.jobs, c.jobs.noteCaught
 	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
 	c.campaigns.beat = c.cfg.Beat

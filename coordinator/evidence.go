@@ -167,8 +167,9 @@ func chunksOf(n int) string {
 func judgeCompute(asked wire.JobRun, expected string, a response, released bool) (v verdict) {
 	if r := a.report; r.State != wire.Succeeded {
 		v = judgeUndone(r)
-		// The input is the one chunk that the device may confess to have lost.
-		if saysLost(r.Code) {
+		// The input is the one chunk that the device may confess to have lost. What has a
+		// name it fetches where it does not hold it.
+		if saysLost(r.Code) && asked.Input != "" {
 			v.Outcome, v.Lost = api.AuditLost, []string{asked.Input}
 			if released {
 				v = verdict{Outcome: api.AuditVoid, Reason: releasedReason}

@@ -133,6 +133,14 @@ const (
 	inlineEach  = 4
 )
 
+// orderFor is the body of an order to a device, and how long that lives: of a task, and of
+// what is to look like one.
+func (s *jobs) orderFor(ctx context.Context, order string, a asked, d jobDevice, deadline time.Time) (wire.JobRun, time.Duration, error) {
+	life := min(lifeOfJob(a.run.Limits), max(deadline.Sub(s.now()), time.Second))
+	body, err := s.body(ctx, order, a, d, deadline, life)
+	return body, life, err
+}
+
 // body is a task's order to a device: what it does not hold it is told where to
 // get. A device that says nothing about jobs is sent what every device understands.
 func (s *jobs) body(ctx context.Context, order string, a asked, d jobDevice, deadline time.Time, life time.Duration) (wire.JobRun, error) {
@@ -210,6 +218,18 @@ const (
 	plainSlots     = 1 // of a device that does not say how many it has
 	interpreterTag = "interpreter"
 )
+
+// deviceNow is a device as the scheduler sees it; false if it is not there.
+func (s *jobs) deviceNow(id wire.DeviceID) (jobDevice, bool) {
+	s.plan.mu.Lock()
+	defer s.plan.mu.Unlock()
+	for _, d := range s.devices() {
+		if d.id == id {
+			return d, true
+		}
+	}
+	return jobDevice{id: id}, false
+}
 
 // devices are those that are online.
 func (s *jobs) devices() []jobDevice {

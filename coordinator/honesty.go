@@ -43,6 +43,7 @@ import (
 // another chunk that it holds. One that was cut off by a restart is void.
 type honesty struct {
 	audits *audits
+	jobs   *jobs
 	active bool // whether challenges are made that nobody asked for
 	log    *slog.Logger
 	now    func() time.Time
@@ -51,8 +52,6 @@ type honesty struct {
 	wake   chan struct{}     // capacity 1: something is owed
 	turn   chan struct{}     // of capacity 1: who makes one
 	sent   chan challengeRow // challenges whose answers are to be judged
-	// reserve waits for a place on a device, see [jobs.reserve].
-	reserve func(ctx context.Context, d wire.DeviceID, order string) (sent func(), err error)
 
 	flushing sync.Mutex // one at a time
 
@@ -61,9 +60,9 @@ type honesty struct {
 	writing map[wire.DeviceID]*earned // what of it is being put on record
 	draws   []owed                    // not on record yet
 	ours    map[string]time.Time      // orders that are no customer's; zero: until they end, else forgotten then
-	judging map[string]bool           // challenges whose answers are awaited
-	had     map[wire.DeviceID][]hadJob
-	models  []wire.JobRun // of the newest jobs of customers that the coordinator can run
+	judging map[string]bool           // orders of challenges that wait for their turn, or whose ends are awaited
+	had     map[wire.DeviceID]*hadJobs
+	models  []string // the newest jobs of customers after which challenges were drawn
 }
 
 // owed is a challenge that is to be made.
@@ -82,9 +81,6 @@ type earned struct {
 	confirmed []float64 // CPU seconds of each
 }
 
-// hadJob is a job that a device has seen.
-type hadJob struct{ module, input string }
-
 const (
 	flushEvery = time.Second
 	owedKept   = 24 * time.Hour
@@ -92,7 +88,7 @@ const (
 	maxOwedOf  = 8 // of a device
 	owedTries  = 5
 	owedPause  = time.Second // doubled with each try
-	hadKept    = 128         // of a device
+	hadKept    = 256         // of a device, of customers' jobs and of challenges each; 8 bytes a job
 	modelsKept = 64
 	maxUnheard = 8           // challenges that a device has not answered, before it gets no more
 	oursKept   = time.Minute // of an order that has ended: its report is told of a moment later
@@ -106,7 +102,7 @@ const (
 func newHonesty(a *audits, active bool, log *slog.Logger) *honesty {
 	return &honesty{audits: a, active: active, log: log, now: a.outbox.now, even: rand.Float64,
 		wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), sent: make(chan challengeRow),
-		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]time.Time), judging: make(map[string]bool), had: make(map[wire.DeviceID][]hadJob)}
+		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]time.Time), judging: make(map[string]bool), had: make(map[wire.DeviceID]*hadJobs)}
 }
 
 // standing is what is known of a device's results now.
@@ -264,18 +260,18 @@ func (h *honesty) run(ctx context.Context, asked wire.JobRun) (trust.Own, error)
 	return ownOf(known, asked.Outputs), nil
 }
 
-// readAll gets all that a job reads.
-func (h *honesty) readAll(ctx context.Context, j wire.JobRun) (data reading, err error) {
+// readAll gets all that a job reads, from other devices than some.
+func (h *honesty) readAll(ctx context.Context, j wire.JobRun, not ...wire.DeviceID) (data reading, err error) {
 	data.inputs = make(map[string][]byte)
 	if j.Input != "" {
-		if data.input, err = h.audits.storage.read(ctx, j.Input); err != nil {
+		if data.input, err = h.audits.storage.read(ctx, j.Input, not...); err != nil {
 			return data, &inputAway{err}
 		}
 	}
 	for _, in := range j.Inputs {
 		data.inputs[in.Name] = nil // an empty file is one, too
 		for _, p := range in.Parts {
-			part, err := h.audits.storage.read(ctx, p.Chunk)
+			part, err := h.audits.storage.read(ctx, p.Chunk, not...)
 			if err != nil {
 				return data, &inputAway{err}
 			}
@@ -350,14 +346,6 @@ func answerable(j wire.JobRun) error {
 	return nil
 }
 
-// challengeable tells why no challenge can be made like a job.
-func challengeable(j wire.JobRun) error {
-	if j.Input == "" && !slices.ContainsFunc(j.Inputs, func(in wire.JobInput) bool { return len(in.Parts) > 0 }) {
-		return errors.New("it reads nothing, so it is the same job each time")
-	}
-	return answerable(j)
-}
-
 // known is the result of a job, worked out here, and how long that took; one at a time, from
 // reading on.
 func (a *audits) known(ctx context.Context, job wire.JobRun, read func(context.Context) (reading, error)) (ComputeResult, time.Duration, error) {
@@ -409,7 +397,6 @@ func (h *honesty) ended(r wire.Report) {
 	}
 	h.mu.Lock()
 	_, ours := h.ours[r.Order]
-	h.had[r.Device] = newestOf(append(h.had[r.Device], hadJob{res.Module, res.Input}), hadKept)
 	h.mu.Unlock()
 	h.earn(r.Device, func(e *earned) {
 		e.runtime = run
@@ -459,6 +446,7 @@ func (h *honesty) flush(ctx context.Context) error {
 	all, draws := h.earned, h.draws
 	h.earned, h.writing, h.draws = make(map[wire.DeviceID]*earned), all, nil
 	maps.DeleteFunc(h.ours, func(_ string, until time.Time) bool { return !until.IsZero() && h.now().After(until) })
+	maps.DeleteFunc(h.had, func(d wire.DeviceID, _ *hadJobs) bool { return !h.audits.storage.reg.member(d) })
 	h.mu.Unlock()
 	defer func() {
 		h.mu.Lock()
@@ -583,16 +571,26 @@ func (h *honesty) holders(j wire.JobRun) (out []wire.DeviceID) {
 }
 
 // ask has a device run a job, as a witness.
-func (h *honesty) ask(ctx context.Context, to trust.Copy, asked wire.JobRun) trust.Answer {
+func (h *honesty) ask(ctx context.Context, to trust.Copy, wanted wire.JobRun) trust.Answer {
 	a := trust.Answer{Copy: to}
-	asked.Inputs = slices.Clone(asked.Inputs)
-	for i, in := range asked.Inputs { // it holds them all; what stands there is another's ticket
-		asked.Inputs[i].Parts = slices.Clone(in.Parts)
-		for k := range in.Parts {
-			asked.Inputs[i].Parts[k].URL = ""
+	q := asked{run: wanted}
+	q.run.Inputs = slices.Clone(wanted.Inputs)
+	for i, in := range q.run.Inputs { // what stands there is another's ticket
+		q.run.Inputs[i].Parts = slices.Clone(in.Parts)
+		for k, p := range in.Parts {
+			q.run.Inputs[i].Parts[k].URL = ""
+			q.chunks = append(q.chunks, api.Chunk{ID: p.Chunk, Size: p.Size})
 		}
 	}
-	order, err := h.send(ctx, ulid.Make().String(), to.Device, asked)
+	deadline := wanted.Deadline
+	if q.run.Deadline = (time.Time{}); !deadline.After(h.now()) {
+		deadline = h.now().Add(api.JobLife)
+	}
+	d, there := h.jobs.deviceNow(to.Device)
+	if !there {
+		return a
+	}
+	order, err := h.send(ctx, ulid.Make().String(), q, d, deadline)
 	if err != nil {
 		return a
 	}
@@ -601,7 +599,7 @@ func (h *honesty) ask(ctx context.Context, to trust.Copy, asked wire.JobRun) tru
 	if err != nil || v.State != wire.Succeeded {
 		return a
 	}
-	if res, err := decodeResult(v.Result); err == nil && res.Module == asked.Module.SHA256 && res.Input == asked.Input {
+	if res, err := decodeResult(v.Result); err == nil && res.Module == wanted.Module.SHA256 && res.Input == wanted.Input {
 		a.Digest, a.Engine, a.Order, a.CPUSeconds, a.Disturbed = resultDigest(res), label(res.Engine), order.ID, res.CPUSeconds, disturbed(res)
 	}
 	return a

@@ -37,14 +37,13 @@ func honestWorld(t testing.TB, edit func(*Config)) (*world, *luck) {
 	return w, l
 }
 
-// chunksOf places n chunks of one size, each on two devices.
+// chunksOf stores n files of one chunk each, of one size, each on two devices.
 func (w *world) chunksOf(t testing.TB, n, size int) (ids []string) {
 	t.Helper()
 	for range n {
 		data := someBytes(size)
 		id := chunk.Sum(data).String()
-		_, err := w.op.PutChunk(testContext(t), id, data, 2)
-		must(t, err)
+		w.putFile(t, "chunks/"+id, data, 2)
 		ids = append(ids, id)
 	}
 	return ids
@@ -54,9 +53,14 @@ func (w *world) chunksOf(t testing.TB, n, size int) (ids []string) {
 func (w *world) doJob(t testing.TB, d *device, module, input string) OrderRecord {
 	t.Helper()
 	ctx := testContext(t)
-	o, err := w.compute.send(ctx, d.id, module, []string{"-x"}, input, wire.JobLimits{CPUSeconds: 7})
+	j, err := w.op.StartJob(ctx, api.JobSpec{Module: module, Args: []string{"-x"}, Input: &api.JobChunk{Object: "chunks/" + input},
+		Limits: wire.JobLimits{CPUSeconds: 7}, Needs: on(d), Verify: api.VerifyNone})
 	must(t, err)
-	v, err := w.outbox.await(ctx, o, nil)
+	_, err = w.op.AwaitJob(ctx, j.ID, nil)
+	must(t, err)
+	row, err := w.jobs.tasks.find(ctx, taskKey(j.ID, 0))
+	must(t, err)
+	v, err := w.outbox.get(ctx, d.id, row.Attempts[0].Order)
 	must(t, err)
 	return v
 }
@@ -255,8 +259,7 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 			devices := append([]*device{d}, w.devices(t, len(c.witnesses))...)
 			data := someBytes(5000)
 			id := chunk.Sum(data).String()
-			_, err := w.op.PutChunk(testContext(t), id, data, len(devices))
-			must(t, err)
+			w.putFile(t, "chunks/"+id, data, len(devices))
 			module, err := w.op.PutModule(testContext(t), []byte("module"))
 			must(t, err)
 			for i, bend := range c.witnesses {
@@ -332,8 +335,7 @@ func TestADisputeIsSettledByTheCoordinatorsOwnRun(t *testing.T) {
 	honest, liar := w.device(t), w.device(t)
 	data := someBytes(5000)
 	id := chunk.Sum(data).String()
-	_, err := w.op.PutChunk(ctx, id, data, 2)
-	must(t, err)
+	w.putFile(t, "chunks/"+id, data, 2)
 	module, err := w.op.PutModule(ctx, []byte("module"))
 	must(t, err)
 	liar.lies()
@@ -392,7 +394,7 @@ func TestADisputeIsSettledByTheCoordinatorsOwnRun(t *testing.T) {
 
 func TestWhatTheCoordinatorCannotRunItSays(t *testing.T) {
 	in := wire.JobRun{Input: "x"}
-	if err := challengeable(in); err != nil {
+	if err := answerable(in); err != nil {
 		t.Error(err)
 	}
 	for name, edit := range map[string]func(*wire.JobRun){
@@ -402,10 +404,9 @@ func TestWhatTheCoordinatorCannotRunItSays(t *testing.T) {
 		"large": func(j *wire.JobRun) {
 			j.Inputs = []wire.JobInput{{Name: "a", Parts: []wire.JobPart{{Chunk: "x", Size: maxOwnInput + 1}}}}
 		},
-		"none": func(j *wire.JobRun) { j.Input = "" },
 	} {
 		j := in
-		if edit(&j); challengeable(j) == nil {
+		if edit(&j); answerable(j) == nil {
 			t.Errorf("%s: it can", name)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -61,6 +62,7 @@ type jobs struct {
 	outbox  *outbox
 	reg     *registry
 	leader  *leader // who places
+	leading atomic.Bool
 	leaving func(wire.DeviceID) bool
 	trust   func(wire.DeviceID) float64 // 0: gets nothing
 	honesty *honesty

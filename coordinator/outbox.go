@@ -81,6 +81,7 @@ func (o *outbox) openRows(ctx context.Context, kv jetstream.KeyValue) (err error
 // device and the order's id.
 type orderRow struct {
 	Kind     wire.Kind       `json:"kind"`
+	Of       string          `json:"of,omitempty"` // the task that it was made for, of a customer's job; see taskKey
 	Expires  time.Time       `json:"expires"`
 	Envelope json.RawMessage `json:"envelope,omitempty"` // the signed order, sent as it is every time
 	State    wire.State      `json:"state"`
@@ -308,6 +309,11 @@ func (o *outbox) submit(ctx context.Context, d wire.DeviceID, kind wire.Kind, bo
 // submitAs is submit with the id given: if there is such an order, that is what
 // it returns.
 func (o *outbox) submitAs(ctx context.Context, id string, d wire.DeviceID, kind wire.Kind, body any, life time.Duration) (OrderRecord, error) {
+	return o.submitOf(ctx, "", id, d, kind, body, life)
+}
+
+// submitOf is submitAs for a task.
+func (o *outbox) submitOf(ctx context.Context, of, id string, d wire.DeviceID, kind wire.Kind, body any, life time.Duration) (OrderRecord, error) {
 	if life <= 0 || life > maxLife {
 		return OrderRecord{}, refuse(http.StatusBadRequest, "bad_life", "an order lives for up to %d days, not %s", maxLife/(24*time.Hour), life)
 	}
@@ -324,7 +330,7 @@ func (o *outbox) submitAs(ctx context.Context, id string, d wire.DeviceID, kind 
 	if err != nil {
 		return OrderRecord{}, err
 	}
-	row := orderRow{Kind: kind, Expires: order.Expires, Envelope: env, State: wire.Queued, Updated: now}
+	row := orderRow{Kind: kind, Of: of, Expires: order.Expires, Envelope: env, State: wire.Queued, Updated: now}
 	err = o.rows.create(ctx, orderKeyOf(d, id), row)
 	if errors.Is(err, errExists) {
 		return o.get(ctx, d, id)

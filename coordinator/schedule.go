@@ -125,7 +125,8 @@ func (s *jobs) run(ctx context.Context) {
 
 // lead tells whether this is the coordinator that places.
 func (s *jobs) lead(ctx context.Context) bool {
-	if s.leader.lead(ctx) {
+	leads := s.leader.lead(ctx)
+	if s.leading.Store(leads); leads {
 		return true
 	}
 	s.plan.mu.Lock()
@@ -511,10 +512,9 @@ func (s *jobs) start(ctx context.Context, b begun) {
 	case err != nil || !made:
 		return
 	}
-	life := min(lifeOfJob(b.asked.run.Limits), max(b.deadline.Sub(s.now()), time.Second))
-	body, err := s.body(ctx, a.Order, b.asked, b.device, b.deadline, life)
+	body, life, err := s.orderFor(ctx, a.Order, b.asked, b.device, b.deadline)
 	if err == nil {
-		_, err = s.compute.sendAs(ctx, a.Order, a.Device, b.module, body, life)
+		_, err = s.compute.sendAs(ctx, key, a.Order, a.Device, b.module, body, life)
 	}
 	if err != nil {
 		if ctx.Err() == nil {

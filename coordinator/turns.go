@@ -27,8 +27,11 @@ type reservation struct {
 // reserve waits until a device would be given one more task, and keeps that place for an order
 // that is about to be made. sent ends that, once the order is made or will not be; the place
 // is taken until the order has ended. A device that is away or stands still has no place; the
-// error is that of ctx.
+// error is that of ctx. Who does not place tasks cannot wait for a place, and takes none.
 func (s *jobs) reserve(ctx context.Context, d wire.DeviceID, order string) (sent func(), err error) {
+	if !s.leading.Load() {
+		return func() {}, nil
+	}
 	p, t := &s.plan, &reservation{order: order, device: d, come: make(chan struct{})}
 	p.mu.Lock()
 	p.turns = append(p.turns, t)

@@ -19,7 +19,6 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 	holder.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: "toy", Slots: 0, MemoryBytes: 1 << 30, WallSeconds: 900})
 	const files = 6
 	w.prefixed(t, "f/", files, 2)
-	w.chunksOf(t, 20, 5000)
 	var mu sync.Mutex
 	open, most, challenges := 0, 0, 0
 	d.on(wire.KindJobRun, func(o wire.Order) *reply {
@@ -42,6 +41,7 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 	})
 	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "f/", PerChunk: true}, Verify: api.VerifyNone})
 	must(t, err)
+	w.prefixed(t, "f/more", 20, 2) // what challenges can be made of
 	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
 	must(t, err)
 	mu.Lock()

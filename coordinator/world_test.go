@@ -613,7 +613,7 @@ func (d *device) honest(o wire.Order) *reply {
 
 // send has a device run a module over a chunk that it holds.
 func (c *compute) send(ctx context.Context, d wire.DeviceID, module string, args []string, input string, limits wire.JobLimits) (wire.Order, error) {
-	v, err := c.sendAs(ctx, ulid.Make().String(), d, module, wire.JobRun{Args: args, Input: input, Limits: limits}, lifeOfJob(limits))
+	v, err := c.sendAs(ctx, "", ulid.Make().String(), d, module, wire.JobRun{Args: args, Input: input, Limits: limits}, lifeOfJob(limits))
 	return v.Order, err
 }
 
