@@ -55,3 +55,28 @@ func (l *leader) resign(ctx context.Context) {
 		l.log.Warn("what one coordinator does alone waits until the lease of this one ends", "lease", l.name, "error", err)
 	}
 }
+
+// turn takes a lease as soon as no other coordinator has it, and returns what gives it
+// back; errTaken if another has it until ctx ends.
+func (r *repairs) turn(ctx context.Context, key string, life time.Duration) (done func(), err error) {
+	for {
+		changed, leave := r.leases.changed(key)
+		err := r.leaseFor(ctx, key, life)
+		if !errors.Is(err, errTaken) {
+			leave()
+			return func() { r.unlease(ctx, key) }, err
+		}
+		l, _ := r.leases.get(key)
+		over := time.NewTimer(max(time.Second, l.Until.Sub(r.now()))) // of one that died
+		select {
+		case <-changed:
+		case <-over.C:
+		case <-ctx.Done():
+		}
+		over.Stop()
+		leave()
+		if ctx.Err() != nil {
+			return nil, err
+		}
+	}
+}

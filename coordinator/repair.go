@@ -591,31 +591,6 @@ func (r *repairs) leaseFor(ctx context.Context, key string, life time.Duration) 
 	return err
 }
 
-// turn takes a lease as soon as no other coordinator has it, and returns what gives it
-// back; errTaken if another has it until ctx ends.
-func (r *repairs) turn(ctx context.Context, key string, life time.Duration) (done func(), err error) {
-	for {
-		changed, leave := r.leases.changed(key)
-		err := r.leaseFor(ctx, key, life)
-		if !errors.Is(err, errTaken) {
-			leave()
-			return func() { r.unlease(ctx, key) }, err
-		}
-		l, _ := r.leases.get(key)
-		over := time.NewTimer(max(time.Second, l.Until.Sub(r.now()))) // of one that died
-		select {
-		case <-changed:
-		case <-over.C:
-		case <-ctx.Done():
-		}
-		over.Stop()
-		leave()
-		if ctx.Err() != nil {
-			return nil, err
-		}
-	}
-}
-
 // unlease gives it back. A lease with an order that was not made yet stays, for
 // endLeases.
 func (r *repairs) unlease(ctx context.Context, key string) {

@@ -246,6 +246,11 @@ func TestAPowerCutAtAnyWriteOfAnAgentsUpdate(t *testing.T) {
 			testenv.Cannot(t, "%s is missing (Debian: %s)", tool, from)
 		}
 	}
+	for _, device := range []string{"/dev/fuse", "/dev/loop-control"} {
+		if _, err := os.Stat(device); err != nil {
+			testenv.Cannot(t, "a disk cannot be recorded: %v", err)
+		}
+	}
 	seed := testenv.Seed(t)
 	rng := rand.New(rand.NewPCG(seed, 1))
 	f, factory := newFleet(t, rng)
