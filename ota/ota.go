@@ -102,7 +102,10 @@ type Options struct {
 	Steady time.Duration
 
 	Limits repo.Limits
-	Log    *slog.Logger
+	// Patience is for how long an order whose release cannot be fetched is tried again
+	// without a byte gained, 24 h if 0, not at all below; Retry is the pause before the second try, 10 s if 0.
+	Patience, Retry time.Duration
+	Log             *slog.Logger
 }
 
 // Step is what an update would do next.
@@ -126,6 +129,9 @@ type Service struct {
 	waiting map[string]context.CancelCauseFunc // orders that wait, by id
 	active  *wire.UpdateState                  // nil: none in this life
 	until   time.Time                          // of active, if it waits; zero: nobody knows
+	// fetching ends what an order of the fleet does that has not fetched all; nil: none.
+	fetching context.CancelCauseFunc
+	owners   int // updates of the owner's that are at work, or are about to
 }
 
 // New makes the slot directories if they are missing.
@@ -136,6 +142,7 @@ func New(o Options) (*Service, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	o.Patience, o.Retry = cmp.Or(o.Patience, untiring), cmp.Or(o.Retry, firstRetry)
 	o.Steady = cmp.Or(o.Steady, slot.ConfirmWithin/2)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -273,6 +280,7 @@ type job struct {
 	target  string
 	share   float64 // of devices that are meant, in percent; 0: this one is
 	local   string  // what the owner named; "" for an order of the fleet
+	line    *line
 	source  repo.Source
 	tell    func(wire.Progress)
 }
@@ -313,6 +321,10 @@ func (s *Service) carryOut(ctx context.Context, j job) (wire.Outcome, error) {
 		return wire.Outcome{}, wire.RejectedBecause(wire.CodeNotSupported, "this agent cannot update itself: start it through deimos-launch, or run our image")
 	}
 	defer s.show(nil)
+	j.line = &line{}
+	if j.local != "" {
+		defer s.ownerComes()()
+	}
 	for {
 		held, out, err := s.attempt(ctx, j)
 		if held != nil {
@@ -362,7 +374,7 @@ func (s *Service) wait(ctx context.Context, j job, h *hold) error {
 			}
 		}
 		if late && time.Until(over) < 2*recheck {
-			return &wire.Problem{State: wire.Rejected, Code: why.Code, Reason: why.Reason + "; the order is over before that", After: why.After}
+			return &wire.Problem{State: why.State, Code: why.Code, Reason: why.Reason + "; the order is over before that", After: why.After}
 		}
 		select {
 		case <-ctx.Done():
@@ -438,6 +450,9 @@ func (s *Service) ended(ctx context.Context, j job, err error) {
 
 // attempt goes as far as it may: to an end, or to what holds it.
 func (s *Service) attempt(ctx context.Context, j job) (*hold, wire.Outcome, error) {
+	if j.local == "" && s.ownerIsHere() {
+		return s.afterOwner(j), wire.Outcome{}, nil
+	}
 	if !s.busy.TryLock() {
 		return s.occupied(j), wire.Outcome{}, nil
 	}
@@ -445,7 +460,12 @@ func (s *Service) attempt(ctx context.Context, j job) (*hold, wire.Outcome, erro
 	if done, out, err := s.seenBefore(j.order); done {
 		return nil, out, err
 	}
-	held, err := s.install(ctx, j)
+	yielding, settled := s.yields(ctx, j)
+	held, err := s.install(yielding, j)
+	if held == nil && err != nil {
+		held = s.later(yielding, j, err)
+	}
+	settled()
 	switch {
 	case held != nil:
 		return held, wire.Outcome{}, nil

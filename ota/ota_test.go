@@ -168,7 +168,7 @@ func (f *fleet) service(dir string, change func(*Options)) *Service {
 		StateDir: dir, Version: "1.0.0", Device: "dev", Board: "generic-amd64",
 		Root:   func() []byte { return root },
 		Source: func() (repo.Source, error) { return repo.HTTP{Client: f.server.Client(), Base: f.server.URL}, nil },
-		Limits: repo.Limits{Attempts: 2, Pause: time.Millisecond},
+		Limits: repo.Limits{Attempts: 2, Pause: time.Millisecond}, Patience: -1,
 	}
 	f.way.as(&o, dir, o.Version)
 	change(&o)

@@ -238,6 +238,7 @@ func (s *Service) bring(ctx context.Context, j job, f offer, form bundle.Form) (
 	}); err != nil {
 		return "", nil, err
 	}
+	s.fetched()
 	j.progress(0.8)
 	held, err = s.held(j, Step{Version: f.m.Version})
 	if held == nil && err == nil {
@@ -323,7 +324,11 @@ func (s *Service) client(j job) (_ *repo.Client, err error) {
 // fetch brings the packed part to disk, once there is room for it and for what the
 // install takes beside it.
 func (s *Service) fetch(ctx context.Context, j job, f offer, form bundle.Form) (string, error) {
-	if err := s.clearFetched(form.SHA256); err != nil {
+	clear := func() error { return s.clearFetched(form.SHA256) }
+	if j.local != "" { // what the fleet has fetched so far stays
+		clear = func() error { return os.MkdirAll(s.fetchDir(), 0o755) }
+	}
+	if err := clear(); err != nil {
 		return "", err
 	}
 	path := filepath.Join(s.fetchDir(), form.SHA256)

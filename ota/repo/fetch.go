@@ -103,6 +103,13 @@ func (c *Client) retry(err error) bool {
 	return !c.o.Local && (is == Slow || is == Unreachable)
 }
 
+// Passing tells whether bytes did not come for a reason that passes by itself: whoever has
+// them is away, or the line is slow.
+func Passing(err error) bool {
+	is := conditionOf(err)
+	return (is == Slow || is == Unreachable) && !errors.Is(err, errWasteful)
+}
+
 // pause waits before attempt n+1, with jitter so that a fleet does not come in step.
 func (c *Client) pause(ctx context.Context, n int) error {
 	d := c.o.Limits.Pause << min(n-1, 6)
