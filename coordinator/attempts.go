@@ -14,8 +14,23 @@ import (
 
 // # What the end of an attempt makes of its task
 
-// settle takes in how an attempt has ended, and what follows for its task.
+// settle takes in how an attempt has ended, and what follows for its task, until that is
+// kept: nobody else would find it before the next start.
 func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt, v OrderRecord, err error) {
+	for wait := houseEvery; ; wait = min(2*wait, longestRetry) {
+		failed := s.takeIn(ctx, id, task, a, v, err)
+		if failed == nil || ctx.Err() != nil {
+			return
+		}
+		s.log.Warn("the end of a task could not be kept; it will be tried again", "job", id, "task", task, "error", failed)
+		if rest(ctx, wait) != nil {
+			return
+		}
+	}
+}
+
+// takeIn is settle, once.
+func (s *jobs) takeIn(ctx context.Context, id string, task int, a api.JobAttempt, v OrderRecord, err error) error {
 	defer s.settling.lock(taskKey(id, task))()
 	var out jobOutcome
 	if err == nil {
@@ -25,15 +40,11 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 		err = s.keep(ctx, v, out)
 	}
 	if ctx.Err() != nil {
-		return // it is found again
+		return ctx.Err() // it is found again
 	}
-	job, err2 := s.rows.find(ctx, id)
-	if err2 != nil && !errors.Is(err2, errNotFound) {
-		if ctx.Err() == nil {
-			s.log.Warn("the end of a task could not be kept; it will be found again", "job", id, "task", task, "error", err2)
-		}
-		s.settled(id, task, a, taskRow{State: wire.Running}, false)
-		return
+	job, failed := s.rows.find(ctx, id)
+	if failed != nil && !errors.Is(failed, errNotFound) {
+		return failed
 	}
 	job.ID = id
 	a.Ended, a.State = s.now().UTC(), wire.Succeeded
@@ -42,7 +53,7 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 	} else {
 		a.Result, a.CPU, a.Wall, a.Engine, a.Disturbed = resultDigest(out.result), out.result.CPUSeconds, out.result.WallSeconds, label(out.result.Engine), disturbed(out.result)
 	}
-	row, changed, err2 := s.update(ctx, job, task, func(t *taskRow) bool {
+	row, changed, failed := s.update(ctx, job, task, func(t *taskRow) bool {
 		k := slices.IndexFunc(t.Attempts, func(x api.JobAttempt) bool { return x.Order == a.Order })
 		if k < 0 || !t.Attempts[k].Ended.IsZero() {
 			return false
@@ -50,11 +61,8 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 		t.Attempts[k] = a
 		return true
 	})
-	if err2 != nil {
-		if ctx.Err() == nil {
-			s.log.Warn("the end of a task could not be kept; it will be found again", "job", id, "task", task, "error", err2)
-		}
-		row = taskRow{State: wire.Running} // as it was
+	if failed != nil {
+		return failed
 	}
 	if row.State.Terminal() {
 		s.stop(ctx, row, "another device was first, or the job has ended")
@@ -62,13 +70,14 @@ func (s *jobs) settle(ctx context.Context, id string, task int, a api.JobAttempt
 			s.credit(ctx, job, row)
 		}
 	}
-	if v.Order.ID != "" && err2 == nil {
+	if v.Order.ID != "" {
 		s.dropLists(ctx, v.Order)
 	}
-	s.settled(id, task, a, row, err2 == nil)
+	s.settled(id, task, a, row)
 	if a.State != wire.Succeeded && (a.Code == wire.CodeLost || a.Code == wire.CodeNotFound) {
 		s.noteLoss(ctx, v)
 	}
+	return nil
 }
 
 // ending is how an attempt has failed, in few words.
@@ -85,7 +94,7 @@ func ending(err error, v OrderRecord) (state wire.State, code, reason string, re
 }
 
 // settled is what the planner makes of the end of an attempt.
-func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept bool) {
+func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow) {
 	p, now := &s.plan, s.now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -119,9 +128,10 @@ func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow, kept 
 		w.times = append(w.times, a.Ended.Sub(a.Began).Seconds())
 	}
 	o := w.open[int32(task)]
-	if o == nil || !kept {
+	if o == nil {
 		return
 	}
+	var kept bool
 	if o.row, kept = s.tasks.get(taskKey(id, task)); !kept { // it has ended, and nothing of it goes on
 		o.row = row
 	}

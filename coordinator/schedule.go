@@ -489,6 +489,9 @@ func (s *jobs) start(ctx context.Context, b begun) {
 		t.Attempts = append(t.Attempts, a)
 		return nil
 	})
+	if err != nil && made {
+		row, made, err = s.written(ctx, key, a.Order, err)
+	}
 	p.mu.Lock()
 	if w := p.works[b.id]; w != nil {
 		if o := w.open[int32(b.task)]; o != nil {
@@ -516,13 +519,38 @@ func (s *jobs) start(ctx context.Context, b begun) {
 	if err == nil {
 		_, err = s.compute.sendAs(ctx, key, a.Order, a.Device, b.module, body, life)
 	}
-	if err != nil {
-		if ctx.Err() == nil {
-			s.settle(ctx, b.id, b.task, a, OrderRecord{}, err)
-		}
+	var r *refusal
+	if errors.As(err, &r) {
+		s.settle(ctx, b.id, b.task, a, OrderRecord{}, err)
 		return
 	}
+	if err != nil { // it may have been made, and the answer been lost
+		if ctx.Err() == nil {
+			s.log.Warn("whether a task's order was made is not known; it is looked for", "job", b.id, "task", b.task, "order", a.Order, "error", err)
+		}
+		if rest(ctx, houseEvery) != nil {
+			return
+		}
+	}
 	s.follow(ctx, b.id, b.task, a)
+}
+
+// written tells whether a change of a task's row that failed with err has named an order in it
+// all the same: the answer may have been lost.
+func (s *jobs) written(ctx context.Context, key, order string, err error) (row taskRow, made bool, _ error) {
+	for rest(ctx, houseEvery) == nil {
+		row, lost := s.tasks.find(ctx, key)
+		switch {
+		case errors.Is(lost, errNotFound):
+			return row, false, err
+		case lost != nil:
+			continue
+		case slices.ContainsFunc(row.Attempts, func(x api.JobAttempt) bool { return x.Order == order }):
+			return row, true, nil
+		}
+		return row, false, err
+	}
+	return row, false, ctx.Err()
 }
 
 // release forgets an order that is not followed any more. p.mu is held.
