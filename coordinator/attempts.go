@@ -115,9 +115,9 @@ func (s *jobs) settled(id string, task int, a api.JobAttempt, row taskRow) {
 		}
 		p.resting[a.Device] = jobRest{now.Add(wait), r.times + 1, a.Code}
 	}
-	for i, d := range p.there { // the look is a moment old
-		if r := p.resting[d.id]; d.id == a.Device && now.Before(r.until) {
-			p.there[i].rests = &api.JobWait{Code: r.code, Reason: "failed lately (" + r.code + ")"}
+	if d := p.there.find(a.Device); d != nil { // the look is a moment old
+		if r := p.resting[d.id]; now.Before(r.until) {
+			d.rests = &api.JobWait{Code: r.code, Reason: "failed lately (" + r.code + ")"}
 		}
 	}
 	w := p.works[id]

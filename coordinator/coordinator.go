@@ -360,7 +360,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.jobs = newJobs(c.compute, c.storage, c.log)
 	c.jobs.pace = cmp.Or(c.cfg.jobPace, ordinaryPace)
 	c.jobs.honesty, c.audits.honesty.jobs, c.audits.caught = c.audits.honesty, c.jobs, c.jobs.noteCaught
-	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayCompute
+	c.jobs.self, c.jobs.leaving, c.jobs.trust = c.repairs.self, c.repairs.drains.leaving, c.audits.mayComputeAs
 	c.campaigns = newCampaigns(c.reg, c.outbox, c.now, c.log)
 	c.campaigns.beat = c.cfg.Beat
 	c.campaigns.pace = cmp.Or(c.cfg.campaignPace, ordinaryCampaigns)

@@ -208,6 +208,51 @@ type jobDevice struct {
 	not    []trust.Doubt // modules that it gets no jobs of
 }
 
+// fleet is the devices that are there.
+type fleet struct {
+	all []jobDevice
+	at  map[wire.DeviceID]int // in all
+}
+
+func newFleet(all []jobDevice) fleet {
+	f := fleet{all, make(map[wire.DeviceID]int, len(all))}
+	for i := range all {
+		f.at[all[i].id] = i
+	}
+	return f
+}
+
+// find is one of the devices, nil if it is not there.
+func (f fleet) find(d wire.DeviceID) *jobDevice {
+	if i, ok := f.at[d]; ok {
+		return &f.all[i]
+	}
+	return nil
+}
+
+// candidates are the devices among which one for a task can be: that which is named, or where
+// an input has to be held, its holders. away is why it is none of the others, nil if there are none.
+func (s *jobs) candidates(a asked, there fleet) (among []jobDevice, away *api.JobWait) {
+	var ids []wire.DeviceID
+	switch {
+	case a.needs.Device != "":
+		ids, away = []wire.DeviceID{a.needs.Device}, &api.JobWait{Code: "device", Reason: "is another device"}
+	case a.run.Input != "" && a.needs.Arch == "": // else none of that architecture may be the nearer reason
+		ids, away = s.storage.holdersOf(a.run.Input), &api.JobWait{Code: waitsHolder, Reason: "does not hold the input"}
+	default:
+		return there.all, nil
+	}
+	for _, id := range ids {
+		if d := there.find(id); d != nil {
+			among = append(among, *d)
+		}
+	}
+	if len(among) == len(there.all) {
+		away = nil
+	}
+	return among, away
+}
+
 // Codes of why tasks wait.
 const (
 	waitsNoDevice  = "no_device_online"
@@ -215,6 +260,7 @@ const (
 	waitsSlots     = "slots"
 	waitsMismatch  = "no_device_fits"
 	waitsBackoff   = "tried"
+	chooseAmong    = 64
 	plainSlots     = 1 // of a device that does not say how many it has
 	interpreterTag = "interpreter"
 )
@@ -239,7 +285,8 @@ func (s *jobs) devices() []jobDevice {
 		if !v.Online {
 			continue
 		}
-		d := jobDevice{id: v.ID, arch: v.Arch, as: s.honesty.copyOf(v.ID), jobs: v.Jobs, slots: plainSlots, trust: s.trust(v.ID), not: s.honesty.standing(v.ID).Doubts}
+		st := s.honesty.standing(v.ID)
+		d := jobDevice{id: v.ID, arch: v.Arch, as: s.honesty.copyAs(v.ID, st), jobs: v.Jobs, slots: plainSlots, trust: s.trust(v.ID, st), not: st.Doubts}
 		switch {
 		case !s.reg.mayWork(v.ID):
 			d.why = &api.JobWait{Code: api.WarningDuplicateKey, Reason: "has a warning that keeps jobs from it"}
@@ -264,7 +311,7 @@ func (s *jobs) devices() []jobDevice {
 
 // misfit is why a device cannot do a task, however much time it has; nil if it can.
 // rank says how far it is from it: the higher, the nearer.
-func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
+func (s *jobs) misfit(d *jobDevice, a asked) (why *api.JobWait, rank int) {
 	n, l, j := a.needs, a.run.Limits, d.jobs
 	no := func(rank int, code, format string, args ...any) (*api.JobWait, int) {
 		return &api.JobWait{Code: code, Reason: fmt.Sprintf(format, args...)}, rank
@@ -319,7 +366,7 @@ func (s *jobs) misfit(d jobDevice, a asked) (why *api.JobWait, rank int) {
 
 // choice is a device for a task.
 type choice struct {
-	device jobDevice
+	device *jobDevice
 	moves  int64   // bytes
 	free   float64 // share of its places
 	same   bool    // its owner has a copy of the task already
@@ -329,16 +376,30 @@ type choice struct {
 // choose picks the device for one more attempt at a task, or says why there is none.
 // room is how many more tasks each device may have now. Company that a result is to have is
 // drawn, so that who lies in league does not choose it, and is strictly another owner's.
-func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.DeviceID]int, strict bool) (best *choice, wait *api.JobWait) {
+func (s *jobs) choose(a asked, t taskRow, there fleet, room map[wire.DeviceID]int, strict bool) (best *choice, wait *api.JobWait) {
 	var fit, again []choice // again: of who has said already that it is the module that fails
 	blame := 0
 	var near *api.JobWait
 	nearest, able, away := -1, 0, 0
-	sent := s.sentTo(t, devices)
-	same := func(d jobDevice) bool {
+	devices, others := s.candidates(a, there)
+	if others != nil && others.Code == waitsHolder {
+		near, nearest, away = others, 2, len(there.all)-len(devices)
+	}
+	sent := s.sentTo(t, there)
+	same := func(d *jobDevice) bool {
 		return slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner })
 	}
-	for _, d := range devices {
+	// Of a task that nobody has had and nothing is to be moved for, one among some will do, from
+	// anywhere on: it need not be looked at thousands.
+	some, from := len(t.Attempts) == 0 && len(a.chunks) == 0, 0
+	if some && len(devices) > chooseAmong {
+		from = rand.IntN(len(devices))
+	}
+	for n := range devices {
+		d := &devices[(from+n)%len(devices)]
+		if some && len(fit) >= chooseAmong {
+			break
+		}
 		why, rank := s.misfit(d, a)
 		if why == nil && strict && same(d) {
 			why, rank = &api.JobWait{Code: api.UnverifiedNoOther, Reason: "is of an owner who has this task already"}, 5
@@ -380,7 +441,7 @@ func (s *jobs) choose(a asked, t taskRow, devices []jobDevice, room map[wire.Dev
 		fit = again
 	}
 	if len(fit) == 0 {
-		return nil, s.waitOf(a, able, len(devices), away, near, wait)
+		return nil, s.waitOf(a, able, len(there.all), away, near, wait)
 	}
 	for i := range fit {
 		for _, ch := range a.chunks {

@@ -135,8 +135,10 @@ func (e *earned) into(s *trust.Standing, now time.Time) {
 }
 
 // mayCompute is how far jobs may be entrusted to a device; 0: it gets none.
-func (a *audits) mayCompute(d wire.DeviceID) float64 {
-	s := a.honesty.standing(d)
+func (a *audits) mayCompute(d wire.DeviceID) float64 { return a.mayComputeAs(d, a.honesty.standing(d)) }
+
+// mayComputeAs is mayCompute, of a device whose standing is known.
+func (a *audits) mayComputeAs(d wire.DeviceID, s trust.Standing) float64 {
 	if s.Aside() {
 		return 0
 	}
@@ -150,8 +152,11 @@ func (h *honesty) trusted(d wire.DeviceID) bool { return h.standing(d).Trusted()
 
 // copyOf is a device as the rules see it. Its owner is known only if somebody has said so by
 // a label.
-func (h *honesty) copyOf(d wire.DeviceID) trust.Copy {
-	c := trust.Copy{Device: d, Owner: string(d), Engine: h.standing(d).Runtime.Engine}
+func (h *honesty) copyOf(d wire.DeviceID) trust.Copy { return h.copyAs(d, h.standing(d)) }
+
+// copyAs is copyOf, of a device whose standing is known.
+func (h *honesty) copyAs(d wire.DeviceID, s trust.Standing) trust.Copy {
+	c := trust.Copy{Device: d, Owner: string(d), Engine: s.Runtime.Engine}
 	rec, ok := h.audits.storage.reg.rows.get(string(d))
 	switch {
 	case !ok:

@@ -64,7 +64,7 @@ type jobs struct {
 	leader  *leader // who places
 	leading atomic.Bool
 	leaving func(wire.DeviceID) bool
-	trust   func(wire.DeviceID) float64 // 0: gets nothing
+	trust   func(wire.DeviceID, trust.Standing) float64 // 0: gets nothing
 	honesty *honesty
 	now     func() time.Time
 	log     *slog.Logger
@@ -459,6 +459,17 @@ func (s *storage) holdsNow(d wire.DeviceID, id string) bool {
 	defer s.mu.Unlock()
 	_, ok := s.holds[d][id]
 	return ok
+}
+
+// holdersOf are the devices that should hold a chunk.
+func (s *storage) holdersOf(id string) []wire.DeviceID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]wire.DeviceID, len(s.where[id]))
+	for i, at := range s.where[id] {
+		out[i] = at.device
+	}
+	return out
 }
 
 func badJob(format string, args ...any) error {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/coordinator/trust"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -366,7 +367,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 		"whole again ": with(func(*api.JobSpec) {}),
 	} {
 		st := ready()
-		w.jobs.trust, w.jobs.leaving = func(wire.DeviceID) float64 { return 1 }, func(wire.DeviceID) bool { return false }
+		w.jobs.trust, w.jobs.leaving = func(wire.DeviceID, trust.Standing) float64 { return 1 }, func(wire.DeviceID) bool { return false }
 		switch code {
 		case "live", "sensors":
 			st.Live, st.Sensors = false, false
@@ -384,7 +385,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 		d.tell(st)
 		switch code {
 		case "distrusted":
-			w.jobs.trust = func(wire.DeviceID) float64 { return 0 }
+			w.jobs.trust = func(wire.DeviceID, trust.Standing) float64 { return 0 }
 		case "drained":
 			w.jobs.leaving = func(wire.DeviceID) bool { return true }
 		case waitsHolder:

@@ -26,10 +26,11 @@ type planner struct {
 	proven    map[wire.DeviceID]int // how many jobs at once a device is good for, by what it has done; none: firstJobs
 	resting   map[wire.DeviceID]jobRest
 	following map[string]bool // orders whose end is awaited
-	there     []jobDevice
-	looked    time.Time // at devices
-	adopted   bool      // what was under way at the start
-	kept      time.Time // house
+	there     fleet
+	looked    time.Time     // at devices
+	looking   time.Duration // how long that took: it is done for a tenth of the time at most
+	adopted   bool          // what was under way at the start
+	kept      time.Time     // house
 
 	checking   map[string]bool // tasks that have ended and are looked at once more
 	checked    time.Time       // for which ones there are
@@ -373,13 +374,14 @@ func (s *jobs) place() (do todo, next time.Duration) {
 			have = ahead
 		}
 		left := 0
-		for _, d := range p.there {
+		for _, d := range p.there.all {
 			if d.why == nil && d.rests == nil {
 				left += max(have[d.id], 0)
 			}
 		}
 		var first, keep []int32 // to be looked at again, before or after all others
 		vain := 0
+		none := make(map[class]bool) // of whose tasks one was looked at in vain: none has more room by now
 		for n := len(w.pending); n > 0 && vain < scanAtOnce && (left > 0 || vain == 0); n-- {
 			i := w.pending[0]
 			w.pending = w.pending[1:]
@@ -425,6 +427,11 @@ func (s *jobs) place() (do todo, next time.Duration) {
 				do.fails = append(do.fails, refused{w.row.ID, int(i), err})
 				continue
 			}
+			kind, fresh := class{a.run.Input, a.orders, a.plain}, o == nil || len(o.row.Attempts) == 0
+			if fresh && none[kind] {
+				keep, vain = append(keep, i), vain+1
+				continue
+			}
 			var t taskRow
 			strict := false
 			if o != nil {
@@ -435,6 +442,9 @@ func (s *jobs) place() (do todo, next time.Duration) {
 				if vain++; t.running() == 0 {
 					w.waits = wait
 				}
+				if fresh {
+					none[kind] = true
+				}
 				if o != nil && len(first) < scanAtOnce/4 { // a result comes sooner of what was begun
 					first = append(first, i)
 				} else {
@@ -442,7 +452,7 @@ func (s *jobs) place() (do todo, next time.Duration) {
 				}
 				continue
 			}
-			d := c.device
+			d := *c.device
 			if o == nil {
 				o = &openTask{still: make(map[string]standstill)}
 				w.open[i] = o
@@ -462,6 +472,13 @@ func (s *jobs) place() (do todo, next time.Duration) {
 		w.pending = slices.Concat(first, w.pending, keep)
 	}
 	return do, next
+}
+
+// class is what tells the tasks of a job apart that no device has had, for who could do them.
+type class struct {
+	input  string
+	orders int
+	plain  bool
 }
 
 // quick tells whether a job's tasks take a moment only.

@@ -67,8 +67,8 @@ func (s *jobs) reserve(ctx context.Context, d wire.DeviceID, order string) (sent
 // did has a device get one more job at once, up to what its slots allow. p.mu is held.
 func (p *planner) did(d wire.DeviceID) {
 	n := p.trusts(d) + 1
-	if k := slices.IndexFunc(p.there, func(x jobDevice) bool { return x.id == d }); k >= 0 {
-		n = min(n, max(firstJobs, quickAhead*p.there[k].slots))
+	if x := p.there.find(d); x != nil {
+		n = min(n, max(firstJobs, quickAhead*x.slots))
 	}
 	p.proven[d] = n
 }
@@ -87,8 +87,8 @@ func (p *planner) trusts(d wire.DeviceID) int {
 // places is how many more jobs each device may have now, if they take a while, and if they are
 // quick. p.mu is held.
 func (p *planner) places() (room, ahead map[wire.DeviceID]int) {
-	room, ahead = make(map[wire.DeviceID]int, len(p.there)), make(map[wire.DeviceID]int, len(p.there))
-	for _, d := range p.there {
+	room, ahead = make(map[wire.DeviceID]int, len(p.there.all)), make(map[wire.DeviceID]int, len(p.there.all))
+	for _, d := range p.there.all {
 		has, most := p.busy[d.id]+p.others[d.id], p.trusts(d.id)
 		room[d.id], ahead[d.id] = min(d.slots, most)-has, min(quickAhead*d.slots, most)-has
 	}
@@ -101,8 +101,8 @@ func (p *planner) places() (room, ahead map[wire.DeviceID]int) {
 func (p *planner) takeTurns(room, ahead map[wire.DeviceID]int) time.Duration {
 	still := p.turns[:0]
 	for _, t := range p.turns {
-		k := slices.IndexFunc(p.there, func(d jobDevice) bool { return d.id == t.device && d.rests == nil })
-		if k < 0 || room[t.device] <= 0 && (room[t.device] == 0 || ahead[t.device] <= 0) {
+		d := p.there.find(t.device)
+		if d == nil || d.rests != nil || room[t.device] <= 0 && (room[t.device] == 0 || ahead[t.device] <= 0) {
 			still = append(still, t)
 			continue
 		}

@@ -90,7 +90,7 @@ func TestPlacesGrowWithWhatWasDone(t *testing.T) {
 	t.Parallel()
 	p := newPlanner()
 	d := wire.DeviceID("d")
-	p.there = []jobDevice{{id: d, slots: 20}}
+	p.there = newFleet([]jobDevice{{id: d, slots: 20}})
 	has := func(want int) {
 		t.Helper()
 		if room, _ := p.places(); room[d] != want {

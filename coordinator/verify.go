@@ -238,22 +238,23 @@ func deviceCount(n int) string {
 }
 
 // others are the devices that could give a task's result company now, or in a moment.
-func (s *jobs) others(a asked, t taskRow, there []jobDevice) bool {
+func (s *jobs) others(a asked, t taskRow, there fleet) bool {
 	sent := s.sentTo(t, there)
-	return slices.ContainsFunc(there, func(d jobDevice) bool {
-		why, _ := s.misfit(d, a)
+	among, _ := s.candidates(a, there)
+	return slices.ContainsFunc(among, func(d jobDevice) bool {
+		why, _ := s.misfit(&d, a)
 		return why == nil && !d.paused && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner || c.Device == d.id })
 	})
 }
 
 // sentTo are the devices that have a task, or have had it and have a result.
-func (s *jobs) sentTo(t taskRow, there []jobDevice) (out []trust.Copy) {
+func (s *jobs) sentTo(t taskRow, there fleet) (out []trust.Copy) {
 	for _, at := range t.Attempts {
 		if !at.Ended.IsZero() && at.State != wire.Succeeded {
 			continue
 		}
-		if k := slices.IndexFunc(there, func(d jobDevice) bool { return d.id == at.Device }); k >= 0 {
-			out = append(out, there[k].as)
+		if d := there.find(at.Device); d != nil {
+			out = append(out, d.as)
 		} else {
 			out = append(out, s.honesty.copyOf(at.Device))
 		}
@@ -267,7 +268,7 @@ func (s *jobs) gathering(t taskRow) bool {
 	if s.now().Sub(s.started) > s.pace.away {
 		return false
 	}
-	sent := s.sentTo(t, nil)
+	sent := s.sentTo(t, fleet{})
 	return slices.ContainsFunc(s.reg.list(), func(v api.Device) bool {
 		return !v.Online && !v.Retired && v.Enrolled.Before(s.started) && v.LastSeen.Before(s.started) &&
 			!slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == s.honesty.copyOf(v.ID).Owner })
@@ -338,8 +339,10 @@ func (s *jobs) update(ctx context.Context, job jobRow, task int, fill func(t *ta
 // look looks at the devices anew if the last look is too old. p.mu is held.
 func (s *jobs) look() {
 	p, now := &s.plan, s.now()
-	if age := now.Sub(p.looked); age > devicesFresh || age < 0 {
-		p.there, p.others, p.looked = s.devices(), s.outbox.openBut(wire.KindJobRun, p.following), now
+	if age := now.Sub(p.looked); age > max(devicesFresh, 10*p.looking) || age < 0 {
+		began := time.Now()
+		p.there, p.others, p.looked = newFleet(s.devices()), s.outbox.openBut(wire.KindJobRun, p.following), now
+		p.looking = time.Since(began)
 	}
 }
 
