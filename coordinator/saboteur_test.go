@@ -41,10 +41,12 @@ func TestADeviceThatAloneMayIsBelievedTheSecondTime(t *testing.T) {
 	t.Cleanup(w.Close)
 	d := w.device(t)
 	w.putFile(t, "in", someBytes(100), 1)
-	var asked atomic.Int32
-	d.on(wire.KindJobRun, func(wire.Order) *reply { asked.Add(1); return failed(codeGuestFailed) })
-	_, err := w.op.RunJob(testContext(t), api.JobSpec{Module: w.module(t), Input: &api.JobChunk{Object: "in"}, Needs: api.JobNeeds{Device: d.id}})
-	if err == nil || asked.Load() != 2 {
-		t.Errorf("it was asked %d times: %v", asked.Load(), err)
+	for _, needs := range []api.JobNeeds{{Device: d.id}, {}} {
+		var asked atomic.Int32
+		d.on(wire.KindJobRun, func(wire.Order) *reply { asked.Add(1); return failed(codeGuestFailed) })
+		_, err := w.op.RunJob(testContext(t), api.JobSpec{Module: w.module(t), Input: &api.JobChunk{Object: "in"}, Needs: needs})
+		if err == nil || asked.Load() != 2 {
+			t.Errorf("with %+v it was asked %d times: %v", needs, asked.Load(), err)
+		}
 	}
 }

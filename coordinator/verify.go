@@ -237,13 +237,15 @@ func deviceCount(n int) string {
 	return fmt.Sprintf("%d devices", n)
 }
 
-// others are the devices that could give a task's result company now, or in a moment.
+// others tells whether there is a device that could give a task's result company now, or in a
+// moment; of one that has none, whether there is one that has not said yet that it fails.
 func (s *jobs) others(a asked, t taskRow, there fleet) bool {
 	sent := s.sentTo(t, there)
 	among, _ := s.candidates(a, there)
+	has := slices.ContainsFunc(t.Attempts, func(at api.JobAttempt) bool { return !at.Ended.IsZero() && at.State == wire.Succeeded })
 	return slices.ContainsFunc(among, func(d jobDevice) bool {
 		why, _ := s.misfit(&d, a)
-		return why == nil && !d.paused && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner || c.Device == d.id })
+		return why == nil && !d.paused && (has || !s.blamed(t, d.as.Owner, a.run.Limits)) && !slices.ContainsFunc(sent, func(c trust.Copy) bool { return c.Owner == d.as.Owner || c.Device == d.id })
 	})
 }
 
