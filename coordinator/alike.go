@@ -77,7 +77,7 @@ func (h *honesty) like(ctx context.Context, o owed) (l likeness, err error) {
 			moves := movedOf(a.run.Inputs, func(in wire.JobInput) bool {
 				return slices.ContainsFunc(in.Parts, func(p wire.JobPart) bool { return !h.jobs.storage.holdsNow(o.Device, p.Chunk) })
 			})
-			if why, _ := h.jobs.misfit(l.device, a); why != nil || !slices.Equal(moves, moved) || had(a.run) || !h.jobs.spare(ctx, key, o.Device) {
+			if why, _ := h.jobs.misfit(&l.device, a); why != nil || !slices.Equal(moves, moved) || had(a.run) || !h.jobs.spare(ctx, key, o.Device) {
 				continue
 			}
 			if l.data, err = h.readAll(ctx, a.run, o.Device); err != nil {

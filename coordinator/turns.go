@@ -114,7 +114,7 @@ func (p *planner) takeTurns(room, ahead map[wire.DeviceID]int) time.Duration {
 	}
 	clear(p.turns[len(still):])
 	p.turns = still
-	if len(still) > 0 || len(p.others) > 0 {
+	if len(p.others) > 0 { // whose end nobody here is told of
 		return devicesFresh
 	}
 	return houseEvery
