@@ -47,6 +47,7 @@ func TestHowManyMayFailIsAShareOfThoseThatWereAsked(t *testing.T) {
 		{"2%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 980, api.StandsFailed: 20}, ""},
 		{"more than 2%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 979, api.StandsFailed: 21}, api.CampaignTooManyFailed},
 		{"one of a canary of ten", 0, 10, map[api.Standing]int{api.StandsUpdated: 9, api.StandsFailed: 1}, api.CampaignTooManyFailed},
+		{"one of a canary of ten is silent", 0, 10, map[api.Standing]int{api.StandsUpdated: 9, api.StandsSilent: 1}, api.CampaignTooManySilent},
 		{"5%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 950, api.StandsSilent: 50}, ""},
 		{"more than 5%", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 949, api.StandsSilent: 51}, api.CampaignTooManySilent},
 		{"one that is silent among the first", 1, 100_000, map[api.Standing]int{api.StandsUpdated: 1, api.StandsSilent: 1}, ""},
