@@ -22,7 +22,8 @@ import (
 // else retracted; the row keeps what was given out before.
 //
 // Who is caught lying has a row in "caught", from before it costs him anything until all
-// his tasks were looked through. Those behind which nobody else stands ([trust.Case.Backed])
+// his tasks were looked through, and so has who is doubted: of his, only those are looked at
+// that were believed for his reputation. Those behind which nobody else stands ([trust.Case.Backed])
 // are run by the coordinator, as long as module and inputs are there, and until then, and
 // where they are not, are said to be unverified.
 
@@ -184,7 +185,7 @@ func (s *jobs) conclude(ctx context.Context, job jobRow, key string, t taskRow) 
 		case c.Own == nil && step.Accept != stood.Result && step.Accept != "":
 			nobody(api.UnverifiedDoubtful, "most devices have another result, and the coordinator cannot run it itself: %s", c.Unable)
 		case c.Doubted && c.Own == nil:
-			nobody(api.UnverifiedCaught, "a device that stood behind it was caught lying since, and the coordinator cannot run it itself: %s", c.Unable)
+			nobody(api.UnverifiedCaught, "a device that stood behind it was caught lying since, or is doubted, and the coordinator cannot run it itself: %s", c.Unable)
 		case t.VerifiedBy == api.ByReputation && c.Own == nil && !c.Doubted:
 			if agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != stood.Result }); trust.Owners(agree) >= 2 {
 				t.VerifiedBy = api.ByOwners
@@ -252,14 +253,24 @@ func (s *jobs) rightOne(ctx context.Context, c *trust.Case, asked wire.JobRun, t
 // caughtRow is a device whose results are to be looked at again.
 type caughtRow struct {
 	At        time.Time `json:"at"`
-	Challenge string    `json:"challenge"` // that it was caught by
+	Challenge string    `json:"challenge,omitempty"` // that it was caught by
+	Module    string    `json:"module,omitempty"`    // or that it is doubted over
 }
 
 // noteCaught is told before a lie costs its device anything, so that a crash in between is
 // followed by another telling.
 func (s *jobs) noteCaught(ctx context.Context, rec api.Audit) error {
-	_, err := s.caught.change(ctx, string(rec.Device), func(v *caughtRow, _ bool) error {
-		*v = caughtRow{At: s.now().UTC(), Challenge: rec.ID}
+	return s.mark(ctx, rec.Device, caughtRow{At: s.now().UTC(), Challenge: rec.ID})
+}
+
+// noteReview is told before a doubt costs its device what it has earned, for the same reason.
+func (s *jobs) noteReview(ctx context.Context, d wire.DeviceID, module string) error {
+	return s.mark(ctx, d, caughtRow{At: s.now().UTC(), Module: module})
+}
+
+func (s *jobs) mark(ctx context.Context, d wire.DeviceID, row caughtRow) error {
+	_, err := s.caught.change(ctx, string(d), func(v *caughtRow, _ bool) error {
+		*v = row
 		return nil
 	})
 	if err == nil {
@@ -280,7 +291,7 @@ func (s *jobs) reviews(ctx context.Context, under *sync.WaitGroup) {
 	var row caughtRow
 	s.caught.each(func(d string, v caughtRow) bool {
 		// Its score falls a moment after the row was written.
-		if s.honesty.standing(wire.DeviceID(d)).Distrusted() {
+		if now := s.honesty.standing(wire.DeviceID(d)); now.Distrusted() || len(now.Doubts) > 0 {
 			next, row = wire.DeviceID(d), v
 		}
 		return next == ""
@@ -292,7 +303,7 @@ func (s *jobs) reviews(ctx context.Context, under *sync.WaitGroup) {
 	under.Go(func() {
 		err := s.review(ctx, next, row)
 		if err != nil && ctx.Err() == nil {
-			s.log.Warn("what a device has done that was caught lying could not be looked through; it will be tried again", "device", next, "error", err)
+			s.log.Warn("what a device has done that was caught lying, or is doubted, could not be looked through; it will be tried again", "device", next, "error", err)
 		}
 		p.mu.Lock()
 		if p.reviewing = false; err != nil {
@@ -320,7 +331,7 @@ func (s *jobs) review(ctx context.Context, d wire.DeviceID, row caughtRow) error
 			n++
 		}
 	}
-	s.log.Info("results of a device that was caught lying are looked at again", "device", d, "tasks", n)
+	s.log.Info("results of a device that was caught lying, or is doubted, are looked at again", "device", d, "tasks", n)
 	err = s.caught.remove(ctx, string(d), func(v caughtRow) bool { return v == row })
 	if errors.Is(err, errNotFound) {
 		err = nil
@@ -329,10 +340,16 @@ func (s *jobs) review(ctx context.Context, d wire.DeviceID, row caughtRow) error
 	return err
 }
 
-// doubt has one task's result looked at again, if it rests on a device that was caught.
+// doubt has one task's result looked at again, if it rests on a device that was caught, or
+// on the reputation of one that is doubted.
 func (s *jobs) doubt(ctx context.Context, key string, d wire.DeviceID) (again bool, err error) {
+	lied := func(d wire.DeviceID) bool { return s.honesty.standing(d).Distrusted() }
+	gone, why := lied, "was caught lying since"
+	if !lied(d) {
+		gone, why = func(x wire.DeviceID) bool { return x == d || lied(x) }, "has had another result than the coordinator since, with which nobody could vouch for it"
+	}
 	rests := func(t taskRow) bool {
-		if t.State != wire.Succeeded || t.running() > 0 || t.Case == nil || t.Case.Doubted {
+		if t.State != wire.Succeeded || t.running() > 0 || t.Case == nil || t.Case.Doubted || !lied(d) && t.VerifiedBy != api.ByReputation {
 			return false
 		}
 		digest := t.Attempts[t.Stands].Result
@@ -354,13 +371,13 @@ func (s *jobs) doubt(ctx context.Context, key string, d wire.DeviceID) (again bo
 		return false, err
 	}
 	_, err = s.tasks.change(ctx, key, func(t *taskRow, exists bool) error {
-		if again = exists && rests(*t) && !s.caseOf(job, *t).Backed(t.Attempts[t.Stands].Result, func(d wire.DeviceID) bool { return s.honesty.standing(d).Distrusted() }); !again {
+		if again = exists && rests(*t) && !s.caseOf(job, *t).Backed(t.Attempts[t.Stands].Result, gone); !again {
 			return errUnchanged
 		}
 		c := *t.Case
 		c.Doubted = true
 		t.Case, t.Checking, t.Checks, t.Next = &c, true, 0, time.Time{}
-		t.VerifiedBy, t.Unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedCaught, Reason: fmt.Sprintf("device %s was caught lying since; the coordinator will run it itself", d)}
+		t.VerifiedBy, t.Unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedCaught, Reason: fmt.Sprintf("device %s %s; the coordinator will run it itself", d, why)}
 		return nil
 	})
 	return again, err

@@ -220,6 +220,9 @@ func (h *honesty) earn(d wire.DeviceID, add func(*earned)) {
 
 func (h *honesty) doubt(ctx context.Context, d wire.DeviceID, module string) error {
 	h.log.Warn("a device's result differs from the coordinator's, and nobody can vouch for either; it gets no jobs of this module for two weeks", "device", d, "module", module)
+	if err := h.jobs.noteReview(ctx, d, module); err != nil {
+		return err
+	}
 	_, err := h.audits.scores.change(ctx, string(d), func(s *score, _ bool) error {
 		s.Compute.Doubt(module, h.now())
 		return nil

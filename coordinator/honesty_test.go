@@ -240,10 +240,12 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 		witnesses []func(*wire.JobResult, []byte) []byte // nil: as the coordinator has it
 		outcome   api.AuditOutcome
 		doubts    int
+		strangers bool // each device came by a token of its own, else all by one
 	}{
-		"two others have it as the coordinator": {[]func(*wire.JobResult, []byte) []byte{nil, nil}, api.AuditWrong, 0},
-		"all others have it, too":               {[]func(*wire.JobResult, []byte) []byte{lie, lie}, api.AuditVoid, 0},
-		"there is one other alone":              {[]func(*wire.JobResult, []byte) []byte{nil}, api.AuditVoid, 1},
+		"two others have it as the coordinator": {[]func(*wire.JobResult, []byte) []byte{nil, nil}, api.AuditWrong, 0, false},
+		"all others have it, too":               {[]func(*wire.JobResult, []byte) []byte{lie, lie}, api.AuditVoid, 0, true},
+		"all who came by one token have it":     {[]func(*wire.JobResult, []byte) []byte{lie, lie}, api.AuditVoid, 1, false},
+		"there is one other alone":              {[]func(*wire.JobResult, []byte) []byte{nil}, api.AuditVoid, 1, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -257,6 +259,12 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 			t.Cleanup(w.Close)
 			d := w.device(t)
 			devices := append([]*device{d}, w.devices(t, len(c.witnesses))...)
+			for _, x := range devices {
+				if !c.strangers {
+					_, err := w.reg.rows.change(testContext(t), string(x.id), func(v *api.DeviceRecord, _ bool) error { v.Token = "one"; return nil })
+					must(t, err)
+				}
+			}
 			data := someBytes(5000)
 			id := chunk.Sum(data).String()
 			w.putFile(t, "chunks/"+id, data, len(devices))

@@ -340,6 +340,44 @@ func TestWhatCannotBePutRightIsRetracted(t *testing.T) {
 	})
 }
 
+// What a device was believed for alone is run by the coordinator once it is doubted, and it has
+// to earn anew that it is believed.
+func TestWhatADoubtedDeviceWasBelievedForIsRun(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t, func(c *Config) {
+		c.Compute = func(ctx context.Context, j ComputeJob) (ComputeResult, error) {
+			r, err := toyEngine(ctx, j)
+			r.Engine = "toy of the coordinator"
+			return r, err
+		}
+	})
+	d := w.device(t)
+	w.trusts(t, d)
+	w.putFile(t, "in", someBytes(100), 1)
+	module := w.module(t)
+	right, err := w.op.RunJob(testContext(t), input(module, "in"))
+	wantSure(t, right, err, api.ByReputation, "")
+	d.lies()
+	wrong, err := w.op.RunJob(testContext(t), input(module, "in"))
+	wantSure(t, wrong, err, api.ByReputation, "")
+	h := w.audits.honesty
+	must(t, h.doubt(testContext(t), d.id, "another module"))
+	eventually(t, "both were looked at", func() bool {
+		right, err = w.op.JobOutcome(testContext(t), right.Job)
+		must(t, err)
+		wrong, err = w.op.JobOutcome(testContext(t), wrong.Job)
+		must(t, err)
+		return right.VerifiedBy == api.ByCoordinator && wrong.Unverified != nil && wrong.Unverified.Code == api.UnverifiedDoubtful
+	})
+	if s := h.standing(d.id); s.Distrusted() || s.Trusted() || s.Aged(w.time().Add(15*24*time.Hour)).Trusted() {
+		t.Errorf("%+v", s)
+	}
+	eventually(t, "nothing is left to be looked at", func() bool {
+		_, ok := w.jobs.caught.get(string(d.id))
+		return !ok
+	})
+}
+
 // A coordinator that is stopped in the middle of verifying goes on with it.
 func TestVerificationSurvivesARestart(t *testing.T) {
 	t.Parallel()

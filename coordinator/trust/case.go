@@ -24,7 +24,7 @@ type Case struct {
 	// one of these engines.
 	NoMore     bool     `json:"no_more,omitempty"`
 	NoMoreLike []string `json:"no_more_like,omitempty"`
-	// Doubted says that somebody who stood behind the result was caught lying: the
+	// Doubted says that somebody who stood behind the result was caught lying, or lost his credit: the
 	// coordinator is to run the job, see [Case.Backed].
 	Doubted bool `json:"doubted,omitempty"`
 }
@@ -40,6 +40,9 @@ type Copy struct {
 	Near   string `json:"near,omitempty"`
 	Engine string `json:"engine,omitempty"`
 }
+
+// likely is whose a device may be, as far as that can be told.
+func (c Copy) likely() string { return cmp.Or(c.Near, c.Owner) }
 
 // Answer is what came of a copy; of each device the first counts.
 type Answer struct {
@@ -146,7 +149,7 @@ func (c Case) Next(trusted func(wire.DeviceID) bool) Step {
 	case len(kinds) > 1:
 		return c.disputed(given, kinds, open, trusted)
 	case c.Doubted && c.Unable == "" && len(given) > 0:
-		return Step{Run: true, Accept: kinds[0].digest, Why: "somebody who stood behind the result was caught lying"}
+		return Step{Run: true, Accept: kinds[0].digest, Why: "somebody who stood behind the result is not believed any more"}
 	}
 	want, have := max(c.Copies, 1), Owners(given)
 	if len(kinds) == 1 && kinds[0].digest == Failed {
@@ -279,19 +282,26 @@ func (c Case) judge(a Answer, given []Answer) (f Finding, ask bool) {
 		return Wrong, false
 	}
 	against, with := map[string]bool{}, map[string]bool{a.Owner: true}
+	apart := map[string]bool{a.likely(): true}
 	for _, b := range given {
 		switch {
 		case b.Engine != a.Engine:
 		case b.Digest == c.Own.Digest && b.Owner != a.Owner:
 			against[b.Owner] = true
 		case b.Digest == a.Digest:
-			with[b.Owner] = true
+			with[b.Owner], apart[b.likely()] = true, true
 		}
 	}
 	switch {
 	case len(against) >= witnesses && len(against) > len(with):
 		return Wrong, false
 	case len(with) > witnesses && len(with) > len(against):
+		// Who came in by one token may be in league, and an engine is a device's own word:
+		// alone they clear nobody. There is no use in asking more, as [Pick] has preferred
+		// others. Against somebody each counts: they say what the coordinator says.
+		if len(apart) <= witnesses {
+			return Doubtful, false
+		}
 		return "", false
 	case slices.Contains(c.NoMoreLike, a.Engine):
 		return Doubtful, false

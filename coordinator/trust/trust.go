@@ -27,8 +27,9 @@
 // another result on another engine, and no device has lied then. A result from
 // an engine that is not the coordinator's is a lie only if two devices of other owners, on
 // that same engine, say what the coordinator says ([Case]). If nobody can vouch for either,
-// it is a doubt: for a while the device counts as new, and gets no jobs of that module; over
-// several modules, none at all.
+// it is a doubt: the device counts as new, and gets no jobs of that module for a while; over
+// several modules, none at all. That an engine has a result of its own, devices of three owners must
+// say who are not near to one another ([Copy]): a league that came in by one token clears nobody.
 //
 // # Memory
 //
@@ -239,10 +240,11 @@ func (s *Standing) Lied(cpuSeconds float64, now time.Time) {
 }
 
 // Doubt counts a result that nobody can vouch for or against; the module is named by its
-// SHA-256.
+// SHA-256. What was confirmed before is forgotten: else a lie that nobody can prove would
+// cost two weeks, and be believed without company again after them.
 func (s *Standing) Doubt(module string, now time.Time) {
 	*s = s.Aged(now)
-	s.At = now.UTC()
+	s.At, s.Right = now.UTC(), 0
 	others := slices.DeleteFunc(slices.Clone(s.Doubts), func(d Doubt) bool { return d.Module == module })
 	s.Doubts = append(others, Doubt{now.UTC(), module})
 	s.Doubts = s.Doubts[max(0, len(s.Doubts)-asideFrom):]

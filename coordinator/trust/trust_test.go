@@ -185,8 +185,8 @@ func TestDoubtMakesNewAndKeepsFromThatModule(t *testing.T) {
 	if !s.Aside() || s.May("d") || s.Distrusted() {
 		t.Error("a device that is doubted over three modules gets more jobs, or is called a liar")
 	}
-	if s = s.Aged(epoch.Add(day + doubtLife)); s.Aside() || !s.May("a") || !s.Trusted() {
-		t.Errorf("two weeks later %+v", s)
+	if s = s.Aged(epoch.Add(day + doubtLife)); s.Aside() || !s.May("a") || s.Trusted() || s.Right != 0 {
+		t.Errorf("it is believed again without having earned it, or kept from jobs, two weeks later %+v", s)
 	}
 }
 
@@ -253,6 +253,13 @@ func say(d, digest, engine string) Answer {
 	return Answer{Copy: Copy{Device: wire.DeviceID(d), Owner: d, Engine: engine}, Digest: digest, CPUSeconds: 3, Order: "order of " + d}
 }
 
+// cameBy is an answer of a device that came in by a token.
+func cameBy(d, digest, engine, token string) Answer {
+	a := say(d, digest, engine)
+	a.Near = token
+	return a
+}
+
 // TestWhatFollowsFromAnswers is the table of all cases. In each, a and b are new, t is
 // trusted, and s is another device of a's owner.
 func TestWhatFollowsFromAnswers(t *testing.T) {
@@ -306,6 +313,10 @@ func TestWhatFollowsFromAnswers(t *testing.T) {
 		"another engine, two witnesses":   {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("b", "y", o), say("c", "x", o), say("d", "x", o)}}, accept: "x", done: true, found: found{"b": Wrong, "c": Confirmed, "d": Confirmed}},
 		"another engine, two on each":     {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("b", "y", o), say("c", "x", o), say("d", "x", o), say("f", "y", o)}}, ask: 1, like: o, accept: "x"},
 		"another engine has another":      {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "x", e), say("b", "y", o), say("c", "y", o), say("d", "y", o)}}, accept: "x", done: true, found: found{"a": Confirmed}},
+		"another engine, by one token":    {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{cameBy("b", "y", o, "token"), cameBy("c", "y", o, "token"), cameBy("d", "y", o, "token")}}, accept: "x", done: true, found: found{"b": Doubtful, "c": Doubtful, "d": Doubtful}},
+		"another engine, by two tokens":   {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{cameBy("b", "y", o, "token"), cameBy("c", "y", o, "token"), cameBy("d", "y", o, "other")}}, accept: "x", done: true, found: found{"b": Doubtful, "c": Doubtful, "d": Doubtful}},
+		"another engine, by three":        {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{cameBy("b", "y", o, "token"), cameBy("c", "y", o, "other"), cameBy("d", "y", o, "third")}}, accept: "x", done: true, found: found{}},
+		"by one token, and is right":      {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{cameBy("b", "y", o, "token"), cameBy("c", "x", o, "token"), cameBy("d", "x", o, "token")}}, accept: "x", done: true, found: found{"b": Wrong, "c": Confirmed, "d": Confirmed}},
 		"another engine, nobody has it":   {Case: Case{Copies: 2, Own: own("x"), NoMoreLike: []string{o}, Answers: []Answer{say("a", "x", e), say("b", "y", o)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Doubtful}},
 		"it cannot be run here":           {Case: Case{Copies: 2, Unable: "sensors", Answers: []Answer{say("a", "x", e), say("b", "y", e)}}, ask: 3},
 		"most of five":                    {Case: Case{Copies: 2, Unable: "sensors", Answers: []Answer{say("a", "x", e), say("b", "y", e), say("c", "y", e), say("d", "y", e), say("f", "z", o)}}, accept: "y", done: true, found: found{"a": Doubtful}},
