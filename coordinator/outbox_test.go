@@ -458,7 +458,7 @@ func TestAcksWaitForTheSync(t *testing.T) {
 func TestRecordsAreWrittenAsTheyAreRead(t *testing.T) {
 	at := time.Date(2026, 5, 4, 3, 2, 1, 5, time.UTC)
 	full := orderRow{Kind: "k", Expires: at, Envelope: json.RawMessage(`{"a":"<é>"}`), State: wire.Failed, Seq: 3, Progress: 0.5, Code: "c", Updated: at,
-		Report: json.RawMessage(`{"b": [1] }`), Reason: "r", Late: json.RawMessage(`{}`), Cancel: &api.Cancel{Order: "o", At: at, By: "b", Reason: "r"}}
+		Report: json.RawMessage(`{"b": [1] }`), Reason: "r", Late: json.RawMessage(`{}`), Cancel: &api.Cancel{Order: "o", At: at, By: "b", Reason: "r"}, Of: "t"}
 	for i := range reflect.TypeFor[orderRow]().NumField() {
 		if reflect.ValueOf(full).Field(i).IsZero() {
 			t.Errorf("the test leaves out %s", reflect.TypeFor[orderRow]().Field(i).Name)
