@@ -582,6 +582,9 @@ func checkSpec(q *api.JobSpec, now time.Time) error {
 	case q.Over != nil && !lines && (q.Over.Prefix == "") == (len(q.Over.Names) == 0):
 		return badJob("a job is over files whose names begin alike, or over some that are named, or over lists of arguments")
 	}
+	if q.Rank < -api.MaxRank || q.Rank > api.MaxRank {
+		return badJob("the rank %d is too far from 0: it is from %d to %d, and the higher goes first", q.Rank, -api.MaxRank, api.MaxRank)
+	}
 	if r := q.Retries; r == 0 {
 		q.Retries = api.DefaultRetries
 	} else if r > api.MaxCopies {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
@@ -157,6 +158,8 @@ func TestJobsRunAndTheirResultsBelongTogether(t *testing.T) {
 		{api.JobSpec{Module: module, Inputs: []api.JobInput{{Name: "a"}}}, http.StatusBadRequest, "bad_job"},
 		{api.JobSpec{Module: module, Inputs: []api.JobInput{{Name: "a", Object: "job"}, {Name: "a", Dataset: "b"}}}, http.StatusBadRequest, "bad_job"},
 		{api.JobSpec{Module: module, Deadline: time.Now().Add(-time.Minute)}, http.StatusBadRequest, "bad_job"},
+		{api.JobSpec{Module: module, Rank: api.MaxRank + 1}, http.StatusBadRequest, "bad_job"},
+		{api.JobSpec{Module: module, Rank: math.MinInt}, http.StatusBadRequest, "bad_job"},
 		{api.JobSpec{Module: module, Over: &api.JobOver{Prefix: "nothing begins so"}}, http.StatusNotFound, wire.CodeNotFound},
 		{api.JobSpec{Module: module, Over: &api.JobOver{Prefix: "job"}, Save: map[string]string{"stdout": "one"}}, http.StatusBadRequest, "bad_job"},
 	} {

@@ -57,7 +57,7 @@ type jobFlags struct {
 	Copies   int               `placeholder:"N" help:"Run it on so many devices and compare the results. Default: as --verify says."`
 	Verify   string            `enum:"adaptive,always,none" default:"adaptive" help:"When a result is good enough: adaptive believes devices that have earned it and compares others, always wants two owners or the coordinator itself behind each, none takes the first (${default})."`
 	Retries  int               `default:"3" help:"How often it is tried on another device, if one could not do it (${default})."`
-	Rank     int               `help:"Of two jobs that wait, the one with the higher rank goes first."`
+	Rank     int               `help:"From -10 to 10: of two jobs that wait, the one with the higher rank goes first, then the older."`
 	Deadline duration          `placeholder:"DURATION" help:"Give it up after this long. Default: 7d."`
 	Limits   limitFlags        `embed:""`
 

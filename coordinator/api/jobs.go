@@ -28,7 +28,8 @@ type JobSpec struct {
 	// that is not saved is kept on its device for [OutputKept].
 	Save   map[string]string `json:"save,omitempty"`
 	Limits wire.JobLimits    `json:"limits,omitzero"`
-	Rank   int               `json:"rank,omitempty"` // of two jobs that wait, the higher goes first
+	// Rank is from -[MaxRank] to [MaxRank]: of two jobs that wait, the higher goes first.
+	Rank int `json:"rank,omitempty"`
 	// Deadline is when results are of no use any more. Zero: after [JobLife].
 	Deadline time.Time `json:"deadline,omitzero"`
 	Live     bool      `json:"live,omitempty"` // give it the real time and real random numbers
@@ -136,6 +137,8 @@ const (
 	JobLife = 7 * 24 * time.Hour
 	// OutputKept is how long a named output is kept that was not saved.
 	OutputKept = 7 * 24 * time.Hour
+	// MaxRank is the highest rank of a job; the lowest is as far below 0.
+	MaxRank = 10
 	// DefaultRetries is how often a task is tried again.
 	DefaultRetries = 3
 	// MaxTasks bounds the tasks of a job.
