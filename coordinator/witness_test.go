@@ -71,31 +71,39 @@ func TestTheWordOfALiarConfirmsNothing(t *testing.T) {
 	wantSure(t, r, err, api.ByCoordinator, "")
 }
 
-// Company is drawn: a device that has more room than others, and so would get each job, is
-// not the witness of all.
+// Company is drawn: a device that is trusted with more than others, and so would get each job,
+// is not the witness of all that the other such one does.
 func TestCompanyIsDrawn(t *testing.T) {
 	t.Parallel()
 	const jobs = 24
 	w := sureWorld(t)
 	ds := w.devices(t, 5)
-	for i, slots := range []int{60, 30, 1, 1, 1} {
-		s := *ready()
-		s.Slots = slots
-		ds[i].tell(&s)
+	first := map[wire.DeviceID]bool{ds[0].id: true, ds[1].id: true}
+	for _, d := range ds[2:] {
+		_, err := w.audits.scores.change(testContext(t), string(d.id), func(s *score, _ bool) error {
+			s.Unreachable, s.At = 1, w.time()
+			return nil
+		})
+		must(t, err)
+		if got, of := w.audits.trust(d.id), w.audits.trust(ds[0].id); got <= 0 || got >= of {
+			t.Fatalf("it is trusted with %v, the first with %v", got, of)
+		}
 	}
 	q := api.JobSpec{Module: w.module(t)}
-	with := map[wire.DeviceID]int{}
+	other := 0
 	for range jobs {
 		r, err := w.op.RunJob(testContext(t), q)
 		wantSure(t, r, err, api.ByOwners, "")
-		if len(r.Attempts) != 2 || r.Attempts[0].Device != ds[0].id {
-			t.Fatalf("the one with most room is not first, so this shows nothing: %+v", r.Attempts)
+		if len(r.Attempts) != 2 || !first[r.Attempts[0].Device] {
+			t.Fatalf("one of the two that are trusted most is not first, so this shows nothing: %+v", r.Attempts)
 		}
-		with[r.Attempts[1].Device]++
+		if first[r.Attempts[1].Device] {
+			other++
+		}
 	}
-	// That three others are never drawn in so many jobs happens once in 4^24.
-	if with[ds[1].id] == jobs || len(with) < 2 {
-		t.Errorf("company is always the one that has most room of the others: %v", with)
+	// That none of the three others is drawn in so many jobs happens once in 4^24.
+	if other == jobs {
+		t.Error("company is always the other one that is trusted most")
 	}
 }
 

@@ -71,7 +71,7 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	raw := `{"at":"` + time.Now().UTC().Format(time.RFC3339) + `","code":"hot","reason":"the device is too hot","run":false,"begin":false,"walls":["seccomp","cgroup"],"jobs":[
+	raw := `{"at":"` + time.Now().UTC().Format(time.RFC3339) + `","code":"hot","reason":"the device is too hot","run":false,"begin":false,"walls":["seccomp","cgroup"],"room":{"held_bytes":5242880,"max_disk_bytes":1073741824,"max_input_bytes":2097152},"jobs":[
 		{"order":"01A","module":"0123456789abcdef","state":"suspended","progress":0.25,"cpu_seconds":1.25,"code":"hot"},
 		{"order":"01B","module":"0123456789abcdef","state":"waiting","code":"hot"}]}`
 	if err := os.WriteFile(filepath.Join(dir, "now.json"), []byte(raw), 0o600); err != nil {
@@ -87,6 +87,7 @@ func TestJobsAreListedWithWhyTheyWait(t *testing.T) {
 01B    0123456789ab  waiting    0%    0.0 s  hot
 
 around each job, beside its sandbox: seccomp, cgroup (missing here: landlock)
+on the disk: 5.0 MiB of the 1.0 GiB that you give to all jobs together; one job reads 2.0 MiB at most
 
 the device is too hot
 `

@@ -58,6 +58,7 @@ func TestWhatGuestsAreToldOfTheHostIsTrue(t *testing.T) {
 			const data = "0123456789"
 			s := job(guest, nil)
 			s.Module = module
+			s.Live = true // else it does not see that a checkpoint was not kept
 			s.Inputs = []sandbox.Input{{Name: "data", Size: int64(len(data)), File: file(t, []byte(data))}}
 			s.Outputs = []sandbox.Output{{Name: "copy", To: &copied}}
 			s.OnProgress = func(share float64) { progress = append(progress, share) }
@@ -229,7 +230,7 @@ func TestKmeansGoesOnFromItsCheckpoint(t *testing.T) {
 			t.Errorf("with a checkpoint %s: %v, %q\n%.200s\nwant\n%.200s", what, err, warned, res.Output, want)
 		}
 	}
-	other.Checkpoint, warned = nil, nil
+	other.Checkpoint, warned, other.Live = nil, nil, true // else it does not see that
 	other.OnCheckpoint = func(int64, io.Reader) error { return errors.New("the disk is full") }
 	if res, err := runner.Run(t.Context(), other); err != nil || !bytes.Equal(res.Output, want) || len(warned) != 1 {
 		t.Errorf("no checkpoint was kept: %v, %q\n%.200s\nwant\n%.200s", err, warned, res.Output, want)
