@@ -364,7 +364,16 @@ func (d *device) leave() {
 		d.hangUp(0)
 		return
 	}
-	d.say(wire.ChannelPresence, wire.TypePresence, wire.Presence{Device: d.id, Session: d.session, Nonce: newNonce()})
+	raw, err := wire.Seal(d.key, wire.TypePresence, wire.Presence{Device: d.id, Session: d.session, Nonce: newNonce()})
+	must(d.t, err)
+	tok := d.mqtt.Publish(wire.Topic(d.id, wire.ChannelPresence), 0, false, raw)
+	if !tok.WaitTimeout(patience) {
+		d.t.Fatal("the broker does not answer")
+	}
+	if tok.Error() != nil { // it was retired, and is thrown out in this moment
+		d.hangUp(0)
+		return
+	}
 	eventually(d.t, "the device is offline", func() bool { return !d.w.reg.online(d.id) })
 	d.hangUp(50)
 }
