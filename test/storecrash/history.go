@@ -54,10 +54,10 @@ const (
 	historyLimit = 20 * time.Minute
 	// What is done in each round: by one writer, by some, by many, and what happens then.
 	changesAtOnce = 16
-	changes       = 64 // of a round's part, by all writers together
-	smallWriters  = 64 // that fill the tree
-	smallEach     = 25 // chunks, and again until the tree has begun another memtable
-	smallMost     = 20 // times; five or so fill one (8 MiB)
+	changes       = 64  // of a round's part, by all writers together
+	smallWriters  = 64  // that fill the tree
+	smallEach     = 25  // chunks, and again until the tree has begun another memtable
+	smallMost     = 400 // times; five or so fill one (8 MiB), but on a full volume most are refused until there is room again
 )
 
 // record lives such a life, and kills the store in the middle of it. The recording
