@@ -249,8 +249,10 @@ func upload(ctx context.Context, c *api.Client, dir string) (*uploaded, error) {
 			continue
 		}
 		err = c.PutRepoFile(ctx, path, raw)
-		if refused := new(api.Error); errors.As(err, &refused) && refused.Code == "not_signed" && i < again {
-			files = append(files, path) // by a new root alone, which is on its way: the old key is lost, or a thief's
+		// The key that it is judged by may be lost, or a thief's, who has gone far ahead: then
+		// a new root makes it good, after which it is sent again.
+		if refused := new(api.Error); i < again && errors.As(err, &refused) && (refused.Code == "not_signed" || refused.Code == "older") && rootLacks(files[i:again], there) {
+			files = append(files, path)
 			continue
 		}
 		if err != nil {
@@ -259,6 +261,11 @@ func upload(ctx context.Context, c *api.Client, dir string) (*uploaded, error) {
 		u.Sent.add(raw)
 	}
 	return u, nil
+}
+
+// rootLacks tells whether the coordinator has not, by name, one of the roots among files.
+func rootLacks(files []string, there map[string]string) bool {
+	return slices.ContainsFunc(files, func(file string) bool { return repo.IsRoot(file) && there[file] == "" })
 }
 
 // repoFiles are the files that belong to a repository, in the order of an upload.

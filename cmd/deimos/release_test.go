@@ -168,6 +168,84 @@ func TestEachChangeOfKeysCanBeUploaded(t *testing.T) {
 	}
 }
 
+// TestWhoWentFarAheadWithAStolenKeyIsOvertaken by the commands that are for that, though
+// the publisher still has the stolen key and signs by it, too: devices that have not come
+// to the new root read by it.
+func TestWhoWentFarAheadWithAStolenKeyIsOvertaken(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := aDesk(ctx, t)
+	publish := func(version string) error {
+		_, err := run(t, d.all, "release", "publish", "--keys", d.keys, "--repo", d.repo, "--bundle", aBundle(t, version, version))
+		return err
+	}
+	must(publish("1.0.0"))
+	// The thief has keys and an operator's token, and a repository that is ahead.
+	thief := desk{keys: filepath.Join(t.TempDir(), "keys"), repo: filepath.Join(t.TempDir(), "repo")}
+	must(os.CopyFS(thief.keys, os.DirFS(d.keys)))
+	for _, version := range []string{"6.6.6", "6.6.7", "6.6.8", "6.6.9", "6.6.10"} {
+		_, err := repo.Publish(repo.PublishOptions{Keys: thief.keys, Repo: thief.repo, Bundle: aBundle(t, version, version), Now: time.Now()})
+		must(err)
+	}
+	c, err := d.all.client()
+	must(err)
+	const timestamp, checkpoint = "metadata/timestamp.json", "log/checkpoint"
+	for _, file := range []string{timestamp, checkpoint} {
+		raw, err := os.ReadFile(filepath.Join(thief.repo, filepath.FromSlash(file)))
+		must(err)
+		must(c.PutRepoFile(ctx, file, raw))
+	}
+	if err := publish("1.1.0"); err == nil || !strings.Contains(err.Error(), "would have") {
+		t.Fatalf("the thief is not ahead: %v", err)
+	}
+	for _, role := range []string{"timestamp", "log"} {
+		_, err := run(t, d.all, "release", "keys", "rotate", "--keys", d.keys, "--role", role)
+		must(err)
+	}
+	must(publish("1.2.0"))
+	for _, file := range []string{timestamp, checkpoint, "metadata/2.root.json", "metadata/3.root.json"} {
+		want, err := os.ReadFile(filepath.Join(d.repo, filepath.FromSlash(file)))
+		must(err)
+		got, err := c.RepoFile(ctx, file)
+		if err != nil || string(got) != string(want) {
+			t.Errorf("the coordinator has another %s than was published (%v)", file, err)
+		}
+		if signatures := strings.Count(string(got), `"keyid"`) - strings.Count(string(got), `"keyids"`); file == timestamp && signatures != 2 {
+			t.Errorf("the timestamp has %d signatures; that of the stolen key is what the coordinator judges by", signatures)
+		}
+	}
+	_, err = run(t, d.all, "release", "log", "verify", "--keys", d.keys)
+	must(err)
+
+	// Where no new root is on its way, nothing is sent of what goes with the file that is refused.
+	old := filepath.Join(t.TempDir(), "old")
+	must(os.CopyFS(old, os.DirFS(d.repo)))
+	must(publish("1.3.0"))
+	asked := func(after uint64) (files []string, last uint64) {
+		last, err := c.Log(ctx, after, api.LogFilter{}, func(e api.LogEntry) error {
+			if e.Action == "repo.put" && e.Outcome == api.LogAsked {
+				files = append(files, e.Targets...)
+			}
+			return nil
+		})
+		must(err)
+		return files, last
+	}
+	_, last := asked(0)
+	if _, err := upload(ctx, c, old); err == nil || !strings.Contains(err.Error(), "published last") {
+		t.Errorf("an old copy: %v", err)
+	}
+	if files, _ := asked(last); !slices.Equal(files, []string{checkpoint}) {
+		t.Errorf("of an old copy was sent %q", files)
+	}
+}
+
 // startCoordinator starts a whole one, and lets its owner in, who types commands or
 // is a program.
 func startCoordinator(ctx context.Context, t *testing.T) (*commands, *api.Client) {

@@ -110,6 +110,9 @@ func Compare(a, b string) int {
 	return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) // 10 after 9
 }
 
+// IsRoot tells whether a file of a repository is one of its roots, by its name.
+func IsRoot(file string) bool { return strings.HasSuffix(file, ".root.json") }
+
 const rankRoot = 8
 
 func rank(file string) int {
@@ -128,7 +131,7 @@ func rank(file string) int {
 		return 5
 	case strings.HasSuffix(file, ".snapshot.json"):
 		return 6
-	case strings.HasSuffix(file, ".root.json"):
+	case IsRoot(file):
 		return rankRoot
 	}
 	return 7 // the timestamp
