@@ -1,9 +1,11 @@
 package coordinator
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -300,6 +302,7 @@ type seen struct {
 type at struct {
 	standing api.Standing
 	phase    int
+	board    string
 	asked    bool
 	ask      bool // now is the time to ask it
 	again    bool // what it has answered may change
@@ -334,10 +337,10 @@ func (r *campaignRow) unheard(v seen, now, since time.Time, pace campaignPace) b
 
 // stand is where a device stands. since is when this coordinator began to hear.
 func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since time.Time, pace campaignPace) at {
-	a := at{phase: r.phaseOf(d), asked: o != nil}
+	a := at{phase: r.phaseOf(d), board: d.Board, asked: o != nil}
 	mute := now.Sub(later(v.last, since))
-	a.tried = o != nil && (!o.state.Terminal() || r.lately(o.updated))
-	a.there = r.lately(v.last)
+	a.tried = o != nil && (!o.state.Terminal() || r.lately(o.updated, now))
+	a.there = r.lately(v.last, now)
 	a.gone = mute > r.Stop.After
 	if o != nil && !o.state.Terminal() {
 		word := now.Sub(later(o.updated, since))
@@ -357,7 +360,8 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 	}
 	if r.runs(d.Agent) {
 		a.standing = api.StandsUpdated
-		if o != nil && o.state == wire.Succeeded && !r.State.Ended() && r.lately(o.updated) && mute > r.Stop.After {
+		goesOn := !r.State.Ended() || r.State == api.CampaignDone
+		if o != nil && o.state == wire.Succeeded && goesOn && r.lately(o.updated, now) && mute > r.Stop.After {
 			a.standing, a.code = api.StandsSilent, "away_since" // it took it, and fell silent while that soaks
 		}
 		return a
@@ -392,11 +396,12 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 }
 
 // lately tells whether something was since the phase began that runs, or since the
-// campaign was done.
-func (r *campaignRow) lately(t time.Time) bool {
+// campaign was done; for as long as is known what became of late devices, or in a year
+// all that were ever switched off would excuse those that the release silences.
+func (r *campaignRow) lately(t, now time.Time) bool {
 	since := r.Phases[r.Phase].Began
 	if r.State == api.CampaignDone {
-		since = r.Ended
+		since = later(r.Ended, now.Add(-retention))
 	}
 	return !since.IsZero() && !t.Before(since)
 }
@@ -412,46 +417,96 @@ func (r *campaignRow) reaches(phase int) bool {
 	return false
 }
 
+// group is devices whose failures and silence are judged together.
+type group struct {
+	asked  int
+	ended  int // of those asked, who run it, failed or are silent
+	failed int
+	silent int
+	tried  int // see [at]
+	others int // who were not tried, and there
+	gone   int // of others
+}
+
+func (g *group) add(a at) {
+	if !a.asked {
+		return
+	}
+	g.asked++
+	switch a.standing {
+	case api.StandsUpdated:
+		g.ended++
+	case api.StandsFailed:
+		g.ended++
+		g.failed++
+	case api.StandsSilent:
+		g.ended++
+		g.silent++
+	}
+}
+
+func (g *group) compare(a at) {
+	switch {
+	case a.tried:
+		g.tried++
+	case a.there:
+		g.others++
+		if a.gone {
+			g.gone++
+		}
+	}
+}
+
+// quiet is the share of those that were not tried who are silent.
+func (g *group) quiet() float64 { return float64(g.gone) / max(1, float64(g.others)) }
+
 // tally is how many devices stand where.
 type tally struct {
+	group
 	devices int
-	asked   int
-	ended   int // of those asked, who run it, failed or are silent
-	tried   int // see [at]
-	others  int // who were not tried, and there
-	gone    int // of others
 	counts  map[api.Standing]int
 	phases  []phaseTally
+	boards  map[string]*group
 	reasons map[api.StandingReason]int // with Devices 0
 }
 
 type phaseTally struct {
-	devices, asked int
-	open           int // of those asked, who may still take it, and hold nobody up
-	counts         map[api.Standing]int
+	group
+	devices int
+	open    int // of those asked, who may still take it, and hold nobody up
+	counts  map[api.Standing]int
 }
 
 func newTally(phases int) *tally {
-	t := &tally{counts: make(map[api.Standing]int), reasons: make(map[api.StandingReason]int), phases: make([]phaseTally, phases)}
+	t := &tally{counts: make(map[api.Standing]int), reasons: make(map[api.StandingReason]int), boards: make(map[string]*group), phases: make([]phaseTally, phases)}
 	for i := range t.phases {
 		t.phases[i].counts = make(map[api.Standing]int)
 	}
 	return t
 }
 
+// groups is those that a device is in.
+func (t *tally) groups(a at) [3]*group {
+	board := t.boards[a.board]
+	if board == nil {
+		board = new(group)
+		t.boards[a.board] = board
+	}
+	return [...]*group{&t.group, &t.phases[a.phase].group, board}
+}
+
 func (t *tally) add(a at) {
 	t.compare(a)
+	for _, g := range t.groups(a) {
+		g.add(a)
+	}
 	t.devices++
 	t.counts[a.standing]++
 	p := &t.phases[a.phase]
 	p.devices++
 	p.counts[a.standing]++
 	if a.asked {
-		t.asked++
-		p.asked++
 		switch a.standing {
-		case api.StandsUpdated, api.StandsFailed, api.StandsSilent:
-			t.ended++
 		case api.StandsWaiting, api.StandsHindered:
 			p.open++
 		case api.StandsDeclined:
@@ -467,21 +522,20 @@ func (t *tally) add(a at) {
 
 // compare counts a device as one whose silence may be the release's, or is not.
 func (t *tally) compare(a at) {
-	switch {
-	case a.tried:
-		t.tried++
-	case a.there:
-		t.others++
-		if a.gone {
-			t.gone++
-		}
+	for _, g := range t.groups(a) {
+		g.compare(a)
 	}
 }
 
-// anyway is how many of those that were tried would be silent if they fell silent as
-// the others do: at night, or when it is the coordinator that cannot be reached.
-func (t *tally) anyway() float64 {
-	return float64(t.tried) * float64(t.gone) / max(1, float64(t.others))
+// anyway is how many of a group's devices that were tried would be silent if they fell
+// silent as the others do: at night, or when it is the coordinator that cannot be
+// reached. The others are all, or its own, as one place may be cut off; a few prove nothing.
+func (t *tally) anyway(g *group) float64 {
+	quiet := t.quiet()
+	if g.others >= fewestOthers {
+		quiet = max(quiet, g.quiet())
+	}
+	return float64(g.tried) * quiet
 }
 
 // lull is why a campaign asks nobody and does not go on, though it need not stop.
@@ -495,27 +549,61 @@ func (r *campaignRow) lull(t *tally) string {
 
 // fewest is of how many devices at least a share is, so that one blip among the first
 // three that answer stops nothing; of all of a phase that has fewer.
-const fewest = 50
+const (
+	fewest       = 50
+	fewestOthers = 10
+)
+
+// judged is a group, and how it is judged.
+type judged struct {
+	*group
+	name string // " of phase 2", after "devices"
+	of   int    // a share is of so many
+	part bool   // of all: a number is not for it, and a share must be passed clearly
+}
 
 // stops tells why a campaign must stop; code "" if it need not, with a reason if it
 // waits instead: many are silent, and so are others. Shares are not of what
 // the phase will have some day: of a hundred thousand the first two thousand could fail.
+// Nor of all alone: fifty thousand that are well would hide a board that comes in a late
+// phase, and fails whole.
 func (r *campaignRow) stops(t *tally) (code, reason string) {
-	of := max(t.asked, fewest)
-	if r.State != api.CampaignDone { // of it, those that came late
-		of = max(t.asked, min(r.Phases[r.Phase].Planned, fewest))
+	var groups []judged
+	if r.State == api.CampaignDone { // of those that came late
+		groups = append(groups, judged{group: &t.group, of: max(t.asked, fewest)})
+	} else {
+		planned, p := min(r.Phases[r.Phase].Planned, fewest), &t.phases[r.Phase].group
+		groups = append(groups, judged{group: &t.group, of: max(t.asked, planned)},
+			judged{p, fmt.Sprintf(" of phase %d", r.Phase+1), max(p.asked, planned), true})
 	}
-	failed, silent := t.counts[api.StandsFailed], t.counts[api.StandsSilent]
+	for _, name := range slices.Sorted(maps.Keys(t.boards)) {
+		b := t.boards[name]
+		groups = append(groups, judged{b, fmt.Sprintf(" of the board %q", name), max(b.asked, fewest), true})
+	}
+	for _, g := range groups {
+		c, why := r.judge(g, t.anyway(g.group))
+		if c != "" {
+			return c, why
+		}
+		reason = cmp.Or(reason, why)
+	}
+	return "", reason
+}
+
+func (r *campaignRow) judge(g judged, anyway float64) (code, reason string) {
 	// Who falls silent is known long after who was updated, so a share of all that were
 	// asked would be too small for as long as more are asked. Some failures are known
 	// sooner than any success, so a share of those that have ended would be too large.
-	ended := min(of, max(t.ended, fewest))
+	ended := min(g.of, max(g.ended, fewest))
 	over := func(n float64, most int, share float64, of int) bool {
+		if g.part {
+			return n > leastOfPart(share/100, of)
+		}
 		return most >= 0 && n > float64(most) || n > 0 && share <= 100 && n > share/100*float64(of)
 	}
 	limit := func(most int, share float64) string {
 		var said []string
-		if most >= 0 {
+		if most >= 0 && !g.part {
 			said = append(said, fmt.Sprintf("%d", most))
 		}
 		if share <= 100 {
@@ -523,15 +611,34 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 		}
 		return strings.Join(said, " or ")
 	}
+	said := func(of, have int) int { // of ten devices of a board nobody says that they are fifty
+		if g.part {
+			return min(of, have)
+		}
+		return of
+	}
+	failed, silent := float64(g.failed), float64(g.silent)
 	switch {
-	case over(float64(failed), r.Stop.Failed, r.Stop.FailedShare, of):
-		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices failed, and at most %s may", failed, of, limit(r.Stop.Failed, r.Stop.FailedShare))
-	case over(float64(silent)-t.anyway(), r.Stop.Silent, r.Stop.SilentShare, ended):
-		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices fell silent for more than %s, and at most %s may", silent, ended, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
-	case over(float64(silent), r.Stop.Silent, r.Stop.SilentShare, ended):
-		return "", fmt.Sprintf("%d devices fell silent, but so did %d of %d that were not asked in this phase; it goes on when they are back, or by an approval", silent, t.gone, t.others)
+	case over(failed, r.Stop.Failed, r.Stop.FailedShare, g.of):
+		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices%s failed, and at most %s may", g.failed, said(g.of, g.asked), g.name, limit(r.Stop.Failed, r.Stop.FailedShare))
+	case over(silent-anyway, r.Stop.Silent, r.Stop.SilentShare, ended):
+		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices%s fell silent for more than %s, and at most %s may", g.silent, said(ended, g.ended), g.name, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
+	case over(silent, r.Stop.Silent, r.Stop.SilentShare, ended):
+		return "", fmt.Sprintf("%d devices%s fell silent, but so did others: by those that were not asked in this phase, %.0f would have anyway; it goes on when they are back, or by an approval", g.silent, g.name, anyway)
 	}
 	return "", ""
+}
+
+// leastOfPart is what more than must be reached of a part of all devices: a share (0 to
+// 1) of so many, and three standard deviations, as there are many parts that chance could
+// have it in for. One device is no part, and a part that fails whole always is enough.
+func leastOfPart(share float64, of int) float64 {
+	if share > 1 {
+		return math.Inf(1)
+	}
+	n := float64(of)
+	clear := share*n + 3*math.Sqrt(share*(1-share)*n)
+	return max(share*n, 1, min(clear, n-1))
 }
 
 // holdup is why the phase that runs is not settled; empty: it is.

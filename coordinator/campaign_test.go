@@ -66,6 +66,115 @@ func TestHowManyMayFailIsAShareOfThoseThatWereAsked(t *testing.T) {
 	}
 }
 
+// stands is so many devices of a phase and a board that were asked and stand there.
+type stands struct {
+	phase, devices int
+	board          string
+	at             api.Standing
+}
+
+func addAll(t *tally, all ...stands) *tally {
+	for _, s := range all {
+		for range s.devices {
+			t.add(at{standing: s.at, asked: true, tried: true, phase: s.phase, board: s.board})
+		}
+	}
+	return t
+}
+
+// Fifty thousand that are well hide nobody.
+func TestAPartThatFailsIsNotHiddenByAllThatIsWell(t *testing.T) {
+	well := stands{0, 50_000, "a", api.StandsUpdated}
+	for _, c := range []struct {
+		what    string
+		planned int
+		rule    api.CampaignStop
+		stands  []stands
+		want    string
+	}{
+		{"a late phase fails whole", 50_000, api.CampaignStop{}, []stands{well, {1, 1000, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"it is silent", 50_000, api.CampaignStop{}, []stands{well, {1, 1000, "a", api.StandsSilent}}, api.CampaignTooManySilent},
+		{"a late phase of three fails whole", 3, api.CampaignStop{}, []stands{well, {1, 3, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"one of three", 3, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsFailed}, {1, 2, "a", api.StandsUpdated}}, ""},
+		{"the one that it has", 1, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsFailed}}, ""},
+		{"one of three that is silent", 3, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsSilent}, {1, 2, "a", api.StandsUpdated}}, ""},
+		{"little more than the share", 50_000, api.CampaignStop{}, []stands{well, {1, 967, "a", api.StandsUpdated}, {1, 33, "a", api.StandsFailed}}, ""},
+		{"clearly more", 50_000, api.CampaignStop{}, []stands{well, {1, 966, "a", api.StandsUpdated}, {1, 34, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"most may fail, and all do", 10, api.CampaignStop{MaxFailedShare: new(80.0)}, []stands{well, {1, 10, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"most may fail, and do", 10, api.CampaignStop{MaxFailedShare: new(80.0)}, []stands{well, {1, 9, "a", api.StandsFailed}, {1, 1, "a", api.StandsUpdated}}, ""},
+		{"all may fail", 1000, api.CampaignStop{MaxFailedShare: new(100.0)}, []stands{well, {1, 1000, "a", api.StandsFailed}}, ""},
+		{"so many may fail, of all", 1000, api.CampaignStop{MaxFailed: new(1000)}, []stands{well, {1, 1000, "a", api.StandsFailed}}, ""},
+		{"another board fails whole among many", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 200, "b", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"it is silent among many", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 200, "b", api.StandsSilent}}, api.CampaignTooManySilent},
+		{"one of three of another board", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 1, "b", api.StandsFailed}, {1, 2, "b", api.StandsUpdated}}, ""},
+		{"a few of another board, as chance has it", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 3, "b", api.StandsFailed}, {1, 47, "b", api.StandsUpdated}}, ""},
+	} {
+		r := inPhase(t, 1, c.planned)
+		var err error
+		r.Stop, err = stopOf(c.rule)
+		must(t, err)
+		if code, reason := r.stops(addAll(newTally(2), c.stands...)); code != c.want {
+			t.Errorf("%s: %q (%s), want %q", c.what, code, reason, c.want)
+		}
+	}
+	// Of those that come late, too.
+	done := inPhase(t, 1, 1)
+	done.State = api.CampaignDone
+	late := addAll(newTally(2), stands{1, 30_000, "a", api.StandsUpdated}, stands{1, 5, "b", api.StandsFailed})
+	if code, reason := done.stops(late); code != api.CampaignTooManyFailed || reason != `5 of 5 devices of the board "b" failed, and at most 2% may` {
+		t.Errorf("late ones: %q (%s)", code, reason)
+	}
+}
+
+// One place that is cut off, and has all the devices of a board, is no release that
+// silences them.
+func TestABoardThatIsSilentAnywayHoldsACampaign(t *testing.T) {
+	r := inPhase(t, 1, 100_000)
+	tt := addAll(newTally(2), stands{1, 40_000, "a", api.StandsUpdated}, stands{1, 100, "b", api.StandsSilent})
+	for range 20 {
+		tt.add(at{standing: api.StandsAway, phase: 1, board: "b", there: true, gone: true})
+	}
+	for range 20_000 {
+		tt.add(at{standing: api.StandsDue, phase: 1, board: "a", there: true})
+	}
+	if code, reason := r.stops(tt); code != "" || r.lull(tt) == "" {
+		t.Errorf("%q (%s)", code, reason)
+	}
+}
+
+// Devices say that they have it after a minute, so of a crash after that only their
+// silence tells. Who took it before it was done, or long ago, was switched off.
+func TestLateSilenceIsTheReleases(t *testing.T) {
+	now := time.Now()
+	r := inPhase(t, 0, 100)
+	r.Phases = r.Phases[:1]
+	r.State, r.Phases[0].Began, r.Ended = api.CampaignDone, now.Add(-2400*time.Hour), now.Add(-2300*time.Hour)
+	look := func(taken, heard time.Duration) at {
+		o := &orderNow{state: wire.Succeeded, updated: now.Add(-taken), moved: now.Add(-taken)}
+		return r.stand(&api.DeviceRecord{ID: "d", Agent: "2.0.0"}, o, seen{last: now.Add(-heard)}, now, now.Add(-10_000*time.Hour), ordinaryCampaigns)
+	}
+	for _, c := range []struct {
+		taken, heard time.Duration // ago
+		want         at
+	}{
+		{2 * time.Hour, 2 * time.Hour, at{standing: api.StandsSilent, code: "away_since", asked: true, tried: true, there: true, gone: true}},
+		{2 * time.Hour, 29 * time.Minute, at{standing: api.StandsUpdated, asked: true, tried: true, there: true}},
+		{2301 * time.Hour, 2 * time.Hour, at{standing: api.StandsUpdated, asked: true, there: true, gone: true}},
+		{retention + time.Hour, retention + time.Hour, at{standing: api.StandsUpdated, asked: true, gone: true}},
+	} {
+		if got := look(c.taken, c.heard); got != c.want {
+			t.Errorf("taken %s ago, heard %s ago: %+v, want %+v", c.taken, c.heard, got, c.want)
+		}
+	}
+	tt := newTally(1)
+	for range 1000 {
+		tt.add(look(2*time.Hour, 2*time.Hour))
+	}
+	if code, reason := r.stops(tt); code != api.CampaignTooManySilent {
+		t.Errorf("1000 took it and fell silent: %q (%s)", code, reason)
+	}
+}
+
 // Devices refuse with these when what they are shown was not made by the keys' owners,
 // or is not what everybody is shown.
 func TestAReleaseThatDevicesDistrustHasFailed(t *testing.T) {

@@ -437,6 +437,26 @@ func TestLateDevicesThatFailStopWhatIsDone(t *testing.T) {
 	r.holds(c.ID, func(api.Campaign) bool { return len(r.ordersOf(after)) == 0 })
 }
 
+func TestLateDevicesThatFallSilentStopWhatIsDone(t *testing.T) {
+	t.Parallel()
+	_, r := ownRollout(t)
+	devices := r.takers(2)
+	none := 0
+	c := r.start(api.CampaignRequest{Phases: []api.CampaignPhase{percent(100)}, Stop: api.CampaignStop{MaxSilent: &none, SilentSeconds: 600}})
+	r.untilIs(c.ID, api.CampaignDone)
+	devices[0].leave() // it had it before
+	quiet := r.latecomer()
+	r.until(c.ID, "who came late has it", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 3 })
+	r.later(9*time.Minute, devices[1])
+	quiet.leave()
+	r.holds(c.ID, func(c api.Campaign) bool { return c.State == api.CampaignDone && c.Counts[api.StandsSilent] == 0 })
+	r.later(11*time.Minute, devices[1])
+	c = r.untilIs(c.ID, api.CampaignStopped)
+	if c.Code != api.CampaignTooManySilent || len(c.Evidence) != 1 || c.Evidence[0].Device != quiet.id {
+		t.Errorf("%s %s: %+v", c.Code, c.Reason, c.Evidence)
+	}
+}
+
 // What an order ended with is known for as long as the order is; then the device is
 // asked by another one, as it may remember the one before.
 func TestWhatIsForgottenIsAskedAnewByAnotherOrder(t *testing.T) {
