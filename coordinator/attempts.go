@@ -288,7 +288,7 @@ func (s *jobs) stop(ctx context.Context, t taskRow, why string) {
 		if !a.Ended.IsZero() {
 			continue
 		}
-		if _, err := s.outbox.cancel(ctx, a.Device, a.Order, why, "coordinator"); err != nil && ctx.Err() == nil {
+		if _, err := s.outbox.cancel(ctx, a.Device, a.Order, why, byItself); err != nil && ctx.Err() == nil {
 			var r *refusal
 			if !errors.As(err, &r) { // it has ended meanwhile, or was never made
 				s.log.Warn("a superfluous run of a task goes on", "order", a.Order, "error", err)

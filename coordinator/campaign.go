@@ -219,6 +219,7 @@ type orderNow struct {
 	updated  time.Time
 	moved    time.Time // when it said something else than before
 	progress float64
+	gaveWay  bool // the coordinator has taken it back
 }
 
 // waits tells whether a device has said that it does not begin yet.
@@ -264,7 +265,7 @@ func judgeOffer(o orderNow) meaning {
 		}
 		return meaning{api.StandsFailed, false} // the device's own limit
 	}
-	return meaning{api.StandsCanceled, false}
+	return meaning{api.StandsCanceled, o.gaveWay} // a release that took its place may be stopped
 }
 
 // campaignPace is how patient campaigns are; tests hurry.
@@ -295,7 +296,37 @@ func (p campaignPace) pause(attempt uint16) time.Duration {
 type seen struct {
 	online bool
 	last   time.Time
-	busy   bool // another update of it is under way
+	open   []openUpdate
+}
+
+// openUpdate is an order to update a device that has not ended.
+type openUpdate struct {
+	order    string
+	version  string // "" if it cannot be told
+	expires  time.Time
+	began    bool      // it fetches or installs
+	canceled time.Time // when it was first asked back; zero: it was not
+}
+
+// displaces tells whether all that a device has open gives way to a campaign: what is of an
+// older release, was asked before the campaign was begun, and has not begun itself.
+func (r *campaignRow) displaces(open []openUpdate) bool {
+	if len(open) == 0 {
+		return true
+	}
+	id, err := ulid.ParseStrict(r.ID)
+	return err == nil && !slices.ContainsFunc(open, func(u openUpdate) bool {
+		of, err := ulid.ParseStrict(u.order)
+		return u.began || u.version == "" || r.runs(u.version) || err != nil || of.Time() >= id.Time()
+	})
+}
+
+// givesWay is for how long a device that was told to leave an order is waited for.
+const givesWay = time.Minute
+
+// lingers tells whether a device was asked in vain to leave an order.
+func lingers(open []openUpdate, now time.Time) bool {
+	return slices.ContainsFunc(open, func(u openUpdate) bool { return !u.canceled.IsZero() && now.Sub(u.canceled) > givesWay })
 }
 
 // at is where a device stands in a campaign.
@@ -376,7 +407,7 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 		case j.standing == api.StandsUpdated:
 			// It runs an older one again: as if it was never asked.
 		default:
-			a.ask = j.again && v.online && !v.busy && o.attempt%attempts < maxOffers && ago > pace.pause(o.attempt%attempts) && r.reaches(a.phase)
+			a.ask = j.again && v.online && r.displaces(v.open) && o.attempt%attempts < maxOffers && ago > pace.pause(o.attempt%attempts) && r.reaches(a.phase)
 			return a
 		}
 	}
@@ -387,8 +418,10 @@ func (r *campaignRow) stand(d *api.DeviceRecord, o *orderNow, v seen, now, since
 		a.standing = api.StandsDue
 	case !v.online:
 		a.standing = api.StandsAway
-	case v.busy:
+	case !r.displaces(v.open):
 		a.standing, a.code = api.StandsWaiting, wire.CodeUpdatePending
+	case lingers(v.open, now): // it holds nobody up
+		a.standing, a.code, a.ask = api.StandsWaiting, wire.CodeUpdatePending, true
 	default:
 		a.standing, a.ask = api.StandsDue, true
 	}

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/oklog/ulid/v2"
+
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/wire"
 )
@@ -391,6 +393,40 @@ func TestNobodyIsAwayAtTheStart(t *testing.T) {
 	}{{-time.Hour, 30 * time.Second, api.StandsDue}, {-time.Hour, 2 * time.Minute, api.StandsAway}, {10 * time.Second, 30 * time.Second, api.StandsAway}} {
 		if a := r.stand(&d, nil, seen{last: start.Add(c.heard)}, start.Add(c.now), start, pace); a.standing != c.want || a.ask {
 			t.Errorf("heard %s after the start, and %s after it: %+v, want %s", c.heard, c.now, a, c.want)
+		}
+	}
+}
+
+// What gives way is older in both ways and has not begun: who waits for 2.1.0 is not sent back
+// to 2.0.0, and what an operator asked since the campaign began is meant.
+func TestWhatGivesWay(t *testing.T) {
+	early, late := ulid.MustNew(1000, nil).String(), ulid.MustNew(3000, nil).String()
+	now := time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+	r := campaignRow{ID: ulid.MustNew(2000, nil).String(), Version: "2.0.0", State: api.CampaignRunning, Created: now, Phases: []phaseRow{{CampaignPhase: percent(100), Began: now}}}
+	gives := openUpdate{order: early, version: "1.9.0"}
+	asked, slow := gives, gives
+	asked.canceled, slow.canceled = now.Add(-givesWay), now.Add(-givesWay-1)
+	for what, c := range map[string]struct {
+		open []openUpdate
+		want api.Standing
+		ask  bool
+	}{
+		"nothing":            {nil, api.StandsDue, true},
+		"an older one":       {[]openUpdate{gives}, api.StandsDue, true},
+		"two":                {[]openUpdate{gives, gives}, api.StandsDue, true},
+		"asked to leave it":  {[]openUpdate{asked}, api.StandsDue, true},
+		"in vain":            {[]openUpdate{slow}, api.StandsWaiting, true},
+		"it has begun":       {[]openUpdate{{order: early, version: "1.9.0", began: true}}, api.StandsWaiting, false},
+		"one has begun":      {[]openUpdate{gives, {order: early, version: "1.9.0", began: true}}, api.StandsWaiting, false},
+		"a newer release":    {[]openUpdate{{order: early, version: "2.0.1"}}, api.StandsWaiting, false},
+		"the same":           {[]openUpdate{{order: early, version: "2.0.0"}}, api.StandsWaiting, false},
+		"asked since":        {[]openUpdate{{order: late, version: "1.9.0"}}, api.StandsWaiting, false},
+		"nobody knows which": {[]openUpdate{{order: early}}, api.StandsWaiting, false},
+		"an id that is none": {[]openUpdate{{order: "x", version: "1.9.0"}}, api.StandsWaiting, false},
+	} {
+		a := r.stand(&api.DeviceRecord{ID: "d", Agent: "1.0.0"}, nil, seen{online: true, last: now, open: c.open}, now, now.Add(-time.Hour), ordinaryCampaigns)
+		if a.standing != c.want || a.ask != c.ask {
+			t.Errorf("%s: %+v", what, a)
 		}
 	}
 }

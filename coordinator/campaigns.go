@@ -42,7 +42,9 @@ import (
 // # Whom it asks
 //
 // Devices that are online, whose phase has come and that have no other update under
-// way, so many a second. One that is away is asked when it is back. What fails says so
+// way, so many a second. An order of an older release that a device has not begun, as it
+// waits for its owner, gives way: it is taken back, and when the device has said how it
+// ended, that is asked. One that is away is asked when it is back. What fails says so
 // for ever; what a device could not fetch, or puts off, it is asked again, rarely. A
 // device that waits for its owner or its hours holds nobody up, as long as it is not
 // one of most.
@@ -71,12 +73,13 @@ type campaigns struct {
 
 	mu     sync.Mutex
 	offers map[uint64]map[wire.DeviceID]orderNow // by the time of the campaign
-	wake   chan struct{}                         // capacity 1: there is something to look at
+	open   map[wire.DeviceID][]openUpdate        // of campaigns or not; each list is replaced, never changed
+	// recalled is the keys of the open orders that were taken back since this coordinator
+	// leads. The one before may have ended between the mark on an order and the cancellation.
+	recalled map[string]bool
+	wake     chan struct{} // capacity 1: there is something to look at
 
 	budgets map[string]*budget // of who leads; of run alone
-	// recalled is the orders that were taken back since this coordinator leads. The one
-	// before may have ended between the mark on an order and the cancellation.
-	recalled map[string]bool // of run alone
 }
 
 // budget is how many devices a campaign may ask now.
@@ -87,17 +90,21 @@ type budget struct {
 
 func newCampaigns(reg *registry, o *outbox, now func() time.Time, log *slog.Logger) *campaigns {
 	return &campaigns{reg: reg, outbox: o, now: now, log: log, started: now(), pace: ordinaryCampaigns,
-		offers: make(map[uint64]map[wire.DeviceID]orderNow), wake: make(chan struct{}, 1), budgets: make(map[string]*budget), recalled: make(map[string]bool)}
+		offers: make(map[uint64]map[wire.DeviceID]orderNow), open: make(map[wire.DeviceID][]openUpdate), wake: make(chan struct{}, 1), budgets: make(map[string]*budget), recalled: make(map[string]bool)}
 }
 
 // heard is told of each order to update a device, at the start and at each change.
 func (s *campaigns) heard(d wire.DeviceID, order string, v orderRow) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keepOpen(d, order, v)
+	if v.State.Terminal() {
+		s.poke()
+	}
 	created, attempt, ok := parseOffer(order)
 	if !ok {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	of := s.offers[created]
 	if of == nil {
 		of = make(map[wire.DeviceID]orderNow)
@@ -107,17 +114,59 @@ func (s *campaigns) heard(d wire.DeviceID, order string, v orderRow) {
 	if known && old.attempt > attempt {
 		return
 	}
-	o := orderNow{attempt: attempt, state: v.State, code: v.Code, updated: v.Updated, moved: v.Updated, progress: v.Progress}
+	o := orderNow{attempt: attempt, state: v.State, code: v.Code, updated: v.Updated, moved: v.Updated, progress: v.Progress, gaveWay: v.Cancel != nil && v.Cancel.By == byItself}
 	if known && old.attempt == attempt && old.state == o.state && old.code == o.code && old.progress == o.progress {
 		o.moved = old.moved // it says the same again
 	}
 	of[d] = o
-	if v.State.Terminal() {
-		s.poke()
-	}
 }
 
-// forget drops what became of orders that are not kept any more.
+// byItself is who takes orders back that no operator has.
+const byItself = "coordinator"
+
+// keepOpen keeps which updates a device has open. s.mu is held.
+func (s *campaigns) keepOpen(d wire.DeviceID, order string, v orderRow) {
+	was := s.open[d]
+	u := openUpdate{order: order, expires: v.Expires, began: v.State == wire.Running && v.Code == ""}
+	list := make([]openUpdate, 0, len(was)+1)
+	for _, x := range was {
+		if x.order == order {
+			u.version = x.version
+		} else {
+			list = append(list, x)
+		}
+	}
+	if !v.State.Terminal() {
+		if v.Cancel != nil {
+			u.canceled = v.Cancel.At
+		}
+		if u.version == "" {
+			u.version = versionOf(v)
+		}
+		list = append(list, u)
+	}
+	if len(list) == 0 {
+		delete(s.open, d)
+		return
+	}
+	s.open[d] = list
+}
+
+// versionOf is the release that an order brings; "" if its record is damaged.
+func versionOf(v orderRow) string {
+	o, err := wire.Reread[wire.Order](v.Envelope)
+	if err != nil {
+		return ""
+	}
+	b, err := wire.DecodeBody[wire.UpdateInstall](o)
+	if err != nil {
+		return ""
+	}
+	return b.Version
+}
+
+// forget drops what became of orders that are not kept any more, and what should have
+// ended and is not heard of.
 func (s *campaigns) forget(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,6 +178,13 @@ func (s *campaigns) forget(now time.Time) {
 			delete(s.offers, campaign)
 		}
 	}
+	for d, list := range s.open {
+		if left := slices.DeleteFunc(slices.Clone(list), func(u openUpdate) bool { return now.Sub(u.expires) > time.Hour }); len(left) == 0 {
+			delete(s.open, d)
+		} else {
+			s.open[d] = left
+		}
+	}
 }
 
 func (s *campaigns) poke() {
@@ -136,17 +192,6 @@ func (s *campaigns) poke() {
 	case s.wake <- struct{}{}:
 	default:
 	}
-}
-
-// offersOf is a copy of what is known of a campaign's orders.
-func (s *campaigns) offersOf(row campaignRow) map[wire.DeviceID]orderNow {
-	id, err := ulid.ParseStrict(row.ID)
-	if err != nil {
-		return nil
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return maps.Clone(s.offers[id.Time()])
 }
 
 // member is a device as it stood at one moment.
@@ -158,14 +203,18 @@ type member struct {
 // fleet is how all devices stand now. Who looks at several campaigns takes it once:
 // of 100,000 devices it is some 50 MB.
 func (s *campaigns) fleet() []member {
-	busy := s.outbox.underway(wire.KindUpdateInstall)
 	out := make([]member, 0, s.reg.rows.len())
 	s.reg.rows.each(func(_ string, d api.DeviceRecord) bool {
 		if !d.Retired {
-			out = append(out, member{d, seen{busy: busy[d.ID]}})
+			out = append(out, member{DeviceRecord: d})
 		}
 		return true
 	})
+	s.mu.Lock()
+	for i := range out {
+		out[i].open = s.open[out[i].ID]
+	}
+	s.mu.Unlock()
 	s.reg.mu.Lock()
 	defer s.reg.mu.Unlock()
 	for i := range out {
@@ -378,7 +427,9 @@ func (s *campaigns) run(ctx context.Context) {
 			s.step(ctx)
 		} else {
 			clear(s.budgets)
+			s.mu.Lock()
 			clear(s.recalled)
+			s.mu.Unlock()
 		}
 		// Of a large fleet a look takes a while: no more than a twentieth of a core. The
 		// store may take long too, which is no reason to wait for long.
@@ -390,6 +441,7 @@ func (s *campaigns) run(ctx context.Context) {
 
 // step does what is due for each campaign.
 func (s *campaigns) step(ctx context.Context) {
+	s.forgetEnded()
 	rows := s.rows.all(func(a, b campaignRow) int { return cmp.Compare(a.ID, b.ID) })
 	for _, row := range rows {
 		var err error
@@ -410,20 +462,48 @@ func (s *campaigns) step(ctx context.Context) {
 	}
 }
 
+// forgetEnded drops of the orders that were taken back those that have ended.
+func (s *campaigns) forgetEnded() {
+	s.mu.Lock()
+	keys := slices.Collect(maps.Keys(s.recalled))
+	s.mu.Unlock()
+	for _, key := range keys {
+		if _, open := s.outbox.rows.get(key); open {
+			continue
+		}
+		s.mu.Lock()
+		delete(s.recalled, key)
+		s.mu.Unlock()
+	}
+}
+
 // ask is a device that is to be asked.
 type ask struct {
 	device  wire.DeviceID
 	attempt uint16
 	phase   int
 	point   float64
+	inWay   []string // orders that have to be taken back first
 }
 
-func askOf(row campaignRow, d wire.DeviceID, o *orderNow, a at, now time.Time) ask {
-	q := ask{device: d, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d)), attempt: row.firstAttempt(now)}
+// askOf is what a device is to be told; false if that has been done, and its word is
+// missing.
+func (s *campaigns) askOf(row campaignRow, d *member, o *orderNow, a at, now time.Time) (ask, bool) {
+	q := ask{device: d.ID, phase: a.phase, point: bundle.RolloutPoint(row.Version, string(d.ID)), attempt: row.firstAttempt(now)}
 	if o != nil {
 		q.attempt = o.attempt + 1
 	}
-	return q
+	if len(d.open) == 0 {
+		return q, true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range d.open {
+		if !s.recalled[orderKeyOf(d.ID, u.order)] {
+			q.inWay = append(q.inWay, u.order)
+		}
+	}
+	return q, len(q.inWay) > 0
 }
 
 // advance does the next thing about a campaign that has not ended.
@@ -441,8 +521,11 @@ func (s *campaigns) advance(ctx context.Context, row campaignRow) error {
 	}
 	var asks []ask
 	t := s.look(row, func(d *member, o *orderNow, a at) {
-		if a.ask {
-			asks = append(asks, askOf(row, d.ID, o, a, s.now()))
+		if !a.ask {
+			return
+		}
+		if q, ok := s.askOf(row, d, o, a, s.now()); ok {
+			asks = append(asks, q)
 		}
 	})
 	if code, reason := row.stops(t); code != "" {
@@ -559,33 +642,37 @@ func (s *campaigns) takeBack(ctx context.Context, row campaignRow) error {
 		return err
 	}
 	open := make(map[string]wire.DeviceID)
-	for d, o := range s.offersOf(row) {
-		if order := offerID(id, d, o.attempt); o.state.Terminal() {
-			delete(s.recalled, order)
-		} else if !s.recalled[order] {
+	s.mu.Lock()
+	for d, o := range s.offers[id.Time()] {
+		if order := offerID(id, d, o.attempt); !o.state.Terminal() && !s.recalled[orderKeyOf(d, order)] {
 			open[order] = d
 		}
 	}
+	s.mu.Unlock()
 	var g errgroup.Group
 	g.SetLimit(sendAtOnce)
-	var mu sync.Mutex
 	for order, d := range open {
-		g.Go(func() error {
-			_, err := s.outbox.cancel(ctx, d, order, "the campaign has ended: "+row.Reason, "coordinator")
-			var r *refusal
-			if err != nil && !errors.As(err, &r) { // refused: it has ended meanwhile
-				return err
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			s.recalled[order] = true
-			return nil
-		})
+		g.Go(func() error { return s.recall(ctx, d, order, "the campaign has ended: "+row.Reason) })
 	}
 	return g.Wait()
 }
 
-// askAll asks devices, as many as the campaign may now, the lowest points first.
+// recall takes an order back, once while this coordinator leads.
+func (s *campaigns) recall(ctx context.Context, d wire.DeviceID, order, reason string) error {
+	_, err := s.outbox.cancel(ctx, d, order, reason, byItself)
+	var r *refusal
+	if err != nil && !errors.As(err, &r) { // refused: it has ended meanwhile
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recalled[orderKeyOf(d, order)] = true
+	return nil
+}
+
+// askAll asks devices, as many as the campaign may now, the lowest points first. Who has an
+// older order yet is told to leave that, which counts as one that is asked, and is asked
+// when it has ended: two orders under way could cross.
 func (s *campaigns) askAll(ctx context.Context, row campaignRow, asks []ask) error {
 	n := s.spend(row, len(asks))
 	if n == 0 {
@@ -603,6 +690,14 @@ func (s *campaigns) askAll(ctx context.Context, row campaignRow, asks []ask) err
 			break
 		}
 		g.Go(func() error {
+			if len(q.inWay) > 0 {
+				for _, order := range q.inWay {
+					if err := s.recall(ctx, q.device, order, "release "+row.Version+" takes its place"); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
 			body := wire.UpdateInstall{Version: row.Version, Target: repo.TargetName(row.Version)}
 			if p := row.Phases[q.phase]; p.Only == nil && max(p.Share, p.Percentage) < 100 && row.State != api.CampaignDone {
 				body.Percentage = max(p.Share, p.Percentage)
@@ -667,7 +762,9 @@ func (s *campaigns) follow(ctx context.Context, rows []campaignRow) error {
 			if a.ask && !slices.ContainsFunc(open, func(r campaignRow) bool {
 				return r.To.Matches(d.DeviceRecord) && r.reaches(r.phaseOf(&d.DeviceRecord))
 			}) {
-				asks[i] = append(asks[i], askOf(r, d.ID, o, a, now))
+				if q, ok := s.askOf(r, d, o, a, now); ok {
+					asks[i] = append(asks[i], q)
+				}
 			}
 		})
 	}

@@ -118,6 +118,14 @@ func (r *rollout) ordersOf(d *device) []wire.Order {
 	return slices.Clone(r.asked[d.id])
 }
 
+// asks is the orders for this release that a device was sent.
+func (r *rollout) asks(d *device) []wire.Order {
+	return slices.DeleteFunc(r.ordersOf(d), func(o wire.Order) bool {
+		b, err := wire.DecodeBody[wire.UpdateInstall](o)
+		return err != nil || b.Version != r.version
+	})
+}
+
 func (r *rollout) start(q api.CampaignRequest) api.Campaign {
 	r.t.Helper()
 	q.Version = cmp.Or(q.Version, r.version)
@@ -402,7 +410,7 @@ func TestWhatIsDoneCanBeAborted(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	late := r.latecomer()
-	r.until(good.ID, "who comes late gets what was done before", func(api.Campaign) bool { return len(r.ordersOf(late)) > 0 })
+	r.until(good.ID, "who comes late gets what was done before", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 3 })
 	if b, _ := wire.DecodeBody[wire.UpdateInstall](r.ordersOf(late)[0]); b.Version != "2.0.0" {
 		t.Errorf("it was asked to take %s", b.Version)
 	}
@@ -514,6 +522,110 @@ func TestAnOrderThatIsOnlyMarkedAsTakenBackIsTakenBack(t *testing.T) {
 	r.until(c.ID, "it is taken back", func(c api.Campaign) bool { return c.Counts[api.StandsCanceled] == 1 })
 }
 
+// Who waits for its owner's consent to an older release is not kept from a newer one for
+// the week that such an order lives. What has begun goes on to its end first, and so does
+// what turns out to have begun when the word to leave it comes.
+func TestAnOlderOrderThatHasNotBegunGivesWay(t *testing.T) {
+	t.Parallel()
+	w, r := ownRollout(t)
+	waits := func(d *device) func(wire.Order) *reply {
+		return func(o wire.Order) *reply { d.says(o, wire.Running, wire.CodeConsent); return nil }
+	}
+	waiting, offered, fetching, crossing := w.device(t), w.device(t), w.device(t), w.device(t)
+	for _, d := range []*device{waiting, offered, crossing} {
+		r.does(d, waits(d))
+	}
+	r.does(fetching, func(o wire.Order) *reply { fetching.says(o, wire.Running, ""); return nil })
+	waiting.cancels(t)
+	offered.cancels(t)
+	fetching.on(wire.KindOrderCancel, func(wire.Order) *reply {
+		t.Error("what has begun is taken back")
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Running}}
+	})
+	told := make(chan bool, 16)
+	crossing.on(wire.KindOrderCancel, func(wire.Order) *reply { // its owner has agreed this moment
+		told <- true
+		return &reply{state: wire.Succeeded, body: wire.CancelResult{State: wire.Running}}
+	})
+	all := []api.CampaignPhase{percent(100)}
+	_, err := w.op.Offer(testContext(t), api.OfferRequest{Selector: api.Selector{Devices: []wire.DeviceID{offered.id}}, Version: "2.0.0", Target: repo.TargetName("2.0.0")})
+	must(t, err)
+	eventually(t, "the one that was asked by hand waits", func() bool { return len(r.ordersOf(offered)) > 0 })
+	old := r.start(api.CampaignRequest{Phases: all})
+	r.until(old.ID, "they stand where they are to be", func(c api.Campaign) bool {
+		return c.Counts[api.StandsWaiting] == 3 && c.Counts[api.StandsInstalling] == 1
+	})
+	r2 := newRollout(t, w, "2.1.0")
+	for _, d := range []*device{waiting, offered} {
+		r2.taker(d)
+	}
+	fetches, tries := r.ordersOf(fetching)[0], r.ordersOf(crossing)[0]
+	for _, d := range []*device{fetching, crossing} {
+		r2.does(d, func(o wire.Order) *reply {
+			if slices.ContainsFunc([]wire.Order{fetches, tries}, func(x wire.Order) bool { return x.ID == o.ID }) {
+				return nil // it comes again, and is under way
+			}
+			return d.takes(o)
+		})
+	}
+	_, err = w.op.StartCampaign(testContext(t), api.CampaignRequest{Selector: api.Selector{All: true}, Version: "2.1.0", Phases: all})
+	wantRefusal(t, err, http.StatusConflict, "overlaps")
+	fetching.says(fetches, wire.Running, wire.CodeTransfer) // a line that is away is waited for
+	r.until(old.ID, "all wait", func(c api.Campaign) bool { return c.Counts[api.StandsWaiting] == 4 && c.Holdup != "" })
+	r.steer(old.ID, api.CampaignApprove)
+	r.untilIs(old.ID, api.CampaignDone)
+	fetching.says(fetches, wire.Running, "")
+	r.until(old.ID, "it fetches again", func(c api.Campaign) bool { return c.Counts[api.StandsInstalling] == 1 })
+
+	c := r2.start(api.CampaignRequest{Phases: all})
+	next(t, told, "the word to leave it")
+	r2.until(c.ID, "who has not begun has the newer one", func(c api.Campaign) bool {
+		return c.Counts[api.StandsUpdated] == 2 && c.Counts[api.StandsWaiting] == 1 && c.Counts[api.StandsDue] == 1
+	})
+	for _, d := range []*device{waiting, offered} {
+		id := r.ordersOf(d)[0].ID
+		v, err := w.outbox.get(testContext(t), d.id, id)
+		must(t, err)
+		if v.State != wire.Canceled || v.Cancel == nil || v.Cancel.By != byItself || v.Cancel.Reason == "" {
+			t.Errorf("the older order is %s, %+v", v.State, v.Cancel)
+		}
+	}
+	// The one that crossed begins, and goes on to its end; nobody has asked it for another.
+	crossing.says(tries, wire.Running, "")
+	r2.until(c.ID, "who has begun is waited for", func(c api.Campaign) bool { return c.Counts[api.StandsWaiting] == 2 })
+	r2.holds(c.ID, func(api.Campaign) bool { return len(r2.asks(crossing)) == 0 && len(r2.asks(fetching)) == 0 })
+	fetching.says(fetches, wire.Failed, wire.CodeTransfer)
+	crossing.says(tries, wire.Succeeded, "")
+	c = r2.untilIs(c.ID, api.CampaignDone)
+	r2.until(c.ID, "then they have the newer one as well", func(c api.Campaign) bool { return c.Counts[api.StandsUpdated] == 4 })
+	if n := len(told); n > 0 {
+		t.Errorf("it was told to leave it %d times more", n)
+	}
+}
+
+// What gave way to a release that is stopped is asked once more.
+func TestWhatGaveWayIsAskedAgainWhenTheNewerReleaseIsStopped(t *testing.T) {
+	t.Parallel()
+	w, r := ownRollout(t)
+	d := w.device(t)
+	r.does(d, func(o wire.Order) *reply { d.says(o, wire.Running, wire.CodeConsent); return nil })
+	d.cancels(t)
+	all := []api.CampaignPhase{percent(100)}
+	old := r.start(api.CampaignRequest{Phases: all})
+	r.until(old.ID, "it waits", func(c api.Campaign) bool { return c.Counts[api.StandsWaiting] == 1 && c.Holdup != "" })
+	r.steer(old.ID, api.CampaignApprove)
+	r.untilIs(old.ID, api.CampaignDone)
+	r2 := newRollout(t, w, "2.1.0")
+	c := r2.start(api.CampaignRequest{Phases: all})
+	r2.until(c.ID, "the newer one waits in its place", func(c api.Campaign) bool { return c.Counts[api.StandsWaiting] == 1 && c.Holdup != "" })
+	first := r.asks(d)[0].ID
+	r2.steer(c.ID, api.CampaignAbort)
+	eventually(t, "the older one is asked again", func() bool {
+		list := r.asks(d)
+		return list[len(list)-1].ID != first
+	})
+}
+
 func TestSilenceStopsACampaign(t *testing.T) {
 	t.Parallel()
 	for _, kind := range []string{"before it answers", "after it was confirmed"} {
@@ -611,10 +723,7 @@ func TestWhatOwnersDecideIsNoFailure(t *testing.T) {
 			})
 		}
 	}
-	// The waiter's old order would keep it from a new one.
-	for _, o := range r.ordersOf(devices[3])[:1] {
-		devices[3].says(o, wire.Rejected, wire.CodePolicy)
-	}
+	devices[3].cancels(t) // its old order gives way
 	c2 := r2.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 5}, percent(100)}})
 	c2 = r2.until(c2.ID, "most wait", func(c api.Campaign) bool {
 		return c.Counts[api.StandsWaiting] == 3 && c.Counts[api.StandsUpdated] == 2 && c.Holdup != ""

@@ -15,7 +15,6 @@ import (
 
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/ota/bundle"
-	"github.com/deimos-edge/deimos/wire"
 )
 
 // What people are shown of campaigns, and where they ask for it.
@@ -252,17 +251,6 @@ func (s *campaigns) members() (out []api.DeviceRecord) {
 		}
 		return true
 	})
-	return out
-}
-
-// underway is the devices that have an open order of a kind.
-func (o *outbox) underway(k wire.Kind) map[wire.DeviceID]bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	out := make(map[wire.DeviceID]bool, len(o.kinds[k]))
-	for _, d := range o.kinds[k] {
-		out[d] = true
-	}
 	return out
 }
 
