@@ -27,6 +27,8 @@ type asked struct {
 	plain  bool        // a device that says nothing about jobs can do it
 	orders int         // version of job orders that it takes
 	chunks []api.Chunk // of its inputs, that can be fetched
+	reads  int64       // bytes of stored files
+	spools int64       // of those, bytes that a device keeps in files meanwhile
 	needs  api.JobNeeds
 }
 
@@ -56,11 +58,14 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 			return nil // an empty file is no input
 		case len(o.Chunks) == 1 && !tied: // every device knows that, and who holds it need not fetch
 			a.run.Input = o.Chunks[0].ID
+			a.reads += o.Chunks[0].Size
 			return nil
 		}
 		in := wire.JobInput{Name: as, Parts: make([]wire.JobPart, len(o.Chunks))}
 		for k, ch := range o.Chunks {
 			in.Parts[k] = wire.JobPart{Chunk: ch.ID, Size: ch.Size}
+			a.reads += ch.Size
+			a.spools += ch.Size
 		}
 		a.chunks = append(a.chunks, o.Chunks...)
 		a.run.Inputs = append(a.run.Inputs, in)
@@ -75,6 +80,7 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 			return refuse(http.StatusBadRequest, "no_such_chunk", "%q has %d chunks, from 0 on: there is no chunk %d", name, len(o.Chunks), n)
 		}
 		a.run.Input = o.Chunks[n].ID
+		a.reads += o.Chunks[n].Size
 		return nil
 	}
 	if q.Input != nil {
@@ -347,6 +353,10 @@ func (s *jobs) misfit(d *jobDevice, a asked) (why *api.JobWait, rank int) {
 		return no(4, "memory", "gives a job %d bytes of memory", j.MemoryBytes)
 	case l.WallSeconds > j.WallSeconds:
 		return no(4, "wall_time", "gives a job %g s", j.WallSeconds)
+	case j.InputBytes > 0 && a.reads > j.InputBytes:
+		return no(4, "input", "lets a job read %d bytes, and this one reads %d or more", j.InputBytes, a.reads)
+	case j.DiskBytes != nil && a.files(j) > *j.DiskBytes:
+		return no(4, "disk", "has room on its disk for %d bytes of a job, and this one needs %d or more", *j.DiskBytes, a.files(j))
 	case a.run.Live && !j.Live:
 		return no(4, "live", "gives jobs neither the time nor random numbers")
 	case d.slots == 0:
@@ -362,6 +372,22 @@ func (s *jobs) misfit(d *jobDevice, a asked) (why *api.JobWait, rank int) {
 		}
 	}
 	return nil, 0
+}
+
+// files is how many bytes of its disk a device gives a task at least, or refuses it: its inputs,
+// and what it may write if it has named outputs.
+func (a asked) files(j *wire.JobsState) int64 {
+	if len(a.run.Outputs) == 0 {
+		return a.spools
+	}
+	out := a.run.Limits.OutputBytes
+	if out <= 0 {
+		out = wire.OrdinaryLimits.OutputBytes
+	}
+	if j.OutputBytes > 0 {
+		out = min(out, j.OutputBytes)
+	}
+	return a.spools + out
 }
 
 // choice is a device for a task.

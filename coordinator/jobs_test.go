@@ -352,22 +352,29 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 		return q
 	}
 	w.waitsFor(t, with(func(q *api.JobSpec) { q.Live = true }), "too_old")
+	w.putFile(t, "some", someBytes(100), 1)
 	for code, q := range map[string]api.JobSpec{
-		"memory":       with(func(q *api.JobSpec) { q.Limits.MemoryBytes = 1 << 30 }),
-		"memory ":      with(func(*api.JobSpec) {}),
-		"wall_time":    with(func(q *api.JobSpec) { q.Limits.WallSeconds = 1000 }),
-		"live":         with(func(q *api.JobSpec) { q.Live = true }),
-		"dataset":      with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Dataset: "letters/2024"}} }),
-		"sensors":      with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Sensors: &wire.HistoryRequest{}}} }),
-		"arch":         with(func(q *api.JobSpec) { q.Needs.Arch = "amd64" }),
-		"engine":       with(func(q *api.JobSpec) { q.Needs.Compiled = true }),
-		"paused":       with(func(*api.JobSpec) {}),
-		"distrusted":   with(func(*api.JobSpec) {}),
-		waitsHolder:    with(func(q *api.JobSpec) { q.Input = &api.JobChunk{Object: "in"} }),
-		"policy":       with(func(*api.JobSpec) {}),
+		"memory":     with(func(q *api.JobSpec) { q.Limits.MemoryBytes = 1 << 30 }),
+		"memory ":    with(func(*api.JobSpec) {}),
+		"wall_time":  with(func(q *api.JobSpec) { q.Limits.WallSeconds = 1000 }),
+		"live":       with(func(q *api.JobSpec) { q.Live = true }),
+		"dataset":    with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Dataset: "letters/2024"}} }),
+		"sensors":    with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Sensors: &wire.HistoryRequest{}}} }),
+		"arch":       with(func(q *api.JobSpec) { q.Needs.Arch = "amd64" }),
+		"engine":     with(func(q *api.JobSpec) { q.Needs.Compiled = true }),
+		"paused":     with(func(*api.JobSpec) {}),
+		"distrusted": with(func(*api.JobSpec) {}),
+		waitsHolder:  with(func(q *api.JobSpec) { q.Input = &api.JobChunk{Object: "in"} }),
+		"policy":     with(func(*api.JobSpec) {}),
+		"input": with(func(q *api.JobSpec) {
+			q.Inputs = []api.JobInput{{Name: "a", Object: "some"}, {Name: "b", Object: "some"}}
+		}),
+		"input ":       with(func(q *api.JobSpec) { q.Input = &api.JobChunk{Object: "some"} }), // read from the store
+		"disk":         with(func(q *api.JobSpec) { q.Inputs = []api.JobInput{{Name: "a", Object: "some"}} }),
+		"disk ":        with(func(q *api.JobSpec) { q.Outputs = []string{"table"} }), // as much as it may write
 		waitsNoDevice:  with(func(q *api.JobSpec) { q.Needs.Device = w.enrolled(t).id }),
 		"drained":      with(func(*api.JobSpec) {}),
-		"whole again ": with(func(*api.JobSpec) {}),
+		"whole again ": with(func(q *api.JobSpec) { q.Input = &api.JobChunk{Object: "some"} }),
 	} {
 		st := ready()
 		w.jobs.trust, w.jobs.leaving = func(wire.DeviceID, trust.Standing) float64 { return 1 }, func(wire.DeviceID) bool { return false }
@@ -382,6 +389,16 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 			st.Slots = 0
 		case "memory":
 			st.MemoryBytes = 1<<30 - 1
+		case "input":
+			st.InputBytes = 2*100 - 1
+		case "input ":
+			st.InputBytes = 100 - 1
+		case "disk":
+			st.DiskBytes = new(int64(100 - 1))
+		case "disk ":
+			st.OutputBytes, st.DiskBytes = 1000, new(int64(1000-1))
+		case "whole again ":
+			st.InputBytes, st.DiskBytes = 100, new(int64(0)) // it reads just so much, and needs no file
 		case "memory ": // less than a job has that does not say what it wants
 			st.MemoryBytes = wire.OrdinaryLimits.MemoryBytes - 1
 		}
@@ -393,7 +410,9 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 			w.jobs.leaving = func(wire.DeviceID) bool { return true }
 		case waitsHolder:
 			w.putFile(t, "in", someBytes(100), 1)
-			must(t, w.storage.lost(testContext(t), d.id, []string{w.storage.held(d.id)[0].ID}))
+			o, err := w.storage.object("in")
+			must(t, err)
+			must(t, w.storage.lost(testContext(t), d.id, []string{o.Chunks[0].ID}))
 		case "whole again ":
 			d.on(wire.KindJobRun, func(o wire.Order) *reply { return d.compute(o, nil) })
 			if _, err := w.op.RunJob(testContext(t), q); err != nil {
@@ -404,6 +423,27 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 		t.Log(code)
 		w.waitsFor(t, q, strings.TrimSpace(code))
 	}
+}
+
+// Of one job, a file that no device may read keeps none that is smaller.
+func TestWhatNoDeviceMayReadKeepsNoOtherTask(t *testing.T) {
+	t.Parallel()
+	w := jobWorld(t)
+	d := w.device(t)
+	for i, size := range []int{300, 200, 100, 50} {
+		w.putFile(t, fmt.Sprintf("f/%d", i), someBytes(size), 1)
+	}
+	d.on(wire.KindJobRun, func(o wire.Order) *reply { return d.compute(o, nil) })
+	st := ready()
+	st.Orders, st.InputBytes, st.DiskBytes = wire.JobOrders, 200, new(int64(100))
+	d.tell(st)
+	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "f/", As: "data"}})
+	must(t, err)
+	eventually(t, "the two that fit are done, and it is said why the others wait", func() bool {
+		j, err := w.op.Job(testContext(t), j.ID, 0)
+		must(t, err)
+		return j.Succeeded == 2 && j.Waits != nil && (j.Waits.Code == "input" || j.Waits.Code == "disk")
+	})
 }
 
 // prefixed stores n files of a hundred bytes, each on copies devices.

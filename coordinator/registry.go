@@ -404,7 +404,10 @@ func cleanJobs(j *wire.JobsState) *wire.JobsState {
 	v := *j
 	v.Engine = label(v.Engine)
 	v.Slots, v.Running, v.Waiting = min(max(v.Slots, 0), maxJobSlots), max(v.Running, 0), max(v.Waiting, 0)
-	v.MemoryBytes = space(v.MemoryBytes)
+	v.MemoryBytes, v.InputBytes, v.OutputBytes = space(v.MemoryBytes), space(v.InputBytes), space(v.OutputBytes)
+	if v.DiskBytes != nil {
+		v.DiskBytes = new(space(*v.DiskBytes))
+	}
 	names := func(list []string) []string {
 		list = slices.Clone(list[:min(len(list), maxJobsNames)])
 		for i := range list {

@@ -427,7 +427,7 @@ func (s *jobs) place() (do todo, next time.Duration) {
 				do.fails = append(do.fails, refused{w.row.ID, int(i), err})
 				continue
 			}
-			kind, fresh := class{a.run.Input, a.orders, a.plain}, o == nil || len(o.row.Attempts) == 0
+			kind, fresh := class{a.run.Input, a.orders, a.plain, a.reads, a.spools}, o == nil || len(o.row.Attempts) == 0
 			if fresh && none[kind] {
 				keep, vain = append(keep, i), vain+1
 				continue
@@ -479,6 +479,8 @@ type class struct {
 	input  string
 	orders int
 	plain  bool
+	reads  int64
+	spools int64
 }
 
 // quick tells whether a job's tasks take a moment only.

@@ -329,6 +329,23 @@ func (d *disk) holds() int64 {
 	return d.held
 }
 
+// room is how many bytes one more job can have where dir is, by what is free now and by what
+// the owner gives all together, most; what others hold of the latter can be waited for. nil
+// if it cannot be told.
+func (d *disk) room(dir string, most int64) *int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	free, err := d.free(dir)
+	if err != nil {
+		return nil
+	}
+	room := max(free-d.coming-spareBytes, 0)
+	if most > 0 {
+		room = min(room, most)
+	}
+	return &room
+}
+
 // reserve is an error if so many bytes do not fit beside those that are coming. When they
 // are written, or come no more, they are given back.
 func (d *disk) reserve(w *work, size int64) (giveBack func(), err error) {

@@ -54,6 +54,48 @@ func TestAJobReadsNoMoreThanItsOwnerAllows(t *testing.T) {
 	if r := s.Room(); r.Held != 0 || r.MaxInput != 7 {
 		t.Errorf("afterwards %+v", r)
 	}
+	if st := s.State(); st.InputBytes != 7 || st.OutputBytes != p.MaxOutput {
+		t.Errorf("the heartbeat says %+v", st)
+	}
+}
+
+// What the heartbeat says of the room is what a job gets: one byte more is refused.
+func TestTheRoomThatIsSaidIsTheRoomThatThereIs(t *testing.T) {
+	p := policy.Default()
+	s, o, _ := device(t, p)
+	o.files["/b"] = []byte("content")
+	free := int64(spareBytes + 1<<20)
+	s.disk.free = func(string) (int64, error) { return free, nil }
+	asks := func(size int64) error {
+		t.Helper()
+		job := named("walk")
+		job.Outputs, job.Limits.OutputBytes = []string{wire.Stdout}, size-7
+		job.Inputs = []wire.JobInput{{Name: "b", Parts: []wire.JobPart{part("content", "/b")}}}
+		_, err := do(t, s, job)
+		return err
+	}
+	says := func(want int64) int64 {
+		t.Helper()
+		got := s.State().DiskBytes
+		if got == nil || *got != want {
+			t.Fatalf("the heartbeat says %v, want %d", got, want)
+		}
+		return want
+	}
+	room := says(1 << 20)
+	mustDo(t, asks(room))
+	wantProblem(t, asks(room+1), wire.Failed, wire.CodeNoSpace, "stay free")
+	p.MaxDisk = 1 << 19
+	s.SetPolicy(p)
+	room = says(1 << 19)
+	mustDo(t, asks(room))
+	wantProblem(t, asks(room+1), wire.Rejected, wire.CodePolicy, "gives all jobs together")
+	free = spareBytes - 1
+	says(0)
+	s.disk.free = func(string) (int64, error) { return 0, os.ErrPermission }
+	if got := s.State().DiskBytes; got != nil {
+		t.Errorf("of a disk that cannot be asked it says %d", *got)
+	}
 }
 
 // Jobs together take no more of the disk than their owner gives: who is too large alone is

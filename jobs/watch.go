@@ -287,6 +287,7 @@ func (s *Service) State() *wire.JobsState {
 	st := &wire.JobsState{
 		Host: sandbox.HostVersion, Orders: wire.JobOrders, Engine: sandbox.Engine(), Walls: s.Walls(), Slots: p.Slots, Running: running, Waiting: waiting,
 		MemoryBytes: min(p.MaxMemory, wire.MostLimits.MemoryBytes), WallSeconds: p.MaxWall,
+		InputBytes: p.MaxInput, OutputBytes: min(p.MaxOutput, wire.MostLimits.OutputBytes), DiskBytes: s.disk.room(s.o.Dir, p.MaxDisk),
 		Live: p.Live, Sensors: p.Sensors && s.o.Sensors != nil, Datasets: slices.Sorted(maps.Keys(p.Datasets)),
 	}
 	s.mu.Lock()

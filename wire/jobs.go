@@ -138,8 +138,11 @@ type JobsState struct {
 	Slots       int      `json:"slots"`             // jobs that may run at the same time
 	Running     int      `json:"running,omitempty"` // suspended ones too
 	Waiting     int      `json:"waiting,omitempty"`
-	MemoryBytes int64    `json:"memory_bytes"` // most that one job may have
-	WallSeconds float64  `json:"wall_seconds"` // longest that one may take
+	MemoryBytes int64    `json:"memory_bytes"`           // most that one job may have
+	WallSeconds float64  `json:"wall_seconds"`           // longest that one may take
+	InputBytes  int64    `json:"input_bytes,omitempty"`  // most that one may read; 0: no bound
+	OutputBytes int64    `json:"output_bytes,omitempty"` // most that one may write, more is cut to it; 0: it does not say
+	DiskBytes   *int64   `json:"disk_bytes,omitempty"`   // room for the files of one more: its inputs, and its outputs if it has named ones; nil: it does not say
 	Live        bool     `json:"live,omitempty"`
 	Sensors     bool     `json:"sensors,omitempty"`  // windows of its curves may be inputs
 	Datasets    []string `json:"datasets,omitempty"` // names that the owner has opened
