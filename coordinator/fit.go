@@ -140,9 +140,15 @@ const (
 )
 
 // orderFor is the body of an order to a device, and how long that lives: of a task, and of
-// what is to look like one.
+// what is to look like one. A device that says how it stands with jobs may let one stand still
+// for as long as its owner wants, so it lives until the job's deadline; who hangs is found by
+// that ([jobs.keepHouse]).
 func (s *jobs) orderFor(ctx context.Context, order string, a asked, d jobDevice, deadline time.Time) (wire.JobRun, time.Duration, error) {
-	life := min(lifeOfJob(a.run.Limits), max(deadline.Sub(s.now()), time.Second))
+	left := max(deadline.Sub(s.now()), time.Second)
+	life := min(lifeOfJob(a.run.Limits), left)
+	if d.jobs != nil {
+		life = min(left, maxLife)
+	}
 	body, err := s.body(ctx, order, a, d, deadline, life)
 	return body, life, err
 }

@@ -131,23 +131,23 @@ func (s *jobs) keepHouse(ctx context.Context) {
 		}
 		late := s.late(w)
 		for i, o := range w.open {
-			if o.extra > 0 {
-				continue
-			}
 			for _, a := range o.row.Attempts {
+				if !a.Ended.IsZero() || o.extra >= mostExtra || slices.Contains(o.passed, a.Order) {
+					continue
+				}
 				stands, still := o.still[a.Order]
 				wait := s.pace.away
 				if stands.silent {
 					wait = s.pace.silent
 				}
+				// One that has had all the time that it may run hangs, whatever it says.
 				still = still && now.Sub(stands.since) > wait
-				if a.Ended.IsZero() && (late > 0 && now.Sub(a.Began) > late || still || s.awayFor(a.Device) > s.pace.away) {
+				if late > 0 && now.Sub(a.Began) > late || still || now.Sub(a.Began) > lifeOfJob(w.row.Spec.Limits) || s.awayFor(a.Device) > s.pace.away {
 					if still && stands.silent {
 						p.missed(a.Device)
 					}
-					o.extra = 1
+					o.extra, o.passed = o.extra+1, append(o.passed, a.Order)
 					w.queue(i)
-					break
 				}
 			}
 		}

@@ -69,6 +69,7 @@ type openTask struct {
 	starting int                   // attempts that are about to be made
 	owning   bool                  // the coordinator runs it itself
 	deciding bool                  // what follows is being kept
+	passed   []string              // orders beside which another device is asked
 	extra    int                   // devices that may have it beside those that are wanted
 	still    map[string]standstill // attempts that stand still, by order
 }
@@ -90,6 +91,7 @@ const (
 	maxAttempts    = 32
 	longestRetry   = time.Minute
 	longestJobRest = 5 * time.Minute
+	mostExtra      = 4   // devices that a task is given beside those that are wanted
 	lateShare      = 0.8 // of a job's tasks have ended before one is late
 	lateTimes      = 2   // the median
 	lateTasks      = 5   // a job has at least, for one to be late

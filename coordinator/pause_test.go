@@ -1,0 +1,88 @@
+package coordinator
+
+import (
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/wire"
+)
+
+// A pause of the owner may last as long as the job: it ends no order, and takes no checkpoint.
+func TestAPauseEndsNoJobBeforeItsDeadline(t *testing.T) {
+	t.Parallel()
+	w := jobWorld(t)
+	d := w.device(t)
+	w.putFile(t, "in", someBytes(100), 1)
+	says := ready()
+	d.tell(says)
+	has, goes := make(chan wire.Order, 8), make(chan bool)
+	d.on(wire.KindJobRun, func(o wire.Order) *reply {
+		d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, Code: "paused", At: time.Now()})
+		has <- o
+		<-goes
+		return d.compute(o, nil)
+	})
+	q := input(w.module(t), "in")
+	q.Needs, q.Verify, q.Limits = on(d), api.VerifyNone, wire.JobLimits{WallSeconds: 10}
+	j, err := w.op.StartJob(testContext(t), q)
+	must(t, err)
+	o := next(t, has, "the order")
+	row, err := w.jobs.rows.find(testContext(t), j.ID)
+	if must(t, err); o.Expires.Sub(row.Spec.Deadline).Abs() > time.Minute {
+		t.Errorf("it lives until %s, the job until %s", o.Expires, row.Spec.Deadline)
+	}
+	paused := *says
+	paused.Pause = &wire.Pause{Code: "paused"}
+	w.advance(10 * time.Hour)
+	d.tell(&paused)
+	w.outbox.step(testContext(t))
+	if v, err := w.outbox.get(testContext(t), d.id, o.ID); err != nil || v.State.Terminal() {
+		t.Fatalf("after ten hours: %s %s %v", v.State, v.Reason, err)
+	}
+	close(goes)
+	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
+	must(t, err)
+	task, err := w.jobs.tasks.find(testContext(t), taskKey(j.ID, 0))
+	if err != nil || j.State != wire.Succeeded || len(task.Attempts) != 1 {
+		t.Errorf("%s %s, %d attempts: %v", j.State, j.Reason, len(task.Attempts), err)
+	}
+}
+
+// A device that says for ever that it runs a task does not hold it until its deadline.
+func TestWhoRunsATaskForEverIsNotWaitedForAlone(t *testing.T) {
+	t.Parallel()
+	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.away = 10 * time.Hour })
+	t.Cleanup(w.Close)
+	ds := w.devices(t, 3)
+	w.putFile(t, "in", someBytes(100), 3)
+	has := make(chan bool, 8)
+	var n atomic.Int32
+	for _, d := range ds {
+		d.tell(ready())
+		d.on(wire.KindJobRun, func(o wire.Order) *reply {
+			if n.Add(1) == 3 {
+				return d.compute(o, nil)
+			}
+			d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, At: time.Now()})
+			has <- true
+			return nil
+		})
+	}
+	q := input(w.module(t), "in")
+	q.Verify = api.VerifyNone
+	j, err := w.op.StartJob(testContext(t), q)
+	must(t, err)
+	for range 2 { // the second hangs as the first does
+		next(t, has, "the task")
+		w.advance(jobLife + time.Second)
+		for _, d := range ds {
+			d.tell(ready())
+		}
+	}
+	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
+	if err != nil || j.State != wire.Succeeded {
+		t.Errorf("%s %s: %v", j.State, j.Reason, err)
+	}
+}
