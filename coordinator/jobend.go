@@ -115,8 +115,8 @@ func (s *jobs) end(ctx context.Context, v jobRow, state wire.State, code, reason
 	return err
 }
 
-// keepHouse sees to what takes too long, and to modules, which the shelf forgets
-// after a day.
+// keepHouse sees to what takes too long, and to modules and lists, which the shelf
+// forgets after a day.
 func (s *jobs) keepHouse(ctx context.Context) {
 	p, now := &s.plan, s.now()
 	if d := now.Sub(p.kept); d >= 0 && d < houseEvery {
@@ -160,6 +160,39 @@ func (s *jobs) keepHouse(ctx context.Context) {
 		}
 		if err != nil && ctx.Err() == nil {
 			s.log.Warn("the module of a job may be forgotten before the job is done", "module", m, "error", err)
+		}
+	}
+	if d := now.Sub(p.listed); d < 0 || d > s.pace.module {
+		p.listed = now
+		s.keepLists(ctx, now.Add(-s.pace.module))
+	}
+}
+
+// keepLists puts the lists of open orders on the shelf anew that were made before a time: a device
+// fetches its list when the job begins, which its owner may put off for days. A challenge's, too.
+func (s *jobs) keepLists(ctx context.Context, before time.Time) {
+	for _, v := range s.outbox.unfinishedBefore(wire.KindJobRun, before) {
+		b, err := wire.DecodeBody[wire.JobRun](v.Order)
+		if err != nil {
+			continue
+		}
+		for _, in := range b.Inputs {
+			if in.List == nil {
+				continue
+			}
+			name := listName(v.Order.ID, in.List.SHA256)
+			raw, err := s.compute.staging.get(ctx, name)
+			if err == nil {
+				err = s.compute.staging.put(ctx, name, raw)
+			}
+			// It may have ended meanwhile, and its list been dropped.
+			if row, ok := s.outbox.rows.get(orderKeyOf(v.Order.Device, v.Order.ID)); !ok || row.State.Terminal() {
+				s.dropLists(ctx, v.Order)
+				break
+			}
+			if err != nil && ctx.Err() == nil {
+				s.log.Warn("the list of an input's chunks may be forgotten before the job has begun", "order", v.Order.ID, "error", err)
+			}
 		}
 	}
 }

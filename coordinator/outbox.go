@@ -516,10 +516,17 @@ func succeeded(v OrderRecord) error {
 
 // unfinished lists the pending orders of one kind.
 func (o *outbox) unfinished(kind wire.Kind) []OrderRecord {
+	return o.unfinishedBefore(kind, time.Time{})
+}
+
+// unfinishedBefore lists those that were named before a time; zero: all.
+func (o *outbox) unfinishedBefore(kind wire.Kind, before time.Time) []OrderRecord {
 	var keys []string
 	o.mu.Lock()
 	for p, d := range o.kinds[kind] {
-		keys = append(keys, orderKeyOf(d, p.id))
+		if id, err := ulid.Parse(p.id); before.IsZero() || err != nil || id.Timestamp().Before(before) {
+			keys = append(keys, orderKeyOf(d, p.id))
+		}
 	}
 	o.mu.Unlock()
 	var out []OrderRecord

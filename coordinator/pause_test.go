@@ -1,6 +1,8 @@
 package coordinator
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -84,5 +86,59 @@ func TestWhoRunsATaskForEverIsNotWaitedForAlone(t *testing.T) {
 	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
 	if err != nil || j.State != wire.Succeeded {
 		t.Errorf("%s %s: %v", j.State, j.Reason, err)
+	}
+}
+
+// The list of an input's chunks is there for as long as the job may begin, though the shelf
+// forgets all else after a day; that of an order that is over is not put there again.
+func TestTheListOfAnOpenOrderIsKept(t *testing.T) {
+	t.Parallel()
+	w := jobWorld(t)
+	d := w.device(t)
+	d.on(wire.KindJobRun, silent)
+	list := []byte("[]")
+	sum := sha256.Sum256(list)
+	id := hex.EncodeToString(sum[:])
+	submit := func() (name string, o wire.Order) {
+		o, err := w.outbox.submit(testContext(t), d.id, wire.KindJobRun, wire.JobRun{Inputs: []wire.JobInput{{Name: "in", List: &wire.Blob{SHA256: id}}}}, maxLife)
+		must(t, err)
+		name = listName(o.ID, id)
+		must(t, w.staging.put(testContext(t), name, list))
+		return name, o
+	}
+	made := func(name string) string {
+		v, err := w.staging.bucket.GetInfo(testContext(t), name)
+		must(t, err)
+		return v.NUID // of these bytes, which the store forgets a day after they came
+	}
+	name, _ := submit()
+	over, o := submit()
+	must(t, w.outbox.end(testContext(t), d.id, o.ID, wire.Canceled, wire.CodeCanceled, "it is over"))
+	for range 2 {
+		first, other := made(name), made(over)
+		w.advance(stagingLife / 2)
+		eventually(t, "the list is put there anew", func() bool { return made(name) != first })
+		if made(over) != other {
+			t.Error("so is one that nobody fetches any more")
+		}
+	}
+}
+
+// A device whose deliveries no test looks at does its orders all the same.
+func TestADeviceThatNobodyWatchesGoesOn(t *testing.T) {
+	t.Parallel()
+	w := jobWorld(t)
+	d := w.device(t)
+	for len(d.orders) < cap(d.orders) {
+		passOn(d.orders, wire.Order{})
+	}
+	for len(d.acks) < cap(d.acks) {
+		passOn(d.acks, wire.Ack{})
+	}
+	for range 3 {
+		o, err := w.outbox.submit(testContext(t), d.id, wire.KindPing, struct{}{}, time.Minute)
+		must(t, err)
+		_, err = w.outbox.await(testContext(t), o, nil)
+		must(t, err)
 	}
 }

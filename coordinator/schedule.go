@@ -31,6 +31,7 @@ type planner struct {
 	looking   time.Duration // how long that took: it is done for a tenth of the time at most
 	adopted   bool          // what was under way at the start
 	kept      time.Time     // house
+	listed    time.Time     // lists of open orders, put on the shelf anew
 
 	checking   map[string]bool // tasks that have ended and are looked at once more
 	checked    time.Time       // for which ones there are
