@@ -285,13 +285,13 @@ func (m *machine) check(f func()) {
 
 // lookAgain probes now and then: disks come and go, and their health changes.
 func (m *machine) lookAgain(ctx context.Context) {
+	m.judgeInventory()
 	for {
-		m.judgeInventory()
 		if rest(ctx, probeEvery-probeEvery/20+rand.N(probeEvery/10)) != nil {
 			return
 		}
 		old := m.inventory().digest
-		if err := m.probe(ctx); err != nil {
+		if err := m.inspect(ctx); err != nil {
 			if ctx.Err() == nil {
 				m.log.Warn("the machine cannot be probed", "error", err)
 			}
@@ -301,6 +301,15 @@ func (m *machine) lookAgain(ctx context.Context) {
 			m.log.Info("the machine has changed", "inventory", now)
 		}
 	}
+}
+
+// inspect takes the inventory anew, and judges it.
+func (m *machine) inspect(ctx context.Context) error {
+	if err := m.probe(ctx); err != nil {
+		return err
+	}
+	m.judgeInventory()
+	return nil
 }
 
 func (m *machine) judgeInventory() {
@@ -443,10 +452,9 @@ func (m *machine) identify(_ context.Context, o wire.Order, _ func(wire.Progress
 }
 
 func (m *machine) tellInventory(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
-	if err := m.probe(ctx); err != nil {
+	if err := m.inspect(ctx); err != nil {
 		return wire.Outcome{}, err
 	}
-	m.judgeInventory()
 	inv := m.inventory()
 	raw, err := json.Marshal(inv.Inventory)
 	return wire.Outcome{Body: wire.InventoryReport{Digest: inv.digest}, Attachment: raw}, err

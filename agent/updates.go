@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -205,23 +206,48 @@ func (a *Agent) prove(ctx context.Context) {
 		}
 		return
 	}
-	began, said := time.Now(), ""
-	tick := time.NewTicker(proveEvery)
+	try{healthy: a.update.Healthy, look: a.hw.inspect, confirm: a.confirm, changed: a.proving, every: proveEvery, log: a.log}.run(ctx)
+}
+
+// try is one of a version on trial.
+type try struct {
+	healthy func(lived time.Duration) error
+	look    func(context.Context) error
+	confirm func(context.Context) bool
+	changed <-chan struct{} // something that counts
+	every   time.Duration
+	log     *slog.Logger
+}
+
+// run ends when the version is confirmed, or with ctx. A crash that comes at the look at
+// the machine, the first of which in an agent's life is after ten minutes, would come
+// after there is a way back: so one is taken as soon as nothing is worse, and the version
+// is kept only if it lives on after it, as it must for a while anyway.
+func (t try) run(ctx context.Context) {
+	began, said, looked := time.Now(), "", false
+	tick := time.NewTicker(t.every)
 	defer tick.Stop()
 	for {
-		err := a.update.Healthy(time.Since(began))
-		if err == nil && a.confirm(ctx) {
-			a.log.Info("this version is confirmed", "version", a.cfg.Version, "slot", a.cfg.Slot)
+		err := t.healthy(time.Since(began))
+		if open := err == nil || errors.Is(err, ota.ErrNotSteady); open && !looked {
+			looked = true
+			if err := t.look(ctx); err != nil && ctx.Err() == nil {
+				t.log.Warn("the machine cannot be probed", "error", err) // nor could it by the version before
+			}
+			continue
+		}
+		if err == nil && t.confirm(ctx) {
+			t.log.Info("this version is confirmed")
 			return
 		}
 		if err != nil && err.Error() != said && !errors.Is(err, ota.ErrNotSteady) {
 			said = err.Error()
-			a.log.Warn("this version is not confirmed yet", "why", said)
+			t.log.Warn("this version is not confirmed yet", "why", said)
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-a.proving:
+		case <-t.changed:
 		case <-tick.C:
 		}
 	}

@@ -1,7 +1,10 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,6 +107,49 @@ func TestTheOwnersWordOnAnUpdate(t *testing.T) {
 }
 
 // What cannot be read may have been "no".
+// TestAVersionLooksAtItsMachineBeforeItIsKept: once, when nothing is worse any more, and it
+// lives on after it.
+func TestAVersionLooksAtItsMachineBeforeItIsKept(t *testing.T) {
+	worse := errors.New("it does worse")
+	for what, c := range map[string]struct {
+		healthy []error // one after the other
+		looks   error
+		want    string
+	}{
+		"well from the start": {[]error{nil, nil}, nil, "asked looked asked kept"},
+		"not for long enough": {[]error{ota.ErrNotSteady, ota.ErrNotSteady, nil}, nil, "asked looked asked asked kept"},
+		"worse at first":      {[]error{worse, worse, ota.ErrNotSteady, nil}, nil, "asked asked asked looked asked kept"},
+		"worse after it":      {[]error{ota.ErrNotSteady, worse, nil}, nil, "asked looked asked asked kept"},
+		"it cannot look":      {[]error{nil, nil}, errors.New("no such disk"), "asked looked asked kept"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			var did []string
+			changed := make(chan struct{}, 1)
+			do := func(s string) {
+				did = append(did, s)
+				select {
+				case changed <- struct{}{}:
+				default:
+				}
+			}
+			try{
+				healthy: func(time.Duration) error {
+					do("asked")
+					err := c.healthy[0]
+					c.healthy = c.healthy[min(1, len(c.healthy)-1):]
+					return err
+				},
+				look:    func(context.Context) error { do("looked"); return c.looks },
+				confirm: func(context.Context) bool { do("kept"); return true },
+				changed: changed, every: time.Minute, log: slog.New(slog.DiscardHandler),
+			}.run(t.Context())
+			if got := strings.Join(did, " "); got != c.want {
+				t.Errorf("%s, want %s", got, c.want)
+			}
+		})
+	}
+}
+
 func TestAnOwnersWordThatIsDamagedHoldsUpdates(t *testing.T) {
 	dir := t.TempDir()
 	m := newMeter(t, filepath.Join(dir, trafficFile), someDay)

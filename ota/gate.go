@@ -34,7 +34,7 @@ func (s *Service) Healthy(lived time.Duration) error {
 		before = *rec.Before
 	}
 	after := s.figures()
-	after.Crashes = t.failed
+	after.Crashes = t.crashed
 	worse := compare(before, after)
 	if rec.Order == t.order && (rec.After == nil || *rec.After != after || !slices.Equal(rec.Worse, worse)) {
 		if err := s.mem.note(func(r *Record) { r.After, r.Worse = &after, worse }); err != nil {
@@ -57,7 +57,10 @@ func (s *Service) figures() wire.UpdateFigures {
 	return s.o.Figures()
 }
 
-// compare says what is worse after than it was before.
+// compare says what is worse after than it was before. A crash of a try is, however the
+// next try goes: what is confirmed is not gone back from, and to live for longer after a
+// crash proves little of what crashes once in a while. A power cut is none, nor is a try
+// that was given up since nobody was reached.
 func compare(before, after wire.UpdateFigures) (worse []string) {
 	fewer := func(what string, before, after int) {
 		if after < before {
@@ -69,5 +72,8 @@ func compare(before, after wire.UpdateFigures) (worse []string) {
 	}
 	fewer("volumes that are open", before.Volumes, after.Volumes)
 	fewer("sensors that answer", before.Sensors, after.Sensors)
+	if after.Crashes > before.Crashes {
+		worse = append(worse, fmt.Sprintf("tries in which it crashed: %d", after.Crashes))
+	}
 	return worse
 }

@@ -369,6 +369,38 @@ func TestAVersionThatDoesWorseIsNotHealthy(t *testing.T) {
 	}
 }
 
+// TestACrashOfATryIsNotForgiven, however the next one goes. A power cut is none, nor is a
+// try that was given up.
+func TestACrashOfATryIsNotForgiven(t *testing.T) {
+	for what, c := range map[string]struct {
+		ends  func(*slot.Store) (bool, error)
+		words string
+	}{
+		"a crash":     {func(s *slot.Store) (bool, error) { return s.FailTry(slot.B, "it was killed", true) }, "tries in which it crashed: 1"},
+		"given up":    {func(s *slot.Store) (bool, error) { return s.FailTry(slot.B, "nobody was reached", false) }, ""},
+		"a stop":      {func(s *slot.Store) (bool, error) { return s.StopTry(slot.B) }, ""},
+		"a power cut": {func(*slot.Store) (bool, error) { return true, nil }, ""},
+	} {
+		t.Run(what, func(t *testing.T) {
+			f := newFleet(t)
+			f.good("1.1.0")
+			s, dir := f.device()
+			f.installs(s, order("o1", "1.1.0"))
+			slots, err := slot.Open(dir)
+			must(t, err)
+			f.way.try(t, dir)
+			if ended, err := c.ends(slots); !ended || err != nil {
+				t.Fatal(ended, err)
+			}
+			f.way.try(t, dir)
+			err = f.service(dir, func(o *Options) { o.Version = "1.1.0"; f.way.as(o, dir, o.Version) }).Healthy(time.Hour)
+			if (err != nil) != (c.words != "") || err != nil && !strings.Contains(err.Error(), c.words) {
+				t.Errorf("%v, want %q", err, c.words)
+			}
+		})
+	}
+}
+
 // An owner's device that was offline is not held to be online by its update.
 func TestWhoWasOfflineNeedNotBeOnline(t *testing.T) {
 	f := newFleet(t)

@@ -38,7 +38,7 @@ type mechanism interface {
 type trial struct {
 	order, version string
 	running        bool // it is what runs
-	failed         int  // tries that were seen to end badly
+	crashed        int  // tries that ended by a crash; of a firmware, whose try outlives its agent, they are not counted
 }
 
 // release is what is to be installed.
@@ -102,7 +102,7 @@ func (a agents) standing() (*trial, *slot.Outcome, error) {
 	if err != nil || st.Trial == nil {
 		return nil, st.Last, err
 	}
-	return &trial{st.Trial.Order, st.Trial.Version, a.isTrial(st.Trial), st.Trial.Failed}, st.Last, nil
+	return &trial{st.Trial.Order, st.Trial.Version, a.isTrial(st.Trial), st.Trial.Crashed}, st.Last, nil
 }
 
 func (a agents) isTrial(t *slot.Trial) bool {

@@ -118,7 +118,7 @@ type UpdateFigures struct {
 	Online  bool `json:"online"`  // broker and coordinator answer
 	Volumes int  `json:"volumes"` // that are open
 	Sensors int  `json:"sensors"` // that answer
-	Crashes int  `json:"crashes"` // of a version on trial: tries that ended badly
+	Crashes int  `json:"crashes"` // of a version on trial: tries that it ended by a crash
 }
 
 // Phases of an update, in order; see ota/slot.

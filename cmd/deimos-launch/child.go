@@ -26,6 +26,9 @@ type ending struct {
 	lived       time.Duration
 }
 
+// crash tells whether the agent ended as none does in good order, by itself.
+func (e ending) crash() bool { return !e.givenUp && e.code != 0 && e.code != slot.ExitRestart }
+
 func (e ending) String() string {
 	if e.lived == 0 {
 		return e.what
@@ -65,7 +68,7 @@ func (l *launcher) run(c choice) ending {
 			return e
 		case <-deadline:
 			reason := fmt.Sprintf("did not confirm itself within %s", l.confirmWithin)
-			if !l.failTry(c, reason) {
+			if !l.failTry(c, reason, false) {
 				continue // confirmed; the channel fires once
 			}
 			log.Printf("%s: it %s; stopping it", c, reason)

@@ -283,6 +283,25 @@ func TestCrashingTrialRollsBackAfterThreeTries(t *testing.T) {
 	}
 }
 
+// TestWhatIsACrash: the agent holds it against a version, and no other end.
+func TestWhatIsACrash(t *testing.T) {
+	for what, c := range map[string]struct {
+		end  ending
+		want bool
+	}{
+		"an exit code":           {ending{code: 1}, true},
+		"a signal":               {ending{code: -1}, true},
+		"it cannot be started":   {ending{code: 126, unstartable: true}, true},
+		"an end":                 {ending{code: 0}, false},
+		"it wants another start": {ending{code: slot.ExitRestart}, false},
+		"its time was over":      {ending{code: -1, givenUp: true}, false},
+	} {
+		if got := c.end.crash(); got != c.want {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
+}
+
 func TestTrialThatCannotBeExecutedRollsBack(t *testing.T) {
 	r := newRig(t, "0.1.0", "good")
 	r.settle()

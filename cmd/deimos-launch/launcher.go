@@ -73,7 +73,7 @@ func (l *launcher) once(c choice) (code int, again bool) {
 		return 0, false
 	}
 	log.Printf("%s: the agent %s", c, end)
-	if c.trial && (end.givenUp || l.failTry(c, end.String())) {
+	if c.trial && (end.givenUp || l.failTry(c, end.String(), end.crash())) {
 		return 0, l.wait(l.minDelay)
 	}
 	switch {
@@ -210,8 +210,8 @@ func (l *launcher) installFactory(n slot.Name, reason string) (choice, error) {
 }
 
 // failTry tells whether c was still on trial, and records that this try failed.
-func (l *launcher) failTry(c choice, reason string) bool {
-	tried, err := l.slots.FailTry(c.slot, reason)
+func (l *launcher) failTry(c choice, reason string, crashed bool) bool {
+	tried, err := l.slots.FailTry(c.slot, reason, crashed)
 	if err != nil {
 		// The try is paid for already; only its reason is lost.
 		log.Printf("the end of the try could not be recorded: %v", err)

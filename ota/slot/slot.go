@@ -156,6 +156,7 @@ type Trial struct {
 	Version     string `json:"version"`
 	Tries       int    `json:"tries"`                  // left
 	Failed      int    `json:"failed,omitempty"`       // tries that were seen to end badly
+	Crashed     int    `json:"crashed,omitempty"`      // of them, those that it ended itself, and not for want of confirmation
 	Running     bool   `json:"running"`                // a try was paid for and is not known to have ended
 	Interrupted int    `json:"interrupted,omitempty"`  // tries that ended unseen: power, or the launcher was killed
 	Failure     string `json:"last_failure,omitempty"` // how the last seen try ended
@@ -312,8 +313,13 @@ func (t Trial) Spent() bool {
 
 // FailTry ends a try: from here on it can no longer be confirmed. It returns
 // false, and changes nothing, if the slot is not being tried: it was confirmed.
-func (s *Store) FailTry(n Name, reason string) (bool, error) {
-	return s.endTry(Failed, n, func(t *Trial) { t.Failure = reason; t.Failed++ })
+func (s *Store) FailTry(n Name, reason string, crashed bool) (bool, error) {
+	return s.endTry(Failed, n, func(t *Trial) {
+		t.Failure = reason
+		if t.Failed++; crashed {
+			t.Crashed++
+		}
+	})
 }
 
 // StopTry ends a try that somebody stopped in good order, and returns its price.

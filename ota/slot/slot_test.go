@@ -113,13 +113,13 @@ func TestTryIsPaidBeforeItStarts(t *testing.T) {
 		if st := load(t, s); st.Trial.Tries != left {
 			t.Fatalf("%d tries left on disk, want %d", st.Trial.Tries, left)
 		}
-		_, err = s.FailTry(B, "it crashed")
+		_, err = s.FailTry(B, "it crashed", true)
 		must(t, err)
 	}
 	if _, err := s.StartTry(); !errors.Is(err, ErrNoTrial) {
 		t.Errorf("a fourth try: %v", err)
 	}
-	if st := load(t, s); st.Trial.Interrupted != 0 || st.Trial.Failed != Tries {
+	if st := load(t, s); st.Trial.Interrupted != 0 || st.Trial.Failed != Tries || st.Trial.Crashed != Tries {
 		t.Errorf("%+v", st.Trial)
 	}
 }
@@ -145,7 +145,7 @@ func TestPowerCutsAndCrashesHavePursesOfTheirOwn(t *testing.T) {
 				continue
 			}
 			crashes++
-			_, err := s.FailTry(B, "it crashed")
+			_, err := s.FailTry(B, "it crashed", true)
 			must(t, err)
 		}
 		if crashes != Tries && cuts != Interruptions+1 {
@@ -177,7 +177,7 @@ func TestNothingHappensThatIsNotInTheTable(t *testing.T) {
 		Begun:     func(s *Store) error { _, err := s.BeginInstall("o1", "1.0.0"); return err },
 		Marked:    func(s *Store) error { return s.MarkTrial("o1", Image{Version: "2.0.0"}) },
 		Started:   func(s *Store) error { _, err := s.StartTry(); return err },
-		Failed:    func(s *Store) error { return did(s.FailTry(B, "r")) },
+		Failed:    func(s *Store) error { return did(s.FailTry(B, "r", false)) },
 		Stopped:   func(s *Store) error { return did(s.StopTry(B)) },
 		Kept:      func(s *Store) error { return s.Confirm(B) },
 		GoneBack:  func(s *Store) error { _, err := s.RollBack("r"); return err },
@@ -249,7 +249,7 @@ func TestGivenUpTryCannotBeConfirmed(t *testing.T) {
 	}
 	_, err := s.StartTry()
 	must(t, err)
-	if tried, err := s.FailTry(B, "it hangs"); !tried || err != nil {
+	if tried, err := s.FailTry(B, "it hangs", false); !tried || err != nil {
 		t.Fatal(tried, err)
 	}
 	if err := s.Confirm(B); !errors.Is(err, ErrNoTrial) {
@@ -271,7 +271,7 @@ func TestConfirmedTryCannotBeGivenUp(t *testing.T) {
 	_, err := s.StartTry()
 	must(t, err)
 	must(t, s.Confirm(B))
-	if tried, err := s.FailTry(B, "too late"); tried || err != nil {
+	if tried, err := s.FailTry(B, "too late", false); tried || err != nil {
 		t.Errorf("%v, %v", tried, err)
 	}
 }
@@ -414,7 +414,7 @@ func TestRandomHistories(t *testing.T) {
 		case 2:
 			_, err = s.StartTry()
 		case 3:
-			_, err = s.FailTry(B, "r")
+			_, err = s.FailTry(B, "r", false)
 		case 4:
 			_, err = s.StopTry(B)
 		case 5:
