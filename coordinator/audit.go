@@ -67,9 +67,9 @@ type audits struct {
 	caught func(context.Context, api.Audit) error
 }
 
-func newAudits(s *storage, o *outbox, answer Compute, plan AuditPlan, log *slog.Logger) *audits {
+func newAudits(s *storage, o *outbox, answer Compute, engine string, plan AuditPlan, log *slog.Logger) *audits {
 	a := &audits{storage: s, outbox: o, answer: answer, answering: make(chan struct{}, 1), limit: callLimit, newest: newNewestAudits(maxNewestAudits)}
-	a.honesty = newHonesty(a, plan.Jobs, log)
+	a.honesty = newHonesty(a, plan.Jobs, engine, log)
 	a.rounds = newRounds(a, plan, log)
 	return a
 }

@@ -83,12 +83,15 @@ type Config struct {
 	// CertificateLife is how long a device's certificate is good; 0: 30 days, at
 	// least a minute.
 	CertificateLife time.Duration
-	EnrolRate       int          // devices a second that may enrol from one address; 0: 50
-	Compute         Compute      // knows the answers of compute challenges; may be nil
-	Audits          AuditPlan    // challenges that nobody asks for; the zero value is none
-	Repair          RepairPlan   // of what devices lose; the zero value is none
-	Log             *slog.Logger // nil drops everything
-	Version         string       // of this program, for who asks
+	EnrolRate       int     // devices a second that may enrol from one address; 0: 50
+	Compute         Compute // knows the answers of compute challenges; may be nil
+	// Engine is what Compute runs modules with, as in [wire.JobResult]. Only devices whose
+	// engine has that version can be trusted; empty: none.
+	Engine  string
+	Audits  AuditPlan    // challenges that nobody asks for; the zero value is none
+	Repair  RepairPlan   // of what devices lose; the zero value is none
+	Log     *slog.Logger // nil drops everything
+	Version string       // of this program, for who asks
 
 	now          func() time.Time // for tests; nil is time.Now
 	ackHold      time.Duration    // for tests; 0 is ackHold
@@ -346,7 +349,7 @@ func (c *Coordinator) openState(ctx context.Context) error {
 	c.inventories = newInventories(c.reg, c.outbox, c.now, c.log)
 	c.storage = &storage{life: c.life, networks: networks{now: c.now}, wait: cmp.Or(c.cfg.serve, serveWait), outbox: c.outbox, reg: c.reg, auth: c.auth, log: c.log,
 		holds: make(map[wire.DeviceID]map[string]int64), where: make(map[string][]spotOn), on: make(map[wire.DeviceID]map[string]int), stripes: stripes{now: c.now}, resting: resting{now: c.now}}
-	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Audits, c.log)
+	c.audits = newAudits(c.storage, c.outbox, c.cfg.Compute, c.cfg.Engine, c.cfg.Audits, c.log)
 	c.outbox.jobEnded = c.audits.honesty.ended
 	if c.cfg.even != nil {
 		c.audits.honesty.even = c.cfg.even

@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -44,7 +45,8 @@ import (
 type honesty struct {
 	audits *audits
 	jobs   *jobs
-	active bool // whether challenges are made that nobody asked for
+	active bool   // whether challenges are made that nobody asked for
+	engine string // the coordinator's own; see [Config]
 	log    *slog.Logger
 	now    func() time.Time
 	even   func() float64 // evenly from [0, 1), and not to be foretold
@@ -62,6 +64,7 @@ type honesty struct {
 	ours    map[string]time.Time      // orders that are no customer's; zero: until they end, else forgotten then
 	judging map[string]bool           // orders of challenges that wait for their turn, or whose ends are awaited
 	had     map[wire.DeviceID]*hadJobs
+	engines enginesSeen
 	models  []string // the newest jobs of customers after which challenges were drawn
 }
 
@@ -99,8 +102,8 @@ const (
 	answerLimit = 2 * time.Minute
 )
 
-func newHonesty(a *audits, active bool, log *slog.Logger) *honesty {
-	return &honesty{audits: a, active: active, log: log, now: a.outbox.now, even: rand.Float64,
+func newHonesty(a *audits, active bool, engine string, log *slog.Logger) *honesty {
+	return &honesty{audits: a, active: active, engine: engine, log: log, now: a.outbox.now, even: rand.Float64,
 		wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), sent: make(chan challengeRow),
 		earned: make(map[wire.DeviceID]*earned), ours: make(map[string]time.Time), judging: make(map[string]bool), had: make(map[wire.DeviceID]*hadJobs)}
 }
@@ -119,8 +122,68 @@ func (h *honesty) standing(d wire.DeviceID) trust.Standing {
 	// would be believed for what another engine has earned.
 	if rec, ok := h.audits.storage.reg.rows.get(string(d)); ok {
 		s.Under(trust.Runtime{Agent: rec.Agent, Engine: h.audits.storage.reg.engineOf(d)}, h.now())
+		s.Never = h.never(s.Runtime.Engine, rec.Arch)
 	}
 	return s
+}
+
+// enginesSeen is which engines several owners' devices have; true: more than one's.
+type enginesSeen struct {
+	at      time.Time
+	several map[string]bool
+}
+
+const enginesFresh = time.Second
+
+// never is why a device with that engine cannot be trusted; empty if it can. A result of an
+// engine that the coordinator has not is judged by others who have it: where there is nobody
+// else, a lie would cost little.
+func (h *honesty) never(engine, arch string) string {
+	switch {
+	case engine == "":
+		return "it has not said what engine it has"
+	case !trust.Runs(h.engine, engine, arch):
+		return fmt.Sprintf("it says that its engine is %q on %s, and the coordinator's is %q: of another version, or one that the device cannot have, nobody can say what its results are to be; update the older of the two", engine, arch, h.engine)
+	case engine == h.engine || h.several(engine):
+		return ""
+	}
+	return fmt.Sprintf("its engine is %s, the coordinator's is %s, and no device of another owner has it, who could vouch for results; say whose devices are with \"deimos device label DEVICE owner=NAME\"", engine, h.engine)
+}
+
+// several tells whether devices of more than one owner have an engine.
+func (h *honesty) several(engine string) bool {
+	h.mu.Lock()
+	seen := h.engines
+	h.mu.Unlock()
+	if seen.several == nil || time.Since(seen.at) > enginesFresh {
+		seen = enginesSeen{time.Now(), make(map[string]bool)}
+		reg, first := h.audits.storage.reg, make(map[string]string)
+		for _, v := range reg.list() {
+			e := cmp.Or(reg.engineOf(v.ID), h.audits.scoreOf(v.ID).Compute.Runtime.Engine)
+			if v.Retired || !trust.Runs(h.engine, e, v.Arch) {
+				continue
+			}
+			whose := ownerOf(v.DeviceRecord)
+			if _, ok := first[e]; !ok {
+				first[e] = whose
+			}
+			seen.several[e] = seen.several[e] || first[e] != whose
+		}
+		h.mu.Lock()
+		h.engines = seen
+		h.mu.Unlock()
+	}
+	return seen.several[engine]
+}
+
+// engineAs is the engine that a device says as the rules take it: empty if it cannot have it.
+// Who says that he has the coordinator's is taken at his word: he is judged by that.
+func (h *honesty) engineAs(d wire.DeviceID, said string) string {
+	rec, ok := h.audits.storage.reg.rows.get(string(d))
+	if said != h.engine && (!ok || !trust.Runs(h.engine, said, rec.Arch)) {
+		return ""
+	}
+	return said
 }
 
 // into adds what was earned to a standing.
@@ -156,7 +219,7 @@ func (h *honesty) copyOf(d wire.DeviceID) trust.Copy { return h.copyAs(d, h.stan
 
 // copyAs is copyOf, of a device whose standing is known.
 func (h *honesty) copyAs(d wire.DeviceID, s trust.Standing) trust.Copy {
-	c := trust.Copy{Device: d, Owner: string(d), Engine: s.Runtime.Engine}
+	c := trust.Copy{Device: d, Owner: string(d), Engine: h.engineAs(d, s.Runtime.Engine)}
 	rec, ok := h.audits.storage.reg.rows.get(string(d))
 	switch {
 	case !ok:
@@ -197,6 +260,8 @@ func (h *honesty) settle(ctx context.Context, c trust.Case, verdicts []trust.Ver
 			h.earn(v.Device, func(e *earned) { e.confirmed = append(e.confirmed, v.CPUSeconds) })
 		case trust.Doubtful:
 			err = h.doubt(ctx, v.Device, c.Module)
+		case trust.Failing:
+			err = h.fail(ctx, v.Device, c.Module)
 		case trust.Wrong:
 			err = h.lied(ctx, v, *c.Own)
 		}
@@ -225,6 +290,16 @@ func (h *honesty) doubt(ctx context.Context, d wire.DeviceID, module string) err
 	}
 	_, err := h.audits.scores.change(ctx, string(d), func(s *score, _ bool) error {
 		s.Compute.Doubt(module, h.now())
+		return nil
+	})
+	return err
+}
+
+// fail keeps that a module failed on a device alone.
+func (h *honesty) fail(ctx context.Context, d wire.DeviceID, module string) error {
+	h.log.Info("a module failed on a device and not on the coordinator; it gets no jobs of it for two weeks", "device", d, "module", module)
+	_, err := h.audits.scores.change(ctx, string(d), func(s *score, _ bool) error {
+		s.Compute.Fail(module, h.now())
 		return nil
 	})
 	return err
@@ -518,7 +593,7 @@ func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own,
 		return true, ""
 	}
 	me := h.copyOf(d)
-	me.Engine = res.Engine
+	me.Engine = h.engineAs(d, res.Engine)
 	c := trust.Case{Module: asked.Module.SHA256, Own: &own, Sent: []trust.Copy{me}}
 	c.Answered(trust.Answer{Copy: me, Digest: resultDigest(res)})
 	for _, v := range h.conclude(ctx, &c, asked) {
@@ -608,7 +683,7 @@ func (h *honesty) ask(ctx context.Context, to trust.Copy, wanted wire.JobRun) tr
 		return a
 	}
 	if res, err := decodeResult(v.Result); err == nil && res.Module == wanted.Module.SHA256 && res.Input == wanted.Input {
-		a.Digest, a.Engine, a.Order, a.CPUSeconds, a.Disturbed = resultDigest(res), label(res.Engine), order.ID, res.CPUSeconds, disturbed(res)
+		a.Digest, a.Engine, a.Order, a.CPUSeconds, a.Disturbed = resultDigest(res), h.engineAs(to.Device, label(res.Engine)), order.ID, res.CPUSeconds, disturbed(res)
 	}
 	return a
 }

@@ -127,7 +127,7 @@ func TestAChallengeComesAmongJobsAndIsLikeThem(t *testing.T) {
 	}
 	eventually(t, "it is counted", func() bool {
 		s := w.audits.honesty.standing(d.id)
-		return s.Challenges > 0.9 && s.Jobs > 0.9 && s.Jobs < 1.1 && s.Right > 0.2 && s.Runtime == trust.Runtime{Engine: "toy", Agent: "1.0.0"}
+		return s.Challenges > 0.9 && s.Jobs > 0.9 && s.Jobs < 1.1 && s.Right > 0.2 && s.Runtime == trust.Runtime{Engine: toyOnDevices, Agent: "1.0.0"}
 	})
 }
 
@@ -171,7 +171,7 @@ func TestALieCostsTheFigureAndAllFurtherJobs(t *testing.T) {
 	luck.never.Store(true)
 	h, err := w.op.Honesty(testContext(t), d.id)
 	must(t, err)
-	if !h.Distrusted || !h.Aside || h.Trusted || h.Share != 0.2 || h.Compute > 0.2 || len(h.Penalties) != 1 || len(h.Why) == 0 || h.Engine != "toy" || h.Agent != "1.0.0" {
+	if !h.Distrusted || !h.Aside || h.Trusted || h.Share != 0.2 || h.Compute > 0.2 || len(h.Penalties) != 1 || len(h.Why) == 0 || h.Engine != toyOnDevices || h.Agent != "1.0.0" {
 		t.Fatalf("%+v", h)
 	}
 	p := h.Penalties[0]
@@ -252,7 +252,7 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 			w := openWith(t, t.TempDir(), func(c *Config) {
 				c.Compute = func(ctx context.Context, j ComputeJob) (ComputeResult, error) {
 					r, err := toyEngine(ctx, j)
-					r.Engine = "toy of the coordinator"
+					r.Engine = toyElsewhere
 					return r, err
 				}
 			})
@@ -274,7 +274,7 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 				x := devices[i+1]
 				x.on(wire.KindJobRun, func(o wire.Order) *reply { return x.compute(o, bend) })
 				w.doJob(t, x, module, id)
-				eventually(t, "it is known what engine it has", func() bool { return w.audits.honesty.copyOf(x.id).Engine == "toy" })
+				eventually(t, "it is known what engine it has", func() bool { return w.audits.honesty.copyOf(x.id).Engine == toyOnDevices })
 			}
 			d.lies()
 			a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.ComputeAudit, Device: d.id, Module: module})
@@ -427,7 +427,7 @@ func TestAnUpdateOfTheAgentMakesADeviceNew(t *testing.T) {
 	h := w.audits.honesty
 	for range 50 {
 		h.earn(d.id, func(e *earned) {
-			e.runtime = trust.Runtime{Engine: "toy", Agent: "1.0.0"}
+			e.runtime = trust.Runtime{Engine: toyOnDevices, Agent: "1.0.0"}
 			e.confirmed = append(e.confirmed, 10)
 		})
 	}

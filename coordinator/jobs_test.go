@@ -337,7 +337,7 @@ func (d *device) tell(j *wire.JobsState) {
 }
 
 func ready() *wire.JobsState {
-	return &wire.JobsState{Host: 1, Engine: "wazero/1 compiler arm64", Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900, Live: true, Sensors: true, Datasets: []string{"photos"}}
+	return &wire.JobsState{Host: 1, Engine: toyOnDevices, Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900, Live: true, Sensors: true, Datasets: []string{"photos"}}
 }
 
 func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
@@ -382,7 +382,7 @@ func TestAJobThatNoDeviceCanDoWaitsAndSaysWhy(t *testing.T) {
 		case "live", "sensors":
 			st.Live, st.Sensors = false, false
 		case "engine":
-			st.Engine = "wazero/1 interpreter arm"
+			st.Engine = toyInterpreted
 		case "paused":
 			st.Pause = &wire.Pause{Code: "paused"}
 		case "policy":
@@ -694,7 +694,7 @@ func (d *device) maker(bend func(*wire.JobResult, *wire.Statement)) func(o wire.
 		d.mu.Lock()
 		d.chunks[id] = all
 		d.mu.Unlock()
-		r := wire.JobResult{Module: b.Module.SHA256, Output: hex.EncodeToString(none[:]), Engine: "toy",
+		r := wire.JobResult{Module: b.Module.SHA256, Output: hex.EncodeToString(none[:]), Engine: toyOnDevices,
 			Outputs: []wire.JobOutput{{Name: "copy", SHA256: hex.EncodeToString(sum[:]), Size: int64(len(all)), Parts: []wire.JobPart{{Chunk: id, Size: int64(len(all))}}}}}
 		st := wire.Statement{Type: wire.StatementType, PredicateType: wire.JobPredicateType,
 			Subject:   []wire.Resource{{Name: wire.Stdout, Digest: map[string]string{"sha256": r.Output}}, {Name: "copy", Digest: map[string]string{"sha256": r.Outputs[0].SHA256, "deimosChunk": id}}},

@@ -15,8 +15,8 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 	t.Parallel()
 	w, _ := honestWorld(t, func(c *Config) { hurried(c); c.jobPace.away = time.Minute; c.jobPace.late = time.Minute })
 	d, holder := w.device(t), w.device(t)
-	d.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: "toy", Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900})
-	holder.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: "toy", Slots: 0, MemoryBytes: 1 << 30, WallSeconds: 900})
+	d.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: toyOnDevices, Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900})
+	holder.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: toyOnDevices, Slots: 0, MemoryBytes: 1 << 30, WallSeconds: 900})
 	const files = 6
 	w.prefixed(t, "f/", files, 2)
 	var mu sync.Mutex

@@ -86,7 +86,9 @@ func (s *jobs) caseOf(job jobRow, t taskRow) trust.Case {
 	}
 	for _, d := range order {
 		a, to := last[d], s.honesty.copyOf(d)
-		to.Engine = cmp.Or(a.Engine, to.Engine)
+		if a.Engine != "" {
+			to.Engine = s.honesty.engineAs(d, a.Engine)
+		}
 		c.Sent = append(c.Sent, to)
 		switch {
 		case a.Ended.IsZero():

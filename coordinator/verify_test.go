@@ -46,7 +46,7 @@ func (w *world) trusts(t testing.TB, d *device) {
 	h := w.audits.honesty
 	for range 50 {
 		h.earn(d.id, func(e *earned) {
-			e.runtime = trust.Runtime{Engine: "toy", Agent: "1.0.0"}
+			e.runtime = trust.Runtime{Engine: toyOnDevices, Agent: "1.0.0"}
 			e.confirmed = append(e.confirmed, 10)
 		})
 	}
@@ -169,7 +169,7 @@ func TestWithoutAnotherOwnerAResultSaysSo(t *testing.T) {
 	r, err = w.op.RunJob(testContext(t), q)
 	wantSure(t, r, err, api.ByReputation, "")
 	// What it has earned was with another engine.
-	ds[0].tell(&wire.JobsState{Host: 1, Engine: "other", Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900})
+	ds[0].tell(&wire.JobsState{Host: 1, Engine: toyInterpreted, Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900})
 	r, err = w.op.RunJob(testContext(t), q)
 	wantSure(t, r, err, api.ByNobody, api.UnverifiedNoOther)
 	q = input(q.Module, "in")
@@ -340,6 +340,47 @@ func TestWhatCannotBePutRightIsRetracted(t *testing.T) {
 	})
 }
 
+// What an engine has another result with, only those can tell who have it: who is alone with one,
+// or says one that the coordinator does not know, is not believed alone.
+func TestAnEngineThatNobodyElseHasMakesNoTrust(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t, func(c *Config) { c.Engine = toyElsewhere })
+	a, h := w.device(t), w.audits.honesty
+	earns := func(d *device, engine string) {
+		for range 50 {
+			h.earn(d.id, func(e *earned) {
+				e.runtime, e.confirmed = trust.Runtime{Engine: engine, Agent: "1.0.0"}, append(e.confirmed, 10)
+			})
+		}
+		must(t, h.flush(testContext(t)))
+	}
+	earns(a, toyOnDevices)
+	if h.trusted(a.id) || !strings.Contains(h.standing(a.id).Never, "no device of another owner") {
+		t.Errorf("alone with its engine: %+v", h.standing(a.id))
+	}
+	b := w.device(t)
+	_, err := w.reg.rows.change(testContext(t), string(b.id), func(v *api.DeviceRecord, _ bool) error {
+		rec, _ := w.reg.rows.get(string(a.id))
+		v.Token = rec.Token
+		return nil
+	})
+	must(t, err)
+	earns(b, toyOnDevices)
+	time.Sleep(enginesFresh) // what was seen of engines is as old
+	if h.trusted(a.id) || h.trusted(b.id) {
+		t.Errorf("two by one token: %+v", h.standing(a.id))
+	}
+	w.owns(t, "another", b)
+	eventually(t, "two owners have it", func() bool { return h.trusted(a.id) && h.trusted(b.id) })
+	for _, odd := range []string{"wazero/1.12.0 compiler riscv64", "wazero/1.11.0 compiler arm64", toyElsewhere} {
+		earns(a, odd)
+		earns(b, odd)
+		if h.trusted(a.id) || h.trusted(b.id) {
+			t.Errorf("%s: %+v", odd, h.standing(a.id))
+		}
+	}
+}
+
 // What a device was believed for alone is run by the coordinator once it is doubted, and it has
 // to earn anew that it is believed.
 func TestWhatADoubtedDeviceWasBelievedForIsRun(t *testing.T) {
@@ -347,7 +388,7 @@ func TestWhatADoubtedDeviceWasBelievedForIsRun(t *testing.T) {
 	w := sureWorld(t, func(c *Config) {
 		c.Compute = func(ctx context.Context, j ComputeJob) (ComputeResult, error) {
 			r, err := toyEngine(ctx, j)
-			r.Engine = "toy of the coordinator"
+			r.Engine = toyElsewhere
 			return r, err
 		}
 	})

@@ -95,6 +95,13 @@ func toyCompute(_ context.Context, module []byte, args []string, input []byte) (
 	return fmt.Appendf(nil, "%x\n", h.Sum(nil)), nil
 }
 
+// Engines, as devices and coordinators say them; the tests' devices are arm64.
+const (
+	toyOnDevices   = "wazero/1.12.0 compiler arm64"
+	toyInterpreted = "wazero/1.12.0 interpreter arm64"
+	toyElsewhere   = "wazero/1.12.0 compiler amd64"
+)
+
 // toyEngine runs a job from standard input to standard output.
 func toyEngine(ctx context.Context, j ComputeJob) (ComputeResult, error) {
 	out, err := toyCompute(ctx, j.Module, j.Args, j.Input)
@@ -102,7 +109,7 @@ func toyEngine(ctx context.Context, j ComputeJob) (ComputeResult, error) {
 }
 
 func testConfig(dir string) Config {
-	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyEngine, ackHold: time.Millisecond, serve: patience / 4}
+	return Config{Dir: dir, Listen: "127.0.0.1:0", MQTT: "127.0.0.1:0", Compute: toyEngine, Engine: toyOnDevices, ackHold: time.Millisecond, serve: patience / 4}
 }
 
 // open starts a coordinator in dir; the caller closes it.
@@ -671,7 +678,7 @@ func (d *device) compute(o wire.Order, bend func(r *wire.JobResult, output []byt
 	}
 	out, _ := toyCompute(context.Background(), []byte(module), b.Args, input)
 	sum := sha256.Sum256(out)
-	r := wire.JobResult{Module: b.Module.SHA256, Input: b.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: "toy"}
+	r := wire.JobResult{Module: b.Module.SHA256, Input: b.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: toyOnDevices}
 	if bend != nil {
 		out = bend(&r, out)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/deimos-edge/deimos/coordinator"
 	"github.com/deimos-edge/deimos/coordinator/api"
 	"github.com/deimos-edge/deimos/internal/cli"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/packaging/tour"
 )
 
@@ -88,7 +89,7 @@ func (s *serveCmd) Run(ctx context.Context) error {
 	}
 	engine := newEngine(s.Dir, cfg.Log)
 	defer engine.close() // after the coordinator
-	cfg.Compute = engine.compute
+	cfg.Compute, cfg.Engine = engine.compute, sandbox.Engine()
 	c, err := coordinator.Start(ctx, cfg)
 	if err != nil {
 		return &cli.Error{Code: cli.ExitNoCreate, Err: err}

@@ -37,12 +37,13 @@ type Copy struct {
 	Owner string `json:"owner"`
 	// Near is what makes it likely that two devices have one owner: a token by which both
 	// came in, say. Empty is near to nobody.
-	Near   string `json:"near,omitempty"`
+	Near string `json:"near,omitempty"`
+	// Engine is empty if it is not known, or the device cannot have it ([Runs]).
 	Engine string `json:"engine,omitempty"`
 }
 
-// likely is whose a device may be, as far as that can be told.
-func (c Copy) likely() string { return cmp.Or(c.Near, c.Owner) }
+// Likely is whose a device may be, as far as that can be told.
+func (c Copy) Likely() string { return cmp.Or(c.Near, c.Owner) }
 
 // Answer is what came of a copy; of each device the first counts.
 type Answer struct {
@@ -125,6 +126,7 @@ const (
 	Confirmed Finding = "confirmed" // another owner or the coordinator has the same
 	Wrong     Finding = "wrong"     // a lie: the coordinator has another, and is right
 	Doubtful  Finding = "doubtful"  // the coordinator has another, or most others have
+	Failing   Finding = "failing"   // the module failed there, and the coordinator has a result
 )
 
 // Verdict is a finding about a device.
@@ -254,8 +256,8 @@ func (c Case) settled(given []Answer, open int) Step {
 			continue
 		}
 		s.Why = "the coordinator has another result"
-		if a.Digest == Failed || c.Own.Digest == Failed {
-			found[a.Device] = Doubtful
+		if a.Digest == Failed {
+			found[a.Device] = Failing
 			continue
 		}
 		f, ask := c.judge(a, given)
@@ -281,15 +283,18 @@ func (c Case) judge(a Answer, given []Answer) (f Finding, ask bool) {
 	if c.Own.Engine == "" || a.Engine == c.Own.Engine {
 		return Wrong, false
 	}
+	if a.Engine == "" { // there is nobody with it to ask
+		return Doubtful, false
+	}
 	against, with := map[string]bool{}, map[string]bool{a.Owner: true}
-	apart := map[string]bool{a.likely(): true}
+	apart := map[string]bool{a.Likely(): true}
 	for _, b := range given {
 		switch {
 		case b.Engine != a.Engine:
 		case b.Digest == c.Own.Digest && b.Owner != a.Owner:
 			against[b.Owner] = true
 		case b.Digest == a.Digest:
-			with[b.Owner], apart[b.likely()] = true, true
+			with[b.Owner], apart[b.Likely()] = true, true
 		}
 	}
 	switch {
@@ -342,5 +347,7 @@ func (s *Standing) Credit(v Verdict, module string, now time.Time) {
 		s.Lied(v.CPUSeconds, now)
 	case Doubtful:
 		s.Doubt(module, now)
+	case Failing:
+		s.Fail(module, now)
 	}
 }

@@ -30,6 +30,7 @@
 // it is a doubt: the device counts as new, and gets no jobs of that module for a while; over
 // several modules, none at all. That an engine has a result of its own, devices of three owners must
 // say who are not near to one another ([Copy]): a league that came in by one token clears nobody.
+// A name of an engine that the device cannot have ([Runs]) is none, and nobody can vouch for it.
 //
 // # Memory
 //
@@ -64,6 +65,9 @@ type Standing struct {
 	Since      time.Time `json:"since,omitzero"`        // when it was first seen with that
 	ResetBy    string    `json:"reset_by,omitempty"`    // a sentence: why it began anew then; empty if it did not
 	ResetRight float64   `json:"reset_right,omitempty"` // what Right was before
+	// Never is a sentence: why it is not trusted now, whatever it has earned. It follows
+	// from the fleet, and is not kept.
+	Never string `json:"-"`
 }
 
 // Doubt is a result that differs from the coordinator's and that nobody could vouch for
@@ -157,9 +161,9 @@ func (s Standing) May(module string) bool {
 	return !s.Aside() && !slices.ContainsFunc(s.Doubts, func(d Doubt) bool { return d.Module == module })
 }
 
-// earned is from 0, of a new device or one that is doubted, to 1.
+// earned is from 0, of a new device, or one that is doubted or cannot be trusted, to 1.
 func (s Standing) earned() float64 {
-	if s.Figure() < trustedAbove || len(s.Doubts) > 0 {
+	if s.Figure() < trustedAbove || len(s.Doubts) > 0 || s.Never != "" {
 		return 0
 	}
 	return min(s.Right/trustedFrom, 1)
@@ -243,8 +247,15 @@ func (s *Standing) Lied(cpuSeconds float64, now time.Time) {
 // SHA-256. What was confirmed before is forgotten: else a lie that nobody can prove would
 // cost two weeks, and be believed without company again after them.
 func (s *Standing) Doubt(module string, now time.Time) {
+	s.Fail(module, now)
+	s.Right = 0
+}
+
+// Fail counts that a module failed on the device, and not on the coordinator. It says nothing
+// about results that were given, so what was confirmed stays; but it is a doubt for as long as others.
+func (s *Standing) Fail(module string, now time.Time) {
 	*s = s.Aged(now)
-	s.At, s.Right = now.UTC(), 0
+	s.At = now.UTC()
 	others := slices.DeleteFunc(slices.Clone(s.Doubts), func(d Doubt) bool { return d.Module == module })
 	s.Doubts = append(others, Doubt{now.UTC(), module})
 	s.Doubts = s.Doubts[max(0, len(s.Doubts)-asideFrom):]
@@ -260,13 +271,15 @@ func (s Standing) Explain() (why []string) {
 	case s.Distrusted():
 		say("it gets no jobs: a result of its was proved wrong, and half of what that counts is forgotten every %.0f days", HalfLife.Hours()/24)
 	case s.Aside():
-		say("it gets no jobs for %.0f days: over %d modules its results differ from the coordinator's, and no other device with its engine could vouch for either", doubtLife.Hours()/24, len(s.Doubts))
+		say("it gets no jobs for %.0f days: over %d modules its results differ from the coordinator's, or there are none, and no other device with its engine could vouch for either", doubtLife.Hours()/24, len(s.Doubts))
+	case s.Never != "":
+		say("its results are not believed without another owner's device: %s", s.Never)
 	case s.Trusted():
 		say("its results are believed: %.1f were confirmed", s.Right)
 	case s.Figure() < trustedAbove:
 		say("its results are not believed without another owner's device: one was proved wrong")
 	case len(s.Doubts) > 0:
-		say("its results are not believed without another owner's device: over a module they differ from the coordinator's, and no other device with its engine could vouch for either; it gets no jobs of that module for %.0f days", doubtLife.Hours()/24)
+		say("its results are not believed without another owner's device: over a module they differ from the coordinator's, or it failed there alone, and no other device with its engine could vouch for either; it gets no jobs of that module for %.0f days", doubtLife.Hours()/24)
 	default:
 		say("its results are not believed without another owner's device: %.1f were confirmed, and %.0f make it trusted", s.Right, Needed)
 	}

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -417,5 +418,52 @@ func TestCompanyIsForTheNewAndNowAndThenForTheTrusted(t *testing.T) {
 	}
 	if c := NewCase("m", Standing{}, 0.5, 0.19); !c.Check || c.Module != "m" {
 		t.Errorf("%+v", c)
+	}
+}
+
+// Only names that a device of its kind can have, of the coordinator's version, stand for an engine.
+func TestAnEngineIsOneThatTheDeviceCanHave(t *testing.T) {
+	t.Parallel()
+	const own = "wazero/1.12.0 compiler amd64"
+	for _, c := range []struct {
+		own, said, arch string
+		runs            bool
+	}{
+		{own, own, "amd64", true},
+		{own, "wazero/1.12.0 compiler arm64", "arm64", true},
+		{own, "wazero/1.12.0 interpreter arm", "arm", true},
+		{own, "wazero/1.12.0 interpreter arm64", "arm64", true},
+		{own, "wazero/1.12.0 compiler arm64", "amd64", false},
+		{own, "wazero/1.12.0 compiler riscv64", "riscv64", false},
+		{own, "wazero/1.11.0 compiler amd64", "amd64", false},
+		{own, "wasmtime/1.12.0 compiler amd64", "amd64", false},
+		{own, "wazero/1.12.0 magic amd64", "amd64", false},
+		{own, "wazero/1.12.0  compiler amd64", "amd64", false},
+		{own, "wazero/1.12.0 compiler amd64 of mine", "amd64", false},
+		{own, "", "amd64", false},
+		{"", own, "amd64", false},
+		{"", "", "", false},
+	} {
+		if got := Runs(c.own, c.said, c.arch); got != c.runs {
+			t.Errorf("%q of a coordinator with %q on %s: %v", c.said, c.own, c.arch, got)
+		}
+	}
+}
+
+// A module that fails on one device alone puts it aside for that, and it keeps what it has earned.
+func TestAFailureCostsNothingThatWasEarned(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1e9, 0)
+	s := Standing{At: now, Right: 60}
+	s.Credit(Verdict{Finding: Failing}, "m", now)
+	if s.Right != 60 || s.May("m") || !s.May("other") || s.Trusted() {
+		t.Errorf("%+v", s)
+	}
+	if s = s.Aged(now.Add(doubtLife + time.Hour)); !s.Trusted() || !s.May("m") {
+		t.Errorf("later: %+v", s)
+	}
+	s.Never = "for a reason"
+	if s.Trusted() || s.Share() != newShare || !strings.Contains(strings.Join(s.Explain(), "\n"), "for a reason") {
+		t.Errorf("it can never be trusted: %v", s.Explain())
 	}
 }
