@@ -47,6 +47,9 @@ func (h *honesty) like(ctx context.Context, o owed) (l likeness, err error) {
 	if l.device, there = h.jobs.deviceNow(o.Device); !there {
 		return l, errors.New("the device has left")
 	}
+	if l.device.jobs == nil { // it may do another job than it is asked to, which would be called a lie
+		return l, errors.New("its agent does not say how it stands with jobs")
+	}
 	had, err := h.hadBy(ctx, o.Device)
 	if err != nil {
 		return l, err

@@ -37,6 +37,8 @@ type challengeRow struct {
 	Own    *trust.Own `json:"own,omitempty"`
 	Secret string     `json:"secret,omitempty"`
 	Claims claims     `json:"claims,omitempty"`
+	// Needs are those of the customer's job that it is made of: witnesses have to meet them, too.
+	Needs api.JobNeeds `json:"needs,omitzero"`
 }
 
 func byChallenge(x, y challengeRow) int { return cmp.Compare(x.ID, y.ID) }
@@ -117,7 +119,7 @@ func (a *audits) computeChallenge(ctx context.Context, rec api.Audit, l likeness
 	if job.Input != "" {
 		row.Chunks = []string{job.Input}
 	}
-	row.Claims = a.storage.claims(row.Device, row.Chunks)
+	row.Claims, row.Needs = a.storage.claims(row.Device, row.Chunks), l.asked.needs
 	// The commitment is on record before the device can know of the job.
 	return a.begin(ctx, row)
 }
@@ -266,7 +268,7 @@ func (a *audits) judgedJob(ctx context.Context, row challengeRow, v OrderRecord)
 		if !got.OtherResult || err != nil {
 			return got
 		}
-		if lie, why := a.honesty.vouched(ctx, asked, *row.Own, res, rec.Device); !lie {
+		if lie, why := a.honesty.vouched(ctx, askedAs(asked, row.Needs), *row.Own, res, rec.Device); !lie {
 			got.Outcome, got.Reason = api.AuditVoid, why
 		}
 		return got

@@ -33,7 +33,7 @@ func TestALateAnswerToAChallengeIsJudged(t *testing.T) {
 			t.Parallel()
 			w, luck := honestWorld(t, func(*Config) {})
 			w.audits.limit = 2 * time.Second
-			d, _ := w.device(t), w.device(t)
+			d, _ := w.worker(t), w.worker(t)
 			ids := w.chunksOf(t, 3, 5000)
 			has, may := make(chan bool, 1), make(chan bool)
 			d.afterTheFirst(func(o wire.Order) *reply {
@@ -71,7 +71,7 @@ func TestAChallengeUnderWaySurvivesARestart(t *testing.T) {
 		return openWith(t, dir, func(c *Config) { c.Audits.Jobs, c.even = true, l.even })
 	}
 	w := start()
-	d, other := w.device(t), w.device(t)
+	d, other := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	has := make(chan bool, 8)
 	d.afterTheFirst(func(wire.Order) *reply {
@@ -91,6 +91,8 @@ func TestAChallengeUnderWaySurvivesARestart(t *testing.T) {
 	d.lies()
 	other.connect(w)
 	d.connect(w)
+	other.tell(ready())
+	d.tell(ready())
 	t.Cleanup(d.leave)
 	t.Cleanup(other.leave)
 	eventually(t, "the answer is judged, and counted", func() bool { return len(w.audits.underWay()) == 0 })
@@ -107,7 +109,7 @@ func TestAChallengeUnderWaySurvivesARestart(t *testing.T) {
 func TestAChallengeThatADeviceNeverCameToIsNotHeldAgainstIt(t *testing.T) {
 	t.Parallel()
 	w, luck := honestWorld(t, func(*Config) {})
-	d, _ := w.device(t), w.device(t)
+	d, _ := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	orders := make(chan wire.Order, 8)
 	d.afterTheFirst(func(o wire.Order) *reply {
@@ -134,6 +136,9 @@ func TestWhoIsSentNoChallenge(t *testing.T) {
 	h := w.audits.honesty
 	<-w.fill(h.turn) // nobody makes one
 	must(t, h.rows.create(testContext(t), "x", owed{Device: d.id, Order: "y"}))
+	if _, _, ok := h.oldest(); ok {
+		t.Error("its agent says nothing about jobs, and it is sent one")
+	}
 	said := ready()
 	for _, paused := range []bool{true, false} {
 		if said.Pause = nil; paused {

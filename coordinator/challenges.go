@@ -84,7 +84,7 @@ func (h *honesty) oldest() (key string, first owed, ok bool) {
 	})
 	reg := h.audits.storage.reg
 	h.rows.each(func(k string, o owed) bool {
-		if (!ok || k < key) && !o.Next.After(h.now()) && unheard[o.Device] < maxUnheard && reg.mayWork(o.Device) && !reg.pauses(o.Device) {
+		if (!ok || k < key) && !o.Next.After(h.now()) && unheard[o.Device] < maxUnheard && reg.mayWork(o.Device) && reg.runsJobs(o.Device) {
 			key, first, ok = k, o, true
 		}
 		return true

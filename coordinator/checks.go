@@ -98,10 +98,11 @@ func (s *jobs) check(ctx context.Context, key string) {
 // conclude asks and runs what a task's case still needs, and keeps what follows.
 func (s *jobs) conclude(ctx context.Context, job jobRow, key string, t taskRow) error {
 	h := s.honesty
-	asked, err := h.askedOf(ctx, t)
+	run, err := h.askedOf(ctx, t)
 	if err != nil {
 		return err
 	}
+	asked := askedAs(run, job.Spec.Needs)
 	c := s.ended(job, t)
 	if c.Doubted && c.Own == nil && c.Unable == "" {
 		// There may be many of these: they take turns with challenges, at the same pace.
@@ -186,9 +187,9 @@ func (s *jobs) conclude(ctx context.Context, job jobRow, key string, t taskRow) 
 			nobody(api.UnverifiedDoubtful, "most devices have another result, and the coordinator cannot run it itself: %s", c.Unable)
 		case c.Doubted && c.Own == nil:
 			nobody(api.UnverifiedCaught, "a device that stood behind it was caught lying since, or is doubted, and the coordinator cannot run it itself: %s", c.Unable)
-		case t.VerifiedBy == api.ByReputation && c.Own == nil && !c.Doubted:
-			if agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != stood.Result }); trust.Owners(agree) >= 2 {
-				t.VerifiedBy = api.ByOwners
+		case (t.VerifiedBy == api.ByReputation || t.Unverified != nil && t.Unverified.Code == api.UnverifiedNoOther) && c.Own == nil && !c.Doubted:
+			if agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != stood.Result }); trust.Apart(agree) >= 2 {
+				t.VerifiedBy, t.Unverified = api.ByOwners, nil
 			}
 		}
 		return nil
@@ -212,7 +213,7 @@ func savedWrong(job jobRow, t taskRow) (text string) {
 
 // rightOne is the order with the result that the coordinator has, too; empty if no device
 // can be had that has it.
-func (s *jobs) rightOne(ctx context.Context, c *trust.Case, asked wire.JobRun, t taskRow) (order string, err error) {
+func (s *jobs) rightOne(ctx context.Context, c *trust.Case, asked asked, t taskRow) (order string, err error) {
 	good := func() int {
 		return slices.IndexFunc(c.Answers, func(a trust.Answer) bool { return a.Digest == c.Own.Digest && a.Order != "" })
 	}
@@ -220,7 +221,7 @@ func (s *jobs) rightOne(ctx context.Context, c *trust.Case, asked wire.JobRun, t
 		if good() >= 0 {
 			break
 		}
-		more := s.honesty.pick(*c, s.honesty.holders(asked), "", 1)
+		more := s.honesty.pick(*c, s.honesty.able(asked), "", 1)
 		if len(more) == 0 {
 			return "", nil
 		}

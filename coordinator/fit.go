@@ -41,6 +41,29 @@ func saidLimits(l wire.JobLimits) wire.JobLimits {
 	return l
 }
 
+// askedAs is what an order wants of its device, to be wanted of another one.
+func askedAs(run wire.JobRun, needs api.JobNeeds) asked {
+	a := asked{run: run, needs: needs}
+	a.run.Inputs = slices.Clone(run.Inputs)
+	for i, in := range a.run.Inputs { // what stands there is another's ticket
+		a.run.Inputs[i].Parts = slices.Clone(in.Parts)
+		for k, p := range in.Parts {
+			a.run.Inputs[i].Parts[k].URL = ""
+			a.chunks = append(a.chunks, api.Chunk{ID: p.Chunk, Size: p.Size})
+		}
+	}
+	a.takes()
+	return a
+}
+
+// takes notes what an agent must be able to do to take a task.
+func (a *asked) takes() {
+	if len(a.chunks) > inlineParts || slices.ContainsFunc(a.run.Inputs, func(in wire.JobInput) bool { return in.Name == wire.Stdin }) {
+		a.orders = 1
+	}
+	a.plain = len(a.run.Env) == 0 && len(a.run.Inputs) == 0 && len(a.run.Outputs) == 0 && !a.run.Live
+}
+
 // resolve finds what a task wants by what is stored now.
 func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 	q := row.Spec
@@ -119,15 +142,7 @@ func (s *jobs) resolve(row jobRow, files jobFiles, i int) (a asked, err error) {
 			return a, err
 		}
 	}
-	if len(a.chunks) > inlineParts {
-		a.orders = 1
-	}
-	for _, in := range a.run.Inputs {
-		if in.Name == wire.Stdin {
-			a.orders = 1
-		}
-	}
-	a.plain = len(a.run.Env) == 0 && len(a.run.Inputs) == 0 && len(a.run.Outputs) == 0 && !a.run.Live
+	a.takes()
 	return a, nil
 }
 

@@ -81,7 +81,7 @@ type owed struct {
 type earned struct {
 	runtime   trust.Runtime
 	jobs      int
-	confirmed []float64 // CPU seconds of each
+	confirmed []trust.Verdict
 }
 
 const (
@@ -147,7 +147,7 @@ func (h *honesty) never(engine, arch string) string {
 	case engine == h.engine || h.several(engine):
 		return ""
 	}
-	return fmt.Sprintf("its engine is %s, the coordinator's is %s, and no device of another owner has it, who could vouch for results; say whose devices are with \"deimos device label DEVICE owner=NAME\"", engine, h.engine)
+	return fmt.Sprintf("its engine is %s, the coordinator's is %s, and no device of another owner has it, who could vouch for results; say whose devices are: \"deimos device set --device ID --set-label owner=NAME\"", engine, h.engine)
 }
 
 // several tells whether devices of more than one owner have an engine.
@@ -192,8 +192,8 @@ func (e *earned) into(s *trust.Standing, now time.Time) {
 	for range e.jobs {
 		s.Did(now)
 	}
-	for _, cpu := range e.confirmed {
-		s.Confirm(cpu, now)
+	for _, v := range e.confirmed {
+		s.Credit(v, "", now)
 	}
 }
 
@@ -257,7 +257,7 @@ func (h *honesty) settle(ctx context.Context, c trust.Case, verdicts []trust.Ver
 		var err error
 		switch v.Finding {
 		case trust.Confirmed:
-			h.earn(v.Device, func(e *earned) { e.confirmed = append(e.confirmed, v.CPUSeconds) })
+			h.earn(v.Device, func(e *earned) { e.confirmed = append(e.confirmed, v) })
 		case trust.Doubtful:
 			err = h.doubt(ctx, v.Device, c.Module)
 		case trust.Failing:
@@ -582,9 +582,9 @@ func disturbed(r wire.JobResult) bool {
 
 // vouched is what a wrong result of a challenge is, if the device has another engine than the
 // coordinator: a lie only if others with that engine say what the coordinator says.
-func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own, res wire.JobResult, d wire.DeviceID) (lie bool, why string) {
+func (h *honesty) vouched(ctx context.Context, asked asked, own trust.Own, res wire.JobResult, d wire.DeviceID) (lie bool, why string) {
 	if own.Looks && disturbed(res) {
-		if err := h.doubt(ctx, d, asked.Module.SHA256); err != nil {
+		if err := h.doubt(ctx, d, asked.run.Module.SHA256); err != nil {
 			h.log.Warn("a doubt about a device's results is not on record", "device", d, "error", err)
 		}
 		return false, "the result is not the coordinator's, but the job was stopped on the device, and its module can see that (restore, should_checkpoint)"
@@ -594,7 +594,7 @@ func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own,
 	}
 	me := h.copyOf(d)
 	me.Engine = h.engineAs(d, res.Engine)
-	c := trust.Case{Module: asked.Module.SHA256, Own: &own, Sent: []trust.Copy{me}}
+	c := trust.Case{Module: asked.run.Module.SHA256, Own: &own, Sent: []trust.Copy{me}}
 	c.Answered(trust.Answer{Copy: me, Digest: resultDigest(res)})
 	for _, v := range h.conclude(ctx, &c, asked) {
 		if v.Device != d {
@@ -613,14 +613,14 @@ func (h *honesty) vouched(ctx context.Context, asked wire.JobRun, own trust.Own,
 
 // conclude has a case that customers wait for no more come to its end: the coordinator runs
 // the job where answers differ, and asks witnesses.
-func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun) []trust.Verdict {
+func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked asked) []trust.Verdict {
 	for ctx.Err() == nil {
 		s := h.next(*c)
 		if s.Done {
 			return s.Verdicts
 		}
 		if s.Run {
-			own, err := h.run(ctx, asked)
+			own, err := h.run(ctx, asked.run)
 			if err != nil {
 				c.Unable = err.Error()
 			} else {
@@ -628,7 +628,7 @@ func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun
 			}
 			continue
 		}
-		more := h.pick(*c, h.holders(asked), s.Like, 1)
+		more := h.pick(*c, h.able(asked), s.Like, 1)
 		switch {
 		case len(more) == 0 && s.Like == "":
 			c.NoMore = true
@@ -643,29 +643,24 @@ func (h *honesty) conclude(ctx context.Context, c *trust.Case, asked wire.JobRun
 	return nil
 }
 
-// holders are the devices that are there and should hold all that a job reads.
-func (h *honesty) holders(j wire.JobRun) (out []wire.DeviceID) {
-	for _, o := range h.audits.storage.reg.list() {
-		if h.audits.storage.reg.mayWork(o.ID) && h.holdsAll(o.ID, j) {
-			out = append(out, o.ID)
+// able are the devices that could do a job as witnesses: all that its customer wants holds for
+// them, and they should hold all that it reads. An agent that does not say how it stands with jobs
+// may do another than it is asked to.
+func (h *honesty) able(a asked) (out []wire.DeviceID) {
+	h.jobs.plan.mu.Lock()
+	there := h.jobs.devices()
+	h.jobs.plan.mu.Unlock()
+	for _, d := range there {
+		if why, _ := h.jobs.misfit(&d, a); why == nil && d.jobs != nil && !d.paused && h.holdsAll(d.id, a.run) {
+			out = append(out, d.id)
 		}
 	}
 	return out
 }
 
 // ask has a device run a job, as a witness.
-func (h *honesty) ask(ctx context.Context, to trust.Copy, wanted wire.JobRun) trust.Answer {
-	a := trust.Answer{Copy: to}
-	q := asked{run: wanted}
-	q.run.Inputs = slices.Clone(wanted.Inputs)
-	for i, in := range q.run.Inputs { // what stands there is another's ticket
-		q.run.Inputs[i].Parts = slices.Clone(in.Parts)
-		for k, p := range in.Parts {
-			q.run.Inputs[i].Parts[k].URL = ""
-			q.chunks = append(q.chunks, api.Chunk{ID: p.Chunk, Size: p.Size})
-		}
-	}
-	deadline := wanted.Deadline
+func (h *honesty) ask(ctx context.Context, to trust.Copy, q asked) trust.Answer {
+	a, deadline := trust.Answer{Copy: to}, q.run.Deadline
 	if q.run.Deadline = (time.Time{}); !deadline.After(h.now()) {
 		deadline = h.now().Add(api.JobLife)
 	}
@@ -682,7 +677,7 @@ func (h *honesty) ask(ctx context.Context, to trust.Copy, wanted wire.JobRun) tr
 	if err != nil || v.State != wire.Succeeded {
 		return a
 	}
-	if res, err := decodeResult(v.Result); err == nil && res.Module == wanted.Module.SHA256 && res.Input == wanted.Input {
+	if res, err := decodeResult(v.Result); err == nil && res.Module == q.run.Module.SHA256 && res.Input == q.run.Input {
 		a.Digest, a.Engine, a.Order, a.CPUSeconds, a.Disturbed = resultDigest(res), h.engineAs(to.Device, label(res.Engine)), order.ID, res.CPUSeconds, disturbed(res)
 	}
 	return a

@@ -37,6 +37,14 @@ func honestWorld(t testing.TB, edit func(*Config)) (*world, *luck) {
 	return w, l
 }
 
+// worker is a device that says how it stands with jobs.
+func (w *world) worker(t testing.TB) *device {
+	t.Helper()
+	d := w.device(t)
+	d.tell(ready())
+	return d
+}
+
 // chunksOf stores n files of one chunk each, of one size, each on two devices.
 func (w *world) chunksOf(t testing.TB, n, size int) (ids []string) {
 	t.Helper()
@@ -93,7 +101,7 @@ func (w *world) challengesOf(t testing.TB, d wire.DeviceID) (out []api.Audit) {
 func TestAChallengeComesAmongJobsAndIsLikeThem(t *testing.T) {
 	t.Parallel()
 	w, luck := honestWorld(t, func(*Config) {})
-	d, _ := w.device(t), w.device(t)
+	d, _ := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	w.chunksOf(t, 3, 50_000) // of another size than the customer's
 	module, err := w.op.PutModule(testContext(t), []byte("module"))
@@ -134,7 +142,7 @@ func TestAChallengeComesAmongJobsAndIsLikeThem(t *testing.T) {
 func TestTheSameChallengeIsNotGivenTwice(t *testing.T) {
 	t.Parallel()
 	w, _ := honestWorld(t, func(*Config) {})
-	d, _ := w.device(t), w.device(t)
+	d, _ := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 4, 5000)
 	module, err := w.op.PutModule(testContext(t), []byte("module"))
 	must(t, err)
@@ -161,7 +169,7 @@ func TestTheSameChallengeIsNotGivenTwice(t *testing.T) {
 func TestALieCostsTheFigureAndAllFurtherJobs(t *testing.T) {
 	t.Parallel()
 	w, luck := honestWorld(t, func(*Config) {})
-	d, _ := w.device(t), w.device(t)
+	d, _ := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	module, err := w.op.PutModule(testContext(t), []byte("module"))
 	must(t, err)
@@ -195,7 +203,7 @@ func TestAnOwedChallengeSurvivesARestart(t *testing.T) {
 		return openWith(t, dir, func(c *Config) { c.Audits.Jobs, c.even = true, l.even })
 	}
 	w := start()
-	d, other := w.device(t), w.device(t)
+	d, other := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	module, err := w.op.PutModule(testContext(t), []byte("module"))
 	must(t, err)
@@ -208,6 +216,8 @@ func TestAnOwedChallengeSurvivesARestart(t *testing.T) {
 	t.Cleanup(w.Close)
 	d.connect(w)
 	other.connect(w)
+	d.tell(ready())
+	other.tell(ready())
 	t.Cleanup(d.leave)
 	t.Cleanup(other.leave)
 	eventually(t, "the challenge is made", func() bool { return len(w.challengesOf(t, d.id)) == 1 })
@@ -272,6 +282,7 @@ func TestAnotherEngineIsNoLie(t *testing.T) {
 			must(t, err)
 			for i, bend := range c.witnesses {
 				x := devices[i+1]
+				x.tell(ready())
 				x.on(wire.KindJobRun, func(o wire.Order) *reply { return x.compute(o, bend) })
 				w.doJob(t, x, module, id)
 				eventually(t, "it is known what engine it has", func() bool { return w.audits.honesty.copyOf(x.id).Engine == toyOnDevices })
@@ -428,7 +439,7 @@ func TestAnUpdateOfTheAgentMakesADeviceNew(t *testing.T) {
 	for range 50 {
 		h.earn(d.id, func(e *earned) {
 			e.runtime = trust.Runtime{Engine: toyOnDevices, Agent: "1.0.0"}
-			e.confirmed = append(e.confirmed, 10)
+			e.confirmed = append(e.confirmed, ownHas)
 		})
 	}
 	if !h.trusted(d.id) { // before it is on record
@@ -505,7 +516,7 @@ func TestTheCoordinatorWorksOutOneAnswerAtATime(t *testing.T) {
 			return toyEngine(ctx, j)
 		}
 	})
-	ds := w.devices(t, 3)
+	ds := []*device{w.worker(t), w.worker(t), w.worker(t)}
 	ids := w.chunksOf(t, 6, 5000)
 	module, err := w.op.PutModule(testContext(t), []byte("module"))
 	must(t, err)

@@ -478,12 +478,13 @@ func (r *registry) heardLately(id wire.DeviceID) bool {
 	return ok && l.online && r.now().Sub(l.lastSeen) <= max(r.away, missedBeats*r.beatOf(id))
 }
 
-// pauses tells whether a device lets jobs stand still, as its owner wants.
-func (r *registry) pauses(id wire.DeviceID) bool {
+// runsJobs tells whether a device says how it stands with jobs, and its owner does not want them
+// to stand still.
+func (r *registry) runsJobs(id wire.DeviceID) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l, ok := r.live[id]
-	return ok && l.jobs != nil && l.jobs.Pause != nil
+	return ok && l.jobs != nil && l.jobs.Pause == nil
 }
 
 // mayWork tells whether a device can be given new work: it is there, and nothing

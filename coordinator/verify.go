@@ -165,7 +165,7 @@ func (s *jobs) rule(job jobRow, t taskRow, lone func() bool) ruling {
 	}
 	v.more, v.own, v.reason = step.Ask+running, step.Run, step.Why
 	agree := slices.DeleteFunc(slices.Clone(c.Answers), func(a trust.Answer) bool { return a.Digest != step.Accept })
-	owners := trust.Owners(agree)
+	owners := trust.Apart(agree)
 	switch {
 	case step.Accept == "" && step.Done:
 		v.code, v.reason = codeDisagree, cmp.Or(step.Why, "no device that can be believed has a result")
@@ -208,8 +208,10 @@ func (s *jobs) rule(job jobRow, t taskRow, lone func() bool) ruling {
 		v.by = api.ByOwners
 	case q.Verify == api.VerifyNone:
 		v.by, v.unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedNotWanted, Reason: "the first result was taken, as was asked for"}
-	case v.copies == 1:
-		v.by = api.ByReputation
+	case v.copies == 1 || q.Copies < 2 && s.honesty.trusted(t.Attempts[v.stands].Device):
+		v.by = api.ByReputation // company that may be its own owner's takes nothing from it
+	case len(agree) > 1:
+		v.by, v.unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedNoOther, Reason: sayWhose}
 	default:
 		v.by, v.unverified = api.ByNobody, &api.JobWait{Code: api.UnverifiedNoOther, Reason: "no device of another owner could do it too"}
 		if q.Needs.Device != "" {
@@ -218,6 +220,9 @@ func (s *jobs) rule(job jobRow, t taskRow, lone func() bool) ruling {
 	}
 	return v
 }
+
+// sayWhose is why devices that agree do not verify a result, and what to do.
+const sayWhose = "the devices that have it may be of one owner, as they came by one token or are in one group; say whose devices are: \"deimos device set --device ID --set-label owner=NAME\""
 
 // waitsWhy says what a task with a result waits for.
 func (s *jobs) waitsWhy(q api.JobSpec, c trust.Case, v ruling) string {

@@ -40,6 +40,9 @@ func (w *world) owns(t testing.TB, owner string, ds ...*device) {
 	must(t, err)
 }
 
+// ownHas is a result that the coordinator has, too.
+var ownHas = trust.Verdict{Finding: trust.Confirmed, CPUSeconds: 10}
+
 // trusts makes a device one that has earned it.
 func (w *world) trusts(t testing.TB, d *device) {
 	t.Helper()
@@ -47,7 +50,7 @@ func (w *world) trusts(t testing.TB, d *device) {
 	for range 50 {
 		h.earn(d.id, func(e *earned) {
 			e.runtime = trust.Runtime{Engine: toyOnDevices, Agent: "1.0.0"}
-			e.confirmed = append(e.confirmed, 10)
+			e.confirmed = append(e.confirmed, ownHas)
 		})
 	}
 	must(t, h.flush(testContext(t)))
@@ -256,7 +259,7 @@ func TestWhatLiarsHadAcceptedIsCorrected(t *testing.T) {
 			t.Fatalf("%s: %+v", name, r.JobTask)
 		}
 	}
-	honest := w.device(t)
+	honest := w.worker(t)
 	w.moreCopies(t, 3)
 	third.Store(true)
 	last := input(w.module(t), "in")
@@ -349,7 +352,7 @@ func TestAnEngineThatNobodyElseHasMakesNoTrust(t *testing.T) {
 	earns := func(d *device, engine string) {
 		for range 50 {
 			h.earn(d.id, func(e *earned) {
-				e.runtime, e.confirmed = trust.Runtime{Engine: engine, Agent: "1.0.0"}, append(e.confirmed, 10)
+				e.runtime, e.confirmed = trust.Runtime{Engine: engine, Agent: "1.0.0"}, append(e.confirmed, ownHas)
 			})
 		}
 		must(t, h.flush(testContext(t)))

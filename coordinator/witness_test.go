@@ -2,11 +2,15 @@ package coordinator
 
 import (
 	"context"
+	"fmt"
 	"reflect"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 
 	"github.com/deimos-edge/deimos/coordinator/api"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -186,4 +190,86 @@ func TestADeviceHasATaskOnceAtATime(t *testing.T) {
 	if n := attempts(); n != 1 {
 		t.Errorf("the device has the task %d times", n)
 	}
+}
+
+// Witnesses meet what the customer wants of a device, and say how they stand with jobs.
+func TestWitnessesAreWhomTheCustomerWants(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t)
+	first, other, old, small, paused := w.worker(t), w.worker(t), w.device(t), w.device(t), w.device(t)
+	st := ready()
+	st.MemoryBytes = 1 << 20
+	small.tell(st)
+	st = ready()
+	st.Pause = &wire.Pause{Code: "owner"}
+	paused.tell(st)
+	data := someBytes(100)
+	w.putFile(t, "in", data, 5)
+	run := wire.JobRun{Module: wire.Blob{SHA256: w.module(t)}, Input: chunk.Sum(data).String(), Limits: wire.JobLimits{MemoryBytes: 64 << 20}}
+	for name, c := range map[string]struct {
+		needs api.JobNeeds
+		want  []wire.DeviceID
+	}{
+		"anybody":           {api.JobNeeds{}, []wire.DeviceID{first.id, other.id}},
+		"one device":        {on(first), []wire.DeviceID{first.id}},
+		"an architecture":   {api.JobNeeds{Arch: "arm64"}, []wire.DeviceID{first.id, other.id}},
+		"another one":       {api.JobNeeds{Arch: "riscv64"}, nil},
+		"a compiled module": {api.JobNeeds{Compiled: true}, []wire.DeviceID{first.id, other.id}},
+	} {
+		got := w.audits.honesty.able(askedAs(run, c.needs))
+		slices.Sort(got)
+		slices.Sort(c.want)
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %s, want %s (old %s, small %s, paused %s)", name, got, c.want, old.id, small.id, paused.id)
+		}
+	}
+	w.doubts(t, other, run.Module.SHA256)
+	if got := w.audits.honesty.able(askedAs(run, api.JobNeeds{})); !slices.Equal(got, []wire.DeviceID{first.id}) {
+		t.Errorf("with a doubt: %s", got)
+	}
+}
+
+// doubts makes a device one that is doubted over a module.
+func (w *world) doubts(t testing.TB, d *device, module string) {
+	t.Helper()
+	_, err := w.audits.scores.change(testContext(t), string(d.id), func(s *score, _ bool) error {
+		s.Compute.Doubt(module, w.time())
+		return nil
+	})
+	must(t, err)
+}
+
+// Devices that came in by one token may be one owner's: that they agree verifies nothing until
+// somebody says whose they are. Others are asked first.
+func TestDevicesByOneTokenVerifyNothingUntilTheyAreLabelled(t *testing.T) {
+	t.Parallel()
+	w := sureWorld(t)
+	ds := w.devices(t, 3)
+	for _, d := range ds {
+		_, err := w.reg.rows.change(testContext(t), string(d.id), func(v *api.DeviceRecord, _ bool) error { v.Token = "one"; return nil })
+		must(t, err)
+	}
+	q := api.JobSpec{Module: w.module(t)}
+	r, err := w.op.RunJob(testContext(t), q)
+	wantSure(t, r, err, api.ByNobody, api.UnverifiedNoOther)
+	if len(r.Attempts) != 2 || !strings.Contains(r.Unverified.Reason, "--set-label owner=") {
+		t.Errorf("%+v, which %+v", r.Attempts, r.Unverified)
+	}
+	q.Verify = api.VerifyAlways
+	r, err = w.op.RunJob(testContext(t), q)
+	wantSure(t, r, err, api.ByCoordinator, "")
+	w.trusts(t, ds[0])
+	w.trusts(t, ds[1])
+	w.trusts(t, ds[2])
+	q.Verify = ""
+	r, err = w.op.RunJob(testContext(t), q)
+	wantSure(t, r, err, api.ByReputation, "")
+	for _, d := range ds {
+		w.doubts(t, d, "another")
+	}
+	for i, d := range ds {
+		w.owns(t, fmt.Sprint(i), d)
+	}
+	r, err = w.op.RunJob(testContext(t), q)
+	wantSure(t, r, err, api.ByOwners, "")
 }

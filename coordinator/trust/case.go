@@ -137,6 +137,9 @@ type Verdict struct {
 	// CPUSeconds is what the job costs: the coordinator's own count, else the least that
 	// one of those who agree says.
 	CPUSeconds float64
+	// With are the likely owners of others who have the same; of who is Confirmed without the
+	// coordinator's own result.
+	With []string
 }
 
 // Next says what is to be done. trusted tells of each device whether it is
@@ -153,7 +156,7 @@ func (c Case) Next(trusted func(wire.DeviceID) bool) Step {
 	case c.Doubted && c.Unable == "" && len(given) > 0:
 		return Step{Run: true, Accept: kinds[0].digest, Why: "somebody who stood behind the result is not believed any more"}
 	}
-	want, have := max(c.Copies, 1), Owners(given)
+	want, have := max(c.Copies, 1), owners(given)
 	if len(kinds) == 1 && kinds[0].digest == Failed {
 		want = max(want, 2) // a failure is confirmed elsewhere
 	}
@@ -169,15 +172,28 @@ func (c Case) Next(trusted func(wire.DeviceID) bool) Step {
 	}
 	if s.Done = s.Ask == 0 && open == 0; s.Done && have > 1 {
 		s.Verdicts = verdicts(given, func(Answer) Finding { return Confirmed }, leastCost(given))
+		for i := range s.Verdicts {
+			for _, b := range given {
+				if v := &s.Verdicts[i]; b.Device != v.Device {
+					v.With = append(v.With, b.Likely())
+				}
+			}
+		}
 	}
 	return s
 }
 
-// Owners counts who stands behind some answers: devices of one owner are one.
-func Owners(given []Answer) int {
+// owners counts who has some answers: devices of one owner are one. Those that may be of one
+// are company all the same: where there is nobody else, it finds who lies alone.
+func owners(given []Answer) int { return count(given, func(a Answer) string { return a.Owner }) }
+
+// Apart counts who stands behind some answers: devices that may be of one owner are one.
+func Apart(given []Answer) int { return count(given, func(a Answer) string { return a.Likely() }) }
+
+func count(given []Answer, whose func(Answer) string) int {
 	seen := make(map[string]bool, len(given))
 	for _, a := range given {
-		seen[a.Owner] = true
+		seen[whose(a)] = true
 	}
 	return len(seen)
 }
@@ -256,8 +272,11 @@ func (c Case) settled(given []Answer, open int) Step {
 			continue
 		}
 		s.Why = "the coordinator has another result"
-		if a.Digest == Failed {
+		if a.Digest == Failed || c.Own.Digest == Failed {
 			found[a.Device] = Failing
+			if a.Digest != Failed { // it has a result that nobody can compare
+				found[a.Device] = Doubtful
+			}
 			continue
 		}
 		f, ask := c.judge(a, given)
@@ -321,28 +340,32 @@ func leastCost(given []Answer) float64 {
 func verdicts(given []Answer, of func(Answer) Finding, cost float64) (out []Verdict) {
 	for _, a := range given {
 		if f := of(a); f != "" {
-			out = append(out, Verdict{a.Device, a.Order, f, cost})
+			out = append(out, Verdict{Device: a.Device, Order: a.Order, Finding: f, CPUSeconds: cost})
 		}
 	}
 	return out
 }
 
 // Backed tells whether enough stands behind a result that was given out: the coordinator,
-// or two owners that are not caught. Once a device is caught, those of its recent results
+// or two owners apart that are not caught. Once a device is caught, those of its recent results
 // that are not backed are to be run by the coordinator. The last one who stands behind such a
 // result may have been in league with the caught one, and is found then.
 func (c Case) Backed(accepted string, caught func(wire.DeviceID) bool) bool {
 	if c.Own != nil {
 		return c.Own.Digest == accepted
 	}
-	return Owners(slices.DeleteFunc(slices.Clone(c.Answers), func(a Answer) bool { return a.Digest != accepted || caught(a.Device) })) >= 2
+	return Apart(slices.DeleteFunc(slices.Clone(c.Answers), func(a Answer) bool { return a.Digest != accepted || caught(a.Device) })) >= 2
 }
 
 // Credit takes a verdict into the standing of the device that it is about.
 func (s *Standing) Credit(v Verdict, module string, now time.Time) {
 	switch v.Finding {
 	case Confirmed:
-		s.Confirm(v.CPUSeconds, now)
+		if len(v.With) > 0 {
+			s.Agree(v.With, v.CPUSeconds, now)
+		} else {
+			s.Confirm(v.CPUSeconds, now)
+		}
 	case Wrong:
 		s.Lied(v.CPUSeconds, now)
 	case Doubtful:

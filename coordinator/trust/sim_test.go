@@ -259,7 +259,7 @@ func btoi(b bool) int {
 }
 
 // full is a standing of a device that is as trusted as can be.
-func full() Standing { return Standing{At: epoch, Right: 2 * trustedFrom} }
+func full() Standing { return Standing{At: epoch, Right: 2 * trustedFrom, Proven: 2 * trustedFrom} }
 
 // atMost is how many of n may be missed where each is with p, but for one run in a million.
 func atMost(n int, p float64) int { return int(float64(n)*p+5*math.Sqrt(float64(n)*p)) + 1 }

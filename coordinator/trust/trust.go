@@ -12,6 +12,9 @@
 //   - A third eye. Where two agree, a third owner does the job, too, after the result was
 //     given out: of a fifth of the jobs of new devices, and always where a trusted one was
 //     given company. Who lies only when both have the same job is found by that.
+//   - Time. What others confirm earns little a day, with one owner and with all, and a part of
+//     what makes a device trusted the coordinator must have worked out itself
+//     ([Standing.Agree]). So two who agree do not make each other trusted.
 //   - The coordinator itself. Whenever two results differ, it runs the job. Nobody pays for
 //     being outvoted: only what the coordinator has worked out itself, before or after,
 //     makes a lie. So no majority of liars gets an honest device punished.
@@ -41,6 +44,7 @@ package trust
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -57,6 +61,7 @@ type Runtime struct {
 type Standing struct {
 	At         time.Time `json:"at,omitzero"`           // when the counts were as they say
 	Right      float64   `json:"right,omitempty"`       // results that were confirmed, each by its [Weight]
+	Proven     float64   `json:"proven,omitempty"`      // of that, what the coordinator itself has worked out
 	Wrong      float64   `json:"wrong,omitempty"`       // results that were proved wrong, each by one more than that
 	Jobs       float64   `json:"jobs,omitempty"`        // results that customers got of it
 	Challenges float64   `json:"challenges,omitempty"`  // that it was given
@@ -65,6 +70,10 @@ type Standing struct {
 	Since      time.Time `json:"since,omitzero"`        // when it was first seen with that
 	ResetBy    string    `json:"reset_by,omitempty"`    // a sentence: why it began anew then; empty if it did not
 	ResetRight float64   `json:"reset_right,omitempty"` // what Right was before
+	// Company is what was earned since CompanySince, for a day, by having the same result as
+	// devices of each owner ([Copy.Likely]).
+	Company      map[string]float64 `json:"company,omitempty"`
+	CompanySince time.Time          `json:"company_since,omitzero"`
 	// Never is a sentence: why it is not trusted now, whatever it has earned. It follows
 	// from the fleet, and is not kept.
 	Never string `json:"-"`
@@ -92,6 +101,13 @@ const (
 	// takes to find who lies in one of ten. More than twice that is not kept, so that
 	// trust ends within a [HalfLife] of doing nothing.
 	trustedFrom = 44.0
+	// provenFrom is how much of that the coordinator must have worked out itself: what owners
+	// confirm each other costs them nothing if they are one.
+	provenFrom = trustedFrom / 10
+	// What company can earn a device within a day, with one other owner and with all: so that
+	// no trust is bought in a minute by devices that agree on jobs which their owner gives them.
+	companyPair, companyDay = 4.0, trustedFrom / 2
+	companyEvery            = 24 * time.Hour
 
 	newShare, trustedShare = 0.20, 0.05
 	checkShare             = 0.20 // of the jobs that new devices have company in
@@ -127,7 +143,7 @@ func (s Standing) Aged(now time.Time) Standing {
 		return s
 	}
 	left := math.Exp2(-float64(age) / float64(HalfLife))
-	for _, v := range []*float64{&s.Right, &s.Wrong, &s.Jobs, &s.Challenges, &s.ResetRight} {
+	for _, v := range []*float64{&s.Right, &s.Proven, &s.Wrong, &s.Jobs, &s.Challenges, &s.ResetRight} {
 		*v *= left
 	}
 	var doubts []Doubt
@@ -166,7 +182,7 @@ func (s Standing) earned() float64 {
 	if s.Figure() < trustedAbove || len(s.Doubts) > 0 || s.Never != "" {
 		return 0
 	}
-	return min(s.Right/trustedFrom, 1)
+	return min(s.Right/trustedFrom, s.Proven/provenFrom, 1)
 }
 
 // Trusted is a device whose result is believed without a second one's.
@@ -210,7 +226,7 @@ func (s *Standing) Under(r Runtime, now time.Time) (reset bool) {
 		}
 		return false
 	}
-	s.Since, s.ResetBy, s.ResetRight, s.Right = now.UTC(), why, s.Right, 0
+	s.Since, s.ResetBy, s.ResetRight, s.Right, s.Proven = now.UTC(), why, s.Right, 0, 0
 	return true
 }
 
@@ -228,11 +244,41 @@ func (s *Standing) Challenged(now time.Time) {
 	s.Challenges++
 }
 
-// Confirm counts a result that others or the coordinator have, too.
+// Confirm counts a result that the coordinator has, too.
 func (s *Standing) Confirm(cpuSeconds float64, now time.Time) {
 	*s = s.Aged(now)
+	w := Weight(cpuSeconds)
+	s.At, s.Right, s.Proven = now.UTC(), min(s.Right+w, 2*trustedFrom), min(s.Proven+w, 2*trustedFrom)
+}
+
+// Agree counts a result that devices of these owners have, too; no more than a day's of each,
+// and of all.
+func (s *Standing) Agree(with []string, cpuSeconds float64, now time.Time) {
+	*s = s.Aged(now)
 	s.At = now.UTC()
-	s.Right = min(s.Right+Weight(cpuSeconds), 2*trustedFrom)
+	if age := now.Sub(s.CompanySince); age >= companyEvery || age < 0 {
+		s.CompanySince, s.Company = now.UTC(), nil
+	}
+	left := companyDay
+	for _, w := range s.Company {
+		left -= w
+	}
+	whose, most := "", 0.0
+	for _, o := range with {
+		if m := companyPair - s.Company[o]; m > most {
+			whose, most = o, m
+		}
+	}
+	w := min(Weight(cpuSeconds), most, left)
+	if w <= 0 {
+		return
+	}
+	all := maps.Clone(s.Company) // that of a copy stays as it is
+	if all == nil {
+		all = make(map[string]float64)
+	}
+	all[whose] += w
+	s.Company, s.Right = all, min(s.Right+w, 2*trustedFrom)
 }
 
 // Lied counts a result that is proved wrong. One of a job that costs nothing is enough to be
@@ -248,7 +294,7 @@ func (s *Standing) Lied(cpuSeconds float64, now time.Time) {
 // cost two weeks, and be believed without company again after them.
 func (s *Standing) Doubt(module string, now time.Time) {
 	s.Fail(module, now)
-	s.Right = 0
+	s.Right, s.Proven = 0, 0
 }
 
 // Fail counts that a module failed on the device, and not on the coordinator. It says nothing
@@ -280,6 +326,8 @@ func (s Standing) Explain() (why []string) {
 		say("its results are not believed without another owner's device: one was proved wrong")
 	case len(s.Doubts) > 0:
 		say("its results are not believed without another owner's device: over a module they differ from the coordinator's, or it failed there alone, and no other device with its engine could vouch for either; it gets no jobs of that module for %.0f days", doubtLife.Hours()/24)
+	case s.Right >= trustedFrom:
+		say("its results are not believed without another owner's device: %.1f were confirmed, but %.1f of them by the coordinator itself, and it takes %.1f; challenges among its jobs bring that", s.Right, s.Proven, provenFrom)
 	default:
 		say("its results are not believed without another owner's device: %.1f were confirmed, and %.0f make it trusted", s.Right, Needed)
 	}

@@ -2,6 +2,7 @@ package trust
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"reflect"
@@ -307,7 +308,7 @@ func TestWhatFollowsFromAnswers(t *testing.T) {
 		"four in league, and the truth":   {Case: Case{Copies: 2, Own: own("y"), Answers: []Answer{say("a", "x", e), say("b", "x", e), say("t", "x", e), say("d", "x", e), say("c", "y", e)}}, accept: "y", done: true, found: found{"a": Wrong, "b": Wrong, "t": Wrong, "d": Wrong, "c": Confirmed}},
 		"one is still at it":              {Case: Case{Copies: 2, Own: own("y"), Answers: []Answer{say("a", "x", e)}}, waiting: 1, accept: "y"},
 		"it failed here, and not there":   {Case: Case{Copies: 2, Own: own(Failed), Answers: []Answer{say("a", "x", e), say("b", Failed, e)}}, accept: Failed, done: true, found: found{"a": Doubtful, "b": Confirmed}},
-		"it failed there, and not here":   {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "x", e), say("b", Failed, e)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Doubtful}},
+		"it failed there, and not here":   {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "x", e), say("b", Failed, e)}}, accept: "x", done: true, found: found{"a": Confirmed, "b": Failing}},
 		"no result is no lie":             {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "", e), say("b", "x", e)}}, accept: "x", done: true, found: found{"b": Confirmed}},
 		"another engine, no witness":      {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("a", "x", e), say("b", "y", o)}}, ask: 1, like: o, accept: "x"},
 		"another engine, one witness":     {Case: Case{Copies: 2, Own: own("x"), Answers: []Answer{say("b", "y", o), say("c", "x", o)}}, ask: 1, like: o, accept: "x"},
@@ -391,6 +392,7 @@ func TestWhatNobodyElseStandsBehindIsRunAgain(t *testing.T) {
 		"the coordinator has it":     {Case{Answers: []Answer{liar}, Own: &Own{Digest: "x"}}, true},
 		"the coordinator has not":    {Case{Answers: []Answer{liar, a, b}, Own: &Own{Digest: "y"}}, false},
 		"others, and not the caught": {Case{Answers: []Answer{a, b}}, true},
+		"two who came by one token":  {Case{Answers: []Answer{liar, cameBy("a", "x", "", "token"), cameBy("b", "x", "", "token")}}, false},
 	} {
 		if got := c.Backed("x", caught); got != c.backed {
 			t.Errorf("%s: %v", name, got)
@@ -400,7 +402,7 @@ func TestWhatNobodyElseStandsBehindIsRunAgain(t *testing.T) {
 
 func TestVerdictsBecomeStandings(t *testing.T) {
 	for f, want := range map[Finding]Standing{
-		Confirmed: {At: epoch, Right: 1}, Wrong: {At: epoch, Wrong: 2}, Doubtful: {At: epoch, Doubts: []Doubt{{epoch, "m"}}}, "": {},
+		Confirmed: {At: epoch, Right: 1, Proven: 1}, Wrong: {At: epoch, Wrong: 2}, Doubtful: {At: epoch, Doubts: []Doubt{{epoch, "m"}}}, "": {},
 	} {
 		var s Standing
 		s.Credit(Verdict{Finding: f, CPUSeconds: 30}, "m", epoch)
@@ -454,7 +456,7 @@ func TestAnEngineIsOneThatTheDeviceCanHave(t *testing.T) {
 func TestAFailureCostsNothingThatWasEarned(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1e9, 0)
-	s := Standing{At: now, Right: 60}
+	s := Standing{At: now, Right: 60, Proven: 60}
 	s.Credit(Verdict{Finding: Failing}, "m", now)
 	if s.Right != 60 || s.May("m") || !s.May("other") || s.Trusted() {
 		t.Errorf("%+v", s)
@@ -465,5 +467,67 @@ func TestAFailureCostsNothingThatWasEarned(t *testing.T) {
 	s.Never = "for a reason"
 	if s.Trusted() || s.Share() != newShare || !strings.Contains(strings.Join(s.Explain(), "\n"), "for a reason") {
 		t.Errorf("it can never be trusted: %v", s.Explain())
+	}
+}
+
+// What devices confirm each other earns little a day, with one owner and with all, and without
+// the coordinator's own results no trust at all.
+func TestCompanyAloneMakesNoTrust(t *testing.T) {
+	t.Parallel()
+	agreed := func(owners ...string) Verdict { return Verdict{Finding: Confirmed, CPUSeconds: 1000, With: owners} }
+	var s Standing
+	for range 1000 {
+		s.Credit(agreed("ben"), "m", epoch)
+	}
+	if !near(s.Right, companyPair) || s.Proven != 0 {
+		t.Errorf("with one owner %+v", s)
+	}
+	before := s
+	s.Credit(agreed("ben", "cem"), "m", epoch)
+	if !near(s.Right, companyPair+1) || len(before.Company) != 1 || !near(before.Company["ben"], companyPair) {
+		t.Errorf("with another beside him %+v, before %+v", s, before)
+	}
+	for i := range 1000 {
+		s.Credit(agreed(fmt.Sprint(i)), "m", epoch.Add(day-time.Second))
+	}
+	if s.Right > companyDay || s.Right < 0.97*companyDay {
+		t.Errorf("with all on one day %v", s.Right)
+	}
+	for n := range 100 {
+		for i := range 100 {
+			s.Credit(agreed(fmt.Sprint(i)), "m", epoch.Add(time.Duration(n+1)*day))
+		}
+	}
+	if s.Right < trustedFrom || s.Trusted() || s.Share() != newShare || !strings.Contains(strings.Join(s.Explain(), "\n"), "by the coordinator itself") {
+		t.Errorf("company of 100 days %+v", s)
+	}
+	for range 5 {
+		s.Credit(Verdict{Finding: Confirmed, CPUSeconds: 10}, "m", s.At)
+	}
+	if !s.Trusted() {
+		t.Errorf("with the coordinator's own %+v", s)
+	}
+}
+
+// A verdict names who else has the result, as far as that can be told; where the coordinator
+// has it, nobody is needed.
+func TestAVerdictNamesThoseWhoAgree(t *testing.T) {
+	t.Parallel()
+	a, b, c := cameBy("a", "x", ownEngine, "token"), cameBy("b", "x", ownEngine, "token"), say("c", "x", ownEngine)
+	k := Case{Copies: 3, Answers: []Answer{a, b, c}, Sent: []Copy{a.Copy, b.Copy, c.Copy}}
+	for _, v := range k.Next(func(wire.DeviceID) bool { return false }).Verdicts {
+		want := map[wire.DeviceID][]string{"a": {"token", c.Owner}, "b": {"token", c.Owner}, "c": {"token", "token"}}[v.Device]
+		if !slices.Equal(v.With, want) {
+			t.Errorf("%s: with %q, want %q", v.Device, v.With, want)
+		}
+	}
+	if n := Apart(k.Answers); n != 2 {
+		t.Errorf("%d stand behind it apart", n)
+	}
+	k.Own = &Own{Digest: "x"}
+	for _, v := range k.Next(func(wire.DeviceID) bool { return false }).Verdicts {
+		if len(v.With) > 0 {
+			t.Errorf("%+v", v)
+		}
 	}
 }
