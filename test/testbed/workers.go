@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/deimos-edge/deimos/agent"
+	"github.com/deimos-edge/deimos/jobs/sandbox"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/sync/transfer"
 	"github.com/deimos-edge/deimos/wire"
@@ -64,7 +65,7 @@ func (v *worker) say(b *wire.Beat) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	b.Capacity, b.Used = workerRoom, v.used
-	b.Jobs = &wire.JobsState{Host: 1, Engine: "none", Slots: v.Slots, MemoryBytes: 1 << 30, WallSeconds: 3600}
+	b.Jobs = &wire.JobsState{Host: 1, Engine: sandbox.Engine(), Slots: v.Slots, MemoryBytes: 1 << 30, WallSeconds: 3600}
 }
 
 func (v *worker) store(ctx context.Context, o wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
@@ -129,7 +130,7 @@ func (v *worker) run(ctx context.Context, o wire.Order, tell func(wire.Progress)
 		}
 	}
 	sum := sha256.Sum256(out)
-	return wire.Outcome{Attachment: out, Body: wire.JobResult{Module: b.Module.SHA256, Input: b.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: "none"}}, nil
+	return wire.Outcome{Attachment: out, Body: wire.JobResult{Module: b.Module.SHA256, Input: b.Input, Output: hex.EncodeToString(sum[:]), OutputBytes: int64(len(out)), Engine: sandbox.Engine()}}, nil
 }
 
 // Simulate runs devices until stop is called, and waits until all are online and the
