@@ -329,7 +329,7 @@ func (d *device) tell(j *wire.JobsState) {
 	eventually(d.t, "the device's word on jobs is heard", func() bool {
 		rec, _ := d.w.reg.rows.get(string(d.id))
 		v := d.w.reg.view(rec).Jobs
-		return (v == nil) == (j == nil) && (v == nil || v.Slots == j.Slots && v.MemoryBytes == j.MemoryBytes && (v.Pause == nil) == (j.Pause == nil) && len(v.Datasets) == len(j.Datasets) && v.Live == j.Live)
+		return (v == nil) == (j == nil) && (v == nil || v.Slots == j.Slots && v.Engine == j.Engine && v.MemoryBytes == j.MemoryBytes && (v.Pause == nil) == (j.Pause == nil) && len(v.Datasets) == len(j.Datasets) && v.Live == j.Live)
 	})
 	d.w.jobs.plan.mu.Lock()
 	d.w.jobs.plan.looked = time.Unix(0, 0) // or jobs are placed by what was known a moment ago
