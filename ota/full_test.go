@@ -47,19 +47,31 @@ func (f *fleet) fullAtAnyPage(t *testing.T, delta bool) {
 		}
 		met = append(met, reason)
 	}
-	all := strings.Join(met, "\n")
+	meets(t, met, delta)
+	t.Logf("%d disks were full at some page of the install", len(met))
+}
+
+// meets sees that the disk was full at each file that an install writes.
+func meets(t *testing.T, reasons []string, delta bool) {
+	t.Helper()
+	all := strings.Join(reasons, "\n")
 	for _, file := range []string{
 		"/ota/.update.json", "/ota/tuf/.enrolled.root.json", "/ota/tuf/.timestamp.json", "/ota/tuf/.snapshot.json",
 		"/ota/tuf/.targets.json", "/ota/tuf/.log.json", "/ota/parts/", "/slots/b/.deimos-agent.new", "/slots/state.json.new",
 	} {
 		if delta && file == "/ota/parts/" {
-			continue // it has one page, which is left over from the record
+			continue // it is small, and the record that was replaced before it has left as much
 		}
 		if !strings.Contains(all, file) {
 			t.Errorf("the disk was never full when %s was written, but:\n%s", file, all)
 		}
 	}
-	t.Logf("%d disks were full at some page of the install", len(met))
+}
+
+// disk is one that can be full.
+type disk struct {
+	dir  string
+	room func() // there is, from here on
 }
 
 // fullAt installs with so many pages free, and returns why that was refused; "" if the
@@ -69,6 +81,15 @@ func fullAt(t *testing.T, f *fleet, pages int, delta bool) string {
 	dir := t.TempDir()
 	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"))
 	defer func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) }()
+	return f.installsOn(t, pages, delta, disk{dir, func() { must(t, os.Remove(filepath.Join(dir, "ballast"))) }}, func() {
+		fill(t, dir, filepath.Join(dir, "ballast"), pages)
+	})
+}
+
+// installsOn does so on a disk that full leaves with so many of something free.
+func (f *fleet) installsOn(t *testing.T, free int, delta bool, on disk, full func()) string {
+	t.Helper()
+	dir := on.dir
 	f.way.settled(t, dir)
 	if delta {
 		f.runsNoisy(dir)
@@ -76,8 +97,7 @@ func fullAt(t *testing.T, f *fleet, pages int, delta bool) string {
 	s := f.service(dir, func(*Options) {})
 	before, err := os.ReadFile(filepath.Join(dir, "slots", "a", "deimos-agent"))
 	must(t, err)
-	ballast := filepath.Join(dir, "ballast")
-	fill(t, dir, ballast, pages)
+	full()
 
 	_, err = s.Handle(t.Context(), order("o1", "1.1.0"), nil)
 	if errors.Is(err, ErrRestart) {
@@ -85,10 +105,10 @@ func fullAt(t *testing.T, f *fleet, pages int, delta bool) string {
 	}
 	p := wire.ProblemOf(err)
 	if p.Code != wire.CodeNoSpace || p.State != wire.Failed {
-		t.Errorf("%d pages: %v (%s)", pages, err, p.Code)
+		t.Errorf("%d free: %v (%s)", free, err, p.Code)
 	}
 	if st, err := standing(s); st != nil || err != nil {
-		t.Errorf("%d pages: on trial: %+v, %v", pages, st, err)
+		t.Errorf("%d free: on trial: %+v, %v", free, st, err)
 	}
 	slots, err := slot.Open(dir)
 	must(t, err)
@@ -96,13 +116,13 @@ func fullAt(t *testing.T, f *fleet, pages int, delta bool) string {
 	must(t, err)
 	after, err := os.ReadFile(slots.Path(slot.A))
 	if err != nil || string(after) != string(before) || st.Current != slot.A || st.Warning != "" || slots.Check(st, slot.A) != nil {
-		t.Errorf("%d pages: what runs is not as it was: %+v, %v", pages, st, err)
+		t.Errorf("%d free: what runs is not as it was: %+v, %v", free, st, err)
 	}
-	must(t, os.Remove(ballast))
+	on.room()
 	// In this life and, from what is on the disk, in the next.
-	next := []*Service{s, f.service(dir, func(*Options) {})}[pages%2]
+	next := []*Service{s, f.service(dir, func(*Options) {})}[free%2]
 	if _, err := next.Handle(t.Context(), order("o1", "1.1.0"), nil); !errors.Is(err, ErrRestart) {
-		t.Errorf("%d pages: once there is room: %v", pages, err)
+		t.Errorf("%d free: once there is room: %v", free, err)
 	}
 	return p.Reason
 }
