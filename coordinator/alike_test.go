@@ -190,7 +190,7 @@ func TestWhatADeviceHasHadIsKnownAfterARestart(t *testing.T) {
 		return openWith(t, dir, func(c *Config) { c.Audits.Jobs, c.even = true, l.even })
 	}
 	w := start()
-	d, _ := w.device(t), w.device(t)
+	d, _ := w.worker(t), w.worker(t)
 	ids := w.chunksOf(t, 3, 5000)
 	jobs := make(chan wire.JobRun, 8)
 	d.on(wire.KindJobRun, func(o wire.Order) *reply {

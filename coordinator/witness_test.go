@@ -252,7 +252,7 @@ func TestDevicesByOneTokenVerifyNothingUntilTheyAreLabelled(t *testing.T) {
 	q := api.JobSpec{Module: w.module(t)}
 	r, err := w.op.RunJob(testContext(t), q)
 	wantSure(t, r, err, api.ByNobody, api.UnverifiedNoOther)
-	if len(r.Attempts) != 2 || !strings.Contains(r.Unverified.Reason, "--set-label owner=") {
+	if len(r.Attempts) != 2 || r.Unverified == nil || !strings.Contains(r.Unverified.Reason, "--set-label owner=") {
 		t.Errorf("%+v, which %+v", r.Attempts, r.Unverified)
 	}
 	q.Verify = api.VerifyAlways
