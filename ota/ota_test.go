@@ -35,13 +35,6 @@ const patience = 60 * time.Second
 var launcherBin, agentBin []byte
 
 func TestMain(m *testing.M) {
-	if where := os.Getenv(envByteDisk); where != "" {
-		if err := serveByteDisk(where); err != nil {
-			fmt.Fprintln(os.Stderr, "the disk that counts bytes:", err)
-			os.Exit(1)
-		}
-		return
-	}
 	launcherBin, agentBin = build("../cmd/deimos-launch"), build("./testdata/agent")
 	os.Exit(m.Run())
 }
