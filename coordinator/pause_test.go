@@ -3,6 +3,7 @@ package coordinator
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -20,6 +21,8 @@ func TestAPauseEndsNoJobBeforeItsDeadline(t *testing.T) {
 	says := ready()
 	d.tell(says)
 	has, goes := make(chan wire.Order, 8), make(chan bool)
+	goOn := sync.OnceFunc(func() { close(goes) })
+	defer goOn()
 	d.on(wire.KindJobRun, func(o wire.Order) *reply {
 		d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, Code: "paused", At: time.Now()})
 		has <- o
@@ -43,7 +46,7 @@ func TestAPauseEndsNoJobBeforeItsDeadline(t *testing.T) {
 	if v, err := w.outbox.get(testContext(t), d.id, o.ID); err != nil || v.State.Terminal() {
 		t.Fatalf("after ten hours: %s %s %v", v.State, v.Reason, err)
 	}
-	close(goes)
+	goOn()
 	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
 	must(t, err)
 	task, err := w.jobs.tasks.find(testContext(t), taskKey(j.ID, 0))
@@ -57,18 +60,22 @@ func TestWhoRunsATaskForEverIsNotWaitedForAlone(t *testing.T) {
 	t.Parallel()
 	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.away = 10 * time.Hour })
 	t.Cleanup(w.Close)
-	ds := w.devices(t, 3)
+	ds := w.devices(t, 5)
 	w.putFile(t, "in", someBytes(100), 3)
 	has := make(chan bool, 8)
-	var n atomic.Int32
+	var hang atomic.Int32
 	for _, d := range ds {
 		d.tell(ready())
+		hangs := sync.OnceValue(func() bool { // as it is asked, and when it is asked again
+			first := hang.Add(1) <= 2
+			has <- true
+			return first
+		})
 		d.on(wire.KindJobRun, func(o wire.Order) *reply {
-			if n.Add(1) == 3 {
+			if !hangs() {
 				return d.compute(o, nil)
 			}
 			d.say(wire.ChannelReport, wire.TypeReport, wire.Report{Order: o.ID, Device: d.id, Seq: 1, State: wire.Running, At: time.Now()})
-			has <- true
 			return nil
 		})
 	}
@@ -84,8 +91,10 @@ func TestWhoRunsATaskForEverIsNotWaitedForAlone(t *testing.T) {
 		}
 	}
 	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
-	if err != nil || j.State != wire.Succeeded {
-		t.Errorf("%s %s: %v", j.State, j.Reason, err)
+	must(t, err)
+	task, err := w.jobs.tasks.find(testContext(t), taskKey(j.ID, 0))
+	if err != nil || j.State != wire.Succeeded || len(task.Attempts) != 3 { // one more for each that hangs
+		t.Errorf("%s %s, %d attempts: %v", j.State, j.Reason, len(task.Attempts), err)
 	}
 }
 
