@@ -206,7 +206,7 @@ func (a *Agent) prove(ctx context.Context) {
 		}
 		return
 	}
-	try{healthy: a.update.Healthy, look: a.hw.inspect, confirm: a.confirm, changed: a.proving, every: proveEvery, log: a.log}.run(ctx)
+	try{healthy: a.update.Healthy, look: a.hw.inspect, confirm: a.confirm, changed: a.proving, every: proveEvery, rest: a.cfg.ConfirmWithin / 12, log: a.log}.run(ctx)
 }
 
 // try is one of a version on trial.
@@ -216,27 +216,29 @@ type try struct {
 	confirm func(context.Context) bool
 	changed <-chan struct{} // something that counts
 	every   time.Duration
+	rest    time.Duration // that it must live on for after the look, so that what that sets off has come
 	log     *slog.Logger
 }
 
 // run ends when the version is confirmed, or with ctx. A crash that comes at the look at
 // the machine, the first of which in an agent's life is after ten minutes, would come
 // after there is a way back: so one is taken as soon as nothing is worse, and the version
-// is kept only if it lives on after it, as it must for a while anyway.
+// is kept only if it lives on after it.
 func (t try) run(ctx context.Context) {
-	began, said, looked := time.Now(), "", false
+	began, said := time.Now(), ""
+	var looked time.Time
 	tick := time.NewTicker(t.every)
 	defer tick.Stop()
 	for {
 		err := t.healthy(time.Since(began))
-		if open := err == nil || errors.Is(err, ota.ErrNotSteady); open && !looked {
-			looked = true
+		if open := err == nil || errors.Is(err, ota.ErrNotSteady); open && looked.IsZero() {
 			if err := t.look(ctx); err != nil && ctx.Err() == nil {
 				t.log.Warn("the machine cannot be probed", "error", err) // nor could it by the version before
 			}
+			looked = time.Now()
 			continue
 		}
-		if err == nil && t.confirm(ctx) {
+		if err == nil && time.Since(looked) >= t.rest && t.confirm(ctx) {
 			t.log.Info("this version is confirmed")
 			return
 		}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/deimos-edge/deimos/ota"
@@ -148,6 +149,23 @@ func TestAVersionLooksAtItsMachineBeforeItIsKept(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What was steady for long before the look, as its broker came late, is no proof of what the
+// look sets off.
+func TestAVersionLivesOnAfterItsLook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		try{
+			healthy: func(time.Duration) error { return nil },
+			look:    func(context.Context) error { time.Sleep(3 * time.Second); return nil },
+			confirm: func(context.Context) bool { return true },
+			changed: make(chan struct{}), every: time.Second, rest: 10 * time.Second, log: slog.New(slog.DiscardHandler),
+		}.run(t.Context())
+		if took := time.Since(began); took != 13*time.Second {
+			t.Errorf("it was kept after %s", took)
+		}
+	})
 }
 
 func TestAnOwnersWordThatIsDamagedHoldsUpdates(t *testing.T) {

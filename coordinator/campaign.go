@@ -9,6 +9,7 @@ import (
 	"math"
 	"net/http"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -607,14 +608,14 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 	} else {
 		planned, p := min(r.Phases[r.Phase].Planned, fewest), &t.phases[r.Phase].group
 		groups = append(groups, judged{group: &t.group, of: max(t.asked, planned)},
-			judged{p, fmt.Sprintf(" of phase %d", r.Phase+1), max(p.asked, planned), true})
+			judged{p, fmt.Sprintf(" of phase %d", r.Phase+1), p.asked, true})
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.boards)) {
 		b := t.boards[name]
-		groups = append(groups, judged{b, fmt.Sprintf(" of the board %q", name), max(b.asked, fewest), true})
+		groups = append(groups, judged{b, fmt.Sprintf(" of the board %q", name), b.asked, true})
 	}
 	for _, g := range groups {
-		c, why := r.judge(g, t.anyway(g.group))
+		c, why := r.judge(g, len(groups), t.anyway(g.group))
 		if c != "" {
 			return c, why
 		}
@@ -623,14 +624,17 @@ func (r *campaignRow) stops(t *tally) (code, reason string) {
 	return "", reason
 }
 
-func (r *campaignRow) judge(g judged, anyway float64) (code, reason string) {
+func (r *campaignRow) judge(g judged, parts int, anyway float64) (code, reason string) {
 	// Who falls silent is known long after who was updated, so a share of all that were
 	// asked would be too small for as long as more are asked. Some failures are known
 	// sooner than any success, so a share of those that have ended would be too large.
 	ended := min(g.of, max(g.ended, fewest))
+	if g.part { // it is not too small to be judged
+		ended = g.ended
+	}
 	over := func(n float64, most int, share float64, of int) bool {
 		if g.part {
-			return n > leastOfPart(share/100, of)
+			return n > mostOfPart(share/100, of, parts)
 		}
 		return most >= 0 && n > float64(most) || n > 0 && share <= 100 && n > share/100*float64(of)
 	}
@@ -644,34 +648,50 @@ func (r *campaignRow) judge(g judged, anyway float64) (code, reason string) {
 		}
 		return strings.Join(said, " or ")
 	}
-	said := func(of, have int) int { // of ten devices of a board nobody says that they are fifty
-		if g.part {
-			return min(of, have)
-		}
-		return of
-	}
 	failed, silent := float64(g.failed), float64(g.silent)
 	switch {
 	case over(failed, r.Stop.Failed, r.Stop.FailedShare, g.of):
-		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices%s failed, and at most %s may", g.failed, said(g.of, g.asked), g.name, limit(r.Stop.Failed, r.Stop.FailedShare))
+		return api.CampaignTooManyFailed, fmt.Sprintf("%d of %d devices%s failed, and at most %s may", g.failed, g.of, g.name, limit(r.Stop.Failed, r.Stop.FailedShare))
 	case over(silent-anyway, r.Stop.Silent, r.Stop.SilentShare, ended):
-		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices%s fell silent for more than %s, and at most %s may", g.silent, said(ended, g.ended), g.name, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
+		return api.CampaignTooManySilent, fmt.Sprintf("%d of %d devices%s fell silent for more than %s, and at most %s may", g.silent, ended, g.name, r.Stop.After, limit(r.Stop.Silent, r.Stop.SilentShare))
 	case over(silent, r.Stop.Silent, r.Stop.SilentShare, ended):
 		return "", fmt.Sprintf("%d devices%s fell silent, but so did others: by those that were not asked in this phase, %.0f would have anyway; it goes on when they are back, or by an approval", g.silent, g.name, anyway)
 	}
 	return "", ""
 }
 
-// leastOfPart is what more than must be reached of a part of all devices: a share (0 to
-// 1) of so many, and three standard deviations, as there are many parts that chance could
-// have it in for. One device is no part, and a part that fails whole always is enough.
-func leastOfPart(share float64, of int) float64 {
-	if share > 1 {
+// byChance is how likely a campaign that is well may be taken for one that is not, because
+// too many devices of one of its parts fail or are silent.
+const byChance = 1e-3
+
+// mostOfPart is how many of so many devices of a part may do what a share (0 to 1) of all may: as
+// many as chance would exceed once in 1/[byChance] campaigns with so many parts, by the binomial
+// distribution. One device is no part, and a part of which all do is always too much.
+func mostOfPart(share float64, of, parts int) float64 {
+	if share >= 1 {
 		return math.Inf(1)
 	}
 	n := float64(of)
-	clear := share*n + 3*math.Sqrt(share*(1-share)*n)
-	return max(share*n, 1, min(clear, n-1))
+	most := int(share * n)
+	most += sort.Search(of-most, func(more int) bool { return tail(share, of, most+more+1) <= byChance/float64(parts) })
+	return max(share*n, 1, min(float64(most), n-1))
+}
+
+// tail is the chance that at least k of n, more than p of them, do what each does with a chance of p.
+func tail(p float64, n, k int) (sum float64) {
+	if p <= 0 && k > 0 {
+		return 0
+	}
+	for i := k; i <= n; i++ {
+		all, _ := math.Lgamma(float64(n + 1))
+		these, _ := math.Lgamma(float64(i + 1))
+		others, _ := math.Lgamma(float64(n - i + 1))
+		term := math.Exp(all - these - others + float64(i)*math.Log(p) + float64(n-i)*math.Log1p(-p))
+		if sum += term; term < 1e-6*sum {
+			break
+		}
+	}
+	return sum
 }
 
 // holdup is why the phase that runs is not settled; empty: it is.

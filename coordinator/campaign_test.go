@@ -1,6 +1,7 @@
 package coordinator
 
 import (
+	"math"
 	"slices"
 	"testing"
 	"time"
@@ -100,8 +101,8 @@ func TestAPartThatFailsIsNotHiddenByAllThatIsWell(t *testing.T) {
 		{"one of three", 3, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsFailed}, {1, 2, "a", api.StandsUpdated}}, ""},
 		{"the one that it has", 1, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsFailed}}, ""},
 		{"one of three that is silent", 3, api.CampaignStop{}, []stands{well, {1, 1, "a", api.StandsSilent}, {1, 2, "a", api.StandsUpdated}}, ""},
-		{"little more than the share", 50_000, api.CampaignStop{}, []stands{well, {1, 967, "a", api.StandsUpdated}, {1, 33, "a", api.StandsFailed}}, ""},
-		{"clearly more", 50_000, api.CampaignStop{}, []stands{well, {1, 966, "a", api.StandsUpdated}, {1, 34, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"little more than the share", 50_000, api.CampaignStop{}, []stands{well, {1, 965, "a", api.StandsUpdated}, {1, 35, "a", api.StandsFailed}}, ""},
+		{"clearly more", 50_000, api.CampaignStop{}, []stands{well, {1, 960, "a", api.StandsUpdated}, {1, 40, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
 		{"most may fail, and all do", 10, api.CampaignStop{MaxFailedShare: new(80.0)}, []stands{well, {1, 10, "a", api.StandsFailed}}, api.CampaignTooManyFailed},
 		{"most may fail, and do", 10, api.CampaignStop{MaxFailedShare: new(80.0)}, []stands{well, {1, 9, "a", api.StandsFailed}, {1, 1, "a", api.StandsUpdated}}, ""},
 		{"all may fail", 1000, api.CampaignStop{MaxFailedShare: new(100.0)}, []stands{well, {1, 1000, "a", api.StandsFailed}}, ""},
@@ -109,7 +110,10 @@ func TestAPartThatFailsIsNotHiddenByAllThatIsWell(t *testing.T) {
 		{"another board fails whole among many", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 200, "b", api.StandsFailed}}, api.CampaignTooManyFailed},
 		{"it is silent among many", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 200, "b", api.StandsSilent}}, api.CampaignTooManySilent},
 		{"one of three of another board", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 1, "b", api.StandsFailed}, {1, 2, "b", api.StandsUpdated}}, ""},
-		{"a few of another board, as chance has it", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 3, "b", api.StandsFailed}, {1, 47, "b", api.StandsUpdated}}, ""},
+		{"a few of another board, as chance has it", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 4, "b", api.StandsFailed}, {1, 46, "b", api.StandsUpdated}}, ""},
+		{"a few of a small board, and they are half of it", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 5, "b", api.StandsFailed}, {1, 5, "b", api.StandsUpdated}}, api.CampaignTooManyFailed},
+		{"a board of two fails whole", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 2, "b", api.StandsFailed}}, api.CampaignTooManyFailed},
+		{"a board of seven is silent whole", 50_000, api.CampaignStop{}, []stands{well, {1, 30_000, "a", api.StandsUpdated}, {1, 7, "b", api.StandsSilent}}, api.CampaignTooManySilent},
 	} {
 		r := inPhase(t, 1, c.planned)
 		var err error
@@ -125,6 +129,35 @@ func TestAPartThatFailsIsNotHiddenByAllThatIsWell(t *testing.T) {
 	late := addAll(newTally(2), stands{1, 30_000, "a", api.StandsUpdated}, stands{1, 5, "b", api.StandsFailed})
 	if code, reason := done.stops(late); code != api.CampaignTooManyFailed || reason != `5 of 5 devices of the board "b" failed, and at most 2% may` {
 		t.Errorf("late ones: %q (%s)", code, reason)
+	}
+}
+
+// What chance does to one board of a hundred in a fleet that is well stops nothing, but once in
+// a thousand campaigns: the tail of the binomial distribution is what tables of it say.
+func TestWhatChanceDoesToPartsStopsNothing(t *testing.T) {
+	for _, c := range []struct {
+		p    float64
+		n, k int
+		want float64
+	}{{0.02, 50, 4, 0.01776}, {0.5, 10, 8, 0.05469}, {0.05, 2, 2, 0.0025}, {0.02, 100_000, 2100, 0.01277}} {
+		if got := tail(c.p, c.n, c.k); math.Abs(got-c.want) > c.want/100 {
+			t.Errorf("%d or more of %d, each with %v: %.5f, want %.5f", c.k, c.n, c.p, got, c.want)
+		}
+	}
+	const parts = 100
+	for _, n := range []int{2, 3, 10, 50, 500, 20_000} {
+		most := mostOfPart(0.02, n, parts)
+		if whole := most == float64(n)-1; tail(0.02, n, int(most)+1) > byChance/parts && !whole || most >= float64(n) {
+			t.Errorf("of %d, %v may fail", n, most)
+		}
+		if most > 1 && tail(0.02, n, int(most)) <= byChance/parts {
+			t.Errorf("of %d, %v may fail, which is more than chance does", n, most)
+		}
+	}
+	for share, want := range map[float64]float64{0: 1, 0.01: 1, 1: math.Inf(1), 2: math.Inf(1)} {
+		if got := mostOfPart(share, 2, parts); got != want {
+			t.Errorf("of 2, where %v may, %v may", share, got)
+		}
 	}
 }
 
