@@ -347,7 +347,15 @@ func TestCgroupBoundsMemoryThatNoRlimitCounts(t *testing.T) {
 	if err := unix.Sysinfo(&machine); err != nil {
 		t.Fatal(err)
 	}
-	for stage, most := range map[string]int64{"compiling": int64(machine.Totalram)/4*3 + 8<<20, "running": engineAllowance + kernelAllowance + 48<<20} {
+	all := int64(machine.Totalram) / 4 * 3
+	if has := (&cgroup{dir: r.Cgroups.dir}).number("memory.max"); has > all || has < all-4096 {
+		t.Errorf("all jobs may have %d bytes together, of a machine with %d", has, machine.Totalram)
+	}
+	const slack = 48 << 20
+	for stage, most := range map[string]int64{"compiling": CompileBytes(0) + kernelAllowance + slack, "running": engineAllowance + kernelAllowance + slack} {
+		if most >= all {
+			t.Fatalf("the machine is too small to tell the bound of a job that is %s from that of all", stage)
+		}
 		attacker := Runner{Cgroups: r.Cgroups, prefix: []string{attackArg, stage, "hoarding", ""}}
 		res, err := attacker.Run(t.Context(), Spec{Module: wasm{memory: 1}.file(t), Limits: wire.JobLimits{MemoryBytes: 1 << 20, CPUSeconds: 3600, WallSeconds: 3600}})
 		wantCause(t, err, LimitMemory, wire.Failed, wire.CodeLimit)

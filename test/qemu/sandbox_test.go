@@ -27,7 +27,7 @@ func TestJobsAreBoundedByRealCgroups(t *testing.T) {
 	kernel, initrd := sandboxMachine(ctx, t, dir)
 	// No network, no disk. The kernel hands what is behind -- to process 1.
 	argv := []string{"qemu-system-aarch64",
-		"-M", "virt,acpi=off", "-cpu", "cortex-a57", "-smp", "2", "-m", "512", "-accel", "tcg,thread=multi",
+		"-M", "virt,acpi=off", "-cpu", "cortex-a57", "-smp", "2", "-m", "1024", "-accel", "tcg,thread=multi",
 		"-display", "none", "-serial", "stdio", "-monitor", "none", "-nic", "none", "-no-reboot", "-device", "virtio-rng-pci",
 		"-kernel", kernel, "-initrd", initrd,
 		"-append", "console=ttyAMA0 quiet panic=-1 -- -test.v -test.count=1 -test.timeout=10m -test.run=^TestCgroup|^TestEachWorkerHas"}
