@@ -168,11 +168,18 @@ func (a *attacker) terminal(d *device, order string, n int) (wire.Report, []byte
 	}
 }
 
-// reported counts the reports on an order, of whatever state.
-func (a *attacker) reported(order string) int {
+// reported counts the reports on an order: those that are raw, and the others.
+func (a *attacker) reported(order string, raw []byte) (same, others int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return len(a.reports[order])
+	for _, r := range a.reports[order] {
+		if bytes.Equal(r, raw) {
+			same++
+		} else {
+			others++
+		}
+	}
+	return same, others
 }
 
 // fence has the device carry out a harmless order of the same kind as the
@@ -292,7 +299,7 @@ func TestAttacksOnTheOrderTopic(t *testing.T) {
 				}
 			}
 			a.fence(d)
-			if n := a.reported(order); c.code == "" && n > 0 {
+			if _, n := a.reported(order, nil); c.code == "" && n > 0 {
 				t.Errorf("it was taken for an order: %d reports", n)
 			}
 			d.checkStorage()
@@ -339,22 +346,19 @@ func TestReplayHasNoSecondEffect(t *testing.T) {
 	check := func(order string, raw []byte) {
 		t.Helper()
 		a.mu.Lock()
-		envelope, seen := a.orders[order], 0
-		for _, r := range a.reports[order] {
-			if bytes.Equal(r, raw) {
-				seen++
-			}
-		}
+		envelope := a.orders[order]
 		a.mu.Unlock()
-		reports := a.reported(order)
+		same, others := a.reported(order, raw)
 		a.send(d, envelope)
-		if _, again := a.terminal(d, order, seen); !bytes.Equal(again, raw) {
+		if _, again := a.terminal(d, order, same); !bytes.Equal(again, raw) {
 			t.Error("a replay was answered with another report")
 		}
 		a.fence(d)
-		// A new run would be announced as QUEUED and RUNNING.
-		if n := a.reported(order) - reports; n != 1 {
-			t.Errorf("a replay was answered with %d reports, want the old one", n)
+		// A new run would be announced as QUEUED and RUNNING. The old report may
+		// come more often: a device that was restarted before its acknowledgement,
+		// which the coordinator holds back until its state is synced, sends it again.
+		if _, n := a.reported(order, raw); n != others {
+			t.Errorf("a replay was answered with %d other reports than the old one", n-others)
 		}
 		d.checkStorage()
 		f.CheckGet("prey", data)
