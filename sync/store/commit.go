@@ -2,18 +2,15 @@ package store
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"time"
 
-	"github.com/dgraph-io/badger/v4"
+	"golang.org/x/sys/unix"
 
-	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -23,23 +20,27 @@ const (
 	maxBatchBytes    = 16 << 20 // chunks that share one sync
 	maxBatchRequests = 1024
 	partBytes        = 1 << 20 // of a batch, after which the disk begins to write
-	maxDropsAtOnce   = 1000    // ids in one transaction
+	maxDropsAtOnce   = 1000    // ids in one request
 
-	keyBytes = 64 // a key in the tree with its value where that is no chunk (a size, or where the chunk lies), rounded up
+	// Whichever comes first, a checkpoint of the index follows: so much is read again, at
+	// most, when the volume is opened after a crash.
+	checkpointBytes   = 64 << 20
+	checkpointChanges = 4 << 10
+	checkpointAfter   = 30 * time.Second // without a change
 )
 
 // request is one change that waits for the committer, or with none of the changes
 // the question whether a chunk is durable.
 type request struct {
-	id    chunk.ID
-	data  []byte       // put
-	read  bool         // put: the chunk was read just before, if it is held
-	drops []chunk.ID   // drop
-	lost  bool         // drop: only those that are lost, for all that is known when it is done
-	moves []move       // write again elsewhere
-	flush bool         // make durable what Badger wrote by itself
-	first func() error // before a flush: what Badger does while nothing is being written
-	done  chan error   // takes one answer without blocking
+	id     chunk.ID
+	data   []byte     // put
+	read   bool       // put: the chunk was read just before, if it is held
+	drops  []chunk.ID // drop
+	lost   bool       // drop: only those that are lost, for all that is known when it is done
+	moves  []move     // write again elsewhere
+	graves []grave    // drop records to write again
+	flush  bool       // have all that is durable in the index, durably
+	done   chan error // takes one answer without blocking
 
 	err error // the committer's
 }
@@ -167,6 +168,8 @@ func (v *Volume) hand(ctx context.Context, r *request) error {
 func (v *Volume) commitLoop() {
 	defer close(v.stopped)
 	c := crowd{queue: v.queue}
+	idle := time.NewTimer(checkpointAfter)
+	defer idle.Stop()
 	for {
 		select {
 		case r := <-v.queue:
@@ -174,9 +177,18 @@ func (v *Volume) commitLoop() {
 			for b.add(r); len(b.requests) > 0; {
 				b = v.commit(b, &c)
 			}
+			idle.Reset(checkpointAfter)
+		case <-idle.C:
+			if v.index.changes() > 0 {
+				_ = v.checkpoint()
+			}
 		case <-v.stop:
-			if err := v.syncer.close(); err != nil {
-				v.opt.Log.Warn("a log was not closed", "volume", v.id, "err", err)
+			if v.index.changes() > 0 {
+				_ = v.checkpoint()
+			}
+			v.awaitCheckpoint()
+			if err := v.log.close(); err != nil {
+				v.opt.Log.Warn("a segment was not closed", "volume", v.id, "err", err)
 			}
 			return
 		}
@@ -242,19 +254,23 @@ func (c *crowd) wait(b *batch, limit *time.Timer) bool {
 // commit carries a batch out: it writes what is there, and what comes soon, syncs
 // once, and answers all. It returns those who have come meanwhile.
 func (v *Volume) commit(b batch, c *crowd) (next batch) {
-	s := stage{v: v, state: map[chunk.ID]held{}}
+	s := stage{v: v, from: v.log.point(), state: map[chunk.ID]held{}}
 	s.writeAll(&b, c)
 	err := s.err
-	if err == nil && s.unsynced() {
+	if err == nil && s.written {
 		began := time.Now()
-		settled := make(chan error, 1)
-		go func() { settled <- s.settle() }()
-		err = v.syncer.sync()
+		err = v.log.sync()
 		c.took = time.Since(began)
-		err = errors.Join(err, <-settled)
 	}
-	v.follow()
-	if err != nil {
+	switch {
+	case errors.Is(s.err, unix.ENOSPC) && v.log.back(s.from):
+		s.undo()
+		for _, r := range b.requests {
+			if r.err == nil && s.failed(r, "") != nil {
+				r.err = wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s (%s) is full: free space there", v.id, v.dir)
+			}
+		}
+	case err != nil:
 		reason := fmt.Sprintf("writing failed: %v", err)
 		v.noteFailedSync(reason, s.put)
 		for _, r := range b.requests {
@@ -262,15 +278,120 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 				r.err = s.failed(r, reason)
 			}
 		}
-	} else {
+		v.follow()
+	default:
+		v.follow()
 		s.apply()
 	}
+	v.checkpointIfDue()
 	c.take(&next)
 	c.size = len(b.requests) + len(next.requests)
 	for _, r := range b.requests {
+		if r.flush && r.err == nil {
+			v.flush(r)
+			continue
+		}
 		r.done <- r.err
 	}
 	return next
+}
+
+// follow brings the ledger up to date after a write.
+func (v *Volume) follow() {
+	for _, f := range v.log.sealed {
+		v.mu.Lock()
+		v.space.set(f.segment, f.length, f.meta)
+		drops := v.space.of(f.segment).drops
+		v.mu.Unlock()
+		v.index.setFull(f.segment, full{meta: f.meta, drops: drops})
+	}
+	v.log.sealed = nil
+	if v.log.file != nil {
+		v.mu.Lock()
+		v.space.set(v.log.number, v.log.length, segmentHead)
+		v.mu.Unlock()
+	}
+}
+
+// flush answers when everything up to now is in the index, durably.
+func (v *Volume) flush(r *request) {
+	if err := v.writable(); err != nil {
+		r.done <- err
+		return
+	}
+	if err := v.checkpoint(); err != nil {
+		r.done <- err
+		return
+	}
+	under := v.saving
+	go func() { r.done <- under.wait() }()
+}
+
+// checkpointIfDue begins a checkpoint if enough has changed and none is under way.
+func (v *Volume) checkpointIfDue() {
+	if v.writable() != nil || v.saving != nil && !v.saving.ended() {
+		return
+	}
+	if v.index.changes() >= checkpointChanges || v.log.written-v.saved >= checkpointBytes {
+		_ = v.checkpoint() // without one, more is read again at the next start
+	}
+}
+
+// saving is a checkpoint under way.
+type saving struct {
+	done chan struct{}
+	err  error
+}
+
+func (s *saving) wait() error {
+	<-s.done
+	return s.err
+}
+
+func (s *saving) ended() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// checkpoint begins one, beside what is put meanwhile. The committer calls it between two
+// batches, when all that the index knows is durable in the log.
+func (v *Volume) checkpoint() error {
+	return v.checkpointAt(spot{v.log.number, uint32(v.log.length)})
+}
+
+// checkpointAt is checkpoint of an index that is complete up to there.
+func (v *Volume) checkpointAt(end spot) error {
+	v.awaitCheckpoint()
+	if err := v.writable(); err != nil {
+		return err
+	}
+	if err := makeRoom(v.dir, v.opt.hooks); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	p := position{end: end, seq: v.log.seq, chunks: int64(v.chunks)}
+	v.mu.Unlock()
+	v.saved = v.log.written
+	changes, fulls := v.index.begin()
+	s := &saving{done: make(chan struct{})}
+	v.saving = s
+	go func() {
+		defer close(s.done)
+		if s.err = v.index.checkpoint(v.log.from, p, changes, fulls); s.err != nil {
+			v.noteFailedSync(fmt.Sprintf("the index could not be written: %v", s.err), nil)
+		}
+	}()
+	return nil
+}
+
+func (v *Volume) awaitCheckpoint() {
+	if v.saving != nil {
+		_ = v.saving.wait() // it has latched the volume
+	}
 }
 
 // writeAll writes a batch, and whoever comes for it. The disk begins with what is
@@ -284,10 +405,7 @@ func (s *stage) writeAll(b *batch, c *crowd) {
 	began := len(b.requests)
 	limit := time.NewTimer(c.took / waitShare)
 	defer limit.Stop()
-	for done := began; s.err == nil && s.unsynced() && c.expects(b); done = len(b.requests) {
-		if s.err = s.v.syncer.begin(); s.err != nil {
-			return
-		}
+	for done := began; s.err == nil && s.written && c.expects(b); done = len(b.requests) {
 		if !c.wait(b, limit) {
 			if done == began {
 				c.skip = waitAgain
@@ -334,39 +452,38 @@ func (v *Volume) atHome() (bool, error) {
 // mean for the counters once it is durable.
 type stage struct {
 	v        *Volume
+	from     point
 	room     int64 // bytes left above the floor; read at the first put
 	roomErr  error
 	roomRead bool
 	state    map[chunk.ID]held // of the ids that the batch names, as it goes
 	put      []chunk.ID
 	unlost   []chunk.ID
-	flush    bool
-	staged   int64 // bytes that the puts add to the logs
+	staged   int64 // bytes that the puts add to the segments
 	used     int64 // changes of the counters
 	chunks   int
-	freed    []record // that no chunk needs any more
-	taken    []record // that were written
+	freed    []place // that no chunk needs any more
+	taken    []place // that were written
+	drops    []place
 
-	changes []unwritten // prepared
-	tree    int64       // bytes that they set in Badger's tree, at most
-	written bool        // some others
-	mu      sync.Mutex  // guards err while Badger writes
+	entries []entry // that are not written yet
+	before  map[chunk.ID]change
+	written bool
 	err     error
 }
 
 // held is what is known of a chunk before it is changed.
 type held struct {
-	size int64
 	at   place
 	ok   bool // indexed
 	lost bool
-	mine bool // written by this batch
+	mine bool // written by this batch; at has the size alone until then
 }
 
-// record is a chunk in the value logs.
-type record struct {
-	at   place
-	size int64 // of the chunk, in bytes
+// grave is a record that no chunk has any more, of a segment that is still there.
+type grave struct {
+	id     chunk.ID
+	target spot
 }
 
 // take does what some requests of the batch ask for, up to the sync.
@@ -383,26 +500,22 @@ func (s *stage) take(some []*request) {
 	s.write()
 }
 
-// look finds out, before these requests are written, what is held of all that they
-// name: Badger would make a later read wait for the writes before it.
+// look finds out, before these requests are written, what is held of all that they name.
 func (s *stage) look(some []*request) error {
 	var found []chunk.ID
-	err := s.v.view(func(txn *badger.Txn) error {
-		for _, r := range some {
-			for _, id := range r.ids() {
-				if _, known := s.state[id]; known {
-					continue
-				}
-				h, err := lookUp(txn, id)
-				if err != nil {
-					return err
-				}
-				s.state[id] = h
-				found = append(found, id)
+	for _, r := range some {
+		for _, id := range r.ids() {
+			if _, known := s.state[id]; known {
+				continue
 			}
+			at, ok, err := s.v.index.find(id)
+			if err != nil {
+				return err
+			}
+			s.state[id] = held{at: at, ok: ok}
+			found = append(found, id)
 		}
-		return nil
-	})
+	}
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
 	for _, id := range found {
@@ -410,24 +523,7 @@ func (s *stage) look(some []*request) error {
 		_, h.lost = s.v.lost[id]
 		s.state[id] = h
 	}
-	return err
-}
-
-// lookUp reads what the tree knows of a chunk.
-func lookUp(txn *badger.Txn, id chunk.ID) (h held, err error) {
-	item, err := txn.Get(keyOf(indexPrefix, id))
-	if errors.Is(err, badger.ErrKeyNotFound) {
-		return held{}, nil
-	}
-	if err != nil {
-		return held{}, err
-	}
-	if _, h.size, err = readIndex(item); err != nil {
-		return held{}, err
-	}
-	h.at, err = findRecord(txn, id)
-	h.ok = err == nil
-	return h, err
+	return nil
 }
 
 // ids are the chunks that a request names.
@@ -441,33 +537,17 @@ func (r *request) ids() []chunk.ID {
 			ids[i] = m.id
 		}
 		return ids
-	case r.flush:
+	case r.flush || r.graves != nil:
 		return nil
 	}
 	return []chunk.ID{r.id}
 }
 
-// findRecord tells where a chunk's record lies: nowhere, if it is gone.
-func findRecord(txn *badger.Txn, id chunk.ID) (place, error) {
-	item, err := txn.Get(keyOf(chunkPrefix, id))
-	if errors.Is(err, badger.ErrKeyNotFound) {
-		return place{}, nil
-	}
-	if err != nil {
-		return place{}, err
-	}
-	return placeOf(item), nil
-}
-
 func (s *stage) add(r *request) error {
 	switch {
 	case r.flush:
-		s.flush = true
-		if r.first != nil {
-			return r.first()
-		}
 		return nil
-	case r.moves != nil:
+	case r.moves != nil || r.graves != nil:
 		return s.addMoves(r)
 	case r.data != nil:
 		return s.addPut(r)
@@ -524,39 +604,42 @@ func (s *stage) addPut(r *request) error {
 	if err := s.takeRoom(size); err != nil {
 		return err
 	}
-	s.writeChunk(r.id, r.data)
+	s.writeChunk(r.id, r.data, h)
 	if h.ok { // the lost bytes stay behind
 		s.forget(h)
 	}
 	s.used += size
 	s.chunks++
 	s.unlost = append(s.unlost, r.id)
-	s.state[r.id] = held{size: size, ok: true, mine: true}
 	return nil
 }
 
-func (s *stage) writeChunk(id chunk.ID, data []byte) {
-	size := int64(len(data))
-	s.prepare(2, size, func(txn *badger.Txn) error {
-		index := binary.BigEndian.AppendUint32(nil, uint32(size))
-		return errors.Join(
-			txn.Set(keyOf(chunkPrefix, id), data),
-			txn.Set(keyOf(indexPrefix, id), index),
-		)
-	})
+// writeChunk writes a record that takes the place of what is held.
+func (s *stage) writeChunk(id chunk.ID, data []byte, h held) {
+	e := entry{record{kind: kindChunk, id: id, place: place{size: uint32(len(data))}}, data}
+	if h.ok && !h.mine {
+		e.target = h.at.spot
+	}
+	s.entries = append(s.entries, e)
 	s.put = append(s.put, id)
+	s.state[id] = held{at: e.place, ok: true, lost: h.lost, mine: true}
 }
 
 // forget takes what was held out of the counters.
 func (s *stage) forget(h held) {
-	s.used -= h.size
+	s.used -= int64(h.at.size)
 	s.chunks--
-	if !h.mine {
-		s.freed = append(s.freed, record{h.at, h.size})
+	s.free(h)
+}
+
+func (s *stage) free(h held) {
+	if h.at.segment != 0 {
+		s.freed = append(s.freed, h.at)
 	}
 }
 
-// addMoves writes chunks again that still lie where they were read.
+// addMoves writes chunks again that still lie where they were read, and drops of what is
+// still there.
 func (s *stage) addMoves(r *request) error {
 	if err := s.v.writable(); err != nil {
 		return err
@@ -566,12 +649,14 @@ func (s *stage) addMoves(r *request) error {
 	}
 	for _, m := range r.moves {
 		h := s.state[m.id]
-		if !h.ok || h.mine || h.at != m.from || h.size != int64(len(m.data)) {
+		if !h.ok || h.at != m.from || int64(h.at.size) != int64(len(m.data)) {
 			continue
 		}
-		s.writeChunk(m.id, m.data)
-		s.freed = append(s.freed, record{h.at, h.size})
-		s.state[m.id] = held{size: h.size, ok: true, lost: h.lost, mine: true}
+		s.writeChunk(m.id, m.data, h)
+		s.free(h)
+	}
+	for _, g := range r.graves {
+		s.entries = append(s.entries, entry{record: record{kind: kindDrop, id: g.id, target: g.target}})
 	}
 	return nil
 }
@@ -581,7 +666,7 @@ func (s *stage) addDrops(r *request) error {
 		return err
 	}
 	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool { return !s.state[id].ok || r.lost && !s.state[id].lost })
-	slices.SortFunc(there, func(a, b chunk.ID) int { return slices.Compare(a[:], b[:]) })
+	slices.SortFunc(there, compareIDs)
 	there = slices.Compact(there)
 	if len(there) == 0 {
 		return nil
@@ -589,117 +674,77 @@ func (s *stage) addDrops(r *request) error {
 	if err := makeRoom(s.v.dir, s.v.opt.hooks); err != nil {
 		return err
 	}
+	s.write() // what is dropped must lie somewhere
 	for _, id := range there {
 		h := s.state[id]
 		s.forget(h)
 		s.state[id] = held{}
+		s.entries = append(s.entries, entry{record: record{kind: kindDrop, id: id, target: h.at.spot}})
 	}
 	s.unlost = append(s.unlost, there...)
-	s.prepare(2*len(there), 0, func(txn *badger.Txn) error {
-		for _, id := range there {
-			if err := errors.Join(txn.Delete(keyOf(chunkPrefix, id)), txn.Delete(keyOf(indexPrefix, id))); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
 	return nil
 }
 
-// unwritten is a transaction that is not committed yet.
-type unwritten struct {
-	txn   *badger.Txn
-	bytes int64 // of its chunk
-}
-
-// prepare makes a transaction of so many keys, with a chunk of so many bytes or none.
-// An error fails the batch as a whole.
-func (s *stage) prepare(keys int, bytes int64, fill func(*badger.Txn) error) {
-	s.tree += int64(keys)*(keyBytes+compactors.EntryBytes) + min(bytes, smallValue)
-	c := unwritten{s.v.db.NewTransaction(true), bytes}
-	s.changes = append(s.changes, c)
-	if err := fill(c.txn); err != nil {
-		s.fail(err)
-	}
-}
-
-func (s *stage) fail(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.err = errors.Join(s.err, err)
-}
-
-// write writes what is prepared. All transactions exist before the first is committed,
-// because a new one waits for the writes before it. The disk begins with one part while
-// the next is written.
+// write writes what is prepared, and has the index know of it.
 func (s *stage) write() {
-	if len(s.changes) == 0 {
+	if len(s.entries) == 0 || s.err != nil {
 		return
 	}
-	s.v.rest.Begin(s.tree)
-	defer s.v.rest.End()
-	s.tree, s.written = 0, true
-	s.v.syncer.answers()
-	for s.err == nil {
-		if s.commitPart(); len(s.changes) == 0 {
-			return
+	s.written = true
+	if s.err = s.v.log.add(s.entries); s.err != nil {
+		return
+	}
+	for _, e := range s.entries {
+		if e.kind == kindChunk {
+			s.remember(e.id)
+			s.taken = append(s.taken, e.place)
+			s.v.index.set(e.id, e.place)
+			if h := s.state[e.id]; h.ok && h.at.segment == 0 {
+				h.at = e.place
+				s.state[e.id] = h
+			}
+			continue
 		}
-		if s.err == nil {
-			s.err = s.v.syncer.begin()
+		s.drops = append(s.drops, e.place)
+		if h, known := s.state[e.id]; known && !h.ok {
+			s.remember(e.id)
+			s.v.index.remove(e.id)
 		}
 	}
-	for _, c := range s.changes {
-		c.txn.Discard()
+	s.entries = nil
+}
+
+// remember keeps what the index says of a chunk before this batch.
+func (s *stage) remember(id chunk.ID) {
+	if s.before == nil {
+		s.before = map[chunk.ID]change{}
+	}
+	if _, known := s.before[id]; !known {
+		at, ok, err := s.v.index.find(id)
+		if err == nil {
+			s.before[id] = change{at, !ok}
+		}
 	}
 }
 
-// unsynced tells whether the batch needs a sync.
-func (s *stage) unsynced() bool { return s.written || s.flush }
-
-// commitPart writes the next changes, in their order, up to a part's bytes.
-func (s *stage) commitPart() {
-	var writes sync.WaitGroup
-	for bytes := int64(0); bytes < partBytes && len(s.changes) > 0; {
-		c := s.changes[0]
-		s.changes, bytes = s.changes[1:], bytes+c.bytes
-		writes.Add(1)
-		c.txn.CommitWith(func(err error) {
-			defer writes.Done()
-			if err != nil {
-				s.fail(err)
-			}
-		})
+// undo has the index forget a batch that was taken back.
+func (s *stage) undo() {
+	for id, c := range s.before {
+		if c.gone {
+			s.v.index.remove(id)
+		} else {
+			s.v.index.set(id, c.at)
+		}
 	}
-	writes.Wait()
 }
 
 // failed is the answer to a request of a batch that did not become durable. A
 // chunk that was held before is none of the batch's business.
 func (s *stage) failed(r *request, reason string) error {
-	if r.drops == nil && r.moves == nil && !r.flush && !s.state[r.id].mine {
+	if r.drops == nil && r.moves == nil && r.graves == nil && !s.state[r.id].mine {
 		return nil
 	}
 	return wire.FailedBecause(wire.CodeReadOnly, "volume %s could not make the change durable and takes no more: %s", s.v.id, reason)
-}
-
-// settle finds out where the batch has put its chunks.
-func (s *stage) settle() error {
-	return s.v.view(func(txn *badger.Txn) error {
-		settled := map[chunk.ID]bool{}
-		for _, id := range s.put {
-			h := s.state[id]
-			if !h.mine || settled[id] { // dropped again, or written twice
-				continue
-			}
-			settled[id] = true
-			at, err := findRecord(txn, id)
-			if err != nil {
-				return err
-			}
-			s.taken = append(s.taken, record{at, h.size})
-		}
-		return nil
-	})
 }
 
 // apply makes the batch count.
@@ -708,11 +753,14 @@ func (s *stage) apply() {
 	defer s.v.mu.Unlock()
 	s.v.used += s.used
 	s.v.chunks += s.chunks
-	for _, r := range s.freed {
-		s.v.space.remove(r.at, r.size)
+	for _, at := range s.taken {
+		s.v.space.add(at)
 	}
-	for _, r := range s.taken {
-		s.v.space.add(r.at, r.size)
+	for _, at := range s.freed {
+		s.v.space.remove(at)
+	}
+	for _, at := range s.drops {
+		s.v.space.of(at.segment).drops += at.length()
 	}
 	for _, id := range s.unlost {
 		delete(s.v.lost, id)
@@ -734,7 +782,7 @@ func (s *stage) takeRoom(size int64) error {
 	if err := s.v.fits(size, s.room, s.staged); err != nil {
 		return err
 	}
-	s.room -= size + recordOverhead
+	s.room -= size + recordHead
 	s.staged += size + recordHead
 	return nil
 }
@@ -742,17 +790,13 @@ func (s *stage) takeRoom(size int64) error {
 // fits tells whether size more bytes may be written, with so much room above
 // the floor, and so much taken already but not counted yet.
 func (v *Volume) fits(size, room, staged int64) error {
-	if size+recordOverhead > room {
+	if size+recordHead > room {
 		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s has reached its free-space floor: free space there, or lower the floor", v.id)
 	}
 	v.mu.Lock()
-	occupied, hurt := v.occupied()+staged, len(v.unread)+len(v.rescued)
+	occupied := v.space.length + staged
 	v.mu.Unlock()
-	if hurt > 0 { // the next opening only looks at the newest chunks again
-		v.wantRoom()
-		return wire.FailedBecause(wire.CodeUnreachable, "volume %s takes no chunks before those that a crash can have hurt were read, and written again if need be; try again soon, and if that goes on, check its disk (%s)", v.id, v.dir)
-	}
 	if v.opt.Capacity > 0 && occupied+size+recordHead > v.opt.Capacity-v.reserve() {
 		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "volume %s has reached its capacity of %d MiB", v.id, v.opt.Capacity>>20)

@@ -158,7 +158,7 @@ func TestAFileSystemThatTurnsReadOnlyUnderAVolume(t *testing.T) {
 	d.detach()
 	_ = exec.Command(testenv.Tool(t, "e2fsck", "e2fsprogs"), "-y", d.device).Run() // 1: it has mended something
 	d.attach(t)
-	v := open1(t, store, smallLogs())
+	v := open1(t, store, smallSegments())
 	for id, data := range some() {
 		mustHold(t, v, id, data)
 		mustPut(t, v, id, data)
@@ -169,7 +169,7 @@ func TestAFileSystemThatTurnsReadOnlyUnderAVolume(t *testing.T) {
 }
 
 func losesItsFileSystem(t *testing.T, dir string, held map[chunk.ID][]byte) {
-	v := open1(t, dir, smallLogs())
+	v := open1(t, dir, smallSegments())
 	for id, data := range held {
 		mustPut(t, v, id, data)
 	}
@@ -256,9 +256,9 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	d, hang, answer := slowDisk(t)
 	store := filepath.Join(d.mount, "store")
-	hasty := Options{FloorBytes: -1, Capacity: 100 << 20, LogBytes: 8 << 20}
+	hasty := Options{FloorBytes: -1, Capacity: 100 << 20, SegmentBytes: 8 << 20}
 	hasty.hooks.patience = 200 * time.Millisecond
-	bad := open1(t, store, Options{FloorBytes: -1, Capacity: 100 << 20, LogBytes: 8 << 20})
+	bad := open1(t, store, Options{FloorBytes: -1, Capacity: 100 << 20, SegmentBytes: 8 << 20})
 	patient := Options{FloorBytes: -1, Capacity: 50 << 20}
 	good := open1(t, t.TempDir(), patient)
 	held := map[chunk.ID][]byte{}
@@ -383,7 +383,7 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 	}
 	d := newDisk(t, image(t, 128))
 	store := filepath.Join(d.mount, "store")
-	v := open1(t, store, smallLogs())
+	v := open1(t, store, smallSegments())
 	for id, data := range some() {
 		mustPut(t, v, id, data)
 	}
@@ -401,7 +401,7 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 	limit(t, d.device, 0)
 	_ = exec.Command(testenv.Tool(t, "e2fsck", "e2fsprogs"), "-y", d.device).Run() // 1: it has mended something
 	d.attach(t)
-	v = open1(t, store, smallLogs())
+	v = open1(t, store, smallSegments())
 	for id, data := range some() {
 		mustHold(t, v, id, data)
 	}
@@ -411,10 +411,10 @@ func TestADiskThatLeavesUnderAVolume(t *testing.T) {
 }
 
 func losesItsDisk(t *testing.T, dir string, held map[chunk.ID][]byte) {
-	v := open1(t, dir, smallLogs())
-	good := open1(t, t.TempDir(), smallLogs())
+	v := open1(t, dir, smallSegments())
+	good := open1(t, t.TempDir(), smallSegments())
 	s := NewSet(v, good)
-	logs, err := filepath.Glob(filepath.Join(dir, chunksDir, "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(dir, chunksDir, "*.seg"))
 	if err != nil {
 		t.Fatal(err)
 	}

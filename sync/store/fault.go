@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +19,11 @@ import (
 // damaged are the errors by which the kernel tells of a place on a disk that cannot be
 // read (block/blk-core.c, blk_errors) or that a file system finds to be wrong.
 var damaged = []unix.Errno{unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EBADMSG, unix.EUCLEAN, unix.EREMOTEIO}
+
+func isDamage(err error) bool {
+	var no unix.Errno
+	return errors.As(err, &no) && slices.Contains(damaged, no)
+}
 
 // readFault is a system call that failed on the way to a record, or a fault of the
 // memory that a file is mapped to.
@@ -38,33 +42,33 @@ func (v *Volume) unreadable(id chunk.ID, fault error) error {
 		return nil
 	}
 	var no unix.Errno
-	if errors.As(f.err, &no) && !slices.Contains(damaged, no) {
+	if errors.As(f.err, &no) && !isDamage(no) {
 		return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read now (%v), which says nothing of its bytes; ask again", id, f)
 	}
 	switch err := v.answers(); {
 	case err == nil:
 		return nil
-	case !errors.As(err, &no) || !slices.Contains(damaged, no):
+	case !isDamage(err):
 		return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read (%v), and whether its disk answers cannot be found out (%v); ask again", id, f, err)
 	}
 	v.latch(fmt.Sprintf("its disk cannot be read anywhere (%v): check the disk, its cable and its power, and restart", f))
 	return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read (%v), nor anything else on the disk of volume %s (%s): check it, its cable and its power", id, f, v.id, v.dir)
 }
 
-// probeBytes is what is read of a log: a page, which suits direct reads of any disk.
+// probeBytes is what is read of a segment: a page, which suits direct reads of any disk.
 const probeBytes = 4096
 
 // answers tells, as an error, why nothing can be read from the disk: the beginning and
-// the middle of some logs. Small files are not asked for, as a file system may keep them
+// the middle of some segments. Small files are not asked for, as a file system may keep them
 // with what it has in memory.
 func (v *Volume) answers() error {
 	type probe struct {
-		log uint32
-		at  int64
+		segment uint32
+		at      int64
 	}
 	var probes []probe
 	v.mu.Lock()
-	for n, s := range v.space.logs {
+	for n, s := range v.space.segments {
 		probes = append(probes, probe{n, 0}, probe{n, s.length / 2 / probeBytes * probeBytes})
 		if len(probes) > 6 {
 			break
@@ -73,21 +77,18 @@ func (v *Volume) answers() error {
 	v.mu.Unlock()
 	err := error(unix.ENOENT)
 	for _, p := range probes {
-		if err = v.reads(p.log, p.at); err == nil {
+		if err = v.reads(p.segment, p.at); err == nil {
 			return nil
 		}
 	}
 	return err
 }
 
-// reads reads a page of a log from the disk, not from the kernel's memory.
-func (v *Volume) reads(log uint32, at int64) error {
-	open := func(flags int) (int, error) {
-		return unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(log)), unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
-	}
-	fd, err := open(unix.O_DIRECT)
+// reads reads a page of a segment from the disk, not from the kernel's memory.
+func (v *Volume) reads(segment uint32, at int64) error {
+	fd, err := v.openat(segment, unix.O_RDONLY|unix.O_DIRECT)
 	if errors.Is(err, unix.EINVAL) { // not on this file system
-		if fd, err = open(0); err == nil {
+		if fd, err = v.openat(segment, unix.O_RDONLY); err == nil {
 			_ = unix.Fadvise(fd, at, probeBytes, unix.FADV_DONTNEED)
 		}
 	}

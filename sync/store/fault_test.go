@@ -105,20 +105,20 @@ func mounted(t *testing.T) (dir, store string) {
 func TestAVolumeRemountedReadOnlyLatches(t *testing.T) {
 	rng := random(t)
 	dir, store := mounted(t)
-	v := open1(t, store, smallLogs())
+	v := open1(t, store, smallSegments())
 	id, data := someChunk(rng, 50_000)
 	mustPut(t, v, id, data)
 	mustClose(t, v)
 	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(store, smallLogs()); err == nil || !strings.Contains(err.Error(), "read-only") {
+	if _, err := Open(store, smallSegments()); err == nil || !strings.Contains(err.Error(), "read-only") {
 		t.Fatalf("opened where nothing can be written: %v", err)
 	}
 	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, ""); err != nil {
 		t.Fatal(err)
 	}
-	v = open1(t, store, smallLogs())
+	v = open1(t, store, smallSegments())
 	mustHold(t, v, id, data)
 }
 
@@ -168,7 +168,8 @@ func TestATruncatedLogLosesOnlyWhatWasCut(t *testing.T) {
 	for _, which := range []string{"old", "newest"} {
 		t.Run(which, func(t *testing.T) {
 			rng, dir := random(t), t.TempDir()
-			v := open1(t, dir, noFloor)
+			opt := Options{FloorBytes: -1, SegmentBytes: 220_000} // four chunks
+			v := open1(t, dir, opt)
 			held := map[chunk.ID][]byte{}
 			var ids []chunk.ID
 			put := func() {
@@ -181,16 +182,14 @@ func TestATruncatedLogLosesOnlyWhatWasCut(t *testing.T) {
 			}
 			put()
 			if which == "old" {
-				mustClose(t, v)
-				v = open1(t, dir, noFloor)
 				put()
 			}
 			cut := whereIs(t, v, ids[2])
 			mustClose(t, v)
-			if err := os.Truncate(v.logPath(cut.log), int64(cut.at)+rng.Int64N(int64(cut.length))); err != nil {
+			if err := os.Truncate(segmentPath(v, cut.segment), int64(cut.at)+rng.Int64N(cut.length())); err != nil {
 				t.Fatal(err)
 			}
-			v = open1(t, dir, noFloor)
+			v = open1(t, dir, opt)
 			checked, err := v.Check(t.Context())
 			if err != nil || len(checked.Lost) != 2 || checked.Chunks != len(ids) {
 				t.Fatalf("%+v, %v", checked, err)

@@ -21,7 +21,7 @@ import (
 func TestAPutToADiskThatHangsDoesNotHoldUpTheProcess(t *testing.T) {
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	d, hang, answer := slowDisk(t)
-	hasty := Options{FloorBytes: -1, Capacity: 100 << 20, LogBytes: 8 << 20}
+	hasty := Options{FloorBytes: -1, Capacity: 100 << 20, SegmentBytes: 8 << 20}
 	hasty.hooks.patience = 200 * time.Millisecond
 	v := open1(t, filepath.Join(d.mount, "store"), hasty)
 	for range 3 {

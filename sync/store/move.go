@@ -3,16 +3,9 @@ package store
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io/fs"
-	"maps"
-	"os"
-	"path/filepath"
-	"slices"
 	"sync/atomic"
 	"time"
 
-	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -23,9 +16,8 @@ const (
 	moveRate   = 16 << 20         // bytes a second while nobody needs the disk
 	quiet      = 2 * time.Second  // without use, after which nobody does
 	longestLag = 5 * time.Second  // that use holds up one batch of chunks
-	lookAgain  = 60 * time.Second // after which the logs are looked at again
+	lookAgain  = 60 * time.Second // after which the segments are looked at again
 	moveBatch  = 4 << 20          // bytes that are moved with one sync
-	moveAtOnce = 32 << 10         // chunks that one walk of the tree collects
 )
 
 // move is a chunk that was read, and verified, at a place.
@@ -35,14 +27,14 @@ type move struct {
 	from place
 }
 
-// mover is the goroutine that empties value logs.
+// mover is the goroutine that empties segments.
 type mover struct {
 	wanted  chan struct{} // capacity 1: room is short, or something was dropped
 	cancel  context.CancelFunc
 	ended   chan struct{}
 	lastUse atomic.Int64 // nanoseconds since start at which others used the volume
 	start   time.Time
-	// stuck logs could not be emptied; the value is what lived in them then. They
+	// stuck segments could not be emptied; the value is what lived in them then. They
 	// are tried again when that has changed. The volume's mu guards it.
 	stuck map[uint32]int64
 }
@@ -80,18 +72,18 @@ func (v *Volume) moveLoop(ctx context.Context) {
 	}
 }
 
-// reserve is what is kept free to move a log, in bytes: what lives in one that is
-// a quarter dead. A volume of a few logs keeps nothing: there is always one that
+// reserve is what is kept free to empty a segment, in bytes: what lives in one that is
+// a quarter dead. A volume of a few segments keeps nothing: there is always one that
 // is dead enough, or none.
 func (v *Volume) reserve() int64 {
-	if v.opt.Capacity > 0 && v.opt.Capacity < 16*v.logSize {
+	if v.opt.Capacity > 0 && v.opt.Capacity < 16*v.log.limit {
 		return 0
 	}
-	return v.logSize * 3 / 4
+	return v.log.limit * 3 / 4
 }
 
 // short tells whether puts will soon lack room.
-func (v *Volume) short() bool { return v.Stats().Free < 2*v.logSize }
+func (v *Volume) short() bool { return v.Stats().Free < 2*v.log.limit }
 
 // moveRoom is how many bytes may be moved now: the floor's lower half stays free.
 func (v *Volume) moveRoom() int64 {
@@ -102,87 +94,138 @@ func (v *Volume) moveRoom() int64 {
 	return free(&st) - max(v.floor(&st)/2, needed) - needed
 }
 
-// reclaim empties the logs that are worth it and has Badger delete them. It tells
-// whether that has given anything back. What goes wrong leaves the log where it is.
+// reclaim empties a segment that is worth it and deletes it. It tells whether that has
+// given anything back. What goes wrong leaves the segment where it is.
 func (v *Volume) reclaim(ctx context.Context) bool {
 	if v.writable() != nil {
 		return false
 	}
-	v.mu.Lock()
-	unread := v.unread
-	v.mu.Unlock()
-	if err := errors.Join(v.readAgain(ctx, unread), v.rewrite(ctx)); err != nil {
-		if ctx.Err() == nil {
-			v.opt.Log.Warn("chunks that a crash can have hurt could not be read, or not written again", "volume", v.id, "err", err)
-		}
-		return false // what they lie in must stay
-	}
-	v.forgetDeleted()
 	victims, live := v.chooseVictims()
 	if len(victims) == 0 {
 		return false
 	}
-	v.opt.Log.Debug("value logs are being emptied", "volume", v.id, "logs", victims)
-	err := v.empty(ctx, victims)
-	var empty []uint32
+	number := victims[0]
+	err := v.empty(ctx, number)
 	if err == nil {
-		empty, err = v.unneeded(ctx, victims)
+		err = v.deleteSegment(ctx, number)
 	}
-	for _, n := range empty {
-		if err == nil {
-			err = v.deleteLog(ctx, n)
-		}
+	if err == nil {
+		v.opt.Log.Debug("a segment was emptied", "volume", v.id, "segment", number)
+		return true
 	}
 	v.mu.Lock()
-	for _, n := range victims {
-		if s := v.space.logs[n]; s != nil && !s.going {
-			v.mover.stuck[n] = live[n] // as it was: what was dropped since is not looked at yet
-		}
-	}
+	v.mover.stuck[number] = live[number] // as it was: what was dropped since is not looked at yet
 	v.mu.Unlock()
-	if err != nil && ctx.Err() == nil {
-		v.opt.Log.Warn("dead bytes could not be given back", "volume", v.id, "err", err)
-	} else if err == nil {
-		v.opt.Log.Debug("value logs were emptied", "volume", v.id, "deleted", empty)
+	if ctx.Err() != nil {
+		return false
 	}
-	return err == nil && len(empty) > 0
+	if !errors.Is(err, errLives) {
+		v.opt.Log.Warn("dead bytes could not be given back", "volume", v.id, "err", err)
+	}
+	return len(victims) > 1 // the next one may be
 }
 
 // chooseVictims tells what lives in them, too, in bytes.
-func (v *Volume) chooseVictims() (logs []uint32, live map[uint32]int64) {
+func (v *Volume) chooseVictims() (segments []uint32, live map[uint32]int64) {
 	short, room := v.short(), v.moveRoom()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	logs, live = v.space.victims(short, room, func(n uint32, s *logSpace) bool {
+	segments, live = v.space.victims(short, room, func(n uint32, s *space) bool {
 		live, stuck := v.mover.stuck[n]
 		return stuck && live == s.live
 	}), map[uint32]int64{}
-	for _, n := range logs {
-		live[n] = v.space.logs[n].live
+	for _, n := range segments {
+		live[n] = v.space.segments[n].live
 	}
-	return logs, live
+	return segments, live
 }
 
-// empty moves what lives in these logs.
-func (v *Volume) empty(ctx context.Context, logs []uint32) error {
-	var all []resident
-	err := v.eachRecord(ctx, func(id chunk.ID, at place) error {
-		if slices.Contains(logs, at.log) {
-			all = append(all, resident{id: id, at: at})
-		}
-		if len(all) >= moveAtOnce {
-			return errEnough
-		}
-		return nil
-	})
-	if err != nil && !errors.Is(err, errEnough) {
+// errLives is why a segment cannot be deleted: what lives in it is lost, as far as it was
+// not written again, and known to be only as long as it is there.
+var errLives = errors.New("chunks that are lost lie in it")
+
+// empty writes what is needed of a segment again: chunks held, and drops and
+// replacements of records that are still there, which would come back without them if
+// the index had to be made anew.
+func (v *Volume) empty(ctx context.Context, number uint32) error {
+	s, err := v.openSegment(number)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
+	var all []record
+	if err == nil {
+		all, _, err = s.records()
+		if err := errors.Join(err, s.close()); err != nil {
+			return err
+		}
+	}
+	var these []resident
+	var graves []grave
+	for _, r := range all {
+		held := false
+		if r.kind == kindChunk {
+			at, ok, err := v.index.find(r.id)
+			if err != nil {
+				return err
+			}
+			if held = ok && at == r.place; held {
+				these = append(these, resident{r.id, at})
+			}
+		}
+		if r.target.segment != 0 && r.target.segment != number && v.has(r.target.segment) {
+			graves = append(graves, grave{r.id, r.target})
+		}
+	}
+	if err := v.moveAll(ctx, these); err != nil {
+		return err
+	}
+	if v.livesIn(number) { // in records that are damaged, or lost
+		these = nil
+		if err := v.index.each(ctx, func(r resident) error {
+			if r.at.segment == number {
+				these = append(these, r)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		if err := v.moveAll(ctx, these); err != nil {
+			return err
+		}
+		if v.livesIn(number) {
+			return errLives
+		}
+	}
+	for len(graves) > 0 {
+		n := min(len(graves), maxDropsAtOnce)
+		if err := v.hand(ctx, &request{graves: graves[:n]}); err != nil {
+			return err
+		}
+		graves = graves[n:]
+	}
+	return nil
+}
+
+func (v *Volume) has(segment uint32) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.space.segments[segment] != nil
+}
+
+func (v *Volume) livesIn(segment uint32) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	s := v.space.segments[segment]
+	return s != nil && s.live > 0
+}
+
+// moveAll writes chunks again, some at a time.
+func (v *Volume) moveAll(ctx context.Context, all []resident) error {
 	asTheyLie(all)
 	for len(all) > 0 {
 		n, bytes := 0, int64(0)
-		for n < len(all) && (n == 0 || bytes+int64(all[n].at.length) <= moveBatch) {
-			bytes += int64(all[n].at.length)
+		for n < len(all) && (n == 0 || bytes+all[n].at.length() <= moveBatch) {
+			bytes += all[n].at.length()
 			n++
 		}
 		if err := v.pace(ctx, bytes); err != nil {
@@ -197,10 +240,10 @@ func (v *Volume) empty(ctx context.Context, logs []uint32) error {
 }
 
 // moveThese reads chunks, verifies them, and has them written again and synced.
-// One that is lost stays: its log does too, until it is dropped or put again.
+// One that is lost stays: its segment does too, until it is dropped or put again.
 func (v *Volume) moveThese(ctx context.Context, these []resident, bytes int64) error {
-	if v.moveRoom() < bytes+int64(len(these))*recordOverhead {
-		return errors.New("there is no room to move what lives in a value log")
+	if v.moveRoom() < bytes {
+		return errors.New("there is no room to move what lives in a segment")
 	}
 	var moves []move
 	for _, r := range these {
@@ -218,35 +261,6 @@ func (v *Volume) moveThese(ctx context.Context, these []resident, bytes int64) e
 		return nil
 	}
 	return v.hand(ctx, &request{moves: moves})
-}
-
-// rewrite has chunks written again that are whole only where they lay before a move.
-func (v *Volume) rewrite(ctx context.Context) error {
-	v.mu.Lock()
-	ids := slices.Collect(maps.Keys(v.rescued))
-	v.mu.Unlock()
-	for _, id := range ids {
-		data, err := v.get(ctx, id)
-		if code := wire.ProblemOf(err).Code; err != nil && code != wire.CodeLost && code != wire.CodeNotFound {
-			return err
-		}
-		if err == nil {
-			var at place
-			if err := v.view(func(txn *badger.Txn) (err error) {
-				at, err = findRecord(txn, id)
-				return err
-			}); err != nil {
-				return err
-			}
-			if err := v.hand(ctx, &request{moves: []move{{id: id, data: data, from: at}}}); err != nil {
-				return err
-			}
-		}
-		v.mu.Lock()
-		delete(v.rescued, id)
-		v.mu.Unlock()
-	}
-	return nil
 }
 
 // pace waits until so many bytes may be moved: at once if room is short, else at
@@ -273,75 +287,22 @@ func (v *Volume) pace(ctx context.Context, bytes int64) error {
 	}
 }
 
-// unneeded are those of the logs that nothing in the tree points to. Nothing will
-// again: only the newest log gets records.
-func (v *Volume) unneeded(ctx context.Context, logs []uint32) ([]uint32, error) {
-	needed := map[uint32]bool{}
-	err := v.eachRecord(ctx, func(_ chunk.ID, at place) error {
-		needed[at.log] = true
-		return nil
-	})
-	return slices.DeleteFunc(slices.Clone(logs), func(n uint32) bool { return needed[n] }), err
-}
-
-// deleteLog has Badger delete a log that nothing points to. Badger first reads it,
-// and would write everything again whose key it still finds under the record's own
-// version, dropped and moved chunks until a compaction, so its first record is
-// blanked: there Badger stops reading. Should Badger write something all the same,
-// of this log or another, the iterator keeps the file until that is synced.
-func (v *Volume) deleteLog(ctx context.Context, number uint32) (err error) {
-	if err := v.blank(number); err != nil {
+// deleteSegment deletes a segment that nothing lives in. Before, the index has to know all
+// that the log has: the drops in it are not read again once it is gone.
+func (v *Volume) deleteSegment(ctx context.Context, number uint32) error {
+	if err := v.hand(ctx, &request{flush: true}); err != nil {
 		return err
 	}
-	v.mu.Lock()
-	var others []uint32
-	for n := range v.space.logs {
-		if n != number {
-			others = append(others, n)
-		}
+	if here, err := v.atHome(); err != nil || !here {
+		return errors.Join(err, errors.New("another directory lies there now"))
 	}
-	v.mu.Unlock()
-	err = v.view(func(txn *badger.Txn) error {
-		it := txn.NewIterator(keysOnly('v'))
-		defer it.Close()
-		return v.hand(ctx, &request{flush: true, first: func() error {
-			chooseLog(v.db, number, others)
-			if err := v.db.RunValueLogGC(0.5); err != nil {
-				return fmt.Errorf("value log %d is not deleted: %w", number, err)
-			}
-			v.mu.Lock()
-			v.space.logs[number].going = true
-			v.mu.Unlock()
-			return nil
-		}})
-	})
-	v.forgetDeleted()
-	return err
-}
-
-// blank overwrites the head of a log's first record. It finds the log from the
-// directory that is locked: by name it could be another volume's by now.
-func (v *Volume) blank(number uint32) error {
-	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(number)), unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("value log %d cannot be opened: %w", number, err)
+	if err := v.log.remove(number); err != nil {
+		return err
 	}
-	_, err = unix.Pwrite(fd, make([]byte, recordHead), logHeader)
-	return errors.Join(err, unix.Close(fd))
-}
-
-// forgetDeleted takes logs out of the ledger that Badger has deleted, which it
-// does when the last walk of the tree ends.
-func (v *Volume) forgetDeleted() {
+	v.index.setFull(number, full{gone: true})
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for n, s := range v.space.logs {
-		if !s.going {
-			continue
-		}
-		if _, err := os.Stat(v.logPath(n)); errors.Is(err, fs.ErrNotExist) {
-			v.space.forget(n)
-			delete(v.mover.stuck, n)
-		}
-	}
+	v.space.forget(number)
+	delete(v.mover.stuck, number)
+	return nil
 }

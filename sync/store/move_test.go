@@ -4,13 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,9 +18,9 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// smallLogs makes value logs short, and moves without waiting.
-func smallLogs() Options {
-	opt := Options{FloorBytes: -1, LogBytes: 1 << 20}
+// smallSegments makes value logs short, and moves without waiting.
+func smallSegments() Options {
+	opt := Options{FloorBytes: -1, SegmentBytes: 1 << 20}
 	opt.hooks.pace = func(ctx context.Context, _ int64) error { return ctx.Err() }
 	return opt
 }
@@ -41,36 +40,22 @@ func idle(t testing.TB, v *Volume) {
 	eventually(t, "dead bytes are given back", func() bool { logs, _ := v.chooseVictims(); return len(v.mover.wanted) == 0 && len(logs) == 0 })
 }
 
-// onDisk is what the files of a closed volume's logs have besides their headers,
-// and how many there are.
-func onDisk(t testing.TB, dir string) (bytes int64, logs int) {
+// onDisk is how long the files of a volume's segments are, in bytes.
+func onDisk(t testing.TB, dir string) (bytes int64) {
 	t.Helper()
-	paths, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range paths {
+	for _, path := range segmentPaths(t, dir) {
 		info, err := os.Stat(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		bytes += info.Size() - logHeader
+		bytes += info.Size()
 	}
-	return bytes, len(paths)
-}
-
-// recordLength is computed here as the format says, not as the store does.
-func recordLength(size int) int64 {
-	if size < smallValue {
-		return 0
-	}
-	key := 1 + 32 + 8
-	return int64(2 + len(binary.AppendUvarint(nil, uint64(key))) + len(binary.AppendUvarint(nil, uint64(size))) + 1 + key + size + 4)
+	return bytes
 }
 
 func TestDroppedBytesAreGivenBack(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallLogs())
+	v := open1(t, dir, smallSegments())
 	kept := map[chunk.ID][]byte{}
 	var dropped []chunk.ID
 	for i := range 120 { // 12 MB: a dozen logs
@@ -95,10 +80,10 @@ func TestDroppedBytesAreGivenBack(t *testing.T) {
 		mustHold(t, v, id, data)
 	}
 	mustClose(t, v)
-	if bytes, _ := onDisk(t, dir); bytes != s.Used+s.Dead+v.space.heads()-int64(len(v.space.logs))*logHeader {
+	if bytes := onDisk(t, dir); bytes != s.Used+s.Dead+v.space.heads() {
 		t.Fatalf("%d bytes of records lie on disk, %+v", bytes, s)
 	}
-	v = open1(t, dir, smallLogs())
+	v = open1(t, dir, smallSegments())
 	if got := v.Stats(); got.Dead != s.Dead || got.Used != s.Used || got.Lost != 0 {
 		t.Fatalf("before %+v, reopened %+v", s, got)
 	}
@@ -110,7 +95,7 @@ func TestDroppedBytesAreGivenBack(t *testing.T) {
 // The figures are compared with the files after each part of a long history.
 func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
-	opt := smallLogs()
+	opt := smallSegments()
 	v := open1(t, dir, opt)
 	held := map[chunk.ID][]byte{}
 	var ids []chunk.ID
@@ -124,7 +109,7 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 			case n < 7 || len(ids) == 0:
 				size := 1 + rng.IntN(60_000)
 				if rng.IntN(5) == 0 {
-					size = 1 + rng.IntN(2*smallValue)
+					size = 1 + rng.IntN(2000)
 				}
 				id, data := someChunk(rng, size)
 				mustPut(t, v, id, data)
@@ -150,35 +135,34 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 		if err := v.hand(t.Context(), &request{flush: true}); err != nil { // the committer may be at the last move still
 			t.Fatal(err)
 		}
-		var used, small, live int64
+		var used, live int64
 		for _, data := range held {
 			used += int64(len(data))
-			live += recordLength(len(data))
-			if len(data) < smallValue {
-				small += int64(len(data))
-			}
+			live += int64(len(data)) + recordHead
 		}
-		perLog := map[uint32]int64{}
-		err := v.eachRecord(t.Context(), func(_ chunk.ID, at place) error {
-			perLog[at.log] += int64(at.length)
+		perSegment := map[uint32]int64{}
+		err := v.index.each(t.Context(), func(r resident) error {
+			perSegment[r.at.segment] += r.at.length()
 			return nil
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for n, s := range v.space.logs {
-			if s.live != perLog[n] {
-				t.Fatalf("round %d: %d bytes live in log %d, counted %d", round, perLog[n], n, s.live)
+		for n, s := range v.space.segments {
+			if s.live != perSegment[n] {
+				t.Fatalf("round %d: %d bytes live in segment %d, counted %d", round, perSegment[n], n, s.live)
 			}
 		}
 		s := v.Stats()
-		logs := int64(len(v.space.logs))
-		mustClose(t, v)
-		bytes, files := onDisk(t, dir)
-		if s.Used != used || s.Dead != bytes-live || int64(files) != logs || s.Lost != 0 {
-			t.Fatalf("round %d: %+v in %d logs; on disk %d bytes of records in %d logs, %d of them live, %d bytes held", round, s, logs, bytes, files, live, used)
+		meta := int64(0)
+		for _, n := range slices.Sorted(maps.Keys(v.space.segments)) {
+			meta += v.space.segments[n].meta
 		}
-		if heads := live - (used - small) + logs*logHeader; s.Reserved != heads+v.reserve()+recordHead {
+		mustClose(t, v)
+		if bytes := onDisk(t, dir); s.Used != used || s.Dead != bytes-live-meta || len(v.space.segments) != len(segmentPaths(t, dir)) || s.Lost != 0 {
+			t.Fatalf("round %d: %+v in %d segments; on disk %d bytes, %d of them live, %d bytes held", round, s, len(v.space.segments), bytes, live, used)
+		}
+		if heads := live - used + meta; s.Reserved != heads+v.reserve()+recordHead {
 			t.Fatalf("round %d: %+v, want %d bytes of heads", round, s, heads)
 		}
 		v = open1(t, dir, opt)
@@ -194,7 +178,7 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 // A lost chunk keeps its log, and stays known as lost, until it is dropped.
 func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallLogs())
+	v := open1(t, dir, smallSegments())
 	kept := map[chunk.ID][]byte{}
 	var first, dropped []chunk.ID
 	for i := range 40 {
@@ -213,7 +197,7 @@ func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 	if err := v.Drop(t.Context(), dropped); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "what is whole is moved", func() bool { return whereIs(t, v, first[0]).log != 1 && v.Stats().Lost == 1 })
+	eventually(t, "what is whole is moved", func() bool { return whereIs(t, v, first[0]).segment != 1 && v.Stats().Lost == 1 })
 	for id, data := range kept {
 		if id != bad {
 			mustHold(t, v, id, data)
@@ -226,10 +210,10 @@ func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 		t.Fatalf("lost: %v", got)
 	}
 	mustClose(t, v) // the mover has ended
-	if _, err := os.Stat(v.logPath(at.log)); err != nil {
+	if _, err := os.Stat(segmentPath(v, at.segment)); err != nil {
 		t.Fatalf("its log: %v", err)
 	}
-	v = open1(t, dir, smallLogs())
+	v = open1(t, dir, smallSegments())
 	if checked, err := v.Check(t.Context()); err != nil || len(checked.Lost) != 1 || checked.Lost[0].ID != bad {
 		t.Fatalf("%+v, %v", checked, err)
 	}
@@ -237,7 +221,7 @@ func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "its log is deleted", func() bool {
-		_, err := os.Stat(v.logPath(at.log))
+		_, err := os.Stat(segmentPath(v, at.segment))
 		return os.IsNotExist(err)
 	})
 	if s := v.Stats(); s.Lost != 0 || s.Chunks != len(kept)-1 {
@@ -245,24 +229,23 @@ func TestALogWithALostChunkStaysUntilItIsDropped(t *testing.T) {
 	}
 }
 
-func whereIs(t testing.TB, v *Volume, id chunk.ID) (at place) {
+func whereIs(t testing.TB, v *Volume, id chunk.ID) place {
 	t.Helper()
-	err := v.eachRecord(t.Context(), func(got chunk.ID, p place) error {
-		if got == id {
-			at = p
-		}
-		return nil
-	})
+	at, _, err := v.index.find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return at
 }
 
+func segmentPath(v *Volume, number uint32) string {
+	return filepath.Join(v.dir, chunksDir, segmentName(number))
+}
+
 // A store that is full of what was dropped takes chunks again.
 func TestAFullVolumeLivesOnWhatIsDropped(t *testing.T) {
 	rng := random(t)
-	opt := smallLogs()
+	opt := smallSegments()
 	opt.Capacity = 20 << 20
 	v := open1(t, t.TempDir(), opt)
 	var ids []chunk.ID
@@ -294,7 +277,7 @@ func TestAFullVolumeLivesOnWhatIsDropped(t *testing.T) {
 // childThatChurns puts and drops, so that logs are moved all the time, and prints
 // what is held: a line once Put has returned, one before each Drop.
 func childThatChurns(dir string) {
-	v, err := Open(dir, smallLogs())
+	v, err := Open(dir, smallSegments())
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -329,7 +312,7 @@ func TestKilledWhileLogsAreMoved(t *testing.T) {
 		rounds = 2
 	}
 	for range rounds {
-		_, before := firstLog(t, dir)
+		before := firstSegment(t, dir)
 		cmd := child(t, dir)
 		cmd.Env = append(cmd.Env, churnEnv+"=1")
 		out, err := cmd.StdoutPipe()
@@ -362,10 +345,10 @@ func TestKilledWhileLogsAreMoved(t *testing.T) {
 			}
 		}
 		cmd.Wait()
-		if _, after := firstLog(t, dir); after > before {
+		if after := firstSegment(t, dir); after > before {
 			deleted++
 		}
-		v := open1(t, dir, smallLogs())
+		v := open1(t, dir, smallSegments())
 		for id, size := range receipts {
 			if got, err := v.Confirm(t.Context(), id); err != nil || got != int64(size) {
 				t.Fatalf("a chunk with a receipt: %d of %d bytes, %v", got, size, err)
@@ -379,27 +362,23 @@ func TestKilledWhileLogsAreMoved(t *testing.T) {
 	t.Logf("%d receipts kept, logs were deleted in %d of %d runs", len(receipts), deleted, rounds)
 }
 
-func firstLog(t testing.TB, dir string) (path string, number uint32) {
+func firstSegment(t testing.TB, dir string) (number uint32) {
 	t.Helper()
-	logs, err := filesOf(filepath.Join(dir, chunksDir), ".vlog")
+	numbers, err := segmentsIn(filepath.Join(dir, chunksDir))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(logs) == 0 {
-		return "", 0
+	if len(numbers) == 0 {
+		return 0
 	}
-	n, err := logNumber(logs[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return logs[0], n
+	return numbers[0]
 }
 
 // The log is deleted between the moment a reader knows where the chunk lies and
 // the moment it reads it there.
 func TestALogThatGoesUnderAReaderCostsNothing(t *testing.T) {
 	rng := random(t)
-	opt := smallLogs()
+	opt := smallSegments()
 	var armed atomic.Bool
 	var pull func()
 	opt.hooks.reading = func() {
@@ -416,7 +395,7 @@ func TestALogThatGoesUnderAReaderCostsNothing(t *testing.T) {
 		mustPut(t, v, other, otherData)
 		others = append(others, other)
 	}
-	log := v.logPath(whereIs(t, v, id).log)
+	log := segmentPath(v, whereIs(t, v, id).segment)
 	pull = func() {
 		if err := v.Drop(t.Context(), others); err != nil {
 			t.Error(err)
@@ -456,7 +435,7 @@ func TestAMoveDoesNotBringBackWhatWasDropped(t *testing.T) {
 // Who reads while chunks move and their logs go gets the right bytes all the time.
 func TestReadingWhileLogsAreMoved(t *testing.T) {
 	rng := random(t)
-	v := open1(t, t.TempDir(), smallLogs())
+	v := open1(t, t.TempDir(), smallSegments())
 	id, data := someChunk(rng, 30_000)
 	mustPut(t, v, id, data)
 	stop, readers := make(chan struct{}), make(chan error, 2)
@@ -502,151 +481,5 @@ func TestReadingWhileLogsAreMoved(t *testing.T) {
 	}
 	if s := v.Stats(); s.Lost != 0 {
 		t.Errorf("%+v", s)
-	}
-}
-
-// The tree of a move can reach the disk before the bytes do, as the kernel writes
-// mapped files in any order. The chunk is then read where it lay, and written again.
-func TestAMoveWhoseBytesAPowerCutTookLosesNothing(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallLogs())
-	id, data := someChunk(rng, 50_000)
-	mustPut(t, v, id, data)
-	from, to := moved(t, v, id, data)
-	for range 60 { // so that it is not among the newest keys alone
-		other, bytes := someChunk(rng, 20_000)
-		mustPut(t, v, other, bytes)
-	}
-	mustClose(t, v)
-	neverWritten(t, v, to)
-	v = open1(t, dir, smallLogs())
-	mustHold(t, v, id, data)
-	if now := whereIs(t, v, id); now == to || now == from {
-		t.Fatalf("it still lies at %+v", now)
-	}
-	if s := v.Stats(); s.Lost != 0 || s.Chunks != 61 {
-		t.Fatalf("%+v", s)
-	}
-}
-
-// moved writes a chunk again elsewhere, and returns from where to where.
-func moved(t *testing.T, v *Volume, id chunk.ID, data []byte) (from, to place) {
-	t.Helper()
-	from = whereIs(t, v, id)
-	if err := v.hand(t.Context(), &request{moves: []move{{id: id, data: data, from: from}}}); err != nil {
-		t.Fatal(err)
-	}
-	if to = whereIs(t, v, id); to == from {
-		t.Fatal("it was not moved")
-	}
-	return from, to
-}
-
-// neverWritten takes the bytes of a record away, as a power cut does that comes before
-// them. The volume is closed.
-func neverWritten(t *testing.T, v *Volume, at place) {
-	t.Helper()
-	f, err := os.OpenFile(v.logPath(at.log), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt(make([]byte, at.length), int64(at.at)); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// cutMove leaves a volume of 21 chunks as a power cut leaves it in the middle of a move
-// to another log: the tree knows of the move, its bytes are not there, the old log is.
-func cutMove(t *testing.T, rng *rand.Rand, dir string) (id chunk.ID, data []byte) {
-	t.Helper()
-	v := open1(t, dir, smallLogs())
-	id, data = someChunk(rng, 50_000)
-	mustPut(t, v, id, data)
-	from := whereIs(t, v, id)
-	mustClose(t, v)
-	old, err := os.ReadFile(v.logPath(from.log))
-	if err != nil {
-		t.Fatal(err)
-	}
-	v = open1(t, dir, smallLogs())
-	for range 20 {
-		other, bytes := someChunk(rng, 20_000)
-		mustPut(t, v, other, bytes)
-	}
-	_, to := moved(t, v, id, data)
-	if to.log == from.log {
-		t.Fatal("it was not moved to another log")
-	}
-	mustClose(t, v)
-	// The cut: the old log is still there, and the bytes of the move are not.
-	if err := os.WriteFile(v.logPath(from.log), old, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	neverWritten(t, v, to)
-	return id, data
-}
-
-// A disk that does not answer once, while a volume opens after a power cut, keeps the
-// check of what the cut can have hurt from its end. No log is emptied before that is
-// made up for: the old one has the only whole copy.
-func TestALogStaysUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	id, data := cutMove(t, rng, dir)
-	opt := smallLogs()
-	opt.hooks.patience = 10 * time.Millisecond
-	answers, first := make(chan struct{}), sync.Once{}
-	opt.hooks.reading = func() { first.Do(func() { <-answers }) }
-	v := open1(t, dir, opt)
-	if v.reclaim(t.Context()) {
-		t.Error("logs were emptied")
-	}
-	close(answers)
-	eventually(t, "the disk answering", func() bool { return v.hangs.Load() == 0 })
-	v.reclaim(t.Context())
-	mustHold(t, v, id, data)
-	if s := v.Stats(); s.Lost != 0 || s.Chunks != 21 {
-		t.Fatalf("%+v", s)
-	}
-}
-
-// Nor is one emptied after a restart in between: only the newest chunks are looked at
-// then, so none may have come after those that still have to be.
-func TestALogStaysOverRestartsUntilWhatACrashCanHaveHurtWasRead(t *testing.T) {
-	for name, read := range map[string]bool{"not read": false, "read, and not written again": true} {
-		t.Run(name, func(t *testing.T) { staysOverRestarts(t, read) })
-	}
-}
-
-func staysOverRestarts(t *testing.T, read bool) {
-	rng, dir := random(t), t.TempDir()
-	id, data := cutMove(t, rng, dir)
-	opt := smallLogs()
-	opt.hooks.patience = 50 * time.Millisecond
-	answers, first := make(chan struct{}), sync.Once{}
-	opt.hooks.reading = func() { first.Do(func() { <-answers }) }
-	v := open1(t, dir, opt)
-	v.mover.end()
-	close(answers)
-	<-v.mover.ended
-	eventually(t, "the disk answering", func() bool { return v.hangs.Load() == 0 })
-	if read {
-		if err := v.readAgain(t.Context(), v.unread); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for range 30 {
-		other, otherData := someChunk(rng, chunk.DefaultSize)
-		_ = v.Put(t.Context(), other, otherData) // refused, if all is well
-	}
-	mustClose(t, v)
-	for range 2 {
-		v = open1(t, dir, smallLogs())
-		for v.reclaim(t.Context()) {
-		}
-		mustHold(t, v, id, data)
-		mustClose(t, v)
 	}
 }

@@ -4,10 +4,8 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"path/filepath"
 	"slices"
 
-	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
@@ -24,17 +22,10 @@ const (
 	aheadBytes = 8 << 20                    // that the disk is asked for beforehand
 )
 
-// resident is a chunk and where it lies.
-type resident struct {
-	id   chunk.ID
-	size int64 // bytes, from the index
-	at   place // zero: in the tree, or unknown
-}
-
 // asTheyLie sorts by place.
 func asTheyLie(some []resident) {
 	slices.SortFunc(some, func(a, b resident) int {
-		return cmp.Or(cmp.Compare(a.at.log, b.at.log), cmp.Compare(a.at.at, b.at.at))
+		return cmp.Or(cmp.Compare(a.at.segment, b.at.segment), cmp.Compare(a.at.at, b.at.at))
 	})
 }
 
@@ -59,52 +50,24 @@ type Stretch struct {
 // Stretch finds the chunks whose ids follow after, lost ones included, until they have
 // so many bytes, one at least. It reads the index only. The zero id begins.
 func (v *Volume) Stretch(ctx context.Context, after chunk.ID, bytes int64) (Stretch, error) {
-	var all []entry
+	s := sweep{v: v}
 	for bytes > 0 {
 		page, err := v.page(ctx, after, listPage)
 		if err != nil {
 			return Stretch{}, err
 		}
 		for i := 0; i < len(page) && bytes > 0; i++ {
-			all, after, bytes = append(all, page[i]), page[i].id, bytes-page[i].size
+			s.rest, after, bytes = append(s.rest, page[i]), page[i].id, bytes-int64(page[i].at.size)
 		}
 		if len(page) < listPage {
 			break
 		}
 	}
-	if len(all) == 0 {
+	if len(s.rest) == 0 {
 		return Stretch{Next: func(context.Context) ([]Verified, error) { return nil, nil }}, nil
-	}
-	s := sweep{v: v}
-	var err error
-	if s.rest, err = v.locate(all); err != nil {
-		return Stretch{}, err
 	}
 	asTheyLie(s.rest)
 	return Stretch{Last: after, Next: s.next}, nil
-}
-
-// locate finds out where chunks lie. What the tree does not tell stays unknown.
-func (v *Volume) locate(some []entry) ([]resident, error) {
-	found := make(chan []resident, 1)
-	err := v.prompt(func() error {
-		there := make([]resident, len(some))
-		for i, e := range some {
-			there[i] = resident{id: e.id, size: e.size}
-		}
-		_ = v.view(func(txn *badger.Txn) error { // where it stumbles, who reads the chunk will
-			for i := range there {
-				there[i].at, _ = findRecord(txn, there[i].id)
-			}
-			return nil
-		})
-		found <- there
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return <-found, nil
 }
 
 // sweep reads chunks in a given order.
@@ -132,8 +95,8 @@ func (s *sweep) next(ctx context.Context) ([]Verified, error) {
 	done := make([]Verified, n)
 	for i, ok := range <-whole {
 		r := s.rest[i]
-		done[i] = Verified{ID: r.id, Size: r.size}
-		if !ok { // moved, dropped, in the tree, or lost: who reads it alone finds out which
+		done[i] = Verified{ID: r.id, Size: int64(r.at.size)}
+		if !ok { // moved, dropped, or lost: who reads it alone finds out which
 			_, err := s.v.get(ctx, r.id)
 			if code := wire.ProblemOf(err).Code; err != nil && (ctx.Err() != nil || code != wire.CodeLost && code != wire.CodeNotFound) {
 				return nil, err
@@ -148,18 +111,15 @@ func (s *sweep) next(ctx context.Context) ([]Verified, error) {
 // runLength is how many of these lie close together, and are few enough bytes.
 func runLength(some []resident) int {
 	first := some[0].at
-	if first.log == 0 {
-		return 1
-	}
-	end := int64(first.at) + int64(first.length)
+	end := first.end()
 	n := 1
 	for ; n < len(some); n++ {
 		at := some[n].at
-		from, to := int64(at.at), int64(at.at)+int64(at.length)
-		if at.log != first.log || from < end || from-end > sweepGap || to-int64(first.at) > sweepBytes {
+		from := int64(at.at)
+		if at.segment != first.segment || from < end || from-end > sweepGap || at.end()-int64(first.at) > sweepBytes {
 			break
 		}
-		end = to
+		end = at.end()
 	}
 	return n
 }
@@ -168,8 +128,8 @@ func runLength(some []resident) int {
 func (s *sweep) read(n int) []bool {
 	whole := make([]bool, n)
 	first, last := s.rest[0].at, s.rest[n-1].at
-	span := int64(last.at) + int64(last.length) - int64(first.at)
-	if first.log == 0 || span > sweepBytes {
+	span := last.end() - int64(first.at)
+	if span > sweepBytes { // damaged
 		return whole
 	}
 	s.v.opt.hooks.reading()
@@ -178,13 +138,12 @@ func (s *sweep) read(n int) []bool {
 		s.buf = make([]byte, sweepBytes)
 	}
 	raw := s.buf[:span]
-	if !s.v.onLog(first.log, func(fd int) error { return s.v.readFull(fd, raw, int64(first.at)) }) {
+	if !s.v.onSegment(first.segment, func(fd int) error { return s.v.readFull(fd, raw, int64(first.at)) }) {
 		return whole
 	}
 	for i, r := range s.rest[:n] {
 		from := int64(r.at.at) - int64(first.at)
-		data := valueOf(raw[from : from+int64(r.at.length)])
-		whole[i] = len(data) > 0 && int64(len(data)) == r.size && chunk.Sum(data) == r.id
+		whole[i] = chunk.Sum(raw[from+recordHead:from+r.at.length()]) == r.id
 	}
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
@@ -200,28 +159,25 @@ func (s *sweep) read(n int) []bool {
 func (s *sweep) ask(n int) {
 	var ahead int64
 	for i := n; i < s.asked; i++ {
-		ahead += int64(s.rest[i].at.length)
+		ahead += s.rest[i].at.length()
 	}
 	for s.asked < len(s.rest) && (s.asked < n || ahead < aheadBytes) {
 		run := s.rest[s.asked:]
 		run = run[:runLength(run)]
 		first, last := run[0].at, run[len(run)-1].at
 		if s.asked >= n {
-			ahead += int64(last.at) + int64(last.length) - int64(first.at)
+			ahead += last.end() - int64(first.at)
 		}
 		s.asked += len(run)
-		if first.log != 0 {
-			s.v.onLog(first.log, func(fd int) error {
-				return unix.Fadvise(fd, int64(first.at), int64(last.at)+int64(last.length)-int64(first.at), unix.FADV_WILLNEED)
-			})
-		}
+		s.v.onSegment(first.segment, func(fd int) error {
+			return unix.Fadvise(fd, int64(first.at), last.end()-int64(first.at), unix.FADV_WILLNEED)
+		})
 	}
 }
 
-// onLog opens a value log for fn, and tells whether all went well. The log is found from
-// the directory that is locked: by name it could be another volume's by now.
-func (v *Volume) onLog(number uint32, fn func(fd int) error) bool {
-	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(number)), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// onSegment opens a segment for fn, and tells whether all went well.
+func (v *Volume) onSegment(number uint32, fn func(fd int) error) bool {
+	fd, err := v.openat(number, unix.O_RDONLY)
 	if err != nil {
 		return false
 	}
@@ -230,7 +186,7 @@ func (v *Volume) onLog(number uint32, fn func(fd int) error) bool {
 }
 
 // errCut is a file that ends too early.
-var errCut = errors.New("its value log ends before it")
+var errCut = errors.New("its segment ends before it")
 
 // readFull fills raw from a place in a file.
 func (v *Volume) readFull(fd int, raw []byte, at int64) error {

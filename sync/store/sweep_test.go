@@ -23,7 +23,7 @@ func swept(t testing.TB, s Stretch) (all []Verified) {
 	}
 }
 
-// shelved puts chunks of all sizes, of which some lie in the tree, over several logs.
+// shelved puts chunks of all sizes, over several segments.
 func shelved(t testing.TB, v *Volume, n int) (datas map[chunk.ID][]byte, order []chunk.ID) {
 	t.Helper()
 	rng := random(t)
@@ -34,7 +34,7 @@ func shelved(t testing.TB, v *Volume, n int) (datas map[chunk.ID][]byte, order [
 		case i == n/2:
 			size = 1_000_000
 		case i%10 == 0:
-			size = 1 + rng.IntN(smallValue-1)
+			size = 1 + rng.IntN(1000)
 		case i%10 < 4:
 			size = 4096
 		}
@@ -56,7 +56,7 @@ func stretchOf(t testing.TB, v *Volume, after chunk.ID, bytes int64) Stretch {
 }
 
 func TestStretchesReadAllChunksOnce(t *testing.T) {
-	v := open1(t, t.TempDir(), smallLogs())
+	v := open1(t, t.TempDir(), smallSegments())
 	datas, order := shelved(t, v, 60)
 	lost := order[12]
 	flip(t, v.dir, datas[lost], len(datas[lost])/2)
@@ -132,7 +132,7 @@ func TestAStretchIsReadAsItLies(t *testing.T) {
 // A stretch that was found some time ago: chunks were dropped since, put again, and moved,
 // and their logs are gone.
 func TestAStretchReadsWhatHasMoved(t *testing.T) {
-	v := open1(t, t.TempDir(), smallLogs())
+	v := open1(t, t.TempDir(), smallSegments())
 	datas, order := shelved(t, v, 100)
 	s := stretchOf(t, v, chunk.ID{}, math.MaxInt64)
 	before := map[chunk.ID]place{}
@@ -169,37 +169,5 @@ func TestAStretchReadsWhatHasMoved(t *testing.T) {
 	}
 	if len(v.Lost()) > 0 {
 		t.Errorf("lost are %v", v.Lost())
-	}
-}
-
-// Opening reads the newest chunks once, and not one by one; what is damaged among them is
-// found all the same, as is that a lost one has come back where it lay.
-func TestOpeningReadsTheNewestChunksAtOneGo(t *testing.T) {
-	dir := t.TempDir()
-	v := open1(t, dir, noFloor)
-	rng := random(t)
-	var hurt []byte
-	for i := range 300 {
-		id, data := someChunk(rng, 5000)
-		mustPut(t, v, id, data)
-		if i == 100 {
-			hurt = data
-		}
-	}
-	mustClose(t, v)
-	flip(t, dir, hurt, 100)
-	reads := 0
-	opt := noFloor
-	opt.hooks.reading = func() { reads++ }
-	v = open1(t, dir, opt)
-	if lost := lostIDs(v); !sameIDs(lost, []chunk.ID{chunk.Sum(hurt)}) {
-		t.Errorf("lost are %v", lost)
-	}
-	if reads > 1+1 { // all of them, and the damaged one alone
-		t.Errorf("300 chunks side by side were read in %d parts", reads)
-	}
-	flip(t, dir, hurt[:100], 100)
-	if all := swept(t, stretchOf(t, v, chunk.ID{}, math.MaxInt64)); len(all) != 300 || len(v.Lost()) != 0 {
-		t.Errorf("%d chunks were read, lost are %v", len(all), v.Lost())
 	}
 }

@@ -206,28 +206,3 @@ func TestALossThatIsPutAgainWhileItIsDroppedStays(t *testing.T) {
 		t.Errorf("%+v", v.Stats())
 	}
 }
-
-// TestALogThatIsBeingDeletedIsNotCutShort: who had opened it finds it empty, and what he
-// wants is elsewhere by now.
-func TestALogThatIsBeingDeletedIsNotCutShort(t *testing.T) {
-	v := open1(t, t.TempDir(), Options{})
-	id, data := someChunk(random(t), 100_000)
-	mustPut(t, v, id, data)
-	at := whereIs(t, v, id)
-	going := func(is bool) {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		v.space.logs[at.log].going = is
-	}
-	going(true)
-	v.noteCut(at)
-	going(false)
-	if s := v.Stats(); s.ReadOnly != "" {
-		t.Error(s.ReadOnly)
-	}
-	v.noteCut(at)
-	if s := v.Stats(); s.ReadOnly == "" {
-		t.Error("a log that is in use may be cut short")
-	}
-	v.stumbled.Store(false) // it is whole: it can be closed
-}

@@ -6,24 +6,18 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
-	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
 const (
-	chunkPrefix = 'c'
-	indexPrefix = 'i'
-
 	maxReaders = 16               // reads at once; what hangs on a dead disk stops here
 	closeLimit = 30 * time.Second // each step of closing
 	patience   = 5 * time.Second  // with a disk, for what takes it milliseconds
@@ -33,12 +27,6 @@ const (
 	listPage                    = 1024 // ids that are read at once
 )
 
-var keyOfVolume = []byte{'v'}
-
-func keyOf(prefix byte, id chunk.ID) []byte {
-	return append([]byte{prefix}, id[:]...)
-}
-
 // Volume is the chunks of one directory. Its methods may be called from any
 // number of goroutines. Errors of methods are [*wire.Problem]s, or the
 // context's own error.
@@ -46,11 +34,11 @@ type Volume struct {
 	dir     string
 	id      string
 	opt     Options
-	logSize int64    // bytes at which a value log is full
 	lock    *os.File // holds the directory's flock
-	db      *badger.DB
-	rest    *compactors.Keeper
-	syncer  syncer // the committer's, once it runs
+	index   *index
+	log     segments // the committer's, once it runs
+	saving  *saving  // the committer's: its last checkpoint
+	saved   int64    // bytes that were written before it
 	queue   chan *request
 	stop    chan struct{} // closed: the committer ends
 	stopped chan struct{} // closed: it has ended
@@ -59,7 +47,7 @@ type Volume struct {
 	ops     sync.WaitGroup
 	hangs   atomic.Int32 // calls that the disk has not answered in time
 	// stumbled says that Badger cannot be closed: a read has left it with a lock that it
-	// never gives back, or a file that it has mapped was cut short.
+	// never gives back.
 	stumbled atomic.Bool
 
 	mu       sync.Mutex // guards all below
@@ -68,9 +56,7 @@ type Volume struct {
 	space    ledger
 	chunks   int
 	lost     map[chunk.ID]Loss
-	rescued  map[chunk.ID]bool // whole only where they lay before a move
-	unread   []resident        // that a crash can have hurt, and that could not be looked at yet
-	readOnly string            // why; empty: writable
+	readOnly string // why; empty: writable
 	// suspect chunks were written but their sync failed; allSuspect says that
 	// of everything, after a restart that left the kernel running.
 	suspect    map[chunk.ID]bool
@@ -93,8 +79,8 @@ type Stats struct {
 	Dir      string
 	Capacity int64  // bytes that may hold chunks: the sum of the next four
 	Used     int64  // bytes of chunks held, lost ones included until dropped
-	Dead     int64  // bytes of value logs that belong to no chunk held, exactly
-	Reserved int64  // heads of records and logs, exactly, and what is kept free to move a log
+	Dead     int64  // bytes of segments that belong to no chunk held, exactly
+	Reserved int64  // heads of records and segments, exactly, and what is kept free to empty one
 	Free     int64  // bytes that a put may still take
 	Chunks   int    // held, lost ones included
 	Lost     int    // of these, known to be lost
@@ -191,201 +177,114 @@ func (v *Volume) reading(ctx context.Context, fn func() error) error {
 }
 
 // readVerified reads a chunk and remembers it as lost if it does not verify. One
-// that was moved, and its old log deleted, while it was being read is read again.
+// that was moved, and its old segment deleted, while it was being read is read again.
 func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 	for again := 3; ; again-- {
-		t, size, version, fault := v.readOnce(id)
-		switch {
-		case fault == nil:
+		at, ok, err := v.index.find(id)
+		if err != nil {
+			return nil, v.unreadableIndex(id, err)
+		}
+		if !ok {
+			return nil, notFound(id)
+		}
+		t, fault := v.readOnce(id, at)
+		if fault == nil {
 			v.mu.Lock()
 			delete(v.lost, id) // it was put again while its loss was being noted
 			v.mu.Unlock()
 			return t, nil
-		case errors.Is(fault, badger.ErrKeyNotFound):
-			return nil, notFound(id)
 		}
 		if err := v.unreadable(id, fault); err != nil {
 			return nil, err
 		}
-		if now, ok := v.versionOf(id); again == 0 || ok && now == version {
-			t, older := v.readOlder(id)
-			if t != nil {
-				v.mu.Lock()
-				delete(v.lost, id)
-				v.rescued[id] = true
-				v.mu.Unlock()
-				v.wantRoom()
-				return t, nil
-			}
-			if err := v.unreadable(id, older); err != nil {
-				return nil, err
-			}
-			return nil, v.lose(id, size, version, fault.Error())
+		if now, ok, _ := v.index.find(id); again == 0 || ok && now == at {
+			return nil, v.lose(id, at, fault.Error())
 		}
 	}
 }
 
-// readOlder reads a chunk where it lay before it was moved; nil if it is not whole
-// there, or nowhere. The tree can know of a move that a crash has taken the bytes of.
-// fault is what kept some such place from being read.
-func (v *Volume) readOlder(id chunk.ID) (t *chunk.Tree, fault error) {
-	err := v.view(func(txn *badger.Txn) error {
-		it := txn.NewKeyIterator(keyOf(chunkPrefix, id), badger.IteratorOptions{})
-		defer it.Close()
-		newest := true
-		for it.Rewind(); it.Valid(); it.Next() {
-			if newest || it.Item().IsDeletedOrExpired() {
-				newest = false
-				continue
-			}
-			var data []byte
-			var err error
-			if at := placeOf(it.Item()); at.log != 0 {
-				data, err = v.readRecord(at)
-			} else {
-				data, err = it.Item().ValueCopy(nil)
-			}
-			fault = errors.Join(fault, err)
-			if err != nil || len(data) == 0 {
-				continue
-			}
-			if t, err = chunk.NewTree(data); err == nil && t.ID() == id {
-				return nil
-			}
-			t = nil
-		}
-		return nil
-	})
-	return t, errors.Join(fault, err)
-}
-
-// readOnce reads a chunk as it is at one moment. The fault is ErrKeyNotFound, or
-// what is wrong with it.
-func (v *Volume) readOnce(id chunk.ID) (t *chunk.Tree, size int64, version uint64, fault error) {
-	version, size, data, err := v.readRaw(id)
-	switch {
-	case err != nil:
-		return nil, size, version, err
-	case len(data) == 0:
-		return nil, size, version, errors.New("its bytes are gone or damaged on disk")
-	case int64(len(data)) != size:
-		return nil, size, version, fmt.Errorf("%d of %d bytes are left", len(data), size)
+// readOnce reads a chunk where it lies. The fault is what is wrong with it.
+func (v *Volume) readOnce(id chunk.ID, at place) (t *chunk.Tree, fault error) {
+	v.opt.hooks.reading()
+	data, err := v.readRecord(at)
+	if err != nil {
+		return nil, err
 	}
 	if t, err = chunk.NewTree(data); err != nil {
-		return nil, size, version, err
+		return nil, err
 	}
 	if t.ID() != id {
-		return nil, size, version, errors.New("its bytes have changed on disk")
+		return nil, errors.New("its bytes have changed on disk")
 	}
-	return t, size, version, nil
+	return t, nil
 }
 
-// readRaw returns what lies on disk for a chunk, in memory of its own. The error
-// is ErrKeyNotFound only if the chunk is not even indexed. A fault of the
-// mapped memory, or Badger stumbling over damaged data, becomes an error.
-func (v *Volume) readRaw(id chunk.ID) (version uint64, size int64, data []byte, err error) {
-	var at place
-	err = v.view(func(txn *badger.Txn) error {
-		index, err := txn.Get(keyOf(indexPrefix, id))
-		if err != nil {
-			return err
-		}
-		version = index.Version()
-		if _, size, err = readIndex(index); err != nil {
-			return err
-		}
-		item, err := txn.Get(keyOf(chunkPrefix, id))
-		if err != nil {
-			return fmt.Errorf("it is indexed, but its record cannot be found: %v", err)
-		}
-		if at = placeOf(item); at.log == 0 {
-			data, err = item.ValueCopy(nil)
-		}
-		return err
-	})
-	v.opt.hooks.reading()
-	if err == nil && at.log != 0 {
-		data, err = v.readRecord(at)
-	}
-	return version, size, data, err
+// openat opens a segment. It is found from the directory that is locked: by name it could
+// be another volume's by now.
+func (v *Volume) openat(number uint32, flags int) (int, error) {
+	return unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, segmentName(number)), flags|unix.O_CLOEXEC, 0)
 }
 
-// readRecord reads the value of a record from its log, by a system call. Badger would
-// read it in mapped memory: on a disk that hangs that holds up the garbage collector,
-// and with it the whole process, for as long; and where the disk has a bad sector it
-// is a fault. The log is found from the directory that is locked: by name it could be
-// another volume's by now.
+// readRecord reads a chunk's bytes, by a system call: in mapped memory, a disk that hangs
+// would hold up the garbage collector, and with it the whole process.
 func (v *Volume) readRecord(at place) ([]byte, error) {
-	fd, err := unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, logName(at.log)), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := v.openat(at.segment, unix.O_RDONLY)
 	if err != nil {
 		if errors.Is(err, unix.ENOENT) {
-			return nil, errors.New("its value log is gone")
+			return nil, errors.New("its segment is gone")
 		}
-		return nil, &readFault{"its value log cannot be opened", err}
+		return nil, &readFault{"its segment cannot be opened", err}
 	}
 	defer unix.Close(fd)
-	raw := make([]byte, at.length)
-	switch err := v.readFull(fd, raw, int64(at.at)); {
+	raw := make([]byte, at.size)
+	switch err := v.readFull(fd, raw, int64(at.at)+recordHead); {
 	case errors.Is(err, errCut):
 		v.noteCut(at)
 		return nil, err
 	case err != nil:
 		return nil, &readFault{"the disk cannot be read there", err}
 	}
-	return valueOf(raw), nil
+	return raw, nil
 }
 
-// noteCut latches the volume if the log of a record became shorter since it was opened:
-// Badger has it mapped, and the kernel kills who touches what is not there.
+// noteCut latches the volume if the segment of a record became shorter since it was opened:
+// who did that may do more.
 func (v *Volume) noteCut(at place) {
 	v.mu.Lock()
-	s := v.space.logs[at.log]
-	// One that Badger is about to delete it cuts first, and it has nobody look there.
-	whole := s != nil && !s.going && int64(at.at)+int64(at.length) <= s.length
+	s := v.space.segments[at.segment]
+	whole := s != nil && at.end() <= s.length
 	v.mu.Unlock()
 	if whole {
-		v.latch("a value log was cut short while it was in use: check the disk and restart")
-		v.stumbled.Store(true)
+		v.latch("a segment was cut short while it was in use: check the disk and restart")
 	}
 }
 
-// view is Badger's View with faults and stumbles turned into errors. After one,
-// Badger holds a lock for ever that rotating or closing a log needs: the volume
-// takes no more writes, and Close does not wait for it.
-func (v *Volume) view(fn func(*badger.Txn) error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = &readFault{"the disk cannot be read there", fmt.Errorf("%v", p)}
-			v.latch(fmt.Sprintf("a read failed (%v): check the disk and restart", p))
-			v.stumbled.Store(true)
-		}
-	}()
-	return v.db.View(fn)
+// stumble is told when the index could not be read: Badger holds a lock for ever then that
+// rotating or closing a log needs. The volume takes no more writes, and Close does not
+// wait for it.
+func (v *Volume) stumble(fault any) {
+	v.latch(fmt.Sprintf("a read failed (%v): check the disk and restart", fault))
+	v.stumbled.Store(true)
+}
+
+func (v *Volume) unreadableIndex(id chunk.ID, err error) error {
+	return wire.FailedBecause(wire.CodeUnreachable, "chunk %s cannot be read now: the index of volume %s (%s) does not say where it lies (%v); check the disk", id, v.id, v.dir, err)
 }
 
 // lose remembers a loss, unless the chunk was rewritten or dropped since it was
 // read, and returns it as an error.
-func (v *Volume) lose(id chunk.ID, size int64, version uint64, reason string) error {
-	now, ok := v.versionOf(id)
+func (v *Volume) lose(id chunk.ID, at place, reason string) error {
+	now, ok, _ := v.index.find(id)
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if _, known := v.lost[id]; !known && ok && now == version {
-		v.lost[id] = Loss{ID: id, Size: size, Volume: v.id, Reason: reason, Found: time.Now()}
+	if _, known := v.lost[id]; !known && ok && now == at {
+		v.lost[id] = v.loss(id, at, reason)
 	}
 	return wire.FailedBecause(wire.CodeLost, "chunk %s is lost: %s", id, reason)
 }
 
-// versionOf is the version of a chunk's index entry, from memory or the LSM tree.
-func (v *Volume) versionOf(id chunk.ID) (version uint64, ok bool) {
-	err := v.view(func(txn *badger.Txn) error {
-		item, err := txn.Get(keyOf(indexPrefix, id))
-		if err == nil {
-			version = item.Version()
-		}
-		return err
-	})
-	return version, !errors.Is(err, badger.ErrKeyNotFound)
+func (v *Volume) loss(id chunk.ID, at place, reason string) Loss {
+	return Loss{ID: id, Size: int64(at.size), Volume: v.id, Reason: reason, Found: time.Now()}
 }
 
 // Has tells whether the chunk is held and not known to be lost. It does not
@@ -407,7 +306,11 @@ func (v *Volume) holds(ids []chunk.ID) ([]chunk.ID, error) {
 	err := v.prompt(func() error {
 		var there []chunk.ID
 		for _, id := range ids {
-			if _, ok := v.versionOf(id); ok {
+			_, ok, err := v.index.find(id)
+			if err != nil {
+				return v.unreadableIndex(id, err)
+			}
+			if ok {
 				there = append(there, id)
 			}
 		}
@@ -474,7 +377,7 @@ func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost
 			v.mu.Lock()
 			_, lost := v.lost[e.id]
 			v.mu.Unlock()
-			if err := fn(e.id, e.size, lost); err != nil {
+			if err := fn(e.id, int64(e.at.size), lost); err != nil {
 				return err
 			}
 		}
@@ -486,21 +389,21 @@ func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost
 }
 
 // page reads n entries of the index that follow an id, or fewer at the end.
-func (v *Volume) page(ctx context.Context, after chunk.ID, n int) ([]entry, error) {
+func (v *Volume) page(ctx context.Context, after chunk.ID, n int) ([]resident, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	found := make(chan []entry, 1)
+	found := make(chan []resident, 1)
 	err := v.prompt(func() error {
-		var page []entry
-		err := v.eachIndexedFrom(ctx, after, func(id chunk.ID, size int64, version uint64) error {
-			if id == after {
+		var page []resident
+		err := v.index.eachFrom(ctx, after, func(r resident) error {
+			if r.id == after {
 				return nil
 			}
 			if len(page) >= n {
 				return errEnough
 			}
-			page = append(page, entry{id, size, version})
+			page = append(page, r)
 			return nil
 		})
 		if err != nil && !errors.Is(err, errEnough) {
@@ -600,15 +503,13 @@ func (v *Volume) Stats() Stats {
 	space, err := v.room()
 	if err != nil {
 		space = 0
-	} else {
-		v.forgetDeleted() // by whoever walked the tree last
 	}
 	hangs := v.hangs.Load() > 0
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	reserved := v.space.heads() + v.reserve()
 	if v.opt.Capacity > 0 {
-		space = min(space, max(0, v.opt.Capacity-v.occupied()-v.reserve()))
+		space = min(space, max(0, v.opt.Capacity-v.space.length-v.reserve()))
 	}
 	head := min(space, recordHead) // of the next chunk
 	space, reserved = space-head, reserved+head
@@ -624,12 +525,8 @@ func (v *Volume) Stats() Stats {
 	}
 }
 
-// occupied is what the chunks take, dead and small ones included, in bytes; mu is
-// held. Small chunks are in the tree and not in the logs.
-func (v *Volume) occupied() int64 { return v.used - v.space.chunks + v.space.length }
-
 // room is how much puts may write before the floor is reached, in bytes. Without
-// a capacity, what is kept to move a log comes on top of the floor, as far as the
+// a capacity, what is kept to empty a segment comes on top of the floor, as far as the
 // floor's upper half is too small for it.
 func (v *Volume) room() (int64, error) {
 	st := &unix.Statfs_t{} // a call that comes back late writes to its own
@@ -723,13 +620,9 @@ func (v *Volume) Close() error {
 		return fmt.Errorf("volume %s is not closed, though all its chunks are safe: %w", v.id, err)
 	}
 	closed := make(chan error, 1)
-	go func() {
-		v.rest.Close()
-		closed <- v.db.Close()
-	}()
+	go func() { closed <- v.index.close() }()
 	select {
 	case err := <-closed:
-		process.giveBack(v.opt.Capacity)
 		if err := errors.Join(err, unlock(v.lock)); err != nil {
 			return fmt.Errorf("volume %s closed with an error: %w", v.id, err)
 		}

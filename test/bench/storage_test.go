@@ -191,7 +191,7 @@ func TestASimulatedIndexIsThatOfAVolume(t *testing.T) {
 	if err := simulateIndex(t.Context(), dir, n, whole); err != nil {
 		t.Fatal(err)
 	}
-	v, err := store.Open(dir, store.Options{LogBytes: 16 << 20})
+	v, err := store.Open(dir, store.Options{SegmentBytes: 16 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -136,7 +136,7 @@ const ready = "ready"
 // storeOptions make short logs on a small volume, which is nearly full much of the
 // time, so that dead bytes are given back all the time and without waiting.
 func storeOptions() store.Options {
-	return store.Options{Capacity: capacity, FloorBytes: -1, LogBytes: chunk.MaxSize}
+	return store.Options{Capacity: capacity, FloorBytes: -1, SegmentBytes: chunk.MaxSize}
 }
 
 const capacity = 40 << 20 // bytes

@@ -1,1 +1,0 @@
-// Empty: it lets the compiler accept the functions without a body.

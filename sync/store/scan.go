@@ -1,0 +1,216 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/deimos-edge/deimos/sync/chunk"
+)
+
+// contentID is what a table of contents is verified by.
+func contentID(content []byte) chunk.ID { return chunk.Sum(content) }
+
+// scan reads a segment that nobody writes to.
+type scan struct {
+	fd     int
+	number uint32
+	size   int64
+	mark   mark
+	pread  func(fd int, into []byte, at int64) (int, error)
+
+	at    int64 // of buf
+	buf   []byte
+	read  int64 // bytes that were read
+	fault error // what kept some from being read
+}
+
+const (
+	scanBytes = 64 << 10 // read at one go
+	badBytes  = 4096     // that are given up where the disk cannot be read
+)
+
+// openSegment is for segment number, which the caller closes with the scan.
+func (v *Volume) openSegment(number uint32) (*scan, error) {
+	fd, err := v.openat(number, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return &scan{fd: fd, number: number, size: st.Size, mark: v.log.from.mark, pread: v.opt.hooks.pread}, nil
+}
+
+func (s *scan) close() error { return unix.Close(s.fd) }
+
+// errBad is a part of a segment that the disk cannot give.
+var errBad = errors.New("the disk cannot be read there")
+
+// bytes returns n bytes, or fewer at the end. They are good until the next call.
+func (s *scan) bytes(at int64, n int) ([]byte, error) {
+	n = int(min(int64(n), s.size-at))
+	if n <= 0 {
+		return nil, nil
+	}
+	if at >= s.at && at+int64(n) <= s.at+int64(len(s.buf)) {
+		return s.buf[at-s.at:][:n], nil
+	}
+	want := int(min(int64(max(n, scanBytes)), s.size-at))
+	got, err := s.fill(at, want)
+	if err != nil && want > n { // what is bad may lie behind
+		got, err = s.fill(at, n)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.buf[:min(n, got)], nil
+}
+
+func (s *scan) fill(at int64, n int) (int, error) {
+	s.at, s.buf = at, slices.Grow(s.buf[:0], n)[:n]
+	for got := 0; got < n; {
+		k, err := s.pread(s.fd, s.buf[got:n], at+int64(got))
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			s.buf, s.fault = s.buf[:0], err
+			if isDamage(err) {
+				return 0, errBad
+			}
+			return 0, fmt.Errorf("segment %d cannot be read: %w", s.number, err)
+		case k == 0: // it was cut meanwhile
+			n = got
+		}
+		got += k
+	}
+	s.buf = s.buf[:n]
+	s.read += int64(n)
+	return n, nil
+}
+
+// walk calls fn for each record from a place on, whose head is whole. Behind a damaged
+// one the next is searched for. It returns where the last of them ends; a record can end
+// behind the file's end, then.
+func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
+	end = from
+	for at := from; at+recordHead <= s.size; {
+		b, err := s.bytes(at, recordHead)
+		if err != nil && !errors.Is(err, errBad) {
+			return end, err
+		}
+		var r record
+		ok := err == nil
+		if ok {
+			r, ok = readHead(b, s.mark, spot{s.number, uint32(at)})
+		}
+		if !ok {
+			if at, err = s.search(at + 1); err != nil {
+				return end, err
+			}
+			continue
+		}
+		if err := fn(r); err != nil {
+			return end, err
+		}
+		at = r.end()
+		end = at
+		if r.kind == kindSeal {
+			end += segmentFoot
+			break
+		}
+	}
+	if s.read == 0 && s.fault != nil {
+		return end, fmt.Errorf("nothing of segment %d can be read: %w", s.number, s.fault)
+	}
+	return end, nil
+}
+
+// search finds the next mark, or the end.
+func (s *scan) search(at int64) (int64, error) {
+	for at < s.size {
+		b, err := s.bytes(at, scanBytes)
+		switch {
+		case errors.Is(err, errBad): // it may be a sector of these alone
+			if b, err = s.bytes(at, int(badBytes-at%badBytes)); errors.Is(err, errBad) {
+				at += badBytes - at%badBytes
+				continue
+			}
+		}
+		if err != nil {
+			return at, err
+		}
+		if i := bytes.Index(b, s.mark[:]); i >= 0 {
+			return at + int64(i), nil
+		}
+		if len(b) < len(s.mark) {
+			break
+		}
+		at += int64(len(b) - len(s.mark) + 1)
+	}
+	return s.size, nil
+}
+
+// payload reads what belongs to a record; nil if it is not all there.
+func (s *scan) payload(r record) ([]byte, error) {
+	if r.end() > s.size {
+		return nil, nil
+	}
+	b, err := s.bytes(int64(r.at)+recordHead, int(r.size))
+	if errors.Is(err, errBad) {
+		return nil, nil
+	}
+	return b, err
+}
+
+// holds tells whether all that belongs to a record is there.
+func (s *scan) holds(r record) (bool, error) {
+	b, err := s.payload(r)
+	return r.whole(b), err
+}
+
+// records are all of a segment, from its table of contents if that is whole. meta is how
+// many of its bytes are neither of chunks nor of drops, with its table and not without.
+func (s *scan) records() (all []record, meta int64, err error) {
+	if s.size > segmentHead+segmentFoot {
+		b, err := s.bytes(s.size-segmentFoot, segmentFoot)
+		if err != nil && !errors.Is(err, errBad) {
+			return nil, 0, err
+		}
+		if at, ok := sealIn(b, s.mark); ok && int64(at)+recordHead <= s.size {
+			if r, content, ok := s.table(int64(at)); ok {
+				return contents(content, s.number, r.seq), segmentHead + r.length() + segmentFoot, nil
+			}
+		}
+	}
+	_, err = s.walk(segmentHead, func(r record) error {
+		if r.kind == kindSeal {
+			meta = segmentHead + r.length() + segmentFoot
+			return nil
+		}
+		all = append(all, r)
+		return nil
+	})
+	if meta == 0 {
+		meta = min(segmentHead, s.size)
+	}
+	return all, meta, err
+}
+
+// table reads a table of contents.
+func (s *scan) table(at int64) (r record, content []byte, ok bool) {
+	b, err := s.bytes(at, recordHead)
+	if err != nil {
+		return r, nil, false
+	}
+	if r, ok = readHead(b, s.mark, spot{s.number, uint32(at)}); !ok || r.kind != kindSeal {
+		return r, nil, false
+	}
+	content, err = s.payload(r)
+	return r, content, err == nil && r.whole(content)
+}
