@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,13 +39,18 @@ func mounted(d *blocks.Disk, look func(dir string) error) error {
 
 // checkVolume opens the volume, looks, and works with it. Of some cuts the volume is
 // as full as it was, so that dead bytes are given back at once; of some it is opened
-// once more.
+// once more; of some the index is taken away first.
 func (k *checker) checkVolume(dir string, seed uint64) error {
 	opt := storeOptions()
 	opt.ID = k.volume
 	full := seed%8 == 0
 	if !full {
 		opt.Capacity += 64 << 20
+	}
+	if seed%8 == 3 { // it is made anew of the segments
+		if err := os.RemoveAll(filepath.Join(dir, "chunks", "index")); err != nil {
+			return err
+		}
 	}
 	want := map[chunk.ID]state{}
 	for id, s := range k.chunks {
@@ -138,90 +145,56 @@ func verify(v *store.Volume, want map[chunk.ID]state) error {
 
 const settleLimit = 20 * time.Second
 
-// exact compares the dead bytes with the files. Logs may be moved meanwhile, so that
+// exact compares the dead bytes with the files. Segments may be emptied meanwhile, so that
 // both must agree once while nothing changes.
 func exact(v *store.Volume) error {
 	for end := time.Now().Add(settleLimit); ; {
 		before := v.Stats()
-		dead, unsure, err := deadOnDisk(v)
+		dead, err := deadOnDisk(v)
 		after := v.Stats()
-		if err == nil && before == after && before.Dead >= dead-unsure && before.Dead <= dead {
+		if err == nil && before == after && before.Dead == dead {
 			return nil
 		}
 		if time.Now().After(end) {
-			return errors.Join(err, fmt.Errorf("the logs have %d dead bytes (%d of them perhaps of lost chunks), and the figures say %d", dead, unsure, after.Dead))
+			return errors.Join(err, fmt.Errorf("the segments have %d dead bytes, and the figures say %d", dead, after.Dead))
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// deadOnDisk is the bytes of the value logs that are of no chunk that is listed. Of
-// lost chunks it is not known from outside whether they have a record yet.
-func deadOnDisk(v *store.Volume) (dead, unsure int64, err error) {
-	const header = 20
-	logs, err := filepath.Glob(filepath.Join(v.Dir(), "chunks", "*.vlog"))
-	if err != nil {
-		return 0, 0, err
-	}
-	newest := slices.MaxFunc(logs, func(a, b string) int { return number(a) - number(b) })
-	for _, path := range logs {
-		length, err := int64(0), error(nil)
-		if path == newest {
-			length, err = written(path)
-		} else if info, statErr := os.Stat(path); statErr == nil {
-			length = info.Size()
-		} else {
-			err = statErr
-		}
-		if err != nil {
-			return 0, 0, err
-		}
-		dead += length - header
-	}
-	err = v.List(context.Background(), func(_ chunk.ID, size int64, lost bool) error {
-		switch {
-		case size < 1<<10: // in the tree
-		case lost:
-			unsure += recordLength(size)
-		default:
-			dead -= recordLength(size)
-		}
-		return nil
-	})
-	return dead, unsure, err
-}
-
-func number(log string) int {
-	n, _ := strconv.Atoi(strings.TrimSuffix(filepath.Base(log), filepath.Ext(log))) // Badger's names
-	return n
-}
-
-// recordLength is computed as Badger's format says, not as the store does.
-func recordLength(size int64) int64 {
-	const key = 1 + 32 + 8
-	return 2 + 1 + int64(len(binary.AppendUvarint(nil, uint64(size)))) + 1 + key + size + 4
-}
-
-// written is how far the newest log is written: its file is longer. Its records are
-// whole, as it was begun when the volume was opened.
-func written(path string) (end int64, err error) {
-	f, err := os.Open(path)
+// deadOnDisk is the bytes of the segments that are of no chunk that is listed, and not of
+// their heads and tables of contents. It is computed as the format says, not as the store
+// does.
+func deadOnDisk(v *store.Volume) (dead int64, err error) {
+	const segmentHead, recordHead = 64, 76
+	segments, err := filepath.Glob(filepath.Join(v.Dir(), "chunks", "*.seg"))
 	if err != nil {
 		return 0, err
 	}
-	defer f.Close()
-	head := make([]byte, 32)
-	for end = 20; ; {
-		n, _ := f.ReadAt(head, end) // what is behind the end is zero
-		clear(head[n:])
-		keyLength, a := binary.Uvarint(head[2:])
-		if keyLength == 0 || a <= 0 {
-			return end, nil
+	for _, path := range segments {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return 0, err
 		}
-		size, b := binary.Uvarint(head[2+a:])
-		_, c := binary.Uvarint(head[2+a+b:])
-		end += int64(2+a+b+c) + int64(keyLength) + int64(size) + 4
+		dead += int64(len(raw)) - segmentHead
+		if n := len(raw); n > segmentHead+recordHead {
+			foot := raw[n-16:]
+			crc := crc32.Checksum(foot[:12], crc32.MakeTable(crc32.Castagnoli))
+			if bytes.Equal(foot[:8], raw[16:24]) && binary.LittleEndian.Uint32(foot[12:]) == crc {
+				dead -= int64(n) - int64(binary.LittleEndian.Uint32(foot[8:]))
+			}
+		}
 	}
+	err = v.List(context.Background(), func(_ chunk.ID, size int64, _ bool) error {
+		dead -= size + recordHead
+		return nil
+	})
+	return dead, err
+}
+
+func number(segment string) int {
+	n, _ := strconv.Atoi(strings.TrimSuffix(filepath.Base(segment), filepath.Ext(segment)))
+	return n
 }
 
 // dropSome drops a third, so that there is something to give back.

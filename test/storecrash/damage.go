@@ -64,7 +64,7 @@ func flipChunk(dir string, p *promises) error {
 	if err != nil {
 		return err
 	}
-	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.seg"))
 	if err != nil {
 		return err
 	}
@@ -83,7 +83,7 @@ func flipChunk(dir string, p *promises) error {
 		}
 	}
 	if n == 0 {
-		return errors.New("the chunk is in no log of the volume")
+		return errors.New("the chunk is in no segment of the volume")
 	}
 	return nil
 }

@@ -32,7 +32,7 @@ type history struct {
 	starts  int
 	writers []*writer
 
-	memtable  atomic.Int64 // the number of the tree's newest log; 0: not known since the volume was opened
+	segment   atomic.Int64 // the number of the newest segment; 0: not known since the volume was opened
 	rotations atomic.Int64
 }
 
@@ -54,10 +54,9 @@ const (
 	historyLimit = 20 * time.Minute
 	// What is done in each round: by one writer, by some, by many, and what happens then.
 	changesAtOnce = 16
-	changes       = 64  // of a round's part, by all writers together
-	smallWriters  = 64  // that fill the tree
-	smallEach     = 25  // chunks, and again until the tree has begun another memtable
-	smallMost     = 400 // times; five or so fill one (8 MiB), but on a full volume most are refused until there is room again
+	changes       = 64 // of a round's part, by all writers together
+	smallWriters  = 64 // that fill segments with many records
+	smallEach     = 25 // chunks, and again until another segment has begun; three times or so fill one (4 MiB)
 )
 
 // record lives such a life, and kills the store in the middle of it. The recording
@@ -109,7 +108,7 @@ func (h *history) start(ctx context.Context) (err error) {
 func (h *history) reopen(ctx context.Context) error {
 	a, err := h.keeper.ask(ctx, "Reopen", 0)
 	if err == nil {
-		h.memtable.Store(0)
+		h.segment.Store(0)
 		h.disk.Rec.Mark(mark{Volume: a.Volume})
 	}
 	return err
@@ -125,7 +124,7 @@ func (h *history) round(ctx context.Context, round int) error {
 	}
 	if round%3 == 0 {
 		h.disk.Rec.Note("round %d: many small chunks", round+1)
-		if err := h.fillMemtables(ctx); err != nil {
+		if err := h.fillSegments(ctx); err != nil {
 			return err
 		}
 		if err := h.all(ctx, smallWriters, 1, (*writer).dropSmall); err != nil {
@@ -143,19 +142,16 @@ func (h *history) round(ctx context.Context, round int) error {
 	return h.killed(ctx, time.Duration(rng.IntN(400))*time.Millisecond)
 }
 
-// fillMemtables has small chunks stored until the tree has begun two memtables. One
-// would do, but for those that begin between two batches: then nothing is at stake.
-func (h *history) fillMemtables(ctx context.Context) error {
-	before := h.rotations.Load()
-	for range smallMost {
+// fillSegments has small chunks stored until two segments have begun. How often they are
+// asked for is nobody's business: on a full volume most are refused until there is room
+// again, which takes as long as the disk does.
+func (h *history) fillSegments(ctx context.Context) error {
+	for enough := h.rotations.Load() + 2; h.rotations.Load() < enough; {
 		if err := h.all(ctx, smallWriters, smallEach, (*writer).putSmall); err != nil {
-			return err
-		}
-		if h.rotations.Load() >= before+2 {
-			return nil
+			return fmt.Errorf("while small chunks filled two segments: %w", err)
 		}
 	}
-	return fmt.Errorf("%d small chunks have not filled two memtables", smallMost*smallEach*smallWriters)
+	return nil
 }
 
 // all has n writers do something so often, at once.
@@ -240,18 +236,18 @@ func (w *writer) put(ctx context.Context, c *known) error {
 	}
 	c.state = held
 	w.disk.Rec.Mark(mark{Receipt: &c.id})
-	w.rotated(a.Memtable)
+	w.rotated(a.Segment)
 	return nil
 }
 
-// rotated notes when the tree has begun another memtable since the volume was opened.
-func (h *history) rotated(memtable int) {
+// rotated notes when another segment has begun since the volume was opened.
+func (h *history) rotated(segment int) {
 	for {
-		last := h.memtable.Load()
+		last := h.segment.Load()
 		switch {
-		case int64(memtable) <= last:
+		case int64(segment) <= last:
 			return
-		case h.memtable.CompareAndSwap(last, int64(memtable)):
+		case h.segment.CompareAndSwap(last, int64(segment)):
 			if last > 0 {
 				h.rotations.Add(1)
 				h.disk.Rec.Mark(mark{Rotated: true})
@@ -307,8 +303,7 @@ func (w *writer) lookAround(ctx context.Context) error {
 	return nil
 }
 
-// putSmall stores a chunk that Badger keeps in its tree, and drops those before now
-// and then.
+// putSmall stores a small chunk, and drops those before now and then.
 func (w *writer) putSmall(ctx context.Context) error {
 	if w.rng.IntN(6) == 0 {
 		if err := w.dropSmall(ctx); err != nil {

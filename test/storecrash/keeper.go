@@ -46,10 +46,10 @@ func (s Stored) bytes() []byte {
 
 // Answer is how a request went: the code of a problem, or "".
 type Answer struct {
-	Code     string
-	Reason   string
-	Volume   string
-	Memtable int // after a put: the number of the newest log of the tree
+	Code    string
+	Reason  string
+	Volume  string
+	Segment int // after a put: the number of the newest segment
 }
 
 func (a *Answer) take(err error) {
@@ -64,9 +64,9 @@ func (k *keeper) Put(s Stored, a *Answer) error {
 	defer k.mu.RUnlock()
 	data := s.bytes()
 	a.take(k.volume.Put(context.Background(), chunk.Sum(data), data))
-	logs, err := filepath.Glob(filepath.Join(k.dir, "chunks", "*.mem"))
-	for _, log := range logs {
-		a.Memtable = max(a.Memtable, number(log))
+	segments, err := filepath.Glob(filepath.Join(k.dir, "chunks", "*.seg"))
+	for _, path := range segments {
+		a.Segment = max(a.Segment, number(path))
 	}
 	return err
 }
@@ -133,7 +133,7 @@ func serveStore(socket, dir string) error {
 // ready is what the keeper's process says when it listens.
 const ready = "ready"
 
-// storeOptions make short logs on a small volume, which is nearly full much of the
+// storeOptions make short segments on a small volume, which is nearly full much of the
 // time, so that dead bytes are given back all the time and without waiting.
 func storeOptions() store.Options {
 	return store.Options{Capacity: capacity, FloorBytes: -1, SegmentBytes: chunk.MaxSize}

@@ -6,7 +6,7 @@
 // The store runs in a process of its own ([keeper]), on a file system whose disk is
 // recorded ([live.Disk]). It lives a long life by chance ([history]): chunks of 1 KiB
 // to 4 MiB are put, put again, confirmed and dropped by up to 16 writers at once,
-// small ones by 64; its value logs are short and the volume nearly full, so that
+// small ones by 64; its segments are short and the volume nearly full, so that
 // dead bytes are given back all the time; all is read through; it is closed and
 // opened, or killed at work and started again. At the end it is killed for good.
 //
@@ -22,8 +22,8 @@
 //     listed as lost, or not there; nothing is there that nobody stored;
 //   - the figures of used and dead bytes are those of the files, to the byte;
 //   - the volume takes a new chunk and gives it back. Of one cut in eight the volume
-//     is as full as it was, and gives dead bytes back meanwhile; of one in three or so
-//     it is closed, opened and looked through once more.
+//     is as full as it was, and gives dead bytes back meanwhile; of one in eight its index
+//     was taken away; of one in three or so it is closed, opened and looked through once more.
 //
 // A check that never fails is none: the last disk of each recording is damaged in
 // several ways, which must be seen ([damages]); and with -plant the store gets a bug,
@@ -200,8 +200,7 @@ func replay(ctx context.Context, rec *blocks.Recording, cuts []blocks.Cut) (bloc
 }
 
 // plan chooses n cuts: those of package blocks, and up to a quarter of them just after
-// the tree has begun another memtable. There are few such moments, and until the one
-// before is a table, only its log has what was put last.
+// another segment has begun. There are few such moments.
 func plan(rec *blocks.Recording, n int, seed uint64) ([]blocks.Cut, error) {
 	const each = 8 // things that happen to the disk then
 	rng := rand.New(rand.NewPCG(seed, 2))

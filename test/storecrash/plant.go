@@ -19,15 +19,27 @@ var plants = map[string]planted.Bug{
 	"receipt": {File: "sync/store/options.go", Replace: []planted.Replace{
 		{Was: "h.fdatasync = fdatasync", Is: "h.fdatasync = func(*os.File) error { return nil }"},
 	}},
-	// A value log is deleted before what was moved out of it is durable.
+	// A segment is deleted before what was moved out of it is durable.
 	"move": {File: "sync/store/commit.go", Replace: []planted.Replace{
-		{Was: "return s.written || s.flush }", Is: "return s.written && !s.moving }"},
+		{Was: "if err == nil && s.written {", Is: "if err == nil && s.written && !s.moving {"},
 		{Was: "func (s *stage) addMoves(r *request) error {\n", Is: "func (s *stage) addMoves(r *request) error {\n\ts.moving = true\n"},
 		{Was: "type stage struct {\n", Is: "type stage struct {\n\tmoving bool\n"},
 	}},
-	// A memtable that is full is not synced before it is a table.
-	"rotated": {File: "sync/store/durable.go", Replace: []planted.Replace{
-		{Was: "slices.Concat(s.values.logs, s.trees.logs)", Is: "slices.Concat(s.values.logs, s.trees.logs[len(s.trees.logs)-1:])"},
+	// A segment is left for the next one before all of it is durable.
+	"rotated": {File: "sync/store/segments.go", Replace: []planted.Replace{
+		{Was: "	if err := l.sync(); err != nil {\n		return err\n	}\n	f := l.file\n", Is: "	f := l.file\n"},
+	}},
+	// A segment is deleted before the index knows what became of what was in it.
+	"unindexed": {File: "sync/store/move.go", Replace: []planted.Replace{
+		{Was: "if err := v.hand(ctx, &request{flush: true}); err != nil {", Is: "if err := ctx.Err(); err != nil {"},
+	}},
+	// What a killed process has left in the kernel's memory counts as durable.
+	"left": {File: "sync/store/replay.go", Replace: []planted.Replace{
+		{Was: "		err = l.sync()\n", Is: "		l.durable = l.seq\n"},
+	}},
+	// Drops go with the segment that they were written to, though what they drop is there.
+	"undropped": {File: "sync/store/move.go", Replace: []planted.Replace{
+		{Was: "	for len(graves) > 0 {", Is: "	for false {"},
 	}},
 }
 

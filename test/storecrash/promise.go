@@ -22,7 +22,7 @@ type mark struct {
 	Removing []chunk.ID `json:"removing,omitempty"`
 	// Removed are chunks that are gone.
 	Removed []chunk.ID `json:"removed,omitempty"`
-	// Rotated says that the tree has begun another memtable since the last such mark.
+	// Rotated says that another segment has begun since the last such mark.
 	Rotated bool `json:"rotated,omitempty"`
 }
 
