@@ -679,7 +679,7 @@ func TestTamper(t *testing.T) {
 	d := f.devices[0]
 	flip := func(n int) {
 		t.Helper()
-		logs, err := filesBelow(d.state("volumes", "main"), ".vlog")
+		logs, err := filesBelow(d.state("volumes", "main"), ".seg")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -319,7 +320,7 @@ func (d *device) slowDown(seed uint64) (release func()) {
 // and is not told.
 func damage(t *testing.T, volume string, chunks ...api.Chunk) {
 	t.Helper()
-	logs, err := filepath.Glob(filepath.Join(volume, "chunks", "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(volume, "chunks", "*.seg"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -331,13 +332,14 @@ func damage(t *testing.T, volume string, chunks ...api.Chunk) {
 	}
 	for _, c := range chunks {
 		if !found[c.ID] {
-			t.Fatalf("chunk %s is in no value log", c.ID)
+			t.Fatalf("chunk %s is in no segment", c.ID)
 		}
 	}
 }
 
-// damageLog looks for the keys of chunks in one value log. A chunk's bytes follow its
-// key: the letter c, its id, and a version of 8 bytes.
+// damageLog looks for the ids of chunks in one segment. In a record, a chunk's bytes begin
+// 12 bytes behind its id, with its length before that; a table of contents has ids, too, and
+// is left alone.
 func damageLog(path string, chunks []api.Chunk, found map[string]bool) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -353,14 +355,14 @@ func damageLog(path string, chunks []api.Chunk, found map[string]bool) error {
 		if err != nil {
 			return err
 		}
-		key := append([]byte{'c'}, id[:]...)
+		key := append(binary.LittleEndian.AppendUint32([]byte{1, 0, 0, 0}, uint32(c.Size)), id[:]...)
 		for from := 0; ; {
 			at := bytes.Index(raw[from:], key)
 			if at < 0 {
 				break
 			}
 			from += at + len(key)
-			middle := from + 8 + int(c.Size)/2
+			middle := from + 12 + int(c.Size)/2
 			if _, err := f.WriteAt([]byte{raw[middle] ^ 1}, int64(middle)); err != nil {
 				return err
 			}

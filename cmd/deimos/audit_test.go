@@ -167,7 +167,7 @@ func wantWords(t *testing.T, text string, words ...string) {
 // damage changes a byte of a chunk where it lies on the device's disk.
 func (f *audited) damage(data []byte) {
 	f.t.Helper()
-	logs, err := filepath.Glob(filepath.Join(f.state, "volumes", "main", "chunks", "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(f.state, "volumes", "main", "chunks", "*.seg"))
 	must(f.t, err)
 	for _, path := range logs {
 		file, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -181,7 +181,7 @@ func (f *audited) damage(data []byte) {
 			return
 		}
 	}
-	f.t.Fatal("the chunk is in no value log")
+	f.t.Fatal("the chunk is in no segment")
 }
 
 // liar stops the agent and goes on in its name: it answers orders of a kind with

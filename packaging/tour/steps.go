@@ -480,7 +480,7 @@ func (t *tour) holder() *device {
 
 // tamper flips one byte in a fifth of the chunks on the stopped device's disk,
 // one at least, so that a challenge of 256 leaves cannot miss them. It finds
-// the chunks by their content: values stand in the log as they are.
+// the chunks by their content: they stand in the segments as they are.
 func (t *tour) tamper() (int, error) {
 	var mine []int
 	for i, p := range t.object.Placements {
@@ -490,12 +490,12 @@ func (t *tour) tamper() (int, error) {
 	}
 	rand.Shuffle(len(mine), func(i, j int) { mine[i], mine[j] = mine[j], mine[i] })
 	want := (len(mine) + 4) / 5
-	logs, err := filepath.Glob(t.victim.state(t, "volumes", "main", "*", "*.vlog"))
+	logs, err := filepath.Glob(t.victim.state(t, "volumes", "main", "*", "*.seg"))
 	if err != nil || len(logs) == 0 {
-		logs, err = filepath.Glob(t.victim.state(t, "volumes", "main", "*.vlog"))
+		logs, err = filepath.Glob(t.victim.state(t, "volumes", "main", "*.seg"))
 	}
 	if err != nil || len(logs) == 0 {
-		return 0, fmt.Errorf("device %d has no value log to tamper with: %v", t.victim.n, err)
+		return 0, fmt.Errorf("device %d has no segment to tamper with: %v", t.victim.n, err)
 	}
 	flipped := 0
 	for _, i := range mine {

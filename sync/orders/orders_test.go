@@ -112,7 +112,7 @@ func someChunk(t *testing.T, size int) (chunk.ID, []byte) {
 
 func damage(t *testing.T, dir string, data []byte) (undo func()) {
 	t.Helper()
-	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.seg"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +136,7 @@ func damage(t *testing.T, dir string, data []byte) (undo func()) {
 			return func() { write(raw[i+5]) }
 		}
 	}
-	t.Fatal("the chunk is in no value log")
+	t.Fatal("the chunk is in no segment")
 	return nil
 }
 

@@ -490,7 +490,7 @@ func fill(t testing.TB, v *store.Volume, n, size int) (datas [][]byte) {
 // flip changes one bit of a chunk where it lies on disk.
 func flip(t testing.TB, dir string, data []byte) {
 	t.Helper()
-	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.vlog"))
+	logs, err := filepath.Glob(filepath.Join(dir, "chunks", "*.seg"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -511,7 +511,7 @@ func flip(t testing.TB, dir string, data []byte) {
 			return
 		}
 	}
-	t.Fatal("the chunk is in no value log")
+	t.Fatal("the chunk is in no segment")
 }
 
 // counted counts the chunks that are read of a volume.

@@ -60,12 +60,12 @@ func loadRows(ctx context.Context, t *table, dir string) error {
 }
 
 // simulateIndex makes a volume whose index names n chunks of 1 MiB that take no
-// room, and puts so many whole ones into it, which are the newest. In the tree a
-// chunk is two keys, 'c'‖id with where its bytes lie (12 bytes) and 'i'‖id with its
-// size: of one that is simulated, 'c'‖id has 12 bytes of no meaning. So the tree is
-// as large as that of a terabyte and what walks it has as much to do; but who reads
-// such a chunk finds it lost. Their ids begin with 0xff, behind almost all others:
-// a scrub, which goes by ids, comes to them last.
+// room, and puts so many whole ones into it, which are the newest. Of one that is
+// simulated the index has an entry like any other ('i'‖id, with segment, place and size),
+// which points into a segment that is all hole. So the index is as large as that of a
+// terabyte and what walks it has as much to do; but who reads such a chunk finds it lost.
+// Their ids begin with 0xff, behind almost all others: a scrub, which goes by ids, comes
+// to them last.
 func simulateIndex(ctx context.Context, dir string, n, whole int) error {
 	v, err := store.Open(dir, store.Options{})
 	if err != nil {
@@ -74,8 +74,8 @@ func simulateIndex(ctx context.Context, dir string, n, whole int) error {
 	if err := v.Close(); err != nil {
 		return err
 	}
-	db, err := badger.Open(badger.DefaultOptions(filepath.Join(dir, "chunks")).WithLogger(nil).
-		WithCompression(options.None).WithBlockCacheSize(0).WithMemTableSize(8 << 20).WithNumVersionsToKeep(2))
+	db, err := badger.Open(badger.DefaultOptions(filepath.Join(dir, "chunks", "index")).WithLogger(nil).
+		WithCompression(options.None).WithBlockCacheSize(0).WithMemTableSize(8 << 20))
 	if err != nil {
 		return err
 	}
@@ -86,7 +86,14 @@ func simulateIndex(ctx context.Context, dir string, n, whole int) error {
 		ids[i][0] = 0xff
 	}
 	slices.SortFunc(ids, func(a, b chunk.ID) int { return slices.Compare(a[:], b[:]) }) // quickest for the tree
-	if err := closed(db, writeIndex(db, ids)); err != nil {
+	last := uint32(2 + (n-1)/inSegment)
+	for number := uint32(2); number <= last; number++ {
+		path := filepath.Join(dir, "chunks", fmt.Sprintf("%06d.seg", number))
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, simulatedSegment)); err != nil {
+			return closed(db, err)
+		}
+	}
+	if err := closed(db, writeIndex(db, ids, last)); err != nil {
 		return err
 	}
 	if v, err = store.Open(dir, store.Options{}); err != nil {
@@ -99,16 +106,27 @@ func simulateIndex(ctx context.Context, dir string, n, whole int) error {
 	return closed(v, b.each(16, func(i int, data []byte) error { return v.Put(ctx, b.ids[i], data) }))
 }
 
-func writeIndex(db *badger.DB, ids []chunk.ID) error {
+const (
+	inSegment        = 250 // simulated chunks
+	simulatedSegment = (inSegment + 1) * (chunk.DefaultSize + 100)
+)
+
+// writeIndex writes entries, and the position 'p' up to which the index has all of the log.
+func writeIndex(db *badger.DB, ids []chunk.ID, last uint32) error {
 	w := db.NewWriteBatch()
 	defer w.Cancel()
-	for _, id := range ids {
-		if err := errors.Join(
-			w.Set(append([]byte{'c'}, id[:]...), id[:12]),
-			w.Set(append([]byte{'i'}, id[:]...), binary.BigEndian.AppendUint32(nil, chunk.DefaultSize)),
-		); err != nil {
+	for i, id := range ids {
+		at := binary.LittleEndian.AppendUint32(nil, uint32(2+i/inSegment))
+		at = binary.LittleEndian.AppendUint32(at, uint32(100+i%inSegment*(chunk.DefaultSize+100)))
+		if err := w.Set(append([]byte{'i'}, id[:]...), binary.LittleEndian.AppendUint32(at, chunk.DefaultSize)); err != nil {
 			return err
 		}
+	}
+	p := binary.LittleEndian.AppendUint32(nil, last)
+	p = binary.LittleEndian.AppendUint32(p, simulatedSegment)
+	p = binary.LittleEndian.AppendUint64(p, 1)
+	if err := w.Set([]byte{'p'}, binary.LittleEndian.AppendUint64(p, uint64(len(ids)))); err != nil {
+		return err
 	}
 	return w.Flush()
 }
