@@ -5,8 +5,10 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
+	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -99,5 +101,95 @@ func TestNoReceiptIfAnyOfTheSyncsFails(t *testing.T) {
 				t.Fatalf("what was durable before: %v", err)
 			}
 		})
+	}
+}
+
+// A disk that has no room for a batch, though there seemed to be, keeps nothing of it and
+// goes on when there is room again.
+func TestABatchThatTheDiskHasNoRoomForIsTakenBack(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	var full atomic.Bool
+	opt := smallSegments()
+	opt.hooks.pwritev = func(fd int, from [][]byte, at int64) (int, error) {
+		if full.Load() && len(from) > 1 {
+			return unix.Pwritev(fd, from[:1], at) // the head has room still
+		}
+		if full.Load() {
+			return -1, unix.ENOSPC
+		}
+		return unix.Pwritev(fd, from, at)
+	}
+	v := open1(t, dir, opt)
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	before := v.Stats()
+	full.Store(true)
+	next, nextData := someChunk(rng, 50_000)
+	mustFail(t, v.Put(t.Context(), next, nextData), wire.CodeNoSpace)
+	_, err := v.Get(t.Context(), next)
+	mustFail(t, err, wire.CodeNotFound)
+	if s := v.Stats(); s.Used != before.Used || s.Dead != before.Dead || s.Chunks != 1 || s.ReadOnly != "" {
+		t.Fatalf("%+v before, %+v after", before, s)
+	}
+	full.Store(false)
+	mustPut(t, v, next, nextData)
+	dir = killed(t, dir)
+	v = open1(t, dir, smallSegments())
+	mustHold(t, v, id, data)
+	mustHold(t, v, next, nextData)
+	if s := v.Stats(); s.Dead != 0 || s.Chunks != 2 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+// The index is written beside the puts. If that fails, what is on disk is not known any more.
+func TestACheckpointThatFailsLatches(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	var fails atomic.Bool
+	opt := smallSegments()
+	opt.hooks.syncIndex = func(db *badger.DB) error {
+		if fails.Load() {
+			return unix.EIO
+		}
+		return db.Sync()
+	}
+	v := open1(t, dir, opt)
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	fails.Store(true)
+	if err := v.hand(t.Context(), &request{flush: true}); err == nil {
+		t.Fatal("it has not failed")
+	}
+	next, nextData := someChunk(rng, 50_000)
+	mustFail(t, v.Put(t.Context(), next, nextData), wire.CodeReadOnly)
+	mustHold(t, v, id, data)
+	mustClose(t, v)
+	if err := os.Remove(filepath.Join(dir, syncFailedFile)); err != nil { // the machine has booted again
+		t.Fatal(err)
+	}
+	v = open1(t, dir, smallSegments())
+	mustHold(t, v, id, data)
+	mustPut(t, v, next, nextData)
+}
+
+// What a killed process has written may be in the kernel's memory alone. It counts only
+// when it is durable.
+func TestWhatAKillHasLeftIsSynced(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	for _, name := range []string{segmentName(1), chunksDir} {
+		dir, w := killed(t, dir), &witness{}
+		mustClose(t, open1(t, dir, w.hooked(smallSegments())))
+		if got := w.synced(); !slices.Contains(got, name) {
+			t.Fatalf("only %v was synced", got)
+		}
+		dir = killed(t, dir)
+		w.fails = func(n string) bool { return n == name }
+		v := open1(t, dir, w.hooked(smallSegments()))
+		_, err := v.Confirm(t.Context(), id)
+		mustFail(t, err, wire.CodeReadOnly)
+		mustHold(t, v, id, data)
 	}
 }

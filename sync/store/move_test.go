@@ -483,3 +483,57 @@ func TestReadingWhileLogsAreMoved(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// Drops take room, too, and are written again as long as what they drop is there: a volume
+// on which nothing happens comes to rest, and a chunk that was dropped does not come back
+// without the index.
+func TestDropsStayAsLongAsWhatTheyDrop(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	opt := smallSegments()
+	opt.SegmentBytes = 64 << 10
+	v := open1(t, dir, opt)
+	held, dropped := map[chunk.ID][]byte{}, []chunk.ID{}
+	for i := range 3000 { // a third of each segment
+		id, data := someChunk(rng, 100+rng.IntN(200))
+		mustPut(t, v, id, data)
+		if i%3 == 0 {
+			dropped = append(dropped, id)
+		} else {
+			held[id] = data
+		}
+	}
+	for _, id := range dropped {
+		if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	idle(t, v)
+	before := v.log.seq
+	idle(t, v)
+	if v.log.seq != before {
+		t.Fatal("it does not come to rest")
+	}
+	for range 2 {
+		dir = killed(t, dir)
+		if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+			t.Fatal(err)
+		}
+		v = open1(t, dir, opt)
+		for id, data := range held {
+			mustHold(t, v, id, data)
+		}
+		if s := v.Stats(); s.Chunks != len(held) || s.Lost != 0 {
+			t.Fatalf("%+v, want %d chunks", s, len(held))
+		}
+		some := 0
+		for id := range held { // the segments that have the drops go
+			if some++; some%10 > 0 {
+				if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
+					t.Fatal(err)
+				}
+				delete(held, id)
+			}
+		}
+		idle(t, v)
+	}
+}

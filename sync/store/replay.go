@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -132,24 +133,20 @@ func (v *Volume) newIndex(d *damage) (*index, error) {
 // agree finds out which volume the segments belong to, and whether it is this one.
 func (v *Volume) agree(numbers []uint32, fresh bool) error {
 	l := &v.log
-	for _, n := range numbers {
-		if l.from.volume != "" {
+	for i, n := range slices.Backward(numbers) {
+		if i < len(numbers)-1 && l.from.volume != "" {
 			break
 		}
-		raw := make([]byte, segmentHead)
-		f, err := os.Open(filepath.Join(l.dir, segmentName(n)))
+		o, form, err := headOf(filepath.Join(l.dir, segmentName(n)))
 		if err != nil {
-			return err
-		}
-		_, _ = f.ReadAt(raw, 0) // one that is damaged says nothing
-		o, form := originIn(raw)
-		if err := f.Close(); err != nil {
 			return err
 		}
 		if form > segmentForm {
 			return fmt.Errorf("the chunks in %s were stored by a later version, in form %d; this one knows %d", v.dir, form, segmentForm)
 		}
-		l.from = o
+		if l.from.volume == "" {
+			l.from = o
+		}
 	}
 	switch {
 	case l.from.volume == "" && len(numbers) > 1:
@@ -166,6 +163,18 @@ func (v *Volume) agree(numbers []uint32, fresh bool) error {
 		return fmt.Errorf("this is another volume: %s says %s, the chunks beside it belong to %s; were directories mixed up?", filepath.Join(v.dir, idFile), v.id, l.from.volume)
 	}
 	return nil
+}
+
+// headOf reads the head of a segment; form is 0 if it is damaged.
+func headOf(path string) (o origin, form uint32, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return o, 0, err
+	}
+	raw := make([]byte, segmentHead)
+	_, _ = f.ReadAt(raw, 0) // what cannot be read is damaged
+	o, form = originIn(raw)
+	return o, form, f.Close()
 }
 
 // firstTime makes a new volume durable: its id last, so that VOLUME means a whole volume.
@@ -417,7 +426,7 @@ func (v *Volume) settle() error {
 		l.durable = l.seq
 	}
 	if err != nil {
-		v.latch(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
+		v.latchAll(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
 	}
 	return nil
 }

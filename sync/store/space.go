@@ -74,16 +74,25 @@ func (l *ledger) change(p place, sign int64) {
 
 // victims are the segments worth emptying, the ones with most dead bytes first: those
 // that are half dead, or a quarter if room is short, as far as what lives in them fits
-// into room bytes. Drops count as alive unless all else is dead: most are needed as long as
-// what they drop is there. Those to skip are left out.
+// into room bytes. Drops count as alive, as most are needed as long as what they drop is
+// there: a segment of nothing else would be written again and again. In the oldest segment
+// none is needed, as a drop is never older than what it drops. Those to skip are left out.
 func (l *ledger) victims(short bool, room int64, skip func(uint32, *space) bool) []uint32 {
 	share := int64(2)
 	if short {
 		share = 4
 	}
 	var all []uint32
+	oldest := l.newest
+	for n := range l.segments {
+		oldest = min(oldest, n)
+	}
 	for n, s := range l.segments {
-		if n != l.newest && !skip(n, s) && (s.live == 0 || (s.dead()-s.drops)*share >= s.length) {
+		needed := s.drops
+		if n == oldest {
+			needed = 0
+		}
+		if n != l.newest && !skip(n, s) && (s.live+needed == 0 || (s.dead()-needed)*share >= s.length) {
 			all = append(all, n)
 		}
 	}

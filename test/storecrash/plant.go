@@ -33,10 +33,6 @@ var plants = map[string]planted.Bug{
 	"unindexed": {File: "sync/store/move.go", Replace: []planted.Replace{
 		{Was: "if err := v.hand(ctx, &request{flush: true}); err != nil {", Is: "if err := ctx.Err(); err != nil {"},
 	}},
-	// What a killed process has left in the kernel's memory counts as durable.
-	"left": {File: "sync/store/replay.go", Replace: []planted.Replace{
-		{Was: "		err = l.sync()\n", Is: "		l.durable = l.seq\n"},
-	}},
 	// Drops go with the segment that they were written to, though what they drop is there.
 	"undropped": {File: "sync/store/move.go", Replace: []planted.Replace{
 		{Was: "	for len(graves) > 0 {", Is: "	for false {"},
