@@ -773,7 +773,7 @@ func (s *stage) apply() {
 // takeRoom reserves space for a chunk of this batch.
 func (s *stage) takeRoom(size int64) error {
 	if !s.roomRead {
-		s.room, s.roomErr = s.v.room()
+		s.room, s.roomErr = s.v.roomNow()
 		s.roomRead = true
 	}
 	if s.roomErr != nil {

@@ -529,15 +529,28 @@ func (v *Volume) Stats() Stats {
 // a capacity, what is kept to empty a segment comes on top of the floor, as far as the
 // floor's upper half is too small for it.
 func (v *Volume) room() (int64, error) {
-	st := &unix.Statfs_t{} // a call that comes back late writes to its own
-	if err := v.prompt(func() error { return v.opt.hooks.statfs(v.dir, st) }); err != nil {
+	room := make(chan int64, 1) // a call that comes back late has its own
+	if err := v.prompt(func() error {
+		n, err := v.roomNow()
+		room <- n
+		return err
+	}); err != nil {
 		return 0, err
 	}
-	keep := v.floor(st)
+	return <-room, nil
+}
+
+// roomNow is room for the committer, which waits for the disk anyway.
+func (v *Volume) roomNow() (int64, error) {
+	var st unix.Statfs_t
+	if err := v.opt.hooks.statfs(v.dir, &st); err != nil {
+		return 0, err
+	}
+	keep := v.floor(&st)
 	if v.opt.Capacity == 0 && keep > 0 {
 		keep = max(keep, keep/2+needed+v.reserve())
 	}
-	return max(0, free(st)-keep), nil
+	return max(0, free(&st)-keep), nil
 }
 
 func (v *Volume) floor(st *unix.Statfs_t) int64 {
