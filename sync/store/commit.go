@@ -254,7 +254,7 @@ func (c *crowd) wait(b *batch, limit *time.Timer) bool {
 // commit carries a batch out: it writes what is there, and what comes soon, syncs
 // once, and answers all. It returns those who have come meanwhile.
 func (v *Volume) commit(b batch, c *crowd) (next batch) {
-	s := stage{v: v, from: v.log.point(), state: map[chunk.ID]held{}}
+	s := stage{v: v, from: v.log.point(), state: map[chunk.ID]held{}, before: map[chunk.ID]change{}}
 	s.writeAll(&b, c)
 	err := s.err
 	if err == nil && s.written {
@@ -466,8 +466,8 @@ type stage struct {
 	taken    []place // that were written
 	drops    []place
 
-	entries []entry // that are not written yet
-	before  map[chunk.ID]change
+	entries []entry             // that are not written yet
+	before  map[chunk.ID]change // what the index says without this batch
 	written bool
 	err     error
 }
@@ -512,7 +512,7 @@ func (s *stage) look(some []*request) error {
 			if err != nil {
 				return err
 			}
-			s.state[id] = held{at: at, ok: ok}
+			s.state[id], s.before[id] = held{at: at, ok: ok}, change{at, !ok}
 			found = append(found, id)
 		}
 	}
@@ -696,7 +696,6 @@ func (s *stage) write() {
 	}
 	for _, e := range s.entries {
 		if e.kind == kindChunk {
-			s.remember(e.id)
 			s.taken = append(s.taken, e.place)
 			s.v.index.set(e.id, e.place)
 			if h := s.state[e.id]; h.ok && h.at.segment == 0 {
@@ -707,24 +706,10 @@ func (s *stage) write() {
 		}
 		s.drops = append(s.drops, e.place)
 		if h, known := s.state[e.id]; known && !h.ok {
-			s.remember(e.id)
 			s.v.index.remove(e.id)
 		}
 	}
 	s.entries = nil
-}
-
-// remember keeps what the index says of a chunk before this batch.
-func (s *stage) remember(id chunk.ID) {
-	if s.before == nil {
-		s.before = map[chunk.ID]change{}
-	}
-	if _, known := s.before[id]; !known {
-		at, ok, err := s.v.index.find(id)
-		if err == nil {
-			s.before[id] = change{at, !ok}
-		}
-	}
 }
 
 // undo has the index forget a batch that was taken back.
