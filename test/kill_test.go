@@ -26,7 +26,7 @@ const (
 )
 
 // TestKilledInTheMiddleAnAgentHasAllThatItSignedFor kills agents with SIGKILL in the
-// middle of storing, of emptying value logs, of a scrub and of a drain. Each time a
+// middle of storing, of emptying segments, of a scrub and of a drain. Each time a
 // sign of the work is awaited, and then a moment by chance. When the agent is back,
 // every chunk of every object is read from every device that gave a receipt for it. In
 // the end all volumes are read through without their agents, and nothing there is
@@ -192,12 +192,12 @@ func (k *killer) storing(d *device) bool {
 	return inTime
 }
 
-// emptying kills d while what lives in its value logs is moved, because most of what
+// emptying kills d while what lives in its segments is moved, because most of what
 // was put lately was removed at once.
 func (k *killer) emptying(d *device) bool {
 	k.T.Helper()
 	begun := d.said(emptyingBegins)
-	for d.said(emptyingBegins) == begun { // once there is a full log
+	for d.said(emptyingBegins) == begun { // once there is a full segment
 		names, done := k.store(killAtOnce, nil)
 		<-done
 		if k.T.Failed() {
@@ -219,8 +219,8 @@ func (k *killer) emptying(d *device) bool {
 
 const (
 	sessionBegins  = `"msg":"online"`
-	emptyingBegins = "value logs are being emptied"
-	emptyingEnds   = "value logs were emptied"
+	emptyingBegins = "a segment is being emptied"
+	emptyingEnds   = "a segment was emptied"
 	scrubEnds      = "everything on a volume was read and verified"
 	scrubForgot    = "how far the scrub of a volume was is not known"
 )

@@ -263,8 +263,7 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 		c.took = time.Since(began)
 	}
 	switch {
-	case errors.Is(s.err, unix.ENOSPC) && v.log.back(s.from):
-		s.undo()
+	case errors.Is(s.err, unix.ENOSPC) && s.takeBack():
 		for _, r := range b.requests {
 			if r.err == nil && s.failed(r, "") != nil {
 				r.err = wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s (%s) is full: free space there", v.id, v.dir)
@@ -272,7 +271,12 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 		}
 	case err != nil:
 		reason := fmt.Sprintf("writing failed: %v", err)
-		v.noteFailedSync(reason, s.put)
+		if full := errors.Is(err, unix.ENOSPC) && !v.log.broken; full {
+			v.latchWith("its disk became full within a write: free space there, and restart", s.put)
+		} else {
+			v.latchWith(reason, s.put)
+			v.noteFailedSync()
+		}
 		for _, r := range b.requests {
 			if r.err == nil {
 				r.err = s.failed(r, reason)
@@ -373,7 +377,7 @@ func (v *Volume) checkpointAt(end spot) error {
 		return err
 	}
 	v.mu.Lock()
-	p := position{end: end, seq: v.log.seq, chunks: int64(v.chunks)}
+	p := position{end: end, seq: v.log.seq, chunks: int64(v.chunks), places: v.space.places}
 	v.mu.Unlock()
 	v.saved = v.log.written
 	changes, fulls := v.index.begin()
@@ -382,7 +386,8 @@ func (v *Volume) checkpointAt(end spot) error {
 	go func() {
 		defer close(s.done)
 		if s.err = v.index.checkpoint(v.log.from, p, changes, fulls); s.err != nil {
-			v.noteFailedSync(fmt.Sprintf("the index could not be written: %v", s.err), nil)
+			v.latchWith(fmt.Sprintf("the index could not be written: %v", s.err), nil)
+			v.noteFailedSync()
 		}
 	}()
 	return nil
@@ -417,8 +422,8 @@ func (s *stage) writeAll(b *batch, c *crowd) {
 	}
 }
 
-// noteFailedSync latches the volume and leaves word for the next start.
-func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
+// latchWith latches the volume, and doubts what was just put.
+func (v *Volume) latchWith(reason string, put []chunk.ID) {
 	v.latch(reason)
 	v.mu.Lock()
 	for _, id := range put {
@@ -426,6 +431,11 @@ func (v *Volume) noteFailedSync(reason string, put []chunk.ID) {
 	}
 	v.mu.Unlock()
 	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
+}
+
+// noteFailedSync leaves word for the next start. What there was no room to write does not
+// need it: the kernel has forgotten nothing that it said it had.
+func (v *Volume) noteFailedSync() {
 	if here, err := v.atHome(); err != nil || !here {
 		return // nothing that the kernel could forget has failed, and the note is not for others
 	}
@@ -712,7 +722,17 @@ func (s *stage) write() {
 	s.entries = nil
 }
 
-// undo has the index forget a batch that was taken back.
+// takeBack makes it so that nothing of the batch was written, if none of it can be durable.
+// The index forgets it first: who reads what is cut off then looks there again.
+func (s *stage) takeBack() bool {
+	if !s.v.log.reaches(s.from) {
+		return false
+	}
+	s.undo()
+	return s.v.log.back(s.from)
+}
+
+// undo has the index forget a batch that is taken back.
 func (s *stage) undo() {
 	for id, c := range s.before {
 		if c.gone {

@@ -35,7 +35,7 @@ import (
 //
 //	'i'‖id       where the chunk's record lies: segment, at, size (3 × uint32)
 //	's'‖segment  of a full segment: bytes that are neither of chunks nor of drops, bytes of drops (2 × uint32)
-//	'p'          the position: segment, at (2 × uint32), seq and how many chunks there are (2 × uint64)
+//	'p'          the position: segment, at (2 × uint32), seq, how many chunks there are and the sum of their places (3 × uint64)
 //	'v'          the mark and the id of the volume
 //
 // All numbers are little endian.
@@ -70,6 +70,7 @@ type position struct {
 	end    spot
 	seq    uint64
 	chunks int64
+	places uint64 // see ledger: an index that lacks changes has others
 }
 
 const (
@@ -286,9 +287,7 @@ func placeOf(item *badger.Item) (at place, err error) {
 }
 
 func (p place) encode() []byte {
-	b := binary.LittleEndian.AppendUint32(nil, p.segment)
-	b = binary.LittleEndian.AppendUint32(b, p.at)
-	return binary.LittleEndian.AppendUint32(b, p.size)
+	return binary.LittleEndian.AppendUint32(p.spot.append(nil), p.size)
 }
 
 // set says where a chunk's record lies from now on.
@@ -448,12 +447,12 @@ func (x *index) position() (p position, o origin, err error) {
 			return err
 		}
 		return item.Value(func(b []byte) error {
-			if len(b) != 24 {
+			if len(b) != 32 {
 				return fmt.Errorf("the position has %d bytes", len(b))
 			}
 			p = position{
 				end: spot{binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:])},
-				seq: binary.LittleEndian.Uint64(b[8:]), chunks: int64(binary.LittleEndian.Uint64(b[16:])),
+				seq: binary.LittleEndian.Uint64(b[8:]), chunks: int64(binary.LittleEndian.Uint64(b[16:])), places: binary.LittleEndian.Uint64(b[24:]),
 			}
 			return nil
 		})
@@ -465,10 +464,9 @@ func (x *index) position() (p position, o origin, err error) {
 }
 
 func (p position) encode() []byte {
-	b := binary.LittleEndian.AppendUint32(nil, p.end.segment)
-	b = binary.LittleEndian.AppendUint32(b, p.end.at)
-	b = binary.LittleEndian.AppendUint64(b, p.seq)
-	return binary.LittleEndian.AppendUint64(b, uint64(p.chunks))
+	b := binary.LittleEndian.AppendUint64(p.end.append(nil), p.seq)
+	b = binary.LittleEndian.AppendUint64(b, uint64(p.chunks))
+	return binary.LittleEndian.AppendUint64(b, p.places)
 }
 
 // begin takes what has changed for a checkpoint. The one before must have ended.

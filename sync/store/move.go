@@ -105,6 +105,7 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 		return false
 	}
 	number := victims[0]
+	v.opt.Log.Debug("a segment is being emptied", "volume", v.id, "segment", number)
 	err := v.empty(ctx, number)
 	if err == nil {
 		err = v.deleteSegment(ctx, number)

@@ -18,7 +18,9 @@ import (
 //
 // The mark is chosen by chance with the volume, and told to nobody: where a head is damaged, the
 // next one is searched for by it, and who has chunks stored cannot put anything into them
-// that looks like a record.
+// that looks like a record. The sum of a record's head is over where it lies, too (segment, at), so
+// that a record which lies elsewhere is none: a copy in a chunk, which is a backup of this disk, or
+// what an older file has left in a block that a power cut kept from being written.
 
 const (
 	segmentMagic = "DEIMSEG\n"
@@ -56,6 +58,10 @@ type spot struct {
 	at      uint32 // bytes from the beginning of the segment
 }
 
+func (s spot) append(b []byte) []byte {
+	return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(b, s.segment), s.at)
+}
+
 // place is where a chunk's record lies.
 type place struct {
 	spot
@@ -86,14 +92,18 @@ func (r *record) appendHead(b []byte, m mark) []byte {
 	b = binary.LittleEndian.AppendUint32(b, uint32(r.kind))
 	b = binary.LittleEndian.AppendUint32(b, r.size)
 	b = append(b, r.id[:]...)
-	b = binary.LittleEndian.AppendUint32(b, r.target.segment)
-	b = binary.LittleEndian.AppendUint32(b, r.target.at)
-	return binary.LittleEndian.AppendUint32(b, sum(b[from:]))
+	b = r.target.append(b)
+	return binary.LittleEndian.AppendUint32(b, headSum(b[from:], r.spot))
+}
+
+// headSum is the sum of a head without it, which lies at a spot.
+func headSum(b []byte, at spot) uint32 {
+	return crc32.Update(sum(b), castagnoli, at.append(nil))
 }
 
 // readHead takes a head apart; at is where it lies. ok is false if it is damaged.
 func readHead(b []byte, m mark, at spot) (r record, ok bool) {
-	if len(b) < recordHead || !bytes.Equal(b[:8], m[:]) || binary.LittleEndian.Uint32(b[recordHead-4:]) != sum(b[:recordHead-4]) {
+	if len(b) < recordHead || !bytes.Equal(b[:8], m[:]) || binary.LittleEndian.Uint32(b[recordHead-4:]) != headSum(b[:recordHead-4], at) {
 		return record{}, false
 	}
 	r = record{
@@ -117,8 +127,7 @@ func (r *record) appendContent(b []byte) []byte {
 	b = binary.LittleEndian.AppendUint32(b, r.at)
 	b = binary.LittleEndian.AppendUint32(b, r.size)
 	b = append(b, r.id[:]...)
-	b = binary.LittleEndian.AppendUint32(b, r.target.segment)
-	return binary.LittleEndian.AppendUint32(b, r.target.at)
+	return r.target.append(b)
 }
 
 // contents are the records that a table of contents names. Its own number stands for theirs.

@@ -144,8 +144,11 @@ func (v *Volume) agree(numbers []uint32, fresh bool) error {
 		if form > segmentForm {
 			return fmt.Errorf("the chunks in %s were stored by a later version, in form %d; this one knows %d", v.dir, form, segmentForm)
 		}
-		if l.from.volume == "" {
+		switch {
+		case l.from.volume == "":
 			l.from = o
+		case o.volume != "" && o != l.from:
+			return fmt.Errorf("the index in %s belongs to other segments than lie beside it: if directories were mixed up, put back what belongs there; without an index one is made anew", filepath.Join(l.dir, indexDir))
 		}
 	}
 	switch {
@@ -227,8 +230,8 @@ func (v *Volume) takeStock(numbers []uint32, p position) error {
 	if err != nil {
 		return err
 	}
-	if p.chunks != unknownChunks && int64(v.chunks) != p.chunks {
-		return &damage{fmt.Errorf("it has %d chunks, and should have %d", v.chunks, p.chunks)}
+	if p.chunks != unknownChunks && (int64(v.chunks) != p.chunks || v.space.places != p.places) {
+		return &damage{fmt.Errorf("it has %d chunks, and not the %d that it should have", v.chunks, p.chunks)}
 	}
 	return nil
 }
@@ -352,7 +355,7 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 				never = append(never, r.spot)
 				continue
 			}
-			if r.kind == kindSeal && len(never) > 0 { // of what is not all there
+			if r.kind == kindSeal && (len(never) > 0 || !s.ends(r)) { // of what is not all there
 				continue
 			}
 			if err := v.redo(r); err != nil {

@@ -202,6 +202,13 @@ func (s *scan) records() (all []record, meta int64, err error) {
 	return all, meta, err
 }
 
+// ends tells whether the foot that belongs behind a seal is there.
+func (s *scan) ends(seal record) bool {
+	b, err := s.bytes(seal.end(), segmentFoot)
+	at, ok := sealIn(b, s.mark)
+	return err == nil && ok && at == seal.at
+}
+
 // table reads a table of contents.
 func (s *scan) table(at int64) (r record, content []byte, ok bool) {
 	b, err := s.bytes(at, recordHead)

@@ -33,6 +33,7 @@ type segments struct {
 	named   bool   // its directory entry is durable
 	seq     uint64 // of the last record
 	durable uint64 // of the last record that is durable
+	broken  bool   // a sync has failed: what is on disk is not known any more
 	sealed  []seal // since these were last asked for
 	written int64  // bytes, since the volume was opened
 }
@@ -213,7 +214,8 @@ func (l *segments) beginWriting() error {
 const pageBytes = 4096
 
 // sync makes everything durable that was added.
-func (l *segments) sync() error {
+func (l *segments) sync() (err error) {
+	defer func() { l.broken = l.broken || err != nil }()
 	now, err := os.Stat(l.dir)
 	if err != nil {
 		return err
@@ -243,10 +245,13 @@ type point struct {
 
 func (l *segments) point() point { return point{l.number, l.length, len(l.content)} }
 
-// back takes away what was added since, if none of it may be durable: the disk had no
-// room for all of it. It tells whether that was possible.
+// reaches tells whether the log can be taken back to a point: all behind it is in one
+// segment, and nobody has tried to sync it.
+func (l *segments) reaches(p point) bool { return l.file != nil && !l.broken && l.number == p.number }
+
+// back takes away what was added behind a point that it reaches, and tells whether it did.
 func (l *segments) back(p point) bool {
-	if l.file == nil || l.number != p.number || l.file.Truncate(p.length) != nil {
+	if l.file.Truncate(p.length) != nil {
 		return false
 	}
 	l.length, l.content = p.length, l.content[:p.content]

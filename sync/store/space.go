@@ -15,6 +15,8 @@ type ledger struct {
 	live     int64
 	meta     int64
 	chunks   int64 // bytes of the chunks alone, in these records
+	// places is the sum over all chunks held of the CRC-32C of their place, as the index has it.
+	places uint64
 }
 
 // space is of one segment, in bytes.
@@ -65,6 +67,7 @@ func (l *ledger) add(p place) { l.change(p, 1) }
 func (l *ledger) remove(p place) { l.change(p, -1) }
 
 func (l *ledger) change(p place, sign int64) {
+	l.places += uint64(sign) * uint64(sum(p.encode()))
 	if s := l.segments[p.segment]; s != nil { // else it is gone
 		s.live += sign * p.length()
 		l.live += sign * p.length()

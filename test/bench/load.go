@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -111,7 +112,8 @@ const (
 	simulatedSegment = (inSegment + 1) * (chunk.DefaultSize + 100)
 )
 
-// writeIndex writes entries, and the position 'p' up to which the index has all of the log.
+// writeIndex writes entries, and the position 'p' up to which the index has all of the log;
+// of how many chunks it says that this is not known.
 func writeIndex(db *badger.DB, ids []chunk.ID, last uint32) error {
 	w := db.NewWriteBatch()
 	defer w.Cancel()
@@ -125,7 +127,8 @@ func writeIndex(db *badger.DB, ids []chunk.ID, last uint32) error {
 	p := binary.LittleEndian.AppendUint32(nil, last)
 	p = binary.LittleEndian.AppendUint32(p, simulatedSegment)
 	p = binary.LittleEndian.AppendUint64(p, 1)
-	if err := w.Set([]byte{'p'}, binary.LittleEndian.AppendUint64(p, uint64(len(ids)))); err != nil {
+	p = binary.LittleEndian.AppendUint64(p, math.MaxUint64)
+	if err := w.Set([]byte{'p'}, binary.LittleEndian.AppendUint64(p, 0)); err != nil {
 		return err
 	}
 	return w.Flush()
