@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
+	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -139,6 +140,43 @@ func TestABatchThatTheDiskHasNoRoomForIsTakenBack(t *testing.T) {
 	mustHold(t, v, next, nextData)
 	if s := v.Stats(); s.Dead != 0 || s.Chunks != 2 {
 		t.Fatalf("%+v", s)
+	}
+}
+
+// Of such a batch the first part was written already: nobody finds that either.
+func TestABatchIsTakenBackAsAWhole(t *testing.T) {
+	rng := random(t)
+	full := false
+	opt := smallSegments()
+	opt.hooks.pwritev = func(fd int, from [][]byte, at int64) (int, error) {
+		if full && len(from) > 2 { // with what comes after the drop
+			return -1, unix.ENOSPC
+		}
+		return unix.Pwritev(fd, from, at)
+	}
+	v := open1(t, t.TempDir(), opt)
+	kept, keptData := someChunk(rng, 50_000)
+	mustPut(t, v, kept, keptData)
+	before := v.Stats()
+	full = true
+	var b batch
+	for range 2 {
+		id, data := someChunk(rng, 50_000)
+		b.add(&request{id: id, data: data, done: make(chan error, 1)})
+		b.add(&request{drops: []chunk.ID{kept}, done: make(chan error, 1)})
+	}
+	all := b.requests
+	v.commit(b, &crowd{})
+	for _, r := range all {
+		if r.data != nil {
+			mustFail(t, <-r.done, wire.CodeNoSpace)
+			_, err := v.Get(t.Context(), r.id)
+			mustFail(t, err, wire.CodeNotFound)
+		}
+	}
+	mustHold(t, v, kept, keptData)
+	if s := v.Stats(); s.Used != before.Used || s.Dead != before.Dead || s.Chunks != 1 || s.Lost != 0 || s.ReadOnly != "" {
+		t.Fatalf("%+v before, %+v after", before, s)
 	}
 }
 

@@ -45,6 +45,9 @@ func onDisk(t testing.TB, dir string) (bytes int64) {
 	t.Helper()
 	for _, path := range segmentPaths(t, dir) {
 		info, err := os.Stat(path)
+		if os.IsNotExist(err) { // deleted just now
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -275,7 +278,7 @@ func TestAFullVolumeLivesOnWhatIsDropped(t *testing.T) {
 }
 
 // childThatChurns puts and drops, so that logs are moved all the time, and prints
-// what is held: a line once Put has returned, one before each Drop.
+// what is held: a line once Put has returned, one before each Drop and one after.
 func childThatChurns(dir string) {
 	v, err := Open(dir, smallSegments())
 	if err != nil {
@@ -299,6 +302,7 @@ func childThatChurns(dir string) {
 				fmt.Println(err)
 				os.Exit(1)
 			}
+			fmt.Println("dropped", ids[i], 0)
 			ids = slices.Delete(ids, i, i+1)
 		}
 	}
@@ -306,7 +310,7 @@ func childThatChurns(dir string) {
 
 func TestKilledWhileLogsAreMoved(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
-	receipts := map[chunk.ID]int{}
+	receipts, dropped := map[chunk.ID]int{}, map[chunk.ID]bool{}
 	deleted, rounds := 0, 6
 	if testing.Short() {
 		rounds = 2
@@ -335,8 +339,11 @@ func TestKilledWhileLogsAreMoved(t *testing.T) {
 				t.Fatal(err)
 			}
 			delete(receipts, id) // dropped: may be there or not
-			if what == "put" {
+			switch what {
+			case "put":
 				receipts[id] = size
+			case "dropped":
+				dropped[id] = true
 			}
 			if left--; left == 0 {
 				if err := cmd.Process.Kill(); err != nil {
@@ -348,13 +355,26 @@ func TestKilledWhileLogsAreMoved(t *testing.T) {
 		if after := firstSegment(t, dir); after > before {
 			deleted++
 		}
-		v := open1(t, dir, smallSegments())
-		for id, size := range receipts {
-			if got, err := v.Confirm(t.Context(), id); err != nil || got != int64(size) {
-				t.Fatalf("a chunk with a receipt: %d of %d bytes, %v", got, size, err)
-			}
+		without := killed(t, dir)
+		if err := os.RemoveAll(filepath.Join(without, chunksDir, indexDir)); err != nil {
+			t.Fatal(err)
 		}
-		mustClose(t, v)
+		for _, dir := range []string{without, dir} {
+			v := open1(t, dir, smallSegments())
+			for id, size := range receipts {
+				if got, err := v.Confirm(t.Context(), id); err != nil || got != int64(size) {
+					t.Fatalf("a chunk with a receipt: %d of %d bytes, %v", got, size, err)
+				}
+			}
+			for id := range dropped {
+				_, err := v.Confirm(t.Context(), id)
+				mustFail(t, err, wire.CodeNotFound)
+			}
+			if lost := v.Lost(); len(lost) > 0 {
+				t.Fatalf("lost: %+v", lost)
+			}
+			mustClose(t, v)
+		}
 	}
 	if deleted == 0 {
 		t.Fatal("no log was deleted while the child ran: nothing is proved")
