@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
@@ -17,6 +18,8 @@ import (
 
 const (
 	indexDir = "index" // in chunks/
+
+	tellEach = 10 * time.Second // how far it is, to the log
 
 	beginAnew = "if the disk is sound, move the directory away and begin a new volume, the fleet holds copies"
 )
@@ -248,9 +251,14 @@ func (v *Volume) count(at place, sign int) {
 // been durable: what is not whole of them was never promised. A record that was
 // durable and is not whole is a lost chunk.
 func (v *Volume) replay(numbers []uint32, p position) error {
+	told := time.Now()
 	for i, n := range numbers {
 		if n < p.end.segment {
 			continue
+		}
+		if time.Since(told) >= tellEach {
+			told = time.Now()
+			v.opt.Log.Info("the segments of a volume are read again", "volume", v.id, "dir", v.dir, "read", i, "of", len(numbers))
 		}
 		from := int64(segmentHead)
 		if n == p.end.segment {

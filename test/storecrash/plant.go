@@ -27,7 +27,7 @@ var plants = map[string]planted.Bug{
 	}},
 	// A segment is left for the next one before all of it is durable.
 	"rotated": {File: "sync/store/segments.go", Replace: []planted.Replace{
-		{Was: "	if err := l.sync(); err != nil {\n		return err\n	}\n	f := l.file\n", Is: "	f := l.file\n"},
+		{Was: "	if err := l.sync(); err != nil {\n		return err\n	}\n	return l.close()\n", Is: "	return l.close()\n"},
 	}},
 	// A segment is deleted before the index knows what became of what was in it.
 	"unindexed": {File: "sync/store/move.go", Replace: []planted.Replace{
