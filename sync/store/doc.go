@@ -29,7 +29,8 @@
 // read-only until it is opened again, because after a failed fsync nobody knows what is on disk:
 // the kernel forgets such pages and says success the next time. For the same reason a failed sync
 // is noted in SYNC_FAILED, and the volume stays read-only until the machine has booted again. Only
-// a write that the disk has no room for is taken back.
+// a write that the disk has no room for is taken back; if a part of the batch is durable in the
+// segment before, the volume is read-only until it is opened again, without a note.
 //
 // A segment that is full gets a table of contents, all of it is synced, and the next one begins;
 // the directory is synced before the first receipt for what is in that.
@@ -45,10 +46,12 @@
 // synced before the next one began. In the last, each record tells up to which record all was
 // durable when it was written: what is not whole of those is a lost chunk, and of the others was
 // never promised, and is blanked. Behind a damaged head the next record is searched for, so that a
-// torn or damaged one hides no other. Then all that was found is synced: it is as good as put. A
-// receipt that was given just before the crash, and that nothing was written after, is not told
-// apart from what was never promised: if its bytes are damaged, too, the chunk is not found instead
-// of lost. After half a minute without a change the checkpoint has it.
+// torn or damaged one hides no other. A record counts only where it was written: a block of an
+// older file, which a cut has left there, or a copy in a chunk holds none (record.go). Then all
+// that was found is synced: it is as good as put. A receipt that was given just before the crash,
+// and that nothing was written after, is not told apart from what was never promised: if its bytes
+// are damaged, too, the chunk is not found instead of lost. After half a minute without a change
+// the checkpoint has it.
 //
 // # Reading
 //
@@ -98,18 +101,23 @@
 // # A damaged index
 //
 // Badger crashes at a damaged table, so Open looks at its list and tables first. If one is damaged,
-// cut or gone, or if there are not as many entries as there should be, the index is made anew: of
-// the tables of contents, and where one is damaged of the records. It can be killed meanwhile. What
-// was known to be here, and is in no segment any more, is forgotten then: it is not found instead
-// of lost. With a whole index, it is lost.
+// cut or gone, or if the entries are not those of the last checkpoint (how many, and the sum of
+// where they say that chunks lie), the index is made anew: of the tables of contents, and where one
+// is damaged of the records. The log tells how far it is; it can be killed meanwhile. What was
+// known to be here, and is in no segment any more, is forgotten then: it is not found instead of
+// lost. With a whole index, it is lost.
 //
 // # Not done yet
 //
-// Small segments that were left are not joined while all in them lives, nor are drops that are not
-// needed any more given back where a segment has little else. What the index takes on disk (some 60
-// bytes a chunk) is not in the figures; on a 32-bit processor it is mapped into an address space
-// that 10 million chunks would fill. Opening a volume whose disk hangs is for the caller to bound.
-// The index is read in mapped memory: if the kernel needed its pages for something else, and then
-// the disk hangs, the process stands still until the disk answers; the same if it begins to hang
-// within the milliseconds of a checkpoint.
+// If the newest checkpoint's log rots, and the index was not closed since, Badger goes back to an
+// older checkpoint without a word. The segments make up for it, but for drops whose segment was
+// emptied since: what they dropped is told as lost, though nobody wants it. A chunk whose record's
+// head rots before a checkpoint has it, and whose segment is not full yet, is not found instead of
+// lost. Small segments that were left are not joined while all in them lives, nor are drops that
+// are not needed any more given back where a segment has little else. What the index takes on disk
+// (some 60 bytes a chunk) is not in the figures; on a 32-bit processor it is mapped into an address
+// space that 10 million chunks would fill. Opening a volume whose disk hangs is for the caller to
+// bound. The index is read in mapped memory: if the kernel needed its pages for something else, and
+// then the disk hangs, the process stands still until the disk answers; the same if it begins to
+// hang within the milliseconds of a checkpoint.
 package store

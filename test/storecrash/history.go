@@ -277,6 +277,9 @@ func (w *writer) drop(ctx context.Context, these []*known) error {
 	return nil
 }
 
+// errBroken is what a kill alone has shown, while the life was recorded.
+var errBroken = errors.New("a promise is broken")
+
 // confirm asks whether a chunk is durable, which is as good as a receipt.
 func (w *writer) confirm(ctx context.Context, c *known) error {
 	a, err := w.keeper.ask(ctx, "Confirm", c.id)
@@ -290,7 +293,7 @@ func (w *writer) confirm(ctx context.Context, c *known) error {
 	case a.Code == wire.CodeNotFound && c.state != held:
 		return nil
 	}
-	return fmt.Errorf("chunk %s (%d) is not as it was left: %q %s", c.id, c.state, a.Code, a.Reason)
+	return fmt.Errorf("%w: chunk %s (%d) is not as it was left: %q %s", errBroken, c.id, c.state, a.Code, a.Reason)
 }
 
 // lookAround finds out what a kill has left.

@@ -127,6 +127,10 @@ func run(ctx context.Context, o options) (err error) {
 	}()
 	fmt.Printf("storecrash: seed %d\n", o.seed)
 	rec, err := recorded(ctx, o)
+	if o.plant != "" && errors.Is(err, errBroken) {
+		fmt.Printf("       the planted bug %q is found by a kill, before any cut: %v\n", o.plant, err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
