@@ -254,7 +254,7 @@ func (c *crowd) wait(b *batch, limit *time.Timer) bool {
 // commit carries a batch out: it writes what is there, and what comes soon, syncs
 // once, and answers all. It returns those who have come meanwhile.
 func (v *Volume) commit(b batch, c *crowd) (next batch) {
-	s := stage{v: v, from: v.log.point(), state: map[chunk.ID]held{}, before: map[chunk.ID]change{}}
+	s := stage{v: v, from: v.log.point(), fates: map[chunk.ID]*fate{}}
 	s.writeAll(&b, c)
 	err := s.err
 	if err == nil && s.written {
@@ -263,29 +263,20 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 		c.took = time.Since(began)
 	}
 	switch {
-	case errors.Is(s.err, unix.ENOSPC) && s.takeBack():
-		for _, r := range b.requests {
-			if r.err == nil && s.failed(r, "") != nil {
-				r.err = wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s (%s) is full: free space there", v.id, v.dir)
-			}
-		}
-	case err != nil:
-		reason := fmt.Sprintf("writing failed: %v", err)
-		if full := errors.Is(err, unix.ENOSPC) && !v.log.broken; full {
-			v.latchWith("its disk became full within a write: free space there, and restart", s.put)
-		} else {
-			v.latchWith(reason, s.put)
-			v.noteFailedSync()
-		}
-		for _, r := range b.requests {
-			if r.err == nil {
-				r.err = s.failed(r, reason)
-			}
-		}
-		v.follow()
-	default:
+	case err == nil:
 		v.follow()
 		s.apply()
+	case errors.Is(err, unix.ENOSPC) && v.log.back(s.from):
+		v.follow()
+		s.refuse(b.requests, wire.CodeNoSpace, fmt.Sprintf("the disk of volume %s (%s) is full: free space there", v.id, v.dir))
+	default:
+		reason := fmt.Sprintf("writing failed: %v", err)
+		v.latch(reason)
+		s.doubt()
+		v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
+		v.noteFailedSync()
+		v.follow()
+		s.refuse(b.requests, wire.CodeReadOnly, fmt.Sprintf("volume %s could not make the change durable and takes no more: %s", v.id, reason))
 	}
 	v.checkpointIfDue()
 	c.take(&next)
@@ -305,14 +296,15 @@ func (v *Volume) follow() {
 	for _, f := range v.log.sealed {
 		v.mu.Lock()
 		v.space.set(f.segment, f.length, f.meta)
-		drops := v.space.of(f.segment).drops
+		v.space.of(f.segment).drops = f.drops
 		v.mu.Unlock()
-		v.index.setFull(f.segment, full{meta: f.meta, drops: drops})
+		v.index.setFull(f.segment, full{meta: f.meta, drops: f.drops})
 	}
 	v.log.sealed = nil
 	if v.log.file != nil {
 		v.mu.Lock()
 		v.space.set(v.log.number, v.log.length, segmentHead)
+		v.space.of(v.log.number).drops = v.log.drops
 		v.mu.Unlock()
 	}
 }
@@ -386,8 +378,11 @@ func (v *Volume) checkpointAt(end spot) error {
 	go func() {
 		defer close(s.done)
 		if s.err = v.index.checkpoint(v.log.from, p, changes, fulls); s.err != nil {
-			v.latchWith(fmt.Sprintf("the index could not be written: %v", s.err), nil)
-			v.noteFailedSync()
+			v.latch(fmt.Sprintf("the index could not be written (%v): check the disk and its free space, and restart; the index is made anew then", s.err))
+			v.opt.Log.Error("the volume is read-only now: its index could not be written", "volume", v.id, "dir", v.dir, "err", s.err)
+			if err := v.index.spoil(); err != nil {
+				v.opt.Log.Error("that the index is to be made anew could not be noted on disk", "volume", v.id, "err", err)
+			}
 		}
 	}()
 	return nil
@@ -422,19 +417,7 @@ func (s *stage) writeAll(b *batch, c *crowd) {
 	}
 }
 
-// latchWith latches the volume, and doubts what was just put.
-func (v *Volume) latchWith(reason string, put []chunk.ID) {
-	v.latch(reason)
-	v.mu.Lock()
-	for _, id := range put {
-		v.suspect[id] = true
-	}
-	v.mu.Unlock()
-	v.opt.Log.Error("the volume is read-only now: a write failed", "volume", v.id, "dir", v.dir, "reason", reason)
-}
-
-// noteFailedSync leaves word for the next start. What there was no room to write does not
-// need it: the kernel has forgotten nothing that it said it had.
+// noteFailedSync leaves word for the next start.
 func (v *Volume) noteFailedSync() {
 	if here, err := v.atHome(); err != nil || !here {
 		return // nothing that the kernel could forget has failed, and the note is not for others
@@ -458,36 +441,33 @@ func (v *Volume) atHome() (bool, error) {
 	return err == nil && os.SameFile(opened, now), err
 }
 
-// stage is a batch on its way: what it has written so far, and what that will
-// mean for the counters once it is durable.
+// stage is a batch on its way. What it means for the index and the counters is made of what
+// became of each chunk, once all of it is durable. Until then it is nowhere but in the log.
 type stage struct {
 	v        *Volume
 	from     point
 	room     int64 // bytes left above the floor; read at the first put
 	roomErr  error
 	roomRead bool
-	state    map[chunk.ID]held // of the ids that the batch names, as it goes
-	put      []chunk.ID
-	unlost   []chunk.ID
 	staged   int64 // bytes that the puts add to the segments
-	used     int64 // changes of the counters
-	chunks   int
-	freed    []place // that no chunk needs any more
-	taken    []place // that were written
-	drops    []place
-
-	entries []entry             // that are not written yet
-	before  map[chunk.ID]change // what the index says without this batch
-	written bool
-	err     error
+	fates    map[chunk.ID]*fate
+	entries  []entry // that are not written yet
+	written  bool
+	err      error
 }
 
-// held is what is known of a chunk before it is changed.
+// fate is what a batch does to a chunk.
+type fate struct {
+	before, now held
+	touched     bool // the batch has put or dropped it, or both
+}
+
+// held is what is known of a chunk.
 type held struct {
-	at   place
-	ok   bool // indexed
+	at   place // of one that is written by this batch: once it is written
+	ok   bool  // held
 	lost bool
-	mine bool // written by this batch; at has the size alone until then
+	mine bool // written by this batch: never lost
 }
 
 // grave is a record that no chunk has any more, of a segment that is still there.
@@ -515,23 +495,23 @@ func (s *stage) look(some []*request) error {
 	var found []chunk.ID
 	for _, r := range some {
 		for _, id := range r.ids() {
-			if _, known := s.state[id]; known {
+			if s.fates[id] != nil {
 				continue
 			}
 			at, ok, err := s.v.index.find(id)
 			if err != nil {
 				return err
 			}
-			s.state[id], s.before[id] = held{at: at, ok: ok}, change{at, !ok}
+			s.fates[id] = &fate{before: held{at: at, ok: ok}}
 			found = append(found, id)
 		}
 	}
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
 	for _, id := range found {
-		h := s.state[id]
-		_, h.lost = s.v.lost[id]
-		s.state[id] = h
+		f := s.fates[id]
+		_, f.before.lost = s.v.lost[id]
+		f.now = f.before
 	}
 	return nil
 }
@@ -570,7 +550,7 @@ func (s *stage) add(r *request) error {
 
 // confirm answers for a chunk that was read and verified just before.
 func (s *stage) confirm(id chunk.ID) error {
-	h := s.state[id]
+	h := s.fates[id].now
 	if !h.ok {
 		return notFound(id)
 	}
@@ -600,9 +580,9 @@ func (v *Volume) writable() error {
 }
 
 func (s *stage) addPut(r *request) error {
-	h := s.state[r.id]
-	if h.ok && !h.lost {
-		if !r.read && !h.mine {
+	f := s.fates[r.id]
+	if f.now.ok && !f.now.lost {
+		if !r.read && !f.now.mine {
 			return errHeld
 		}
 		return s.v.doubt(r.id)
@@ -610,42 +590,21 @@ func (s *stage) addPut(r *request) error {
 	if err := s.v.writable(); err != nil {
 		return err
 	}
-	size := int64(len(r.data))
-	if err := s.takeRoom(size); err != nil {
+	if err := s.takeRoom(int64(len(r.data))); err != nil {
 		return err
 	}
-	s.writeChunk(r.id, r.data, h)
-	if h.ok { // the lost bytes stay behind
-		s.forget(h)
-	}
-	s.used += size
-	s.chunks++
-	s.unlost = append(s.unlost, r.id)
+	s.writeChunk(r.id, r.data, f)
 	return nil
 }
 
-// writeChunk writes a record that takes the place of what is held.
-func (s *stage) writeChunk(id chunk.ID, data []byte, h held) {
+// writeChunk writes a record that takes the place of what is held. Lost bytes stay behind.
+func (s *stage) writeChunk(id chunk.ID, data []byte, f *fate) {
 	e := entry{record{kind: kindChunk, id: id, place: place{size: uint32(len(data))}}, data}
-	if h.ok && !h.mine {
-		e.target = h.at.spot
+	if f.now.ok {
+		e.target = f.now.at.spot
 	}
 	s.entries = append(s.entries, e)
-	s.put = append(s.put, id)
-	s.state[id] = held{at: e.place, ok: true, lost: h.lost, mine: true}
-}
-
-// forget takes what was held out of the counters.
-func (s *stage) forget(h held) {
-	s.used -= int64(h.at.size)
-	s.chunks--
-	s.free(h)
-}
-
-func (s *stage) free(h held) {
-	if h.at.segment != 0 {
-		s.freed = append(s.freed, h.at)
-	}
+	f.now, f.touched = held{ok: true, mine: true}, true
 }
 
 // addMoves writes chunks again that still lie where they were read, and drops of what is
@@ -658,12 +617,11 @@ func (s *stage) addMoves(r *request) error {
 		return err
 	}
 	for _, m := range r.moves {
-		h := s.state[m.id]
-		if !h.ok || h.at != m.from || int64(h.at.size) != int64(len(m.data)) {
+		f := s.fates[m.id]
+		if !f.now.ok || f.now.at != m.from || int64(m.from.size) != int64(len(m.data)) {
 			continue
 		}
-		s.writeChunk(m.id, m.data, h)
-		s.free(h)
+		s.writeChunk(m.id, m.data, f)
 	}
 	for _, g := range r.graves {
 		s.entries = append(s.entries, entry{record: record{kind: kindDrop, id: g.id, target: g.target}})
@@ -675,7 +633,10 @@ func (s *stage) addDrops(r *request) error {
 	if err := s.v.writable(); err != nil {
 		return err
 	}
-	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool { return !s.state[id].ok || r.lost && !s.state[id].lost })
+	there := slices.DeleteFunc(slices.Clone(r.drops), func(id chunk.ID) bool {
+		h := s.fates[id].now
+		return !h.ok || r.lost && !h.lost
+	})
 	slices.SortFunc(there, compareIDs)
 	there = slices.Compact(there)
 	if len(there) == 0 {
@@ -686,16 +647,14 @@ func (s *stage) addDrops(r *request) error {
 	}
 	s.write() // what is dropped must lie somewhere
 	for _, id := range there {
-		h := s.state[id]
-		s.forget(h)
-		s.state[id] = held{}
-		s.entries = append(s.entries, entry{record: record{kind: kindDrop, id: id, target: h.at.spot}})
+		f := s.fates[id]
+		s.entries = append(s.entries, entry{record: record{kind: kindDrop, id: id, target: f.now.at.spot}})
+		f.now, f.touched = held{}, true
 	}
-	s.unlost = append(s.unlost, there...)
 	return nil
 }
 
-// write writes what is prepared, and has the index know of it.
+// write writes what is prepared.
 func (s *stage) write() {
 	if len(s.entries) == 0 || s.err != nil {
 		return
@@ -705,72 +664,63 @@ func (s *stage) write() {
 		return
 	}
 	for _, e := range s.entries {
-		if e.kind == kindChunk {
-			s.taken = append(s.taken, e.place)
-			s.v.index.set(e.id, e.place)
-			if h := s.state[e.id]; h.ok && h.at.segment == 0 {
-				h.at = e.place
-				s.state[e.id] = h
-			}
-			continue
-		}
-		s.drops = append(s.drops, e.place)
-		if h, known := s.state[e.id]; known && !h.ok {
-			s.v.index.remove(e.id)
+		if f := s.fates[e.id]; e.kind == kindChunk && f.now.mine {
+			f.now.at = e.place
 		}
 	}
 	s.entries = nil
 }
 
-// takeBack makes it so that nothing of the batch was written, if none of it can be durable.
-// The index forgets it first: who reads what is cut off then looks there again.
-func (s *stage) takeBack() bool {
-	if !s.v.log.reaches(s.from) {
-		return false
-	}
-	s.undo()
-	return s.v.log.back(s.from)
-}
-
-// undo has the index forget a batch that is taken back.
-func (s *stage) undo() {
-	for id, c := range s.before {
-		if c.gone {
-			s.v.index.remove(id)
-		} else {
-			s.v.index.set(id, c.at)
+// refuse is the answer to all whom a batch that did not become durable was to change
+// anything for. A chunk that was held before, and that it left alone, is none of its business.
+func (s *stage) refuse(all []*request, code string, why string) {
+	for _, r := range all {
+		asks := r.drops == nil && r.moves == nil && r.graves == nil
+		if r.err == nil && !r.flush && (!asks || s.fates[r.id].touched) {
+			r.err = wire.FailedBecause(code, "%s", why)
 		}
 	}
 }
 
-// failed is the answer to a request of a batch that did not become durable. A
-// chunk that was held before is none of the batch's business.
-func (s *stage) failed(r *request, reason string) error {
-	if r.drops == nil && r.moves == nil && r.graves == nil && !s.state[r.id].mine {
-		return nil
+// doubt is for a batch of which nobody knows what the log has: what was held, and what it
+// has dropped or replaced, may be gone at the next opening.
+func (s *stage) doubt() {
+	s.v.mu.Lock()
+	defer s.v.mu.Unlock()
+	for id, f := range s.fates {
+		if f.before.ok && f.touched {
+			s.v.suspect[id] = true
+		}
 	}
-	return wire.FailedBecause(wire.CodeReadOnly, "volume %s could not make the change durable and takes no more: %s", s.v.id, reason)
 }
 
 // apply makes the batch count.
 func (s *stage) apply() {
+	for id, f := range s.fates {
+		switch {
+		case f.now.mine:
+			s.v.index.set(id, f.now.at)
+		case f.before.ok && !f.now.ok:
+			s.v.index.remove(id)
+		}
+	}
 	s.v.mu.Lock()
 	defer s.v.mu.Unlock()
-	s.v.used += s.used
-	s.v.chunks += s.chunks
-	for _, at := range s.taken {
-		s.v.space.add(at)
-	}
-	for _, at := range s.freed {
-		s.v.space.remove(at)
-	}
-	for _, at := range s.drops {
-		s.v.space.of(at.segment).drops += at.length()
-	}
-	for _, id := range s.unlost {
+	freed := false
+	for id, f := range s.fates {
+		if !f.touched {
+			continue
+		}
+		if f.before.ok {
+			s.v.count(f.before.at, -1)
+		}
+		if f.now.ok {
+			s.v.count(f.now.at, 1)
+		}
+		freed = freed || f.before.ok || !f.now.ok
 		delete(s.v.lost, id)
 	}
-	if len(s.freed) > 0 {
+	if freed {
 		s.v.wantRoom()
 	}
 }

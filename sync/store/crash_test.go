@@ -453,38 +453,6 @@ func TestASyncWithoutRoomLatches(t *testing.T) {
 	mustHold(t, v, id, data)
 }
 
-// A batch of which a part is durable already, in the segment before, cannot be taken back.
-// The volume goes on when it is opened again and there is room.
-func TestADiskThatIsFullBehindTheEndOfASegment(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	opt := smallSegments()
-	var full atomic.Bool
-	opt.hooks.pwritev = func(fd int, from [][]byte, at int64) (int, error) {
-		if full.Load() && at < 1000 {
-			return -1, unix.ENOSPC
-		}
-		return unix.Pwritev(fd, from, at)
-	}
-	v := open1(t, dir, opt)
-	id, data := someChunk(rng, 600_000)
-	mustPut(t, v, id, data)
-	full.Store(true)
-	next, nextData := someChunk(rng, 600_000)
-	mustFail(t, v.Put(t.Context(), next, nextData), wire.CodeReadOnly)
-	if s := v.Stats(); !strings.Contains(s.ReadOnly, "free space there") {
-		t.Fatalf("%+v", s)
-	}
-	_, err := v.Confirm(t.Context(), id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	mustClose(t, v)
-	v = open1(t, dir, smallSegments())
-	mustHold(t, v, id, data)
-	mustPut(t, v, next, nextData)
-	mustHold(t, v, next, nextData)
-}
-
 // An index beside segments of another volume is not believed, and not written to.
 func TestAnIndexOfOtherSegmentsIsRefused(t *testing.T) {
 	rng := random(t)

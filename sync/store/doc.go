@@ -13,6 +13,7 @@
 //	VOLUME       the volume's id, a ULID and a newline; also in each segment
 //	ballast      space that is given up so that a full disk can be opened
 //	SYNC_FAILED  only after a failed sync: the boot id of the kernel it happened under
+//	READ_FAILED  only after an opening that could not read all it had to: the same
 //	chunks/      000001.seg and so on: segments, each with records of chunks and of drops, one after
 //	             the other (record.go has their form)
 //	chunks/index Badger: where each chunk's record lies
@@ -29,8 +30,9 @@
 // read-only until it is opened again, because after a failed fsync nobody knows what is on disk:
 // the kernel forgets such pages and says success the next time. For the same reason a failed sync
 // is noted in SYNC_FAILED, and the volume stays read-only until the machine has booted again. Only
-// a write that the disk has no room for is taken back; if a part of the batch is durable in the
-// segment before, the volume is read-only until it is opened again, without a note.
+// a write that the disk has no room for is taken back, as a whole and durably, before anybody is
+// answered. What a batch changes is in the index and in the figures once it is durable, and not
+// before; what a failed one was to drop or to replace has no receipt until the next opening.
 //
 // A segment that is full gets a table of contents, all of it is synced, and the next one begins;
 // the directory is synced before the first receipt for what is in that.
@@ -46,12 +48,17 @@
 // synced before the next one began. In the last, each record tells up to which record all was
 // durable when it was written: what is not whole of those is a lost chunk, and of the others was
 // never promised, and is blanked. Behind a damaged head the next record is searched for, so that a
-// torn or damaged one hides no other. A record counts only where it was written: a block of an
+// torn or damaged one hides no other. A table of contents counts if it is that of what was found:
+// its own bytes can be whole, and others not, when the cut comes while a segment is ended. A record counts only where it was written: a block of an
 // older file, which a cut has left there, or a copy in a chunk holds none (record.go). Then all
 // that was found is synced: it is as good as put. A receipt that was given just before the crash,
 // and that nothing was written after, is not told apart from what was never promised: if its bytes
 // are damaged, too, the chunk is not found instead of lost. After half a minute without a change
 // the checkpoint has it.
+//
+// What the disk cannot read then may be a cable that is mended tomorrow. Nothing is written, and
+// nothing has a receipt, until the machine has booted again; what cannot be read then, either,
+// counts as damaged. It is left as it is, and another segment is begun.
 //
 // # Reading
 //
@@ -105,7 +112,8 @@
 // where they say that chunks lie), the index is made anew: of the tables of contents, and where one
 // is damaged of the records. The log tells how far it is; it can be killed meanwhile. What was
 // known to be here, and is in no segment any more, is forgotten then: it is not found instead of
-// lost. With a whole index, it is lost.
+// lost. With a whole index, it is lost. A checkpoint that fails makes the volume read-only until it
+// is opened again, and has the index be made anew then.
 //
 // # Not done yet
 //

@@ -81,8 +81,6 @@ const (
 	changeBytes = 64 + compactors.EntryBytes
 	// changesAtOnce are in one transaction of Badger's.
 	changesAtOnce = 4 << 10
-
-	unknownChunks = -1 // of a position: a checkpoint was cut off
 )
 
 var (
@@ -174,10 +172,14 @@ func isErrno(err error) bool {
 func inspect(dir string, tuned badger.Options) error {
 	f, err := os.Open(filepath.Join(dir, badger.ManifestFilename))
 	if errors.Is(err, fs.ErrNotExist) {
-		if tables, err := filepath.Glob(filepath.Join(dir, "*.sst")); err != nil || len(tables) == 0 {
-			return err
+		for _, form := range []string{"*.sst", "*.mem"} { // logs that are empty are gone by now
+			if left, err := filepath.Glob(filepath.Join(dir, form)); err != nil {
+				return err
+			} else if len(left) > 0 {
+				return &damage{errors.New("its MANIFEST is gone")}
+			}
 		}
-		return &damage{errors.New("its MANIFEST is gone")}
+		return nil
 	}
 	if err != nil {
 		return err
@@ -285,6 +287,9 @@ func placeOf(item *badger.Item) (at place, err error) {
 	})
 	return at, err
 }
+
+// sum stands for a place in [position] and [ledger].
+func (p place) sum() uint64 { return uint64(sum(p.encode())) }
 
 func (p place) encode() []byte {
 	return binary.LittleEndian.AppendUint32(p.spot.append(nil), p.size)
@@ -489,11 +494,24 @@ func (x *index) checkpoint(o origin, p position, changes []resident, fulls map[u
 	x.rest.Begin(int64(len(changes)+len(fulls)+2) * changeBytes)
 	defer x.rest.End()
 	x.answers()
+	parts := len(changes) > x.hooks.atOnce
+	var known position
+	if parts {
+		var err error
+		if known, _, err = x.position(); err != nil {
+			return err
+		}
+	}
 	for first := true; first || len(changes) > 0; first = false {
-		n := min(len(changes), changesAtOnce)
+		n := min(len(changes), x.hooks.atOnce)
 		last := n == len(changes)
 		err := x.update(func(txn *badger.Txn) error {
 			for _, r := range changes[:n] {
+				if parts {
+					if err := known.change(txn, r); err != nil {
+						return err
+					}
+				}
 				var err error
 				if r.at == (place{}) {
 					err = txn.Delete(keyOf(r.id))
@@ -504,13 +522,11 @@ func (x *index) checkpoint(o origin, p position, changes []resident, fulls map[u
 					return err
 				}
 			}
-			if !last { // how many chunks there are now is not known
-				was, _, err := x.position()
-				if err != nil {
-					return err
-				}
-				was.chunks = unknownChunks
-				return txn.Set(keyOfPosition, was.encode())
+			if err := txn.Set(keyOfVolume, append(bytes.Clone(o.mark[:]), o.volume...)); err != nil {
+				return err
+			}
+			if !last { // complete up to where it was, and with so many chunks of what is behind
+				return txn.Set(keyOfPosition, known.encode())
 			}
 			for number, f := range fulls {
 				key := keyOfSegment(number)
@@ -525,7 +541,7 @@ func (x *index) checkpoint(o origin, p position, changes []resident, fulls map[u
 					return err
 				}
 			}
-			return errors.Join(txn.Set(keyOfVolume, append(bytes.Clone(o.mark[:]), o.volume...)), txn.Set(keyOfPosition, p.encode()))
+			return txn.Set(keyOfPosition, p.encode())
 		})
 		if err != nil {
 			return err
@@ -539,6 +555,30 @@ func (x *index) checkpoint(o origin, p position, changes []resident, fulls map[u
 	x.leaving = nil
 	x.mu.Unlock()
 	return nil
+}
+
+// change takes into the figures what a change does to the entries, before it is made.
+func (p *position) change(txn *badger.Txn, r resident) error {
+	switch item, err := txn.Get(keyOf(r.id)); {
+	case err == nil:
+		was, err := placeOf(item)
+		if err != nil {
+			return err
+		}
+		p.chunks, p.places = p.chunks-1, p.places-was.sum()
+	case !errors.Is(err, badger.ErrKeyNotFound):
+		return err
+	}
+	if r.at != (place{}) {
+		p.chunks, p.places = p.chunks+1, p.places+r.at.sum()
+	}
+	return nil
+}
+
+// spoil has the next opening make the index anew: after a write of it that failed, nobody
+// knows what of it is on disk. It takes no room, as there may be none.
+func (x *index) spoil() error {
+	return errors.Join(os.Remove(filepath.Join(x.dir, badger.ManifestFilename)), durable.Sync(x.dir))
 }
 
 func (x *index) update(fn func(*badger.Txn) error) (err error) {

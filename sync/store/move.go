@@ -156,8 +156,8 @@ func (v *Volume) empty(ctx context.Context, number uint32) error {
 	var all []record
 	if err == nil {
 		all, _, err = s.records()
-		if err := errors.Join(err, s.close()); err != nil {
-			return err
+		if err := errors.Join(err, s.fault, s.close()); err != nil {
+			return err // what cannot be read may be a drop that is needed
 		}
 	}
 	var these []resident

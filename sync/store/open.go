@@ -23,6 +23,7 @@ const (
 	idFile         = "VOLUME"
 	ballastFile    = "ballast"
 	syncFailedFile = "SYNC_FAILED"
+	readFailedFile = "READ_FAILED"
 	chunksDir      = "chunks"
 )
 
@@ -121,7 +122,7 @@ func removeHalfWritten(dir string) error {
 		return fmt.Errorf("the directory for chunks cannot be read: %w", err)
 	}
 	for _, e := range entries {
-		for _, ours := range []string{idFile, syncFailedFile} { // as internal/durable names it
+		for _, ours := range []string{idFile, syncFailedFile, readFailedFile} { // as internal/durable names it
 			random, ok := strings.CutPrefix(e.Name(), "."+ours)
 			if !ok || random == "" || strings.Trim(random, "0123456789") != "" {
 				continue
@@ -283,7 +284,7 @@ func Erase(dir string) error {
 		return err
 	}
 	defer lock.Close()
-	for _, name := range []string{chunksDir, ballastFile, syncFailedFile, idFile} {
+	for _, name := range []string{chunksDir, ballastFile, syncFailedFile, readFailedFile, idFile} {
 		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
 			return fmt.Errorf("the volume %s cannot be erased: %w", dir, err)
 		}

@@ -51,6 +51,7 @@ type hooks struct {
 	patience time.Duration // 0: the default
 	pread    func(fd int, into []byte, at int64) (int, error)
 	reading  func() // a chunk's place is known, its bytes are not read yet
+	atOnce   int    // changes of the index in one transaction; 0: the default
 	dropping func() // it is known which chunks are lost, they are not dropped yet
 }
 
@@ -66,6 +67,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.pread == nil {
 		h.pread = unix.Pread
+	}
+	if h.atOnce == 0 {
+		h.atOnce = changesAtOnce
 	}
 	if h.patience == 0 {
 		h.patience = patience

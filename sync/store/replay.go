@@ -5,9 +5,11 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/deimos-edge/deimos/internal/compactors"
@@ -17,7 +19,8 @@ import (
 // How a volume begins: what its segments and its index say is brought together.
 
 const (
-	indexDir = "index" // in chunks/
+	indexDir = "index"     // in chunks/
+	oldIndex = "index.old" // a damaged one, that is being deleted
 
 	tellEach = 10 * time.Second // how far it is, to the log
 
@@ -43,6 +46,9 @@ func (v *Volume) openLog(fresh bool) (err error) {
 	}
 	if l.home, err = os.Stat(l.dir); err != nil {
 		return err
+	}
+	if err := os.RemoveAll(filepath.Join(l.dir, oldIndex)); err != nil {
+		return fmt.Errorf("what is left of a damaged index cannot be removed: %w", err)
 	}
 	numbers, err := segmentsIn(l.dir)
 	if err != nil {
@@ -122,7 +128,11 @@ func (v *Volume) newIndex(d *damage) (*index, error) {
 		return nil, fmt.Errorf("the index of the chunks in %s is damaged (%w) and cannot be made anew: %s", v.dir, d, v.readOnly)
 	}
 	v.opt.Log.Warn("the index of the chunks is damaged and made anew", "volume", v.id, "dir", dir, "why", d)
-	err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700), v.opt.hooks.fsync(v.log.dir))
+	old := filepath.Join(v.log.dir, oldIndex)
+	err := os.Rename(dir, old) // as a whole: with a part of its files it could pass for another
+	if err == nil {
+		err = errors.Join(os.Mkdir(dir, 0o700), v.opt.hooks.fsync(v.log.dir), os.RemoveAll(old))
+	}
 	var x *index
 	if err == nil {
 		x, err = openIndex(dir, badgerLog{v.opt.Log}, v.opt.hooks)
@@ -136,12 +146,15 @@ func (v *Volume) newIndex(d *damage) (*index, error) {
 // agree finds out which volume the segments belong to, and whether it is this one.
 func (v *Volume) agree(numbers []uint32, fresh bool) error {
 	l := &v.log
+	var unread error
 	for i, n := range slices.Backward(numbers) {
 		if i < len(numbers)-1 && l.from.volume != "" {
 			break
 		}
-		o, form, err := headOf(filepath.Join(l.dir, segmentName(n)))
-		if err != nil {
+		o, form, err := v.headOf(n)
+		if isDamage(err) {
+			unread = err
+		} else if err != nil {
 			return err
 		}
 		if form > segmentForm {
@@ -155,6 +168,8 @@ func (v *Volume) agree(numbers []uint32, fresh bool) error {
 		}
 	}
 	switch {
+	case l.from.volume == "" && unread != nil:
+		return fmt.Errorf("no head of the segments in %s can be read (%w): check the disk, its cable and its power", l.dir, unread)
 	case l.from.volume == "" && len(numbers) > 1:
 		return fmt.Errorf("no head of the segments in %s is whole, and its index is damaged: %s", l.dir, beginAnew)
 	case l.from.volume == "" && !fresh:
@@ -171,16 +186,18 @@ func (v *Volume) agree(numbers []uint32, fresh bool) error {
 	return nil
 }
 
-// headOf reads the head of a segment; form is 0 if it is damaged.
-func headOf(path string) (o origin, form uint32, err error) {
-	f, err := os.Open(path)
+// headOf reads the head of a segment; form is 0 if it is damaged, or cannot be read.
+func (v *Volume) headOf(number uint32) (o origin, form uint32, err error) {
+	s, err := v.openSegment(number)
 	if err != nil {
 		return o, 0, err
 	}
-	raw := make([]byte, segmentHead)
-	_, _ = f.ReadAt(raw, 0) // what cannot be read is damaged
+	raw, err := s.bytes(0, segmentHead)
+	if errors.Is(err, errBad) {
+		err = s.bad
+	}
 	o, form = originIn(raw)
-	return o, form, f.Close()
+	return o, form, errors.Join(err, s.close())
 }
 
 // firstTime makes a new volume durable: its id last, so that VOLUME means a whole volume.
@@ -219,6 +236,11 @@ func (v *Volume) takeStock(numbers []uint32, p position) error {
 		v.space.set(n, info.Size(), min(meta, info.Size()))
 		v.space.of(n).drops = fulls[n].drops
 	}
+	for n := range fulls {
+		if v.space.segments[n] == nil { // a kill came between its end and the checkpoint
+			v.index.setFull(n, full{gone: true})
+		}
+	}
 	v.log.number, v.log.seq = max(p.end.segment, v.space.newest), p.seq
 	err = v.index.each(context.Background(), func(r resident) error {
 		v.count(r.at, 1)
@@ -233,7 +255,7 @@ func (v *Volume) takeStock(numbers []uint32, p position) error {
 	if err != nil {
 		return err
 	}
-	if p.chunks != unknownChunks && (int64(v.chunks) != p.chunks || v.space.places != p.places) {
+	if int64(v.chunks) != p.chunks || v.space.places != p.places {
 		return &damage{fmt.Errorf("it has %d chunks, and not the %d that it should have", v.chunks, p.chunks)}
 	}
 	return nil
@@ -252,6 +274,7 @@ func (v *Volume) count(at place, sign int) {
 // durable and is not whole is a lost chunk.
 func (v *Volume) replay(numbers []uint32, p position) error {
 	told := time.Now()
+	unread := false
 	for i, n := range numbers {
 		if n < p.end.segment {
 			continue
@@ -276,6 +299,10 @@ func (v *Volume) replay(numbers []uint32, p position) error {
 		if err := errors.Join(err, s.close()); err != nil {
 			return err
 		}
+		unread = unread || s.fault != nil
+	}
+	if !unread {
+		v.allWasRead()
 	}
 	if v.readOnly != "" || v.log.number == 0 {
 		return nil
@@ -289,6 +316,7 @@ func (v *Volume) replayFull(s *scan, from int64) error {
 	if err != nil {
 		return err
 	}
+	v.hesitate(s)
 	var drops int64
 	for _, r := range all {
 		if r.kind == kindDrop {
@@ -349,27 +377,35 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 	}); err != nil {
 		return err
 	}
-	var never []spot
+	var torn []record
+	var whole = map[spot]bool{}
+	for _, r := range all {
+		if int64(r.at) < from {
+			continue
+		}
+		ok, err := s.holds(r)
+		if err != nil {
+			return err
+		}
+		whole[r.spot] = ok
+	}
+	v.hesitate(s)
 	var content []byte
 	var drops int64
 	end, meta := from, int64(segmentHead) // up to from all was durable, whatever can be read of it
 	for _, r := range all {
 		if int64(r.at) >= from {
-			whole, err := s.holds(r)
-			if err != nil {
-				return err
-			}
-			if !whole && (r.seq > l.durable || r.kind == kindSeal) {
-				never = append(never, r.spot)
-				continue
-			}
-			if r.kind == kindSeal && (len(never) > 0 || !s.ends(r)) { // of what is not all there
+			switch ok := whole[r.spot]; {
+			case r.kind == kindSeal && (!ok || !s.ends(r) || r.id != contentID(content)):
+				continue // of what is not all there
+			case !ok && r.seq > l.durable && s.fault == nil: // never promised
+				torn = append(torn, r)
 				continue
 			}
 			if err := v.redo(r); err != nil {
 				return err
 			}
-			if !whole {
+			if !whole[r.spot] {
 				v.lost[r.id] = v.loss(r.id, r.place, "its bytes have changed on disk")
 			}
 		}
@@ -387,21 +423,28 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 	sealed := meta > segmentHead
 	v.space.set(s.number, s.size, min(meta, s.size))
 	v.space.of(s.number).drops = drops
-	if sealed {
+	if sealed || s.fault != nil {
 		v.index.setFull(s.number, full{meta: meta, drops: drops})
 	}
 	l.length = s.size
-	if sealed || v.readOnly != "" || s.number != l.number || s.size < from && from > segmentHead {
+	if v.readOnly != "" || s.number != l.number || s.size < from && from > segmentHead {
 		return nil
 	}
-	l.content = content
-	return v.goOn(s.number, min(end, s.size), never)
+	if sealed { // a kill may have kept it from giving back what it does not need
+		_ = os.Truncate(filepath.Join(l.dir, segmentName(s.number)), s.size)
+	}
+	if sealed || s.fault != nil { // nothing is changed where not all can be read
+		return nil
+	}
+	l.content, l.drops = content, drops
+	return v.goOn(s.number, min(end, s.size), torn)
 }
 
 // goOn opens the newest segment to append to it. What is behind its last record is cut off,
 // and records that never counted are blanked: once something durable follows them, they
-// would count as lost.
-func (v *Volume) goOn(number uint32, end int64, never []spot) error {
+// would count as lost. Their bytes are, too: behind a blank the next record is searched for,
+// and in those could be one of a batch that was taken back.
+func (v *Volume) goOn(number uint32, end int64, torn []record) error {
 	l := &v.log
 	f, err := os.OpenFile(filepath.Join(l.dir, segmentName(number)), os.O_RDWR, 0)
 	if err != nil {
@@ -413,16 +456,47 @@ func (v *Volume) goOn(number uint32, end int64, never []spot) error {
 			return err
 		}
 	}
-	for _, at := range never {
-		if _, err := f.WriteAt(make([]byte, recordHead), int64(at.at)); err != nil {
-			return err
-		}
-	}
 	if err := f.Truncate(l.length); err != nil {
 		return err
 	}
+	for _, r := range torn {
+		if n := min(r.end(), l.length) - int64(r.at); n > 0 {
+			if _, err := f.WriteAt(make([]byte, n), int64(r.at)); err != nil {
+				return err
+			}
+		}
+	}
 	v.space.set(number, l.length, segmentHead)
 	return nil
+}
+
+// hesitate is for a segment of which a part cannot be read at opening: it may be the disk,
+// or a cable that is mended tomorrow. Then nothing is decided of what lies there. The volume
+// is read-only, without any receipt, until the machine has booted again; what cannot be read
+// then, either, counts as damaged, so that one bad sector does not end a volume.
+func (v *Volume) hesitate(s *scan) {
+	if s.fault == nil || v.readOnly != "" {
+		return
+	}
+	path := filepath.Join(v.dir, readFailedFile)
+	now, err := v.opt.hooks.bootID()
+	if raw, readErr := os.ReadFile(path); err == nil && readErr == nil && strings.TrimSpace(string(raw)) != now {
+		v.opt.Log.Warn("a part of a segment cannot be read, and could not before the machine started: what was there counts as damaged", "volume", v.id, "segment", s.number, "err", s.fault)
+		return
+	} else if err == nil && readErr != nil {
+		err = durable.WriteFile(path, []byte(now+"\n"), 0o600)
+	}
+	if err != nil {
+		v.opt.Log.Error("what could not be read could not be noted on disk", "volume", v.id, "err", err)
+	}
+	v.latchAll(fmt.Sprintf("a part of segment %d could not be read when it was opened (%v): check the disk, its cable and its power, and restart the machine; what cannot be read then counts as damaged", s.number, s.fault))
+}
+
+// allWasRead ends what hesitate has begun.
+func (v *Volume) allWasRead() {
+	if err := os.Remove(filepath.Join(v.dir, readFailedFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		v.opt.Log.Warn("a note of what could not be read could not be removed", "volume", v.id, "err", err)
+	}
 }
 
 // settle makes durable what a crash has left, so that a chunk that is found after opening

@@ -25,7 +25,8 @@ type scan struct {
 	at    int64 // of buf
 	buf   []byte
 	read  int64 // bytes that were read
-	fault error // what kept some from being read
+	bad   error // what kept bytes from being read the last time
+	fault error // what kept a head, or the bytes of a record that was asked for, from being read
 }
 
 const (
@@ -79,7 +80,7 @@ func (s *scan) fill(at int64, n int) (int, error) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			s.buf, s.fault = s.buf[:0], err
+			s.buf, s.bad = s.buf[:0], err
 			if isDamage(err) {
 				return 0, errBad
 			}
@@ -108,6 +109,8 @@ func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
 		ok := err == nil
 		if ok {
 			r, ok = readHead(b, s.mark, spot{s.number, uint32(at)})
+		} else {
+			s.fault = s.bad
 		}
 		if !ok {
 			if at, err = s.search(at + 1); err != nil {
@@ -138,6 +141,7 @@ func (s *scan) search(at int64) (int64, error) {
 		switch {
 		case errors.Is(err, errBad): // it may be a sector of these alone
 			if b, err = s.bytes(at, int(badBytes-at%badBytes)); errors.Is(err, errBad) {
+				s.fault = s.bad
 				at += badBytes - at%badBytes
 				continue
 			}
@@ -161,16 +165,16 @@ func (s *scan) payload(r record) ([]byte, error) {
 	if r.end() > s.size {
 		return nil, nil
 	}
-	b, err := s.bytes(int64(r.at)+recordHead, int(r.size))
-	if errors.Is(err, errBad) {
-		return nil, nil
-	}
-	return b, err
+	return s.bytes(int64(r.at)+recordHead, int(r.size))
 }
 
 // holds tells whether all that belongs to a record is there.
 func (s *scan) holds(r record) (bool, error) {
 	b, err := s.payload(r)
+	if errors.Is(err, errBad) {
+		s.fault = s.bad
+		return false, nil
+	}
 	return r.whole(b), err
 }
 

@@ -1,8 +1,10 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -30,6 +32,7 @@ type segments struct {
 	begun   int64  // up to there the disk was told to begin
 	kept    int64  // up to there it has blocks, if the file system gave them
 	content []byte // its table of contents so far
+	drops   int64  // bytes of its records of drops
 	named   bool   // its directory entry is durable
 	seq     uint64 // of the last record
 	durable uint64 // of the last record that is durable
@@ -43,6 +46,7 @@ type seal struct {
 	segment uint32
 	length  int64
 	meta    int64 // bytes of it that are not records of chunks or drops
+	drops   int64 // bytes of records of drops
 }
 
 // entry is a record that is to be written, and its bytes.
@@ -83,10 +87,10 @@ func (l *segments) begin() error {
 		return err
 	}
 	head := l.from.head(number)
-	if _, err := f.WriteAt(head, 0); err != nil {
-		return errors.Join(err, f.Close(), os.Remove(f.Name()))
+	if n, err := l.hooks.pwritev(int(f.Fd()), [][]byte{head}, 0); err != nil || n < len(head) {
+		return errors.Join(cmp.Or(err, io.ErrShortWrite), f.Close(), os.Remove(f.Name()))
 	}
-	l.file, l.number, l.length, l.begun, l.kept, l.content, l.named = f, number, segmentHead, 0, 0, nil, false
+	l.file, l.number, l.length, l.begun, l.kept, l.content, l.drops, l.named = f, number, segmentHead, 0, 0, nil, 0, false
 	return nil
 }
 
@@ -100,7 +104,7 @@ func (l *segments) end() error {
 		if err := l.write(all); err != nil {
 			return err
 		}
-		l.sealed = append(l.sealed, seal{l.number, l.length, segmentHead + r.length() + segmentFoot})
+		l.sealed = append(l.sealed, seal{l.number, l.length, segmentHead + r.length() + segmentFoot, l.drops})
 	}
 	if err := l.sync(); err != nil {
 		return err
@@ -144,7 +148,7 @@ func (l *segments) add(all []entry) error {
 		}
 		n, at := 0, l.length
 		var parts [][]byte
-		content := l.content
+		content, drops := l.content, l.drops
 		for n < len(all) && at-l.length < partBytes && len(parts) < maxParts {
 			e := &all[n]
 			if n > 0 && (at+e.length() > l.limit || len(content) >= segmentRecords*contentBytes) {
@@ -155,6 +159,9 @@ func (l *segments) add(all []entry) error {
 			from := len(heads)
 			heads = e.appendHead(heads, l.from.mark)
 			content = e.appendContent(content)
+			if e.kind == kindDrop {
+				drops += e.length()
+			}
 			parts = append(parts, heads[from:len(heads):len(heads)], e.data)
 			at += e.length()
 			n++
@@ -162,7 +169,7 @@ func (l *segments) add(all []entry) error {
 		if err := l.write(parts); err != nil {
 			return err
 		}
-		l.content, all = content, all[n:]
+		l.content, l.drops, all = content, drops, all[n:]
 	}
 	return nil
 }
@@ -239,23 +246,50 @@ func (l *segments) sync() (err error) {
 // point is an end that the log can be taken back to.
 type point struct {
 	number  uint32
+	open    bool // else the next record begins a segment
 	length  int64
-	content int
+	content []byte
+	drops   int64
 }
 
-func (l *segments) point() point { return point{l.number, l.length, len(l.content)} }
+func (l *segments) point() point {
+	return point{l.number, l.file != nil, l.length, l.content, l.drops}
+}
 
-// reaches tells whether the log can be taken back to a point: all behind it is in one
-// segment, and nobody has tried to sync it.
-func (l *segments) reaches(p point) bool { return l.file != nil && !l.broken && l.number == p.number }
-
-// back takes away what was added behind a point that it reaches, and tells whether it did.
+// back takes away, durably, what was added behind a point, and tells whether it did: else a
+// power cut could bring a part of it back. It does not after a failed sync. If a segment was
+// ended or begun since, the next record begins another: no number is used twice, so that
+// nothing which a cut has left of the one that was taken away fits into it.
 func (l *segments) back(p point) bool {
-	if l.file.Truncate(p.length) != nil {
+	if l.broken {
 		return false
 	}
-	l.length, l.content = p.length, l.content[:p.content]
-	l.begun, l.kept = min(l.begun, l.length), 0
+	l.sealed = nil
+	if l.file != nil && l.number == p.number {
+		if l.file.Truncate(p.length) != nil {
+			return false
+		}
+		l.length, l.content, l.drops = p.length, p.content, p.drops
+		l.begun, l.kept = min(l.begun, l.length), 0
+		return l.sync() == nil
+	}
+	if l.close() != nil {
+		return false
+	}
+	l.content, l.drops = nil, 0
+	for n := l.number; n > p.number; n-- {
+		if err := l.remove(n); err != nil {
+			return false
+		}
+	}
+	if !p.open {
+		return true
+	}
+	path := filepath.Join(l.dir, segmentName(p.number))
+	if os.Truncate(path, p.length) != nil || l.hooks.fsync(path) != nil {
+		return false
+	}
+	l.sealed = []seal{{p.number, p.length, segmentHead, p.drops}}
 	return true
 }
 

@@ -62,12 +62,8 @@ func (l *ledger) forget(number uint32) {
 	}
 }
 
-func (l *ledger) add(p place) { l.change(p, 1) }
-
-func (l *ledger) remove(p place) { l.change(p, -1) }
-
 func (l *ledger) change(p place, sign int64) {
-	l.places += uint64(sign) * uint64(sum(p.encode()))
+	l.places += uint64(sign) * p.sum()
 	if s := l.segments[p.segment]; s != nil { // else it is gone
 		s.live += sign * p.length()
 		l.live += sign * p.length()

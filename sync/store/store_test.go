@@ -246,7 +246,8 @@ func TestReceiptOnlyAfterSync(t *testing.T) {
 	}
 }
 
-func TestConfirmWaitsForTheSyncOfThePut(t *testing.T) {
+// What is being synced is not there yet, for nobody.
+func TestAChunkIsThereOnceItIsSynced(t *testing.T) {
 	syncing, release := make(chan struct{}), make(chan struct{})
 	var armed atomic.Bool
 	opt := noFloor
@@ -264,11 +265,14 @@ func TestConfirmWaitsForTheSyncOfThePut(t *testing.T) {
 	put := make(chan error, 1)
 	go func() { put <- v.Put(t.Context(), id, data) }()
 	<-syncing
+	if v.Has(id) {
+		t.Error("it is there already")
+	}
 	confirmed := make(chan error, 1)
 	go func() { _, err := v.Confirm(t.Context(), id); confirmed <- err }()
 	close(release)
 	mustFail(t, <-put, wire.CodeReadOnly)
-	mustFail(t, <-confirmed, wire.CodeReadOnly)
+	mustFail(t, <-confirmed, wire.CodeNotFound)
 }
 
 func TestFailedSyncGivesNoReceiptAndLatches(t *testing.T) {
@@ -296,7 +300,7 @@ func TestFailedSyncGivesNoReceiptAndLatches(t *testing.T) {
 	mustFail(t, v.Put(t.Context(), next, nextData), wire.CodeReadOnly)
 	mustFail(t, v.Drop(t.Context(), []chunk.ID{good}), wire.CodeReadOnly)
 	_, err := v.Confirm(t.Context(), bad)
-	mustFail(t, err, wire.CodeReadOnly)
+	mustFail(t, err, wire.CodeNotFound)
 	if v.Stats().ReadOnly == "" {
 		t.Fatal("the figures do not say why puts are refused")
 	}

@@ -87,9 +87,13 @@ func TestWhatStaysInMemoryIsSaid(t *testing.T) {
 
 func cachedBelow(t *testing.T, dir string) (bytes int64) {
 	t.Helper()
-	files, err := filepath.Glob(filepath.Join(dir, "volume", "chunks", "*"))
-	if err != nil {
-		t.Fatal(err)
+	var files []string
+	for _, below := range []string{"*.seg", "index/*"} {
+		found, err := filepath.Glob(filepath.Join(dir, "volume", "chunks", below))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, found...)
 	}
 	for _, path := range append(files, filepath.Join(dir, "plain")) {
 		if err := onFile(path, func(fd int, size int64) error {

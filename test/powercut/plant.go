@@ -27,9 +27,9 @@ var plants = map[string]plant{
 	// The receipt for a chunk is given before the disk was asked to write the chunk. A store
 	// that asks but does not wait is not found here: the journal of orders is on the same disk
 	// and flushes it before the receipt goes out. (test/storecrash finds it.)
-	"receipt": {Bug: planted.Bug{File: "sync/store/durable.go", Replace: []planted.Replace{
-		{Was: "logs := slices.Concat(s.values.logs, s.trees.logs)", Is: "logs := slices.Concat(s.values.logs, s.trees.logs)[:0]"},
-		{Was: "return beginWriting(s.values.logs[len(s.values.logs)-1])", Is: "return nil"},
+	"receipt": {Bug: planted.Bug{File: "sync/store/segments.go", Replace: []planted.Replace{
+		{Was: "if err := l.hooks.fdatasync(l.file); err != nil {", Is: "if err := error(nil); err != nil {"},
+		{Was: "return l.beginWriting()", Is: "return nil"},
 	}}},
 	// An order is reported before the journal durably knows it.
 	"journal": bug("agent/journal.go", "j.flush = j.db.Sync", "j.flush = func() error { return nil }"),
