@@ -47,7 +47,9 @@ type chaos struct {
 	bad                  atomic.Int64     // a place that cannot be read, in every segment; -1: none
 	synced               map[string]int64 // of each segment, up to where it is durable
 	ghosts               map[string][]byte
-	cutAt                int // steps until a copy is taken; -1: none is
+	began                map[string]int64 // how long each segment was before the batch
+	rotten               chunk.ID         // that the next batch is about
+	cutAt                int              // steps until a copy is taken; -1: none is
 	cut                  string
 }
 
@@ -149,7 +151,7 @@ func (c *chaos) haunt() {
 	defer c.mu.Unlock()
 	for _, path := range segmentPaths(c.t, c.dir) {
 		name := filepath.Base(path)
-		if raw := mustRead(c.t, path); int64(len(raw)) > c.synced[name] {
+		if raw := mustRead(c.t, path); int64(len(raw)) > c.began[name] {
 			c.ghosts[name] = raw
 		}
 	}
@@ -187,12 +189,16 @@ func (c *chaos) powerCut() string {
 	odds := []int{3, 20}[c.rng.IntN(2)]
 	for _, path := range segmentPaths(c.t, dir) {
 		raw, from := mustRead(c.t, path), c.synced[filepath.Base(path)]
+		one := int64(-1) // that is missing alone
+		if from < int64(len(raw)) && c.rng.IntN(2) == 0 {
+			one = from + c.rng.Int64N(int64(len(raw))-from)
+		}
 		for at := from; at < int64(len(raw)); at = at/512*512 + 512 {
-			if c.rng.IntN(odds) == 0 {
+			if one < 0 && c.rng.IntN(odds) == 0 || one >= at && one < at/512*512+512 {
 				clear(raw[at:min(at/512*512+512, int64(len(raw)))])
 			}
 		}
-		if from < int64(len(raw)) && c.rng.IntN(4) == 0 {
+		if one < 0 && from < int64(len(raw)) && c.rng.IntN(4) == 0 {
 			raw = raw[:from+c.rng.Int64N(int64(len(raw))-from+1)]
 		}
 		if err := os.WriteFile(path, raw, 0o600); err != nil {
@@ -204,9 +210,20 @@ func (c *chaos) powerCut() string {
 
 // batch has a few requests share one, and judges the answers.
 func (c *chaos) batch() {
+	c.mu.Lock()
+	c.began = map[string]int64{}
+	for _, path := range segmentPaths(c.t, c.dir) {
+		c.began[filepath.Base(path)] = int64(len(mustRead(c.t, path)))
+	}
+	c.mu.Unlock()
 	var all []*request
+	rotten := c.rotten
+	c.rotten = chunk.ID{}
 	for range 1 + c.rng.IntN(12) {
 		id := c.ids[c.rng.IntN(len(c.ids))]
+		if rotten != (chunk.ID{}) && c.rng.IntN(2) == 0 {
+			id = rotten
+		}
 		var r *request
 		switch c.rng.IntN(8) {
 		case 0, 1:
@@ -341,6 +358,28 @@ func (c *chaos) count(when string) {
 			c.t.Fatalf("%s: segment %d has %d bytes of drops, the index knows %d", when, n, s.drops, f.drops)
 		}
 	}
+	for n, space := range c.v.space.segments {
+		if n == c.v.space.newest {
+			continue
+		}
+		s, err := c.v.openSegment(n)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		all, _, err := s.records()
+		if err := errors.Join(err, s.close()); err != nil {
+			c.t.Fatal(err)
+		}
+		var drops int64
+		for _, r := range all {
+			if r.kind == kindDrop {
+				drops += r.length()
+			}
+		}
+		if drops != space.drops {
+			c.t.Fatalf("%s: segment %d has %d bytes of drops, counted %d", when, n, drops, space.drops)
+		}
+	}
 }
 
 // open opens the volume, perhaps while some of it cannot be read.
@@ -472,7 +511,7 @@ func (c *chaos) rot() {
 	raw := mustRead(c.t, path)
 	where := int64(at.at) + recordHead + c.rng.Int64N(int64(at.size))
 	overwrite(c.t, path, where, raw[where]^0x10)
-	c.may[id] = rotted
+	c.may[id], c.rotten = rotted, id
 	_, err := c.v.Get(c.t.Context(), id)
 	mustFail(c.t, err, wire.CodeLost)
 }

@@ -172,14 +172,10 @@ func isErrno(err error) bool {
 func inspect(dir string, tuned badger.Options) error {
 	f, err := os.Open(filepath.Join(dir, badger.ManifestFilename))
 	if errors.Is(err, fs.ErrNotExist) {
-		for _, form := range []string{"*.sst", "*.mem"} { // logs that are empty are gone by now
-			if left, err := filepath.Glob(filepath.Join(dir, form)); err != nil {
-				return err
-			} else if len(left) > 0 {
-				return &damage{errors.New("its MANIFEST is gone")}
-			}
+		if tables, err := filepath.Glob(filepath.Join(dir, "*.sst")); err != nil || len(tables) == 0 {
+			return err // what logs have then is compared with what they say (takeStock)
 		}
-		return nil
+		return &damage{errors.New("its MANIFEST is gone")}
 	}
 	if err != nil {
 		return err
