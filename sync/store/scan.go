@@ -137,25 +137,30 @@ func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
 // search finds the next mark, or the end.
 func (s *scan) search(at int64) (int64, error) {
 	for at < s.size {
-		b, err := s.bytes(at, scanBytes)
-		switch {
-		case errors.Is(err, errBad): // it may be a sector of these alone
-			if b, err = s.bytes(at, int(badBytes-at%badBytes)); errors.Is(err, errBad) {
-				s.fault = s.bad
-				at += badBytes - at%badBytes
-				continue
+		page := int(badBytes - at%badBytes)
+		var b []byte
+		err := errBad
+		// It may be a sector of these alone that cannot be read; a mark can lie on two pages.
+		for _, n := range []int{scanBytes, page + len(s.mark) - 1, page} {
+			if b, err = s.bytes(at, n); !errors.Is(err, errBad) {
+				break
 			}
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, errBad) {
 			return at, err
 		}
 		if i := bytes.Index(b, s.mark[:]); i >= 0 {
 			return at + int64(i), nil
 		}
-		if len(b) < len(s.mark) {
-			break
+		switch n := len(b); {
+		case at+int64(n) >= s.size:
+			return s.size, nil
+		case n <= page: // it, or what follows, cannot be read
+			s.fault = s.bad
+			at += int64(page)
+		default:
+			at += int64(n - len(s.mark) + 1)
 		}
-		at += int64(len(b) - len(s.mark) + 1)
 	}
 	return s.size, nil
 }

@@ -314,3 +314,45 @@ func TestAnIndexThatIsHalfRemovedIsNone(t *testing.T) {
 		})
 	}
 }
+
+// Where a part cannot be read, marks before, behind and across the end of a page are found all
+// the same, and that there was such a part is told.
+func TestMarksAreFoundAroundWhatCannotBeRead(t *testing.T) {
+	var bad atomic.Int64
+	opt := badSector(noFloor, &bad)
+	m := mark{1, 2, 3, 4, 5, 6, 7, 8}
+	const size = 40 * badBytes
+	for _, c := range []struct {
+		from, bad, mark, want int64
+		fault                 bool
+	}{
+		{1, 2*badBytes + 100, badBytes - 3, badBytes - 3, false},
+		{badBytes - 7, 2 * badBytes, badBytes - 3, badBytes - 3, false},
+		{badBytes - 7, badBytes, 5 * badBytes, 5 * badBytes, true},
+		{badBytes - 7, 3 * badBytes, 4*badBytes - 3, size, true}, // its first bytes are gone, too
+		{badBytes - 6, 30 * badBytes, 31 * badBytes, 31 * badBytes, true},
+		{1, size - 1, size - badBytes - 9, size - badBytes - 9, false},
+		{1, size - 1, size - 8, size, true},
+		{1, 3, badBytes, badBytes, true},
+	} {
+		raw := make([]byte, size)
+		copy(raw[c.mark:], m[:])
+		path := filepath.Join(t.TempDir(), "segment")
+		if err := os.WriteFile(path, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad.Store(c.bad)
+		s := scan{fd: int(f.Fd()), number: 1, size: size, mark: m, pread: opt.hooks.pread}
+		at, err := s.search(c.from)
+		if err != nil || at != c.want || (s.fault != nil) != c.fault {
+			t.Errorf("from %d, %d cannot be read, a mark at %d: found at %d, fault %v, %v; want %d, %v", c.from, c.bad, c.mark, at, s.fault, err, c.want, c.fault)
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
