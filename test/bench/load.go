@@ -5,7 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
+	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -112,27 +112,32 @@ const (
 	simulatedSegment = (inSegment + 1) * (chunk.DefaultSize + 100)
 )
 
-// writeIndex writes entries, and the position 'p' up to which the index has all of the log;
-// of how many chunks it says that this is not known.
+// writeIndex writes entries, and the position 'p' up to which the index has all of the log,
+// with how many entries there are and the sum of the CRC-32C of each.
 func writeIndex(db *badger.DB, ids []chunk.ID, last uint32) error {
 	w := db.NewWriteBatch()
 	defer w.Cancel()
+	var places uint64
 	for i, id := range ids {
 		at := binary.LittleEndian.AppendUint32(nil, uint32(2+i/inSegment))
 		at = binary.LittleEndian.AppendUint32(at, uint32(100+i%inSegment*(chunk.DefaultSize+100)))
-		if err := w.Set(append([]byte{'i'}, id[:]...), binary.LittleEndian.AppendUint32(at, chunk.DefaultSize)); err != nil {
+		at = binary.LittleEndian.AppendUint32(at, chunk.DefaultSize)
+		places += uint64(crc32.Checksum(at, castagnoli))
+		if err := w.Set(append([]byte{'i'}, id[:]...), at); err != nil {
 			return err
 		}
 	}
 	p := binary.LittleEndian.AppendUint32(nil, last)
 	p = binary.LittleEndian.AppendUint32(p, simulatedSegment)
 	p = binary.LittleEndian.AppendUint64(p, 1)
-	p = binary.LittleEndian.AppendUint64(p, math.MaxUint64)
-	if err := w.Set([]byte{'p'}, binary.LittleEndian.AppendUint64(p, 0)); err != nil {
+	p = binary.LittleEndian.AppendUint64(p, uint64(len(ids)))
+	if err := w.Set([]byte{'p'}, binary.LittleEndian.AppendUint64(p, places)); err != nil {
 		return err
 	}
 	return w.Flush()
 }
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // loadRow measures an agent whose volume is dir/volume.
 func loadRow(ctx context.Context, t *table, dir, what string, lasting time.Duration) (err error) {
