@@ -49,6 +49,7 @@ type chaos struct {
 	ghosts               map[string][]byte
 	began                map[string]int64 // how long each segment was before the batch
 	rotten               chunk.ID         // that the next batch is about
+	fellBack             bool             // the index lost a log: it may be that of an older checkpoint
 	cutAt                int              // steps until a copy is taken; -1: none is
 	cut                  string
 }
@@ -316,7 +317,10 @@ func (c *chaos) look(when string) {
 		default:
 			c.t.Fatalf("%s: %v", when, err)
 		}
-		if c.may[id]&is == 0 {
+		// The one thing that doc.go leaves open: a drop is not known any more whose segment was
+		// emptied since that checkpoint.
+		forgotten := c.fellBack && is == isLost && c.may[id]&isGone != 0 && strings.Contains(err.Error(), "its segment is gone")
+		if c.may[id]&is == 0 && !forgotten {
 			c.t.Fatalf("%s: of %s is true %d, may be %d (1 held, 2 gone, 4 lost): %v", when, id, is, c.may[id], err)
 		}
 		if c.may[id] = is; is == isLost {
@@ -440,6 +444,7 @@ func (c *chaos) end() {
 	c.t.Helper()
 	c.v.awaitCheckpoint()
 	damaged := false
+	c.fellBack = false
 	c.mu.Lock()
 	cut := c.cut
 	c.cut, c.cutAt = "", -1
@@ -483,6 +488,7 @@ func (c *chaos) end() {
 			if err := os.Remove(path); err != nil {
 				c.t.Fatal(err)
 			}
+			c.fellBack = c.fellBack || strings.HasSuffix(path, ".mem")
 		}
 	}
 	if err := os.Remove(filepath.Join(c.dir, syncFailedFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
