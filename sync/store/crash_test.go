@@ -477,3 +477,69 @@ func TestAnIndexOfOtherSegmentsIsRefused(t *testing.T) {
 		t.Fatalf("%+v", s)
 	}
 }
+
+// What the file system has set aside for a segment goes back when it is opened again, also if
+// the segment was ended and a kill came before that.
+func TestBlocksThatAKillLeftBehindASegmentGoBack(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	if err := v.log.end(); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, v)
+	f, err := os.OpenFile(segmentPath(v, 1), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, v.log.length, keepBytes); err != nil {
+		t.Skip("this file system sets nothing aside: ", err)
+	}
+	blocks := func() int64 {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Blocks * 512
+	}
+	if blocks() < keepBytes {
+		t.Skip("this file system says nothing of what it has set aside")
+	}
+	v = open1(t, dir, smallSegments())
+	mustHold(t, v, id, data)
+	if got := blocks(); got >= keepBytes {
+		t.Errorf("a segment of %d bytes takes %d", v.space.segments[1].length, got)
+	}
+}
+
+// A kill between the end of a segment and the checkpoint leaves its figures in the index. They
+// go with the next one.
+func TestTheIndexForgetsASegmentThatIsGone(t *testing.T) {
+	dir := t.TempDir()
+	v := open1(t, dir, smallSegments())
+	const gone = 7
+	v.index.setFull(gone, full{meta: segmentHead})
+	if err := v.hand(t.Context(), &request{flush: true}); err != nil {
+		t.Fatal(err)
+	}
+	if fulls, err := v.index.fulls(); err != nil || fulls[gone] != (full{meta: segmentHead}) {
+		t.Fatal(fulls, err)
+	}
+	mustClose(t, v)
+	for range 2 { // the second without anything to do
+		v = open1(t, dir, smallSegments())
+		if err := v.hand(t.Context(), &request{flush: true}); err != nil {
+			t.Fatal(err)
+		}
+		fulls, err := v.index.fulls()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f, there := fulls[gone]; there {
+			t.Errorf("the index knows a segment that is gone: %+v", f)
+		}
+		mustClose(t, v)
+	}
+}
