@@ -745,6 +745,9 @@ func (s *stage) takeRoom(size int64) error {
 // fits tells whether size more bytes may be written, with so much room above
 // the floor, and so much taken already but not counted yet.
 func (v *Volume) fits(size, room, staged int64) error {
+	if err := v.opt.hooks.census.takes(); err != nil {
+		return err
+	}
 	if size+recordHead > room {
 		v.wantRoom()
 		return wire.FailedBecause(wire.CodeNoSpace, "the disk of volume %s has reached its free-space floor: free space there, or lower the floor", v.id)

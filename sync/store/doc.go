@@ -80,6 +80,9 @@
 // capacity. The [Stats] are exact to the byte at any time and nothing is walked for them: one walk
 // of the index at opening and the committer afterwards are enough (see ledger).
 //
+// The index is mapped into memory. On a 32-bit processor the address space ends first: there all
+// volumes of a process hold 4 Mi chunks, and puts of more are refused.
+//
 // # Giving dead bytes back
 //
 //   - A segment is worth it when half of it is dead, or a quarter when room is short; never the
@@ -123,8 +126,7 @@
 // head rots before a checkpoint has it, and whose segment is not full yet, is not found instead of
 // lost. Small segments that were left are not joined while all in them lives, nor are drops that
 // are not needed any more given back where a segment has little else. What the index takes on disk
-// (some 60 bytes a chunk) is not in the figures; on a 32-bit processor it is mapped into an address
-// space that 10 million chunks would fill. Opening a volume whose disk hangs is for the caller to
+// (some 60 bytes a chunk) is not in the figures. Opening a volume whose disk hangs is for the caller to
 // bound. The index is read in mapped memory: if the kernel needed its pages for something else, and
 // then the disk hangs, the process stands still until the disk answers; the same if it begins to
 // hang within the milliseconds of a checkpoint.

@@ -18,7 +18,7 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// smallSegments makes value logs short, and moves without waiting.
+// smallSegments makes segments short, and moves without waiting.
 func smallSegments() Options {
 	opt := Options{FloorBytes: -1, SegmentBytes: 1 << 20}
 	opt.hooks.pace = func(ctx context.Context, _ int64) error { return ctx.Err() }

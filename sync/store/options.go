@@ -53,6 +53,7 @@ type hooks struct {
 	reading  func() // a chunk's place is known, its bytes are not read yet
 	atOnce   int    // changes of the index in one transaction; 0: the default
 	dropping func() // it is known which chunks are lost, they are not dropped yet
+	census   *census
 }
 
 func (h hooks) orReal() hooks {
@@ -85,6 +86,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.syncIndex == nil {
 		h.syncIndex = (*badger.DB).Sync
+	}
+	if h.census == nil {
+		h.census = &process
 	}
 	if h.bootID == nil {
 		h.bootID = bootID

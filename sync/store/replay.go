@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/deimos-edge/deimos/internal/compactors"
 	"github.com/deimos-edge/deimos/internal/durable"
 )
@@ -61,6 +63,7 @@ func (v *Volume) openLog(fresh bool) (err error) {
 	defer func() {
 		if err != nil {
 			v.awaitCheckpoint()
+			v.opt.hooks.census.held.Add(-int64(v.chunks))
 			err = errors.Join(err, l.close(), v.index.close())
 		}
 	}()
@@ -109,6 +112,9 @@ func (v *Volume) openIndex() (*index, position, error) {
 	if errors.As(err, &d) {
 		x, err = v.newIndex(d)
 		return x, position{}, err
+	}
+	if errors.Is(err, unix.ENOMEM) {
+		err = fmt.Errorf("%w: the memory or the address space of this machine is too small; a 32-bit processor can hold %d chunks in all its volumes, use a 64-bit system for more", err, chunks32)
 	}
 	if err != nil {
 		return nil, position{}, fmt.Errorf("the index of the chunks in %s cannot be opened: %w", v.dir, err)
@@ -221,6 +227,7 @@ func (v *Volume) firstTime() error {
 // segment's end, is lost, unless it is found when the log is read again.
 func (v *Volume) takeStock(numbers []uint32, p position) error {
 	v.space = ledger{segments: map[uint32]*space{}}
+	v.opt.hooks.census.held.Add(-int64(v.chunks))
 	v.used, v.chunks = 0, 0
 	clear(v.lost)
 	fulls, err := v.index.fulls()
@@ -264,6 +271,7 @@ func (v *Volume) takeStock(numbers []uint32, p position) error {
 // count takes a chunk into the figures, or out of them.
 func (v *Volume) count(at place, sign int) {
 	v.chunks += sign
+	v.opt.hooks.census.held.Add(int64(sign))
 	v.used += int64(sign) * int64(at.size)
 	v.space.change(at, int64(sign))
 }

@@ -3,6 +3,10 @@ package store
 import (
 	"cmp"
 	"slices"
+	"strconv"
+	"sync/atomic"
+
+	"github.com/deimos-edge/deimos/wire"
 )
 
 // ledger is the bytes of the segments, to the last one: how long each is and how much of
@@ -105,4 +109,33 @@ func (l *ledger) victims(short bool, room int64, skip func(uint32, *space) bool)
 		}
 		return true
 	})
+}
+
+// chunks32 is how many chunks a 32-bit process takes. Their index is mapped into its address
+// space of 2 or 3 GiB: some 60 bytes for each, and while tables are merged twice that.
+const chunks32 = 4 << 20
+
+// census counts the chunks in all volumes of a process.
+type census struct {
+	limit int64 // 0: none
+	held  atomic.Int64
+}
+
+var process = census{limit: chunkLimit(strconv.IntSize)}
+
+// chunkLimit is that of a process whose addresses have so many bits.
+func chunkLimit(bits int) int64 {
+	if bits == 32 {
+		return chunks32
+	}
+	return 0
+}
+
+// takes is the error for one chunk more, if that is too many. A batch that is on its way is not
+// counted: it has maxBatchRequests chunks at most.
+func (c *census) takes() error {
+	if c.limit == 0 || c.held.Load() < c.limit {
+		return nil
+	}
+	return wire.FailedBecause(wire.CodeNoSpace, "a 32-bit processor can hold %d chunks in all its volumes, and holds as many: drop some, or use a 64-bit system", c.limit)
 }

@@ -636,6 +636,7 @@ func (v *Volume) Close() error {
 	go func() { closed <- v.index.close() }()
 	select {
 	case err := <-closed:
+		v.opt.hooks.census.held.Add(-int64(v.chunks))
 		if err := errors.Join(err, unlock(v.lock)); err != nil {
 			return fmt.Errorf("volume %s closed with an error: %w", v.id, err)
 		}
