@@ -45,12 +45,10 @@ func TestASectorThatCannotBeReadForAMoment(t *testing.T) {
 				mustPut(t, v, first, firstData)
 				dropped, droppedData := someChunk(rng, 50_000)
 				mustPut(t, v, dropped, droppedData)
-				at := int64(whereIs(t, v, dropped).at)
 				id, data := someChunk(rng, 50_000)
 				mustPut(t, v, id, data)
-				if into > recordHead {
-					at = int64(whereIs(t, v, id).at)
-				} else { // the head of a drop: what it drops must not be told as held
+				at := int64(whereIs(t, v, id).at)
+				if into < recordHead { // the head of a drop: what it drops must not be told as held
 					at = v.log.length
 					if err := v.Drop(t.Context(), []chunk.ID{dropped}); err != nil {
 						t.Fatal(err)
