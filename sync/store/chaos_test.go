@@ -97,7 +97,11 @@ func (c *chaos) options() Options {
 				return -1, unix.ENOSPC
 			}
 		}
-		return unix.Pwritev(fd, from, at)
+		n, err := unix.Pwritev(fd, from, at)
+		if b := c.bad.Load(); b >= at && b < at+int64(n) { // the disk puts another sector there
+			c.bad.Store(-1)
+		}
+		return n, err
 	}
 	opt.hooks.fdatasync = func(f *os.File) error {
 		c.step()
@@ -406,9 +410,7 @@ func (c *chaos) open(sound bool) {
 	}
 	c.v = v
 	c.t.Cleanup(func() { v.Close() })
-	v.mover.end()
-	<-v.mover.ended
-	_ = v.hand(c.t.Context(), &request{graves: []grave{}}) // what it had asked for is done
+	still(c.t, v)
 	v.awaitCheckpoint()
 	if !hurt {
 		return

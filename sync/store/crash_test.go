@@ -32,8 +32,7 @@ func TestAPowerCutTakesOnlyWhatWasNotPromised(t *testing.T) {
 			p := &past{dir: t.TempDir(), held: map[chunk.ID][]byte{}}
 			v := open1(t, p.dir, smallSegments())
 			p.live(t, rng, v, 40+rng.IntN(80))
-			v.mover.end()
-			<-v.mover.ended
+			still(t, v)
 			if rng.IntN(2) == 0 {
 				if err := v.hand(t.Context(), &request{flush: true}); err != nil {
 					t.Fatal(err)
@@ -73,8 +72,7 @@ func TestAPowerCutTakesOnlyWhatWasNotPromised(t *testing.T) {
 				mustPut(t, v, id, data)
 				p.held[id] = data
 			}
-			v.mover.end()
-			<-v.mover.ended
+			still(t, v)
 			p.dir = killed(t, dir)
 			p.mustBe(t, rng)
 			if err := os.RemoveAll(filepath.Join(p.dir, chunksDir, indexDir)); err != nil {

@@ -25,6 +25,15 @@ func smallSegments() Options {
 	return opt
 }
 
+// still ends the mover, and waits until the committer has done what that had asked for.
+func still(t testing.TB, v *Volume) {
+	t.Helper()
+	v.mover.end()
+	<-v.mover.ended
+	_ = v.hand(t.Context(), &request{graves: []grave{}}) // it may be read-only
+	v.awaitCheckpoint()
+}
+
 func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
@@ -133,11 +142,7 @@ func TestUsedAndDeadAreExactToTheByte(t *testing.T) {
 				ids = slices.DeleteFunc(ids, func(id chunk.ID) bool { return slices.Contains(some, id) })
 			}
 		}
-		v.mover.end()
-		<-v.mover.ended
-		if err := v.hand(t.Context(), &request{flush: true}); err != nil { // the committer may be at the last move still
-			t.Fatal(err)
-		}
+		still(t, v)
 		var used, live int64
 		for _, data := range held {
 			used += int64(len(data))

@@ -299,8 +299,7 @@ func TestAKilledVolumeKnowsWhatIsInNoCheckpoint(t *testing.T) {
 	for range 4 {
 		p.live(t, rng, v, 60)
 		idle(t, v)
-		v.mover.end()
-		<-v.mover.ended
+		still(t, v)
 		p.dir = killed(t, open)
 		p.mustBe(t, rng)
 		p.held = maps.Clone(p.held)

@@ -5,11 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -282,7 +280,7 @@ func (v *Volume) count(at place, sign int) {
 // durable and is not whole is a lost chunk.
 func (v *Volume) replay(numbers []uint32, p position) error {
 	told := time.Now()
-	unread := false
+	v.doubts = v.readDoubts()
 	for i, n := range numbers {
 		if n < p.end.segment {
 			continue
@@ -307,11 +305,8 @@ func (v *Volume) replay(numbers []uint32, p position) error {
 		if err := errors.Join(err, s.close()); err != nil {
 			return err
 		}
-		unread = unread || s.fault != nil
 	}
-	if !unread {
-		v.allWasRead()
-	}
+	v.noteDoubts()
 	if v.readOnly != "" || v.log.number == 0 {
 		return nil
 	}
@@ -320,12 +315,14 @@ func (v *Volume) replay(numbers []uint32, p position) error {
 
 // replayFull reads a segment that another follows: all of it was durable.
 func (v *Volume) replayFull(s *scan, from int64) error {
-	all, meta, err := s.records()
-	if err != nil {
-		return err
+	var all []record
+	var meta, drops int64
+	for again := true; again; again = v.hesitate(s) {
+		var err error
+		if all, meta, err = s.records(); err != nil {
+			return err
+		}
 	}
-	v.hesitate(s)
-	var drops int64
 	for _, r := range all {
 		if r.kind == kindDrop {
 			drops += r.length()
@@ -377,27 +374,28 @@ func (v *Volume) redo(r record) error {
 // replayLast reads the segment that was written last, and goes on in it where it ends.
 func (v *Volume) replayLast(s *scan, from int64) error {
 	l := &v.log
-	var all []record
-	if _, err := s.walk(segmentHead, func(r record) error {
-		l.durable, l.seq = max(l.durable, r.durable), max(l.seq, r.seq)
-		all = append(all, r)
-		return nil
-	}); err != nil {
-		return err
-	}
-	var torn []record
-	var whole = map[spot]bool{}
-	for _, r := range all {
-		if int64(r.at) < from {
-			continue
-		}
-		ok, err := s.holds(r)
-		if err != nil {
+	var all, torn []record
+	whole, unread := map[spot]bool{}, map[spot]bool{}
+	for again := true; again; again = v.hesitate(s) {
+		all = nil
+		if _, err := s.walk(segmentHead, func(r record) error {
+			l.durable, l.seq = max(l.durable, r.durable), max(l.seq, r.seq)
+			all = append(all, r)
+			return nil
+		}); err != nil {
 			return err
 		}
-		whole[r.spot] = ok
+		for _, r := range all {
+			if int64(r.at) < from {
+				continue
+			}
+			ok, err := s.holds(r)
+			if err != nil && !errors.Is(err, errBad) {
+				return err
+			}
+			whole[r.spot], unread[r.spot] = ok, unread[r.spot] || err != nil
+		}
 	}
-	v.hesitate(s)
 	var content []byte
 	var drops int64
 	end, meta := from, int64(segmentHead) // up to from all was durable, whatever can be read of it
@@ -406,7 +404,7 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 			switch ok := whole[r.spot]; {
 			case r.kind == kindSeal && (!ok || !s.ends(r) || r.id != contentID(content)):
 				continue // of what is not all there
-			case !ok && r.seq > l.durable && s.fault == nil: // never promised
+			case !ok && r.seq > l.durable && !unread[r.spot]: // never promised
 				torn = append(torn, r)
 				continue
 			}
@@ -431,7 +429,7 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 	sealed := meta > segmentHead
 	v.space.set(s.number, s.size, min(meta, s.size))
 	v.space.of(s.number).drops = drops
-	if sealed || s.fault != nil {
+	if sealed {
 		v.index.setFull(s.number, full{meta: meta, drops: drops})
 	}
 	l.length = s.size
@@ -440,8 +438,6 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 	}
 	if sealed { // a kill may have kept it from giving back what it does not need
 		_ = os.Truncate(filepath.Join(l.dir, segmentName(s.number)), s.size)
-	}
-	if sealed || s.fault != nil { // nothing is changed where not all can be read
 		return nil
 	}
 	l.content, l.drops = content, drops
@@ -476,35 +472,6 @@ func (v *Volume) goOn(number uint32, end int64, torn []record) error {
 	}
 	v.space.set(number, l.length, segmentHead)
 	return nil
-}
-
-// hesitate is for a segment of which a part cannot be read at opening: it may be the disk,
-// or a cable that is mended tomorrow. Then nothing is decided of what lies there. The volume
-// is read-only, without any receipt, until the machine has booted again; what cannot be read
-// then, either, counts as damaged, so that one bad sector does not end a volume.
-func (v *Volume) hesitate(s *scan) {
-	if s.fault == nil || v.readOnly != "" {
-		return
-	}
-	path := filepath.Join(v.dir, readFailedFile)
-	now, err := v.opt.hooks.bootID()
-	if raw, readErr := os.ReadFile(path); err == nil && readErr == nil && strings.TrimSpace(string(raw)) != now {
-		v.opt.Log.Warn("a part of a segment cannot be read, and could not before the machine started: what was there counts as damaged", "volume", v.id, "segment", s.number, "err", s.fault)
-		return
-	} else if err == nil && readErr != nil {
-		err = durable.WriteFile(path, []byte(now+"\n"), 0o600)
-	}
-	if err != nil {
-		v.opt.Log.Error("what could not be read could not be noted on disk", "volume", v.id, "err", err)
-	}
-	v.latchAll(fmt.Sprintf("a part of segment %d could not be read when it was opened (%v): check the disk, its cable and its power, and restart the machine; what cannot be read then counts as damaged", s.number, s.fault))
-}
-
-// allWasRead ends what hesitate has begun.
-func (v *Volume) allWasRead() {
-	if err := os.Remove(filepath.Join(v.dir, readFailedFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		v.opt.Log.Warn("a note of what could not be read could not be removed", "volume", v.id, "err", err)
-	}
 }
 
 // settle makes durable what a crash has left, so that a chunk that is found after opening

@@ -24,9 +24,11 @@ type scan struct {
 
 	at    int64 // of buf
 	buf   []byte
-	read  int64 // bytes that were read
-	bad   error // what kept bytes from being read the last time
-	fault error // what kept a head, or the bytes of a record that was asked for, from being read
+	bad   error          // what kept bytes from being read the last time
+	fault error          // what kept a head, or the bytes of a record that was asked for, from being read
+	holes map[int64]bool // pages of badBytes that were needed and cannot be read
+	// passing says that what could not be read can be by now: what was found without is not all.
+	passing bool
 }
 
 const (
@@ -91,7 +93,6 @@ func (s *scan) fill(at int64, n int) (int, error) {
 		got += k
 	}
 	s.buf = s.buf[:n]
-	s.read += int64(n)
 	return n, nil
 }
 
@@ -109,8 +110,8 @@ func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
 		ok := err == nil
 		if ok {
 			r, ok = readHead(b, s.mark, spot{s.number, uint32(at)})
-		} else {
-			s.fault = s.bad
+		} else if err := s.missing(at, recordHead); err != nil {
+			return end, err
 		}
 		if !ok {
 			if at, err = s.search(at + 1); err != nil {
@@ -127,9 +128,6 @@ func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
 			end += segmentFoot
 			break
 		}
-	}
-	if s.read == 0 && s.fault != nil {
-		return end, fmt.Errorf("nothing of segment %d can be read: %w", s.number, s.fault)
 	}
 	return end, nil
 }
@@ -156,7 +154,9 @@ func (s *scan) search(at int64) (int64, error) {
 		case at+int64(n) >= s.size:
 			return s.size, nil
 		case n <= page: // it, or what follows, cannot be read
-			s.fault = s.bad
+			if err := s.missing(at, int(badBytes-at%badBytes)+len(s.mark)-1); err != nil {
+				return at, err
+			}
 			at += int64(page)
 		default:
 			at += int64(n - len(s.mark) + 1)
@@ -173,14 +173,36 @@ func (s *scan) payload(r record) ([]byte, error) {
 	return s.bytes(int64(r.at)+recordHead, int(r.size))
 }
 
-// holds tells whether all that belongs to a record is there.
+// holds tells whether all that belongs to a record is there. It is [errBad] if the disk cannot
+// tell.
 func (s *scan) holds(r record) (bool, error) {
 	b, err := s.payload(r)
 	if errors.Is(err, errBad) {
-		s.fault = s.bad
-		return false, nil
+		if err := s.missing(int64(r.at)+recordHead, int(r.size)); err != nil {
+			return false, err
+		}
+		return false, errBad
 	}
 	return r.whole(b), err
+}
+
+// missing is for bytes that are needed and could not be read: it finds the pages.
+func (s *scan) missing(at int64, n int) error {
+	s.fault = s.bad
+	found := false
+	for page := at - at%badBytes; page < min(at+int64(n), s.size); page += badBytes {
+		switch _, err := s.fill(page, int(min(badBytes, s.size-page))); {
+		case errors.Is(err, errBad):
+			if s.holes == nil {
+				s.holes = map[int64]bool{}
+			}
+			s.holes[page], found = true, true
+		case err != nil:
+			return err
+		}
+	}
+	s.passing = s.passing || !found
+	return nil
 }
 
 // records are all of a segment, from its table of contents if that is whole. meta is how

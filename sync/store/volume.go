@@ -45,6 +45,7 @@ type Volume struct {
 	mover   mover
 	readers chan struct{} // one token a read under way
 	ops     sync.WaitGroup
+	doubts  doubts
 	hangs   atomic.Int32 // calls that the disk has not answered in time
 	// stumbled says that Badger cannot be closed: a read has left it with a lock that it
 	// never gives back.
