@@ -9,8 +9,6 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/deimos-edge/deimos/internal/durable"
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -266,7 +264,7 @@ func (v *Volume) commit(b batch, c *crowd) (next batch) {
 	case err == nil:
 		v.follow()
 		s.apply()
-	case errors.Is(err, unix.ENOSPC) && v.log.back(s.from):
+	case isFull(err) && v.log.back(s.from):
 		v.follow()
 		s.refuse(b.requests, wire.CodeNoSpace, fmt.Sprintf("the disk of volume %s (%s) is full: free space there", v.id, v.dir))
 	default:

@@ -25,6 +25,9 @@ func isDamage(err error) bool {
 	return errors.As(err, &no) && slices.Contains(damaged, no)
 }
 
+// isFull tells whether there was no room for a write.
+func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 // readFault is a system call that failed on the way to a record, or a fault of the
 // memory that a file is mapped to.
 type readFault struct {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -137,7 +138,7 @@ func openIndex(dir string, log badgerLog, h hooks) (x *index, err error) {
 		return x, nil
 	case isLocked(err):
 		return nil, fmt.Errorf("another process uses this store (%s): stop it first", dir)
-	case errors.Is(err, syscall.ENOSPC):
+	case isFull(err):
 		return nil, fmt.Errorf("the disk of %s is full: delete something else there (%w)", dir, err)
 	case isErrno(err):
 		return nil, err
@@ -172,10 +173,12 @@ func isErrno(err error) bool {
 func inspect(dir string, tuned badger.Options) error {
 	f, err := os.Open(filepath.Join(dir, badger.ManifestFilename))
 	if errors.Is(err, fs.ErrNotExist) {
-		if tables, err := filepath.Glob(filepath.Join(dir, "*.sst")); err != nil || len(tables) == 0 {
-			return err // what logs have then is compared with what they say (takeStock)
+		for _, pattern := range []string{"*.sst", "*.mem"} {
+			if left, err := filepath.Glob(filepath.Join(dir, pattern)); err != nil || len(left) > 0 {
+				return cmp.Or[error](err, &damage{errors.New("its MANIFEST is gone")})
+			}
 		}
-		return &damage{errors.New("its MANIFEST is gone")}
+		return nil
 	}
 	if err != nil {
 		return err

@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"sync/atomic"
 	"time"
 
@@ -34,9 +36,15 @@ type mover struct {
 	ended   chan struct{}
 	lastUse atomic.Int64 // nanoseconds since start at which others used the volume
 	start   time.Time
-	// stuck segments could not be emptied; the value is what lived in them then. They
-	// are tried again when that has changed. The volume's mu guards it.
-	stuck map[uint32]int64
+	// stuck segments could not be emptied. The volume's mu guards it.
+	stuck map[uint32]stuck
+}
+
+// stuck is why a segment could not be emptied: it is tried again when what lives in it has
+// changed, and if that was not the reason, after a while.
+type stuck struct {
+	live  int64 // bytes, then
+	lives bool  // errLives
 }
 
 func (m *mover) begin(v *Volume) {
@@ -66,10 +74,19 @@ func (v *Volume) moveLoop(ctx context.Context) {
 		select {
 		case <-v.mover.wanted:
 		case <-time.After(lookAgain):
+			v.forgive()
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// forgive has segments be tried again that something else kept from being emptied than what
+// lives in them: a disk that was full, or could not be read for a moment.
+func (v *Volume) forgive() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	maps.DeleteFunc(v.mover.stuck, func(_ uint32, s stuck) bool { return !s.lives })
 }
 
 // reserve is what is kept free to empty a segment, in bytes: what lives in one that is
@@ -115,7 +132,7 @@ func (v *Volume) reclaim(ctx context.Context) bool {
 		return true
 	}
 	v.mu.Lock()
-	v.mover.stuck[number] = live[number] // as it was: what was dropped since is not looked at yet
+	v.mover.stuck[number] = stuck{live[number], errors.Is(err, errLives)} // as it was: what was dropped since is not looked at yet
 	v.mu.Unlock()
 	if ctx.Err() != nil {
 		return false
@@ -132,8 +149,8 @@ func (v *Volume) chooseVictims() (segments []uint32, live map[uint32]int64) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	segments, live = v.space.victims(short, room, func(n uint32, s *space) bool {
-		live, stuck := v.mover.stuck[n]
-		return stuck && live == s.live
+		then, stuck := v.mover.stuck[n]
+		return stuck && then.live == s.live
 	}), map[uint32]int64{}
 	for _, n := range segments {
 		live[n] = v.space.segments[n].live
@@ -297,13 +314,19 @@ func (v *Volume) deleteSegment(ctx context.Context, number uint32) error {
 	if here, err := v.atHome(); err != nil || !here {
 		return errors.Join(err, errors.New("another directory lies there now"))
 	}
-	if err := v.log.remove(number); err != nil {
+	err := v.log.remove(number)
+	switch {
+	case err == nil:
+		v.index.setFull(number, full{gone: true})
+	case v.onSegment(number, func(int) error { return nil }):
 		return err
+	default: // a power cut may bring it back, and what was dropped in it
+		v.latch(fmt.Sprintf("that a segment was deleted could not be made durable (%v): check the disk and restart the machine", err))
+		v.noteFailedSync()
 	}
-	v.index.setFull(number, full{gone: true})
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.space.forget(number)
 	delete(v.mover.stuck, number)
-	return nil
+	return err
 }

@@ -75,7 +75,7 @@ func open(dir string, opt Options) (_ *Volume, err error) {
 		queue: make(chan *request), stop: make(chan struct{}), stopped: make(chan struct{}),
 		readers: make(chan struct{}, maxReaders),
 		lost:    map[chunk.ID]Loss{}, suspect: map[chunk.ID]bool{},
-		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]int64{}},
+		mover: mover{wanted: make(chan struct{}, 1), ended: make(chan struct{}), start: time.Now(), stuck: map[uint32]stuck{}},
 	}
 	v.log.limit = opt.SegmentBytes
 	if v.log.limit == 0 {

@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -253,6 +254,8 @@ func TestR7WhatWasDecidedOfAnUnreadPartHolds(t *testing.T) {
 			if v.Put(t.Context(), x, xData) != nil {
 				t.Skip("no receipt")
 			}
+			more, moreData := someChunk(rng, 50_000)
+			mustPut(t, v, more, moreData) // in another segment
 			mustClose(t, v)
 			if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
 				t.Fatal(err)
@@ -287,6 +290,7 @@ func TestR7AFullDiskForAMomentDoesNotKeepDeadBytesForEver(t *testing.T) {
 	for v.reclaim(t.Context()) {
 	}
 	full.Store(false)
+	v.forgive() // after a while
 	for v.reclaim(t.Context()) {
 	}
 	if v.has(1) {
@@ -370,5 +374,120 @@ func TestR7ASegmentWhoseDeletionIsNotDurable(t *testing.T) {
 	}
 	if got := onDisk(t, v.dir); got != v.space.length {
 		t.Errorf("%d bytes on disk, counted %d", got, v.space.length)
+	}
+}
+
+// Everybody at once, with a disk that is full now and then and reads that fail now and then:
+// who was told that a chunk is durable finds it after a kill, and nobody waits for ever.
+func TestR7Hammer(t *testing.T) {
+	var trouble atomic.Uint64
+	odd := func(one uint64) bool { return trouble.Add(0x9e3779b97f4a7c15)>>33%one == 0 }
+	opt := smallSegments()
+	opt.SegmentBytes = 128 << 10
+	opt.hooks.atOnce = 8
+	opt.hooks.pwritev = func(fd int, from [][]byte, at int64) (int, error) {
+		if odd(20) {
+			return -1, unix.ENOSPC
+		}
+		return unix.Pwritev(fd, from, at)
+	}
+	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
+		if odd(50) {
+			return -1, []error{unix.EIO, unix.ENOMEM, unix.EINTR}[trouble.Load()>>20%3]
+		}
+		return unix.Pread(fd, into, at)
+	}
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, opt)
+	const workers, each = 8, 6
+	var all, side sync.WaitGroup
+	held := make([]map[chunk.ID]bool, workers) // true: held; false: gone; missing: either
+	datas := map[chunk.ID][]byte{}
+	ids := make([][]chunk.ID, workers)
+	for w := range workers {
+		held[w] = map[chunk.ID]bool{}
+		for range each {
+			id, data := someChunk(rng, 1+rng.IntN(30_000))
+			datas[id], held[w][id] = data, false
+			ids[w] = append(ids[w], id)
+		}
+	}
+	stop := make(chan struct{})
+	for _, fn := range []func(){
+		func() { _, _ = v.Check(t.Context()) },
+		func() { _ = v.List(t.Context(), func(chunk.ID, int64, bool) error { return nil }) },
+		func() { v.Stats(); v.Lost() },
+		func() { _ = v.hand(t.Context(), &request{flush: true}) },
+		func() {
+			for id := range datas {
+				_, _ = v.Get(t.Context(), id)
+			}
+		},
+	} {
+		side.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					fn()
+				}
+			}
+		})
+	}
+	for w := range workers {
+		r := rand.New(rand.NewPCG(rng.Uint64(), 1))
+		all.Go(func() {
+			for range 150 {
+				id := ids[w][r.IntN(each)]
+				switch r.IntN(5) {
+				case 0, 1:
+					if v.Put(t.Context(), id, datas[id]) == nil {
+						held[w][id] = true
+					} else {
+						delete(held[w], id)
+					}
+				case 2:
+					if v.Drop(t.Context(), []chunk.ID{id}) == nil {
+						held[w][id] = false
+					} else {
+						delete(held[w], id)
+					}
+				case 3:
+					if _, err := v.Confirm(t.Context(), id); err == nil {
+						if is, known := held[w][id]; known && !is {
+							t.Errorf("a receipt for %s, which was dropped", id)
+						}
+					}
+				default:
+					if got, err := v.Get(t.Context(), id); err == nil && !bytes.Equal(got, datas[id]) {
+						t.Error("wrong bytes")
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(stop)
+	side.Wait()
+	t.Log(v.Stats())
+	cut := killed(t, dir)
+	mustClose(t, v)
+	for _, without := range []bool{false, true} {
+		if without {
+			if err := os.RemoveAll(filepath.Join(cut, chunksDir, indexDir)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		v := open1(t, cut, smallSegments())
+		for w := range workers {
+			for id, is := range held[w] {
+				_, err := v.Get(t.Context(), id)
+				if is && err != nil || !is && wire.ProblemOf(err).Code != wire.CodeNotFound {
+					t.Errorf("without index %v: %s is held: %v, got %v", without, id, is, err)
+				}
+			}
+		}
+		mustClose(t, v)
 	}
 }

@@ -310,7 +310,8 @@ func (v *Volume) replay(numbers []uint32, p position) error {
 	if v.readOnly != "" || v.log.number == 0 {
 		return nil
 	}
-	return v.settle()
+	v.settle()
+	return nil
 }
 
 // replayFull reads a segment that another follows: all of it was durable.
@@ -476,7 +477,7 @@ func (v *Volume) goOn(number uint32, end int64, torn []record) error {
 
 // settle makes durable what a crash has left, so that a chunk that is found after opening
 // is as good as one just put.
-func (v *Volume) settle() error {
+func (v *Volume) settle() {
 	l := &v.log
 	var err error
 	if l.file != nil {
@@ -486,7 +487,7 @@ func (v *Volume) settle() error {
 		l.durable = l.seq
 	}
 	if err != nil {
-		v.latchAll(fmt.Sprintf("what an earlier run wrote could not be made durable: %v", err))
+		v.latchAll(fmt.Sprintf("what an earlier run wrote could not be made durable: %v: check the disk and restart the machine", err))
+		v.noteFailedSync()
 	}
-	return nil
 }

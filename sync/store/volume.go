@@ -109,6 +109,14 @@ func notFound(id chunk.ID) error {
 	return wire.FailedBecause(wire.CodeNotFound, "chunk %s is not held here", id)
 }
 
+// absent is the error for a chunk that is not in the index.
+func (v *Volume) absent(id chunk.ID) error {
+	if v.doubts.failed {
+		return wire.FailedBecause(wire.CodeUnreachable, "whether chunk %s is on volume %s (%s) is not known, as a part of that could not be read when it was opened: check the disk, its cable and its power, and restart the machine", id, v.id, v.dir)
+	}
+	return notFound(id)
+}
+
 // Get reads a chunk from disk and verifies it. [wire.CodeNotFound] if it was
 // never here or was dropped, [wire.CodeLost] if it should be here but is not
 // whole.
@@ -186,7 +194,7 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 			return nil, v.unreadableIndex(id, err)
 		}
 		if !ok {
-			return nil, notFound(id)
+			return nil, v.absent(id)
 		}
 		t, fault := v.readOnce(id, at)
 		if fault == nil {
@@ -275,11 +283,17 @@ func (v *Volume) unreadableIndex(id chunk.ID, err error) error {
 // lose remembers a loss, unless the chunk was rewritten or dropped since it was
 // read, and returns it as an error.
 func (v *Volume) lose(id chunk.ID, at place, reason string) error {
-	now, ok, _ := v.index.find(id)
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	if _, known := v.lost[id]; !known && ok && now == at {
+	_, known := v.lost[id]
+	if !known {
 		v.lost[id] = v.loss(id, at, reason)
+	}
+	v.mu.Unlock()
+	// Only now: who rewrites or drops it changes the index first, and then what is lost.
+	if now, ok, err := v.index.find(id); !known && err == nil && (!ok || now != at) {
+		v.mu.Lock()
+		delete(v.lost, id)
+		v.mu.Unlock()
 	}
 	return wire.FailedBecause(wire.CodeLost, "chunk %s is lost: %s", id, reason)
 }
