@@ -47,10 +47,11 @@ type chaos struct {
 	bad                  atomic.Int64     // a place that cannot be read, in every segment; -1: none
 	synced               map[string]int64 // of each segment, up to where it is durable
 	ghosts               map[string][]byte
-	began                map[string]int64 // how long each segment was before the batch
-	rotten               chunk.ID         // that the next batch is about
-	fellBack             bool             // the index lost a log: it may be that of an older checkpoint
-	cutAt                int              // steps until a copy is taken; -1: none is
+	began                map[string]int64  // how long each segment was before the batch
+	rotten               chunk.ID          // that the next batch is about
+	fellBack             bool              // the index lost a log: it may be that of an older checkpoint
+	undropped            map[chunk.ID]bool // the index alone may know that they were dropped
+	cutAt                int               // steps until a copy is taken; -1: none is
 	cut                  string
 }
 
@@ -284,7 +285,9 @@ func (c *chaos) batch() {
 		case err == nil && r.data == nil && r.drops == nil:
 			c.may[id] = isHeld
 		case err == nil:
-			c.may[id] = then
+			if c.may[id] = then; r.data != nil {
+				delete(c.undropped, id)
+			}
 		case wire.ProblemOf(err).Code == wire.CodeReadOnly:
 			c.may[id] |= then
 		}
@@ -321,9 +324,10 @@ func (c *chaos) look(when string) {
 		default:
 			c.t.Fatalf("%s: %v", when, err)
 		}
-		// The one thing that doc.go leaves open: a drop is not known any more whose segment was
-		// emptied since that checkpoint.
-		forgotten := c.fellBack && is == isLost && c.may[id]&isGone != 0 && strings.Contains(err.Error(), "its segment is gone")
+		// What doc.go leaves open: a drop is not known any more whose segment was emptied since that
+		// checkpoint, or whose page was written over, if the index is gone, too.
+		forgotten := c.undropped[id] && is == isHeld && c.may[id]&isGone != 0
+		forgotten = forgotten || c.fellBack && is == isLost && c.may[id]&isGone != 0 && strings.Contains(err.Error(), "its segment is gone")
 		if c.may[id]&is == 0 && !forgotten {
 			c.t.Fatalf("%s: of %s is true %d, may be %d (1 held, 2 gone, 4 lost): %v", when, id, is, c.may[id], err)
 		}
@@ -393,13 +397,21 @@ func (c *chaos) count(when string) {
 // open opens the volume, perhaps while some of it cannot be read.
 func (c *chaos) open(sound bool) {
 	c.t.Helper()
-	c.fullAfter, c.failAfter, c.badSync = -1, -1, false
-	c.bad.Store(-1)
+	bad := int64(-1)
 	if !sound && c.rng.IntN(3) == 0 {
-		c.bad.Store(c.rng.Int64N(16 << 10))
+		bad = c.rng.Int64N(16 << 10)
 	}
+	c.openWith(bad)
+}
+
+// openWith opens the volume while a place cannot be read, if that is not below 0.
+func (c *chaos) openWith(bad int64) {
+	c.t.Helper()
+	c.fullAfter, c.failAfter, c.badSync = -1, -1, false
+	c.bad.Store(bad)
 	v, err := Open(c.dir, c.options())
-	hurt := c.bad.Swap(-1) >= 0
+	hurt := bad >= 0
+	c.bad.Store(-1)
 	if err != nil {
 		if !hurt {
 			c.t.Fatal(err)
@@ -416,10 +428,40 @@ func (c *chaos) open(sound bool) {
 		return
 	}
 	c.receipts()
-	if v.writable() != nil { // it can be read again
-		mustClose(c.t, v)
-		c.boot++
-		c.open(true)
+	if v.writable() == nil {
+		return
+	}
+	mustClose(c.t, v)
+	c.boot++
+	if c.rng.IntN(2) == 0 { // it can be read again
+		c.openWith(-1)
+		return
+	}
+	c.condemn(bad)
+	c.openWith(bad)
+}
+
+// condemn is for a page that counts as damaged now: what lies on it may be anything.
+func (c *chaos) condemn(bad int64) {
+	c.t.Helper()
+	page := bad / badBytes * badBytes
+	for _, path := range segmentPaths(c.t, c.dir) {
+		raw := mustRead(c.t, path)
+		for i := range c.ids {
+			id := c.ids[i]
+			for from := 0; ; {
+				at := bytes.Index(raw[from:], id[:])
+				if at < 0 {
+					break
+				}
+				head := int64(from + at - 32)
+				from += at + len(id)
+				size := int64(len(c.datas[id]))
+				if head < page+badBytes && page < head+recordHead+size {
+					c.may[id], c.undropped[id] = rotted, true
+				}
+			}
+		}
 	}
 }
 
@@ -590,7 +632,7 @@ func TestWhateverGoesWrongThePromisesHold(t *testing.T) {
 		seed := first + uint64(round)
 		t.Run(fmt.Sprint(round), func(t *testing.T) {
 			c := &chaos{t: t, rng: rand.New(rand.NewPCG(seed, 1)), dir: t.TempDir(), datas: map[chunk.ID][]byte{}, may: map[chunk.ID]state{},
-				synced: map[string]int64{}, ghosts: map[string][]byte{}, cutAt: -1}
+				synced: map[string]int64{}, ghosts: map[string][]byte{}, undropped: map[chunk.ID]bool{}, cutAt: -1}
 			c.bad.Store(-1)
 			for range 14 {
 				id, data := someChunk(c.rng, []int{1 + c.rng.IntN(200), 1 + c.rng.IntN(5000)}[c.rng.IntN(2)])

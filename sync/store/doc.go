@@ -56,9 +56,11 @@
 // are damaged, too, the chunk is not found instead of lost. After half a minute without a change
 // the checkpoint has it.
 //
-// What the disk cannot read then may be a cable that is mended tomorrow. Nothing is written, and
-// nothing has a receipt, until the machine has booted again; what cannot be read then, either,
-// counts as damaged. It is left as it is, and another segment is begun.
+// What the disk cannot read then may be a cable that is mended tomorrow. Nothing is written, nothing
+// has a receipt, and of no chunk is said that it was never here, until the machine has booted again.
+// What cannot be read then, either, counts as damaged, and is written over with zeros: the decision
+// is in the segment itself, whatever can be read of it later, and the disk puts another sector there
+// (see unread.go).
 //
 // # Reading
 //
@@ -122,7 +124,9 @@
 //
 // If the newest checkpoint's log rots, and the index was not closed since, Badger goes back to an
 // older checkpoint without a word. The segments make up for it, but for drops whose segment was
-// emptied since: what they dropped is told as lost, though nobody wants it. A chunk whose record's
+// emptied since: what they dropped is told as lost, though nobody wants it. A drop whose page could
+// not be read and was written over is known to the index alone: if that is made anew, what it
+// dropped is held again. A chunk whose record's
 // head rots before a checkpoint has it, and whose segment is not full yet, is not found instead of
 // lost. Small segments that were left are not joined while all in them lives, nor are drops that
 // are not needed any more given back where a segment has little else. What the index takes on disk

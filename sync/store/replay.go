@@ -297,9 +297,16 @@ func (v *Volume) replay(numbers []uint32, p position) error {
 		if err != nil {
 			return err
 		}
-		if i == len(numbers)-1 {
+		last := i == len(numbers)-1
+		if last { // if it was ended before the checkpoint, all of it is durable
+			seal, _, ok, sealErr := s.sealed()
+			last, err = !ok || int64(seal.at) >= from, sealErr
+		}
+		switch {
+		case err != nil:
+		case last:
 			err = v.replayLast(s, from)
-		} else {
+		default:
 			err = v.replayFull(s, from)
 		}
 		if err := errors.Join(err, s.close()); err != nil {
@@ -437,8 +444,7 @@ func (v *Volume) replayLast(s *scan, from int64) error {
 	if v.readOnly != "" || s.number != l.number || s.size < from && from > segmentHead {
 		return nil
 	}
-	if sealed { // a kill may have kept it from giving back what it does not need
-		_ = os.Truncate(filepath.Join(l.dir, segmentName(s.number)), s.size)
+	if sealed {
 		return nil
 	}
 	l.content, l.drops = content, drops
@@ -483,6 +489,7 @@ func (v *Volume) settle() {
 	if l.file != nil {
 		err = l.sync()
 	} else if path := filepath.Join(l.dir, segmentName(v.space.newest)); v.space.newest > 0 {
+		_ = os.Truncate(path, v.space.segments[v.space.newest].length) // a kill may have kept it from giving back what it does not need
 		err = errors.Join(l.hooks.fsync(path), l.hooks.fsync(l.dir))
 		l.durable = l.seq
 	}

@@ -189,7 +189,13 @@ func (s *scan) holds(r record) (bool, error) {
 // missing is for bytes that are needed and could not be read: it finds the pages.
 func (s *scan) missing(at int64, n int) error {
 	s.fault = s.bad
-	found := false
+	found, err := s.note(at, n)
+	s.passing = s.passing || !found
+	return err
+}
+
+// note finds the pages of bytes that could not be read.
+func (s *scan) note(at int64, n int) (found bool, err error) {
 	for page := at - at%badBytes; page < min(at+int64(n), s.size); page += badBytes {
 		switch _, err := s.fill(page, int(min(badBytes, s.size-page))); {
 		case errors.Is(err, errBad):
@@ -198,26 +204,47 @@ func (s *scan) missing(at int64, n int) error {
 			}
 			s.holes[page], found = true, true
 		case err != nil:
-			return err
+			return found, err
 		}
 	}
-	s.passing = s.passing || !found
-	return nil
+	return found, nil
+}
+
+// sealed reads the table of contents; ok is false if there is none that is whole. One that
+// cannot be read is not needed; but when something is that cannot be read, either, it is written
+// over, too: two ways to read a segment must not come to differ.
+func (s *scan) sealed() (seal record, content []byte, ok bool, err error) {
+	if s.size <= segmentHead+segmentFoot {
+		return seal, nil, false, nil
+	}
+	b, err := s.bytes(s.size-segmentFoot, segmentFoot)
+	if errors.Is(err, errBad) {
+		_, err = s.note(s.size-segmentFoot, segmentFoot)
+		return seal, nil, false, err
+	}
+	at, ok := sealIn(b, s.mark)
+	if err != nil || !ok || int64(at)+recordHead > s.size {
+		return seal, nil, false, err
+	}
+	if b, err = s.bytes(int64(at), recordHead); err == nil {
+		if seal, ok = readHead(b, s.mark, spot{s.number, at}); !ok || seal.kind != kindSeal {
+			return seal, nil, false, nil
+		}
+		content, err = s.payload(seal)
+	}
+	if errors.Is(err, errBad) {
+		_, err = s.note(int64(at), int(s.size-int64(at)))
+		return seal, nil, false, err
+	}
+	return seal, content, err == nil && seal.whole(content), err
 }
 
 // records are all of a segment, from its table of contents if that is whole. meta is how
 // many of its bytes are neither of chunks nor of drops, with its table and not without.
 func (s *scan) records() (all []record, meta int64, err error) {
-	if s.size > segmentHead+segmentFoot {
-		b, err := s.bytes(s.size-segmentFoot, segmentFoot)
-		if err != nil && !errors.Is(err, errBad) {
-			return nil, 0, err
-		}
-		if at, ok := sealIn(b, s.mark); ok && int64(at)+recordHead <= s.size {
-			if r, content, ok := s.table(int64(at)); ok {
-				return contents(content, s.number, r.seq), segmentHead + r.length() + segmentFoot, nil
-			}
-		}
+	seal, content, ok, err := s.sealed()
+	if ok || err != nil {
+		return contents(content, s.number, seal.seq), segmentHead + seal.length() + segmentFoot, err
 	}
 	_, err = s.walk(segmentHead, func(r record) error {
 		if r.kind == kindSeal {
@@ -238,17 +265,4 @@ func (s *scan) ends(seal record) bool {
 	b, err := s.bytes(seal.end(), segmentFoot)
 	at, ok := sealIn(b, s.mark)
 	return err == nil && ok && at == seal.at
-}
-
-// table reads a table of contents.
-func (s *scan) table(at int64) (r record, content []byte, ok bool) {
-	b, err := s.bytes(at, recordHead)
-	if err != nil {
-		return r, nil, false
-	}
-	if r, ok = readHead(b, s.mark, spot{s.number, uint32(at)}); !ok || r.kind != kindSeal {
-		return r, nil, false
-	}
-	content, err = s.payload(r)
-	return r, content, err == nil && r.whole(content)
 }
