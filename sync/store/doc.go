@@ -13,7 +13,8 @@
 //	VOLUME       the volume's id, a ULID and a newline; also in each segment
 //	ballast      space that is given up so that a full disk can be opened
 //	SYNC_FAILED  only after a failed sync: the boot id of the kernel it happened under
-//	READ_FAILED  only after an opening that could not read all it had to: the same
+//	READ_FAILED  only after an opening that could not read all it had to: the same, and the number of
+//	             the segment, a line each
 //	chunks/      000001.seg and so on: segments, each with records of chunks and of drops, one after
 //	             the other (record.go has their form)
 //	chunks/index Badger: where each chunk's record lies

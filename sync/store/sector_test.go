@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,16 +20,23 @@ import (
 
 // badSector cannot be read at a place, in any segment, until it is told otherwise or written over:
 // a disk puts another sector there then.
-func badSector(opt Options, bad *atomic.Int64) Options {
+func badSector(opt Options, bad *atomic.Int64) Options { return badIn(opt, "", bad) }
+
+// badIn is badSector of one segment.
+func badIn(opt Options, segment string, bad *atomic.Int64) Options {
+	isIn := func(fd int) bool {
+		name, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+		return err == nil && strings.HasSuffix(name, segment)
+	}
 	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
-		if b := bad.Load(); b >= 0 && at < b-b%badBytes+badBytes && b-b%badBytes < at+int64(len(into)) { // a page, as the kernel reads
+		if b := bad.Load(); b >= 0 && isIn(fd) && at < b-b%badBytes+badBytes && b-b%badBytes < at+int64(len(into)) { // a page, as the kernel reads
 			return -1, unix.EIO
 		}
 		return unix.Pread(fd, into, at)
 	}
 	opt.hooks.pwritev = func(fd int, from [][]byte, at int64) (int, error) {
 		n, err := unix.Pwritev(fd, from, at)
-		if b := bad.Load(); b >= at && b < at+int64(n) {
+		if b := bad.Load(); b >= at && b < at+int64(n) && isIn(fd) {
 			bad.Store(-1)
 		}
 		return n, err

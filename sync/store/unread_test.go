@@ -1,208 +1,283 @@
 package store
 
 import (
-	"errors"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
-// TestWhatSaysNothingOfTheBytesIsNoLoss: a chunk that the machine has no means to read,
-// or whose disk has left the bus, is neither lost nor proved.
-func TestWhatSaysNothingOfTheBytesIsNoLoss(t *testing.T) {
-	rng := random(t)
-	id, data := someChunk(rng, 100_000)
-	other, otherData := someChunk(rng, 100_000)
-	everywhere := func(int64) bool { return true }
-	place := func(at int64) bool { return at > probeBytes }
-	for name, tc := range map[string]struct {
-		err     unix.Errno
-		fails   func(at int64) bool
-		code    string
+// months later is another matter.
+func TestABadSectorLongAgoDoesNotCondemnAnother(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	at := int64(whereIs(t, v, id).at)
+	dir = killed(t, dir)
+	var bad atomic.Int64
+	bad.Store(at + recordHead + 20_000)
+	mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
+	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "two"))
+	if s := v.Stats(); s.ReadOnly != "" {
+		t.Fatalf("%+v", s)
+	}
+	if err := v.hand(t.Context(), &request{flush: true}); err != nil {
+		t.Fatal(err)
+	}
+	next, nextData := someChunk(rng, 50_000)
+	mustPut(t, v, next, nextData) // a receipt
+	at = int64(whereIs(t, v, next).at)
+	dir = killed(t, dir)
+	bad.Store(at + 10)
+	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "three"))
+	if s := v.Stats(); s.ReadOnly == "" {
+		t.Errorf("a part cannot be read for the first time, and counts as damaged at once: %+v", s)
+	}
+	mustClose(t, v)
+	bad.Store(-1)
+	v = open1(t, dir, bootedAs(smallSegments(), "four"))
+	mustHold(t, v, next, nextData)
+}
+
+// another has shown.
+func TestOneSegmentThatCannotBeReadDoesNotCondemnAnother(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	held := map[chunk.ID][]byte{}
+	for v.log.number < 2 || v.log.length < 500_000 {
+		id, data := someChunk(rng, 100_000)
+		mustPut(t, v, id, data)
+		held[id] = data
+	}
+	dir = killed(t, dir)
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, chunksDir, segmentName(1))
+	overwrite(t, path, int64(len(mustRead(t, path)))-1, 0xff) // its table of contents does not count
+	var bad atomic.Int64
+	for i, tc := range []struct {
+		segment string
 		latched bool
-	}{
-		"no descriptors":               {unix.EMFILE, everywhere, wire.CodeUnreachable, false},
-		"no memory":                    {unix.ENOMEM, place, wire.CodeUnreachable, false},
-		"the disk has left":            {unix.EIO, everywhere, wire.CodeUnreachable, true},
-		"its device is gone":           {unix.ENODEV, everywhere, wire.CodeUnreachable, false},
-		"a bad sector":                 {unix.EIO, place, wire.CodeLost, false},
-		"a bad sector, said otherwise": {unix.ENODATA, place, wire.CodeLost, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var failing atomic.Bool
-			opt := Options{}
-			opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
-				if failing.Load() && tc.fails(at) {
-					return -1, tc.err
-				}
-				return unix.Pread(fd, into, at)
-			}
-			v := open1(t, t.TempDir(), opt)
-			mustPut(t, v, other, otherData) // so that the chunk is not where every log begins
-			mustPut(t, v, id, data)
-			failing.Store(true)
-			_, err := v.Get(t.Context(), id)
-			mustFail(t, err, tc.code)
-			if s := v.Stats(); (s.Lost > 0) != (tc.code == wire.CodeLost) || (s.ReadOnly != "") != tc.latched {
-				t.Errorf("%d lost, read-only %q", s.Lost, s.ReadOnly)
-			}
-			failing.Store(false)
-			mustHold(t, v, id, data)
-			if s := v.Stats(); s.Lost != 0 {
-				t.Errorf("%d are lost that were read", s.Lost)
-			}
-		})
+	}{{segmentName(1), true}, {segmentName(2), true}, {segmentName(1), false}, {"none", false}} {
+		bad.Store((200_000 + segmentHead + 2*recordHead) &^ 4095) // a head lies there
+		opt := bootedAs(badIn(smallSegments(), tc.segment, &bad), segmentName(uint32(i+1)))
+		if i == 2 { // it can be read
+			bad.Store(-1)
+		}
+		v = open1(t, dir, opt)
+		if s := v.Stats(); (s.ReadOnly != "") != tc.latched {
+			t.Fatalf("boot %d: %+v", i, s)
+		}
+		mustClose(t, v)
+	}
+	v = open1(t, dir, smallSegments())
+	for id, data := range held {
+		mustHold(t, v, id, data)
 	}
 }
 
-// TestWithoutDescriptorsNothingIsLost, in the real case.
-func TestWithoutDescriptorsNothingIsLost(t *testing.T) {
-	v := open1(t, t.TempDir(), Options{})
-	id, data := someChunk(random(t), 100_000)
+// What could be read again was no damage: when it fails another time, that is the first again.
+func TestWhatCouldBeReadAgainIsForgotten(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
 	mustPut(t, v, id, data)
-	var was unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+	at := int64(whereIs(t, v, id).at)
+	dir = killed(t, dir)
+	var bad atomic.Int64
+	for i, where := range []int64{at + 10, -1, at + 10, -1} {
+		bad.Store(where)
+		v := open1(t, dir, bootedAs(badSector(smallSegments(), &bad), segmentName(uint32(i+1))))
+		if s := v.Stats(); (s.ReadOnly != "") != (where >= 0) {
+			t.Fatalf("boot %d: %+v", i, s)
+		}
+		mustClose(t, v)
+	}
+	mustHold(t, open1(t, dir, smallSegments()), id, data)
+}
+
+// A segment of which a part cannot be read is not given up: there may be a drop that is needed.
+func TestASegmentThatCannotAllBeReadIsNotEmptied(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	var bad atomic.Int64
+	bad.Store(-1)
+	v := open1(t, dir, badSector(smallSegments(), &bad))
+	still(t, v)
+	x, xData := someChunk(rng, 100_000)
+	mustPut(t, v, x, xData)
+	var second []chunk.ID
+	put := func(upTo uint32) {
+		for v.log.number < upTo {
+			id, data := someChunk(rng, 100_000)
+			mustPut(t, v, id, data)
+			if v.log.number == 2 {
+				second = append(second, id)
+			}
+		}
+	}
+	put(2)
+	at := v.log.length
+	if err := v.Drop(t.Context(), []chunk.ID{x}); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: was.Max}); err != nil {
+	put(3)
+	if err := v.Drop(t.Context(), second); err != nil {
 		t.Fatal(err)
 	}
+	path := segmentPath(v, 2) // its table of contents is damaged, and the head of the drop cannot be read
+	overwrite(t, path, int64(len(mustRead(t, path)))-1, 0xff)
+	bad.Store(at + 10)
+	for v.reclaim(t.Context()) {
+	}
+	bad.Store(-1)
+	dir = killed(t, dir)
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := open1(t, dir, smallSegments()).Get(t.Context(), x)
+	mustFail(t, err, wire.CodeNotFound)
+}
+
+// One bad page does not end a volume, even if it is all of the newest segment.
+func TestASegmentOfOneBadPageDoesNotEndAVolume(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 1000_000)
+	mustPut(t, v, id, data)
+	next, nextData := someChunk(rng, 500_000)
+	mustPut(t, v, next, nextData)
+	if err := v.Drop(t.Context(), []chunk.ID{next}); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, v)
+	if err := os.Truncate(filepath.Join(dir, chunksDir, segmentName(2)), segmentHead); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	v = open1(t, dir, smallSegments())
+	small, smallData := someChunk(rng, 1000)
+	mustPut(t, v, small, smallData)
+	mustClose(t, v)
+	var bad atomic.Int64
+	for _, boot := range []string{"one", "two"} {
+		v, err := Open(dir, bootedAs(badIn(smallSegments(), segmentName(2), &bad), boot))
+		if err != nil {
+			t.Fatalf("boot %s: %v", boot, err)
+		}
+		mustHold(t, v, id, data)
+		mustClose(t, v)
+	}
+}
+
+// While a part cannot be read, nobody says that what may lie there never was.
+func TestWhatMayLieInAnUnreadPartIsNotToldAsNeverPut(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	at := int64(whereIs(t, v, id).at)
+	dir = killed(t, dir)
+	var bad atomic.Int64
+	bad.Store(at + 10)
+	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one"))
 	_, err := v.Get(t.Context(), id)
-	if back := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); back != nil {
-		t.Fatal(back)
-	}
 	mustFail(t, err, wire.CodeUnreachable)
-	mustHold(t, v, id, data)
+	_, err = v.Confirm(t.Context(), id)
+	mustFail(t, err, wire.CodeUnreachable)
+	mustFail(t, v.List(t.Context(), func(chunk.ID, int64, bool) error { return nil }), wire.CodeUnreachable)
+	mustFail(t, NewSet(v).Drop(t.Context(), []chunk.ID{id}), wire.CodeUnreachable)
 }
 
-// TestRootDropsWhereItAloneHasRoom: a file system that is full for all others keeps
-// some room back for root; and the ballast is given up only where that is enough.
-func TestRootDropsWhereItAloneHasRoom(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root has the room that a file system keeps back")
+// A move that a cut has torn leaves the chunk where it was, whatever else cannot be read.
+func TestATornMoveBesideABadSector(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	still(t, v)
+	x, xData := someChunk(rng, 100_000)
+	mustPut(t, v, x, xData)
+	old := whereIs(t, v, x)
+	var fill []chunk.ID
+	for v.log.number < 2 {
+		id, data := someChunk(rng, 100_000)
+		mustPut(t, v, id, data)
+		fill = append(fill, id)
 	}
-	var st atomic.Pointer[unix.Statfs_t]
-	st.Store(&unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21, Bavail: 1 << 20, Bfree: 1 << 20})
-	opt := Options{}
-	opt.hooks.statfs = func(_ string, into *unix.Statfs_t) error { *into = *st.Load(); return nil }
-	v := open1(t, t.TempDir(), opt)
-	id, data := someChunk(random(t), 1000)
-	mustPut(t, v, id, data)
-	st.Store(&unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21, Bfree: 1 << 12})
-	if err := v.CanTake(1000); err == nil {
-		t.Error("a chunk is taken into the room that is kept back")
-	}
-	if err := v.Drop(t.Context(), []chunk.ID{id}); err != nil {
-		t.Errorf("nothing can be dropped: %v", err)
-	}
-	ballast := filepath.Join(v.Dir(), ballastFile)
-	if err := os.Truncate(ballast, 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+	bystander := whereIs(t, v, fill[len(fill)-1])
+	if err := v.hand(t.Context(), &request{moves: []move{{x, xData, old}}}); err != nil {
 		t.Fatal(err)
 	}
-	st.Store(&unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21})
-	if err := makeRoom(v.Dir(), v.opt.hooks); err == nil || !strings.Contains(err.Error(), "is full") {
-		t.Errorf("got %v", err)
-	}
-	if _, err := os.Stat(ballast); err != nil {
-		t.Errorf("the ballast was given up in vain: %v", err)
-	}
-	st.Store(&unix.Statfs_t{Bsize: 4096, Blocks: 1 << 21, Bavail: 1 << 20, Bfree: 1 << 20})
-}
-
-// TestWhatCannotBeReadGetsNoReceipt: that a chunk is in the index is no proof that it is whole.
-func TestWhatCannotBeReadGetsNoReceipt(t *testing.T) {
-	var failing atomic.Bool
-	opt := Options{}
-	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
-		if failing.Load() {
-			return -1, unix.ENOMEM
-		}
-		return unix.Pread(fd, into, at)
-	}
-	v := open1(t, t.TempDir(), opt)
-	id, data := someChunk(random(t), 100_000)
-	mustPut(t, v, id, data)
-	failing.Store(true)
-	mustFail(t, v.Put(t.Context(), id, data), wire.CodeUnreachable)
-	_, err := v.Confirm(t.Context(), id)
-	mustFail(t, err, wire.CodeUnreachable)
-	// Another disk takes it.
-	other := open1(t, t.TempDir(), Options{})
-	if where, err := NewSet(v, other).Put(t.Context(), id, data); err != nil || where != other.ID() {
-		t.Errorf("put on %q: %v", where, err)
-	}
-	failing.Store(false)
-	mustPut(t, v, id, data)
-}
-
-// TestACopyThatCannotBeReadIsNoLoss, whatever the order of the disks is: one has lost the
-// chunk, and the other may have it whole.
-func TestACopyThatCannotBeReadIsNoLoss(t *testing.T) {
-	rng := random(t)
-	var failing atomic.Bool
-	opt := Options{}
-	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
-		if failing.Load() {
-			return -1, unix.ENOMEM
-		}
-		return unix.Pread(fd, into, at)
-	}
-	dir := t.TempDir()
-	lost, passing := open1(t, dir, Options{}), open1(t, t.TempDir(), opt)
-	id, data := someChunk(rng, 100_000)
-	mustPut(t, lost, id, data)
-	mustPut(t, passing, id, data)
-	flip(t, dir, data, 7)
-	for _, s := range []*Set{NewSet(lost, passing), NewSet(passing, lost)} {
-		failing.Store(true)
-		_, err := s.Get(t.Context(), id)
-		mustFail(t, err, wire.CodeUnreachable)
-		failing.Store(false)
-		if _, err := s.Get(t.Context(), id); err != nil {
-			t.Error(err)
-		}
-	}
-	if err := NewSet(lost, passing).DropLost(t.Context(), []chunk.ID{id}); err != nil {
+	torn := whereIs(t, v, x)
+	dir = killed(t, dir)
+	path := filepath.Join(dir, chunksDir, segmentName(torn.segment))
+	raw := mustRead(t, path)
+	clear(raw[int64(torn.at)+recordHead+4096 : torn.end()]) // it was not synced yet
+	if err := os.WriteFile(path, raw, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	mustHold(t, passing, id, data)
-	if _, err := lost.Get(t.Context(), id); wire.ProblemOf(err).Code != wire.CodeNotFound {
-		t.Errorf("what is lost on one disk and whole on the other was not dropped: %v", err)
-	}
-}
-
-// TestALossThatIsPutAgainWhileItIsDroppedStays: it has a receipt.
-func TestALossThatIsPutAgainWhileItIsDroppedStays(t *testing.T) {
-	dir, opt := t.TempDir(), Options{}
-	var v *Volume
-	id, data := someChunk(random(t), 100_000)
-	again := true
-	opt.hooks.dropping = func() {
-		if again {
-			mustPut(t, v, id, data)
-		}
-	}
-	v = open1(t, dir, opt)
-	mustPut(t, v, id, data)
-	lose := func() {
+	var bad atomic.Int64
+	bad.Store(-1)
+	mustHoldIn := func(boot string) {
 		t.Helper()
-		flip(t, dir, data, 7)
-		_, err := v.Get(t.Context(), id)
-		mustFail(t, err, wire.CodeLost)
+		v := open1(t, dir, bootedAs(badIn(smallSegments(), segmentName(torn.segment), &bad), boot))
+		mustHold(t, v, x, xData)
+		mustClose(t, v)
 	}
-	lose()
-	if err := v.DropLost(t.Context(), []chunk.ID{id}); err != nil {
+	_ = bystander
+	bad.Store((int64(bystander.at) + recordHead + 8192) &^ 4095)
+	mustHoldIn("one")
+	mustHoldIn("two")
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
 		t.Fatal(err)
 	}
-	mustHold(t, v, id, data)
-	if again = false; v.Stats().Chunks != 1 {
-		t.Errorf("%+v", v.Stats())
+	mustHoldIn("three")
+	mustHoldIn("four")
+}
+
+// when the index is made anew and a whole table of contents names the drop that was not read.
+func TestWhatWasDecidedOfAnUnreadPartHolds(t *testing.T) {
+	for _, sealed := range []bool{true, false} {
+		t.Run(map[bool]string{true: "ended", false: "newest"}[sealed], func(t *testing.T) {
+			rng, dir := random(t), t.TempDir()
+			v := open1(t, dir, smallSegments())
+			still(t, v)
+			x, xData := someChunk(rng, firstToPage)
+			mustPut(t, v, x, xData)
+			if err := v.hand(t.Context(), &request{flush: true}); err != nil {
+				t.Fatal(err)
+			}
+			at := v.log.length
+			if err := v.Drop(t.Context(), []chunk.ID{x}); err != nil {
+				t.Fatal(err)
+			}
+			other, otherData := someChunk(rng, 50_000)
+			mustPut(t, v, other, otherData)
+			if sealed { // killed before the next begins
+				if err := v.log.end(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			dir = killed(t, dir)
+			var bad atomic.Int64
+			bad.Store(at + 10)
+			mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
+			v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "two"))
+			mustHold(t, v, x, xData)
+			mustPut(t, v, x, xData) // a receipt
+			more, moreData := someChunk(rng, 50_000)
+			mustPut(t, v, more, moreData)
+			mustClose(t, v)
+			if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+				t.Fatal(err)
+			}
+			v = open1(t, dir, bootedAs(smallSegments(), "three"))
+			mustHold(t, v, x, xData)
+		})
 	}
 }

@@ -112,9 +112,13 @@ func notFound(id chunk.ID) error {
 // absent is the error for a chunk that is not in the index.
 func (v *Volume) absent(id chunk.ID) error {
 	if v.doubts.failed {
-		return wire.FailedBecause(wire.CodeUnreachable, "whether chunk %s is on volume %s (%s) is not known, as a part of that could not be read when it was opened: check the disk, its cable and its power, and restart the machine", id, v.id, v.dir)
+		return v.partUnread("whether chunk " + id.String() + " is")
 	}
 	return notFound(id)
+}
+
+func (v *Volume) partUnread(what string) error {
+	return wire.FailedBecause(wire.CodeUnreachable, "%s on volume %s (%s) is not known, as a part of that could not be read when it was opened: check the disk, its cable and its power, and restart the machine", what, v.id, v.dir)
 }
 
 // Get reads a chunk from disk and verifies it. [wire.CodeNotFound] if it was
@@ -327,6 +331,8 @@ func (v *Volume) holds(ids []chunk.ID) ([]chunk.ID, error) {
 			}
 			if ok {
 				there = append(there, id)
+			} else if v.doubts.failed {
+				return v.absent(id)
 			}
 		}
 		found <- there
@@ -381,7 +387,8 @@ func (v *Volume) hung() error {
 }
 
 // List calls fn for every chunk held, in the order of ids, until fn or ctx says
-// stop. It reads the index only; size is in bytes. fn must not write to the volume.
+// stop. It reads the index only; size is in bytes. fn must not write to the volume. If a part
+// of the volume could not be read when it was opened, [wire.CodeUnreachable] follows the last.
 func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost bool) error) error {
 	for from := (chunk.ID{}); ; {
 		page, err := v.page(ctx, from, listPage)
@@ -395,6 +402,9 @@ func (v *Volume) List(ctx context.Context, fn func(id chunk.ID, size int64, lost
 			if err := fn(e.id, int64(e.at.size), lost); err != nil {
 				return err
 			}
+		}
+		if len(page) < listPage && v.doubts.failed {
+			return v.partUnread("what is")
 		}
 		if len(page) < listPage {
 			return nil

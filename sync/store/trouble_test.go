@@ -20,7 +20,7 @@ import (
 
 // What a killed run had written cannot be synced at the next opening: the kernel forgets it, and
 // the opening after that finds the sync in order. Until the machine boots nothing has a receipt.
-func TestR7ASyncThatFailsAtOpeningIsRemembered(t *testing.T) {
+func TestASyncThatFailsAtOpeningIsRemembered(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, smallSegments())
 	id, data := someChunk(rng, 50_000)
@@ -40,94 +40,9 @@ func TestR7ASyncThatFailsAtOpeningIsRemembered(t *testing.T) {
 }
 
 // A part that could not be read twice counts as damaged. What cannot be read for a moment
-// months later is another matter.
-func TestR7ABadSectorLongAgoDoesNotCondemnAnother(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallSegments())
-	id, data := someChunk(rng, 50_000)
-	mustPut(t, v, id, data)
-	at := int64(whereIs(t, v, id).at)
-	dir = killed(t, dir)
-	var bad atomic.Int64
-	bad.Store(at + recordHead + 20_000)
-	mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
-	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "two"))
-	if s := v.Stats(); s.ReadOnly != "" {
-		t.Fatalf("%+v", s)
-	}
-	if err := v.hand(t.Context(), &request{flush: true}); err != nil {
-		t.Fatal(err)
-	}
-	next, nextData := someChunk(rng, 50_000)
-	mustPut(t, v, next, nextData) // a receipt
-	at = int64(whereIs(t, v, next).at)
-	dir = killed(t, dir)
-	bad.Store(at + 10)
-	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "three"))
-	if s := v.Stats(); s.ReadOnly == "" {
-		t.Errorf("a part cannot be read for the first time, and counts as damaged at once: %+v", s)
-	}
-	mustClose(t, v)
-	bad.Store(-1)
-	v = open1(t, dir, bootedAs(smallSegments(), "four"))
-	mustHold(t, v, next, nextData)
-}
-
-// badPages cannot be read in pages, as the kernel reads, in one segment.
-func badPage(opt Options, segment string, bad *atomic.Int64) Options {
-	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
-		b := bad.Load()
-		name, err := os.Readlink("/proc/self/fd/" + itoa(fd))
-		if err == nil && strings.HasSuffix(name, segment) && b >= 0 && at < b+4096 && at+int64(len(into)) > b {
-			return -1, unix.EIO
-		}
-		return unix.Pread(fd, into, at)
-	}
-	return opt
-}
-
-func itoa(n int) string {
-	if n >= 10 {
-		return itoa(n/10) + string(rune('0'+n%10))
-	}
-	return string(rune('0' + n))
-}
-
-// One bad page does not end a volume, even if it is all of the newest segment.
-func TestR7ASegmentOfOneBadPageDoesNotEndAVolume(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallSegments())
-	id, data := someChunk(rng, 1000_000)
-	mustPut(t, v, id, data)
-	next, nextData := someChunk(rng, 500_000)
-	mustPut(t, v, next, nextData)
-	if err := v.Drop(t.Context(), []chunk.ID{next}); err != nil {
-		t.Fatal(err)
-	}
-	mustClose(t, v)
-	if err := os.Truncate(filepath.Join(dir, chunksDir, segmentName(2)), segmentHead); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
-		t.Fatal(err)
-	}
-	v = open1(t, dir, smallSegments())
-	small, smallData := someChunk(rng, 1000)
-	mustPut(t, v, small, smallData)
-	mustClose(t, v)
-	var bad atomic.Int64
-	for _, boot := range []string{"one", "two"} {
-		v, err := Open(dir, bootedAs(badPage(smallSegments(), segmentName(2), &bad), boot))
-		if err != nil {
-			t.Fatalf("boot %s: %v", boot, err)
-		}
-		mustHold(t, v, id, data)
-		mustClose(t, v)
-	}
-}
-
+// A cable that is not mended shows another segment each time: none counts as damaged for what
 // A checkpoint that failed has the index be made anew, also after a kill, and when it is young.
-func TestR7AYoungIndexThatFailedIsMadeAnew(t *testing.T) {
+func TestAYoungIndexThatFailedIsMadeAnew(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	var fails atomic.Bool
 	opt := smallSegments()
@@ -155,128 +70,13 @@ func TestR7AYoungIndexThatFailedIsMadeAnew(t *testing.T) {
 	}
 }
 
-// While a part cannot be read, nobody says that what may lie there never was.
-func TestR7WhatMayLieInAnUnreadPartIsNotToldAsNeverPut(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallSegments())
-	id, data := someChunk(rng, 50_000)
-	mustPut(t, v, id, data)
-	at := int64(whereIs(t, v, id).at)
-	dir = killed(t, dir)
-	var bad atomic.Int64
-	bad.Store(at + 10)
-	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one"))
-	_, err := v.Get(t.Context(), id)
-	mustFail(t, err, wire.CodeUnreachable)
-	_, err = v.Confirm(t.Context(), id)
-	mustFail(t, err, wire.CodeUnreachable)
-}
-
-// A move that a cut has torn leaves the chunk where it was, whatever else cannot be read.
-func TestR7ATornMoveBesideABadSector(t *testing.T) {
-	rng, dir := random(t), t.TempDir()
-	v := open1(t, dir, smallSegments())
-	v.mover.end()
-	<-v.mover.ended
-	x, xData := someChunk(rng, 100_000)
-	mustPut(t, v, x, xData)
-	old := whereIs(t, v, x)
-	var fill []chunk.ID
-	for v.log.number < 2 {
-		id, data := someChunk(rng, 100_000)
-		mustPut(t, v, id, data)
-		fill = append(fill, id)
-	}
-	bystander := whereIs(t, v, fill[len(fill)-1])
-	if err := v.hand(t.Context(), &request{moves: []move{{x, xData, old}}}); err != nil {
-		t.Fatal(err)
-	}
-	torn := whereIs(t, v, x)
-	dir = killed(t, dir)
-	path := filepath.Join(dir, chunksDir, segmentName(torn.segment))
-	raw := mustRead(t, path)
-	clear(raw[int64(torn.at)+recordHead+4096 : torn.end()]) // it was not synced yet
-	if err := os.WriteFile(path, raw, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var bad atomic.Int64
-	bad.Store(-1)
-	mustHoldIn := func(boot string) {
-		t.Helper()
-		v := open1(t, dir, bootedAs(badPage(smallSegments(), segmentName(torn.segment), &bad), boot))
-		mustHold(t, v, x, xData)
-		mustClose(t, v)
-	}
-	_ = bystander
-	bad.Store((int64(bystander.at) + recordHead + 8192) &^ 4095)
-	mustHoldIn("one")
-	mustHoldIn("two")
-	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
-		t.Fatal(err)
-	}
-	mustHoldIn("three")
-	mustHoldIn("four")
-}
-
 // What was decided of a part that cannot be read holds: a receipt that was given since counts,
-// when the index is made anew and the table of contents names the drop that could not be read.
-func TestR7WhatWasDecidedOfAnUnreadPartHolds(t *testing.T) {
-	for name, sealed := range map[string]bool{"sealed, the sector stays bad": true, "the sector is read again": false} {
-		t.Run(name, func(t *testing.T) {
-			rng, dir := random(t), t.TempDir()
-			v := open1(t, dir, smallSegments())
-			v.mover.end()
-			<-v.mover.ended
-			x, xData := someChunk(rng, 50_000)
-			mustPut(t, v, x, xData)
-			if err := v.hand(t.Context(), &request{flush: true}); err != nil {
-				t.Fatal(err)
-			}
-			at := v.log.length
-			if err := v.Drop(t.Context(), []chunk.ID{x}); err != nil {
-				t.Fatal(err)
-			}
-			other, otherData := someChunk(rng, 50_000)
-			mustPut(t, v, other, otherData)
-			if sealed { // killed before the next begins
-				if err := v.log.end(); err != nil {
-					t.Fatal(err)
-				}
-			}
-			dir = killed(t, dir)
-			var bad atomic.Int64
-			bad.Store(at + 10)
-			mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
-			v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "two"))
-			if s := v.Stats(); s.ReadOnly != "" {
-				t.Fatalf("%+v", s)
-			}
-			if v.Put(t.Context(), x, xData) != nil {
-				t.Skip("no receipt")
-			}
-			more, moreData := someChunk(rng, 50_000)
-			mustPut(t, v, more, moreData) // in another segment
-			mustClose(t, v)
-			if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
-				t.Fatal(err)
-			}
-			opt := smallSegments()
-			if sealed {
-				opt = badSector(opt, &bad)
-			}
-			v = open1(t, dir, bootedAs(opt, "three"))
-			mustHold(t, v, x, xData)
-		})
-	}
-}
-
 // What kept a segment from being emptied may pass without anything being dropped in it.
-func TestR7AFullDiskForAMomentDoesNotKeepDeadBytesForEver(t *testing.T) {
+func TestAFullDiskForAMomentDoesNotKeepDeadBytesForEver(t *testing.T) {
 	rng := random(t)
 	var full atomic.Bool
 	v := open1(t, t.TempDir(), fillsUp(smallSegments(), &full, func([][]byte, int64) bool { return true }))
-	v.mover.end()
-	<-v.mover.ended
+	still(t, v)
 	var ids []chunk.ID
 	for v.log.number < 2 {
 		id, data := someChunk(rng, 100_000)
@@ -299,7 +99,7 @@ func TestR7AFullDiskForAMomentDoesNotKeepDeadBytesForEver(t *testing.T) {
 }
 
 // A quota is a full disk.
-func TestR7AQuotaIsAFullDisk(t *testing.T) {
+func TestAQuotaIsAFullDisk(t *testing.T) {
 	rng := random(t)
 	var full atomic.Bool
 	opt := smallSegments()
@@ -318,7 +118,7 @@ func TestR7AQuotaIsAFullDisk(t *testing.T) {
 }
 
 // Who reads a chunk that has rotted while it is dropped leaves no loss behind.
-func TestR7ALossThatIsDroppedWhileItIsFoundIsNone(t *testing.T) {
+func TestALossThatIsDroppedWhileItIsFoundIsNone(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, smallSegments())
 	for round := range 300 {
@@ -347,11 +147,10 @@ func TestR7ALossThatIsDroppedWhileItIsFoundIsNone(t *testing.T) {
 }
 
 // A segment whose deletion is not known to be durable may come back.
-func TestR7ASegmentWhoseDeletionIsNotDurable(t *testing.T) {
+func TestASegmentWhoseDeletionIsNotDurable(t *testing.T) {
 	rng, w := random(t), &witness{}
 	v := open1(t, t.TempDir(), w.hooked(smallSegments()))
-	v.mover.end()
-	<-v.mover.ended
+	still(t, v)
 	var ids []chunk.ID
 	for v.log.number < 2 {
 		id, data := someChunk(rng, 100_000)
@@ -379,7 +178,7 @@ func TestR7ASegmentWhoseDeletionIsNotDurable(t *testing.T) {
 
 // Everybody at once, with a disk that is full now and then and reads that fail now and then:
 // who was told that a chunk is durable finds it after a kill, and nobody waits for ever.
-func TestR7Hammer(t *testing.T) {
+func TestEverybodyAtOnceOnADiskInTrouble(t *testing.T) {
 	var trouble atomic.Uint64
 	odd := func(one uint64) bool { return trouble.Add(0x9e3779b97f4a7c15)>>33%one == 0 }
 	opt := smallSegments()
