@@ -285,9 +285,7 @@ func (c *chaos) batch() {
 		case err == nil && r.data == nil && r.drops == nil:
 			c.may[id] = isHeld
 		case err == nil:
-			if c.may[id] = then; r.data != nil {
-				delete(c.undropped, id)
-			}
+			c.may[id] = then
 		case wire.ProblemOf(err).Code == wire.CodeReadOnly:
 			c.may[id] |= then
 		}
