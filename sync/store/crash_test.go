@@ -541,3 +541,38 @@ func TestTheIndexForgetsASegmentThatIsGone(t *testing.T) {
 		mustClose(t, v)
 	}
 }
+
+// Of a record that never counted nothing is left, also not a record of a batch that was taken
+// back and lay there before.
+func TestOfATornRecordNothingIsLeft(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	x, xData := someChunk(rng, 50_000)
+	mustPut(t, v, x, xData)
+	target := whereIs(t, v, x).spot
+	torn, tornData := someChunk(rng, 50_000)
+	behind, behindData := someChunk(rng, 50_000)
+	for _, err := range together(v, putOf(torn, tornData), putOf(behind, behindData)) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := whereIs(t, v, torn).spot
+	old := record{kind: kindDrop, id: x, target: target, place: place{spot: spot{at.segment, at.at + 10_000}}, seq: 2}
+	dir = killed(t, dir)
+	path := filepath.Join(dir, chunksDir, segmentName(at.segment))
+	raw := mustRead(t, path)
+	copy(raw[old.at:], old.appendHead(nil, v.log.from.mark))
+	if err := os.WriteFile(path, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v = open1(t, dir, smallSegments())
+	mustPut(t, v, x, xData) // a receipt
+	small, smallData := someChunk(rng, 100)
+	mustPut(t, v, small, smallData)
+	mustClose(t, v)
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, open1(t, dir, smallSegments()), x, xData)
+}

@@ -238,3 +238,21 @@ func TestWhatAKillHasLeftIsSynced(t *testing.T) {
 		mustHold(t, v, id, data)
 	}
 }
+
+// A sync that fails for want of room, once, is a failed sync: that the next one succeeds says nothing.
+func TestASyncThatHadNoRoomOnceLatches(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	var fails atomic.Bool
+	opt := smallSegments()
+	opt.hooks.fdatasync = func(f *os.File) error {
+		if fails.CompareAndSwap(true, false) {
+			return unix.ENOSPC
+		}
+		return fdatasync(f)
+	}
+	v := open1(t, dir, opt)
+	id, data := someChunk(rng, 50_000)
+	fails.Store(true)
+	mustFail(t, v.Put(t.Context(), id, data), wire.CodeReadOnly)
+	mustFail(t, v.Put(t.Context(), id, data), wire.CodeReadOnly)
+}
