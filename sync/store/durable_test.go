@@ -256,3 +256,25 @@ func TestASyncThatHadNoRoomOnceLatches(t *testing.T) {
 	mustFail(t, v.Put(t.Context(), id, data), wire.CodeReadOnly)
 	mustFail(t, v.Put(t.Context(), id, data), wire.CodeReadOnly)
 }
+
+// What could not be read is written over, and that cannot be synced: until the machine boots
+// again nobody knows what is on disk.
+func TestAWriteOverThatIsNotSyncedIsRemembered(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	v := open1(t, dir, smallSegments())
+	id, data := someChunk(rng, 50_000)
+	mustPut(t, v, id, data)
+	next, nextData := someChunk(rng, 50_000)
+	mustPut(t, v, next, nextData)
+	at := int64(whereIs(t, v, next).at)
+	dir = killed(t, dir)
+	var bad atomic.Int64
+	bad.Store(at + recordHead + 20_000)
+	mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
+	w := &witness{fails: func(n string) bool { return n == segmentName(1) }}
+	mustClose(t, open1(t, dir, bootedAs(badSector(w.hooked(smallSegments()), &bad), "two")))
+	bad.Store(-1)
+	v = open1(t, dir, bootedAs(smallSegments(), "two"))
+	_, err := v.Confirm(t.Context(), id)
+	mustFail(t, err, wire.CodeReadOnly)
+}

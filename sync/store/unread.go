@@ -93,6 +93,7 @@ func (v *Volume) hesitate(s *scan) (again bool) {
 			return true
 		}
 		v.opt.Log.Error("a part of a segment can neither be read nor written over", "volume", v.id, "segment", s.number, "err", err)
+		v.noteFailedSync()
 		why = "can neither be read nor written over ends the volume: replace the disk"
 	}
 	if !known {
