@@ -324,7 +324,7 @@ func (c *chaos) look(when string) {
 		}
 		// What doc.go leaves open: a drop is not known any more whose segment was emptied since that
 		// checkpoint, or whose page was written over, if the index is gone, too.
-		forgotten := c.undropped[id] && is == isHeld && c.may[id]&isGone != 0
+		forgotten := c.undropped[id] && c.may[id]&isGone != 0
 		forgotten = forgotten || c.fellBack && is == isLost && c.may[id]&isGone != 0 && strings.Contains(err.Error(), "its segment is gone")
 		if c.may[id]&is == 0 && !forgotten {
 			c.t.Fatalf("%s: of %s is true %d, may be %d (1 held, 2 gone, 4 lost): %v", when, id, is, c.may[id], err)

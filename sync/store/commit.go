@@ -172,10 +172,13 @@ func (v *Volume) commitLoop() {
 		select {
 		case r := <-v.queue:
 			var b batch
+			was := v.log.written
 			for b.add(r); len(b.requests) > 0; {
 				b = v.commit(b, &c)
 			}
-			idle.Reset(checkpointAfter)
+			if v.log.written != was {
+				idle.Reset(checkpointAfter)
+			}
 		case <-idle.C:
 			if v.index.changes() > 0 {
 				_ = v.checkpoint()

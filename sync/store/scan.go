@@ -27,13 +27,17 @@ type scan struct {
 	bad   error          // what kept bytes from being read the last time
 	fault error          // what kept a head, or the bytes of a record that was asked for, from being read
 	holes map[int64]bool // pages of badBytes that were needed and cannot be read
-	// passing says that what could not be read can be by now: what was found without is not all.
+	// passing says that what was found is not all that can be read: what could not be read can be by
+	// now, or the rest was not looked at.
 	passing bool
 }
 
 const (
 	scanBytes = 64 << 10 // read at one go
 	badBytes  = 4096     // that are given up where the disk cannot be read
+	// mostHoles are looked for in a segment: a disk tries each for seconds. With more, nothing is
+	// decided of it.
+	mostHoles = 32
 )
 
 // openSegment is for segment number, which the caller closes with the scan.
@@ -135,6 +139,10 @@ func (s *scan) walk(from int64, fn func(record) error) (end int64, err error) {
 // search finds the next mark, or the end.
 func (s *scan) search(at int64) (int64, error) {
 	for at < s.size {
+		if len(s.holes) >= mostHoles {
+			s.passing = true
+			return s.size, nil
+		}
 		page := int(badBytes - at%badBytes)
 		var b []byte
 		err := errBad
@@ -196,7 +204,7 @@ func (s *scan) missing(at int64, n int) error {
 
 // note finds the pages of bytes that could not be read.
 func (s *scan) note(at int64, n int) (found bool, err error) {
-	for page := at - at%badBytes; page < min(at+int64(n), s.size); page += badBytes {
+	for page := at - at%badBytes; page < min(at+int64(n), s.size) && len(s.holes) < mostHoles; page += badBytes {
 		switch _, err := s.fill(page, int(min(badBytes, s.size-page))); {
 		case errors.Is(err, errBad):
 			if s.holes == nil {

@@ -1,10 +1,13 @@
 package store
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
@@ -279,5 +282,45 @@ func TestWhatWasDecidedOfAnUnreadPartHolds(t *testing.T) {
 			v = open1(t, dir, bootedAs(smallSegments(), "three"))
 			mustHold(t, v, x, xData)
 		})
+	}
+}
+
+// A segment of which nothing can be read is given up soon, and nothing is decided of it.
+func TestASegmentThatCannotBeReadAtAllIsLeftAlone(t *testing.T) {
+	rng, dir := random(t), t.TempDir()
+	opt := smallSegments()
+	opt.SegmentBytes = 8 << 20
+	v := open1(t, dir, opt)
+	for range 6 {
+		id, data := someChunk(rng, 1000_000)
+		mustPut(t, v, id, data)
+	}
+	dir = killed(t, dir)
+	if err := os.RemoveAll(filepath.Join(dir, chunksDir, indexDir)); err != nil {
+		t.Fatal(err)
+	}
+	raw := mustRead(t, filepath.Join(dir, chunksDir, segmentName(1)))
+	var reads atomic.Int64
+	for _, boot := range []string{"one", "two", "three"} {
+		opt := bootedAs(opt, boot)
+		opt.hooks.pread = func(fd int, into []byte, from int64) (int, error) {
+			if from+int64(len(into)) > segmentHead {
+				reads.Add(1)
+				return -1, unix.EIO
+			}
+			return unix.Pread(fd, into, from)
+		}
+		reads.Store(0)
+		v := open1(t, dir, opt)
+		if s := v.Stats(); s.ReadOnly == "" {
+			t.Errorf("boot %s: %+v", boot, s)
+		}
+		mustClose(t, v)
+		if n := reads.Load(); n > 8*mostHoles {
+			t.Errorf("it was asked for %d times", n)
+		}
+		if !bytes.Equal(raw, mustRead(t, filepath.Join(dir, chunksDir, segmentName(1)))) {
+			t.Fatal("the segment was changed")
+		}
 	}
 }
