@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -183,7 +184,12 @@ func (c *chaos) isSynced(path string) {
 
 // powerCut is a copy of the directory with what the disk may have.
 func (c *chaos) powerCut() string {
-	dir := killed(c.t, c.dir)
+	var dir string
+	for again := true; again; { // a segment that goes meanwhile would leave a state that never was
+		before := segmentPaths(c.t, c.dir)
+		dir = killed(c.t, c.dir)
+		again = !slices.Equal(before, segmentPaths(c.t, c.dir))
+	}
 	if c.rng.IntN(3) == 0 {
 		for name, raw := range c.ghosts {
 			path := filepath.Join(dir, chunksDir, name)
