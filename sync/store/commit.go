@@ -172,11 +172,11 @@ func (v *Volume) commitLoop() {
 		select {
 		case r := <-v.queue:
 			var b batch
-			was := v.log.written
+			c.wrote = false
 			for b.add(r); len(b.requests) > 0; {
 				b = v.commit(b, &c)
 			}
-			if v.log.written != was {
+			if c.wrote {
 				idle.Reset(checkpointAfter)
 			}
 		case <-idle.C:
@@ -219,6 +219,7 @@ type crowd struct {
 	size  int           // of the last batch, with those who came while it was synced
 	took  time.Duration // that sync
 	skip  int           // batches that are not held up, because it was in vain
+	wrote bool          // one of these batches wrote something
 }
 
 const (
@@ -257,6 +258,7 @@ func (c *crowd) wait(b *batch, limit *time.Timer) bool {
 func (v *Volume) commit(b batch, c *crowd) (next batch) {
 	s := stage{v: v, from: v.log.point(), fates: map[chunk.ID]*fate{}}
 	s.writeAll(&b, c)
+	c.wrote = c.wrote || s.written
 	err := s.err
 	if err == nil && s.written {
 		began := time.Now()
