@@ -303,6 +303,9 @@ func (v *Volume) follow() {
 		v.mu.Unlock()
 		v.index.setFull(f.segment, full{meta: f.meta, drops: f.drops})
 	}
+	if len(v.log.sealed) > 0 { // one that is not the newest any more can be emptied
+		defer v.wantRoom()
+	}
 	v.log.sealed = nil
 	if v.log.file != nil {
 		v.mu.Lock()
