@@ -82,8 +82,11 @@ func TestRecordExtractsSafely(t *testing.T) {
 // person in every name and content of a record.
 func TestRecordNamesNobody(t *testing.T) {
 	root := plant(t, "raspberry-pi-4.tree")
-	put(t, root, "sys/class/net/wlx00c0ca112233/type", "1\n")
-	put(t, root, "sys/class/net/wlx00c0ca112233/address", "00:c0:ca:11:22:33\n")
+	// Addresses that no time of day looks like: a record says when it was taken.
+	put(t, root, "sys/class/net/eth0/address", "dc:a6:32:a1:a2:a3\n")
+	put(t, root, "sys/class/net/wlan0/address", "dc:a6:32:a1:a2:a4\n")
+	put(t, root, "sys/class/net/wlx00c0ca919293/type", "1\n")
+	put(t, root, "sys/class/net/wlx00c0ca919293/address", "00:c0:ca:91:92:93\n")
 	put(t, root, "sys/block/nvme0n1/device/model", "Disk\n")
 	put(t, root, "sys/block/nvme0n1/wwid", "nvme.1234-53455249414c31-4d4f44454c-00000001\n")
 	put(t, root, "sys/block/nvme0n1/device/serial", "SERIAL1\n")
@@ -95,7 +98,7 @@ func TestRecordNamesNobody(t *testing.T) {
 	put(t, root, "proc/self/mountinfo", string(mounts)+
 		"60 24 8:1 / /media/alice/Stick rw - ext4 /dev/sda1 rw\n61 24 0:70 / /mnt/x rw - nfs4 nas.alice.example:/x rw\n62 24 0:71 / /home/alice/y rw - fuse.sshfs alice@host: rw\n")
 	secrets := []string{
-		"WX11A22B3C4D", "1f2e3d4c", "02:03", "02:04", "00000a1b2c3d", "112233", "11:22:33", "53455249414c31", "SERIAL1", "10000000abcdef12",
+		"WX11A22B3C4D", "1f2e3d4c", "a2:a3", "a2:a4", "00000a1b2c3d", "919293", "91:92:93", "53455249414c31", "SERIAL1", "10000000abcdef12",
 		"alice", "nas:", "7c0e7d0a-1c8e-4b7c-9a40-0d3f6c1f3c55",
 	}
 	exact := ""

@@ -26,8 +26,11 @@ func putOf(id chunk.ID, data []byte) *request {
 
 func dropOf(ids ...chunk.ID) *request { return &request{drops: ids, done: make(chan error, 1)} }
 
-// together has requests share a batch, and returns their answers.
-func together(v *Volume, all ...*request) (answers []error) {
+// together has requests share a batch, and returns their answers. The mover is ended: only it
+// gives the committer something to do meanwhile.
+func together(t testing.TB, v *Volume, all ...*request) (answers []error) {
+	t.Helper()
+	still(t, v)
 	var b batch
 	for _, r := range all {
 		b.add(r)
@@ -58,7 +61,7 @@ func TestALossThatIsPutTwiceAtOnce(t *testing.T) {
 	opt := smallSegments()
 	opt.Log = slog.New(slog.NewTextHandler(&out, nil))
 	v, dir, id, data := withALoss(t, opt)
-	if err := errors.Join(together(v, putOf(id, data), putOf(id, data))...); err != nil {
+	if err := errors.Join(together(t, v, putOf(id, data), putOf(id, data))...); err != nil {
 		t.Fatal(err)
 	}
 	before := v.Stats()
@@ -75,7 +78,7 @@ func TestALossThatIsPutTwiceAtOnce(t *testing.T) {
 
 func TestALossThatIsPutTwiceAndDroppedAtOnceIsGone(t *testing.T) {
 	v, dir, id, data := withALoss(t, smallSegments())
-	if err := errors.Join(together(v, putOf(id, data), putOf(id, data), dropOf(id))...); err != nil {
+	if err := errors.Join(together(t, v, putOf(id, data), putOf(id, data), dropOf(id))...); err != nil {
 		t.Fatal(err)
 	}
 	for _, without := range []bool{false, true} {
@@ -95,7 +98,7 @@ func TestALossThatIsPutIsNoneForTheRestOfTheBatch(t *testing.T) {
 	v, _, id, data := withALoss(t, smallSegments())
 	lost := dropOf(id)
 	lost.lost = true
-	if err := errors.Join(together(v, putOf(id, data), lost, &request{id: id, done: make(chan error, 1)})...); err != nil {
+	if err := errors.Join(together(t, v, putOf(id, data), lost, &request{id: id, done: make(chan error, 1)})...); err != nil {
 		t.Fatal(err)
 	}
 	mustHold(t, v, id, data)
@@ -112,7 +115,7 @@ func TestTheDropsOfASegmentAreCountedWhenItEnds(t *testing.T) {
 		id, data := someChunk(rng, 50_000)
 		all = append(all, putOf(id, data))
 	}
-	if err := errors.Join(together(v, all...)...); err != nil {
+	if err := errors.Join(together(t, v, all...)...); err != nil {
 		t.Fatal(err)
 	}
 	if v.log.number == 1 {
@@ -172,7 +175,7 @@ func TestADiskThatIsFullAtTheEndOfASegment(t *testing.T) {
 					id, data := someChunk(rng, 50_000)
 					all = append(all, putOf(id, data))
 				}
-				for _, err := range together(v, all...) {
+				for _, err := range together(t, v, all...) {
 					mustFail(t, err, wire.CodeNoSpace)
 				}
 				for _, r := range all[1:] {
@@ -242,7 +245,7 @@ func TestWhatIsTakenBackIsSynced(t *testing.T) {
 			full.Store(true)
 			fails.Store(true)
 			id, data := someChunk(rng, 600_000)
-			answers := together(v, dropOf(kept), putOf(id, data))
+			answers := together(t, v, dropOf(kept), putOf(id, data))
 			for _, err := range answers {
 				mustFail(t, err, wire.CodeReadOnly)
 			}
@@ -281,7 +284,7 @@ func TestWhatAFailedBatchWasToDropHasNoReceipt(t *testing.T) {
 	mustPut(t, v, other, otherData)
 	bad.Store(true)
 	id, data := someChunk(rng, 50_000)
-	for _, err := range together(v, dropOf(kept), putOf(id, data)) {
+	for _, err := range together(t, v, dropOf(kept), putOf(id, data)) {
 		mustFail(t, err, wire.CodeReadOnly)
 	}
 	mustFail(t, v.Put(t.Context(), kept, keptData), wire.CodeReadOnly)

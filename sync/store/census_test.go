@@ -24,7 +24,7 @@ func TestAProcessTakesSoManyChunks(t *testing.T) {
 		id, data := someChunk(rng, 1000)
 		all = append(all, putOf(id, data))
 	}
-	if err := errors.Join(together(v, all...)...); err != nil {
+	if err := errors.Join(together(t, v, all...)...); err != nil {
 		t.Fatal(err)
 	}
 	for range 4 {

@@ -258,7 +258,7 @@ func (c *chaos) batch() {
 	if len(all) == 0 {
 		return
 	}
-	answers := together(c.v, all...)
+	answers := together(c.t, c.v, all...)
 	c.v.awaitCheckpoint()
 	c.mu.Lock()
 	wasCut := c.cut != ""

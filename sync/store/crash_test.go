@@ -552,7 +552,7 @@ func TestOfATornRecordNothingIsLeft(t *testing.T) {
 	target := whereIs(t, v, x).spot
 	torn, tornData := someChunk(rng, 50_000)
 	behind, behindData := someChunk(rng, 50_000)
-	for _, err := range together(v, putOf(torn, tornData), putOf(behind, behindData)) {
+	for _, err := range together(t, v, putOf(torn, tornData), putOf(behind, behindData)) {
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/deimos-edge/deimos/internal/durable"
-	"github.com/deimos-edge/deimos/sync/chunk"
 	"github.com/deimos-edge/deimos/wire"
 )
 
@@ -162,17 +161,15 @@ func TestABatchIsTakenBackAsAWhole(t *testing.T) {
 	mustPut(t, v, kept, keptData)
 	before := v.Stats()
 	full = true
-	var b batch
+	var all []*request
 	for range 2 {
 		id, data := someChunk(rng, 50_000)
-		b.add(&request{id: id, data: data, done: make(chan error, 1)})
-		b.add(&request{drops: []chunk.ID{kept}, done: make(chan error, 1)})
+		all = append(all, putOf(id, data), dropOf(kept))
 	}
-	all := b.requests
-	v.commit(b, &crowd{})
-	for _, r := range all {
+	answers := together(t, v, all...)
+	for i, r := range all {
 		if r.data != nil {
-			mustFail(t, <-r.done, wire.CodeNoSpace)
+			mustFail(t, answers[i], wire.CodeNoSpace)
 			_, err := v.Get(t.Context(), r.id)
 			mustFail(t, err, wire.CodeNotFound)
 		}

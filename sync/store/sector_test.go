@@ -187,6 +187,7 @@ func TestATableOfContentsLacksNothing(t *testing.T) {
 	mustClose(t, open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "one")))
 	v = open1(t, dir, bootedAs(badSector(smallSegments(), &bad), "two"))
 	bad.Store(-1)
+	still(t, v)
 	for v.log.number < 3 {
 		id, data := someChunk(rng, nextToPage)
 		mustPut(t, v, id, data)
@@ -300,7 +301,7 @@ func TestAnIndexThatIsHalfRemovedIsNone(t *testing.T) {
 					id, data := someChunk(rng, 100)
 					all = append(all, putOf(id, data))
 				}
-				if err := errors.Join(together(v, all...)...); err != nil {
+				if err := errors.Join(together(t, v, all...)...); err != nil {
 					t.Fatal(err)
 				}
 			}

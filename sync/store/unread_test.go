@@ -50,6 +50,7 @@ func TestABadSectorLongAgoDoesNotCondemnAnother(t *testing.T) {
 func TestOneSegmentThatCannotBeReadDoesNotCondemnAnother(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, smallSegments())
+	still(t, v)
 	held := map[chunk.ID][]byte{}
 	for v.log.number < 2 || v.log.length < 500_000 {
 		id, data := someChunk(rng, 100_000)
