@@ -114,9 +114,9 @@
 // # A damaged index
 //
 // Badger crashes at a damaged table, so Open looks at its list and tables first. If one is damaged,
-// cut or gone, or if the entries are not those of the last checkpoint (how many, and the sum of
-// where they say that chunks lie), the index is made anew: of the tables of contents, and where one
-// is damaged of the records. The log tells how far it is; it can be killed meanwhile. What was
+// cut, gone or cannot be read, or if the entries are not those of the last checkpoint (how many, and
+// the sum of where they say that chunks lie), the index is made anew: of the tables of contents, and
+// where one is damaged of the records. The log tells how far it is; it can be killed meanwhile. What was
 // known to be here, and is in no segment any more, is forgotten then: it is not found instead of
 // lost. With a whole index, it is lost. A checkpoint that fails makes the volume read-only until it
 // is opened again, and has the index be made anew then.

@@ -162,10 +162,11 @@ func isLocked(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock")
 }
 
-// isErrno tells a failed system call from damage.
+// isErrno tells a failed system call from damage, which what cannot be read is here: the
+// segments are there to make another index of.
 func isErrno(err error) bool {
 	var errno syscall.Errno
-	return errors.As(err, &errno)
+	return errors.As(err, &errno) && !isDamage(err)
 }
 
 // inspect reads the list of tables and all tables before Badger does, which crashes the

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -136,6 +137,10 @@ func TestADamagedIndexIsMadeAnewOfTheSegments(t *testing.T) {
 			info, err := os.Stat(path)
 			must(t, err)
 			must(t, os.Truncate(path, rng.Int64N(info.Size())))
+		},
+		"its list cannot be read": func(t *testing.T, _ *rand.Rand, p *past) {
+			path := p.indexFiles(t, "MANIFEST")[0]
+			must(t, errors.Join(os.Remove(path), os.Symlink("/proc/self/mem", path))) // nothing is mapped at 0: EIO
 		},
 		"a table is gone":    func(t *testing.T, _ *rand.Rand, p *past) { must(t, os.Remove(p.indexFiles(t, "*.sst")[0])) },
 		"a table is empty":   func(t *testing.T, _ *rand.Rand, p *past) { must(t, os.Truncate(p.indexFiles(t, "*.sst")[0], 0)) },
