@@ -166,7 +166,7 @@ func (v *Volume) hand(ctx context.Context, r *request) error {
 func (v *Volume) commitLoop() {
 	defer close(v.stopped)
 	c := crowd{queue: v.queue}
-	idle := time.NewTimer(checkpointAfter)
+	idle := time.NewTimer(v.opt.hooks.checkpoint)
 	defer idle.Stop()
 	for {
 		select {
@@ -177,7 +177,7 @@ func (v *Volume) commitLoop() {
 				b = v.commit(b, &c)
 			}
 			if c.wrote {
-				idle.Reset(checkpointAfter)
+				idle.Reset(v.opt.hooks.checkpoint)
 			}
 		case <-idle.C:
 			if v.index.changes() > 0 {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
@@ -178,6 +180,37 @@ func TestABatchIsTakenBackAsAWhole(t *testing.T) {
 	if s := v.Stats(); s.Used != before.Used || s.Dead != before.Dead || s.Chunks != 1 || s.Lost != 0 || s.ReadOnly != "" {
 		t.Fatalf("%+v before, %+v after", before, s)
 	}
+}
+
+// A checkpoint is durable when the log of the memtable is, and its name in the directory.
+func TestACheckpointSyncsTheIndexAndItsDirectory(t *testing.T) {
+	w, opt := &witness{}, noFloor
+	opt.hooks.syncIndex = func(db *badger.DB) error { return errors.Join(w.see("log"), db.Sync()) }
+	v := open1(t, t.TempDir(), w.hooked(opt))
+	id, data := someChunk(random(t), 50_000)
+	mustPut(t, v, id, data)
+	w.synced()
+	if err := v.hand(t.Context(), &request{flush: true}); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := w.synced(), []string{indexDir, "log"}; !slices.Equal(got, want) {
+		t.Fatalf("synced %v, want %v", got, want)
+	}
+}
+
+// Who only asks does not put a checkpoint off: what rots before it is not missed.
+func TestAskingDoesNotPutOffTheCheckpoint(t *testing.T) {
+	opt := noFloor
+	opt.hooks.checkpoint = 2 * time.Second
+	v := open1(t, t.TempDir(), opt)
+	id, data := someChunk(random(t), 50_000)
+	mustPut(t, v, id, data)
+	eventually(t, "there is a checkpoint", func() bool { // asks each 5 ms
+		if _, err := v.Confirm(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		return v.index.changes() == 0
+	})
 }
 
 // The index is written beside the puts. If that fails, what is on disk of it is not known any

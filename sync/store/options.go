@@ -53,7 +53,9 @@ type hooks struct {
 	reading  func() // a chunk's place is known, its bytes are not read yet
 	atOnce   int    // changes of the index in one transaction; 0: the default
 	dropping func() // it is known which chunks are lost, they are not dropped yet
-	census   *census
+	// checkpoint is begun after so long without a write; 0: the default.
+	checkpoint time.Duration
+	census     *census
 }
 
 func (h hooks) orReal() hooks {
@@ -71,6 +73,9 @@ func (h hooks) orReal() hooks {
 	}
 	if h.atOnce == 0 {
 		h.atOnce = changesAtOnce
+	}
+	if h.checkpoint == 0 {
+		h.checkpoint = checkpointAfter
 	}
 	if h.patience == 0 {
 		h.patience = patience
