@@ -193,28 +193,48 @@ func (k *killer) storing(d *device) bool {
 }
 
 // emptying kills d while what lives in its segments is moved, because most of what
-// was put lately was removed at once.
+// was put lately was removed at once. That begins when something is removed, or when
+// the segment that all of it lies in is full.
 func (k *killer) emptying(d *device) bool {
 	k.T.Helper()
 	begun := d.said(emptyingBegins)
-	for d.said(emptyingBegins) == begun { // once there is a full segment
-		names, done := k.store(killAtOnce, nil)
-		<-done
-		if k.T.Failed() {
-			return false
-		}
-		k.kept = append(k.kept, names[:2]...)
-		begun = d.said(emptyingBegins)
-		k.remove(names[2:]...)
-		k.trim()
-		for deadline := time.Now().Add(time.Second); d.said(emptyingBegins) == begun && time.Now().Before(deadline); {
-			time.Sleep(2 * time.Millisecond)
+	begins := func(before <-chan struct{}) bool {
+		for {
+			if d.said(emptyingBegins) > begun {
+				return true
+			}
+			select {
+			case <-before:
+				return false
+			case <-time.After(2 * time.Millisecond):
+			}
 		}
 	}
-	return k.strike(d, 100*time.Millisecond, func() bool {
-		log := readFile(k.T, d.log())
-		return bytes.LastIndex(log, []byte(emptyingBegins)) > bytes.LastIndex(log, []byte(emptyingEnds))
-	})
+	strike := func() bool {
+		return k.strike(d, 30*time.Millisecond, func() bool { // as long as one takes
+			log := readFile(k.T, d.log())
+			return bytes.LastIndex(log, []byte(emptyingBegins)) > bytes.LastIndex(log, []byte(emptyingEnds))
+		})
+	}
+	for !k.T.Failed() { // until there is a full segment
+		names, done := k.store(killAtOnce, nil)
+		if begins(done) {
+			inTime := strike()
+			<-done
+			k.kept = append(k.kept, names...)
+			return inTime
+		}
+		k.kept = append(k.kept, names[:2]...)
+		k.remove(names[2:]...)
+		k.trim()
+		second, cancel := context.WithTimeout(k.Ctx, time.Second)
+		soon := begins(second.Done())
+		cancel()
+		if soon {
+			return strike()
+		}
+	}
+	return false
 }
 
 const (
