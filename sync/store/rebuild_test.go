@@ -167,7 +167,8 @@ func TestADamagedIndexIsMadeAnewOfTheSegments(t *testing.T) {
 			path := segmentPaths(t, p.dir)[0]
 			raw, err := os.ReadFile(path)
 			must(t, err)
-			overwrite(t, path, int64(len(raw)-1-rng.IntN(segmentFoot)), raw[len(raw)-1]^0x55)
+			at := len(raw) - 1 - rng.IntN(segmentFoot)
+			overwrite(t, path, int64(at), raw[at]^0x55)
 		},
 		"gone, with the head of a segment": func(t *testing.T, rng *rand.Rand, p *past) {
 			must(t, os.RemoveAll(filepath.Join(p.dir, chunksDir, indexDir)))

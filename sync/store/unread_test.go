@@ -46,7 +46,14 @@ func TestABadSectorLongAgoDoesNotCondemnAnother(t *testing.T) {
 	mustHold(t, v, next, nextData)
 }
 
-// another has shown.
+// spoilContents has the table of contents of a segment count no more.
+func spoilContents(t testing.TB, path string) {
+	t.Helper()
+	raw := mustRead(t, path)
+	overwrite(t, path, int64(len(raw))-1, raw[len(raw)-1]^0x55)
+}
+
+// A segment is decided of by what it has shown itself, in two boots, and not by what another has shown.
 func TestOneSegmentThatCannotBeReadDoesNotCondemnAnother(t *testing.T) {
 	rng, dir := random(t), t.TempDir()
 	v := open1(t, dir, smallSegments())
@@ -62,7 +69,7 @@ func TestOneSegmentThatCannotBeReadDoesNotCondemnAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, chunksDir, segmentName(1))
-	overwrite(t, path, int64(len(mustRead(t, path)))-1, 0xff) // its table of contents does not count
+	spoilContents(t, path) // its table of contents does not count
 	var bad atomic.Int64
 	for i, tc := range []struct {
 		segment string
@@ -134,7 +141,7 @@ func TestASegmentThatCannotAllBeReadIsNotEmptied(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := segmentPath(v, 2) // its table of contents is damaged, and the head of the drop cannot be read
-	overwrite(t, path, int64(len(mustRead(t, path)))-1, 0xff)
+	spoilContents(t, path)
 	bad.Store(at + 10)
 	for v.reclaim(t.Context()) {
 	}
