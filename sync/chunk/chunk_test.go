@@ -143,6 +143,46 @@ func TestHasherEqualsSumHoweverItIsFed(t *testing.T) {
 	}
 }
 
+func TestATreeThatIsReadIsThatOfTheBytes(t *testing.T) {
+	rng := random(t)
+	for _, size := range sizes {
+		data := someBytes(rng, size)
+		var read int64
+		tree, err := chunk.ReadTree(int64(size), func(into []byte, at int64) error {
+			if at != read {
+				t.Errorf("size %d: byte %d is read after byte %d", size, at, read)
+			}
+			read += int64(copy(into, data[at:]))
+			return nil
+		})
+		if err != nil || read != int64(size) || tree.ID() != chunk.Sum(data) || !bytes.Equal(tree.Data(), data) {
+			t.Fatalf("size %d: %d bytes read, %v", size, read, err)
+		}
+		leaf := rng.IntN(chunk.LeafCount(int64(size)))
+		b, path, err := tree.Prove(leaf)
+		if err == nil {
+			err = chunk.VerifyLeaf(tree.ID(), int64(size), leaf, b, path)
+		}
+		if err != nil {
+			t.Errorf("size %d, leaf %d: %v", size, leaf, err)
+		}
+	}
+	gone := errors.New("the disk is gone")
+	if _, err := chunk.ReadTree(1<<20, func(_ []byte, at int64) error {
+		if at >= 500_000 {
+			return gone
+		}
+		return nil
+	}); err != gone {
+		t.Errorf("reading failed with %v", err)
+	}
+	for _, size := range []int64{-1, 0, chunk.MaxSize + 1} {
+		if _, err := chunk.ReadTree(size, func([]byte, int64) error { return nil }); err == nil {
+			t.Errorf("a chunk of %d bytes was read", size)
+		}
+	}
+}
+
 func TestVerifyLeafRefusesAnyChange(t *testing.T) {
 	rng := random(t)
 	for _, size := range sizes {

@@ -127,6 +127,28 @@ func NewTree(data []byte) (*Tree, error) {
 	return t, nil
 }
 
+// leavesAtOnce are read at one go: few enough to be in the processor's cache when they are hashed.
+const leavesAtOnce = 16
+
+// ReadTree is [NewTree] of a chunk of size bytes, which read fills in, in order and a part at
+// a time. An error of read is returned as it is.
+func ReadTree(size int64, read func(into []byte, at int64) error) (*Tree, error) {
+	if err := CheckSize(size); err != nil {
+		return nil, err
+	}
+	t := &Tree{data: make([]byte, size), leaves: make([]ID, LeafCount(size))}
+	h := sha256.New()
+	for i := range t.leaves {
+		if at := int64(i) * LeafSize; i%leavesAtOnce == 0 {
+			if err := read(t.data[at:min(at+leavesAtOnce*LeafSize, size)], at); err != nil {
+				return nil, err
+			}
+		}
+		t.leaves[i] = hashLeaf(h, t.leafBytes(i))
+	}
+	return t, nil
+}
+
 func (t *Tree) leafBytes(leaf int) []byte {
 	start := leaf * LeafSize
 	return t.data[start : start+leafLen(int64(len(t.data)), leaf)]

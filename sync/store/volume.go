@@ -219,12 +219,8 @@ func (v *Volume) readVerified(id chunk.ID) (*chunk.Tree, error) {
 // readOnce reads a chunk where it lies. The fault is what is wrong with it.
 func (v *Volume) readOnce(id chunk.ID, at place) (t *chunk.Tree, fault error) {
 	v.opt.hooks.reading()
-	data, err := v.readRecord(at)
-	if err != nil {
-		return nil, err
-	}
-	if t, err = chunk.NewTree(data); err != nil {
-		return nil, err
+	if t, fault = v.readTree(at); fault != nil {
+		return nil, fault
 	}
 	if t.ID() != id {
 		return nil, errors.New("its bytes have changed on disk")
@@ -238,9 +234,9 @@ func (v *Volume) openat(number uint32, flags int) (int, error) {
 	return unix.Openat(int(v.lock.Fd()), filepath.Join(chunksDir, segmentName(number)), flags|unix.O_CLOEXEC, 0)
 }
 
-// readRecord reads a chunk's bytes, by a system call: in mapped memory, a disk that hangs
-// would hold up the garbage collector, and with it the whole process.
-func (v *Volume) readRecord(at place) ([]byte, error) {
+// readTree reads a chunk's bytes and hashes them. It reads by system calls: in mapped memory, a
+// disk that hangs would hold up the garbage collector, and with it the whole process.
+func (v *Volume) readTree(at place) (*chunk.Tree, error) {
 	fd, err := v.openat(at.segment, unix.O_RDONLY)
 	if err != nil {
 		if errors.Is(err, unix.ENOENT) {
@@ -249,15 +245,16 @@ func (v *Volume) readRecord(at place) ([]byte, error) {
 		return nil, &readFault{"its segment cannot be opened", err}
 	}
 	defer unix.Close(fd)
-	raw := make([]byte, at.size)
-	switch err := v.readFull(fd, raw, int64(at.at)+recordHead); {
-	case errors.Is(err, errCut):
-		v.noteCut(at)
-		return nil, err
-	case err != nil:
-		return nil, &readFault{"the disk cannot be read there", err}
-	}
-	return raw, nil
+	return chunk.ReadTree(int64(at.size), func(into []byte, from int64) error {
+		switch err := v.readFull(fd, into, int64(at.at)+recordHead+from); {
+		case errors.Is(err, errCut):
+			v.noteCut(at)
+			return err
+		case err != nil:
+			return &readFault{"the disk cannot be read there", err}
+		}
+		return nil
+	})
 }
 
 // noteCut latches the volume if the segment of a record became shorter since it was opened:
