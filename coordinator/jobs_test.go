@@ -241,6 +241,8 @@ func TestWhoDoesNotGoOnIsNotWaitedForAlone(t *testing.T) {
 				d.on(wire.KindJobRun, func(o wire.Order) *reply {
 					if first.CompareAndSwap(nil, d) {
 						begun <- o
+					}
+					if first.Load() == d { // what it does not answer comes again
 						return nil
 					}
 					return d.compute(o, nil)
@@ -574,9 +576,11 @@ func TestJobsSurviveARestart(t *testing.T) {
 		attempts += len(r.Attempts)
 	}
 	seen := map[string]bool{}
+	runs.mu.Lock()
 	for _, o := range runs.orders {
 		seen[o.ID] = true
 	}
+	runs.mu.Unlock()
 	if len(seen) > attempts {
 		t.Errorf("%d orders were carried out, the tasks know of %d", len(seen), attempts)
 	}
@@ -585,7 +589,10 @@ func TestJobsSurviveARestart(t *testing.T) {
 // A task that takes far longer than the others is given to another device too.
 func TestAStragglerIsDoubled(t *testing.T) {
 	t.Parallel()
-	w := jobWorld(t)
+	// Longer than others are held up on a busy machine, and not so long as what makes a device silent.
+	const late = 30 * time.Second
+	w := openWith(t, t.TempDir(), func(c *Config) { hurried(c); c.jobPace.late = late })
+	t.Cleanup(w.Close)
 	ds := w.devices(t, 3)
 	files := w.prefixed(t, "s/", 20, 3)
 	var stuck atomic.Pointer[wire.Order]
@@ -599,13 +606,18 @@ func TestAStragglerIsDoubled(t *testing.T) {
 	}
 	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "s/"}, Verify: api.VerifyNone})
 	must(t, err)
+	eventually(t, "all but one are done", func() bool {
+		v, err := w.op.Job(testContext(t), j.ID, 0)
+		return err == nil && v.Succeeded == len(files)-1
+	})
+	w.advance(late)
 	got := w.gather(t, j.ID)
 	wantToy(t, files, got)
 	doubled := 0
 	for _, r := range got {
 		doubled += len(r.Attempts) - 1
 	}
-	if doubled < 1 || doubled > 3 {
+	if doubled != 1 {
 		t.Errorf("%d tasks were given to a second device", doubled)
 	}
 	o := stuck.Load()
@@ -620,8 +632,8 @@ func TestACanceledJobStopsWhatRuns(t *testing.T) {
 	w := jobWorld(t)
 	d := w.device(t)
 	w.prefixed(t, "c/", 5, 1)
-	begun := make(chan wire.Order, 5)
-	d.on(wire.KindJobRun, func(o wire.Order) *reply { begun <- o; return nil })
+	begun := make(chan wire.Order, 64) // with those that come again
+	d.on(wire.KindJobRun, func(o wire.Order) *reply { passOn(begun, o); return nil })
 	canceled := make(chan wire.Order, 5)
 	d.on(wire.KindOrderCancel, func(o wire.Order) *reply { canceled <- o; return &reply{state: wire.Succeeded} })
 	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "c/"}})
@@ -637,10 +649,10 @@ func TestACanceledJobStopsWhatRuns(t *testing.T) {
 	if err != nil || end.State != wire.Canceled || !strings.Contains(end.Reason, "not wanted") || end.Failed != 5 {
 		t.Errorf("%+v %v", end, err)
 	}
-	select {
-	case o := <-begun:
-		t.Errorf("order %s was begun after that", o.ID)
-	default:
+	for range len(begun) {
+		if late := <-begun; late.ID != o.ID {
+			t.Errorf("order %s was begun after that", late.ID)
+		}
 	}
 }
 
