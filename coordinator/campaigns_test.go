@@ -773,12 +773,15 @@ func TestACampaignIsHeldApprovedAndAborted(t *testing.T) {
 	for _, d := range devices {
 		r2.taker(d)
 	}
+	w.freeze() // it soaks until it is paused
 	c = r2.start(api.CampaignRequest{Phases: []api.CampaignPhase{{Count: 1, SoakSeconds: 0.2}, percent(100)}})
 	r2.steer(c.ID, api.CampaignPause)
-	n = r2.now(c.ID).Counts[api.StandsLater] + r2.now(c.ID).Counts[api.StandsDue]
-	if n < 5 {
+	left := r2.now(c.ID).Counts
+	if n = left[api.StandsLater] + left[api.StandsDue]; n < 5 {
 		t.Fatalf("%d are left", n)
 	}
+	w.frozen.Store(nil)
+	w.advance(time.Second)
 	r2.holds(c.ID, func(c api.Campaign) bool { return c.Counts[api.StandsLater]+c.Counts[api.StandsDue] >= 5 })
 	r2.steer(c.ID, api.CampaignResume)
 	r2.untilIs(c.ID, api.CampaignDone)
