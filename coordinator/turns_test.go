@@ -17,10 +17,13 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 	d, holder := w.device(t), w.device(t)
 	d.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: toyOnDevices, Slots: 1, MemoryBytes: 1 << 30, WallSeconds: 900})
 	holder.tell(&wire.JobsState{Host: 1, Orders: 1, Engine: toyOnDevices, Slots: 0, MemoryBytes: 1 << 30, WallSeconds: 900})
-	const files = 6
+	const files = 10
 	w.prefixed(t, "f/", files, 2)
 	var mu sync.Mutex
 	open, most, challenges := 0, 0, 0
+	stored := make(chan struct{})
+	store := sync.OnceFunc(func() { close(stored) })
+	t.Cleanup(store)
 	d.on(wire.KindJobRun, func(o wire.Order) *reply {
 		w.audits.honesty.mu.Lock()
 		_, is := w.audits.honesty.ours[o.ID]
@@ -33,6 +36,7 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 			challenges++
 		}
 		mu.Unlock()
+		<-stored
 		time.Sleep(quickTask + 50*time.Millisecond) // the task's work: quick ones may be ahead of the slots
 		mu.Lock()
 		open--
@@ -42,6 +46,7 @@ func TestAChallengeTakesAPlaceLikeATask(t *testing.T) {
 	j, err := w.op.StartJob(testContext(t), api.JobSpec{Module: w.module(t), Over: &api.JobOver{Prefix: "f/", PerChunk: true}, Verify: api.VerifyNone})
 	must(t, err)
 	w.prefixed(t, "f/more", 20, 2) // what challenges can be made of
+	store()
 	j, err = w.op.AwaitJob(testContext(t), j.ID, nil)
 	must(t, err)
 	mu.Lock()
