@@ -27,7 +27,8 @@ func (b *lateBody) Read(p []byte) (int, error) {
 // An operator's upload over a slow line, which takes longer to come than any call may,
 // is taken in; a call that takes as long is not.
 func TestAnOperatorsUploadMayTakeLongerThanACall(t *testing.T) {
-	const limit = time.Second
+	t.Parallel()
+	const limit = 5 * time.Second // a handshake falls under it too
 	w := openWith(t, t.TempDir(), func(c *Config) { c.readLimit = limit })
 	t.Cleanup(w.Close)
 	at, err := api.LoadContext(filepath.Join(w.dir, ContextFile))
@@ -40,24 +41,27 @@ func TestAnOperatorsUploadMayTakeLongerThanACall(t *testing.T) {
 		"a module": {http.MethodPut, "/modules/" + none, wire.CodeMismatch},
 		"a call":   {http.MethodPost, "/stripes", "timeout"},
 	} {
-		may := make(chan struct{})
-		time.AfterFunc(2*limit, func() { close(may) })
-		req, err := http.NewRequestWithContext(testContext(t), c.method, w.URL()+v1+c.path, &lateBody{may, strings.NewReader(strings.Repeat(" ", 1000))})
-		must(t, err)
-		req.ContentLength = 1000
-		req.Header.Set("Authorization", "Bearer "+at.Token)
-		resp, err := w.plain(nil).Do(req)
-		if err != nil {
-			if c.says != "timeout" {
-				t.Errorf("%s: %v", what, err)
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			may := make(chan struct{})
+			time.AfterFunc(2*limit, func() { close(may) })
+			req, err := http.NewRequestWithContext(testContext(t), c.method, w.URL()+v1+c.path, &lateBody{may, strings.NewReader(strings.Repeat(" ", 1000))})
+			must(t, err)
+			req.ContentLength = 1000
+			req.Header.Set("Authorization", "Bearer "+at.Token)
+			resp, err := w.plain(nil).Do(req)
+			if err != nil {
+				if c.says != "timeout" {
+					t.Error(err)
+				}
+				return
 			}
-			continue
-		}
-		raw, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if !strings.Contains(string(raw), c.says) {
-			t.Errorf("%s: %s %s", what, resp.Status, raw)
-		}
+			raw, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if !strings.Contains(string(raw), c.says) {
+				t.Errorf("%s %s", resp.Status, raw)
+			}
+		})
 	}
 }
 
