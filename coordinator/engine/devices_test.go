@@ -182,7 +182,7 @@ func TestNothingOfADeviceIsKept(t *testing.T) {
 			// The server takes back a refused subscription's consumer, and an
 			// acknowledged message, a moment after its answer.
 			var info *jetstream.StreamInfo
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 				s, err := w.keep.js.Stream(t.Context(), name)
 				must(t, err)
 				if info = s.CachedInfo(); info.State.Msgs == 0 && info.State.Consumers == consumers || time.Now().After(deadline) {
