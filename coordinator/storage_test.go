@@ -230,7 +230,7 @@ func TestASilentHolderIsPassedOver(t *testing.T) {
 	must(t, err)
 	devices[0].on(wire.KindChunkServe, silent)
 	// Both orders of asking: one reader at a time would wait twice as long.
-	w.storage.wait = 5 * time.Second // in which the other one does answer
+	w.storage.wait = 15 * time.Second // in which the other one does answer
 	defer func() { w.storage.wait = w.cfg.serve }()
 	for len(devices[0].orders) < 2 { // its own store order is the first
 		got, err := w.storage.read(testContext(t), id)
@@ -252,7 +252,7 @@ func TestASlowUploadIsWaitedFor(t *testing.T) {
 	id := chunk.Sum(data).String()
 	_, err := w.op.PutChunk(testContext(t), id, data, 1)
 	must(t, err)
-	const quiet, parts = 4 * time.Second, 12
+	const quiet, parts = 12 * time.Second, 12
 	w.storage.wait = quiet
 	d.on(wire.KindChunkServe, func(o wire.Order) *reply {
 		b, _ := wire.DecodeBody[wire.ChunkServe](o)
