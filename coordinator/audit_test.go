@@ -189,7 +189,7 @@ func TestSilenceIsNoLie(t *testing.T) {
 		d.hello()
 	}
 	// Also where the challenge has less time than its order; a job's is waited for further.
-	w.audits.limit = 500 * time.Millisecond
+	w.audits.limit = 4 * time.Second // in which a challenge is made
 	defer func() { w.audits.limit = callLimit }()
 	for kind, want := range map[api.AuditKind]api.AuditOutcome{api.StorageAudit: api.AuditUnreachable, api.ComputeAudit: api.AuditPending} {
 		a, err := w.audits.run(testContext(t), api.AuditRequest{Kind: kind, Device: d.id, Leaves: 5, Module: module})
