@@ -34,7 +34,7 @@ import (
 )
 
 // patience is how long an event may take.
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // until waits for what nobody announces to a client of the API.
 func until(t *testing.T, what string, ok func() bool) {
@@ -60,7 +60,7 @@ type audited struct {
 
 func newAudited(t *testing.T) *audited {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*patience)
 	t.Cleanup(cancel)
 	f := &audited{t: t, state: filepath.Join(t.TempDir(), "device"), chunks: map[string][]byte{}}
 	f.owner, f.client = startCoordinator(ctx, t)

@@ -236,7 +236,7 @@ func TestAPipeIsOfUnknownSizeAndCanBeGivenUp(t *testing.T) {
 	w, err := os.OpenFile(fifo, os.O_RDWR, 0) // and lets the open of before through
 	must(t, err)
 	defer w.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	f, size, err := openInput(ctx, fifo)
 	must(t, err)

@@ -43,7 +43,7 @@ func (d desk) publish(ctx context.Context, t *testing.T, change func(*releasePub
 // TestLogOfTheCoordinatorIsVerified, also after keys have changed, and what it shows
 // is compared with what was seen before.
 func TestLogOfTheCoordinatorIsVerified(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	d := aDesk(ctx, t)
 	d.publish(ctx, t, func(r *releasePublishCmd) { r.Bundle = aBundle(t, "1.0.0", "an agent") })
@@ -86,7 +86,7 @@ func TestLogOfTheCoordinatorIsVerified(t *testing.T) {
 
 // TestNothingIsSignedThatNobodySaw: without a terminal there is nobody to ask.
 func TestNothingIsSignedThatNobodySaw(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	d := aDesk(ctx, t)
 	d.publish(ctx, t, nil)

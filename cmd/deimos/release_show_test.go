@@ -71,7 +71,7 @@ func aBuilder(t *testing.T) (private, public string) {
 
 // TestAReleaseTellsWhatItIsAndWhoBuiltIt: as a bundle, and as the coordinator has it.
 func TestAReleaseTellsWhatItIsAndWhoBuiltIt(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	d := aDesk(ctx, t)
 	private, public := aBuilder(t)

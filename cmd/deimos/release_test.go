@@ -49,7 +49,7 @@ func TestOnlyWhatBelongsToARepositoryIsUploaded(t *testing.T) {
 // only metadata goes over the line, and of a release that shares a part with one
 // before it, not that part. What only has the name of what is there is not there.
 func TestWhatTheCoordinatorHasIsNotUploadedAgain(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	_, c := startCoordinator(ctx, t)
 	dir := t.TempDir()
@@ -109,7 +109,7 @@ func TestWhatTheCoordinatorHasIsNotUploadedAgain(t *testing.T) {
 // TestEachChangeOfKeysCanBeUploaded, also where what a stolen key was for is signed by the
 // new one alone; an old copy of the repository cannot, as devices would refuse all of it.
 func TestEachChangeOfKeysCanBeUploaded(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	_, c := startCoordinator(ctx, t)
 	must := func(err error) {
@@ -172,7 +172,7 @@ func TestEachChangeOfKeysCanBeUploaded(t *testing.T) {
 // the publisher still has the stolen key and signs by it, too: devices that have not come
 // to the new root read by it.
 func TestWhoWentFarAheadWithAStolenKeyIsOvertaken(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	must := func(err error) {
 		t.Helper()
