@@ -261,8 +261,18 @@ func btoi(b bool) int {
 // full is a standing of a device that is as trusted as can be.
 func full() Standing { return Standing{At: epoch, Right: 2 * trustedFrom, Proven: 2 * trustedFrom} }
 
-// atMost is how many of n may be missed where each is with p, but for one run in a million.
-func atMost(n int, p float64) int { return int(float64(n)*p+5*math.Sqrt(float64(n)*p)) + 1 }
+// atMost is how many of n may be missed where each is with p, but for one run in 10^9: by the
+// binomial distribution, whose tail is far longer than a normal one's where few are expected.
+func atMost(n int, p float64) int {
+	tail, one := 1.0, math.Pow(1-p, float64(n)) // more than k-1, and just k
+	for k := range n {
+		if tail -= one; tail < 1e-9 {
+			return k
+		}
+		one *= float64(n-k) / float64(k+1) * p / (1 - p)
+	}
+	return n
+}
 
 // Challenges alone find who lies, within what the table of docs/PROTOCOL.md says, in 99
 // of 100 cases.
