@@ -173,14 +173,28 @@ func TestNoRuleTellsAChallenge(t *testing.T) {
 				hits += btoi(ours[r.order.ID])
 			}
 		}
-		// Three standard deviations of guessing, and one for few.
-		most := float64(said)*share + 3*math.Sqrt(float64(said)*share*(1-share)) + 1
-		t.Logf("%q: %d of %d it says are challenges, by guessing %.1f", rule, hits, said, float64(said)*share)
-		if float64(hits) > most {
+		odds := byGuessing(all, n, said, hits)
+		t.Logf("%q: %d of %d it says are challenges, by guessing %.1f: as many once in %.3g", rule, hits, said, float64(said)*share, 1/odds)
+		if odds < 1e-8 { // nine rules: a false alarm in 10^7 runs
 			t.Errorf("%q tells challenges: %d of %d, by guessing %.1f", rule, hits, said, float64(said)*share)
 		}
 	}
 	t.Logf("%d challenges in %d orders", n, all)
+}
+
+// byGuessing is how likely hits or more of n challenges are among said orders, drawn of all: the
+// upper tail of the hypergeometric distribution.
+func byGuessing(all, n, said, hits int) (p float64) {
+	choose := func(n, k int) float64 { // its logarithm
+		a, _ := math.Lgamma(float64(n + 1))
+		b, _ := math.Lgamma(float64(k + 1))
+		c, _ := math.Lgamma(float64(n - k + 1))
+		return a - b - c
+	}
+	for k := max(hits, said-(all-n)); k <= min(n, said); k++ {
+		p += math.Exp(choose(n, k) + choose(all-n, said-k) - choose(all, said))
+	}
+	return p
 }
 
 // What a device was sent is known after a restart, of its customers and of challenges.
