@@ -460,7 +460,10 @@ func TestADeviceCannotTellAChallengeFromAJob(t *testing.T) {
 		t.Fatal(err)
 	}
 	job := next(t, jobs, "the customer's job")
-	before := len(d.orders)
+	before := map[string]bool{} // an order may come again
+	for range len(d.orders) {
+		before[(<-d.orders).ID] = true
+	}
 	if a, err := w.op.Audit(testContext(t), api.AuditRequest{Kind: api.ComputeAudit, Device: d.id, Module: module, Args: []string{"-x"}}); err != nil || a.Outcome != api.AuditRight {
 		t.Fatalf("%s %v", a.Outcome, err)
 	}
@@ -490,8 +493,10 @@ func TestADeviceCannotTellAChallengeFromAJob(t *testing.T) {
 		t.Errorf("a job lives %s, a challenge %s", a, b)
 	}
 	// Nor by what else it is asked for at that time.
-	if n := len(d.orders) - before; n != 1 {
-		t.Errorf("the challenge came with %d other orders", n-1)
+	for range len(d.orders) {
+		if o := <-d.orders; !before[o.ID] && o.ID != challenge.ID {
+			t.Errorf("the challenge came with an order for %s", o.Kind)
+		}
 	}
 	must(t, w.op.RemoveObject(testContext(t), "input"))
 }
