@@ -87,7 +87,7 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 
 	cut := make(chan struct{})
 	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
-		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).SetPingTimeout(patience).
 		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
 	d.token(c.Connect()) // takes the place of the connection before
 
@@ -100,7 +100,7 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 	refused := func(w *world) {
 		t.Helper()
 		c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
-			SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience))
+			SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).SetPingTimeout(patience))
 		if tok := c.Connect(); !tok.WaitTimeout(patience) || tok.Error() == nil {
 			c.Disconnect(0)
 			t.Error("it connects again")
@@ -142,7 +142,7 @@ func TestARetiredDeviceIsCutOffAtOnceAndForEver(t *testing.T) {
 func (d *device) holdLine(w *world) <-chan struct{} {
 	cut := make(chan struct{})
 	c := mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
-		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetTLSConfig(d.tls.Clone()).SetAutoReconnect(false).SetConnectTimeout(patience).SetPingTimeout(patience).
 		SetConnectionLostHandler(func(mqtt.Client, error) { close(cut) }))
 	d.token(c.Connect())
 	return cut

@@ -341,7 +341,8 @@ func (d *device) connect(w *world) {
 	d.mu.Unlock()
 	d.session = newNonce()
 	d.mqtt = mqtt.NewClient(mqtt.NewClientOptions().AddBroker("ssl://localhost:" + w.Broker()).SetClientID(string(d.id)).
-		SetTLSConfig(d.tls.Clone()).SetCleanSession(true).SetAutoReconnect(false).SetConnectTimeout(patience))
+		SetTLSConfig(d.tls.Clone()).SetCleanSession(true).SetAutoReconnect(false).SetConnectTimeout(patience).
+		SetKeepAlive(patience).SetPingTimeout(patience)) // a machine that stands still for ten seconds cuts no line
 	d.token(d.mqtt.Connect())
 	d.token(d.mqtt.Subscribe(wire.Topic(d.id, wire.ChannelOrder), 0, func(_ mqtt.Client, m mqtt.Message) { d.take(m.Payload()) }))
 	d.hello()

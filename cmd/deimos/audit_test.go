@@ -203,7 +203,7 @@ func (f *audited) liar(lies map[wire.Kind]func(wire.Order) wire.Report) ed25519.
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(m.CA)
 	cert, _ := pem.Decode(m.Certificate)
-	line := mqtt.NewClient(mqtt.NewClientOptions().AddBroker(m.Brokers[0]).SetClientID(string(f.id)).SetAutoReconnect(false).SetConnectTimeout(patience).
+	line := mqtt.NewClient(mqtt.NewClientOptions().AddBroker(m.Brokers[0]).SetClientID(string(f.id)).SetAutoReconnect(false).SetConnectTimeout(patience).SetPingTimeout(patience).
 		SetTLSConfig(&tls.Config{RootCAs: roots, Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Bytes}, PrivateKey: key}}}))
 	wait := func(tok mqtt.Token) {
 		t.Helper()

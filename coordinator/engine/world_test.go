@@ -353,7 +353,7 @@ func (w *world) options(d device, edit ...func(*mqtt.ClientOptions)) (*mqtt.Clie
 	}
 	o := mqtt.NewClientOptions().AddBroker("ssl://" + w.addr).SetClientID(string(d.id)).
 		SetTLSConfig(conf).SetProtocolVersion(4).SetAutoReconnect(false).SetConnectRetry(false).
-		SetConnectTimeout(patience).SetOrderMatters(true)
+		SetConnectTimeout(patience).SetPingTimeout(patience).SetOrderMatters(true)
 	o.SetDefaultPublishHandler(func(_ mqtt.Client, m mqtt.Message) { c.got <- m })
 	o.SetConnectionLostHandler(func(_ mqtt.Client, err error) { c.lost <- err })
 	o.SetCustomOpenConnectionFn(func(u *url.URL, o mqtt.ClientOptions) (net.Conn, error) {
