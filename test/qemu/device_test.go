@@ -24,8 +24,8 @@ import (
 const (
 	// bootLimit is how long a machine may take to say or do the next thing. It is a
 	// bound for a machine with much else to do, not a claim.
-	bootLimit = 4 * time.Minute
-	testLimit = 15 * time.Minute
+	bootLimit = 6 * time.Minute
+	testLimit = 40 * time.Minute
 	// diskSize is that of a small card. An agent that chooses the system's disk by
 	// itself leaves 8 GiB of it alone.
 	diskSize = 16 << 30
