@@ -38,7 +38,7 @@ const (
 	// chaosCalm is how long everybody has to be done after the storm. An agent
 	// waits up to a minute until it tries the broker again, and so does the
 	// coordinator with an order; then there is a queue to be worked off.
-	chaosCalm = 3 * time.Minute
+	chaosCalm = 8 * time.Minute
 	chaosLife = 20 * time.Minute // of an order, beyond the storm
 )
 

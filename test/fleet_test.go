@@ -23,7 +23,7 @@ import (
 )
 
 // testLimit bounds everything that one test waits for.
-const testLimit = 4 * time.Minute
+const testLimit = 10 * time.Minute
 
 func TestMain(m *testing.M) {
 	sideBySide()

@@ -28,7 +28,7 @@ type fleet struct {
 	mqtt    string
 }
 
-const stopLimit = 20 * time.Second
+const stopLimit = time.Minute
 
 // startFleet starts a coordinator in dir/coordinator at these addresses.
 func startFleet(ctx context.Context, bin, dir, https, mqtt string) (*fleet, error) {

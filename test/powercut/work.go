@@ -39,9 +39,9 @@ type work struct {
 
 const (
 	diskSize  = 3 << 30
-	bootLimit = 3 * time.Minute
-	putLimit  = 20 * time.Second
-	workLimit = 20 * time.Minute
+	bootLimit = 5 * time.Minute
+	putLimit  = 2 * time.Minute
+	workLimit = 40 * time.Minute
 )
 
 // worker is a recording that is made.

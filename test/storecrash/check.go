@@ -143,7 +143,7 @@ func verify(v *store.Volume, want map[chunk.ID]state) error {
 	return nil
 }
 
-const settleLimit = 20 * time.Second
+const settleLimit = time.Minute
 
 // exact compares the dead bytes with the files. Segments may be emptied meanwhile, so that
 // both must agree once while nothing changes.
