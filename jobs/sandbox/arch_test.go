@@ -28,7 +28,7 @@ func TestSameBytesOnArm64(t *testing.T) {
 	}
 	s := Spec{
 		Module: wordcountModule, Input: input, CacheDir: sharedCache,
-		Limits: wire.JobLimits{CPUSeconds: 300, WallSeconds: 300},
+		Limits: wire.JobLimits{CPUSeconds: 600, WallSeconds: 1800},
 	}
 	here := mustRun(t, s)
 	there, err := (&Runner{Executable: qemu, prefix: []string{worker}}).Run(t.Context(), s)

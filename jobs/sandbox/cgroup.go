@@ -33,7 +33,7 @@ const (
 
 	ownLeaf     = "deimos-agent" // where the agent goes, as who has children with controllers has no processes
 	jobsPrefix  = "deimos-jobs-"
-	removeLimit = 2 * time.Second
+	removeLimit = 20 * time.Second
 	cpuPeriod   = 100 * time.Millisecond
 	cpuLeast    = time.Millisecond // of a period: less, the kernel refuses
 )

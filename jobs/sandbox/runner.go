@@ -42,6 +42,10 @@ const (
 	maxPaths   = 512 << 10 // bytes of all of them together
 )
 
+// pipeDelay is how long after a worker's end its pipes are read, should something outside its
+// group hold them.
+var pipeDelay = 20 * time.Second
+
 // Spec is one job.
 type Spec struct {
 	Module   string   // path of the WebAssembly file
@@ -495,7 +499,7 @@ func (r *Runner) start(s Spec, module *os.File, cacheDir string) (*child, error)
 		if inGroup {
 			cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.group.folder.Fd())
 		}
-		cmd.WaitDelay = 5 * time.Second // for the pipes, should something outside the group hold them
+		cmd.WaitDelay = pipeDelay
 		return cmd
 	}
 	c.group, err = r.Cgroups.make(s.Limits, s.CompileBytes)
@@ -682,10 +686,12 @@ func (c *child) kill(why error) error {
 
 // cpuTime reads the child's CPU clock: all its threads, to the nanosecond. The
 // number of a process's clock is made as clock_getcpuclockid(3) does.
-func (c *child) cpuTime() time.Duration {
+func (c *child) cpuTime() time.Duration { return cpuOf(c.cmd.Process.Pid) }
+
+func cpuOf(pid int) time.Duration {
 	const schedClock = 2 // CPUCLOCK_SCHED
 	var ts unix.Timespec
-	if unix.ClockGettime(int32(^c.cmd.Process.Pid)<<3|schedClock, &ts) != nil {
+	if unix.ClockGettime(int32(^pid)<<3|schedClock, &ts) != nil {
 		return 0 // dead; the exit is about to be seen
 	}
 	return time.Duration(ts.Nano())
@@ -710,7 +716,7 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		return Result{}, failure(WorkerFailed, "the worker %d was killed but does not go; look for disk errors in the kernel's log", c.cmd.Process.Pid)
 	}
 	_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL) // whatever else is in the group
-	_ = c.cmd.Wait()                                // how it ended is read from the state below
+	waited := c.cmd.Wait()                          // how it ended is read from the state below
 	c.page.Close()
 	ranOut, peak := c.group.ranOut(), c.group.peak()
 	if err := c.group.remove(); err != nil && why == nil {
@@ -754,6 +760,10 @@ func (c *child) reap(why error, l wire.JobLimits) (Result, error) {
 		return res, c.crash(res, lastCrash(stderr), l)
 	case c.end.Cause != "":
 		return res, &Error{Cause: c.end.Cause, ExitCode: c.end.ExitCode, Reason: withLastWords(c.end, res.Stderr)}
+	}
+	var exit *exec.ExitError
+	if waited != nil && !errors.As(waited, &exit) { // else half an output would be signed
+		return res, failure(WorkerFailed, "what the job wrote could not be read to its end: %v; run it again", waited)
 	}
 	res.Output = c.stdout.bytes()
 	return res, nil

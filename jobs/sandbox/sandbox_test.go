@@ -53,13 +53,22 @@ func wantCause(t testing.TB, err error, cause Cause, state wire.State, code stri
 }
 
 func TestEndlessLoopEndsAtTheWallLimit(t *testing.T) {
-	res, err := run(t, Spec{Module: endless.file(t), Limits: wire.JobLimits{WallSeconds: 0.3, CPUSeconds: 60}})
-	e := wantCause(t, err, LimitWall, wire.TimedOut, wire.CodeLimit)
-	if !strings.Contains(e.Reason, "0.3s") {
-		t.Errorf("%q does not name the limit", e.Reason)
-	}
-	if res.Wall < 300*time.Millisecond || res.CPU == 0 || res.MaxRSS == 0 || res.Engine == "" {
-		t.Errorf("a killed job is not metered: %+v", res)
+	// A machine that has too much to do may not have begun with it by then.
+	for limit := 0.3; ; limit *= 4 {
+		res, err := run(t, Spec{Module: endless.file(t), Limits: wire.JobLimits{WallSeconds: limit, CPUSeconds: 60}})
+		e := wantCause(t, err, LimitWall, wire.TimedOut, wire.CodeLimit)
+		if !strings.Contains(e.Reason, fmt.Sprintf("%gs", limit)) {
+			t.Errorf("%q does not name the limit", e.Reason)
+		}
+		if res.Wall < seconds(limit) {
+			t.Errorf("killed after %v", res.Wall)
+		}
+		if res.CPU != 0 && res.MaxRSS != 0 && res.Engine != "" {
+			return
+		}
+		if limit > 30 {
+			t.Fatalf("a killed job is not metered: %+v", res)
+		}
 	}
 }
 
@@ -97,8 +106,9 @@ func TestMemoryBombEndsAtTheMemoryLimit(t *testing.T) {
 	if !strings.Contains(e.Reason, "48 MiB") {
 		t.Errorf("%q does not name the limit", e.Reason)
 	}
-	// The bomb touches each page of 64 KiB once, which is one of 4 KiB to the kernel.
-	if extra := res.MaxRSS - idle.MaxRSS; extra > limit {
+	// The bomb touches each page of 64 KiB once, which is one of 4 KiB to most kernels; what
+	// the engine takes is not the same each time.
+	if extra := res.MaxRSS - idle.MaxRSS; extra > limit+32<<20 {
 		t.Errorf("%d bytes of memory for a limit of %d", extra, limit)
 	}
 }
@@ -155,6 +165,18 @@ func TestOutputBombEndsAtTheOutputLimit(t *testing.T) {
 		if !strings.Contains(e.Reason, limit) || len(res.Output) != 0 {
 			t.Errorf("descriptor %d: %q, and %d bytes handed on", fd, e.Reason, len(res.Output))
 		}
+	}
+}
+
+// Somebody holds the pipe after the worker's end: whether all of the output came is not known.
+func TestOutputThatMayBeHalfIsNone(t *testing.T) {
+	defer func(d time.Duration) { pipeDelay = d }(pipeDelay)
+	pipeDelay = 10 * time.Millisecond
+	r := Runner{Executable: "/bin/sh", prefix: []string{"-c", `setsid sleep 3 & exec "$0" "$@"`, runner.Executable}}
+	res, err := r.Run(t.Context(), Spec{Module: wasm{}.file(t)})
+	wantCause(t, err, WorkerFailed, wire.Failed, wire.CodeInternal)
+	if res.Output != nil || !strings.Contains(err.Error(), "to its end") {
+		t.Errorf("%q, %v", res.Output, err)
 	}
 }
 
