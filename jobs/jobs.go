@@ -113,6 +113,8 @@ type Service struct {
 	disk    disk
 	nudge   chan struct{} // capacity 1: Watch looks at once
 
+	toPause, atEnd time.Duration // graceToPause and graceAtEnd
+
 	// Of weigh.
 	before policy.Before
 	word   policy.Word
@@ -146,7 +148,7 @@ func New(o Options) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the cache of job modules: %w", err)
 	}
-	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job), turned: make(chan struct{}), disk: disk{free: freeOn}}
+	s := &Service{o: o, modules: modules, nudge: make(chan struct{}, 1), jobs: make(map[string]*job), turned: make(chan struct{}), disk: disk{free: freeOn}, toPause: graceToPause, atEnd: graceAtEnd}
 	if err := sweep(s.workDir(), o.Now()); err != nil {
 		o.Log.Warn("what jobs have left cannot be removed", "error", err)
 	}
@@ -380,7 +382,7 @@ func (s *Service) runOnce(ctx context.Context, j *job, spec sandbox.Spec) (sandb
 		if cause := context.Cause(ctx); !final(cause) && spec.Control.Saves() {
 			spec.Control.Continue()
 			spec.Control.AskCheckpoint()
-			j.awaitCheckpoint(running, graceAtEnd)
+			j.awaitCheckpoint(running, s.atEnd)
 		}
 		stop(context.Cause(ctx))
 	})()

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -174,7 +175,32 @@ func device(t *testing.T, p policy.Policy) (*Service, *origin, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A machine that has too much to do may take as long for a checkpoint.
+	s.toPause, s.atEnd = 2*time.Minute, 2*time.Minute
 	return s, o, dir
+}
+
+// eventually waits for what no event announces.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("did not come: %s", what)
+		}
+	}
+}
+
+// workers are the states of this process's children; see proc_pid_stat(5).
+func workers() (states []string) {
+	paths, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, path := range paths {
+		stat, _ := os.ReadFile(path) // it may have ended
+		_, after, _ := bytes.Cut(stat, []byte(") "))
+		if f := strings.Fields(string(after)); len(f) > 1 && f[1] == strconv.Itoa(os.Getpid()) {
+			states = append(states, f[0])
+		}
+	}
+	return states
 }
 
 func digest(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }

@@ -197,7 +197,7 @@ func (s *Service) apply(d policy.Decision) {
 			control.Continue()
 			j.runs()
 		case !d.Run:
-			j.hold(control, d)
+			j.hold(control, d, s.toPause)
 		}
 	}
 }
@@ -237,8 +237,8 @@ func (s *Service) pass(ctx context.Context, j *job, took time.Duration) error {
 	}
 }
 
-// hold lets a job stand still, after a checkpoint if it can make one.
-func (j *job) hold(control *sandbox.Control, d policy.Decision) {
+// hold lets a job stand still, after a checkpoint if it can make one within grace.
+func (j *job) hold(control *sandbox.Control, d policy.Decision, grace time.Duration) {
 	fresh := j.held.IsZero()
 	if fresh {
 		j.held = time.Now()
@@ -251,7 +251,7 @@ func (j *job) hold(control *sandbox.Control, d policy.Decision) {
 	if j.whyNot() == nil || j.whyNot().Reason != d.Reason {
 		j.waits(waits(d))
 	}
-	if control.Saves() && time.Since(j.held) < graceToPause && len(j.saved) == 0 {
+	if control.Saves() && time.Since(j.held) < grace && len(j.saved) == 0 {
 		return // Watch comes back
 	}
 	control.Suspend()
