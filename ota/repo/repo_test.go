@@ -542,7 +542,7 @@ func TestAnotherPlaceIsAskedWhenOneFails(t *testing.T) {
 		dir := t.TempDir()
 		source := NewMirrors(HTTP{Client: s.Client(), Base: s.URL}, good)
 		c, err := NewClient(ClientOptions{Dir: dir, Root: f.root(), Source: source,
-			Limits: Limits{Metadata: 2 * time.Second, Window: 2 * time.Second, MinBytes: 1, Attempts: 2, Pause: time.Millisecond}})
+			Limits: Limits{Metadata: 2 * time.Second, Window: 2 * time.Second, MinBytes: 1, Attempts: 6, Pause: time.Millisecond}})
 		must(t, err)
 		if err := c.FetchPart(t.Context(), form, filepath.Join(dir, "part"), nil); err != nil {
 			t.Errorf("%s: a part: %v", name, err)
