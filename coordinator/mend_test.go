@@ -529,7 +529,7 @@ func TestWhoLeavesServesAndWhoIsAwayKeeps(t *testing.T) {
 	ch := w.putFile(t, "two", someBytes(3000), 2).Chunks[0]
 	for i, d := range devices {
 		must(t, w.repairs.drains.rows.create(ctx, string(d.id), drainRow{Device: d.id, Began: w.now()}))
-		_, err := w.repairs.fetch(ctx, ch, nil)
+		_, err := w.repairs.fetch(ctx, ch, new([]liar))
 		must(t, err)
 		must(t, w.repairs.drains.cancel(ctx, d.id))
 		if served[i].Load() != 1 || served[1-i].Load() != int32(i) {
