@@ -134,7 +134,7 @@ func TestJobsAsACustomerRunsThem(t *testing.T) {
 		if said := f.Fails(nil, 1, "job", "run", module, "--arg=walk", "--dataset", "d=mine/../../etc", "--retries", "0"); !strings.Contains(said, "does not lead below") {
 			t.Errorf("it says %q", said)
 		}
-		if said := f.Fails(nil, 1, "job", "run", module, "--arg=walk", "--dataset", "d=theirs", "--deadline", "3s"); !strings.Contains(said, "has not opened the dataset theirs") {
+		if said := f.Fails(nil, 1, "job", "run", module, "--arg=walk", "--dataset", "d=theirs", "--deadline", "10s"); !strings.Contains(said, "has not opened the dataset theirs") {
 			t.Errorf("it says %q", said)
 		}
 	})

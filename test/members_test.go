@@ -30,6 +30,9 @@ const effect = "test.effect"
 // slowEffect takes longer than any test waits: what ends it is something else.
 const slowEffect = `{"before":50000000000}`
 
+// endlessEffect is for what must not have ended when it is looked at.
+const endlessEffect = `{"before":3000000000000}`
+
 // effectAgent has the fleet's devices run test/chaosagent.
 func effectAgent(f *fleet) {
 	f.T.Helper()
@@ -475,7 +478,7 @@ func TestOrdersAreListedAndCanceled(t *testing.T) {
 	f.enrol(2, false)
 	works, away := f.devices[0], f.devices[1]
 	f.OK(nil, "device", "set", "--device", string(works.id), "--set-group", "busy", "--set-label", "site=here")
-	running := works.send(effect, slowEffect)
+	running := works.send(effect, endlessEffect)
 	f.awaitOrder(running, wire.Running)
 	away.stop()
 	queued := away.send(effect)

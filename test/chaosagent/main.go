@@ -78,7 +78,7 @@ func run(given agent.Config) error {
 		return err
 	}
 	defer e.close()
-	cfg.Routes = map[wire.Kind]agent.Route{"test.effect": {Handle: e.handle, AtOnce: 8, Limit: time.Minute}}
+	cfg.Routes = map[wire.Kind]agent.Route{"test.effect": {Handle: e.handle, AtOnce: 8, Limit: time.Hour}}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	return agent.Run(ctx, cfg)

@@ -26,7 +26,7 @@ type Fleet struct {
 	Dir   string          // the coordinator's state, logs, files
 	HTTPS string          // where it listens
 	MQTT  string
-	Beat  string
+	Beat  string   // of devices; who misses three is offline, so that it must not be short where processes starve
 	NATS  string   // URL of an external server; "" for the embedded one
 	Flags []string // more of the coordinator's
 
@@ -39,7 +39,7 @@ type Fleet struct {
 // NewFleet is a fleet on addresses of its own, which has limit for everything.
 func NewFleet(t *testing.T, limit time.Duration) *Fleet {
 	t.Helper()
-	f := &Fleet{T: t, Dir: t.TempDir(), Beat: "1s", HTTPS: FreeAddress(t), MQTT: FreeAddress(t)}
+	f := &Fleet{T: t, Dir: t.TempDir(), Beat: "3s", HTTPS: FreeAddress(t), MQTT: FreeAddress(t)}
 	var cancel context.CancelFunc
 	f.Ctx, cancel = context.WithTimeout(context.Background(), limit)
 	t.Cleanup(cancel)
