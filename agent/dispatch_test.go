@@ -98,7 +98,8 @@ func startRig(t testing.TB, owner *authority, id Identity, dir string, handle wi
 	if r.dispatcher, err = newDispatcher(u); err != nil {
 		t.Fatal(err)
 	}
-	r.quiet = 0 // every report at once: most tests follow an order by them
+	r.quiet = 0        // every report at once: most tests follow an order by them
+	r.patience = limit // a handler that is slow to hear of its end is not deaf
 	t.Cleanup(r.stop)
 	return r
 }
@@ -678,12 +679,24 @@ func TestHandlerOverItsLimitIsTimedOut(t *testing.T) {
 }
 
 func TestHandlerMayNotOutlastItsOrder(t *testing.T) {
+	var mu sync.Mutex
+	at := time.Now()
 	r := newRig(t, func(ctx context.Context, _ wire.Order, _ func(wire.Progress)) (wire.Outcome, error) {
 		<-ctx.Done()
 		return wire.Outcome{}, ctx.Err()
+	}, func(u *duties) {
+		u.clock = NewClock(time.Time{})
+		u.clock.system = func() time.Time { mu.Lock(); defer mu.Unlock(); return at }
+		u.clock.Trust(at, 0)
 	})
 	o := r.order("a")
-	o.Expires = time.Now().Add(500 * time.Millisecond)
+	r.onPublish = func(rep wire.Report) { // so long before it expires
+		mu.Lock()
+		defer mu.Unlock()
+		if rep.State == wire.Queued {
+			at = o.Expires.Add(-100 * time.Millisecond)
+		}
+	}
 	r.give(o)
 	if rep := r.ends("a"); rep.State != wire.TimedOut {
 		t.Errorf("got %+v", rep)

@@ -20,7 +20,7 @@ import (
 )
 
 // limit is how long a test waits for an event before it fails.
-const limit = time.Minute
+const limit = 2 * time.Minute
 
 // authority is a fleet's CA with its order-signing key.
 type authority struct {
