@@ -637,6 +637,7 @@ func TestSuspendedJobTakesNothing(t *testing.T) {
 	if now := cpuOf(worker); now != before || now == 0 {
 		t.Errorf("it took %v of CPU, and %v more while suspended", before, now-before)
 	}
+	seen := s.Control.CPU()
 	s.Control.Continue()
 	e := <-done
 	wantCause(t, e.err, LimitWall, wire.TimedOut, wire.CodeLimit)
@@ -644,8 +645,8 @@ func TestSuspendedJobTakesNothing(t *testing.T) {
 	if e.res.Suspended < still || e.res.Wall < time.Second || e.res.Wall+e.res.Suspended > all {
 		t.Errorf("%v wall and %v suspended, of %v", e.res.Wall, e.res.Suspended, all)
 	}
-	if e.res.CPU <= before {
-		t.Errorf("%v of CPU in all, %v before it was suspended", e.res.CPU, before)
+	if e.res.CPU <= seen {
+		t.Errorf("%v of CPU in all, %v before it was suspended", e.res.CPU, seen)
 	}
 }
 
