@@ -29,7 +29,7 @@ import (
 	"github.com/deimos-edge/deimos/wire"
 )
 
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // The real launcher, and the stand-in agent, with crash points.
 var launcherBin, agentBin []byte
