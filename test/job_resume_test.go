@@ -19,7 +19,7 @@ import (
 // once, as if nothing had happened.
 func TestAJobOutlivesItsAgentAndItsCoordinator(t *testing.T) {
 	t.Parallel()
-	const steps = 1000
+	const steps = 3000 // of some milliseconds: it must not be done when it is paused
 	f := newFleet(t)
 	f.enrol(1, false)
 	d := f.devices[0]
