@@ -148,7 +148,7 @@ func (v *Volume) hand(ctx context.Context, r *request) error {
 		return v.hung()
 	}
 	r.done = make(chan error, 1)
-	limit := writePatience * v.opt.hooks.patience
+	limit := writePatience * v.opt.hooks.patience()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {

@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -23,6 +24,7 @@ import (
 // ownDisk is an ext4 on a loop device.
 type ownDisk struct {
 	device, mount string
+	guarded       io.Writer // a line to its guard: from now on it may hang
 }
 
 // newDisk makes one of what backing, which has an ext4 on it, holds. The file is that
@@ -45,14 +47,14 @@ func newDisk(t *testing.T, backing string, daemon ...int) *ownDisk {
 
 // hangsMost is how long a disk may hang: who waits for it in mapped memory holds up
 // all of this process, the test and its time limit too.
-const hangsMost = 45 * time.Second
+const hangsMost = 2 * time.Minute
 
 // guard has a process of its own take the disk away if this one dies, and have a
-// stopped daemon go on in time whatever becomes of this one: killed while it waits for
+// daemon that is stopped from the moment it is told go on in time whatever becomes of this one: killed while it waits for
 // the disk, it does not end before.
 func (d *ownDisk) guard(t *testing.T, daemon ...int) {
 	t.Helper()
-	const script = `timeout "$1" cat; test -z "$4" || kill -CONT "$4"; cat; umount -l "$3"; losetup -d "$2"; test -z "$4" || kill "$4"`
+	const script = `read hangs && timeout "$1" cat; test -z "$4" || kill -CONT "$4"; cat; umount -l "$3"; losetup -d "$2"; test -z "$4" || kill "$4"`
 	args := []string{"-c", script, "sh", fmt.Sprint(hangsMost.Seconds()), d.device, d.mount}
 	for _, pid := range daemon {
 		args = append(args, fmt.Sprint(pid))
@@ -66,6 +68,7 @@ func (d *ownDisk) guard(t *testing.T, daemon ...int) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.guarded = alive
 	t.Cleanup(func() { // when all is taken away
 		_ = cmd.Process.Kill()
 		_ = alive.Close()
@@ -83,7 +86,7 @@ func (d *ownDisk) attach(t *testing.T) {
 
 // detach waits for who still has files open; a volume that did not close has them.
 func (d *ownDisk) detach() {
-	for range 100 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		if err := unix.Unmount(d.mount, 0); err != unix.EBUSY {
 			return
 		}
@@ -247,7 +250,13 @@ func slowDisk(t *testing.T) (d *ownDisk, hang, answer func()) {
 		return err == nil && info.Size() > 0
 	})
 	d = newDisk(t, disk, cmd.Process.Pid)
-	return d, func() { send(syscall.SIGSTOP) }, func() { send(syscall.SIGCONT) }
+	hang = func() {
+		if _, err := fmt.Fprintln(d.guarded); err != nil {
+			t.Fatal(err)
+		}
+		send(syscall.SIGSTOP)
+	}
+	return d, hang, func() { send(syscall.SIGCONT) }
 }
 
 // A disk that answers no read and no write, as one with a broken cable does for
@@ -256,10 +265,12 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	rng := rand.New(rand.NewPCG(testenv.Seed(t), 0))
 	d, hang, answer := slowDisk(t)
 	store := filepath.Join(d.mount, "store")
-	hasty := Options{FloorBytes: -1, Capacity: 100 << 20, SegmentBytes: 8 << 20}
-	hasty.hooks.patience = 200 * time.Millisecond
-	bad := open1(t, store, Options{FloorBytes: -1, Capacity: 100 << 20, SegmentBytes: 8 << 20})
-	patient := Options{FloorBytes: -1, Capacity: 50 << 20}
+	wait := &hasty{least: 200 * time.Millisecond}
+	opt := noFloor
+	opt.Capacity, opt.SegmentBytes, opt.hooks.patience = 100<<20, 8<<20, wait.patience
+	bad := open1(t, store, opt)
+	patient := noFloor
+	patient.Capacity = 50 << 20
 	good := open1(t, t.TempDir(), patient)
 	held := map[chunk.ID][]byte{}
 	var onBoth chunk.ID
@@ -280,10 +291,11 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	mustClose(t, bad)
 	d.detach()
 	d.attach(t)
-	bad = open1(t, store, hasty)
+	bad = open1(t, store, opt)
 	s := NewSet(bad, good)
 	t.Cleanup(answer) // before all is closed
 
+	wait.hangs.Store(true)
 	hang()
 	var reads sync.WaitGroup
 	for _, id := range cold { // more than are let through at once
@@ -318,8 +330,9 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 		t.Fatal("what hangs is called lost")
 	}
 
+	wait.hangs.Store(false)
 	answer()
-	for id, data := range held { // it may be slow for a while
+	for id, data := range held { // who came before may have to be waited for
 		eventually(t, "a chunk is read again", func() bool {
 			got, err := bad.Get(t.Context(), id)
 			return err == nil && bytes.Equal(got, data)
@@ -327,8 +340,7 @@ func TestADiskThatHangsHoldsUpNoOtherAndComesBack(t *testing.T) {
 	}
 	eventually(t, "a chunk is taken again", func() bool { return bad.Put(t.Context(), id, data) == nil })
 	mustClose(t, bad)
-	hasty.hooks.patience = 0
-	bad = open1(t, store, hasty)
+	bad = open1(t, store, opt)
 	held[id] = data
 	for id, data := range held {
 		mustHold(t, bad, id, data)

@@ -5,7 +5,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,21 +19,22 @@ import (
 // cannot is told so in a bounded time.
 func TestAHungVolumeHoldsUpNoOther(t *testing.T) {
 	rng := random(t)
-	var hangs atomic.Bool
+	wait := &hasty{least: 50 * time.Millisecond}
 	release := make(chan struct{})
 	stuck := func() {
-		if hangs.Load() {
+		if wait.hangs.Load() {
 			<-release
 		}
 	}
-	opt := Options{FloorBytes: -1, Capacity: 100 << 20}
-	opt.hooks.patience = 50 * time.Millisecond
+	opt := noFloor
+	opt.Capacity = 100 << 20
+	opt.hooks.patience = wait.patience
 	opt.hooks.statfs = func(dir string, st *unix.Statfs_t) error { stuck(); return unix.Statfs(dir, st) }
 	opt.hooks.fdatasync = func(f *os.File) error { stuck(); return fdatasync(f) }
 	opt.hooks.reading = stuck
 	bad := open1(t, t.TempDir(), opt)
-	patient := Options{FloorBytes: -1, Capacity: 50 << 20}
-	patient.hooks.patience = 2 * time.Second
+	patient := noFloor
+	patient.Capacity = 50 << 20
 	good := open1(t, t.TempDir(), patient)
 	var once sync.Once
 	free := func() { once.Do(func() { close(release) }) }
@@ -48,7 +48,7 @@ func TestAHungVolumeHoldsUpNoOther(t *testing.T) {
 	mustPut(t, good, onBoth, bothData)
 	mustPut(t, good, onGood, goodData)
 
-	hangs.Store(true)
+	wait.hangs.Store(true)
 	for range 2 { // the first time it is found out
 		if got, err := s.Get(t.Context(), onBoth); err != nil || chunk.Sum(got) != onBoth {
 			t.Fatalf("what lies on a good disk too: %v", err)
@@ -79,7 +79,7 @@ func TestAHungVolumeHoldsUpNoOther(t *testing.T) {
 	if len(s.Lost()) != 0 {
 		t.Fatal("what hangs is called lost")
 	}
-	hangs.Store(false)
+	wait.hangs.Store(false)
 	free()
 	eventually(t, "the disk answers again", func() bool { return bad.hangs.Load() == 0 })
 	if got, err := s.Get(t.Context(), onBad); err != nil || chunk.Sum(got) != onBad {

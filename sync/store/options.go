@@ -48,7 +48,7 @@ type hooks struct {
 	bootID    func() (string, error)
 	// pace waits before so many bytes are moved; nil means the volume's own way.
 	pace     func(ctx context.Context, bytes int64) error
-	patience time.Duration // 0: the default
+	patience func() time.Duration // nil: the default
 	pread    func(fd int, into []byte, at int64) (int, error)
 	reading  func() // a chunk's place is known, its bytes are not read yet
 	atOnce   int    // changes of the index in one transaction; 0: the default
@@ -77,8 +77,8 @@ func (h hooks) orReal() hooks {
 	if h.checkpoint == 0 {
 		h.checkpoint = checkpointAfter
 	}
-	if h.patience == 0 {
-		h.patience = patience
+	if h.patience == nil {
+		h.patience = func() time.Duration { return patience }
 	}
 	if h.reading == nil {
 		h.reading = func() {}

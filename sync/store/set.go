@@ -157,7 +157,7 @@ func first[T any](ctx context.Context, s *Set, id chunk.ID, try func(context.Con
 	start()
 	for got := 0; got < next; {
 		v := volumes[next-1]
-		patience := time.NewTimer(v.opt.hooks.patience)
+		patience := time.NewTimer(v.opt.hooks.patience())
 		select {
 		case a := <-answers:
 			patience.Stop()

@@ -45,6 +45,10 @@ func random(t testing.TB) *rand.Rand {
 	return rand.New(rand.NewPCG(testenv.Seed(t), 0))
 }
 
+// shortest is the least size, in bytes, of chunks whose size is random: of one byte there would be
+// two alike now and then, and their bytes would be found in others.
+const shortest = 16
+
 func someChunk(rng *rand.Rand, size int) (chunk.ID, []byte) {
 	data := make([]byte, size)
 	for i := 0; i < size; i += 8 {
@@ -57,8 +61,23 @@ func someChunk(rng *rand.Rand, size int) (chunk.ID, []byte) {
 	return chunk.Sum(data), data
 }
 
-// noFloor leaves the test independent of how full this machine's disk is.
-var noFloor = Options{FloorBytes: -1}
+// noFloor leaves the test independent of how full this machine's disk is, and of how long it
+// takes: no checkpoint begins because nothing was written for a while, and no disk counts as
+// hanging because the machine is busy.
+var noFloor = Options{FloorBytes: -1, hooks: hooks{checkpoint: time.Hour, patience: (*hasty)(nil).patience}}
+
+// hasty is the patience that a test has with a disk: much, but while that is to hang.
+type hasty struct {
+	least time.Duration
+	hangs atomic.Bool
+}
+
+func (h *hasty) patience() time.Duration {
+	if h != nil && h.hangs.Load() {
+		return h.least
+	}
+	return time.Minute
+}
 
 func open1(t testing.TB, dir string, opt Options) *Volume {
 	t.Helper()
@@ -328,7 +347,7 @@ func TestCountersStayExactWithoutAWalk(t *testing.T) {
 	held := map[chunk.ID][]byte{}
 	pool := map[chunk.ID][]byte{}
 	for range 12 {
-		id, data := someChunk(rng, 1+rng.IntN(20_000))
+		id, data := someChunk(rng, shortest+rng.IntN(20_000))
 		pool[id] = data
 	}
 	for round := range 120 {
@@ -385,7 +404,7 @@ func TestPutsAndDropsFromManySides(t *testing.T) {
 	}
 	pieces := make([]piece, 24)
 	for i := range pieces {
-		pieces[i].id, pieces[i].data = someChunk(rng, 1+rng.IntN(50_000))
+		pieces[i].id, pieces[i].data = someChunk(rng, shortest+rng.IntN(50_000))
 	}
 	var all sync.WaitGroup
 	for w := range 6 {
@@ -651,7 +670,7 @@ func childThatPuts(dir string) {
 		go func() {
 			for i := uint64(0); ; i++ {
 				rng := rand.New(rand.NewPCG(w, i))
-				size := 1 + rng.IntN(200_000)
+				size := shortest + rng.IntN(200_000)
 				id, data := someChunk(rng, size)
 				if err := v.Put(context.Background(), id, data); err != nil {
 					fmt.Println(err)

@@ -37,7 +37,7 @@ func TestWhatSaysNothingOfTheBytesIsNoLoss(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var failing atomic.Bool
-			opt := Options{}
+			opt := noFloor
 			opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
 				if failing.Load() && tc.fails(at) {
 					return -1, tc.err
@@ -64,7 +64,7 @@ func TestWhatSaysNothingOfTheBytesIsNoLoss(t *testing.T) {
 
 // TestWithoutDescriptorsNothingIsLost, in the real case.
 func TestWithoutDescriptorsNothingIsLost(t *testing.T) {
-	v := open1(t, t.TempDir(), Options{})
+	v := open1(t, t.TempDir(), noFloor)
 	id, data := someChunk(random(t), 100_000)
 	mustPut(t, v, id, data)
 	var was unix.Rlimit
@@ -119,7 +119,7 @@ func TestRootDropsWhereItAloneHasRoom(t *testing.T) {
 // TestWhatCannotBeReadGetsNoReceipt: that a chunk is in the index is no proof that it is whole.
 func TestWhatCannotBeReadGetsNoReceipt(t *testing.T) {
 	var failing atomic.Bool
-	opt := Options{}
+	opt := noFloor
 	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
 		if failing.Load() {
 			return -1, unix.ENOMEM
@@ -134,7 +134,7 @@ func TestWhatCannotBeReadGetsNoReceipt(t *testing.T) {
 	_, err := v.Confirm(t.Context(), id)
 	mustFail(t, err, wire.CodeUnreachable)
 	// Another disk takes it.
-	other := open1(t, t.TempDir(), Options{})
+	other := open1(t, t.TempDir(), noFloor)
 	if where, err := NewSet(v, other).Put(t.Context(), id, data); err != nil || where != other.ID() {
 		t.Errorf("put on %q: %v", where, err)
 	}
@@ -147,7 +147,7 @@ func TestWhatCannotBeReadGetsNoReceipt(t *testing.T) {
 func TestACopyThatCannotBeReadIsNoLoss(t *testing.T) {
 	rng := random(t)
 	var failing atomic.Bool
-	opt := Options{}
+	opt := noFloor
 	opt.hooks.pread = func(fd int, into []byte, at int64) (int, error) {
 		if failing.Load() {
 			return -1, unix.ENOMEM
@@ -155,7 +155,7 @@ func TestACopyThatCannotBeReadIsNoLoss(t *testing.T) {
 		return unix.Pread(fd, into, at)
 	}
 	dir := t.TempDir()
-	lost, passing := open1(t, dir, Options{}), open1(t, t.TempDir(), opt)
+	lost, passing := open1(t, dir, noFloor), open1(t, t.TempDir(), opt)
 	id, data := someChunk(rng, 100_000)
 	mustPut(t, lost, id, data)
 	mustPut(t, passing, id, data)
@@ -180,7 +180,7 @@ func TestACopyThatCannotBeReadIsNoLoss(t *testing.T) {
 
 // TestALossThatIsPutAgainWhileItIsDroppedStays: it has a receipt.
 func TestALossThatIsPutAgainWhileItIsDroppedStays(t *testing.T) {
-	dir, opt := t.TempDir(), Options{}
+	dir, opt := t.TempDir(), noFloor
 	var v *Volume
 	id, data := someChunk(random(t), 100_000)
 	again := true

@@ -166,7 +166,7 @@ func (v *Volume) reading(ctx context.Context, fn func() error) error {
 	if err := v.enter(); err != nil {
 		return err
 	}
-	limit := readPatience * v.opt.hooks.patience
+	limit := readPatience * v.opt.hooks.patience()
 	turn := time.NewTimer(limit)
 	defer turn.Stop()
 	select {
@@ -356,7 +356,7 @@ func (v *Volume) prompt(fn func() error) error {
 		defer v.ops.Done()
 		done <- fn()
 	}()
-	return v.await(context.Background(), done, v.opt.hooks.patience)
+	return v.await(context.Background(), done, v.opt.hooks.patience())
 }
 
 // await waits for an answer of the disk. If there is none within the limit, the
@@ -370,6 +370,11 @@ func (v *Volume) await(ctx context.Context, done <-chan error, limit time.Durati
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	case <-timer.C:
+		select {
+		case err := <-done: // at the same time, or it was this process that stood still
+			return err
+		default:
+		}
 		v.hangs.Add(1)
 		go func() {
 			<-done
