@@ -68,7 +68,7 @@ func TestAPowerCutTakesOnlyWhatWasNotPromised(t *testing.T) {
 			}
 			p.mustBeIn(t, v)
 			for range 2 { // and killed again: what was torn off is not met again
-				id, data := someChunk(rng, 1+rng.IntN(2000))
+				id, data := someChunk(rng, shortest+rng.IntN(2000))
 				mustPut(t, v, id, data)
 				p.held[id] = data
 			}
@@ -96,7 +96,7 @@ func (p *past) halfWritten(t testing.TB, rng *rand.Rand, v *Volume) (fresh map[c
 		entries = append(entries, entry{record: record{kind: kindDrop, id: id, target: whereIs(t, v, id).spot}})
 	}
 	for range 1 + rng.IntN(6) {
-		id, data := someChunk(rng, 1+rng.IntN(40_000))
+		id, data := someChunk(rng, shortest+rng.IntN(40_000))
 		fresh[id] = data
 		entries = append(entries, entry{record{kind: kindChunk, id: id, place: place{size: uint32(len(data))}}, data})
 	}
@@ -190,7 +190,7 @@ func TestRotBehindTheCheckpointIsToldAtOnce(t *testing.T) {
 	var ids []chunk.ID
 	var datas [][]byte
 	for range 6 {
-		id, data := someChunk(rng, 1+rng.IntN(100_000))
+		id, data := someChunk(rng, shortest+rng.IntN(100_000))
 		mustPut(t, v, id, data)
 		ids, datas = append(ids, id), append(datas, data)
 	}
@@ -229,7 +229,7 @@ func TestAnEndThatIsCutOffIsNone(t *testing.T) {
 			p := &past{dir: t.TempDir(), held: map[chunk.ID][]byte{}}
 			v := open1(t, p.dir, noFloor)
 			for range 5 {
-				id, data := someChunk(rng, 1+rng.IntN(50_000))
+				id, data := someChunk(rng, shortest+rng.IntN(50_000))
 				mustPut(t, v, id, data)
 				p.held[id] = data
 			}

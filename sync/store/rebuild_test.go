@@ -29,7 +29,7 @@ func (p *past) live(t testing.TB, rng *rand.Rand, v *Volume, changes int) {
 	ids := slices.SortedFunc(maps.Keys(p.held), compareIDs)
 	for range changes {
 		if rng.IntN(3) > 0 || len(ids) == 0 {
-			id, data := someChunk(rng, 1+rng.IntN(60_000))
+			id, data := someChunk(rng, shortest+rng.IntN(60_000))
 			if rng.IntN(8) == 0 && len(p.dropped) > 0 { // put again
 				continue
 			}
@@ -220,7 +220,7 @@ func TestOneDamagedRecordCostsOneChunk(t *testing.T) {
 	var ids []chunk.ID
 	var datas [][]byte
 	for range 12 {
-		id, data := someChunk(rng, 1+rng.IntN(200_000))
+		id, data := someChunk(rng, shortest+rng.IntN(200_000))
 		mustPut(t, v, id, data)
 		ids, datas = append(ids, id), append(datas, data)
 	}
@@ -273,6 +273,8 @@ func TestASegmentThatIsGoneIsToldAsLost(t *testing.T) {
 	rng := random(t)
 	p := newPast(t, rng)
 	v := open1(t, p.dir, smallSegments())
+	idle(t, v) // it may have been closed while a segment was being emptied
+	still(t, v)
 	var gone []chunk.ID
 	first := segmentPaths(t, p.dir)[0]
 	for id := range p.held {

@@ -226,7 +226,7 @@ func TestAnyFlippedByteServesRightBytesOrNone(t *testing.T) {
 		v := open1(t, dir, noFloor)
 		held := map[chunk.ID][]byte{}
 		for i := range 8 {
-			id, data := someChunk(rng, 1+rng.IntN(6000))
+			id, data := someChunk(rng, shortest+rng.IntN(6000))
 			held[id] = data
 			mustPut(t, v, id, data)
 			if i == 3 {

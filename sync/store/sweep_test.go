@@ -29,12 +29,12 @@ func shelved(t testing.TB, v *Volume, n int) (datas map[chunk.ID][]byte, order [
 	rng := random(t)
 	datas = map[chunk.ID][]byte{}
 	for i := range n {
-		size := 1 + rng.IntN(300_000)
+		size := shortest + rng.IntN(300_000)
 		switch {
 		case i == n/2:
 			size = 1_000_000
 		case i%10 == 0:
-			size = 1 + rng.IntN(1000)
+			size = shortest + rng.IntN(1000)
 		case i%10 < 4:
 			size = 4096
 		}

@@ -206,7 +206,7 @@ func TestEverybodyAtOnceOnADiskInTrouble(t *testing.T) {
 	for w := range workers {
 		held[w] = map[chunk.ID]bool{}
 		for range each {
-			id, data := someChunk(rng, 1+rng.IntN(30_000))
+			id, data := someChunk(rng, shortest+rng.IntN(30_000))
 			datas[id], held[w][id] = data, false
 			ids[w] = append(ids[w], id)
 		}
@@ -270,6 +270,7 @@ func TestEverybodyAtOnceOnADiskInTrouble(t *testing.T) {
 	close(stop)
 	side.Wait()
 	t.Log(v.Stats())
+	still(t, v) // else a segment may go while it is copied, after the one that took what lived in it was looked for
 	cut := killed(t, dir)
 	mustClose(t, v)
 	for _, without := range []bool{false, true} {
