@@ -36,7 +36,7 @@ func TestASecondSIGTERMDoesNotKillAProgramThatStops(t *testing.T) {
 			}{}, args)
 		})
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^"+t.Name()+"$")
 	cmd.Env = append(os.Environ(), asStopper+"=1")
