@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 )
 
 // sleepers is a machine with one disk of each kind, of which some sleep, and
@@ -98,7 +97,7 @@ func TestASleepingDiskIsLeftAlone(t *testing.T) {
 	s.prober.slow = m.reads
 	const rounds = 3
 	for range rounds {
-		p, limit, err := newProber(Options{Root: m.root, User: new(0), Limit: time.Minute})
+		p, limit, err := newProber(Options{Root: m.root, User: new(0), Limit: unhurried})
 		must(t, err)
 		p.slow, p.ask = m.reads, m.asks()
 		inv, err := p.probe(t.Context(), limit)
@@ -147,7 +146,7 @@ func TestASleepingDiskIsLeftAlone(t *testing.T) {
 func TestOnlyTheUserWhoMayAsksADisk(t *testing.T) {
 	m := &sleepers{root: t.TempDir(), asked: map[string][]string{}}
 	m.add(t, "up", "sata", "active", true, false)
-	p, limit, err := newProber(Options{Root: m.root, User: new(1000)})
+	p, limit, err := newProber(Options{Root: m.root, User: new(1000), Limit: unhurried})
 	must(t, err)
 	p.ask = m.asks()
 	inv, err := p.probe(t.Context(), limit)

@@ -13,7 +13,7 @@ import (
 // sampled is a sampler of a recorded machine whose clock the test moves.
 func sampled(t *testing.T, root string) (*Sampler, *time.Time) {
 	t.Helper()
-	s, err := NewSampler(SampleOptions{Root: root})
+	s, err := NewSampler(SampleOptions{Root: root, Limit: unhurried})
 	must(t, err)
 	now := time.Now()
 	s.now = func() time.Time { return now }
@@ -136,7 +136,7 @@ func TestErrorsOfTheDiskAndItsFilesystemsAreCounted(t *testing.T) {
 	}
 	// A counter that does not answer costs itself.
 	s, _ = sampled(t, root)
-	s.prober.limit = 50 * time.Millisecond
+	s.prober.limit = hurried / 4
 	release := make(chan struct{})
 	s.prober.slow = func(name string) {
 		if strings.HasSuffix(name, "ioerr_cnt") {
@@ -310,7 +310,7 @@ func TestSamplersListTheMachineOnceInAWhile(t *testing.T) {
 }
 
 func TestConcurrentSamplesAreWhole(t *testing.T) {
-	s, err := NewSampler(SampleOptions{})
+	s, err := NewSampler(SampleOptions{Limit: unhurried})
 	must(t, err)
 	done := make(chan Telemetry)
 	for range 8 {

@@ -2,6 +2,7 @@ package hw
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
@@ -22,8 +23,16 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
+// unhurried is a limit where nothing hangs: however busy this machine is, nothing is given up on.
+const unhurried = 2 * time.Minute
+
+// hurried is one where something hangs, which takes so long then. What does not hang must be read
+// in a third of it, by a machine that is busy.
+const hurried = 4 * time.Second
+
 func probe(tb testing.TB, o Options) *Inventory {
 	tb.Helper()
+	o.Limit = cmp.Or(o.Limit, unhurried)
 	inv, err := Probe(tb.Context(), o)
 	must(tb, err)
 	return inv
@@ -176,7 +185,7 @@ func TestHangingFilesDoNotHangTheProbe(t *testing.T) {
 		must(t, os.Remove(p))
 		must(t, syscall.Mkfifo(p, 0o644))
 	}
-	inv := probe(t, Options{Root: root, Limit: 300 * time.Millisecond})
+	inv := probe(t, Options{Root: root, Limit: hurried})
 	for _, name := range fifos[:2] { // let the library's goroutines go
 		f, err := os.OpenFile(filepath.Join(root, name), os.O_RDWR, 0)
 		must(t, err)
@@ -221,9 +230,9 @@ func TestHungDisksDoNotHideOthers(t *testing.T) {
 		put(t, root, dir+"/device/model", "Disk")
 		put(t, root, dir+"/size", "2048")
 	}
-	p, _, err := newProber(Options{Root: root, Limit: 3 * time.Second})
+	p, _, err := newProber(Options{Root: root, Limit: unhurried})
 	must(t, err)
-	p.limit = time.Second
+	p.limit = hurried / 2
 	release := make(chan struct{})
 	p.slow = func(name string) {
 		var n int
@@ -231,9 +240,9 @@ func TestHungDisksDoNotHideOthers(t *testing.T) {
 			<-release
 		}
 	}
-	first, err := p.probe(t.Context(), 30*time.Second)
+	first, err := p.probe(t.Context(), unhurried)
 	must(t, err)
-	second, err := p.probe(t.Context(), 30*time.Second)
+	second, err := p.probe(t.Context(), unhurried)
 	must(t, err)
 	hung.Lock()
 	stuck := 0
@@ -243,7 +252,7 @@ func TestHungDisksDoNotHideOthers(t *testing.T) {
 	hung.Unlock()
 	close(release)
 	waitForHung(t)
-	third, err := p.probe(t.Context(), 30*time.Second)
+	third, err := p.probe(t.Context(), unhurried)
 	must(t, err)
 
 	if len(first.Disks) != all-broken || !noted(first, "disks", NoteTimeout, "sd001") {
@@ -368,7 +377,7 @@ func TestSleepingDevicesAreLeftAlone(t *testing.T) {
 	put(t, root, "sys/class/hwmon/hwmon5/name", "nvme\n")
 	put(t, root, "sys/class/hwmon/hwmon5/temp1_input", "40000\n")
 	put(t, root, "sys/class/hwmon/hwmon5/device/power/runtime_status", "suspended\n")
-	p, limit, err := newProber(Options{Root: root})
+	p, limit, err := newProber(Options{Root: root, Limit: unhurried})
 	must(t, err)
 	asked := make(chan string, 100000)
 	p.slow = func(name string) { asked <- name }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/deimos-edge/deimos/board"
 	"github.com/deimos-edge/deimos/hw"
@@ -433,7 +434,7 @@ func TestAThousandDisks(t *testing.T) {
 }
 
 func TestThisMachineAndARecordedOne(t *testing.T) {
-	inv, err := hw.Probe(t.Context(), hw.Options{})
+	inv, err := hw.Probe(t.Context(), hw.Options{Limit: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
