@@ -390,7 +390,10 @@ func TestAServerThatIsSlowForEverHoldsNothingAfterTheOrder(t *testing.T) {
 		for r.Context().Err() == nil {
 			w.Write([]byte{0})
 			w.(http.Flusher).Flush()
-			sent <- struct{}{}
+			select {
+			case sent <- struct{}{}:
+			case <-r.Context().Done():
+			}
 		}
 	}))}
 	t.Cleanup(p.Close)
