@@ -881,8 +881,9 @@ func TestTwoCoordinatorsThatBothLeadAskNobodyTwice(t *testing.T) {
 			t.Errorf("%+v", v.Counts)
 		}
 	}
-	if !a.campaigns.leader.lead(testContext(t)) || !b.campaigns.leader.lead(testContext(t)) {
-		t.Error("they do not both lead, so nothing was tried")
+	// What was tried: whoever asks leads, but for the nanosecond in which the other took it.
+	for _, w := range both {
+		eventually(t, "each leads", func() bool { return w.campaigns.leader.lead(testContext(t)) })
 	}
 }
 
