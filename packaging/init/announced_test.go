@@ -25,7 +25,7 @@ import (
 	"github.com/deimos-edge/deimos/internal/testenv"
 )
 
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // inOwnNetwork runs the test once more in a process with a network of its own, as
 // root of it, and tells whether this is that one.
@@ -33,7 +33,7 @@ func inOwnNetwork(t *testing.T) bool {
 	if os.Getenv(role) == "network" {
 		return true
 	}
-	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=9m")
 	cmd.Env = append(os.Environ(), role+"=network")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,

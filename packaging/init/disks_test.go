@@ -262,6 +262,14 @@ func diskMachine(t *testing.T) (m *machine, s *said, plug func(device string)) {
 	return m, s, func(device string) { disk.Store(&device) }
 }
 
+// prepares has a machine prepare its disks until the test ends, and is over before its folders go.
+func prepares(t *testing.T, m *machine) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { m.prepareDisks(t.Context()); close(done) }()
+	t.Cleanup(func() { await(t, done, "the end of preparing disks") })
+}
+
 func TestDeviceThatHadDataWaitsForItAndGoesOnWithIt(t *testing.T) {
 	for _, name := range []string{"a note", "no ESP"} {
 		t.Run(name, func(t *testing.T) {
@@ -291,7 +299,7 @@ func TestDeviceThatHadDataWaitsForItAndGoesOnWithIt(t *testing.T) {
 			plug(device)
 			select {
 			case <-done:
-			case <-time.After(time.Minute):
+			case <-time.After(patience):
 				t.Fatalf("it does not go on: %q", s.lines)
 			}
 			if m.inMemory || m.data != p.path || uuidOf(t, p) != uuid {
@@ -312,7 +320,7 @@ func TestDeviceThatWaitsForItsDataStopsWhenItIsTold(t *testing.T) {
 	cancel()
 	select {
 	case <-done:
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatal("it does not stop")
 	}
 	if m.inMemory {
@@ -347,7 +355,7 @@ func TestMachineIsStartedAnewForFaultsOfTheDataPartitionWhichAreRepairedThen(t *
 	}
 	select {
 	case <-again:
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatalf("the machine is not started anew: %q", s.lines)
 	}
 	if since := time.Since(begun); since < least {

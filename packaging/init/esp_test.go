@@ -31,7 +31,7 @@ func TestWhereTheESPIsThereAndCannotBeMountedNoDataPartitionIsMade(t *testing.T)
 	seen := at(&dataDisk{}, boot, empty)
 	m.diskNames = func() []string { return []string{boot, empty} }
 	m.trial = m.newTrial()
-	go m.prepareDisks(t.Context())
+	prepares(t, m)
 	s.await(t, "preparing the data partition failed", 1)
 	if p, ok := seen.find(""); ok {
 		t.Errorf("another identity was begun on %s", p.path)
@@ -60,10 +60,10 @@ func TestMachineWhoseOnlyDiskNeverAnswersIsStartedAnew(t *testing.T) {
 	m.readDisk = func(string) (blockDevice, error) { <-hang; return blockDevice{}, os.ErrClosed }
 	m.lookLimit, m.hangLimit = 20*time.Millisecond, 100*time.Millisecond
 	m.trial = m.newTrial()
-	go m.prepareDisks(t.Context())
+	prepares(t, m)
 	select {
 	case <-m.again:
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Errorf("no restart: %q", s.lines)
 	}
 	if m.inMemory || s.count("a disk does not answer") != 1 {
@@ -118,7 +118,7 @@ func TestAnESPThatShowsUpAfterTheDataPutsTheFirmwareOnTrialAfterAll(t *testing.T
 	go func() { m.mountLateESP(t.Context(), data, kick); close(done) }()
 	select {
 	case <-done:
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatalf("nobody looks for it: %q", s.lines)
 	}
 	if len(kick) != 1 || !exists(m.path(hadESP)) {

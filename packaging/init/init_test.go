@@ -109,7 +109,7 @@ func (s *said) count(text string) (n int) {
 
 func (s *said) await(t *testing.T, text string, times int) {
 	t.Helper()
-	limit := time.After(time.Minute)
+	limit := time.After(patience)
 	for s.count(text) < times {
 		select {
 		case <-s.news:
@@ -144,7 +144,7 @@ func supervisedBy(t *testing.T, mode string, stopWithin time.Duration, kick <-ch
 		cancel()
 		select {
 		case <-ended:
-		case <-time.After(time.Minute):
+		case <-time.After(patience):
 			t.Error("the supervisor does not end")
 		}
 		endReaping()

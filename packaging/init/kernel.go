@@ -27,6 +27,7 @@ const (
 type kernelLog struct {
 	note func(line string)
 	each time.Duration
+	now  func() time.Time // asked for each line
 }
 
 // follow reads f, which is /dev/kmsg, from what the kernel said first, until ctx ends.
@@ -34,7 +35,7 @@ func (k *kernelLog) follow(ctx context.Context, f *os.File) error {
 	defer context.AfterFunc(ctx, func() { f.Close() })()
 	defer f.Close()
 	record := make([]byte, kernelRecord)
-	began, noted, left := time.Now(), 0, 0
+	began, noted, left := k.now(), 0, 0
 	for {
 		n, err := f.Read(record)
 		switch {
@@ -50,11 +51,11 @@ func (k *kernelLog) follow(ctx context.Context, f *os.File) error {
 		if !ok {
 			continue
 		}
-		if time.Since(began) >= k.each {
+		if now := k.now(); now.Sub(began) >= k.each {
 			if left > 0 {
 				k.note(fmt.Sprintf("%s%d further lines were left out", kernelTells, left))
 			}
-			began, noted, left = time.Now(), 0, 0
+			began, noted, left = now, 0, 0
 		}
 		if noted++; noted > kernelBurst {
 			left++
@@ -87,7 +88,7 @@ func kernelLine(record []byte) (line string, ok bool) {
 func (m *machine) followKernel(ctx context.Context) {
 	f, err := os.OpenFile(m.path("dev/kmsg"), os.O_RDONLY|unix.O_NONBLOCK, 0) // so that a close ends a read
 	if err == nil {
-		err = (&kernelLog{note: m.journal.note, each: kernelEach}).follow(ctx, f)
+		err = (&kernelLog{note: m.journal.note, each: kernelEach, now: time.Now}).follow(ctx, f)
 	}
 	if err != nil {
 		m.log.Warn("the log goes on without the kernel's lines", "error", err)

@@ -28,10 +28,13 @@ func TestKernelsWarningsAreNotedAndNotWithoutEnd(t *testing.T) {
 	s.news = make(chan struct{}, 10*kernelBurst)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	each := make(chan struct{})
-	k := &kernelLog{note: s.say, each: 300 * time.Millisecond}
-	go func() { close(each); ended <- k.follow(ctx, ours) }()
-	<-each
+	var passed, looks atomic.Int64 // nanoseconds; lines of the kernel's
+	begun := time.Now()
+	k := &kernelLog{note: s.say, each: time.Minute, now: func() time.Time {
+		defer looks.Add(1)
+		return begun.Add(time.Duration(passed.Load()))
+	}}
+	go func() { ended <- k.follow(ctx, ours) }()
 	says := func(record string) {
 		t.Helper()
 		if _, err := kernel.Write([]byte(record)); err != nil {
@@ -46,10 +49,15 @@ func TestKernelsWarningsAreNotedAndNotWithoutEnd(t *testing.T) {
 	for i := range 3 * kernelBurst {
 		says(fmt.Sprintf("3,%d,1,-;I/O error, sector %d\n", 400+i, i))
 	}
-	time.Sleep(k.each) // the record after it is of the next span
+	for end := time.Now().Add(patience); looks.Load() < 1+1+3*kernelBurst; time.Sleep(time.Millisecond) { // one at its start
+		if time.Now().After(end) {
+			t.Fatalf("%d lines were read", looks.Load())
+		}
+	}
+	passed.Add(int64(k.each)) // the record after it is of the next span
 	says("4,9999,1,-;Out of memory: Killed process 7\n")
 	s.await(t, "Out of memory", 1)
-	if n := s.count("I/O error"); n > 2*kernelBurst || s.count("further lines were left out") == 0 {
+	if n := s.count("I/O error"); n != kernelBurst-1 || s.count(fmt.Sprint(2*kernelBurst+1, " further lines were left out")) != 1 {
 		t.Errorf("%d of %d lines were noted, and %d times told what was left out", n, 3*kernelBurst, s.count("left out"))
 	}
 	if s.count("link becomes ready")+s.count("somebody wrote")+s.count("DEVICE=")+s.count("garbage") != 0 {

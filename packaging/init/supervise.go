@@ -152,7 +152,7 @@ func (s *supervisor) once(ctx context.Context) agentEnd {
 	end := s.end(ctx, c)
 	select {
 	case <-drained:
-	case <-time.After(time.Second): // somebody left its group and holds the pipe
+	case <-time.After(5 * time.Second): // somebody left its group and holds the pipe
 	}
 	return end
 }

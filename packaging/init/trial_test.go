@@ -305,12 +305,7 @@ func TestWhoMustAnswer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer hung.Close()
-	gone, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	gone.Close()
-	here, hangs, away := server.URL, "https://"+hung.Addr().String(), "https://"+gone.Addr().String()
+	here, hangs, away := server.URL, "https://"+hung.Addr().String(), "https://127.0.0.1:1"
 	fleet := base64.StdEncoding.EncodeToString(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}))
 	member := func(words string) string { return `{"ca":"` + fleet + `",` + words + `}` }
 	for name, c := range map[string]struct {

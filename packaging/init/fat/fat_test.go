@@ -417,7 +417,8 @@ func TestAnyDamage(t *testing.T) {
 	if testing.Short() {
 		rounds = 10
 	}
-	for range rounds {
+	// Six in ten repairs are whole; of ten rounds none is, once in 10,000 times.
+	for i := 0; i < rounds || checked < rounds/8 && i < 10*rounds; i++ {
 		raw := bytes.Clone(whole)
 		v, err := open(newMemory(raw))
 		if err != nil {
