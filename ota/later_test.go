@@ -162,9 +162,14 @@ func TestAnOrderIsPatientWithALineThatIsAway(t *testing.T) {
 	// What cannot be had before the order is over is said to be so, and nothing else.
 	_, dir = f.device()
 	s = f.service(dir, patient)
-	away = 1 << 30
-	ctx, cancel := context.WithTimeout(t.Context(), 4*recheck)
-	defer cancel()
+	ctx := &overSoon{Context: t.Context()}
+	f.mu.Lock()
+	f.hook = func(w http.ResponseWriter, _ *http.Request) bool {
+		ctx.soon.Store(true)
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	}
+	f.mu.Unlock()
 	_, err = s.Handle(ctx, order("o2", "1.1.0"), nil)
 	if p := wire.ProblemOf(err); p.State != wire.Failed || p.Code != wire.CodeTransfer || !strings.Contains(p.Reason, "the order is over before that") {
 		t.Errorf("%+v", p)

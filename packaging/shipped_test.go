@@ -124,10 +124,10 @@ func emulated(t *testing.T, arch, program string, args ...string) []byte {
 	if qemu == "" {
 		testenv.Cannot(t, "there is no qemu-%s: `make setup` installs it", arch)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, qemu, append([]string{path}, args...)...)
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = 30 * time.Second
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {

@@ -52,7 +52,7 @@ func output(ctx context.Context, path string) ([]byte, error) {
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Stdout = &capped{w: &out, left: 64 << 10}
 	cmd.Stderr = &capped{w: &stderr, left: 4 << 10}
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = 5 * time.Second // it has ended, and an agent that gets no processor for a second reads its answer late
 	err := cmd.Run()
 	switch {
 	case ctx.Err() != nil:
