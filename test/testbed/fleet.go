@@ -152,7 +152,10 @@ func (f *Fleet) Until(what string, ok func() bool) {
 func (f *Fleet) Deimos(args ...string) (proc.Result, error) {
 	ctx, cancel := context.WithTimeout(f.Ctx, 2*cmp.Or(f.Patience, Patience))
 	defer cancel()
-	return Starter.Run(ctx, proc.Command{Argv: append([]string{Program("deimos")}, args...), Dir: f.Dir, Env: []string{"DEIMOS_CONTEXT=" + f.Path("coordinator", "operator.json")}})
+	return Starter.Run(ctx, proc.Command{Argv: append([]string{Program("deimos")}, args...), Dir: f.Dir, Env: []string{
+		"DEIMOS_CONTEXT=" + f.Path("coordinator", "operator.json"),
+		"XDG_STATE_HOME=" + f.Path("user-state"), // what a put is to go on from stays out of the home of who runs the tests
+	}})
 }
 
 // OK runs a command that must succeed. v, unless nil, takes what it prints as JSON.
